@@ -1,0 +1,50 @@
+"""What the launcher (mpirun, srun) says of this process, known before MPI is started."""
+
+import os
+from collections.abc import Mapping
+
+from mpillama.errors import UserError
+
+RANK_VARIABLES = ("PMI_RANK", "PMIX_RANK", "OMPI_COMM_WORLD_RANK", "MPI_LOCALRANKID", "SLURM_PROCID")
+SIZE_VARIABLES = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE")
+SLURM_STEP_SIZE = "SLURM_STEP_NUM_TASKS"
+
+
+def launched_rank(environment: Mapping[str, str] | None = None) -> int:
+    """This process's rank according to the launcher's environment, 0 without a launcher."""
+    environment = os.environ if environment is None else environment
+    for name in RANK_VARIABLES:
+        if environment.get(name, "").isdigit():
+            return int(environment[name])
+    return 0
+
+
+def launched_size(environment: Mapping[str, str] | None = None) -> tuple[str, int]:
+    """The variable that tells how many processes were launched together, and its value; ("", 1) without a launcher.
+
+    A launcher's own count comes first: inside a Slurm batch script `mpirun -n 1` is one process, whatever the job has.
+    """
+    environment = os.environ if environment is None else environment
+    for name in (*SIZE_VARIABLES, SLURM_STEP_SIZE):
+        if environment.get(name, "").isdigit():
+            return name, int(environment[name])
+    return "", 1
+
+
+def refuse_singletons(size: int, environment: Mapping[str, str] | None = None) -> None:
+    """UserError if several processes were launched together but MPI does not know of it.
+
+    Each would believe to be rank 0 of 1 and run the whole model by itself.
+    """
+    name, expected = launched_size(environment)
+    if expected <= 1 or size > 1:
+        return
+    if name == SLURM_STEP_SIZE:
+        remedy = (
+            "start with `srun --mpi=pmi2` or `srun --mpi=pmix` (`srun --mpi=list` shows what there is), or with mpirun"
+        )
+    else:
+        remedy = "use the mpirun of the MPI library that mpi4py loads (`mpillama doctor` shows which it is)"
+    raise UserError(
+        f"{expected} processes were started ({name}={expected}), but MPI connects none of them (size {size}): {remedy}."
+    )

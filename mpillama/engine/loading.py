@@ -1,0 +1,74 @@
+"""From options to a model that is ready to run on every rank."""
+
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+
+from mpillama.comm.start import World
+from mpillama.engine.session import Session
+from mpillama.engine.warm_up import warm_up
+from mpillama.errors import UserError
+from mpillama.files.native import NativeModel, read_table
+from mpillama.files.native_reader import NativeReader
+from mpillama.kernels.target import Target
+from mpillama.model.llama import LlamaModel
+from mpillama.model.partition import partition
+from mpillama.model.weights import load_weights, slice_bytes
+from mpillama.options import RunOptions
+
+Progress = Callable[[int], AbstractContextManager[Callable[[int], None]]]
+"""Opens a display for a number of bytes; gives the function that is told of each piece."""
+
+DEMO_MODEL = Path("data") / "demo.h5"
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A rank's part of a model, and what the file says of it."""
+
+    file: NativeModel
+    model: LlamaModel
+    bytes_read: int
+    seconds: float
+
+
+def model_path(option: str | None) -> str:
+    """The model file: as given, or the demo model of the checkout."""
+    if option:
+        return option
+    checkout = Path(__file__).resolve().parents[2] / DEMO_MODEL
+    return str(DEMO_MODEL if DEMO_MODEL.exists() or not checkout.exists() else checkout)
+
+
+def load_model(options: RunOptions, world: World, target: Target, progress: Progress) -> LoadedModel:
+    """Read the table on rank 0 and every rank's slices; UserError on all ranks if any cannot."""
+    comm = world.comm
+    file = comm.on_root(lambda: read_table(model_path(options.model)))
+    warm_up(file, world, target, options.kv_type)
+    part = partition(file.config, comm.size)[comm.rank]
+    start = time.perf_counter()
+
+    def read() -> LoadedModel:
+        with progress(slice_bytes(file.specs, part)) as on_bytes:
+            reader = NativeReader(file, on_bytes)
+            try:
+                weights = load_weights(file.config, file.specs, part, reader.read, target.threads)
+            finally:
+                reader.close()
+        model = LlamaModel(file.config, weights, comm, target.threads)
+        return LoadedModel(file, model, reader.bytes_read, time.perf_counter() - start)
+
+    return comm.together(read)
+
+
+def open_session(options: RunOptions, loaded: LoadedModel) -> Session:
+    """Allocate the KV cache; UserError for a context that the model does not have."""
+    known = loaded.file.config.max_position_embeddings
+    wanted = options.max_seq_len or known
+    if not 1 <= wanted <= known:
+        raise UserError(f"--max-seq-len is {options.max_seq_len}: this model's context holds 1 to {known} tokens.")
+    if options.prefill_chunk < 1:
+        raise UserError(f"--prefill-chunk is {options.prefill_chunk}: it must be at least 1.")
+    return Session(loaded.model, wanted, options.kv_type, min(options.prefill_chunk, wanted))

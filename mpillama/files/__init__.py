@@ -1,0 +1,1 @@
+"""Model files: the native format, and how ranks read their slices of it."""

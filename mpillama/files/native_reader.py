@@ -1,0 +1,60 @@
+"""Reading a rank's slices of a native file straight into place."""
+
+import os
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from mpillama.errors import UserError
+from mpillama.files.native import NativeModel, open_for_reading
+from mpillama.files.reading import MAX_READ, read_exactly
+from mpillama.model.tensors import TensorSpec
+
+
+class NativeReader:
+    """Reads extents of an open model file; counts the bytes; needs no HDF5."""
+
+    def __init__(self, model: NativeModel, on_bytes: Callable[[int], None], limit: int = MAX_READ):
+        self.model = model
+        self.on_bytes = on_bytes
+        self.limit = limit
+        self.bytes_read = 0
+        self.fd = _open(model)
+
+    def read(self, spec: TensorSpec, units: range, arrays: Sequence[np.ndarray]) -> None:
+        """Fill the arrays of a tensor with the given units; UserError names the file if it cannot be read."""
+        for array_spec, array in zip(spec.arrays(), arrays, strict=True):
+            offset, count = self.model.entries[array_spec.name].extent(units)
+            assert count == array.nbytes
+            self._fill(array.reshape(-1).view(np.uint8).data, offset, array_spec.name)
+
+    def _fill(self, buffer: memoryview, offset: int, name: str) -> None:
+        try:
+            read_exactly(self.fd, buffer, offset, self.limit)
+            os.posix_fadvise(self.fd, offset, len(buffer), os.POSIX_FADV_DONTNEED)
+        except OSError as error:
+            raise UserError(
+                f"{self.model.path}: tensor {name} cannot be read at byte {offset}: {error.strerror or error}; "
+                "is the file still being written, or was it changed?"
+            ) from error
+        self.bytes_read += len(buffer)
+        self.on_bytes(len(buffer))
+
+    def close(self) -> None:
+        """Give the file back."""
+        os.close(self.fd)
+
+
+def _open(model: NativeModel) -> int:
+    try:
+        fd = open_for_reading(model.path)
+    except OSError as error:
+        raise UserError(
+            f"{model.path}: {(error.strerror or str(error)).lower()} on this rank's host: "
+            "the model file must lie on a file system that all hosts share."
+        ) from error
+    size = os.fstat(fd).st_size
+    if size != model.file_size:
+        os.close(fd)
+        raise UserError(f"{model.path}: has {size} bytes on this rank's host, but rank 0 sees {model.file_size}.")
+    return fd

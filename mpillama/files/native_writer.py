@@ -1,0 +1,139 @@
+"""Writing the native model file."""
+
+import json
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+import xxhash
+
+from mpillama.errors import UserError
+from mpillama.files.native import (
+    ALIGNMENT,
+    FORMAT,
+    FORMAT_VERSION,
+    TableEntry,
+    metadata_digest,
+)
+from mpillama.files.reading import write_exactly
+from mpillama.layout import lanes
+from mpillama.layout.weight_types import WeightType
+from mpillama.model.config import ModelConfig
+from mpillama.model.tensors import ArraySpec, Split, TensorSpec, WeightTypes, tensor_specs
+
+
+def write_model(
+    path: str,
+    config_json: Mapping[str, Any],
+    weight_type: WeightType,
+    tensor: Callable[[str], np.ndarray],
+    texts: Mapping[str, bytes],
+) -> None:
+    """Write a model: `tensor(name)` gives each tensor in Hugging Face's name and shape, in any float dtype.
+
+    The file appears under its name only when it is whole; one tensor is held at a time.
+    """
+    temporary = f"{path}.writing-{os.getpid()}"
+    types = WeightTypes(weight_type)
+    specs = tensor_specs(ModelConfig.from_hf(config_json), types)
+    try:
+        entries = create_file(temporary, config_json, types, specs, texts)
+        checksums = _write_tensors(temporary, specs, entries, tensor)
+        seal_file(temporary, config_json, types, entries, texts, checksums)
+        Path(temporary).rename(path)
+    finally:
+        Path(temporary).unlink(missing_ok=True)
+
+
+def create_file(
+    path: str, config_json: Mapping[str, Any], types: WeightTypes, specs: list[TensorSpec], texts: Mapping[str, bytes]
+) -> dict[str, TableEntry]:
+    """Lay the file out: every dataset has its place, none is filled. Returns the table, checksums still 0."""
+    alignment = {"alignment_threshold": ALIGNMENT, "alignment_interval": ALIGNMENT}
+    entries = {}
+    with h5py.File(path, "w", **alignment) as file:
+        file.attrs["format"], file.attrs["format_version"] = FORMAT, FORMAT_VERSION
+        file.attrs["config"] = json.dumps(config_json)
+        file.attrs["weight_types"] = json.dumps(types_json(types))
+        for name, text in texts.items():
+            file[f"text/{name}"] = np.frombuffer(text, np.uint8)
+        total = 0
+        for spec in specs:
+            for array in spec.arrays():
+                offset = _allocate(file, array)
+                entries[array.name] = TableEntry(array, offset, np.zeros(spec.units, np.uint64))
+                total += spec.units
+        file["checksums"] = np.zeros(total, np.uint64)
+    return entries
+
+
+def _allocate(file: h5py.File, array: ArraySpec) -> int:
+    """Give a dataset its bytes at once, unfilled; returns their offset."""
+    properties = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
+    properties.set_layout(h5py.h5d.CONTIGUOUS)
+    properties.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
+    properties.set_fill_time(h5py.h5d.FILL_TIME_NEVER)
+    properties.set_obj_track_times(False)  # the same model gives the same bytes
+    space = h5py.h5s.create_simple(array.shape)
+    dtype = h5py.h5t.py_create(np.dtype(array.dtype))
+    dataset = h5py.h5d.create(file.id, array.name.encode(), dtype, space, dcpl=properties)
+    return int(dataset.get_offset())
+
+
+def _write_tensors(
+    path: str, specs: list[TensorSpec], entries: Mapping[str, TableEntry], tensor: Callable[[str], np.ndarray]
+) -> dict[str, np.ndarray]:
+    fd = os.open(path, os.O_WRONLY)
+    checksums = {}
+    try:
+        for spec in specs:
+            packed = pack_tensor(spec, tensor(spec.name))
+            for array, values in zip(spec.arrays(), packed, strict=True):
+                entry = entries[array.name]
+                write_exactly(fd, values.reshape(-1).view(np.uint8).data, entry.offset)
+                checksums[array.name] = unit_checksums(values, spec.units)
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+    return checksums
+
+
+def pack_tensor(spec: TensorSpec, source: np.ndarray) -> lanes.Arrays:
+    """Pad a checkpoint's tensor and turn it into what the file stores; UserError if its shape is wrong."""
+    if source.shape != spec.source_shape:
+        raise UserError(f"tensor {spec.name} has shape {source.shape}, the configuration asks for {spec.source_shape}.")
+    padded = spec.pad(source.astype(np.float32))
+    if spec.split is Split.REPLICATED:
+        return (padded,)
+    return lanes.pack(padded, spec.weight_type, spec.panel)
+
+
+def unit_checksums(values: np.ndarray, units: int) -> np.ndarray:
+    """XXH3-64 of each of `units` equal parts of a contiguous array."""
+    parts = values.reshape(units, -1).view(np.uint8)
+    return np.array([xxhash.xxh3_64_intdigest(p.data) for p in parts], np.uint64)
+
+
+def types_json(types: WeightTypes) -> dict[str, Any]:
+    """The weight types as they are written."""
+    return {"default": types.default.name, "by_name": {k: v.name for k, v in (types.by_name or {}).items()}}
+
+
+def seal_file(
+    path: str,
+    config_json: Mapping[str, Any],
+    types: WeightTypes,
+    entries: Mapping[str, TableEntry],
+    texts: Mapping[str, bytes],
+    checksums: Mapping[str, np.ndarray],
+) -> None:
+    """Write the checksums and the digest that says that the file is whole."""
+    sealed = {name: TableEntry(e.spec, e.offset, checksums[name]) for name, e in entries.items()}
+    with h5py.File(path, "r+") as file:
+        file["checksums"][...] = np.concatenate([e.checksums for e in sealed.values()])
+        file.attrs["metadata_sha256"] = metadata_digest(
+            json.loads(json.dumps(config_json)), types_json(types), sealed, texts
+        )

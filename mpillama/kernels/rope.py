@@ -1,0 +1,118 @@
+"""Rotary position embedding and the write into the KV cache.
+
+Half-split convention: channel i turns with channel i + head_dim / 2 (https://arxiv.org/abs/2104.09864, in the
+arrangement of Hugging Face's Llama).
+"""
+
+import math
+
+import numpy as np
+from numba import njit, prange, types
+from numba.extending import intrinsic
+
+from mpillama.kernels.emit import V16F32, Emit
+
+HALF_PI_HIGH = float.fromhex("0x1.921fb544p+0")
+HALF_PI_MIDDLE = float.fromhex("0x1.0b4611a6p-34")
+HALF_PI_LOW = float.fromhex("0x1.3198a2e037073p-69")
+"""pi/2 in three parts; the first two have 33 bits, so that their products with a quadrant count are exact."""
+
+
+@njit(nogil=True, cache=True)
+def sine_cosine(angle):
+    """sin and cos of a float64 angle below 2^20 in magnitude, the same bits on every processor.
+
+    Taylor series after reduction to [-pi/4, pi/4]; absolute error below 1e-15, rounded to float32 by the caller.
+    The C library's functions differ between versions and processors, these do not: only +, - and * in fixed order.
+    """
+    quadrant = np.floor(angle * 0.63661977236758138 + 0.5)
+    r = ((angle - quadrant * HALF_PI_HIGH) - quadrant * HALF_PI_MIDDLE) - quadrant * HALF_PI_LOW
+    r2 = r * r
+    sine, cosine, sine_term, cosine_term = r, 1.0, r, 1.0
+    for n in range(1, 10):
+        cosine_term = cosine_term * -r2 / ((2 * n - 1) * (2 * n))
+        sine_term = sine_term * -r2 / ((2 * n) * (2 * n + 1))
+        cosine += cosine_term
+        sine += sine_term
+    turn = int(quadrant) & 3
+    if turn == 0:
+        return sine, cosine
+    if turn == 1:
+        return cosine, -sine
+    if turn == 2:
+        return -sine, -cosine
+    return -cosine, sine
+
+
+@njit(nogil=True, cache=True)
+def rope_angles(positions, inverse_frequencies, cosines, sines):
+    """cos and sin of position * frequency: positions int32 [tokens], the others float32 [head_dim/2], [tokens, …].
+
+    The angle is a float32 product, as in the reference implementation.
+    """
+    for t in range(positions.shape[0]):
+        for i in range(inverse_frequencies.shape[0]):
+            angle = np.float32(positions[t]) * inverse_frequencies[i]
+            sine, cosine = sine_cosine(np.float64(angle))
+            cosines[t, i], sines[t, i] = np.float32(cosine), np.float32(sine)
+
+
+@njit(nogil=True, cache=True)
+def _rotate(head, cosine, sine):
+    """Turn the channels of one head in place; channels past the true head_dim stay zero."""
+    half = cosine.shape[0]
+    for i in range(half):
+        low, high = head[i], head[i + half]
+        head[i] = low * cosine[i] - high * sine[i]
+        head[i + half] = high * cosine[i] + low * sine[i]
+
+
+@njit(nogil=True, parallel=True, cache=True)
+def rotate(x, cosines, sines, threads):
+    """Rotate x float32 [tokens, heads, head_dim] in place; cosines, sines float32 [tokens, true head_dim / 2]."""
+    tokens = x.shape[0]
+    for thread in prange(min(threads, tokens)):
+        for t in range(tokens * thread // threads, tokens * (thread + 1) // threads):
+            for h in range(x.shape[1]):
+                _rotate(x[t, h], cosines[t], sines[t])
+
+
+@intrinsic
+def _store_lanes(ctx, cache, x_at, out_at):
+    """Write 16 float32 in the cache's type (float32, or float16 bits when its dtype is int16)."""
+    is_half = cache.dtype == types.int16
+
+    def codegen(cg, builder, sig, args):
+        e = Emit(builder)
+        x = e.load(V16F32, args[1])
+        e.store(e.float_to_half(x) if is_half else x, args[2])
+        return cg.get_dummy_value()
+
+    return types.void(cache, types.uintp, types.uintp), codegen
+
+
+@njit(nogil=True, parallel=True, cache=True)
+def store_keys_values(keys, values, key_cache, value_cache, slots, threads):
+    """Write the keys and values of this step's tokens into the cache.
+
+    keys, values float32 [tokens, kv_heads, head_dim]; key_cache [blocks, kv_heads, head_dim, 64] (positions are lanes),
+    value_cache [blocks, kv_heads, 64, head_dim] (channels are lanes); slots int64 [tokens]: block * 64 + place.
+    """
+    tokens, kv_heads, head_dim = keys.shape
+    for thread in prange(threads):
+        lanes = np.empty(16, key_cache.dtype)
+        for h in range(kv_heads * thread // threads, kv_heads * (thread + 1) // threads):
+            for t in range(tokens):
+                block, place = slots[t] // 64, slots[t] % 64
+                for d in range(0, head_dim, 16):
+                    _store_lanes(
+                        value_cache, values[t, h, d:].ctypes.data, value_cache[block, h, place, d:].ctypes.data
+                    )
+                    _store_lanes(key_cache, keys[t, h, d:].ctypes.data, lanes.ctypes.data)
+                    for i in range(16):
+                        key_cache[block, h, d + i, place] = lanes[i]
+
+
+def inverse_frequencies(theta: float, head_dim: int) -> "np.ndarray[tuple[int], np.dtype[np.float32]]":
+    """1 / theta^(2i / head_dim) for each pair of channels, float32 [head_dim / 2]."""
+    return np.array([1.0 / math.pow(theta, i / head_dim) for i in range(0, head_dim, 2)], np.float32)

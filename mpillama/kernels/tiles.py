@@ -1,0 +1,218 @@
+"""Tiles of a matrix product: a few groups of 16 weight rows times a few tokens, entirely in registers.
+
+A tile keeps one accumulator of 16 lanes (rows) for each pair of group and token, so a row's sum never meets another's
+and is the same in a tile of any shape. The weight type is told from the dtype of the weight array:
+uint8 q4_0, int8 q8_0, float32 f32, int16 f16, uint16 bf16 (bit patterns).
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+from llvmlite import ir
+from numba import types
+from numba.extending import intrinsic
+
+from mpillama.kernels.emit import F32, I8, I16, I32, V16F32, V16F64, V16I16, V16I32, V64I8, Emit, vector
+
+STEPS = 8
+"""A block of 32 k-values is 8 steps; a step is 64 bytes: 16 rows x 4 k-values."""
+UNROLL = 4
+"""k-values a float tile handles in one turn; every k is a multiple of 32."""
+
+Store = Callable[[Emit, ir.Value, ir.Value, ir.Value], None]
+
+
+def block_bytes(weights: types.Array) -> int:
+    """Bytes of one block of 16 rows x 32 k-values."""
+    return 256 if weights.dtype == types.uint8 else 512
+
+
+# -- exact integer dot products of one block ---------------------------------------------------------------------------
+
+
+def unpack_block(e: Emit, is_q4: bool, address: ir.Value) -> list[ir.Value]:
+    """Load a block as 8 steps of 64 bytes: q4_0 as unsigned nibbles, q8_0 as the ISA's dot product wants it."""
+    if is_q4:
+        packed = [e.load(V64I8, address, 64 * j) for j in range(STEPS // 2)]
+        low = [e.b.and_(p, e.fill(I8, 15, 64)) for p in packed]
+        return low + [e.b.lshr(p, e.fill(I8, 4, 64)) for p in packed]
+    steps = [e.load(V64I8, address, 64 * j) for j in range(STEPS)]
+    return [e.b.xor(s, e.fill(I8, -128, 64)) for s in steps] if e.has_vnni else steps
+
+
+def block_dot(e: Emit, is_q4: bool, weights: list[ir.Value], x: ir.Value, start: ir.Value) -> ir.Value:
+    """The exact int32 dot products of 16 rows with the 32 int8 activations at address `x`.
+
+    `start` is -8 times the sum of the activations: it takes back the 8 that q4_0 adds to every value.
+    """
+    steps = [e.load(I32, x, 4 * j) for j in range(STEPS)]
+    if e.has_vnni:
+        return _dot_vnni(e, weights, steps, start if is_q4 else e.b.shl(start, ir.Constant(I32, 4)))
+    if e.has_avx2:
+        return _dot_avx2_q4(e, weights, steps, start) if is_q4 else _dot_avx2_q8(e, weights, steps)
+    return _dot_portable(e, weights, steps, start if is_q4 else ir.Constant(I32, 0))
+
+
+def _dot_vnni(e: Emit, weights: list[ir.Value], steps: list[ir.Value], start: ir.Value) -> ir.Value:
+    total = e.splat(start)
+    for w, x in zip(weights, steps, strict=True):
+        total = e.dot(total, w, e.b.bitcast(e.splat(x), V64I8))
+    return total
+
+
+def _halves(e: Emit, value: ir.Value) -> list[ir.Value]:
+    indices = (range(32), range(32, 64))
+    return [e.b.shuffle_vector(value, value, ir.Constant(vector(I32, 32), list(i))) for i in indices]
+
+
+def _join(e: Emit, low: ir.Value, high: ir.Value) -> ir.Value:
+    return e.b.shuffle_vector(low, high, ir.Constant(vector(I32, 16), list(range(16))))
+
+
+def _byte_pairs(e: Emit, unsigned: ir.Value, signed: ir.Value) -> ir.Value:
+    return e.call("llvm.x86.avx2.pmadd.ub.sw", vector(I16), [unsigned, signed])
+
+
+def _word_pairs(e: Emit, words: ir.Value) -> ir.Value:
+    return e.call("llvm.x86.avx2.pmadd.wd", vector(I32, 8), [words, e.fill(I16, 1)])
+
+
+def _dot_avx2_q4(e: Emit, weights: list[ir.Value], steps: list[ir.Value], start: ir.Value) -> ir.Value:
+    # Two nibbles times two bytes stay below 2*15*127 = 3810: eight steps fit 16 bits, nothing saturates.
+    sums = [e.fill(I16, 0), e.fill(I16, 0)]
+    for w, x in zip(weights, steps, strict=True):
+        signed = e.b.bitcast(e.splat(x, 8), vector(I8, 32))
+        sums = [e.b.add(s, _byte_pairs(e, half, signed)) for s, half in zip(sums, _halves(e, w), strict=True)]
+    return e.b.add(_join(e, *[_word_pairs(e, s) for s in sums]), e.splat(start))
+
+
+def _dot_avx2_q8(e: Emit, weights: list[ir.Value], steps: list[ir.Value]) -> ir.Value:
+    # |w| <= 128 and |x| <= 127: a pair stays below 2*128*127 = 32512, so moving w's sign to x cannot saturate.
+    sums = [e.fill(I32, 0, 8), e.fill(I32, 0, 8)]
+    for w, x in zip(weights, steps, strict=True):
+        signed = e.b.bitcast(e.splat(x, 8), vector(I8, 32))
+        for i, half in enumerate(_halves(e, w)):
+            magnitude = e.call("llvm.abs.v32i8", half.type, [half, ir.Constant(ir.IntType(1), 0)])
+            moved = e.call("llvm.x86.avx2.psign.b", half.type, [signed, half])
+            sums[i] = e.b.add(sums[i], _word_pairs(e, _byte_pairs(e, magnitude, moved)))
+    return _join(e, *sums)
+
+
+def _dot_portable(e: Emit, weights: list[ir.Value], steps: list[ir.Value], start: ir.Value) -> ir.Value:
+    total = e.splat(start)
+    for w, x in zip(weights, steps, strict=True):
+        words = e.b.bitcast(w, V16I32)
+        for byte in range(4):
+            left = 24 - 8 * byte
+            lane = e.b.ashr(e.b.shl(words, e.fill(I32, left)), e.fill(I32, 24))
+            value = e.b.ashr(e.b.shl(x, ir.Constant(I32, left)), ir.Constant(I32, 24))
+            total = e.b.add(total, e.b.mul(lane, e.splat(value)))
+    return total
+
+
+# -- what becomes of an accumulator ----------------------------------------------------------------------------------
+
+
+def store_result(e: Emit, accumulator: ir.Value, out: ir.Value, index: ir.Value) -> None:
+    """out[index : index + 16] = accumulator (float32)."""
+    e.store(accumulator, out, e.times(index, 4))
+
+
+def add_on_grid(e: Emit, accumulator: ir.Value, out: ir.Value, index: ir.Value) -> None:
+    """out[index : index + 16] += accumulator, rounded to the grid (float64)."""
+    address = e.plus(out, e.times(index, 8))
+    e.store(e.b.fadd(e.load(V16F64, address), e.round_to_grid(accumulator)), address)
+
+
+def _store_all(e: Emit, store: Store, sums: list[ir.Value], tokens: int, out: ir.Value, stride: ir.Value) -> None:
+    for i, value in enumerate(sums):
+        group, token = divmod(i, tokens)
+        store(e, value, out, e.plus(e.times(stride, token), 16 * group))
+
+
+# -- the tiles ---------------------------------------------------------------------------------------------------------
+
+
+def block_tile(groups: int, tokens: int, store: Store, prefetch: int = 0) -> Any:
+    """Make tile(w, w_at, scales_at, x_at, x_scales_at, starts_at, blocks, x_blocks, out_at, out_stride).
+
+    Multiplies `groups` adjacent row groups of `blocks` blocks by `tokens` quantised tokens that lie `x_blocks` blocks
+    apart. Blocks go in ascending k, one FMA each: sum += float(integer dot) * (weight scale * activation scale).
+    """
+
+    @intrinsic
+    def tile(ctx, w, w_at, scales_at, x_at, x_scales_at, starts_at, blocks, x_blocks, out_at, out_stride):
+        is_q4, size = w.dtype == types.uint8, block_bytes(w)
+
+        def codegen(cg, builder, sig, args):
+            e = Emit(builder)
+            _, w_at, scales_at, x_at, x_scales_at, starts_at, blocks, x_blocks, out_at, out_stride = args
+            w_group = [e.plus(w_at, e.times(blocks, size * g)) for g in range(groups)]
+            s_group = [e.plus(scales_at, e.times(blocks, 32 * g)) for g in range(groups)]
+            x_token = [e.plus(x_at, e.times(x_blocks, 32 * t)) for t in range(tokens)]
+            xs_token = [e.plus(x_scales_at, e.times(x_blocks, 4 * t)) for t in range(tokens)]
+            start_token = [e.plus(starts_at, e.times(x_blocks, 4 * t)) for t in range(tokens)]
+
+            def body(i, sums):
+                new = []
+                for g in range(groups):
+                    here = e.plus(w_group[g], e.times(i, size))
+                    for line in range(0, size if prefetch else 0, 64):
+                        e.prefetch(here, line + prefetch)
+                    weights = unpack_block(e, is_q4, here)
+                    scale = e.half_to_float(e.load(V16I16, s_group[g], e.times(i, 32)))
+                    for t in range(tokens):
+                        start = e.load(I32, start_token[t], e.times(i, 4))
+                        dot = block_dot(e, is_q4, weights, e.plus(x_token[t], e.times(i, 32)), start)
+                        x_scale = e.splat(e.load(F32, xs_token[t], e.times(i, 4)))
+                        product = e.b.fmul(scale, x_scale)
+                        new.append(e.fma(e.b.sitofp(dot, V16F32), product, sums[g * tokens + t]))
+                return new
+
+            sums = e.loop(blocks, 1, [e.fill(F32, 0.0)] * (groups * tokens), body)
+            _store_all(e, store, sums, tokens, out_at, out_stride)
+            return cg.get_dummy_value()
+
+        return types.void(w, *[types.uintp] * 5, types.intp, types.intp, types.uintp, types.intp), codegen
+
+    return tile
+
+
+def load_row_lanes(e: Emit, dtype: types.Type, address: ir.Value) -> ir.Value:
+    """16 weights of a float type as float32."""
+    if dtype == types.float32:
+        return e.load(V16F32, address)
+    bits = e.load(V16I16, address)
+    return e.half_to_float(bits) if dtype == types.int16 else e.bfloat_to_float(bits)
+
+
+def float_tile(groups: int, tokens: int, store: Store) -> Any:
+    """Make tile(w, w_at, x_at, k, x_stride, out_at, out_stride): as block_tile, for f32, f16 and bf16 weights.
+
+    One FMA for each k in ascending order: sum += weight * activation.
+    """
+
+    @intrinsic
+    def tile(ctx, w, w_at, x_at, k, x_stride, out_at, out_stride):
+        size = 16 * w.dtype.bitwidth // 8
+
+        def codegen(cg, builder, sig, args):
+            e = Emit(builder)
+            _, w_at, x_at, k, x_stride, out_at, out_stride = args
+            w_group = [e.plus(w_at, e.times(k, size * g)) for g in range(groups)]
+            x_token = [e.plus(x_at, e.times(x_stride, 4 * t)) for t in range(tokens)]
+
+            def body(i, sums):
+                for u in range(UNROLL):
+                    weights = [load_row_lanes(e, w.dtype, e.plus(a, e.times(i, size), size * u)) for a in w_group]
+                    x = [e.splat(e.load(F32, a, e.times(i, 4), 4 * u)) for a in x_token]
+                    sums = [e.fma(weights[g], x[t], sums[g * tokens + t]) for g in range(groups) for t in range(tokens)]
+                return sums
+
+            sums = e.loop(k, UNROLL, [e.fill(F32, 0.0)] * (groups * tokens), body)
+            _store_all(e, store, sums, tokens, out_at, out_stride)
+            return cg.get_dummy_value()
+
+        return types.void(w, types.uintp, types.uintp, types.intp, types.intp, types.uintp, types.intp), codegen
+
+    return tile

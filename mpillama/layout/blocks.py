@@ -1,0 +1,62 @@
+"""Quantisation in blocks of 32, value for value and rounding for rounding that of GGML's Q8_0 and Q4_0.
+
+Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md and the reference quantiser of the gguf package.
+"""
+
+import numpy as np
+
+from mpillama.layout.weight_types import BLOCK
+
+Float32 = np.ndarray
+Blocks = tuple[np.ndarray, np.ndarray]
+
+
+def _round_half_away(x: Float32) -> Float32:
+    """Round to the nearest integer, halves away from zero, as C's roundf."""
+    magnitude = np.abs(x)
+    whole = np.floor(magnitude)
+    rounded: Float32 = np.copysign(whole + (magnitude - whole >= 0.5), x)
+    return rounded
+
+
+def _inverse(scale: np.ndarray) -> np.ndarray:
+    """Return 1 / scale, 0 where the scale is 0 (a block of zeros)."""
+    with np.errstate(divide="ignore"):
+        return np.where(scale == 0, np.float32(0), np.float32(1) / scale)
+
+
+def quantise_q8_0(x: Float32) -> Blocks:
+    """Quantise float32 [rows, k] to int8 [rows, k/32, 32] and float16 scales [rows, k/32]: value = q * scale."""
+    blocks = x.reshape(len(x), -1, BLOCK)
+    scale = np.abs(blocks).max(axis=2) / np.float32(127)
+    values = _round_half_away(blocks * _inverse(scale)[:, :, None])
+    return values.astype(np.int8), _as_float16(scale)
+
+
+def quantise_q4_0(x: Float32) -> Blocks:
+    """Quantise float32 [rows, k] to nibbles uint8 [rows, k/32, 32] and float16 scales: value = (nibble - 8) * scale.
+
+    The element of largest magnitude becomes -8. Computed in float64: in float32 the reference's own result depends on
+    whether its compiler fused the multiply and the add.
+    """
+    blocks = x.reshape(len(x), -1, BLOCK)
+    largest = np.take_along_axis(blocks, np.abs(blocks).argmax(axis=2)[:, :, None], axis=2)[:, :, 0]
+    scale = largest / np.float32(-8)
+    shifted = blocks.astype(np.float64) * _inverse(scale).astype(np.float64)[:, :, None] + 8.5
+    return np.clip(np.trunc(shifted), 0, 15).astype(np.uint8), _as_float16(scale)
+
+
+def _as_float16(scale: np.ndarray) -> np.ndarray:
+    """Round scales to float16; a scale beyond its range becomes infinity, as in the reference."""
+    with np.errstate(over="ignore"):
+        return scale.astype(np.float16)
+
+
+def dequantise_q8_0(values: np.ndarray, scales: np.ndarray) -> Float32:
+    """Return float32 [rows, k] from what quantise_q8_0 gave."""
+    return (values.astype(np.float32) * scales.astype(np.float32)[:, :, None]).reshape(len(values), -1)
+
+
+def dequantise_q4_0(nibbles: np.ndarray, scales: np.ndarray) -> Float32:
+    """Return float32 [rows, k] from what quantise_q4_0 gave."""
+    return dequantise_q8_0(nibbles.astype(np.int8) - np.int8(8), scales)

@@ -1,0 +1,67 @@
+"""The KV cache of a rank's heads, in blocks of 64 positions, and the step that reads and writes it."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from mpillama.model.config import ModelConfig
+from mpillama.model.partition import Partition
+
+BLOCK_POSITIONS = 64
+KV_DTYPES: dict[str, np.dtype[np.generic]] = {"f16": np.dtype(np.int16), "f32": np.dtype(np.float32)}
+"""float16 is held as bit patterns."""
+
+
+def blocks_for(positions: int) -> int:
+    """Cache blocks that hold this many positions."""
+    return -(-positions // BLOCK_POSITIONS)
+
+
+def cache_bytes(config: ModelConfig, part: Partition, blocks: int, kv_type: str) -> int:
+    """Bytes of a rank's cache of `blocks` blocks."""
+    values = config.num_hidden_layers * blocks * BLOCK_POSITIONS * len(part.kv_heads) * config.padded_head_dim
+    return 2 * values * KV_DTYPES[kv_type].itemsize
+
+
+class KVCache:
+    """Keys [blocks, kv_heads, head_dim, 64] and values [blocks, kv_heads, 64, head_dim] of each layer."""
+
+    def __init__(self, config: ModelConfig, part: Partition, blocks: int, kv_type: str):
+        heads, head_dim, dtype = len(part.kv_heads), config.padded_head_dim, KV_DTYPES[kv_type]
+        key_shape = (blocks, heads, head_dim, BLOCK_POSITIONS)
+        value_shape = (blocks, heads, BLOCK_POSITIONS, head_dim)
+        # Zeroed memory costs nothing until its pages are written.
+        self.keys = [np.zeros(key_shape, dtype) for _ in range(config.num_hidden_layers)]
+        self.values = [np.zeros(value_shape, dtype) for _ in range(config.num_hidden_layers)]
+        self.blocks = blocks
+
+
+@dataclass(frozen=True)
+class Step:
+    """The tokens that go through the model together, from one or more sequences.
+
+    token_ids, positions int32 [tokens]; slots int64 [tokens]: where each token's key and value go (block * 64 + place);
+    segments int64 [sequences, 3]: first token, number of tokens, first position; tables int64 [sequences, blocks]:
+    each sequence's cache blocks; logit_rows int64: the tokens whose logits are wanted.
+    """
+
+    token_ids: np.ndarray
+    positions: np.ndarray
+    slots: np.ndarray
+    segments: np.ndarray
+    tables: np.ndarray
+    logit_rows: np.ndarray
+
+
+def single_sequence_step(token_ids: np.ndarray, start: int, table: np.ndarray, logits: int) -> Step:
+    """Make the step of one sequence's tokens from position `start` on, with the logits of its last `logits` tokens."""
+    count = len(token_ids)
+    positions = np.arange(start, start + count)
+    return Step(
+        token_ids=np.ascontiguousarray(token_ids, np.int32),
+        positions=positions.astype(np.int32),
+        slots=table[positions // BLOCK_POSITIONS] * BLOCK_POSITIONS + positions % BLOCK_POSITIONS,
+        segments=np.array([[0, count, start]], np.int64),
+        tables=table[None].astype(np.int64),
+        logit_rows=np.arange(count - logits, count),
+    )

@@ -1,0 +1,119 @@
+"""This rank's slices of all weights, read straight to the place where the kernels use them."""
+
+import mmap
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from mpillama.layout.weight_types import round_up
+from mpillama.model.config import ModelConfig
+from mpillama.model.linear import Matrix
+from mpillama.model.partition import Partition
+from mpillama.model.tensors import EMBEDDING, FINAL_NORM, LM_HEAD, Split, TensorSpec, layer_prefix
+
+Read = Callable[[TensorSpec, range, Sequence[np.ndarray]], None]
+"""Fills the arrays of a tensor with a range of its units."""
+
+ARENA_ALIGNMENT = 4096
+
+
+@dataclass(frozen=True)
+class LayerWeights:
+    """One decoder layer, in Hugging Face's names."""
+
+    input_layernorm: np.ndarray
+    q_proj: Matrix
+    k_proj: Matrix
+    v_proj: Matrix
+    o_proj: Matrix
+    post_attention_layernorm: np.ndarray
+    gate_proj: Matrix
+    up_proj: Matrix
+    down_proj: Matrix
+
+
+@dataclass(frozen=True)
+class Weights:
+    """All weights of a rank; with tied embeddings `lm_head` is `embed_tokens`."""
+
+    embed_tokens: Matrix
+    layers: tuple[LayerWeights, ...]
+    norm: np.ndarray
+    lm_head: Matrix
+    bytes: int
+
+
+def slice_shapes(spec: TensorSpec, part: Partition) -> list[tuple[str, tuple[int, ...]]]:
+    """The dtypes and shapes of the arrays that this rank holds of a tensor."""
+    units = len(spec.units_of(part))
+    return [(a.dtype, (units * a.entries, *a.shape[1:])) for a in spec.arrays()]
+
+
+def slice_bytes(specs: Sequence[TensorSpec], part: Partition) -> int:
+    """Bytes of this rank's slices of all tensors."""
+    return sum(_array_bytes(dtype, shape) for spec in specs for dtype, shape in slice_shapes(spec, part))
+
+
+def _array_bytes(dtype: str, shape: tuple[int, ...]) -> int:
+    count = np.dtype(dtype).itemsize
+    for length in shape:
+        count *= length
+    return count
+
+
+class Arena:
+    """One anonymous mapping for all weights, in huge pages where the system has them."""
+
+    def __init__(self, size: int):
+        self.memory = mmap.mmap(-1, max(size, 1))
+        if hasattr(mmap, "MADV_HUGEPAGE"):
+            self._advise_huge_pages()
+        self.used = 0
+
+    def _advise_huge_pages(self) -> None:
+        try:
+            self.memory.madvise(mmap.MADV_HUGEPAGE)
+        except OSError:
+            return  # a kernel without transparent huge pages: only slower
+
+    def take(self, dtype: str, shape: tuple[int, ...]) -> np.ndarray:
+        """Return an unfilled array at the next aligned address."""
+        start, count = self.used, _array_bytes(dtype, shape)
+        self.used = round_up(start + count, ARENA_ALIGNMENT)
+        return np.ndarray(shape, dtype, self.memory, start) if count else np.empty(shape, dtype)
+
+
+def arena_bytes(specs: Sequence[TensorSpec], part: Partition) -> int:
+    """Bytes of the mapping that holds this rank's slices."""
+    shapes = [shape for spec in specs for shape in slice_shapes(spec, part)]
+    return sum(round_up(_array_bytes(*shape), ARENA_ALIGNMENT) for shape in shapes)
+
+
+def load_weights(
+    config: ModelConfig, specs: Sequence[TensorSpec], part: Partition, read: Read, threads: int
+) -> Weights:
+    """Allocate this rank's slices and fill them with `read`, tensor by tensor."""
+    arena = Arena(arena_bytes(specs, part))
+    loaded: dict[str, Matrix | np.ndarray] = {}
+    for spec in specs:
+        arrays = [arena.take(dtype, shape) for dtype, shape in slice_shapes(spec, part)]
+        read(spec, spec.units_of(part), arrays)
+        loaded[spec.name] = arrays[0] if spec.split is Split.REPLICATED else _matrix(spec, arrays, threads)
+    return _assemble(config, loaded, slice_bytes(specs, part))
+
+
+def _matrix(spec: TensorSpec, arrays: Sequence[np.ndarray], threads: int) -> Matrix:
+    scales = arrays[1].view(np.uint16) if spec.weight_type.quantised else None
+    return Matrix(spec.weight_type, spec.weight_type.view(arrays[0]), scales, threads)
+
+
+def _assemble(config: ModelConfig, loaded: dict[str, Matrix | np.ndarray], size: int) -> Weights:
+    layers = []
+    for layer in range(config.num_hidden_layers):
+        prefix = layer_prefix(layer)
+        fields = {name.removeprefix(prefix): value for name, value in loaded.items() if name.startswith(prefix)}
+        layers.append(LayerWeights(**{name.split(".")[-2]: value for name, value in fields.items()}))  # type: ignore[arg-type]
+    embedding = loaded[EMBEDDING]
+    head = loaded.get(LM_HEAD, embedding)
+    return Weights(embedding, tuple(layers), loaded[FINAL_NORM], head, size)  # type: ignore[arg-type]

@@ -1,0 +1,170 @@
+"""What the user may choose: one frozen dataclass for each command.
+
+Defaults are written into the help by hand, because argparse-dataclass prints MISSING for them; a test compares.
+"""
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, NoReturn, Optional
+
+import argparse_dataclass
+
+from mpillama import __version__
+from mpillama.errors import UserError
+
+# argparse-dataclass evaluates the annotations itself and knows Optional[int], not int | None.
+# ruff: noqa: UP045
+
+DESCRIPTION = """\
+Run Llama-family language models over MPI: every rank loads its own slices from one shared file.
+
+  mpirun -n 4 python -m mpillama                                   a story from the demo model
+  mpirun -n 4 python -m mpillama --model M.h5 --prompt "Hello"     continue a text
+  mpirun -n 4 python -m mpillama chat --model M.h5                 talk to a model
+  python -m mpillama inspect M.h5                                  what is in a file (needs no MPI)
+  mpirun -n 4 python -m mpillama doctor                            check MPI, threads and processors
+
+Without a command, `generate` runs. `python -m mpillama COMMAND --help` explains the command's options.
+Environment: MPILLAMA_ISA (vnni512, avx2, portable) forces the instruction set, MPILLAMA_CACHE_DIR says where compiled
+kernels are kept (default: the node's temporary directory)."""
+
+
+def option(text: str, default: Any = None, **metadata: Any) -> Any:
+    """A field with its help text."""
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata={"help": text, **metadata})
+    return field(default=default, metadata={"help": text, **metadata})
+
+
+def positional(name: str, text: str) -> Any:
+    """A required field that is given without a flag."""
+    return field(metadata={"args": [name], "help": text})
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunOptions:
+    """Options of every command that loads a model."""
+
+    model: Optional[str] = option("model file (default: data/demo.h5)", metavar="PATH")
+    max_seq_len: Optional[int] = option(
+        "most tokens of prompt and answer together (default: the model's own context)", metavar="TOKENS"
+    )
+    kv_type: str = option("type of the KV cache (default: f16)", "f16", choices=["f16", "f32"])
+    threads: Optional[int] = option(
+        "threads of each rank (default: the cores this rank may use, shared fairly with the ranks on them)",
+        metavar="COUNT",
+    )
+    prefill_chunk: int = option("prompt tokens computed together (default: 256)", 256, metavar="TOKENS")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingFlags:
+    """Options that choose the next token."""
+
+    max_tokens: int = option("most tokens to generate (default: 256)", 256, metavar="TOKENS")
+    temperature: float = option("randomness; 0 always takes the likeliest token (default: 0.8)", 0.8, metavar="T")
+    top_k: int = option("keep the K likeliest tokens, 0 for all (default: 0)", 0, metavar="K")
+    top_p: float = option(
+        "keep the likeliest tokens up to this probability together (default: 0.95)", 0.95, metavar="P"
+    )
+    min_p: float = option("drop tokens below this share of the likeliest one (default: 0.0)", 0.0, metavar="P")
+    repetition_penalty: float = option("divide the logits of tokens seen before (default: 1.0)", 1.0, metavar="X")
+    presence_penalty: float = option("subtract once from tokens generated before (default: 0.0)", 0.0, metavar="X")
+    frequency_penalty: float = option("subtract for each time a token was generated (default: 0.0)", 0.0, metavar="X")
+    logit_bias: list[str] = option(
+        "add to the logits of tokens before anything else: ID=BIAS ...", [], nargs="*", metavar="ID=BIAS"
+    )
+    seed: Optional[int] = option("the same seed gives the same text (default: a new one, reported)", metavar="N")
+    stop: list[str] = option("end before any of these texts", [], nargs="*", metavar="TEXT")
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerateOptions(RunOptions, SamplingFlags):
+    """Options of `generate`."""
+
+    prompt: str = option(
+        "text to continue, or - to read it from standard input (default: Once upon a time)",
+        "Once upon a time",
+        metavar="TEXT",
+    )
+    prompt_token_ids: Optional[str] = option("token ids to continue instead of a text", metavar="1,2,3")
+    chat: bool = option("put the prompt into the model's chat template as a user's message", False)
+    raw: bool = option("continue the prompt as it is; this is what happens without --chat", False)
+    quiet: bool = option("print the generated text only: no prompt, no progress, no closing line", False)
+    json: bool = option("print one JSON object instead of streaming text", False)
+    logits_out: Optional[str] = option(
+        "write the logits each sampled token came from, float32 [steps, vocab]", metavar="FILE.npy"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChatOptions(RunOptions, SamplingFlags):
+    """Options of `chat`."""
+
+    system: Optional[str] = option("the system message to begin with", metavar="TEXT")
+    quiet: bool = option("no progress and no closing lines", False)
+
+
+@dataclass(frozen=True)
+class InspectOptions:
+    """Options of `inspect`."""
+
+    file: str = positional("file", "model file")
+    json: bool = option("print one JSON object", False)
+
+
+@dataclass(frozen=True)
+class DoctorOptions:
+    """Options of `doctor`."""
+
+    threads: Optional[int] = option("threads of each rank, as for generate", metavar="COUNT")
+    json: bool = option("print one JSON object", False)
+
+
+COMMANDS: dict[str, tuple[type, str]] = {
+    "generate": (GenerateOptions, "continue a text (the default command)"),
+    "chat": (ChatOptions, "talk to a model"),
+    "inspect": (InspectOptions, "show what is in a model file"),
+    "doctor": (DoctorOptions, "check MPI, ranks, threads and instruction sets"),
+}
+
+
+class _Parser(argparse_dataclass.ArgumentParser):  # type: ignore[misc]
+    """Reports a mistake as one sentence."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raise instead of printing the usage on every rank."""
+        raise UserError(f"{message}; `{self.prog} --help` shows the options.")
+
+
+class _CommandParser(argparse.ArgumentParser):
+    """As _Parser, for the program itself."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raise instead of printing the usage on every rank."""
+        raise UserError(f"{message}; `{self.prog} --help` shows the commands.")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Return the parser of the whole program."""
+    parser = _CommandParser(
+        prog="mpillama", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--version", action="version", version=f"mpillama {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", parser_class=_Parser)
+    for name, (options_class, text) in COMMANDS.items():
+        commands.add_parser(name, options_class=options_class, help=text, description=text.capitalize() + ".")
+    return parser
+
+
+def parse(arguments: Sequence[str]) -> tuple[str, Any]:
+    """Return the command and its options; UserError for a mistake. Ends the program after --help and --version."""
+    first = arguments[0] if arguments else ""
+    if first not in COMMANDS and first not in ("-h", "--help", "--version"):
+        if first and not first.startswith("-"):
+            raise UserError(f"unknown command {first!r}: choose one of {', '.join(COMMANDS)}, or begin with an option.")
+        arguments = ["generate", *arguments]
+    values = vars(build_parser().parse_args(list(arguments)))
+    command = values.pop("command")
+    return command, COMMANDS[command][0](**values)

@@ -1,0 +1,151 @@
+"""`chat`: talk to a model; the conversation stays in the KV cache."""
+
+import signal
+import sys
+from types import FrameType
+from typing import Any
+
+import numpy as np
+
+from mpillama.errors import UserError
+from mpillama.options import ChatOptions
+from mpillama.text.sampler import Sampler
+from mpillama.tools.running import Run, run_on_all_ranks, sampling_options
+
+HELP = "/reset forgets the conversation, /system TEXT sets the system message, /quit leaves; Ctrl-C stops an answer."
+Message = dict[str, Any]
+
+
+def chat(options: ChatOptions) -> int:
+    """Run the command; returns the exit status."""
+    sampling_options(options)
+    # A launcher passes Ctrl-C on to every rank: only rank 0 acts on it, and not before it can answer.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    return run_on_all_ranks(options, options.quiet, lambda run: Conversation(run, options).run())
+
+
+class Interrupt:
+    """Ctrl-C while an answer is printed: noted, and acted on between two tokens."""
+
+    def __init__(self) -> None:
+        self.raised = False
+
+    def listen(self) -> None:
+        """Note the signal from now on."""
+        self.raised = False
+        signal.signal(signal.SIGINT, self._note)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.raised = True
+
+
+class Conversation:
+    """Messages of a chat and the tokens that the cache holds of them."""
+
+    def __init__(self, run: Run, options: ChatOptions):
+        self.run_state = run
+        self.options = options
+        self.template = run.chat_template
+        self.interrupt = Interrupt()
+        self.cached: list[int] = []
+        self.turn = 0
+        self.messages: list[Message] = []
+        self._reset(options.system)
+
+    def run(self) -> int:
+        """Answer until the input ends; returns the exit status."""
+        if not self.options.quiet:
+            sys.stderr.write(HELP + "\n")
+        while (line := self._read_line()) is not None:
+            text = line.strip()
+            if text == "/quit":
+                break
+            if text.startswith("/"):
+                self._command(text)
+            elif text:
+                self._answer(text)
+        return 0
+
+    def _read_line(self) -> str | None:
+        """The next line, None at the end of input; Ctrl-C at the prompt begins a new line."""
+        while True:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            try:
+                return input("> " if not self.options.quiet else "")
+            except EOFError:
+                sys.stdout.write("\n")
+                return None
+            except KeyboardInterrupt:
+                sys.stdout.write("\n(/quit leaves)\n")
+            finally:
+                self.interrupt.listen()
+
+    def _command(self, text: str) -> None:
+        name, _, argument = text.partition(" ")
+        if name == "/reset":
+            self._reset(self._system_message())
+        elif name == "/system" and argument:
+            self._reset(argument)
+        else:
+            sys.stderr.write(HELP + "\n")
+
+    def _reset(self, system: str | None) -> None:
+        """Begin anew; what the cache shares with the next prompt is kept by itself."""
+        self.messages = [{"role": "system", "content": system}] if system else []
+
+    def _system_message(self) -> str | None:
+        first = self.messages[:1]
+        return first[0]["content"] if first and first[0]["role"] == "system" else None
+
+    def _answer(self, text: str) -> None:
+        """Stream the answer to a message; a message that does not fit is told and dropped."""
+        self.messages.append({"role": "user", "content": text})
+        try:
+            answer = self._stream(self.run_state.tokenizer.encode(self.template.render(self.messages)))
+        except UserError as error:
+            self.messages.pop()
+            sys.stderr.write(f"mpillama: {error} /reset begins a new conversation.\n")
+            return
+        self.messages.append({"role": "assistant", "content": answer})
+
+    def _stream(self, prompt_ids: list[int]) -> str:
+        """Run what the cache does not hold yet of the prompt, print the answer and return it."""
+        from mpillama.engine.generate import Generation, text_pieces
+
+        run, options = self.run_state, self.options
+        keep = common_prefix(self.cached, prompt_ids[:-1])
+        run.session.truncate(keep)
+        sampler = Sampler(self._sampling(), run.loaded.file.config.vocab_size, prompt_ids)
+        generation = Generation(prompt_ids)
+        pieces = text_pieces(
+            run.session, run.tokenizer, sampler, options.stop, options.max_tokens, generation, prompt_ids[keep:]
+        )
+        self.cached = self.cached[:keep]
+        for piece in pieces:
+            sys.stdout.write(piece)
+            sys.stdout.flush()
+            if self.interrupt.raised:
+                sys.stdout.write(" (stopped)")
+                break
+        sys.stdout.write("\n")
+        self.cached = (prompt_ids + generation.token_ids)[: run.session.length]
+        return generation.text
+
+    def _sampling(self) -> Any:
+        """The sampling options; a given seed gives each turn a seed of its own."""
+        options = sampling_options(self.options)
+        if options.seed is None:
+            return options
+        self.turn += 1
+        fields = {**vars(options), "seed": int(np.random.SeedSequence([options.seed, self.turn]).generate_state(1)[0])}
+        return type(options)(**fields)
+
+
+def common_prefix(a: list[int], b: list[int]) -> int:
+    """How many first elements two lists share."""
+    shared = 0
+    for x, y in zip(a, b, strict=False):
+        if x != y:
+            break
+        shared += 1
+    return shared

@@ -1,0 +1,39 @@
+"""Progress and numbers for people, on standard error; silent where nobody watches."""
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+
+
+def watched(quiet: bool) -> bool:
+    """Whether a person sees standard error."""
+    return not quiet and sys.stderr.isatty()
+
+
+def load_progress(is_root: bool, quiet: bool) -> Callable[[int], AbstractContextManager[Callable[[int], None]]]:
+    """Return what opens a bar over a number of bytes on rank 0's terminal, with GB/s."""
+
+    @contextmanager
+    def silent(total: int) -> Iterator[Callable[[int], None]]:
+        yield lambda count: None
+
+    @contextmanager
+    def bar(total: int) -> Iterator[Callable[[int], None]]:
+        from rich.console import Console
+        from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+
+        columns = TextColumn("loading rank 0's slices"), BarColumn(), DownloadColumn(), TransferSpeedColumn()
+        with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+            task = progress.add_task("", total=total)
+            yield lambda count: progress.advance(task, count)
+
+    return bar if is_root and watched(quiet) else silent
+
+
+def in_units(count: float) -> str:
+    """A number of bytes as people read it: 1.5 GB (powers of 1000)."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} TB"

@@ -1,0 +1,114 @@
+"""`doctor`: what this run would have: MPI, hosts, cores, threads, instruction set, Slurm; with advice."""
+
+import json
+import os
+import platform
+import sys
+from typing import Any
+
+from mpillama import __version__
+from mpillama.comm.launcher import launched_size
+from mpillama.comm.start import World, mpi_library, start_mpi
+from mpillama.kernels.target import Target, prepare, requested_isa, start_threads
+from mpillama.options import DoctorOptions
+
+SLURM_VARIABLES = (
+    "SLURM_JOB_ID",
+    "SLURM_NNODES",
+    "SLURM_NTASKS",
+    "SLURM_CPUS_PER_TASK",
+    "SLURM_MEM_PER_NODE",
+    "SLURM_JOB_END_TIME",
+)
+
+
+def doctor(options: DoctorOptions) -> int:
+    """Print the report on rank 0; returns the exit status."""
+    with start_mpi(options.threads, refuse=False) as world:
+        target = world.comm.together(lambda: prepare(requested_isa(), world.threads, world.comm.yields))
+        ranks = world.comm.gather(_describe_rank(world, target))
+        if world.comm.is_root:
+            report = _report(world, ranks)
+            sys.stdout.write(json.dumps(report, indent=2) + "\n") if options.json else _print(report)
+    return 0
+
+
+def _describe_rank(world: World, target: Target) -> dict[str, Any]:
+    return {
+        "rank": world.comm.rank,
+        "host": os.uname().nodename,
+        "cores": sorted(os.sched_getaffinity(0)),
+        "threads": target.threads,
+        "threading_layer": start_threads(),
+        "isa": target.isa.name,
+        "kernel_cache": target.cache_directory,
+        "oversubscribed": world.comm.yields,
+    }
+
+
+def _report(world: World, ranks: list[dict[str, Any]]) -> dict[str, Any]:
+    variable, launched = launched_size()
+    report = {
+        "mpillama": __version__,
+        "python": platform.python_version(),
+        "mpi": mpi_library(),
+        "ranks": world.comm.size,
+        "launched": {"variable": variable, "processes": launched},
+        "slurm": {name: os.environ[name] for name in SLURM_VARIABLES if name in os.environ},
+        "per_rank": ranks,
+    }
+    return {**report, "advice": advice(report)}
+
+
+def advice(report: dict[str, Any]) -> list[str]:
+    """What should be changed, a sentence each; empty if all is well."""
+    ranks, found = report["per_rank"], []
+    if report["launched"]["processes"] > 1 and report["ranks"] == 1:
+        found.append(
+            f"{report['launched']['processes']} processes were launched, but MPI connects none of them: "
+            "use `srun --mpi=pmi2`, or the mpirun of the MPI library named above."
+        )
+    if any(r["oversubscribed"] for r in ranks):
+        found.append("More threads than cores on a host: start fewer ranks or give fewer --threads.")
+    idle = sum(max(0, len(r["cores"]) - r["threads"]) for r in ranks if not _shares_cores(r, ranks))
+    if idle:
+        found.append(f"{idle} cores are not used: raise --threads.")
+    if len({r["isa"] for r in ranks}) > 1:
+        found.append("Hosts have different instruction sets: answers are the same, the slowest host sets the pace.")
+    if any(r["isa"] == "portable" for r in ranks):
+        found.append("The portable kernels are slow: a CPU with AVX2 or AVX-512 VNNI is much faster.")
+    return found
+
+
+def _shares_cores(rank: dict[str, Any], ranks: list[dict[str, Any]]) -> bool:
+    return any(r is not rank and r["host"] == rank["host"] and set(r["cores"]) & set(rank["cores"]) for r in ranks)
+
+
+def _print(report: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    console, facts = Console(), Table(show_header=False, box=None)
+    for key in ("mpillama", "python", "mpi", "ranks"):
+        facts.add_row(key, str(report[key]))
+    for key, value in report["slurm"].items():
+        facts.add_row(key, value)
+    console.print(facts)
+    table = Table("rank", "host", "cores it may use", "threads", "threading", "instructions")
+    for r in report["per_rank"]:
+        row = (r["rank"], r["host"], core_list(r["cores"]), r["threads"], r["threading_layer"], r["isa"])
+        table.add_row(*map(str, row))
+    console.print(table)
+    for sentence in report["advice"] or ["All is well."]:
+        console.print(sentence)
+
+
+def core_list(cores: list[int]) -> str:
+    """Core numbers as the taskset command writes them: 0-3,8."""
+    parts: list[list[int]] = []
+    for core in cores:
+        if parts and core == parts[-1][-1] + 1:
+            parts[-1][1:] = [core]
+        else:
+            parts.append([core])
+    return ",".join("-".join(map(str, p)) for p in parts)

@@ -1,0 +1,120 @@
+"""`generate`: continue a text."""
+
+import json
+import sys
+from dataclasses import asdict
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from mpillama.errors import UserError
+from mpillama.options import GenerateOptions
+from mpillama.text.sampler import Sampler
+from mpillama.tools.running import (
+    Run,
+    closing_line,
+    communication_share,
+    run_on_all_ranks,
+    sampling_options,
+)
+
+if TYPE_CHECKING:
+    from mpillama.engine.generate import Generation
+
+
+def generate(options: GenerateOptions) -> int:
+    """Run the command; returns the exit status."""
+    if options.chat and options.raw:
+        raise UserError("--chat and --raw exclude each other: give one of them.")
+    sampling_options(options)
+    _given_token_ids(options)
+    return run_on_all_ranks(options, options.quiet or options.json, lambda run: _generate(run, options))
+
+
+def _generate(run: Run, options: GenerateOptions) -> int:
+    from mpillama.engine.generate import Generation, text_pieces
+
+    prompt_ids = _prompt_ids(run, options)
+    sampler = Sampler(sampling_options(options), run.loaded.file.config.vocab_size, prompt_ids)
+    generation = Generation(prompt_ids, logits=[] if options.logits_out else None)
+    pieces = text_pieces(run.session, run.tokenizer, sampler, options.stop, options.max_tokens, generation, prompt_ids)
+    if not (options.json or options.quiet or options.chat):
+        _print(run.tokenizer.decode(prompt_ids))
+    for piece in pieces:
+        if not options.json:
+            _print(piece)
+    _finish(run, options, generation, sampler.seed)
+    return 0
+
+
+def _prompt_ids(run: Run, options: GenerateOptions) -> list[int]:
+    """The prompt's token ids: as given, or of the text, in the chat template if asked."""
+    given = _given_token_ids(options)
+    vocab_size = run.loaded.file.config.vocab_size
+    if given is not None:
+        for token in given:
+            if not 0 <= token < vocab_size:
+                raise UserError(f"--prompt-token-ids has {token}, but the model's ids are 0 to {vocab_size - 1}.")
+        return given
+    text = sys.stdin.read() if options.prompt == "-" else options.prompt
+    if not text:
+        raise UserError("the prompt is empty: give a text with --prompt, or - and a text on standard input.")
+    if options.chat:
+        rendered = run.chat_template.render([{"role": "user", "content": text}])
+        return run.tokenizer.encode(rendered)
+    return run.tokenizer.encode(text)
+
+
+def _given_token_ids(options: GenerateOptions) -> list[int] | None:
+    if options.prompt_token_ids is None:
+        return None
+    try:
+        return [int(part) for part in options.prompt_token_ids.split(",")]
+    except ValueError as error:
+        raise UserError(
+            f"--prompt-token-ids {options.prompt_token_ids!r} is not a list of numbers like 1,2,3."
+        ) from error
+
+
+def _print(text: str) -> None:
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
+def _finish(run: Run, options: GenerateOptions, generation: "Generation", seed: int) -> None:
+    """Print what is said after the text, and write the logits if asked."""
+    if options.logits_out:
+        np.save(options.logits_out, np.array(generation.logits, np.float32))
+    memory = run.session.memory_per_rank()
+    if options.json:
+        _print(json.dumps(_result(run, options, generation, seed, memory)) + "\n")
+        return
+    _print("\n")
+    if not options.quiet:
+        sys.stderr.write(closing_line(run, memory) + f" | seed {seed}\n")
+
+
+def _result(
+    run: Run, options: GenerateOptions, generation: "Generation", seed: int, memory: list[int]
+) -> dict[str, object]:
+    return {
+        "prompt_token_ids": generation.prompt_token_ids,
+        "token_ids": generation.token_ids,
+        "text": generation.text,
+        "finish_reason": generation.finish_reason,
+        "logits_sha256": generation.digest.hexdigest(),
+        "prefill_tokens_per_second": run.session.prefill.tokens_per_second,
+        "decode_tokens_per_second": run.session.decode.tokens_per_second,
+        "communication_share": communication_share(run),
+        "ranks": run.world.comm.size,
+        "threads": run.target.threads,
+        "rss_bytes_per_rank": memory,
+        "options": {
+            **asdict(options),
+            "model": run.loaded.file.path,
+            "max_seq_len": run.session.max_seq_len,
+            "threads": run.target.threads,
+            "seed": seed,
+            "isa": run.target.isa.name,
+        },
+    }

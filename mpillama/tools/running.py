@@ -1,0 +1,133 @@
+"""What `generate` and `chat` share: starting the ranks, texts of a model, statistics of a run."""
+
+import gc
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from mpillama.comm.failure import USER_ERROR_STATUS, stop_printing
+from mpillama.comm.start import World, start_mpi
+from mpillama.errors import UserError
+from mpillama.files.native import NativeModel
+from mpillama.kernels.target import Target, prepare, requested_isa
+from mpillama.options import RunOptions, SamplingFlags
+from mpillama.text.chat_template import ChatTemplate
+from mpillama.text.sampler import NonFiniteLogits, SamplingOptions
+from mpillama.text.tokenizer import Tokenizer
+from mpillama.tools.display import in_units, load_progress
+
+if TYPE_CHECKING:
+    from mpillama.engine.loading import LoadedModel
+    from mpillama.engine.session import Session
+
+
+@dataclass(frozen=True)
+class Run:
+    """Everything rank 0 needs to answer."""
+
+    world: World
+    target: Target
+    loaded: "LoadedModel"
+    session: "Session"
+    tokenizer: Tokenizer
+
+    @property
+    def chat_template(self) -> ChatTemplate:
+        """The model's own template; UserError if it has none."""
+        source = self.loaded.file.texts.get("chat_template.jinja")
+        if source is None:
+            raise UserError(f"{self.loaded.file.path}: the model has no chat template; use `generate` with --raw.")
+        return ChatTemplate(source.decode(), bos_token=self.tokenizer.bos_token, eos_token=self.tokenizer.eos_token)
+
+
+def run_on_all_ranks(options: RunOptions, quiet: bool, root: Callable[[Run], int]) -> int:
+    """Start MPI, load the model, let rank 0 do `root` and the others follow; returns the exit status."""
+    with start_mpi(options.threads) as world:
+        target = world.comm.together(lambda: prepare(requested_isa(), world.threads, world.comm.yields))
+        from mpillama.engine.loading import load_model, open_session  # compiles kernels for the target just prepared
+
+        loaded = load_model(options, world, target, load_progress(world.comm.is_root, quiet))
+        session = open_session(options, loaded)
+        tokenizer = world.comm.on_root_only(lambda: make_tokenizer(loaded.file))
+        gc.freeze()  # what is loaded stays: the collector need not look at it again
+        if tokenizer is None:
+            return session.follow()
+        return _lead(Run(world, target, loaded, session, tokenizer), root)
+
+
+def _lead(run: Run, root: Callable[[Run], int]) -> int:
+    """Do rank 0's work; however it ends short of a failure of the program, the other ranks are told."""
+    try:
+        status = root(run)
+    except NonFiniteLogits as error:
+        run.session.end(USER_ERROR_STATUS)
+        raise UserError(f"{run.loaded.file.path}: {error}") from error
+    except UserError:
+        run.session.end(USER_ERROR_STATUS)
+        raise
+    except BrokenPipeError:
+        status = stop_printing()
+    run.session.end(status)
+    return status
+
+
+def make_tokenizer(file: NativeModel) -> Tokenizer:
+    """The tokenizer inside a model file, with the ids that its configuration names."""
+    if "tokenizer.json" not in file.texts:
+        raise UserError(f"{file.path}: the model has no tokenizer.json inside; write the file again with one.")
+    settings = dict(file.config_json)
+    settings.update(json.loads(file.texts.get("generation_config.json", b"{}")))
+    eos = settings.get("eos_token_id")
+    eos_ids = () if eos is None else tuple(eos) if isinstance(eos, list) else (eos,)
+    bos = settings.get("bos_token_id")
+    return Tokenizer(file.texts["tokenizer.json"], bos_token_id=bos, eos_token_ids=eos_ids, add_bos=bos is not None)
+
+
+def sampling_options(flags: SamplingFlags) -> SamplingOptions:
+    """The sampler's options; UserError for a value out of range."""
+    if flags.max_tokens < 1:
+        raise UserError(f"--max-tokens is {flags.max_tokens}: ask for at least 1 token.")
+    return SamplingOptions(
+        temperature=flags.temperature,
+        top_k=flags.top_k,
+        top_p=flags.top_p,
+        min_p=flags.min_p,
+        repetition_penalty=flags.repetition_penalty,
+        presence_penalty=flags.presence_penalty,
+        frequency_penalty=flags.frequency_penalty,
+        logit_bias=dict(_parse_bias(text) for text in flags.logit_bias),
+        seed=flags.seed,
+    )
+
+
+def _parse_bias(text: str) -> tuple[int, float]:
+    token, _, bias = text.partition("=")
+    try:
+        return int(token), float(bias)
+    except ValueError as error:
+        raise UserError(f"--logit-bias {text!r} is not of the form ID=BIAS, for example 42=-1.5.") from error
+
+
+def closing_line(run: Run, memory: list[int]) -> str:
+    """Speed, communication and memory in one line."""
+    session, world = run.session, run.world
+    largest = max(range(len(memory)), key=memory.__getitem__)
+    most = f" (most: rank {largest})" if len(memory) > 1 else ""
+    return (
+        f"prefill {session.prefill.tokens} tokens, {session.prefill.tokens_per_second:.0f} tok/s | "
+        f"decode {session.decode.tokens} tokens, {session.decode.tokens_per_second:.1f} tok/s | "
+        f"communication {100 * communication_share(run):.0f} % of the time | "
+        f"memory {in_units(memory[largest])} per rank{most} | "
+        f"{_count(world.comm.size, 'rank')} x {_count(run.target.threads, 'thread')}, {run.target.isa.name}"
+    )
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
+def communication_share(run: Run) -> float:
+    """The share of rank 0's step time that went into collectives, waiting for other ranks included."""
+    seconds = run.session.prefill.seconds + run.session.decode.seconds
+    return run.world.comm.seconds / seconds if seconds else 0.0
