@@ -2,7 +2,6 @@
 
 import signal
 import sys
-from types import FrameType
 from typing import Any
 
 import numpy as np
@@ -10,6 +9,7 @@ import numpy as np
 from mpillama.errors import UserError
 from mpillama.options import ChatOptions
 from mpillama.text.sampler import Sampler
+from mpillama.tools.keyboard import Keyboard
 from mpillama.tools.running import Run, run_on_all_ranks, sampling_options
 
 HELP = "/reset forgets the conversation, /system TEXT sets the system message, /quit leaves; Ctrl-C stops an answer."
@@ -24,21 +24,6 @@ def chat(options: ChatOptions) -> int:
     return run_on_all_ranks(options, options.quiet, lambda run: Conversation(run, options).run())
 
 
-class Interrupt:
-    """Ctrl-C while an answer is printed: noted, and acted on between two tokens."""
-
-    def __init__(self) -> None:
-        self.raised = False
-
-    def listen(self) -> None:
-        """Note the signal from now on."""
-        self.raised = False
-        signal.signal(signal.SIGINT, self._note)
-
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        self.raised = True
-
-
 class Conversation:
     """Messages of a chat and the tokens that the cache holds of them."""
 
@@ -46,7 +31,7 @@ class Conversation:
         self.run_state = run
         self.options = options
         self.template = run.chat_template
-        self.interrupt = Interrupt()
+        self.keyboard = Keyboard()
         self.cached: list[int] = []
         self.turn = 0
         self.messages: list[Message] = []
@@ -56,29 +41,16 @@ class Conversation:
         """Answer until the input ends; returns the exit status."""
         if not self.options.quiet:
             sys.stderr.write(HELP + "\n")
-        while (line := self._read_line()) is not None:
-            text = line.strip()
-            if text == "/quit":
-                break
-            if text.startswith("/"):
-                self._command(text)
-            elif text:
-                self._answer(text)
+        with self.keyboard.listening():
+            while (line := self.keyboard.line("" if self.options.quiet else "> ")) is not None:
+                text = line.strip()
+                if text == "/quit":
+                    break
+                if text.startswith("/"):
+                    self._command(text)
+                elif text:
+                    self._answer(text)
         return 0
-
-    def _read_line(self) -> str | None:
-        """The next line, None at the end of input; Ctrl-C at the prompt begins a new line."""
-        while True:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
-            try:
-                return input("> " if not self.options.quiet else "")
-            except EOFError:
-                sys.stdout.write("\n")
-                return None
-            except KeyboardInterrupt:
-                sys.stdout.write("\n(/quit leaves)\n")
-            finally:
-                self.interrupt.listen()
 
     def _command(self, text: str) -> None:
         name, _, argument = text.partition(" ")
@@ -124,7 +96,7 @@ class Conversation:
         for piece in pieces:
             sys.stdout.write(piece)
             sys.stdout.flush()
-            if self.interrupt.raised:
+            if self.keyboard.interrupted:
                 sys.stdout.write(" (stopped)")
                 break
         sys.stdout.write("\n")

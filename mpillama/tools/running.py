@@ -2,6 +2,7 @@
 
 import gc
 import json
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -11,6 +12,7 @@ from mpillama.comm.start import World, start_mpi
 from mpillama.errors import UserError
 from mpillama.files.native import NativeModel
 from mpillama.kernels.target import Target, prepare, requested_isa
+from mpillama.model.partition import partition
 from mpillama.options import RunOptions, SamplingFlags
 from mpillama.text.chat_template import ChatTemplate
 from mpillama.text.sampler import NonFiniteLogits, SamplingOptions
@@ -49,6 +51,8 @@ def run_on_all_ranks(options: RunOptions, quiet: bool, root: Callable[[Run], int
 
         loaded = load_model(options, world, target, load_progress(world.comm.is_root, quiet))
         session = open_session(options, loaded)
+        if world.comm.is_root and not quiet:
+            warn_of_idle_ranks(loaded.file, world.comm.size)
         tokenizer = world.comm.on_root_only(lambda: make_tokenizer(loaded.file))
         gc.freeze()  # what is loaded stays: the collector need not look at it again
         if tokenizer is None:
@@ -70,6 +74,16 @@ def _lead(run: Run, root: Callable[[Run], int]) -> int:
         status = stop_printing()
     run.session.end(status)
     return status
+
+
+def warn_of_idle_ranks(file: NativeModel, size: int) -> None:
+    """Say so if the model has too few heads, FFN panels or vocabulary groups for all ranks."""
+    idle = sum(part.is_idle() for part in partition(file.config, size))
+    if idle:
+        sys.stderr.write(
+            f"mpillama: warning: the model is too small for {size} ranks: in parts of it {_count(idle, 'rank')} "
+            f"will have nothing to do; use {size - idle} or fewer.\n"
+        )
 
 
 def make_tokenizer(file: NativeModel) -> Tokenizer:
