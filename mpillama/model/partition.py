@@ -63,6 +63,12 @@ def partition(config: ModelConfig, size: int, weights: Sequence[float] | None = 
     return [Partition(*ranges) for ranges in zip(heads, kv_heads, panels, vocab, strict=True)]
 
 
+def most_busy_ranks(config: ModelConfig) -> int:
+    """The most ranks that all have something to do in every part of the model."""
+    panels = config.padded_intermediate_size // ffn_panel(config.intermediate_size)
+    return min(config.num_attention_heads, panels, round_up(config.vocab_size, LANES) // LANES)
+
+
 def _kv_heads(heads: range, group: int) -> range:
     """The KV heads that a range of query heads attends with."""
     if not heads:

@@ -12,7 +12,7 @@ from mpillama.comm.start import World, start_mpi
 from mpillama.errors import UserError
 from mpillama.files.native import NativeModel
 from mpillama.kernels.target import Target, prepare, requested_isa
-from mpillama.model.partition import partition
+from mpillama.model.partition import most_busy_ranks, partition
 from mpillama.options import RunOptions, SamplingFlags
 from mpillama.text.chat_template import ChatTemplate
 from mpillama.text.sampler import NonFiniteLogits, SamplingOptions
@@ -78,11 +78,10 @@ def _lead(run: Run, root: Callable[[Run], int]) -> int:
 
 def warn_of_idle_ranks(file: NativeModel, size: int) -> None:
     """Say so if the model has too few heads, FFN panels or vocabulary groups for all ranks."""
-    idle = sum(part.is_idle() for part in partition(file.config, size))
-    if idle:
+    if any(part.is_idle() for part in partition(file.config, size)):
         sys.stderr.write(
-            f"mpillama: warning: the model is too small for {size} ranks: in parts of it {_count(idle, 'rank')} "
-            f"will have nothing to do; use {size - idle} or fewer.\n"
+            f"mpillama: warning: the model is too small for {size} ranks, some have nothing to do in parts of it; "
+            f"more than {most_busy_ranks(file.config)} gain nothing.\n"
         )
 
 
