@@ -47,14 +47,14 @@ class Communicator:
     # -- the collectives of a step -----------------------------------------------------------------------------------
 
     def all_reduce(self, partial: np.ndarray) -> np.ndarray:
-        """Sum float64 [tokens, width] over ranks, in place, and return it rounded once to float32.
+        """Sum float64 [tokens, width] over ranks, in place, and return it.
 
         The addends are multiples of 2^-30, so the sum is exact and does not depend on order or number of ranks.
         """
         if self.size > 1:
             with self._timed():
                 self._complete(self.mpi.Iallreduce, MPI.IN_PLACE, partial)
-        return partial.astype(np.float32)
+        return partial
 
     def all_gather_columns(self, part: np.ndarray, widths: list[int]) -> np.ndarray:
         """Join float32 [rows, widths[rank]] of all ranks along the columns."""

@@ -54,7 +54,7 @@ def load_model(options: RunOptions, world: World, target: Target, progress: Prog
         with progress(slice_bytes(file.specs, part)) as on_bytes:
             reader = NativeReader(file, on_bytes)
             try:
-                weights = load_weights(file.config, file.specs, part, reader.read, target.threads)
+                weights = load_weights(file.config, file.specs, part, reader.read)
             finally:
                 reader.close()
         model = LlamaModel(file.config, weights, comm, target.threads)

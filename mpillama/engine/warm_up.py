@@ -45,7 +45,7 @@ def _run_all(types: list[WeightType], threads: int, kv_type: str) -> None:
 def _run_small_model(weight_type: WeightType, threads: int, kv_type: str) -> None:
     config = ModelConfig.from_hf(SMALL)
     part = partition(config, 1)[0]
-    weights = load_weights(config, tensor_specs(config, WeightTypes(weight_type)), part, _zeros, threads)
+    weights = load_weights(config, tensor_specs(config, WeightTypes(weight_type)), part, _zeros)
     model = LlamaModel(config, weights, Communicator.alone(), threads)
     cache, table = KVCache(config, part, 1, kv_type), np.zeros(1, np.int64)
     for tokens in (TOKENS, 1):

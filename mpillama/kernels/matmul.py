@@ -1,14 +1,13 @@
-"""Products of row-lane weight matrices with activations, over threads.
+"""Products of row-lane weight matrices with activations, for one thread's range of row groups.
 
-Column-parallel weights are [groups, blocks, …] and give float32 rows; row-parallel weights are
-[panels, groups, blocks, …] and give float64 partial sums on the grid, ready to be added over ranks in any order.
-Threads share the row groups; a row's result does not depend on which thread computes it.
+`scales` is None for float types: Numba then compiles the float branch only. Activations are `x` (float32 [tokens, k])
+and, for quantised types, values int8 [tokens, blocks, 32], x_scales float32 and starts int32 [tokens, blocks].
+A row's result does not depend on the thread, the tile or the other tokens.
 """
 
-import numpy as np
-from numba import njit, prange
+from numba import njit
 
-from mpillama.kernels.tiles import add_on_grid, block_tile, float_tile, store_result
+from mpillama.kernels.tiles import add_on_grid, block_tile, float_tile, panel_tile, store_result
 
 PREFETCH = 4096
 
@@ -19,9 +18,10 @@ _store_1x4 = block_tile(1, 4, store_result)
 _store_1x8 = block_tile(1, 8, store_result)
 _grid_2x1 = block_tile(2, 1, add_on_grid, PREFETCH)
 _grid_1x1 = block_tile(1, 1, add_on_grid, PREFETCH)
-_grid_1x2 = block_tile(1, 2, add_on_grid)
-_grid_1x4 = block_tile(1, 4, add_on_grid)
-_grid_1x8 = block_tile(1, 8, add_on_grid)
+_panels_1 = panel_tile(1)
+_panels_2 = panel_tile(2)
+_panels_4 = panel_tile(4)
+_panels_8 = panel_tile(8)
 
 _store_float_4x1 = float_tile(4, 1, store_result)
 _store_float_1x1 = float_tile(1, 1, store_result)
@@ -32,8 +32,69 @@ _grid_float_1x8 = float_tile(1, 8, add_on_grid)
 
 
 @njit(nogil=True, cache=True)
+def column_span(w, scales, x, values, x_scales, starts, out, first, last, in_flight):
+    """out[t, 16 first : 16 last] = the rows of groups first:last times x[t].
+
+    w [groups, blocks, 256 or 512] or [groups, k, 16], scales uint16 [groups, blocks, 16], out float32 [tokens, rows].
+    `in_flight` is the number of row groups that a single token goes through together: 1 or 2, whichever is faster.
+    """
+    if last <= first:
+        return
+    if scales is None:
+        _column_floats(w, x, out, first, last)
+    elif x_scales.shape[0] == 1:
+        _column_blocks_one(w, scales, values, x_scales, starts, out, first, last, in_flight)
+    else:
+        _column_blocks(w, scales, values, x_scales, starts, out, first, last)
+
+
+@njit(nogil=True, cache=True)
+def row_span(w, scales, x, values, x_scales, starts, out, first, last):
+    """out[t, 16 first : 16 last] = the sum over all panels of their partial products, each rounded to the grid.
+
+    w [panels, groups, blocks of a panel, 256 or 512] or [panels, groups, k of a panel, 16], scales uint16
+    [panels, groups, blocks, 16], out float64 [tokens, rows].
+    """
+    if last <= first:
+        return
+    if scales is None or w.shape[0] == 0:
+        out[:, 16 * first : 16 * last] = 0.0
+        _row_floats(w, x, out, first, last, 0, w.shape[0])
+    else:
+        _row_blocks(w, scales, values, x_scales, starts, out, first, last)
+
+
+@njit(nogil=True, cache=True)
+def row_panels_one(w, scales, x, values, x_scales, starts, out, first, last, first_panel, last_panel, in_flight):
+    """As row_span for a single token and some of the panels; out float64 [rows]."""
+    out[16 * first : 16 * last] = 0.0
+    if last <= first:
+        return
+    if scales is None:
+        _row_floats(w, x, out.reshape(1, -1), first, last, first_panel, last_panel)
+    else:
+        _row_blocks_one(w, scales, values, x_scales, starts, out, first, last, first_panel, last_panel, in_flight)
+
+
+@njit(nogil=True, cache=True)
+def _column_blocks_one(w, scales, x, x_scales, starts, out, first, last, in_flight):
+    """A single token: nothing but streaming the weights."""
+    blocks, stride = x_scales.shape[1], out.shape[1]
+    x_at, xs_at, st_at = x.ctypes.data, x_scales.ctypes.data, starts.ctypes.data
+    g = first
+    if in_flight == 2:
+        even = (last - first) // 2 * 2
+        w_at, s_at, out_at = w[g].ctypes.data, scales[g].ctypes.data, out.ctypes.data + 64 * g
+        _store_2x1(w, w_at, s_at, even, blocks, x_at, xs_at, st_at, blocks, out_at, stride)
+        g += even
+    if g < last:
+        w_at, s_at, out_at = w[g].ctypes.data, scales[g].ctypes.data, out.ctypes.data + 64 * g
+        _store_1x1(w, w_at, s_at, last - g, blocks, x_at, xs_at, st_at, blocks, out_at, stride)
+
+
+@njit(nogil=True, cache=True)
 def _column_blocks(w, scales, x, x_scales, starts, out, first, last):
-    """Row groups first:last of column_blocks."""
+    """Many tokens: each group's weights stay in the cache while the tokens pass."""
     tokens, blocks = x_scales.shape
     stride = out.shape[1]
     for g in range(first, last):
@@ -44,179 +105,98 @@ def _column_blocks(w, scales, x, x_scales, starts, out, first, last):
             out_at = out.ctypes.data + 4 * (t * stride + 16 * g)
             left = tokens - t
             if left >= 8:
-                _store_1x8(w, w_at, s_at, x_at, xs_at, st_at, blocks, blocks, out_at, stride)
+                _store_1x8(w, w_at, s_at, 1, blocks, x_at, xs_at, st_at, blocks, out_at, stride)
                 t += 8
             elif left >= 4:
-                _store_1x4(w, w_at, s_at, x_at, xs_at, st_at, blocks, blocks, out_at, stride)
+                _store_1x4(w, w_at, s_at, 1, blocks, x_at, xs_at, st_at, blocks, out_at, stride)
                 t += 4
             elif left >= 2:
-                _store_1x2(w, w_at, s_at, x_at, xs_at, st_at, blocks, blocks, out_at, stride)
+                _store_1x2(w, w_at, s_at, 1, blocks, x_at, xs_at, st_at, blocks, out_at, stride)
                 t += 2
             else:
-                _store_1x1(w, w_at, s_at, x_at, xs_at, st_at, blocks, blocks, out_at, stride)
+                _store_1x1(w, w_at, s_at, 1, blocks, x_at, xs_at, st_at, blocks, out_at, stride)
                 t += 1
 
 
 @njit(nogil=True, cache=True)
-def _column_blocks_one(w, scales, x, x_scales, starts, out, first, last):
-    """Row groups first:last of column_blocks for a single token: two groups in flight reach the memory bandwidth."""
-    blocks, stride = x_scales.shape[1], out.shape[1]
-    x_at, xs_at, st_at = x.ctypes.data, x_scales.ctypes.data, starts.ctypes.data
-    g = first
-    while g < last:
-        w_at, s_at, out_at = w[g].ctypes.data, scales[g].ctypes.data, out.ctypes.data + 64 * g
-        if last - g >= 2:
-            _store_2x1(w, w_at, s_at, x_at, xs_at, st_at, blocks, blocks, out_at, stride)
-            g += 2
-        else:
-            _store_1x1(w, w_at, s_at, x_at, xs_at, st_at, blocks, blocks, out_at, stride)
-            g += 1
-
-
-@njit(nogil=True, parallel=True, cache=True)
-def column_blocks(w, scales, x, x_scales, starts, out, threads):
-    """out[t, r] = sum over k of w[r, k] * x[t, k] for q8_0 and q4_0.
-
-    w [groups, blocks, 256 or 512], scales uint16 [groups, blocks, 16], x int8 [tokens, blocks, 32],
-    x_scales float32 [tokens, blocks], starts int32 [tokens, blocks], out float32 [tokens, 16 * groups].
-    """
-    groups = w.shape[0]
-    for thread in prange(threads):
-        first, last = groups * thread // threads, groups * (thread + 1) // threads
-        if x_scales.shape[0] == 1:
-            _column_blocks_one(w, scales, x, x_scales, starts, out, first, last)
-        else:
-            _column_blocks(w, scales, x, x_scales, starts, out, first, last)
+def _row_blocks_one(w, scales, x, x_scales, starts, out, first, last, first_panel, last_panel, in_flight):
+    """A single token, panel by panel as they lie in memory; out holds zeros."""
+    blocks, x_blocks = w.shape[2], x_scales.shape[1]
+    for p in range(first_panel, last_panel):
+        b, g = p * blocks, first
+        x_at, xs_at, st_at = x[0, b].ctypes.data, x_scales[0, b:].ctypes.data, starts[0, b:].ctypes.data
+        if in_flight == 2:
+            even = (last - first) // 2 * 2
+            w_at, s_at, out_at = w[p, g].ctypes.data, scales[p, g].ctypes.data, out.ctypes.data + 128 * g
+            _grid_2x1(w, w_at, s_at, even, blocks, x_at, xs_at, st_at, x_blocks, out_at, 0)
+            g += even
+        if g < last:
+            w_at, s_at, out_at = w[p, g].ctypes.data, scales[p, g].ctypes.data, out.ctypes.data + 128 * g
+            _grid_1x1(w, w_at, s_at, last - g, blocks, x_at, xs_at, st_at, x_blocks, out_at, 0)
 
 
 @njit(nogil=True, cache=True)
 def _row_blocks(w, scales, x, x_scales, starts, out, first, last):
-    """Row groups first:last of row_blocks."""
+    """Many tokens: all panels of a group for 8 tokens at a time."""
     tokens, x_blocks = x_scales.shape
-    panels, blocks, stride = w.shape[0], w.shape[2], out.shape[1]
+    panels, groups, blocks, stride = w.shape[0], w.shape[1], w.shape[2], out.shape[1]
     for g in range(first, last):
+        w_at, s_at = w[0, g].ctypes.data, scales[0, g].ctypes.data
         t = 0
         while t < tokens:
-            left = tokens - t
+            x_at, xs_at, st_at = x[t].ctypes.data, x_scales[t].ctypes.data, starts[t].ctypes.data
             out_at = out.ctypes.data + 8 * (t * stride + 16 * g)
-            for p in range(panels):
-                w_at, s_at = w[p, g].ctypes.data, scales[p, g].ctypes.data
-                b = p * blocks
-                x_at, xs_at, st_at = x[t, b].ctypes.data, x_scales[t, b:].ctypes.data, starts[t, b:].ctypes.data
-                if left >= 8:
-                    _grid_1x8(w, w_at, s_at, x_at, xs_at, st_at, blocks, x_blocks, out_at, stride)
-                elif left >= 4:
-                    _grid_1x4(w, w_at, s_at, x_at, xs_at, st_at, blocks, x_blocks, out_at, stride)
-                elif left >= 2:
-                    _grid_1x2(w, w_at, s_at, x_at, xs_at, st_at, blocks, x_blocks, out_at, stride)
-                else:
-                    _grid_1x1(w, w_at, s_at, x_at, xs_at, st_at, blocks, x_blocks, out_at, stride)
-            t += 8 if left >= 8 else (4 if left >= 4 else (2 if left >= 2 else 1))
-
-
-@njit(nogil=True, cache=True)
-def _row_blocks_one(w, scales, x, x_scales, starts, out, first, last):
-    """Row groups first:last of row_blocks for a single token, panel by panel as they lie in memory."""
-    panels, blocks, stride, x_blocks = w.shape[0], w.shape[2], out.shape[1], x_scales.shape[1]
-    for p in range(panels):
-        b = p * blocks
-        x_at, xs_at, st_at = x[0, b].ctypes.data, x_scales[0, b:].ctypes.data, starts[0, b:].ctypes.data
-        g = first
-        while g < last:
-            w_at, s_at, out_at = w[p, g].ctypes.data, scales[p, g].ctypes.data, out.ctypes.data + 128 * g
-            if last - g >= 2:
-                _grid_2x1(w, w_at, s_at, x_at, xs_at, st_at, blocks, x_blocks, out_at, stride)
-                g += 2
+            left = tokens - t
+            if left >= 8:
+                _panels_8(w, w_at, s_at, panels, groups, blocks, x_at, xs_at, st_at, x_blocks, out_at, stride)
+                t += 8
+            elif left >= 4:
+                _panels_4(w, w_at, s_at, panels, groups, blocks, x_at, xs_at, st_at, x_blocks, out_at, stride)
+                t += 4
+            elif left >= 2:
+                _panels_2(w, w_at, s_at, panels, groups, blocks, x_at, xs_at, st_at, x_blocks, out_at, stride)
+                t += 2
             else:
-                _grid_1x1(w, w_at, s_at, x_at, xs_at, st_at, blocks, x_blocks, out_at, stride)
-                g += 1
-
-
-@njit(nogil=True, parallel=True, cache=True)
-def row_blocks(w, scales, x, x_scales, starts, out, threads):
-    """out[t, r] = sum over this rank's panels of their partial products, each rounded to the grid; q8_0 and q4_0.
-
-    w [panels, groups, blocks of a panel, 256 or 512], scales uint16 [panels, groups, blocks, 16],
-    x, x_scales, starts as for column_blocks over all panels, out float64 [tokens, 16 * groups].
-    """
-    groups = w.shape[1]
-    for thread in prange(threads):
-        first, last = groups * thread // threads, groups * (thread + 1) // threads
-        out[:, 16 * first : 16 * last] = 0.0
-        if x_scales.shape[0] == 1:
-            _row_blocks_one(w, scales, x, x_scales, starts, out, first, last)
-        else:
-            _row_blocks(w, scales, x, x_scales, starts, out, first, last)
+                _panels_1(w, w_at, s_at, panels, groups, blocks, x_at, xs_at, st_at, x_blocks, out_at, stride)
+                t += 1
 
 
 @njit(nogil=True, cache=True)
 def _column_floats(w, x, out, first, last):
-    """Row groups first:last of column_floats."""
     tokens, k = x.shape
-    stride = out.shape[1]
-    g = first
-    while g < last:
+    stride, fours = out.shape[1], first
+    if tokens == 1:
+        fours = first + (last - first) // 4 * 4
+        out_at = out.ctypes.data + 64 * first
+        _store_float_4x1(w, w[first].ctypes.data, fours - first, k, x.ctypes.data, k, out_at, stride)
+    for g in range(fours, last):
         w_at, t = w[g].ctypes.data, 0
-        if tokens == 1 and last - g >= 4:
-            _store_float_4x1(w, w_at, x.ctypes.data, k, k, out.ctypes.data + 64 * g, stride)
-            g += 4
-            continue
         while t < tokens:
             out_at = out.ctypes.data + 4 * (t * stride + 16 * g)
             if tokens - t >= 8:
-                _store_float_1x8(w, w_at, x[t].ctypes.data, k, k, out_at, stride)
+                _store_float_1x8(w, w_at, 1, k, x[t].ctypes.data, k, out_at, stride)
                 t += 8
             else:
-                _store_float_1x1(w, w_at, x[t].ctypes.data, k, k, out_at, stride)
+                _store_float_1x1(w, w_at, 1, k, x[t].ctypes.data, k, out_at, stride)
                 t += 1
-        g += 1
-
-
-@njit(nogil=True, parallel=True, cache=True)
-def column_floats(w, x, out, threads):
-    """out[t, r] = sum over k of w[r, k] * x[t, k] for f32, f16 and bf16.
-
-    w [groups, k, 16], x float32 [tokens, k], out float32 [tokens, 16 * groups].
-    """
-    groups = w.shape[0]
-    for thread in prange(threads):
-        _column_floats(w, x, out, groups * thread // threads, groups * (thread + 1) // threads)
 
 
 @njit(nogil=True, cache=True)
-def _row_floats(w, x, out, first, last):
-    """Row groups first:last of row_floats."""
+def _row_floats(w, x, out, first, last, first_panel, last_panel):
     tokens, x_stride = x.shape
-    panels, k, stride = w.shape[0], w.shape[2], out.shape[1]
-    for p in range(panels):
-        g = first
-        while g < last:
+    k, stride, fours = w.shape[2], out.shape[1], first
+    for p in range(first_panel, last_panel):
+        if tokens == 1:
+            fours = first + (last - first) // 4 * 4
+            x_at, out_at = x[0, p * k :].ctypes.data, out.ctypes.data + 128 * first
+            _grid_float_4x1(w, w[p, first].ctypes.data, fours - first, k, x_at, x_stride, out_at, stride)
+        for g in range(fours, last):
             w_at, t = w[p, g].ctypes.data, 0
-            if tokens == 1 and last - g >= 4:
-                _grid_float_4x1(w, w_at, x[0, p * k :].ctypes.data, k, x_stride, out.ctypes.data + 128 * g, stride)
-                g += 4
-                continue
             while t < tokens:
                 x_at, out_at = x[t, p * k :].ctypes.data, out.ctypes.data + 8 * (t * stride + 16 * g)
                 if tokens - t >= 8:
-                    _grid_float_1x8(w, w_at, x_at, k, x_stride, out_at, stride)
+                    _grid_float_1x8(w, w_at, 1, k, x_at, x_stride, out_at, stride)
                     t += 8
                 else:
-                    _grid_float_1x1(w, w_at, x_at, k, x_stride, out_at, stride)
+                    _grid_float_1x1(w, w_at, 1, k, x_at, x_stride, out_at, stride)
                     t += 1
-            g += 1
-
-
-@njit(nogil=True, parallel=True, cache=True)
-def row_floats(w, x, out, threads):
-    """As row_blocks for f32, f16 and bf16: w [panels, groups, k of a panel, 16], x float32 [tokens, panels * k]."""
-    groups = w.shape[1]
-    for thread in prange(threads):
-        first, last = groups * thread // threads, groups * (thread + 1) // threads
-        out[:, 16 * first : 16 * last] = 0.0
-        _row_floats(w, x, out, first, last)
-
-
-def empty_partial(tokens: int, rows: int) -> "np.ndarray[tuple[int, int], np.dtype[np.float64]]":
-    """A float64 buffer [tokens, rows] for row_blocks or row_floats."""
-    return np.empty((tokens, rows), np.float64)

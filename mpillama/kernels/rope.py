@@ -4,10 +4,8 @@ Half-split convention: channel i turns with channel i + head_dim / 2 (https://ar
 arrangement of Hugging Face's Llama).
 """
 
-import math
-
 import numpy as np
-from numba import njit, prange, types
+from numba import njit, types
 from numba.extending import intrinsic
 
 from mpillama.kernels.emit import V16F32, Emit
@@ -67,14 +65,11 @@ def _rotate(head, cosine, sine):
         head[i + half] = high * cosine[i] + low * sine[i]
 
 
-@njit(nogil=True, parallel=True, cache=True)
-def rotate(x, cosines, sines, threads):
-    """Rotate x float32 [tokens, heads, head_dim] in place; cosines, sines float32 [tokens, true head_dim / 2]."""
-    tokens = x.shape[0]
-    for thread in prange(min(threads, tokens)):
-        for t in range(tokens * thread // threads, tokens * (thread + 1) // threads):
-            for h in range(x.shape[1]):
-                _rotate(x[t, h], cosines[t], sines[t])
+@njit(nogil=True, cache=True)
+def rotate(heads, cosine, sine):
+    """Rotate one token's heads float32 [heads, head_dim] in place; cosine, sine float32 [true head_dim / 2]."""
+    for h in range(heads.shape[0]):
+        _rotate(heads[h], cosine, sine)
 
 
 @intrinsic
@@ -91,28 +86,18 @@ def _store_lanes(ctx, cache, x_at, out_at):
     return types.void(cache, types.uintp, types.uintp), codegen
 
 
-@njit(nogil=True, parallel=True, cache=True)
-def store_keys_values(keys, values, key_cache, value_cache, slots, threads):
-    """Write the keys and values of this step's tokens into the cache.
+@njit(nogil=True, cache=True)
+def store_key_value(key, value, key_cache, value_cache, slot):
+    """Write one token's keys and values into the cache.
 
-    keys, values float32 [tokens, kv_heads, head_dim]; key_cache [blocks, kv_heads, head_dim, 64] (positions are lanes),
-    value_cache [blocks, kv_heads, 64, head_dim] (channels are lanes); slots int64 [tokens]: block * 64 + place.
+    key, value float32 [kv_heads, head_dim]; key_cache [blocks, kv_heads, head_dim, 64] (positions are lanes),
+    value_cache [blocks, kv_heads, 64, head_dim] (channels are lanes); slot: block * 64 + place.
     """
-    tokens, kv_heads, head_dim = keys.shape
-    for thread in prange(threads):
-        lanes = np.empty(16, key_cache.dtype)
-        for h in range(kv_heads * thread // threads, kv_heads * (thread + 1) // threads):
-            for t in range(tokens):
-                block, place = slots[t] // 64, slots[t] % 64
-                for d in range(0, head_dim, 16):
-                    _store_lanes(
-                        value_cache, values[t, h, d:].ctypes.data, value_cache[block, h, place, d:].ctypes.data
-                    )
-                    _store_lanes(key_cache, keys[t, h, d:].ctypes.data, lanes.ctypes.data)
-                    for i in range(16):
-                        key_cache[block, h, d + i, place] = lanes[i]
-
-
-def inverse_frequencies(theta: float, head_dim: int) -> "np.ndarray[tuple[int], np.dtype[np.float32]]":
-    """1 / theta^(2i / head_dim) for each pair of channels, float32 [head_dim / 2]."""
-    return np.array([1.0 / math.pow(theta, i / head_dim) for i in range(0, head_dim, 2)], np.float32)
+    lanes = np.empty(16, key_cache.dtype)
+    block, place = slot // 64, slot % 64
+    for h in range(key.shape[0]):
+        for d in range(0, key.shape[1], 16):
+            _store_lanes(value_cache, value[h, d:].ctypes.data, value_cache[block, h, place, d:].ctypes.data)
+            _store_lanes(key_cache, key[h, d:].ctypes.data, lanes.ctypes.data)
+            for i in range(16):
+                key_cache[block, h, d + i, place] = lanes[i]

@@ -12,7 +12,7 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from mpillama.kernels.emit import F32, I8, I16, I32, V16F32, V16F64, V16I16, V16I32, V64I8, Emit, vector
+from mpillama.kernels.emit import F32, F64, I8, I16, I32, V16F32, V16F64, V16I16, V16I32, V64I8, Emit, vector
 
 STEPS = 8
 """A block of 32 k-values is 8 steps; a step is 64 bytes: 16 rows x 4 k-values."""
@@ -20,6 +20,7 @@ UNROLL = 4
 """k-values a float tile handles in one turn; every k is a multiple of 32."""
 
 Store = Callable[[Emit, ir.Value, ir.Value, ir.Value], None]
+Weights = list[ir.Value]
 
 
 def block_bytes(weights: types.Array) -> int:
@@ -124,56 +125,121 @@ def add_on_grid(e: Emit, accumulator: ir.Value, out: ir.Value, index: ir.Value) 
     e.store(e.b.fadd(e.load(V16F64, address), e.round_to_grid(accumulator)), address)
 
 
-def _store_all(e: Emit, store: Store, sums: list[ir.Value], tokens: int, out: ir.Value, stride: ir.Value) -> None:
-    for i, value in enumerate(sums):
-        group, token = divmod(i, tokens)
-        store(e, value, out, e.plus(e.times(stride, token), 16 * group))
-
-
 # -- the tiles ---------------------------------------------------------------------------------------------------------
 
 
-def block_tile(groups: int, tokens: int, store: Store, prefetch: int = 0) -> Any:
-    """Make tile(w, w_at, scales_at, x_at, x_scales_at, starts_at, blocks, x_blocks, out_at, out_stride).
+class _Tokens:
+    """The quantised tokens of a tile: addresses of each token's values, scales and start values."""
 
-    Multiplies `groups` adjacent row groups of `blocks` blocks by `tokens` quantised tokens that lie `x_blocks` blocks
-    apart. Blocks go in ascending k, one FMA each: sum += float(integer dot) * (weight scale * activation scale).
+    def __init__(
+        self, e: Emit, tokens: int, x_at: ir.Value, scales_at: ir.Value, starts_at: ir.Value, blocks: ir.Value
+    ):
+        self.values = [e.plus(x_at, e.times(blocks, 32 * t)) for t in range(tokens)]
+        self.scales = [e.plus(scales_at, e.times(blocks, 4 * t)) for t in range(tokens)]
+        self.starts = [e.plus(starts_at, e.times(blocks, 4 * t)) for t in range(tokens)]
+
+    def add_block(self, e: Emit, is_q4: bool, weights: Weights, scale: ir.Value, i: ir.Value, sums: Weights) -> Weights:
+        """sums[t] + float(integer dot of block i) * (weight scale * activation scale), one FMA."""
+        new = []
+        for values, scales, starts, total in zip(self.values, self.scales, self.starts, sums, strict=True):
+            start = e.load(I32, starts, e.times(i, 4))
+            dot = block_dot(e, is_q4, weights, e.plus(values, e.times(i, 32)), start)
+            product = e.b.fmul(scale, e.splat(e.load(F32, scales, e.times(i, 4))))
+            new.append(e.fma(e.b.sitofp(dot, V16F32), product, total))
+        return new
+
+
+def block_tile(in_flight: int, tokens: int, store: Store, prefetch: int = 0) -> Any:
+    """Make tile(w, w_at, scales_at, groups, blocks, x_at, x_scales_at, starts_at, x_blocks, out_at, out_stride).
+
+    Multiplies `groups` adjacent row groups (a multiple of `in_flight`) of `blocks` blocks by `tokens` quantised tokens
+    that lie `x_blocks` blocks apart. Blocks go in ascending k.
     """
 
     @intrinsic
-    def tile(ctx, w, w_at, scales_at, x_at, x_scales_at, starts_at, blocks, x_blocks, out_at, out_stride):
+    def tile(ctx, w, w_at, scales_at, groups, blocks, x_at, x_scales_at, starts_at, x_blocks, out_at, out_stride):
         is_q4, size = w.dtype == types.uint8, block_bytes(w)
 
         def codegen(cg, builder, sig, args):
             e = Emit(builder)
-            _, w_at, scales_at, x_at, x_scales_at, starts_at, blocks, x_blocks, out_at, out_stride = args
-            w_group = [e.plus(w_at, e.times(blocks, size * g)) for g in range(groups)]
-            s_group = [e.plus(scales_at, e.times(blocks, 32 * g)) for g in range(groups)]
-            x_token = [e.plus(x_at, e.times(x_blocks, 32 * t)) for t in range(tokens)]
-            xs_token = [e.plus(x_scales_at, e.times(x_blocks, 4 * t)) for t in range(tokens)]
-            start_token = [e.plus(starts_at, e.times(x_blocks, 4 * t)) for t in range(tokens)]
+            _, w_at, scales_at, groups, blocks, x_at, x_scales_at, starts_at, x_blocks, out_at, out_stride = args
+            x = _Tokens(e, tokens, x_at, x_scales_at, starts_at, x_blocks)
 
-            def body(i, sums):
-                new = []
-                for g in range(groups):
-                    here = e.plus(w_group[g], e.times(i, size))
-                    for line in range(0, size if prefetch else 0, 64):
-                        e.prefetch(here, line + prefetch)
-                    weights = unpack_block(e, is_q4, here)
-                    scale = e.half_to_float(e.load(V16I16, s_group[g], e.times(i, 32)))
-                    for t in range(tokens):
-                        start = e.load(I32, start_token[t], e.times(i, 4))
-                        dot = block_dot(e, is_q4, weights, e.plus(x_token[t], e.times(i, 32)), start)
-                        x_scale = e.splat(e.load(F32, xs_token[t], e.times(i, 4)))
-                        product = e.b.fmul(scale, x_scale)
-                        new.append(e.fma(e.b.sitofp(dot, V16F32), product, sums[g * tokens + t]))
-                return new
+            def one_turn(group, _):
+                at = [e.plus(w_at, e.b.mul(e.plus(group, g), e.times(blocks, size))) for g in range(in_flight)]
+                s_at = [e.plus(scales_at, e.b.mul(e.plus(group, g), e.times(blocks, 32))) for g in range(in_flight)]
 
-            sums = e.loop(blocks, 1, [e.fill(F32, 0.0)] * (groups * tokens), body)
-            _store_all(e, store, sums, tokens, out_at, out_stride)
+                def body(i, sums):
+                    new = []
+                    for g in range(in_flight):
+                        here = e.plus(at[g], e.times(i, size))
+                        for line in range(0, size if prefetch else 0, 64):
+                            e.prefetch(here, line + prefetch)
+                        weights = unpack_block(e, is_q4, here)
+                        scale = e.half_to_float(e.load(V16I16, s_at[g], e.times(i, 32)))
+                        new += x.add_block(e, is_q4, weights, scale, i, sums[g * tokens : (g + 1) * tokens])
+                    return new
+
+                sums = e.loop(blocks, 1, [e.fill(F32, 0.0)] * (in_flight * tokens), body)
+                for i, value in enumerate(sums):
+                    g, t = divmod(i, tokens)
+                    store(e, value, out_at, e.plus(e.times(out_stride, t), e.times(e.plus(group, g), 16)))
+                return []
+
+            e.loop(groups, in_flight, [], one_turn)
             return cg.get_dummy_value()
 
-        return types.void(w, *[types.uintp] * 5, types.intp, types.intp, types.uintp, types.intp), codegen
+        addresses = [types.uintp] * 3
+        return types.void(
+            w, types.uintp, types.uintp, types.intp, types.intp, *addresses, types.intp, types.uintp, types.intp
+        ), codegen
+
+    return tile
+
+
+def panel_tile(tokens: int) -> Any:
+    """Make tile(w, w_at, scales_at, panels, groups, blocks, x_at, x_scales_at, starts_at, x_blocks, out_at, stride).
+
+    Multiplies one row group by `tokens` quantised tokens over all panels, which lie `groups` groups of `blocks` blocks
+    apart; each panel's sum is rounded to the grid, and their float64 sum is stored.
+    """
+
+    @intrinsic
+    def tile(
+        ctx, w, w_at, scales_at, panels, groups, blocks, x_at, x_scales_at, starts_at, x_blocks, out_at, out_stride
+    ):
+        is_q4, size = w.dtype == types.uint8, block_bytes(w)
+
+        def codegen(cg, builder, sig, args):
+            e = Emit(builder)
+            _, w_at, scales_at, panels, groups, blocks, x_at, x_scales_at, starts_at, x_blocks, out_at, out_stride = (
+                args
+            )
+            x = _Tokens(e, tokens, x_at, x_scales_at, starts_at, x_blocks)
+            step = e.b.mul(groups, blocks)
+
+            def one_panel(p, totals):
+                w_panel = e.plus(w_at, e.b.mul(p, e.times(step, size)))
+                s_panel = e.plus(scales_at, e.b.mul(p, e.times(step, 32)))
+                first = e.b.mul(p, blocks)
+
+                def body(i, sums):
+                    weights = unpack_block(e, is_q4, e.plus(w_panel, e.times(i, size)))
+                    scale = e.half_to_float(e.load(V16I16, s_panel, e.times(i, 32)))
+                    return x.add_block(e, is_q4, weights, scale, e.plus(first, i), sums)
+
+                sums = e.loop(blocks, 1, [e.fill(F32, 0.0)] * tokens, body)
+                return [e.b.fadd(total, e.round_to_grid(s)) for total, s in zip(totals, sums, strict=True)]
+
+            totals = e.loop(panels, 1, [e.fill(F64, 0.0)] * tokens, one_panel)
+            for t, value in enumerate(totals):
+                e.store(value, out_at, e.times(out_stride, 8 * t))
+            return cg.get_dummy_value()
+
+        addresses = [types.uintp] * 3
+        return types.void(
+            w, types.uintp, types.uintp, *[types.intp] * 3, *addresses, types.intp, types.uintp, types.intp
+        ), codegen
 
     return tile
 
@@ -186,33 +252,43 @@ def load_row_lanes(e: Emit, dtype: types.Type, address: ir.Value) -> ir.Value:
     return e.half_to_float(bits) if dtype == types.int16 else e.bfloat_to_float(bits)
 
 
-def float_tile(groups: int, tokens: int, store: Store) -> Any:
-    """Make tile(w, w_at, x_at, k, x_stride, out_at, out_stride): as block_tile, for f32, f16 and bf16 weights.
+def float_tile(in_flight: int, tokens: int, store: Store) -> Any:
+    """Make tile(w, w_at, groups, k, x_at, x_stride, out_at, out_stride): as block_tile, for f32, f16 and bf16 weights.
 
     One FMA for each k in ascending order: sum += weight * activation.
     """
 
     @intrinsic
-    def tile(ctx, w, w_at, x_at, k, x_stride, out_at, out_stride):
+    def tile(ctx, w, w_at, groups, k, x_at, x_stride, out_at, out_stride):
         size = 16 * w.dtype.bitwidth // 8
 
         def codegen(cg, builder, sig, args):
             e = Emit(builder)
-            _, w_at, x_at, k, x_stride, out_at, out_stride = args
-            w_group = [e.plus(w_at, e.times(k, size * g)) for g in range(groups)]
+            _, w_at, groups, k, x_at, x_stride, out_at, out_stride = args
             x_token = [e.plus(x_at, e.times(x_stride, 4 * t)) for t in range(tokens)]
 
-            def body(i, sums):
-                for u in range(UNROLL):
-                    weights = [load_row_lanes(e, w.dtype, e.plus(a, e.times(i, size), size * u)) for a in w_group]
-                    x = [e.splat(e.load(F32, a, e.times(i, 4), 4 * u)) for a in x_token]
-                    sums = [e.fma(weights[g], x[t], sums[g * tokens + t]) for g in range(groups) for t in range(tokens)]
-                return sums
+            def one_turn(group, _):
+                at = [e.plus(w_at, e.b.mul(e.plus(group, g), e.times(k, size))) for g in range(in_flight)]
 
-            sums = e.loop(k, UNROLL, [e.fill(F32, 0.0)] * (groups * tokens), body)
-            _store_all(e, store, sums, tokens, out_at, out_stride)
+                def body(i, sums):
+                    for u in range(UNROLL):
+                        weights = [load_row_lanes(e, w.dtype, e.plus(a, e.times(i, size), size * u)) for a in at]
+                        x = [e.splat(e.load(F32, a, e.times(i, 4), 4 * u)) for a in x_token]
+                        pairs = [(g, t) for g in range(in_flight) for t in range(tokens)]
+                        sums = [e.fma(weights[g], x[t], total) for (g, t), total in zip(pairs, sums, strict=True)]
+                    return sums
+
+                sums = e.loop(k, UNROLL, [e.fill(F32, 0.0)] * (in_flight * tokens), body)
+                for i, value in enumerate(sums):
+                    g, t = divmod(i, tokens)
+                    store(e, value, out_at, e.plus(e.times(out_stride, t), e.times(e.plus(group, g), 16)))
+                return []
+
+            e.loop(groups, in_flight, [], one_turn)
             return cg.get_dummy_value()
 
-        return types.void(w, types.uintp, types.uintp, types.intp, types.intp, types.uintp, types.intp), codegen
+        return types.void(
+            w, types.uintp, types.intp, types.intp, types.uintp, types.intp, types.uintp, types.intp
+        ), codegen
 
     return tile

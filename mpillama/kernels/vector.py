@@ -3,6 +3,7 @@
 All widths are multiples of 32 (padded with zeros).
 """
 
+import numpy as np
 from llvmlite import ir
 from numba import njit, prange, types
 from numba.extending import intrinsic
@@ -49,31 +50,13 @@ def _quantise_block(ctx, x_at, values_at, scale_at, start_at):
 
 
 @njit(nogil=True, cache=True)
-def _quantise_rows(x, values, scales, starts, first, last):
-    """Quantise tokens first:last."""
-    for t in range(first, last):
-        for i in range(scales.shape[1]):
-            _quantise_block(
-                x[t, 32 * i :].ctypes.data,
-                values[t, i].ctypes.data,
-                scales[t, i:].ctypes.data,
-                starts[t, i:].ctypes.data,
-            )
+def quantise_blocks(x, values, scales, starts, first, last):
+    """Quantise blocks first:last of one token (GGML's Q8_0 with an unrounded scale).
 
-
-@njit(nogil=True, parallel=True, cache=True)
-def quantise(x, values, scales, starts, threads):
-    """Quantise x float32 [tokens, k] in blocks of 32 to int8 with one float32 scale (GGML's Q8_0, unrounded scale).
-
-    values int8 [tokens, k/32, 32], scales float32 [tokens, k/32], starts int32 [tokens, k/32] (-8 times the sums).
+    x float32 [k], values int8 [k/32, 32], scales float32 [k/32], starts int32 [k/32]: -8 times the sums.
     """
-    tokens = x.shape[0]
-    if tokens < 8:
-        _quantise_rows(x, values, scales, starts, 0, tokens)
-    else:
-        for thread in prange(threads):
-            first, last = tokens * thread // threads, tokens * (thread + 1) // threads
-            _quantise_rows(x, values, scales, starts, first, last)
+    for i in range(first, last):
+        _quantise_block(x[32 * i :].ctypes.data, values[i].ctypes.data, scales[i:].ctypes.data, starts[i:].ctypes.data)
 
 
 @intrinsic
@@ -106,24 +89,12 @@ def _rms_norm_row(ctx, x_at, weight_at, out_at, width, size, eps):
 
 
 @njit(nogil=True, cache=True)
-def _rms_norm_rows(x, weight, size, eps, out, first, last):
-    """Normalise rows first:last."""
-    for t in range(first, last):
-        _rms_norm_row(x[t].ctypes.data, weight.ctypes.data, out[t].ctypes.data, x.shape[1], size, eps)
+def rms_norm_row(x, weight, size, eps, out):
+    """out = x / sqrt(mean of squares + eps) * weight (https://arxiv.org/abs/1910.07467).
 
-
-@njit(nogil=True, parallel=True, cache=True)
-def rms_norm(x, weight, size, eps, out, threads):
-    """out[t] = x[t] / sqrt(mean of squares + eps) * weight (https://arxiv.org/abs/1910.07467).
-
-    x, out float32 [tokens, width], weight float32 [width]; `size` is the width without the padding.
+    x, weight, out float32 [width]; `size` is the width without the padding.
     """
-    tokens = x.shape[0]
-    if tokens < 8:
-        _rms_norm_rows(x, weight, size, eps, out, 0, tokens)
-    else:
-        for thread in prange(threads):
-            _rms_norm_rows(x, weight, size, eps, out, tokens * thread // threads, tokens * (thread + 1) // threads)
+    _rms_norm_row(x.ctypes.data, weight.ctypes.data, out.ctypes.data, x.shape[0], size, eps)
 
 
 @intrinsic
@@ -148,14 +119,32 @@ def _silu_multiply_row(ctx, gate_at, up_at, out_at, width):
     return types.void(*[types.uintp] * 3, types.intp), codegen
 
 
+@njit(nogil=True, cache=True)
+def silu_multiply(gate, up, out, first, last):
+    """out[first:last] = silu(gate) * up (SwiGLU, https://arxiv.org/abs/2002.05202) of one token; all float32."""
+    _silu_multiply_row(gate[first:].ctypes.data, up[first:].ctypes.data, out[first:].ctypes.data, last - first)
+
+
 @njit(nogil=True, parallel=True, cache=True)
-def silu_multiply(gate, up, out, threads):
-    """out = silu(gate) * up (SwiGLU, https://arxiv.org/abs/2002.05202); all float32 [tokens, width]."""
-    tokens, width = gate.shape
-    if tokens < 4:
+def add_rounded(x, total, threads):
+    """x += total rounded to float32; x float32, total float64 [tokens, width]."""
+    tokens, width = x.shape
+    if tokens < 8:
         for t in range(tokens):
-            _silu_multiply_row(gate[t].ctypes.data, up[t].ctypes.data, out[t].ctypes.data, width)
+            for i in range(width):
+                x[t, i] += np.float32(total[t, i])
     else:
         for thread in prange(threads):
             for t in range(tokens * thread // threads, tokens * (thread + 1) // threads):
-                _silu_multiply_row(gate[t].ctypes.data, up[t].ctypes.data, out[t].ctypes.data, width)
+                for i in range(width):
+                    x[t, i] += np.float32(total[t, i])
+
+
+@njit(nogil=True, parallel=True, cache=True)
+def round_to_float(total, out, threads):
+    """out = total rounded to float32; float64 and float32 [tokens, width]."""
+    tokens = out.shape[0]
+    for thread in prange(threads):
+        for t in range(tokens * thread // threads, tokens * (thread + 1) // threads):
+            for i in range(out.shape[1]):
+                out[t, i] = np.float32(total[t, i])

@@ -5,29 +5,19 @@ import math
 import numpy as np
 
 from mpillama.comm.communicator import Communicator
-from mpillama.kernels import attention, rope, vector
+from mpillama.kernels import layer
+from mpillama.kernels.attention import attention
+from mpillama.kernels.rope import rope_angles
+from mpillama.kernels.vector import add_rounded, round_to_float
 from mpillama.layout.weight_types import LANES
 from mpillama.model.cache import KVCache, Step
 from mpillama.model.config import ModelConfig
-from mpillama.model.linear import Activations, Matrix
+from mpillama.model.linear import any_quantised
 from mpillama.model.partition import Partition, partition
 from mpillama.model.weights import LayerWeights, Weights
+from mpillama.model.workspace import Activations, StepArrays, Workspace
 
 Array = np.ndarray
-
-
-class RotaryEmbedding:
-    """The angles of a step's positions, the same for every layer."""
-
-    def __init__(self, config: ModelConfig):
-        self.inverse_frequencies = np.array(config.inverse_frequencies(), np.float32)
-
-    def angles(self, positions: Array) -> tuple[Array, Array]:
-        """cos and sin, float32 [tokens, head_dim / 2]."""
-        shape = (len(positions), len(self.inverse_frequencies))
-        cosines, sines = np.empty(shape, np.float32), np.empty(shape, np.float32)
-        rope.rope_angles(positions, self.inverse_frequencies, cosines, sines)
-        return cosines, sines
 
 
 class DecoderLayer:
@@ -41,42 +31,52 @@ class DecoderLayer:
         self.heads_of_kv = heads_of_kv
         self.comm = comm
         self.threads = threads
+        self.in_flight = 1
+        self.scale = 1.0 / math.sqrt(config.head_dim)
+        w = weights
+        self.attention_quantised = any_quantised(w.q_proj, w.k_proj, w.v_proj)
+        self.output_quantised = any_quantised(w.o_proj)
+        self.mlp_quantised = any_quantised(w.gate_proj, w.up_proj)
+        self.down_quantised = any_quantised(w.down_proj)
 
-    def forward(self, x: Array, step: Step, angles: tuple[Array, Array], keys: Array, values: Array) -> Array:
-        """Advance the residual stream `x` float32 [tokens, hidden], which every rank holds in full."""
-        x = x + self.comm.all_reduce(self._attention(x, step, angles, keys, values))
-        x = x + self.comm.all_reduce(self._mlp(x))
-        return x
+    def forward(self, a: StepArrays, step: Step, keys: Array, values: Array) -> None:
+        """Advance the residual stream a.x float32 [tokens, hidden], which every rank holds in full."""
+        add_rounded(a.x, self.comm.all_reduce(self._attention(a, step, keys, values)), self.threads)
+        add_rounded(a.x, self.comm.all_reduce(self._mlp(a)), self.threads)
 
-    def _attention(self, x: Array, step: Step, angles: tuple[Array, Array], keys: Array, values: Array) -> Array:
+    def _attention(self, a: StepArrays, step: Step, keys: Array, values: Array) -> Array:
         """Attend over this rank's heads; the sum over ranks is the attention output."""
-        w = self.weights
-        h = self._norm(x, w.input_layernorm)
-        q, k, v = (self._heads(p, h) for p in (w.q_proj, w.k_proj, w.v_proj))
-        rope.rotate(q, *angles, self.threads)
-        rope.rotate(k, *angles, self.threads)
-        rope.store_keys_values(k, v, keys, values, step.slots, self.threads)
-        out = np.empty_like(q)
-        scale = 1.0 / math.sqrt(self.config.head_dim)
-        attention.attention(
-            q, keys, values, self.heads_of_kv, step.segments, step.tables, scale, out, self.threads
+        w, c = self.weights, a.context
+        h = self._normalise(a, w.input_layernorm, self.attention_quantised)
+        layer.query_key_value(
+            *w.q_proj.arrays, *w.k_proj.arrays, *w.v_proj.arrays, *h, a.q_rows, a.k_rows, a.v_rows, self.threads,
+            self.in_flight,
         )  # fmt: skip
-        return w.o_proj.row_parallel(Activations(out.reshape(len(x), -1), self.threads))
+        layer.rotate_and_store(a.q, a.k, a.v, a.cosines, a.sines, keys, values, step.slots, self.threads)
+        attention(
+            a.q, keys, values, self.heads_of_kv, step.segments, step.tables, self.scale, a.context_heads,
+            self.output_quantised, c.values, c.scales, c.starts, self.threads,
+        )  # fmt: skip
+        layer.row_parallel(*w.o_proj.arrays, *c.arrays, a.partial, self.threads, self.in_flight)
+        return a.partial
 
-    def _mlp(self, x: Array) -> Array:
+    def _mlp(self, a: StepArrays) -> Array:
         """SwiGLU over this rank's panels; the sum over ranks is the MLP output."""
-        w = self.weights
-        h = self._norm(x, w.post_attention_layernorm)
-        gate, up = w.gate_proj.column_parallel(h), w.up_proj.column_parallel(h)
-        vector.silu_multiply(gate, up, gate, self.threads)
-        return w.down_proj.row_parallel(Activations(gate, self.threads))
+        w, g = self.weights, a.gate
+        h = self._normalise(a, w.post_attention_layernorm, self.mlp_quantised)
+        layer.gate_up(
+            *w.gate_proj.arrays, *w.up_proj.arrays, *h, g.x, a.up, self.down_quantised, g.values, g.scales, g.starts,
+            self.threads, self.in_flight,
+        )  # fmt: skip
+        layer.row_parallel(*w.down_proj.arrays, *g.arrays, a.partial, self.threads, self.in_flight)
+        return a.partial
 
-    def _heads(self, projection: Matrix, h: Activations) -> Array:
-        """Project to this rank's heads: float32 [tokens, heads, head_dim]."""
-        return projection.column_parallel(h).reshape(len(h.x), -1, self.config.padded_head_dim)
-
-    def _norm(self, x: Array, weight: Array) -> Activations:
-        return rms_norm(x, weight, self.config, self.threads)
+    def _normalise(self, a: StepArrays, weight: Array, quantised: bool) -> tuple[Array, Array, Array, Array]:
+        h, c = a.hidden, self.config
+        layer.normalise(
+            a.x, weight, c.hidden_size, c.rms_norm_eps, h.x, quantised, h.values, h.scales, h.starts, self.threads
+        )
+        return h.arrays
 
 
 class LlamaModel:
@@ -90,37 +90,40 @@ class LlamaModel:
         self.comm = comm
         self.threads = threads
         self.logit_widths = [len(p.vocab_groups) * LANES for p in parts]
-        self.rotary = RotaryEmbedding(config)
+        self.inverse_frequencies = np.array(config.inverse_frequencies(), np.float32)
+        self.in_flight = 1
+        self.workspace = Workspace(config, self.part)
         heads_of_kv = query_heads_of_kv(config, self.part)
         self.layers = [DecoderLayer(config, w, heads_of_kv, comm, threads) for w in weights.layers]
 
     def forward(self, step: Step, cache: KVCache) -> Array:
         """Run the step's tokens and return the wanted logits, float32 [len(step.logit_rows), vocab_size]."""
-        x = self._embed(step.token_ids)
-        angles = self.rotary.angles(step.positions)
-        for layer, keys, values in zip(self.layers, cache.keys, cache.values, strict=True):
-            x = layer.forward(x, step, angles, keys, values)
-        return self._logits(x[step.logit_rows])
+        a = self.workspace.for_tokens(len(step.token_ids))
+        self._embed(step.token_ids, a)
+        rope_angles(step.positions, self.inverse_frequencies, a.cosines, a.sines)
+        for decoder, keys, values in zip(self.layers, cache.keys, cache.values, strict=True):
+            decoder.forward(a, step, keys, values)
+        return self._logits(a.x[step.logit_rows])
 
-    def _embed(self, token_ids: Array) -> Array:
-        """Each token's row, which one rank has: float32 [tokens, hidden]."""
+    def _embed(self, token_ids: Array, a: StepArrays) -> None:
+        """Each token's row, which one rank has, to a.x."""
         rows = token_ids.astype(np.int64) - self.part.vocab_rows.start
         rows[rows >= len(self.part.vocab_rows)] = -1
-        return self.comm.all_reduce(self.weights.embed_tokens.embed(rows, self.config.padded_hidden_size))
+        self.weights.embed_tokens.embed(rows, a.partial)
+        round_to_float(self.comm.all_reduce(a.partial), a.x, self.threads)
 
     def _logits(self, x: Array) -> Array:
         if not len(x):
             return np.empty((0, self.config.vocab_size), np.float32)
-        h = rms_norm(x, self.weights.norm, self.config, self.threads)
-        part = self.weights.lm_head.column_parallel(h)
-        return self.comm.all_gather_columns(part, self.logit_widths)[:, : self.config.vocab_size]
-
-
-def rms_norm(x: Array, weight: Array, config: ModelConfig, threads: int) -> Activations:
-    """Normalise [tokens, hidden] for the matrices that follow."""
-    out = np.empty_like(x)
-    vector.rms_norm(x, weight, config.hidden_size, config.rms_norm_eps, out, threads)
-    return Activations(out, threads)
+        head, c = self.weights.lm_head, self.config
+        h = Activations.empty(*x.shape)
+        part = np.empty((len(x), self.logit_widths[self.comm.rank]), np.float32)
+        layer.normalise(
+            x, self.weights.norm, c.hidden_size, c.rms_norm_eps, h.x, any_quantised(head), h.values, h.scales,
+            h.starts, self.threads,
+        )  # fmt: skip
+        layer.column_parallel(*head.arrays, *h.arrays, part, self.threads, self.in_flight)
+        return self.comm.all_gather_columns(part, self.logit_widths)[:, : c.vocab_size]
 
 
 def query_heads_of_kv(config: ModelConfig, part: Partition) -> Array:

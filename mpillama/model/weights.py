@@ -90,22 +90,20 @@ def arena_bytes(specs: Sequence[TensorSpec], part: Partition) -> int:
     return sum(round_up(_array_bytes(*shape), ARENA_ALIGNMENT) for shape in shapes)
 
 
-def load_weights(
-    config: ModelConfig, specs: Sequence[TensorSpec], part: Partition, read: Read, threads: int
-) -> Weights:
+def load_weights(config: ModelConfig, specs: Sequence[TensorSpec], part: Partition, read: Read) -> Weights:
     """Allocate this rank's slices and fill them with `read`, tensor by tensor."""
     arena = Arena(arena_bytes(specs, part))
     loaded: dict[str, Matrix | np.ndarray] = {}
     for spec in specs:
         arrays = [arena.take(dtype, shape) for dtype, shape in slice_shapes(spec, part)]
         read(spec, spec.units_of(part), arrays)
-        loaded[spec.name] = arrays[0] if spec.split is Split.REPLICATED else _matrix(spec, arrays, threads)
+        loaded[spec.name] = arrays[0] if spec.split is Split.REPLICATED else _matrix(spec, arrays)
     return _assemble(config, loaded, slice_bytes(specs, part))
 
 
-def _matrix(spec: TensorSpec, arrays: Sequence[np.ndarray], threads: int) -> Matrix:
+def _matrix(spec: TensorSpec, arrays: Sequence[np.ndarray]) -> Matrix:
     scales = arrays[1].view(np.uint16) if spec.weight_type.quantised else None
-    return Matrix(spec.weight_type, spec.weight_type.view(arrays[0]), scales, threads)
+    return Matrix(spec.weight_type, spec.weight_type.view(arrays[0]), scales)
 
 
 def _assemble(config: ModelConfig, loaded: dict[str, Matrix | np.ndarray], size: int) -> Weights:

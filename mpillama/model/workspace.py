@@ -1,0 +1,118 @@
+"""The arrays that a step's activations live in: allocated once, so that a step allocates nothing."""
+
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+import numpy as np
+
+from mpillama.layout.weight_types import BLOCK, LANES
+from mpillama.model.config import ModelConfig
+from mpillama.model.partition import Partition, ffn_panel
+
+Array = np.ndarray
+
+
+@dataclass(frozen=True)
+class Activations:
+    """Float32 [tokens, k] and, for quantised matrices, its int8 blocks with their scales and start values."""
+
+    x: Array
+    values: Array
+    scales: Array
+    starts: Array
+
+    @property
+    def arrays(self) -> tuple[Array, Array, Array, Array]:
+        """In the order of the kernels' arguments."""
+        return self.x, self.values, self.scales, self.starts
+
+    @classmethod
+    def empty(cls, tokens: int, k: int) -> "Activations":
+        """Unfilled arrays; k is a multiple of 32."""
+        blocks = (tokens, k // BLOCK)
+        return cls(
+            np.empty((tokens, k), np.float32),
+            np.empty((*blocks, BLOCK), np.int8),
+            np.empty(blocks, np.float32),
+            np.empty(blocks, np.int32),
+        )
+
+    def first(self, tokens: int) -> "Activations":
+        """The first tokens' arrays."""
+        return Activations(*[array[:tokens] for array in self.arrays])
+
+
+@dataclass(frozen=True)
+class StepArrays:
+    """One step's arrays, each [tokens, …]; local sizes are this rank's."""
+
+    x: Array
+    hidden: Activations
+    q: Array
+    k: Array
+    v: Array
+    context: Activations
+    gate: Activations
+    up: Array
+    partial: Array
+    cosines: Array
+    sines: Array
+    q_rows: Array = field(init=False)
+    k_rows: Array = field(init=False)
+    v_rows: Array = field(init=False)
+    context_heads: Array = field(init=False)
+
+    def __post_init__(self) -> None:
+        # Views made once: heads as rows of a matrix product, and its result as heads.
+        for name in ("q", "k", "v"):
+            heads = getattr(self, name)
+            object.__setattr__(self, name + "_rows", heads.reshape(len(heads), -1))
+        object.__setattr__(self, "context_heads", self.context.x.reshape(self.q.shape))
+
+    def first(self, tokens: int) -> "StepArrays":
+        """The first tokens' arrays."""
+        parts: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self) if f.init}
+        return StepArrays(
+            **{k: v.first(tokens) if isinstance(v, Activations) else v[:tokens] for k, v in parts.items()}
+        )
+
+
+class Workspace:
+    """Hands out the arrays for steps of up to `capacity` tokens; grows if a larger step comes."""
+
+    def __init__(self, config: ModelConfig, part: Partition, capacity: int = 1):
+        self.config = config
+        self.part = part
+        self._allocate(capacity)
+
+    def _allocate(self, tokens: int) -> None:
+        config, part, head = self.config, self.part, self.config.padded_head_dim
+        hidden, inner = config.padded_hidden_size, len(part.ffn_panels) * ffn_panel(config.intermediate_size)
+        self.capacity = tokens
+        self._whole = StepArrays(
+            x=np.empty((tokens, hidden), np.float32),
+            hidden=Activations.empty(tokens, hidden),
+            q=np.empty((tokens, len(part.heads), head), np.float32),
+            k=np.empty((tokens, len(part.kv_heads), head), np.float32),
+            v=np.empty((tokens, len(part.kv_heads), head), np.float32),
+            context=Activations.empty(tokens, len(part.heads) * head),
+            gate=Activations.empty(tokens, inner),
+            up=np.empty((tokens, inner), np.float32),
+            partial=np.empty((tokens, hidden), np.float64),
+            cosines=np.empty((tokens, config.head_dim // 2), np.float32),
+            sines=np.empty((tokens, config.head_dim // 2), np.float32),
+        )
+        self._views: dict[int, StepArrays] = {}
+
+    def for_tokens(self, tokens: int) -> StepArrays:
+        """The arrays of a step; the same ones each time."""
+        if tokens > self.capacity:
+            self._allocate(tokens)
+        if tokens not in self._views:
+            self._views[tokens] = self._whole.first(tokens)
+        return self._views[tokens]
+
+
+def logit_columns(part: Partition) -> int:
+    """Columns of this rank's logits slice."""
+    return len(part.vocab_groups) * LANES
