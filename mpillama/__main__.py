@@ -1,4 +1,4 @@
-"""The program: `python -m mpillama [generate|chat|inspect|doctor] …`."""
+"""The program: `python -m mpillama [generate|chat|bench|inspect|doctor] …`."""
 
 import sys
 from collections.abc import Sequence
@@ -27,6 +27,10 @@ def _run(arguments: Sequence[str]) -> int:
         from mpillama.tools.inspect import inspect
 
         return inspect(options)
+    if command == "bench":
+        from mpillama.tools.bench import bench
+
+        return bench(options)
     if command == "doctor":
         from mpillama.tools.doctor import doctor
 

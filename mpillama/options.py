@@ -16,18 +16,21 @@ from mpillama.errors import UserError
 # argparse-dataclass evaluates the annotations itself and knows Optional[int], not int | None.
 # ruff: noqa: UP045
 
+WEIGHT_TYPE_NAMES = ("f32", "f16", "bf16", "q8_0", "q4_0")
+
 DESCRIPTION = """\
 Run Llama-family language models over MPI: every rank loads its own slices from one shared file.
 
   mpirun -n 4 python -m mpillama                                   a story from the demo model
   mpirun -n 4 python -m mpillama --model M.h5 --prompt "Hello"     continue a text
   mpirun -n 4 python -m mpillama chat --model M.h5                 talk to a model
+  mpirun -n 4 python -m mpillama bench --shape llama-3.1-8b        measure without a file
   python -m mpillama inspect M.h5                                  what is in a file (needs no MPI)
   mpirun -n 4 python -m mpillama doctor                            check MPI, threads and processors
 
 Without a command, `generate` runs. `python -m mpillama COMMAND --help` explains the command's options.
-Environment: MPILLAMA_ISA (vnni512, avx2, portable) forces the instruction set, MPILLAMA_CACHE_DIR says where compiled
-kernels are kept (default: the node's temporary directory)."""
+Environment: MPILLAMA_ISA (amx, vnni512, avx2, portable) forces the instruction set, MPILLAMA_CACHE_DIR says where
+compiled kernels are kept (default: the node's temporary directory)."""
 
 
 def option(text: str, default: Any = None, **metadata: Any) -> Any:
@@ -106,6 +109,25 @@ class ChatOptions(RunOptions, SamplingFlags):
     quiet: bool = option("no progress and no closing lines", False)
 
 
+@dataclass(frozen=True, kw_only=True)
+class BenchOptions(RunOptions):
+    """Options of `bench`."""
+
+    shape: Optional[str] = option(
+        "make weights of a known shape in memory instead of reading a file, e.g. llama-3.2-1b, llama-3.1-405b",
+        metavar="NAME",
+    )
+    weights: str = option("weight type of a shape (default: q4_0)", "q4_0", choices=list(WEIGHT_TYPE_NAMES))
+    layers: Optional[int] = option("run the first N layers only and extrapolate to the whole model", metavar="N")
+    prefill: list[int] = option("prompt lengths to time (default: 512)", [512], nargs="*", metavar="TOKENS")
+    decode: int = option("decode steps to time (default: 64)", 64, metavar="STEPS")
+    batch: list[int] = option("numbers of sequences decoded together (default: 1)", [1], nargs="*", metavar="COUNT")
+    context: int = option("position at which decoding begins (default: 512)", 512, metavar="TOKENS")
+    repetitions: int = option("times each prompt length is run (default: 5)", 5, metavar="COUNT")
+    json: bool = option("print one JSON object", False)
+    plot: Optional[str] = option("draw roofline and time split (needs matplotlib)", metavar="FILE.png")
+
+
 @dataclass(frozen=True)
 class InspectOptions:
     """Options of `inspect`."""
@@ -125,6 +147,7 @@ class DoctorOptions:
 COMMANDS: dict[str, tuple[type, str]] = {
     "generate": (GenerateOptions, "continue a text (the default command)"),
     "chat": (ChatOptions, "talk to a model"),
+    "bench": (BenchOptions, "measure speed, and how near the machine's limit it is"),
     "inspect": (InspectOptions, "show what is in a model file"),
     "doctor": (DoctorOptions, "check MPI, ranks, threads and instruction sets"),
 }

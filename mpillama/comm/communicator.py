@@ -4,11 +4,12 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import numpy as np
 from mpi4py import MPI
 
+from mpillama.comm.shared_memory import SPINS, SharedReduction
 from mpillama.errors import UserError
 
 T = TypeVar("T")
@@ -26,13 +27,15 @@ class Communicator:
     `seconds` adds up the time spent in collectives during a step.
     """
 
-    def __init__(self, mpi: MPI.Comm, yields: bool = False):
+    def __init__(self, mpi: MPI.Intracomm, yields: bool = False):
         self.mpi = mpi
         self.rank: int = mpi.rank
         self.size: int = mpi.size
         self.yields = yields
         self.seconds = 0.0
         self.calls = 0
+        self.shared: SharedReduction | None = None
+        self.shared_limit = 0
 
     @classmethod
     def alone(cls) -> "Communicator":
@@ -52,9 +55,39 @@ class Communicator:
         The addends are multiples of 2^-30, so the sum is exact and does not depend on order or number of ranks.
         """
         if self.size > 1:
-            with self._timed():
+            start = time.perf_counter()
+            if self.shared is not None and partial.size <= self.shared_limit:
+                self.shared.all_reduce(partial, 0 if self.yields else SPINS)
+            else:
                 self._complete(self.mpi.Iallreduce, MPI.IN_PLACE, partial)
+            self.seconds += time.perf_counter() - start
+            self.calls += 1
         return partial
+
+    def choose_reduction(self, shared: SharedReduction, sizes: list[int]) -> None:
+        """Measure the shared-memory reduction against MPI's and use it up to the largest size at which it is faster.
+
+        `sizes`: numbers of float64 values, ascending; all ranks end with rank 0's choice.
+        """
+        limit = 0
+        for size in sizes:
+            message = np.zeros(size)
+            self.shared, self.shared_limit = None, 0
+            seconds = self._median_seconds(message)
+            self.shared, self.shared_limit = shared, size
+            if self._median_seconds(message) < seconds:
+                limit = size
+        self.shared_limit = self.broadcast(limit)
+        self.seconds, self.calls = 0.0, 0
+
+    def _median_seconds(self, message: np.ndarray, repetitions: int = 15) -> float:
+        times = []
+        for _ in range(repetitions):
+            self.barrier()
+            start = time.perf_counter()
+            self.all_reduce(message)
+            times.append(time.perf_counter() - start)
+        return float(np.median(times))
 
     def all_gather_columns(self, part: np.ndarray, widths: list[int]) -> np.ndarray:
         """Join float32 [rows, widths[rank]] of all ranks along the columns."""
@@ -118,7 +151,7 @@ class Communicator:
 
     def neighbours(self) -> "Communicator":
         """Return the communicator of the ranks on this rank's host."""
-        return Communicator(self.mpi.Split_type(MPI.COMM_TYPE_SHARED), self.yields)
+        return Communicator(cast(MPI.Intracomm, self.mpi.Split_type(MPI.COMM_TYPE_SHARED)), self.yields)
 
     def together(self, action: Callable[[], T]) -> T:
         """Do what any rank may fail at; if one does, all raise the same UserError (naming the rank, if not all do)."""

@@ -23,6 +23,7 @@ class World:
     comm: "Communicator"
     neighbours: "Communicator"
     threads: int
+    host: str
 
 
 @contextmanager
@@ -69,7 +70,7 @@ def _measure(comm: "Communicator", threads: int | None) -> World:
         threads = max(1, int(min(len(cores), _cgroup_cores()) / sharing))
     wanted = sum(neighbours.gather(threads))
     comm.yields = neighbours.yields = wanted > len({c for others, _ in mates for c in others})
-    return World(comm, neighbours, threads)
+    return World(comm, neighbours, threads, os.uname().nodename)
 
 
 def _cgroup_cores() -> float:

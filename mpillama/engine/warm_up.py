@@ -1,10 +1,13 @@
 """Compiling the kernels before they are needed: once for each node, the other ranks load them from the cache."""
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from mpillama.comm.communicator import Communicator
+from mpillama.comm.shared_memory import SharedReduction
 from mpillama.comm.start import World
-from mpillama.files.native import NativeModel
+from mpillama.kernels.shared_sum import sum_shared, views
 from mpillama.kernels.target import Target
 from mpillama.layout.weight_types import WeightType
 from mpillama.model.cache import KVCache, single_sequence_step
@@ -27,14 +30,26 @@ TOKENS = 9
 """Enough tokens to pass through the tiles for many and for single tokens."""
 
 
-def warm_up(file: NativeModel, world: World, target: Target, kv_type: str) -> None:
-    """Run a one-layer model of the file's weight types, so that each kernel is compiled for just these types."""
-    types = list({s.weight_type.name: s.weight_type for s in file.specs if s.split is not Split.REPLICATED}.values())
+def matrix_types(specs: Sequence[TensorSpec]) -> list[WeightType]:
+    """The weight types of a model's matrices, each once."""
+    return list({s.weight_type.name: s.weight_type for s in specs if s.split is not Split.REPLICATED}.values())
+
+
+def warm_up(types: list[WeightType], world: World, target: Target, kv_type: str) -> None:
+    """Run a one-layer model of each weight type, so that each kernel is compiled for just these types."""
     if world.neighbours.is_root:
         _run_all(types, target.threads, kv_type)
     world.neighbours.barrier()
     if not world.neighbours.is_root:
         _run_all(types, target.threads, kv_type)
+
+
+def choose_reduction(comm: Communicator, world: World, hidden_size: int, chunk: int) -> None:
+    """Let the ranks of one host add up through shared memory where that is faster than MPI."""
+    if comm.size > 1 and world.neighbours.size == comm.size:
+        shared = SharedReduction(comm.mpi, sum_shared, views)
+        sizes = sorted({hidden_size * tokens for tokens in (1, 8, 32, chunk)})
+        comm.choose_reduction(shared, sizes)
 
 
 def _run_all(types: list[WeightType], threads: int, kv_type: str) -> None:

@@ -271,10 +271,8 @@ def _scatter_rows(
             r = t * heads + h
             _finish_row(total_sums[r].ctypes.data, total[r].ctypes.data, out[token, start + h].ctypes.data, head_dim)
             if quantised:
-                b = (start + h) * blocks
-                quantise_blocks(
-                    out[token, start + h], values[token, b:], scales[token, b:], starts[token, b:], 0, blocks
-                )
+                b, all_blocks = (start + h) * blocks, out.shape[1] * blocks
+                quantise_blocks(out[token, start + h], values, scales, starts, out.shape[0], token, b, all_blocks)
 
 
 @njit(nogil=True, cache=True)

@@ -51,6 +51,16 @@ class Emit:
         return "+avx512vnni" in self.features
 
     @property
+    def has_amx(self) -> bool:
+        """Whether integer tiles may be used."""
+        return "+amx-int8" in self.features
+
+    @property
+    def is_x86(self) -> bool:
+        """Whether the target is an x86 processor."""
+        return self.cpu_name.startswith("x86-64")
+
+    @property
     def has_avx2(self) -> bool:
         """Whether 256-bit integer instructions, FMA and half conversion may be used."""
         return self.cpu_name in ("x86-64-v3", "x86-64-v4")

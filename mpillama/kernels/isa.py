@@ -4,11 +4,16 @@ The choice is made by CPU features, never by the CPU's name, which virtual machi
 per process, before the first kernel is compiled, and lives in Numba's own target settings.
 """
 
+import ctypes
 import platform
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 from mpillama.errors import UserError
+
+ARCH_PRCTL, ARCH_REQ_XCOMP_PERM, TILE_DATA = 158, 0x1023, 18
+AMX_GRANTED = "amx-granted"
+"""Not a processor's feature: the operating system lets this process use AMX's tiles."""
 
 
 @dataclass(frozen=True)
@@ -21,13 +26,15 @@ class InstructionSet:
     needs: tuple[str, ...]
 
 
+AVX512 = ("avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512cd", "avx512vnni", "fma", "f16c", "bmi2")
 X86_SETS = (
     InstructionSet(
-        "vnni512",
+        "amx",
         "x86-64-v4",
-        "+avx512vnni,-prefer-256-bit",
-        ("avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512cd", "avx512vnni", "fma", "f16c", "bmi2"),
+        "+avx512vnni,-prefer-256-bit,+amx-tile,+amx-int8",
+        (*AVX512, "amx-tile", "amx-int8", AMX_GRANTED),
     ),
+    InstructionSet("vnni512", "x86-64-v4", "+avx512vnni,-prefer-256-bit", AVX512),
     InstructionSet("avx2", "x86-64-v3", "", ("avx2", "fma", "f16c", "bmi2")),
     InstructionSet("portable", "x86-64", "", ()),
 )
@@ -57,4 +64,10 @@ def host_features() -> Mapping[str, bool]:
     """Return the CPU features that the processor has and the operating system grants, under LLVM's names."""
     from llvmlite import binding
 
-    return dict(binding.get_host_cpu_features())
+    features = dict(binding.get_host_cpu_features())
+    return {**features, AMX_GRANTED: features.get("amx-int8", False) and grant_amx()}
+
+
+def grant_amx() -> bool:
+    """Ask Linux to let this process use AMX's tiles (Documentation/arch/x86/xstate); returns whether it does."""
+    return bool(ctypes.CDLL(None).syscall(ARCH_PRCTL, ARCH_REQ_XCOMP_PERM, TILE_DATA) == 0)

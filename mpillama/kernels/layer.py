@@ -23,7 +23,7 @@ def _normalise(x, weight, size, eps, h, quantised, values, scales, starts, first
     for t in range(first, last):
         rms_norm_row(x[t], weight, size, eps, h[t])
         if quantised:
-            quantise_blocks(h[t], values[t], scales[t], starts[t], 0, scales.shape[1])
+            quantise_blocks(h[t], values, scales, starts, x.shape[0], t, 0, h.shape[1] // 32)
 
 
 @njit(nogil=True, parallel=True, cache=True)
@@ -39,41 +39,42 @@ def normalise(x, weight, size, eps, h, quantised, values, scales, starts, thread
 
 
 @njit(nogil=True, parallel=True, cache=True)
-def column_parallel(w, w_scales, h, values, scales, starts, out, threads, in_flight):
+def column_parallel(w, w_scales, h, values, scales, starts, out, threads, in_flight, tiles):
     """out = this rank's rows of one matrix times h: float32 [tokens, rows]."""
     groups = w.shape[0]
     for thread in prange(threads):
         first, last = groups * thread // threads, groups * (thread + 1) // threads
-        column_span(w, w_scales, h, values, scales, starts, out, first, last, in_flight)
+        column_span(w, w_scales, h, values, scales, starts, out, first, last, in_flight, tiles)
 
 
 @njit(nogil=True, parallel=True, cache=True)
-def query_key_value(wq, sq, wk, sk, wv, sv, h, values, scales, starts, q, k, v, threads, in_flight):
+def query_key_value(wq, sq, wk, sk, wv, sv, h, values, scales, starts, q, k, v, threads, in_flight, tiles):
     """The three projections of attention in one pass over the threads."""
     q_groups, kv_groups = wq.shape[0], wk.shape[0]
     for thread in prange(threads):
         first, last = q_groups * thread // threads, q_groups * (thread + 1) // threads
-        column_span(wq, sq, h, values, scales, starts, q, first, last, in_flight)
+        column_span(wq, sq, h, values, scales, starts, q, first, last, in_flight, tiles)
         first, last = kv_groups * thread // threads, kv_groups * (thread + 1) // threads
-        column_span(wk, sk, h, values, scales, starts, k, first, last, in_flight)
-        column_span(wv, sv, h, values, scales, starts, v, first, last, in_flight)
+        column_span(wk, sk, h, values, scales, starts, k, first, last, in_flight, tiles)
+        column_span(wv, sv, h, values, scales, starts, v, first, last, in_flight, tiles)
 
 
 @njit(nogil=True, parallel=True, cache=True)
 def gate_up(
     wg, sg, wu, su, h, values, scales, starts, gate, up, quantised, out_values, out_scales, out_starts, threads,
-    in_flight,
+    in_flight, tiles,
 ):  # fmt: skip
     """gate = silu(gate_proj h) * (up_proj h), and its quantised form; each thread finishes its own rows."""
     pairs = wg.shape[0] // 2  # a quantised block is two groups
     for thread in prange(threads):
         first, last = pairs * thread // threads, pairs * (thread + 1) // threads
-        column_span(wg, sg, h, values, scales, starts, gate, 2 * first, 2 * last, in_flight)
-        column_span(wu, su, h, values, scales, starts, up, 2 * first, 2 * last, in_flight)
+        column_span(wg, sg, h, values, scales, starts, gate, 2 * first, 2 * last, in_flight, tiles)
+        column_span(wu, su, h, values, scales, starts, up, 2 * first, 2 * last, in_flight, tiles)
         for t in range(gate.shape[0] if last > first else 0):
             silu_multiply(gate[t], up[t], gate[t], 32 * first, 32 * last)
             if quantised:
-                quantise_blocks(gate[t], out_values[t], out_scales[t], out_starts[t], first, last)
+                rows = gate[t, 32 * first : 32 * last]
+                quantise_blocks(rows, out_values, out_scales, out_starts, gate.shape[0], t, first, gate.shape[1] // 32)
 
 
 @njit(nogil=True, cache=True)
@@ -90,13 +91,13 @@ def _row_parts(w, threads):
 
 
 @njit(nogil=True, parallel=True, cache=True)
-def row_parallel(w, w_scales, x, values, scales, starts, out, threads, in_flight):
+def row_parallel(w, w_scales, x, values, scales, starts, out, threads, in_flight, tiles):
     """out = this rank's panels of one matrix times x, on the grid: float64 [tokens, rows]."""
     panels, groups = w.shape[0], w.shape[1]
     if x.shape[0] > 1 or panels == 0:
         for thread in prange(threads):
             first, last = groups * thread // threads, groups * (thread + 1) // threads
-            row_span(w, w_scales, x, values, scales, starts, out, first, last)
+            row_span(w, w_scales, x, values, scales, starts, out, first, last, tiles)
         return
     row_parts = _row_parts(w, threads)
     panel_parts = threads // row_parts

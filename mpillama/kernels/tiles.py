@@ -129,41 +129,40 @@ def add_on_grid(e: Emit, accumulator: ir.Value, out: ir.Value, index: ir.Value) 
 
 
 class _Tokens:
-    """The quantised tokens of a tile: addresses of each token's values, scales and start values."""
+    """The quantised tokens of a tile; block i of token t lies at place i * width + t."""
 
-    def __init__(
-        self, e: Emit, tokens: int, x_at: ir.Value, scales_at: ir.Value, starts_at: ir.Value, blocks: ir.Value
-    ):
-        self.values = [e.plus(x_at, e.times(blocks, 32 * t)) for t in range(tokens)]
-        self.scales = [e.plus(scales_at, e.times(blocks, 4 * t)) for t in range(tokens)]
-        self.starts = [e.plus(starts_at, e.times(blocks, 4 * t)) for t in range(tokens)]
+    def __init__(self, tokens: int, values: ir.Value, scales: ir.Value, starts: ir.Value, width: ir.Value):
+        self.tokens = tokens
+        self.values, self.scales, self.starts, self.width = values, scales, starts, width
 
     def add_block(self, e: Emit, is_q4: bool, weights: Weights, scale: ir.Value, i: ir.Value, sums: Weights) -> Weights:
         """sums[t] + float(integer dot of block i) * (weight scale * activation scale), one FMA."""
         new = []
-        for values, scales, starts, total in zip(self.values, self.scales, self.starts, sums, strict=True):
-            start = e.load(I32, starts, e.times(i, 4))
-            dot = block_dot(e, is_q4, weights, e.plus(values, e.times(i, 32)), start)
-            product = e.b.fmul(scale, e.splat(e.load(F32, scales, e.times(i, 4))))
+        place = e.b.mul(i, self.width)
+        values = e.plus(self.values, e.times(place, 32))
+        scales, starts = (e.plus(base, e.times(place, 4)) for base in (self.scales, self.starts))
+        for t, total in enumerate(sums):
+            dot = block_dot(e, is_q4, weights, e.plus(values, 32 * t), e.load(I32, starts, 4 * t))
+            product = e.b.fmul(scale, e.splat(e.load(F32, scales, 4 * t)))
             new.append(e.fma(e.b.sitofp(dot, V16F32), product, total))
         return new
 
 
 def block_tile(in_flight: int, tokens: int, store: Store, prefetch: int = 0) -> Any:
-    """Make tile(w, w_at, scales_at, groups, blocks, x_at, x_scales_at, starts_at, x_blocks, out_at, out_stride).
+    """Make tile(w, w_at, scales_at, groups, blocks, values_at, x_scales_at, starts_at, width, out_at, out_stride).
 
     Multiplies `groups` adjacent row groups (a multiple of `in_flight`) of `blocks` blocks by `tokens` quantised tokens
-    that lie `x_blocks` blocks apart. Blocks go in ascending k.
+    of a tile of `width` tokens. Blocks go in ascending k.
     """
 
     @intrinsic
-    def tile(ctx, w, w_at, scales_at, groups, blocks, x_at, x_scales_at, starts_at, x_blocks, out_at, out_stride):
+    def tile(ctx, w, w_at, scales_at, groups, blocks, values_at, x_scales_at, starts_at, width, out_at, out_stride):
         is_q4, size = w.dtype == types.uint8, block_bytes(w)
 
         def codegen(cg, builder, sig, args):
             e = Emit(builder)
-            _, w_at, scales_at, groups, blocks, x_at, x_scales_at, starts_at, x_blocks, out_at, out_stride = args
-            x = _Tokens(e, tokens, x_at, x_scales_at, starts_at, x_blocks)
+            _, w_at, scales_at, groups, blocks, values_at, x_scales_at, starts_at, width, out_at, out_stride = args
+            x = _Tokens(tokens, values_at, x_scales_at, starts_at, width)
 
             def one_turn(group, _):
                 at = [e.plus(w_at, e.b.mul(e.plus(group, g), e.times(blocks, size))) for g in range(in_flight)]
@@ -198,35 +197,29 @@ def block_tile(in_flight: int, tokens: int, store: Store, prefetch: int = 0) -> 
 
 
 def panel_tile(tokens: int) -> Any:
-    """Make tile(w, w_at, scales_at, panels, groups, blocks, x_at, x_scales_at, starts_at, x_blocks, out_at, stride).
+    """Make tile(w, w_at, scales_at, panels, blocks, values_at, x_scales_at, starts_at, width, out_at, out_stride).
 
-    Multiplies one row group by `tokens` quantised tokens over all panels, which lie `groups` groups of `blocks` blocks
-    apart; each panel's sum is rounded to the grid, and their float64 sum is stored.
+    Multiplies one row group by `tokens` quantised tokens over `panels` panels of `blocks` blocks, which lie one after
+    the other; each panel's sum is rounded to the grid, and their float64 sum is stored.
     """
 
     @intrinsic
-    def tile(
-        ctx, w, w_at, scales_at, panels, groups, blocks, x_at, x_scales_at, starts_at, x_blocks, out_at, out_stride
-    ):
+    def tile(ctx, w, w_at, scales_at, panels, blocks, values_at, x_scales_at, starts_at, width, out_at, out_stride):
         is_q4, size = w.dtype == types.uint8, block_bytes(w)
 
         def codegen(cg, builder, sig, args):
             e = Emit(builder)
-            _, w_at, scales_at, panels, groups, blocks, x_at, x_scales_at, starts_at, x_blocks, out_at, out_stride = (
-                args
-            )
-            x = _Tokens(e, tokens, x_at, x_scales_at, starts_at, x_blocks)
-            step = e.b.mul(groups, blocks)
+            _, w_at, scales_at, panels, blocks, values_at, x_scales_at, starts_at, width, out_at, out_stride = args
+            x = _Tokens(tokens, values_at, x_scales_at, starts_at, width)
 
             def one_panel(p, totals):
-                w_panel = e.plus(w_at, e.b.mul(p, e.times(step, size)))
-                s_panel = e.plus(scales_at, e.b.mul(p, e.times(step, 32)))
                 first = e.b.mul(p, blocks)
 
                 def body(i, sums):
-                    weights = unpack_block(e, is_q4, e.plus(w_panel, e.times(i, size)))
-                    scale = e.half_to_float(e.load(V16I16, s_panel, e.times(i, 32)))
-                    return x.add_block(e, is_q4, weights, scale, e.plus(first, i), sums)
+                    block = e.plus(first, i)
+                    weights = unpack_block(e, is_q4, e.plus(w_at, e.times(block, size)))
+                    scale = e.half_to_float(e.load(V16I16, scales_at, e.times(block, 32)))
+                    return x.add_block(e, is_q4, weights, scale, block, sums)
 
                 sums = e.loop(blocks, 1, [e.fill(F32, 0.0)] * tokens, body)
                 return [e.b.fadd(total, e.round_to_grid(s)) for total, s in zip(totals, sums, strict=True)]
@@ -238,7 +231,7 @@ def panel_tile(tokens: int) -> Any:
 
         addresses = [types.uintp] * 3
         return types.void(
-            w, types.uintp, types.uintp, *[types.intp] * 3, *addresses, types.intp, types.uintp, types.intp
+            w, types.uintp, types.uintp, types.intp, types.intp, *addresses, types.intp, types.uintp, types.intp
         ), codegen
 
     return tile

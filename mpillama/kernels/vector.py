@@ -8,6 +8,7 @@ from llvmlite import ir
 from numba import njit, prange, types
 from numba.extending import intrinsic
 
+from mpillama.kernels.activations import block_place
 from mpillama.kernels.emit import F32, F64, I8, I32, V16F32, V16F64, V16I32, Emit, float_bits, vector
 
 TINIEST = 1e-30
@@ -50,13 +51,16 @@ def _quantise_block(ctx, x_at, values_at, scale_at, start_at):
 
 
 @njit(nogil=True, cache=True)
-def quantise_blocks(x, values, scales, starts, first, last):
-    """Quantise blocks first:last of one token (GGML's Q8_0 with an unrounded scale).
+def quantise_blocks(x, values, scales, starts, tokens, token, first, blocks):
+    """Quantise part of one of a step's tokens (GGML's Q8_0 with an unrounded scale): blocks first, first + 1, … of it.
 
-    x float32 [k], values int8 [k/32, 32], scales float32 [k/32], starts int32 [k/32]: -8 times the sums.
+    x float32 [k]; `blocks` is the number of blocks of a whole token; kernels/activations.py says how they lie.
     """
-    for i in range(first, last):
-        _quantise_block(x[32 * i :].ctypes.data, values[i].ctypes.data, scales[i:].ctypes.data, starts[i:].ctypes.data)
+    for i in range(x.shape[0] // 32):
+        place = block_place(tokens, blocks, token, first + i)
+        _quantise_block(
+            x[32 * i :].ctypes.data, values[place].ctypes.data, scales[place:].ctypes.data, starts[place:].ctypes.data
+        )
 
 
 @intrinsic

@@ -65,3 +65,17 @@ def single_sequence_step(token_ids: np.ndarray, start: int, table: np.ndarray, l
         tables=table[None].astype(np.int64),
         logit_rows=np.arange(count - logits, count),
     )
+
+
+def decode_step(token_ids: np.ndarray, positions: np.ndarray, tables: np.ndarray) -> Step:
+    """Make the step of one token of each of several sequences; tables int64 [sequences, blocks]."""
+    count = np.arange(len(token_ids))
+    blocks = tables[count, positions // BLOCK_POSITIONS]
+    return Step(
+        token_ids=np.ascontiguousarray(token_ids, np.int32),
+        positions=np.ascontiguousarray(positions, np.int32),
+        slots=blocks * BLOCK_POSITIONS + positions % BLOCK_POSITIONS,
+        segments=np.stack([count, np.ones_like(count), positions.astype(np.int64)], axis=1),
+        tables=tables,
+        logit_rows=count,
+    )

@@ -25,6 +25,11 @@ class Matrix:
         """In the order of the kernels' arguments."""
         return self.values, self.scales
 
+    @property
+    def bytes(self) -> int:
+        """Bytes of the slice."""
+        return self.values.nbytes + (0 if self.scales is None else self.scales.nbytes)
+
     def embed(self, rows: np.ndarray, out: np.ndarray) -> None:
         """Write rows of the matrix to `out` float64 [tokens, width], zeros where `rows` (int64, local) is negative."""
         if self.scales is None:

@@ -14,6 +14,7 @@ from mpillama.model.cache import KVCache, Step
 from mpillama.model.config import ModelConfig
 from mpillama.model.linear import any_quantised
 from mpillama.model.partition import Partition, partition
+from mpillama.model.tuning import Tuning, tune
 from mpillama.model.weights import LayerWeights, Weights
 from mpillama.model.workspace import Activations, StepArrays, Workspace
 
@@ -24,14 +25,15 @@ class DecoderLayer:
     """Pre-norm attention and MLP, each closed by one all-reduce."""
 
     def __init__(
-        self, config: ModelConfig, weights: LayerWeights, heads_of_kv: Array, comm: Communicator, threads: int
-    ):
+        self, config: ModelConfig, weights: LayerWeights, heads_of_kv: Array, comm: Communicator, threads: int,
+        tuning: Tuning,
+    ):  # fmt: skip
         self.config = config
         self.weights = weights
         self.heads_of_kv = heads_of_kv
         self.comm = comm
         self.threads = threads
-        self.in_flight = 1
+        self.tuning = tuning
         self.scale = 1.0 / math.sqrt(config.head_dim)
         w = weights
         self.attention_quantised = any_quantised(w.q_proj, w.k_proj, w.v_proj)
@@ -49,15 +51,15 @@ class DecoderLayer:
         w, c = self.weights, a.context
         h = self._normalise(a, w.input_layernorm, self.attention_quantised)
         layer.query_key_value(
-            *w.q_proj.arrays, *w.k_proj.arrays, *w.v_proj.arrays, *h, a.q_rows, a.k_rows, a.v_rows, self.threads,
-            self.in_flight,
+            *w.q_proj.arrays, *w.k_proj.arrays, *w.v_proj.arrays, *h, a.q_rows, a.k_rows, a.v_rows,
+            *self.tuning.arguments,
         )  # fmt: skip
         layer.rotate_and_store(a.q, a.k, a.v, a.cosines, a.sines, keys, values, step.slots, self.threads)
         attention(
             a.q, keys, values, self.heads_of_kv, step.segments, step.tables, self.scale, a.context_heads,
             self.output_quantised, c.values, c.scales, c.starts, self.threads,
         )  # fmt: skip
-        layer.row_parallel(*w.o_proj.arrays, *c.arrays, a.partial, self.threads, self.in_flight)
+        layer.row_parallel(*w.o_proj.arrays, *c.arrays, a.partial, *self.tuning.arguments)
         return a.partial
 
     def _mlp(self, a: StepArrays) -> Array:
@@ -66,9 +68,9 @@ class DecoderLayer:
         h = self._normalise(a, w.post_attention_layernorm, self.mlp_quantised)
         layer.gate_up(
             *w.gate_proj.arrays, *w.up_proj.arrays, *h, g.x, a.up, self.down_quantised, g.values, g.scales, g.starts,
-            self.threads, self.in_flight,
+            *self.tuning.arguments,
         )  # fmt: skip
-        layer.row_parallel(*w.down_proj.arrays, *g.arrays, a.partial, self.threads, self.in_flight)
+        layer.row_parallel(*w.down_proj.arrays, *g.arrays, a.partial, *self.tuning.arguments)
         return a.partial
 
     def _normalise(self, a: StepArrays, weight: Array, quantised: bool) -> tuple[Array, Array, Array, Array]:
@@ -91,18 +93,18 @@ class LlamaModel:
         self.threads = threads
         self.logit_widths = [len(p.vocab_groups) * LANES for p in parts]
         self.inverse_frequencies = np.array(config.inverse_frequencies(), np.float32)
-        self.in_flight = 1
+        self.tuning = tune(threads, weights.lm_head)
         self.workspace = Workspace(config, self.part)
         heads_of_kv = query_heads_of_kv(config, self.part)
-        self.layers = [DecoderLayer(config, w, heads_of_kv, comm, threads) for w in weights.layers]
+        self.layers = [DecoderLayer(config, w, heads_of_kv, comm, threads, self.tuning) for w in weights.layers]
 
     def forward(self, step: Step, cache: KVCache) -> Array:
         """Run the step's tokens and return the wanted logits, float32 [len(step.logit_rows), vocab_size]."""
         a = self.workspace.for_tokens(len(step.token_ids))
         self._embed(step.token_ids, a)
         rope_angles(step.positions, self.inverse_frequencies, a.cosines, a.sines)
-        for decoder, keys, values in zip(self.layers, cache.keys, cache.values, strict=True):
-            decoder.forward(a, step, keys, values)
+        for index, decoder in enumerate(self.layers):
+            decoder.forward(a, step, cache.keys[index], cache.values[index])
         return self._logits(a.x[step.logit_rows])
 
     def _embed(self, token_ids: Array, a: StepArrays) -> None:
@@ -122,7 +124,7 @@ class LlamaModel:
             x, self.weights.norm, c.hidden_size, c.rms_norm_eps, h.x, any_quantised(head), h.values, h.scales,
             h.starts, self.threads,
         )  # fmt: skip
-        layer.column_parallel(*head.arrays, *h.arrays, part, self.threads, self.in_flight)
+        layer.column_parallel(*head.arrays, *h.arrays, part, *self.tuning.arguments)
         return self.comm.all_gather_columns(part, self.logit_widths)[:, : c.vocab_size]
 
 

@@ -43,6 +43,11 @@ class Weights:
     lm_head: Matrix
     bytes: int
 
+    @property
+    def bytes_per_step(self) -> int:
+        """Bytes that a decode step streams: all but an embedding that is not the head too."""
+        return self.bytes - (0 if self.lm_head is self.embed_tokens else self.embed_tokens.bytes)
+
 
 def slice_shapes(spec: TensorSpec, part: Partition) -> list[tuple[str, tuple[int, ...]]]:
     """The dtypes and shapes of the arrays that this rank holds of a tensor."""

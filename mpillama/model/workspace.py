@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 
+from mpillama.kernels.activations import places
 from mpillama.layout.weight_types import BLOCK, LANES
 from mpillama.model.config import ModelConfig
 from mpillama.model.partition import Partition, ffn_panel
@@ -14,7 +15,7 @@ Array = np.ndarray
 
 @dataclass(frozen=True)
 class Activations:
-    """Float32 [tokens, k] and, for quantised matrices, its int8 blocks with their scales and start values."""
+    """Float32 [tokens, k] and, for quantised matrices, its int8 blocks (kernels/activations.py says how they lie)."""
 
     x: Array
     values: Array
@@ -29,17 +30,18 @@ class Activations:
     @classmethod
     def empty(cls, tokens: int, k: int) -> "Activations":
         """Unfilled arrays; k is a multiple of 32."""
-        blocks = (tokens, k // BLOCK)
+        count = places(tokens, k // BLOCK)
         return cls(
             np.empty((tokens, k), np.float32),
-            np.empty((*blocks, BLOCK), np.int8),
-            np.empty(blocks, np.float32),
-            np.empty(blocks, np.int32),
+            np.empty((count, BLOCK), np.int8),
+            np.empty(count, np.float32),
+            np.empty(count, np.int32),
         )
 
     def first(self, tokens: int) -> "Activations":
         """The first tokens' arrays."""
-        return Activations(*[array[:tokens] for array in self.arrays])
+        count = places(tokens, self.x.shape[1] // BLOCK)
+        return Activations(self.x[:tokens], self.values[:count], self.scales[:count], self.starts[:count])
 
 
 @dataclass(frozen=True)
@@ -71,10 +73,11 @@ class StepArrays:
 
     def first(self, tokens: int) -> "StepArrays":
         """The first tokens' arrays."""
-        parts: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self) if f.init}
-        return StepArrays(
-            **{k: v.first(tokens) if isinstance(v, Activations) else v[:tokens] for k, v in parts.items()}
-        )
+        parts = {f.name: getattr(self, f.name) for f in fields(self) if f.init}
+        first: dict[str, Any] = {
+            name: part.first(tokens) if isinstance(part, Activations) else part[:tokens] for name, part in parts.items()
+        }
+        return StepArrays(**first)
 
 
 class Workspace:

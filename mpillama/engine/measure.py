@@ -1,0 +1,110 @@
+"""Timing steps of a model: all ranks do the same, the slowest one counts."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from mpillama.comm.communicator import Communicator
+from mpillama.kernels import bandwidth
+from mpillama.model.cache import KVCache, blocks_for, cache_bytes, decode_step, single_sequence_step
+from mpillama.model.llama import LlamaModel
+
+WARM_UP_STEPS = 3
+BANDWIDTH_BYTES = 512 << 20
+"""Memory read to measure the bandwidth: much more than any cache."""
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds of repeated steps on the slowest rank, and this rank's own work and communication in them."""
+
+    seconds: np.ndarray
+    communication_seconds: float
+    all_reduces: int
+    own_seconds: float
+
+    @property
+    def median(self) -> float:
+        """The middle repetition."""
+        return float(np.median(self.seconds))
+
+    @property
+    def communication_share(self) -> float:
+        """Share of the time in collectives on this rank."""
+        return self.communication_seconds / max(float(self.seconds.sum()), 1e-12)
+
+    @property
+    def all_reduce_microseconds(self) -> float:
+        """Mean time of a collective on this rank, waiting included."""
+        return 1e6 * self.communication_seconds / self.all_reduces if self.all_reduces else 0.0
+
+
+class Stopwatch:
+    """Measures a model with a cache of its own."""
+
+    def __init__(self, model: LlamaModel, positions: int, sequences: int, kv_type: str, prefill_chunk: int):
+        blocks = blocks_for(positions)
+        self.model = model
+        self.comm: Communicator = model.comm
+        self.kv_type = kv_type
+        self.prefill_chunk = prefill_chunk
+        self.cache = KVCache(model.config, model.part, blocks * sequences, kv_type)
+        self.tables = np.arange(blocks * sequences, dtype=np.int64).reshape(sequences, blocks)
+
+    def prefill(self, tokens: int, repetitions: int) -> Timing:
+        """Time a prompt of this many tokens from an empty cache, logits for its last token."""
+        ids = np.arange(tokens) % self.model.config.vocab_size
+
+        def run() -> None:
+            for first in range(0, tokens, self.prefill_chunk):
+                chunk = ids[first : first + self.prefill_chunk]
+                is_last = first + len(chunk) == tokens
+                self.model.forward(single_sequence_step(chunk, first, self.tables[0], int(is_last)), self.cache)
+
+        return self._time([run] * repetitions, 1)
+
+    def decode(self, sequences: int, context: int, steps: int) -> Timing:
+        """Time steps of one token of each sequence, the first at position `context`."""
+        ids = np.arange(sequences) % self.model.config.vocab_size
+
+        def step(i: int) -> Callable[[], None]:
+            plan = decode_step(ids, np.full(sequences, context + i), self.tables[:sequences])
+            return lambda: self._discard(plan)
+
+        return self._time([step(i) for i in range(steps)], WARM_UP_STEPS)
+
+    def _discard(self, plan: object) -> None:
+        self.model.forward(plan, self.cache)  # type: ignore[arg-type]
+
+    def _time(self, runs: list[Callable[[], None]], warm_up: int) -> Timing:
+        for run in runs[:warm_up]:
+            run()
+        self.comm.seconds, self.comm.calls, seconds = 0.0, 0, []
+        for run in runs:
+            self.comm.barrier()
+            start = time.perf_counter()
+            run()
+            seconds.append(time.perf_counter() - start)
+        slowest = np.max(self.comm.gather(seconds), axis=0)
+        own = sum(seconds) - self.comm.seconds
+        return Timing(slowest, self.comm.seconds, self.comm.calls, own)
+
+    def kv_bytes(self, sequences: int, context: int) -> int:
+        """Bytes of keys and values that this rank reads in a step at position `context`."""
+        whole = cache_bytes(self.model.config, self.model.part, 1, self.kv_type) // 64
+        return whole * (context + 1) * sequences
+
+
+def read_bandwidth(comm: Communicator, threads: int, repetitions: int = 7) -> float:
+    """Bytes per second that all ranks together read from memory, all at the same time; median of the repetitions."""
+    data, results = np.ones(BANDWIDTH_BYTES, np.uint8), bandwidth.new_results(threads)
+    seconds = []
+    for _ in range(repetitions + 1):
+        comm.barrier()
+        start = time.perf_counter()
+        bandwidth.read_memory(data, results, threads)
+        seconds.append(time.perf_counter() - start)
+    slowest = np.max(comm.gather(seconds[1:]), axis=0)
+    return comm.size * bandwidth.bytes_read(BANDWIDTH_BYTES, threads) / float(np.median(slowest))

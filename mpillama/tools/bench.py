@@ -1,0 +1,168 @@
+"""`bench`: how fast the ranks and threads as started run a model or a shape, and how near the limit that is."""
+
+import json
+import sys
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from mpillama.comm.start import World, start_mpi
+from mpillama.errors import UserError
+from mpillama.kernels.target import Target, prepare, requested_isa
+from mpillama.layout.weight_types import WEIGHT_TYPES
+from mpillama.model.config import ModelConfig
+from mpillama.model.partition import partition
+from mpillama.model.shapes import shape_config
+from mpillama.model.tensors import WeightTypes, tensor_specs
+from mpillama.options import BenchOptions
+from mpillama.tools.bench_report import draw, print_report
+from mpillama.tools.display import load_progress
+
+if TYPE_CHECKING:
+    from mpillama.engine.measure import Stopwatch, Timing
+    from mpillama.model.llama import LlamaModel
+
+
+def bench(options: BenchOptions) -> int:
+    """Run the command; returns the exit status."""
+    _check(options)
+    with start_mpi(options.threads) as world:
+        target = world.comm.together(lambda: prepare(requested_isa(), world.threads, world.comm.yields))
+        model, whole_layers = _load(options, world, target)
+        report = _measure(options, world, target, model, whole_layers)
+        if world.comm.is_root:
+            _publish(options, report)
+    return 0
+
+
+def _check(options: BenchOptions) -> None:
+    if (options.shape is None) == (options.model is None):
+        raise UserError("bench needs --shape NAME (weights made in memory) or --model FILE, one of them.")
+    for name in ("decode", "repetitions", "prefill_chunk"):
+        if getattr(options, name) < 1:
+            raise UserError(f"--{name.replace('_', '-')} is {getattr(options, name)}: it must be at least 1.")
+    if min([*options.prefill, *options.batch, 1]) < 1:
+        raise UserError("--prefill and --batch take numbers of at least 1.")
+
+
+def _load(options: BenchOptions, world: World, target: Target) -> tuple["LlamaModel", int]:
+    """The model with its first layers only if asked, and the number of layers of the whole model."""
+    from mpillama.engine.loading import load_model
+    from mpillama.engine.synthetic import SyntheticWeights
+    from mpillama.engine.warm_up import choose_reduction, warm_up
+    from mpillama.model.llama import LlamaModel
+    from mpillama.model.weights import load_weights
+
+    if options.model is not None:
+        loaded = load_model(options, world, target, load_progress(world.comm.is_root, options.json))
+        return loaded.model, loaded.file.config.num_hidden_layers
+    whole = ModelConfig.from_hf(shape_config(options.shape or ""))
+    config = replace(whole, num_hidden_layers=min(options.layers or whole.num_hidden_layers, whole.num_hidden_layers))
+    weight_type = WEIGHT_TYPES[options.weights]
+    warm_up([weight_type], world, target, options.kv_type)
+    choose_reduction(world.comm, world, config.padded_hidden_size, options.prefill_chunk)
+    part = partition(config, world.comm.size)[world.comm.rank]
+    weights = load_weights(config, tensor_specs(config, WeightTypes(weight_type)), part, SyntheticWeights().read)
+    return LlamaModel(config, weights, world.comm, target.threads), whole.num_hidden_layers
+
+
+def _measure(
+    options: BenchOptions, world: World, target: Target, model: "LlamaModel", whole_layers: int
+) -> dict[str, Any]:
+    from mpillama.engine.measure import Stopwatch, read_bandwidth
+
+    positions = max([*options.prefill, options.context + options.decode])
+    if positions > model.config.max_position_embeddings:
+        raise UserError(f"{positions} positions are asked for, the model has {model.config.max_position_embeddings}.")
+    watch = Stopwatch(model, positions, max(options.batch), options.kv_type, options.prefill_chunk)
+    bandwidth = read_bandwidth(world.comm, target.threads)
+    prefill = [_prefill(options, watch, tokens, whole_layers) for tokens in options.prefill]
+    decode = [_decode(options, world, watch, batch, bandwidth, whole_layers) for batch in options.batch]
+    return {
+        "shape": options.shape or options.model,
+        "weights": options.weights if options.shape else "as stored",
+        "kv_type": options.kv_type,
+        "layers": {"measured": model.config.num_hidden_layers, "model": whole_layers},
+        "ranks": world.comm.size,
+        "threads": target.threads,
+        "isa": target.isa.name,
+        "weight_bytes_per_rank": world.comm.gather(model.weights.bytes),
+        "read_bandwidth_bytes_per_second": bandwidth,
+        "prefill": prefill,
+        "decode": decode,
+        "bandwidth_fraction": decode[0]["bandwidth_fraction"],
+        "communication_share": decode[0]["communication_share"],
+        "allreduce_microseconds": decode[0]["allreduce_microseconds"],
+        "slowest_rank": decode[0]["slowest_rank"],
+        "rss_bytes_per_rank": world.comm.gather(_resident_bytes()),
+    }
+
+
+def _resident_bytes() -> int:
+    import psutil
+
+    return int(psutil.Process().memory_info().rss)
+
+
+def _prefill(options: BenchOptions, watch: "Stopwatch", tokens: int, whole_layers: int) -> dict[str, Any]:
+    timing = watch.prefill(tokens, options.repetitions)
+    result = {"tokens": tokens, **_spread(timing, tokens), "communication_share": timing.communication_share}
+    if watch.model.config.num_hidden_layers < whole_layers:
+        seconds = _extrapolate(watch, timing.median, whole_layers, lambda: watch.prefill(tokens, options.repetitions))
+        result["whole_model_tokens_per_second"] = tokens / seconds
+    return result
+
+
+def _decode(
+    options: BenchOptions, world: World, watch: "Stopwatch", batch: int, bandwidth: float, whole_layers: int
+) -> dict[str, Any]:
+    timing = watch.decode(batch, options.context, options.decode)
+    kv_bytes = sum(world.comm.gather(watch.kv_bytes(batch, options.context)))
+    weight_bytes = sum(world.comm.gather(watch.model.weights.bytes_per_step))
+    ranks = world.comm.gather((timing.own_seconds, world.host, timing.all_reduce_microseconds))
+    slowest = max(range(len(ranks)), key=lambda r: ranks[r][0])
+    result = {
+        "batch": batch,
+        "context": options.context,
+        **_spread(timing, batch),
+        "bytes_per_step": weight_bytes + kv_bytes,
+        "bytes_per_token": (weight_bytes + kv_bytes) / batch,
+        "bandwidth_fraction": (weight_bytes + kv_bytes) / timing.median / bandwidth,
+        "communication_share": timing.communication_share,
+        "allreduce_microseconds": min(r[2] for r in ranks),
+        "slowest_rank": {"rank": slowest, "host": ranks[slowest][1]},
+    }
+    if watch.model.config.num_hidden_layers < whole_layers:
+        again = lambda: watch.decode(batch, options.context, options.decode)  # noqa: E731
+        result["whole_model_tokens_per_second"] = batch / _extrapolate(watch, timing.median, whole_layers, again)
+    return result
+
+
+def _spread(timing: "Timing", tokens: int) -> dict[str, float]:
+    """Tokens per second of the median repetition, and its extremes."""
+    return {
+        "tokens_per_second": tokens / timing.median,
+        "slowest_tokens_per_second": tokens / float(np.max(timing.seconds)),
+        "fastest_tokens_per_second": tokens / float(np.min(timing.seconds)),
+    }
+
+
+def _extrapolate(watch: "Stopwatch", median: float, whole_layers: int, again: Any) -> float:
+    """Seconds of the whole model: what the layers took, times their number, plus what a model without layers takes."""
+    layers = watch.model.layers
+    watch.model.layers = []
+    try:
+        rest = float(again().median)
+    finally:
+        watch.model.layers = layers
+    return rest + (median - rest) * whole_layers / len(layers)
+
+
+def _publish(options: BenchOptions, report: dict[str, Any]) -> None:
+    if options.plot:
+        draw(report, options.plot)
+    if options.json:
+        sys.stdout.write(json.dumps(report, indent=2) + "\n")
+    else:
+        print_report(report)
