@@ -53,7 +53,7 @@ class RunOptions:
     max_seq_len: Optional[int] = option(
         "most tokens of prompt and answer together (default: the model's own context)", metavar="TOKENS"
     )
-    kv_type: str = option("type of the KV cache (default: f16)", "f16", choices=["f16", "f32"])
+    kv_type: str = option("type of the KV cache (default: f16)", "f16", choices=["f16", "f32", "q8"])
     threads: Optional[int] = option(
         "threads of each rank (default: the cores this rank may use, shared fairly with the ranks on them)",
         metavar="COUNT",

@@ -7,8 +7,9 @@ Threads share row groups, attention tiles or tokens. Work that depends on what a
 import numpy as np
 from numba import njit, prange
 
+from mpillama.kernels.cache_store import store_key_value
 from mpillama.kernels.matmul import column_span, row_panels_one, row_span
-from mpillama.kernels.rope import rotate, store_key_value
+from mpillama.kernels.rope import rotate
 from mpillama.kernels.vector import quantise_blocks, rms_norm_row, silu_multiply
 
 RUN_BYTES = 256 * 1024
@@ -118,21 +119,21 @@ def row_parallel(w, w_scales, x, values, scales, starts, out, threads, in_flight
 
 
 @njit(nogil=True, cache=True)
-def _rotate_and_store(q, k, v, cosines, sines, key_cache, value_cache, slots, first, last):
+def _rotate_and_store(q, k, v, cosines, sines, cache, slots, first, last):
     """RoPE and the write into the cache for tokens first:last."""
     for t in range(first, last):
         rotate(q[t], cosines[t], sines[t])
         rotate(k[t], cosines[t], sines[t])
-        store_key_value(k[t], v[t], key_cache, value_cache, slots[t])
+        store_key_value(k[t], v[t], cache, slots[t])
 
 
 @njit(nogil=True, parallel=True, cache=True)
-def rotate_and_store(q, k, v, cosines, sines, key_cache, value_cache, slots, threads):
+def rotate_and_store(q, k, v, cosines, sines, cache, slots, threads):
     """RoPE of q and k in place, and the step's keys and values into the cache; [tokens, heads, head_dim]."""
     tokens = q.shape[0]
     if tokens < FEW_TOKENS:
-        _rotate_and_store(q, k, v, cosines, sines, key_cache, value_cache, slots, 0, tokens)
+        _rotate_and_store(q, k, v, cosines, sines, cache, slots, 0, tokens)
     else:
         for thread in prange(threads):
             first, last = tokens * thread // threads, tokens * (thread + 1) // threads
-            _rotate_and_store(q, k, v, cosines, sines, key_cache, value_cache, slots, first, last)
+            _rotate_and_store(q, k, v, cosines, sines, cache, slots, first, last)

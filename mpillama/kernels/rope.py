@@ -1,14 +1,11 @@
-"""Rotary position embedding and the write into the KV cache.
+"""Rotary position embedding.
 
 Half-split convention: channel i turns with channel i + head_dim / 2 (https://arxiv.org/abs/2104.09864, in the
 arrangement of Hugging Face's Llama).
 """
 
 import numpy as np
-from numba import njit, types
-from numba.extending import intrinsic
-
-from mpillama.kernels.emit import V16F32, Emit
+from numba import njit
 
 HALF_PI_HIGH = float.fromhex("0x1.921fb544p+0")
 HALF_PI_MIDDLE = float.fromhex("0x1.0b4611a6p-34")
@@ -70,34 +67,3 @@ def rotate(heads, cosine, sine):
     """Rotate one token's heads float32 [heads, head_dim] in place; cosine, sine float32 [true head_dim / 2]."""
     for h in range(heads.shape[0]):
         _rotate(heads[h], cosine, sine)
-
-
-@intrinsic
-def _store_lanes(ctx, cache, x_at, out_at):
-    """Write 16 float32 in the cache's type (float32, or float16 bits when its dtype is int16)."""
-    is_half = cache.dtype == types.int16
-
-    def codegen(cg, builder, sig, args):
-        e = Emit(builder)
-        x = e.load(V16F32, args[1])
-        e.store(e.float_to_half(x) if is_half else x, args[2])
-        return cg.get_dummy_value()
-
-    return types.void(cache, types.uintp, types.uintp), codegen
-
-
-@njit(nogil=True, cache=True)
-def store_key_value(key, value, key_cache, value_cache, slot):
-    """Write one token's keys and values into the cache.
-
-    key, value float32 [kv_heads, head_dim]; key_cache [blocks, kv_heads, head_dim, 64] (positions are lanes),
-    value_cache [blocks, kv_heads, 64, head_dim] (channels are lanes); slot: block * 64 + place.
-    """
-    lanes = np.empty(16, key_cache.dtype)
-    block, place = slot // 64, slot % 64
-    for h in range(key.shape[0]):
-        for d in range(0, key.shape[1], 16):
-            _store_lanes(value_cache, value[h, d:].ctypes.data, value_cache[block, h, place, d:].ctypes.data)
-            _store_lanes(key_cache, key[h, d:].ctypes.data, lanes.ctypes.data)
-            for i in range(16):
-                key_cache[block, h, d + i, place] = lanes[i]

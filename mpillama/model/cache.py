@@ -4,12 +4,19 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from mpillama.layout.weight_types import BLOCK
 from mpillama.model.config import ModelConfig
 from mpillama.model.partition import Partition
 
 BLOCK_POSITIONS = 64
-KV_DTYPES: dict[str, np.dtype[np.generic]] = {"f16": np.dtype(np.int16), "f32": np.dtype(np.float32)}
-"""float16 is held as bit patterns."""
+KV_DTYPES: dict[str, np.dtype[np.generic]] = {
+    "f16": np.dtype(np.int16),
+    "f32": np.dtype(np.float32),
+    "q8": np.dtype(np.int8),
+}
+"""float16 is held as bit patterns; q8 has a float16 scale for every 32 channels of a position."""
+LayerCache = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
+"""Keys, their scales, values, their scales; without scales for f16 and f32."""
 
 
 def blocks_for(positions: int) -> int:
@@ -20,19 +27,27 @@ def blocks_for(positions: int) -> int:
 def cache_bytes(config: ModelConfig, part: Partition, blocks: int, kv_type: str) -> int:
     """Bytes of a rank's cache of `blocks` blocks."""
     values = config.num_hidden_layers * blocks * BLOCK_POSITIONS * len(part.kv_heads) * config.padded_head_dim
-    return 2 * values * KV_DTYPES[kv_type].itemsize
+    scales = values // BLOCK * 2 if kv_type == "q8" else 0
+    return 2 * (values * KV_DTYPES[kv_type].itemsize + scales)
 
 
 class KVCache:
-    """Keys [blocks, kv_heads, head_dim, 64] and values [blocks, kv_heads, 64, head_dim] of each layer."""
+    """The cache blocks of each layer: [blocks, kv_heads, …], as kernels/attention_tiles.py describes them."""
 
     def __init__(self, config: ModelConfig, part: Partition, blocks: int, kv_type: str):
         heads, head_dim, dtype = len(part.kv_heads), config.padded_head_dim, KV_DTYPES[kv_type]
-        key_shape = (blocks, heads, head_dim, BLOCK_POSITIONS)
-        value_shape = (blocks, heads, BLOCK_POSITIONS, head_dim)
-        # Zeroed memory costs nothing until its pages are written.
-        self.keys = [np.zeros(key_shape, dtype) for _ in range(config.num_hidden_layers)]
-        self.values = [np.zeros(value_shape, dtype) for _ in range(config.num_hidden_layers)]
+        scale_shape = (blocks, heads, head_dim // BLOCK if kv_type == "q8" else 0, BLOCK_POSITIONS)
+
+        def layer() -> LayerCache:
+            # Zeroed memory costs nothing until its pages are written.
+            return (
+                np.zeros((blocks, heads, head_dim, BLOCK_POSITIONS), dtype),
+                np.zeros(scale_shape, np.uint16),
+                np.zeros((blocks, heads, BLOCK_POSITIONS, head_dim), dtype),
+                np.zeros(scale_shape, np.uint16),
+            )
+
+        self.layers = [layer() for _ in range(config.num_hidden_layers)]
         self.blocks = blocks
 
 

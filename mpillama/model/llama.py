@@ -10,7 +10,7 @@ from mpillama.kernels.attention import attention
 from mpillama.kernels.rope import rope_angles
 from mpillama.kernels.vector import add_rounded, round_to_float
 from mpillama.layout.weight_types import LANES
-from mpillama.model.cache import KVCache, Step
+from mpillama.model.cache import KVCache, LayerCache, Step
 from mpillama.model.config import ModelConfig
 from mpillama.model.linear import any_quantised
 from mpillama.model.partition import Partition, partition
@@ -41,12 +41,12 @@ class DecoderLayer:
         self.mlp_quantised = any_quantised(w.gate_proj, w.up_proj)
         self.down_quantised = any_quantised(w.down_proj)
 
-    def forward(self, a: StepArrays, step: Step, keys: Array, values: Array) -> None:
+    def forward(self, a: StepArrays, step: Step, cache: LayerCache) -> None:
         """Advance the residual stream a.x float32 [tokens, hidden], which every rank holds in full."""
-        add_rounded(a.x, self.comm.all_reduce(self._attention(a, step, keys, values)), self.threads)
+        add_rounded(a.x, self.comm.all_reduce(self._attention(a, step, cache)), self.threads)
         add_rounded(a.x, self.comm.all_reduce(self._mlp(a)), self.threads)
 
-    def _attention(self, a: StepArrays, step: Step, keys: Array, values: Array) -> Array:
+    def _attention(self, a: StepArrays, step: Step, cache: LayerCache) -> Array:
         """Attend over this rank's heads; the sum over ranks is the attention output."""
         w, c = self.weights, a.context
         h = self._normalise(a, w.input_layernorm, self.attention_quantised)
@@ -54,9 +54,9 @@ class DecoderLayer:
             *w.q_proj.arrays, *w.k_proj.arrays, *w.v_proj.arrays, *h, a.q_rows, a.k_rows, a.v_rows,
             *self.tuning.arguments,
         )  # fmt: skip
-        layer.rotate_and_store(a.q, a.k, a.v, a.cosines, a.sines, keys, values, step.slots, self.threads)
+        layer.rotate_and_store(a.q, a.k, a.v, a.cosines, a.sines, cache, step.slots, self.threads)
         attention(
-            a.q, keys, values, self.heads_of_kv, step.segments, step.tables, self.scale, a.context_heads,
+            a.q, cache, self.heads_of_kv, step.segments, step.tables, self.scale, a.context_heads,
             self.output_quantised, c.values, c.scales, c.starts, self.threads,
         )  # fmt: skip
         layer.row_parallel(*w.o_proj.arrays, *c.arrays, a.partial, *self.tuning.arguments)
@@ -104,7 +104,7 @@ class LlamaModel:
         self._embed(step.token_ids, a)
         rope_angles(step.positions, self.inverse_frequencies, a.cosines, a.sines)
         for index, decoder in enumerate(self.layers):
-            decoder.forward(a, step, cache.keys[index], cache.values[index])
+            decoder.forward(a, step, cache.layers[index])
         return self._logits(a.x[step.logit_rows])
 
     def _embed(self, token_ids: Array, a: StepArrays) -> None:
