@@ -11,6 +11,7 @@ import os
 import stat
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -158,10 +159,14 @@ def _check_version(file: h5py.File, path: str) -> None:
 
 
 def _text_attribute(file: h5py.File, name: str, default: str | None = None) -> str:
-    value = file.attrs.get(name, default)
-    if not isinstance(value, str):
-        raise ValueError(f"attribute {name!r} is missing or not text")
-    return value
+    if name not in file.attrs:
+        if default is None:
+            raise ValueError(f"attribute {name!r} is missing")
+        return default
+    kind = file.attrs.get_id(name).get_type()
+    if not isinstance(kind, h5py.h5t.TypeStringID) or kind.is_variable_str():
+        raise ValueError(f"attribute {name!r} is not text")
+    return bytes(file.attrs[name]).decode()
 
 
 def _weight_types(types_json: Any, path: str) -> WeightTypes:
@@ -196,7 +201,16 @@ def _read_entries(file: h5py.File, specs: list[TensorSpec], size: int) -> dict[s
                 f"tensor {array.name} ends at byte {entry.offset + entry.bytes}, but the file has {size} bytes"
             )
         entries[array.name], place = entry, place + spec.units
+    _refuse_overlaps(entries)
     return entries
+
+
+def _refuse_overlaps(entries: Mapping[str, TableEntry]) -> None:
+    """Two arrays in the same bytes can only be damage."""
+    ordered = sorted(entries.values(), key=lambda e: e.offset)
+    for before, after in pairwise(ordered):
+        if before.offset + before.bytes > after.offset:
+            raise ValueError(f"tensors {before.spec.name} and {after.spec.name} overlap at byte {after.offset}")
 
 
 def metadata_digest(

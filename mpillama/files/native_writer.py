@@ -54,10 +54,10 @@ def create_file(
     """Lay the file out: every dataset has its place, none is filled. Returns the table, checksums still 0."""
     alignment = {"alignment_threshold": ALIGNMENT, "alignment_interval": ALIGNMENT}
     entries = {}
-    with h5py.File(path, "w", **alignment) as file:
-        file.attrs["format"], file.attrs["format_version"] = FORMAT, FORMAT_VERSION
-        file.attrs["config"] = json.dumps(config_json)
-        file.attrs["weight_types"] = json.dumps(types_json(types))
+    with h5py.File(path, "w", libver=("v110", "v110"), **alignment) as file:
+        file.attrs["format"], file.attrs["format_version"] = np.bytes_(FORMAT), FORMAT_VERSION
+        file.attrs["config"] = np.bytes_(json.dumps(config_json))
+        file.attrs["weight_types"] = np.bytes_(json.dumps(types_json(types)))
         for name, text in texts.items():
             file[f"text/{name}"] = np.frombuffer(text, np.uint8)
         total = 0
@@ -132,8 +132,8 @@ def seal_file(
 ) -> None:
     """Write the checksums and the digest that says that the file is whole."""
     sealed = {name: TableEntry(e.spec, e.offset, checksums[name]) for name, e in entries.items()}
-    with h5py.File(path, "r+") as file:
+    with h5py.File(path, "r+", libver=("v110", "v110")) as file:
         file["checksums"][...] = np.concatenate([e.checksums for e in sealed.values()])
-        file.attrs["metadata_sha256"] = metadata_digest(
-            json.loads(json.dumps(config_json)), types_json(types), sealed, texts
+        file.attrs["metadata_sha256"] = np.bytes_(
+            metadata_digest(json.loads(json.dumps(config_json)), types_json(types), sealed, texts)
         )

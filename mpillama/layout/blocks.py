@@ -20,9 +20,10 @@ def _round_half_away(x: Float32) -> Float32:
 
 
 def _inverse(scale: np.ndarray) -> np.ndarray:
-    """Return 1 / scale, 0 where the scale is 0 (a block of zeros)."""
-    with np.errstate(divide="ignore"):
-        return np.where(scale == 0, np.float32(0), np.float32(1) / scale)
+    """Return 1 / scale, 0 where that is not finite (a block of zeros, or of numbers too tiny for float16 scales)."""
+    with np.errstate(divide="ignore", over="ignore"):
+        inverse = np.float32(1) / scale
+    return np.where(np.isfinite(inverse), inverse, np.float32(0))
 
 
 def quantise_q8_0(x: Float32) -> Blocks:

@@ -9,6 +9,8 @@ from mpillama.errors import UserError
 from mpillama.layout.weight_types import BLOCK, round_up
 
 Json = Mapping[str, Any]
+MOST_LAYERS = 10_000
+"""A damaged file may claim more; listing their tensors would take for ever."""
 
 
 @dataclass(frozen=True)
@@ -78,12 +80,13 @@ class ModelConfig:
         reader = _Reader(source)
         reader.expect("model_type", ("llama",))
         reader.expect("hidden_act", ("silu",), "silu")
+        reader.refuse_biases()
         hidden, heads = reader.size("hidden_size"), reader.size("num_attention_heads")
         config = cls(
             model_type=source["model_type"],
             hidden_size=hidden,
             intermediate_size=reader.size("intermediate_size"),
-            num_hidden_layers=reader.size("num_hidden_layers"),
+            num_hidden_layers=reader.size("num_hidden_layers", limit=MOST_LAYERS),
             num_attention_heads=heads,
             num_key_value_heads=reader.size("num_key_value_heads", heads),
             head_dim=reader.size("head_dim", hidden // heads),
@@ -124,6 +127,14 @@ class _Reader:
                 f"The model's configuration has {key}={value!r}: mpillama {_version()} runs {', '.join(known)} only."
             )
 
+    def refuse_biases(self) -> None:
+        """Refuse what would be left out silently."""
+        for key in ("attention_bias", "mlp_bias"):
+            if self.source.get(key):
+                raise UserError(
+                    f"The model's configuration has {key}={self.source[key]!r}: mpillama {_version()} has no biases."
+                )
+
     def number(self, key: str, default: float | None = None, source: Json | None = None) -> float:
         """A positive finite number."""
         value = (self.source if source is None else source).get(key)
@@ -132,11 +143,11 @@ class _Reader:
             raise UserError(f"The model's configuration has {key}={value!r}: it must be a positive number.")
         return float(value)
 
-    def size(self, key: str, default: int | None = None, source: Json | None = None) -> int:
-        """A positive whole number below 2^40."""
+    def size(self, key: str, default: int | None = None, source: Json | None = None, limit: int = 2**40) -> int:
+        """A positive whole number below `limit`."""
         value = self.number(key, default, source)
-        if value != int(value) or value >= 2**40:
-            raise UserError(f"The model's configuration has {key}={value!r}: it must be a whole number below 2^40.")
+        if value != int(value) or value >= limit:
+            raise UserError(f"The model's configuration has {key}={value!r}: it must be a whole number below {limit}.")
         return int(value)
 
     def rope_theta(self) -> float:

@@ -1,0 +1,41 @@
+"""What all tests share: the kernels' target, and small random model files."""
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from mpillama.kernels.target import Target, prepare, requested_isa
+from tests import models
+
+THREADS = 2
+
+ModelFile = Callable[[str, str], Path]
+"""(kind, weight type) -> path of a model file."""
+
+WRITERS = {"awkward": models.write_awkward, "plain": models.write_plain, "toy": models.write_toy}
+
+
+@pytest.fixture(scope="session", autouse=True)
+def target() -> Target:
+    """Choose instruction set and threads once; test modules import what is compiled only in fixtures and tests.
+
+    The best instruction set, or the one in MPILLAMA_ISA.
+    """
+    assert "numba" not in sys.modules, "a test module imports Numba before the kernels' target is prepared"
+    return prepare(requested_isa(), THREADS)
+
+
+@pytest.fixture(scope="session")
+def model_file(tmp_path_factory: pytest.TempPathFactory) -> ModelFile:
+    """Give the path of an "awkward", "plain" or "toy" model (tests.models), written when first asked for."""
+    directory = tmp_path_factory.mktemp("models")
+
+    def path(kind: str, weight_type: str) -> Path:
+        file = directory / f"{kind}-{weight_type}.h5"
+        if not file.exists():
+            WRITERS[kind](file, weight_type)
+        return file
+
+    return path

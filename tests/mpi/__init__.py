@@ -1,0 +1,1 @@
+"""Tests of whole runs: several ranks, the command line, mistakes and failures."""

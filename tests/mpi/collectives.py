@@ -1,0 +1,224 @@
+"""What the ranks must agree on; test_communicator.py runs these bodies with pytest under mpirun."""
+
+import time
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+from mpi4py import MPI
+
+from mpillama.comm.communicator import SPIN_SECONDS, Communicator
+from mpillama.errors import UserError
+
+GRID = 2.0**-30
+LIMIT = 2**52
+"""In units of the grid: sums below this are exact in float64."""
+
+
+@pytest.fixture(params=[False, True], ids=["blocking", "yielding"])
+def comm(request: pytest.FixtureRequest) -> Communicator:
+    return Communicator(MPI.COMM_WORLD, yields=request.param)
+
+
+def on_grid(addends: np.ndarray) -> np.ndarray:
+    return addends.astype(np.float64) * GRID
+
+
+# -- all_reduce -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_all_reduce_is_exact_for_any_split(comm: Communicator, seed: int) -> None:
+    random = np.random.default_rng(seed)  # the same on every rank
+    panels, tokens, width = int(random.integers(1, 40)), int(random.integers(1, 9)), int(random.integers(1, 70))
+    magnitude = LIMIT // panels
+    addends = random.integers(-magnitude, magnitude, (panels, tokens, width))
+    owner = random.integers(0, comm.size, panels)  # some ranks may have none
+    mine = np.zeros((tokens, width))
+    for panel in np.random.default_rng(comm.rank).permutation(np.flatnonzero(owner == comm.rank)):
+        mine += on_grid(addends[panel])
+    result = comm.all_reduce(mine)
+    assert result.tobytes() == on_grid(addends.sum(axis=0)).tobytes()
+
+
+def test_all_reduce_keeps_the_last_bit_that_another_order_would_lose(comm: Communicator) -> None:
+    huge, tiny = float(2**22 - 1), GRID
+    mine = np.full((1, 3), tiny if comm.rank else huge)
+    assert comm.all_reduce(mine).tolist() == [[huge + (comm.size - 1) * tiny] * 3]
+
+
+@pytest.mark.parametrize("poison", [np.nan, np.inf, -np.inf])
+def test_all_reduce_spreads_nan_and_infinity_from_any_rank(comm: Communicator, poison: float) -> None:
+    for culprit in range(comm.size):
+        mine = np.ones((2, 3))
+        if comm.rank == culprit:
+            mine[1, 2] = poison
+        result = comm.all_reduce(mine)
+        assert np.isfinite(result).sum() == 5
+        np.testing.assert_equal(result[1, 2], poison)
+
+
+def test_all_reduce_of_opposite_infinities_is_nan(comm: Communicator) -> None:
+    result = comm.all_reduce(np.array([[np.inf if comm.rank == 0 else -np.inf]]))
+    assert np.isnan(result[0, 0]) == (comm.size > 1)
+
+
+def test_time_in_collectives_includes_waiting_for_other_ranks(comm: Communicator) -> None:
+    comm.barrier()
+    if comm.is_root:
+        time.sleep(0.2)
+    comm.all_reduce(np.zeros((1, 1)))
+    assert comm.calls == (comm.size > 1)
+    assert comm.is_root or comm.seconds > 0.05
+
+
+# -- all_gather_columns ---------------------------------------------------------------------------------------------
+
+
+def columns(rows: int, widths: list[int], rank: int) -> np.ndarray:
+    """A rank's part of the matrix whose element [r, c] is 1000 r + c."""
+    first = sum(widths[:rank])
+    return (1000.0 * np.arange(rows)[:, None] + np.arange(first, first + widths[rank])).astype(np.float32)
+
+
+WIDTHS: dict[str, Callable[[int], list[int]]] = {
+    "even": lambda size: [4] * size,
+    "uneven": lambda size: [3 + 2 * (rank % 2) for rank in range(size)],
+    "last has none": lambda size: [5] * max(1, size - 1) + [0] * (size > 1),
+    "only the last": lambda size: [0] * (size - 1) + [7],
+    "middle has none": lambda size: [2 * (rank != size // 2) + (size == 1) for rank in range(size)],
+}
+
+
+@pytest.mark.parametrize("kind", WIDTHS)
+@pytest.mark.parametrize("rows", [1, 2, 5])
+def test_all_gather_columns(comm: Communicator, rows: int, kind: str) -> None:
+    widths = WIDTHS[kind](comm.size)
+    result = comm.all_gather_columns(columns(rows, widths, comm.rank), widths)
+    assert result.dtype == np.float32
+    assert result.tolist() == columns(rows, [sum(widths)], 0).tolist()
+
+
+def test_all_gather_columns_of_a_view(comm: Communicator) -> None:
+    widths = [3] * comm.size
+    padded = np.full((4, 8), -1, np.float32)
+    padded[:, 2:5] = columns(4, widths, comm.rank)
+    assert comm.all_gather_columns(padded[:, 2:5], widths).tolist() == columns(4, [sum(widths)], 0).tolist()
+
+
+def test_all_gather_columns_spreads_nan(comm: Communicator) -> None:
+    part = np.full((2, 1), np.nan if comm.rank == comm.size - 1 else comm.rank, np.float32)
+    result = comm.all_gather_columns(part, [1] * comm.size)
+    np.testing.assert_array_equal(result, [[*range(comm.size - 1), np.nan]] * 2)
+
+
+# -- plans ----------------------------------------------------------------------------------------------------------
+
+
+def test_broadcast_plan_gives_each_of_many_plans(comm: Communicator) -> None:
+    for number in range(50):
+        plan = np.arange(300) * (number + 1) if comm.is_root else np.full(300, -1)
+        comm.broadcast_plan(plan)
+        assert plan.tolist() == (np.arange(300) * (number + 1)).tolist()
+
+
+def test_broadcast_plan_arrives_while_the_others_sleep(comm: Communicator) -> None:
+    plan = np.zeros(4, np.int64)
+    if comm.is_root:
+        time.sleep(5 * SPIN_SECONDS)
+        plan[:] = 1, 2, 3, 4
+    comm.broadcast_plan(plan)
+    assert plan.tolist() == [1, 2, 3, 4]
+
+
+def test_waiting_for_a_plan_leaves_the_core_to_others(comm: Communicator) -> None:
+    plan = np.zeros(4, np.int64)
+    comm.barrier()
+    before = time.process_time()
+    if comm.is_root:
+        time.sleep(0.6)
+    comm.broadcast_plan(plan)
+    assert time.process_time() - before < 0.3
+
+
+# -- objects and errors ---------------------------------------------------------------------------------------------
+
+
+def test_gather_and_broadcast(comm: Communicator) -> None:
+    assert comm.gather({"rank": comm.rank}) == [{"rank": rank} for rank in range(comm.size)]
+    assert comm.broadcast(("from", comm.rank)) == ("from", 0)
+    assert comm.broadcast(None if comm.is_root else 1) is None
+
+
+def test_neighbours_are_the_ranks_of_this_host(comm: Communicator) -> None:
+    neighbours = comm.neighbours()
+    assert (neighbours.rank, neighbours.size, neighbours.yields) == (comm.rank, comm.size, comm.yields)
+    neighbours.barrier()
+
+
+def test_alone_reduces_nothing(comm: Communicator) -> None:
+    alone = Communicator.alone()
+    assert (alone.rank, alone.size) == (0, 1)
+    assert alone.all_reduce(np.array([[float(comm.rank)]])).tolist() == [[float(comm.rank)]]
+
+
+def test_on_root_runs_once_and_tells_all(comm: Communicator) -> None:
+    ran: list[int] = []
+    assert comm.on_root(lambda: ran.append(comm.rank) or "result") == "result"
+    assert comm.gather(ran) == [[0], *[[]] * (comm.size - 1)]
+
+
+def test_on_root_only_gives_the_others_nothing(comm: Communicator) -> None:
+    assert comm.on_root_only(lambda: "result") == ("result" if comm.is_root else None)
+
+
+@pytest.mark.parametrize("method", ["on_root", "on_root_only"])
+def test_mistake_on_root_is_raised_everywhere(comm: Communicator, method: str) -> None:
+    def fail() -> None:
+        raise UserError("the file is missing.")
+
+    with pytest.raises(UserError) as caught:
+        getattr(comm, method)(fail)
+    assert comm.gather(str(caught.value)) == ["the file is missing."] * comm.size
+    assert comm.on_root(lambda: 5) == 5  # no message was left over
+
+
+def message_of(comm: Communicator, failing: set[int]) -> str:
+    """What together() raises if these ranks fail; the same everywhere."""
+
+    def act() -> int:
+        if comm.rank in failing:
+            raise UserError(f"rank {comm.rank} has no file.")
+        return comm.rank
+
+    with pytest.raises(UserError) as caught:
+        comm.together(act)
+    messages = set(comm.gather(str(caught.value)))
+    assert len(messages) == 1
+    return messages.pop()
+
+
+def test_together_without_mistakes(comm: Communicator) -> None:
+    assert comm.together(lambda: comm.rank * 10) == comm.rank * 10
+
+
+def test_together_names_the_rank_that_fails(comm: Communicator) -> None:
+    for rank in range(comm.size):
+        message = message_of(comm, {rank})
+        if comm.size == 1:
+            assert message == "rank 0 has no file."
+        else:
+            assert message.startswith(f"rank {rank} of {comm.size}")
+            assert message.endswith(f": rank {rank} has no file.")
+
+
+def test_together_tells_how_many_fail(comm: Communicator) -> None:
+    if comm.size < 3:
+        pytest.skip("some but not all of at least two ranks")
+    message = message_of(comm, {1, comm.size - 1})
+    assert message.startswith(f"rank 1 of {comm.size}")
+    assert "and 1 more" in message
+
+
+def test_together_names_no_rank_if_all_fail(comm: Communicator) -> None:
+    assert message_of(comm, set(range(comm.size))) == "rank 0 has no file."

@@ -1,0 +1,68 @@
+"""Print the digest of each case's logits, as one JSON list from rank 0.
+
+Arguments: threads, number of tokens to generate, and the cases as a JSON list of {model, kv_type, prefill_chunk,
+prompt, banned, in_flight}; tokens are chosen greedily, never the banned one. `in_flight` is LlamaModel's choice between
+equal ways, made on each rank: 1 or 2 for all, or 0 for 1 and 2 in turn.
+"""
+
+import hashlib
+import json
+import sys
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from mpillama.comm.start import start_mpi
+from mpillama.kernels.target import prepare, requested_isa
+from mpillama.options import RunOptions
+from mpillama.tools.display import load_progress
+
+if TYPE_CHECKING:
+    from mpillama.engine.session import Session
+
+
+def main(threads: int, tokens: int, cases: list[dict[str, Any]]) -> None:
+    """Run all cases in this process."""
+    with start_mpi(threads) as world:
+        target = world.comm.together(lambda: prepare(requested_isa(), threads, world.comm.yields))
+        from mpillama.engine.loading import load_model, open_session
+
+        digests, loaded, previous = [], None, None
+        for case in cases:
+            options = RunOptions(
+                model=case["model"],
+                kv_type=case["kv_type"],
+                prefill_chunk=case["prefill_chunk"],
+                threads=threads,
+                max_seq_len=len(case["prompt"]) + tokens,
+            )
+            if loaded is None or previous != (options.model, options.kv_type):
+                loaded = load_model(options, world, target, load_progress(False, True))
+                previous = options.model, options.kv_type
+            for part in (loaded.model, *loaded.model.layers):
+                assert part.in_flight in (1, 2)
+                part.in_flight = case["in_flight"] or 1 + world.comm.rank % 2
+            session = open_session(options, loaded)
+            if world.comm.is_root:
+                digests.append(generate(session, case["prompt"], tokens, case["banned"]))
+                session.end(0)
+            else:
+                session.follow()
+        if world.comm.is_root:
+            print(json.dumps(digests))
+
+
+def generate(session: "Session", prompt: list[int], tokens: int, banned: int) -> str:
+    """The digest of the logits that each token is chosen from."""
+    digest, new = hashlib.sha256(), prompt
+    for _ in range(tokens):
+        logits = session.extend(new)
+        digest.update(np.ascontiguousarray(logits, "<f4").tobytes())
+        allowed = logits.copy()
+        allowed[banned] = -np.inf
+        new = [int(allowed.argmax())]
+    return digest.hexdigest()
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), int(sys.argv[2]), json.loads(sys.argv[3]))

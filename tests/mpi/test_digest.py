@@ -1,0 +1,161 @@
+"""One answer: the logits have the same bits for any number of ranks and threads, prefill chunk and instruction set."""
+
+import json
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from mpillama.errors import UserError
+from mpillama.files.native import read_table
+from mpillama.kernels.isa import NAMES, choose_isa, host_features
+from mpillama.layout.weight_types import WEIGHT_TYPES
+from tests.conftest import ModelFile
+from tests.mpi.launch import PROGRAM, SCRIPTS, run
+
+PROMPT_TOKENS, TOKENS = 61, 12
+"""Together they cross the border between two blocks of the KV cache."""
+EOS = 1
+COMPILE_TIMEOUT = 500.0
+"""Every weight type may have to be compiled first."""
+Digests = dict[str, str]
+Measure = Callable[..., Digests]
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(2 * COMPILE_TIMEOUT)]
+
+
+def prompt_of(model: Path) -> list[int]:
+    """Token ids from the whole vocabulary, the same on every run."""
+    vocab_size = read_table(str(model)).config.vocab_size
+    return [int(i) for i in np.random.default_rng(5).integers(2, vocab_size, PROMPT_TOKENS)]
+
+
+def case(model: Path, chunk: int = 256, kv_type: str = "f16", in_flight: int = 1) -> dict[str, Any]:
+    """What scripts/digest.py is to do."""
+    return {
+        "model": str(model),
+        "kv_type": kv_type,
+        "prefill_chunk": chunk,
+        "prompt": prompt_of(model),
+        "banned": EOS,
+        "in_flight": in_flight,
+    }
+
+
+def name_of(made: dict[str, Any]) -> str:
+    """What the digest of a case depends on: model and KV type, nothing else."""
+    return f"{Path(made['model']).stem}, KV {made['kv_type']}"
+
+
+@pytest.fixture(scope="module")
+def measure() -> Measure:
+    """Give the digests of cases on some ranks; all cases of one name must agree already."""
+
+    def digests(cases: list[dict[str, Any]], ranks: int, isa: str = "", threads: int = 1) -> Digests:
+        if isa:
+            skip_without(isa)
+        arguments = (str(threads), str(TOKENS), json.dumps(cases))
+        result = run(ranks, SCRIPTS / "digest.py", *arguments, env={"MPILLAMA_ISA": isa}, timeout=COMPILE_TIMEOUT)
+        assert result.status == 0, result.stderr
+        found: dict[str, set[str]] = {}
+        for made, digest in zip(cases, json.loads(result.stdout), strict=True):
+            found.setdefault(name_of(made), set()).add(digest)
+        assert all(len(values) == 1 for values in found.values()), f"chunk or in_flight change the bits: {found}"
+        return {name: values.pop() for name, values in found.items()}
+
+    return digests
+
+
+@cache
+def lacking(isa: str) -> str:
+    """Why this processor cannot run an instruction set, "" if it can."""
+    try:
+        choose_isa(isa, host_features())
+    except UserError as error:
+        return str(error)
+    return ""
+
+
+def skip_without(isa: str) -> None:
+    """Skip a test of instructions that this processor lacks."""
+    if lacking(isa):
+        pytest.skip(lacking(isa))
+
+
+@pytest.fixture(scope="module")
+def all_types(model_file: ModelFile, toy: Path) -> list[dict[str, Any]]:
+    """The awkward model in every weight type, the toy model (fewer units than ranks), both types of KV cache."""
+    awkward = [model_file("awkward", name) for name in WEIGHT_TYPES]
+    return [
+        *(case(model, chunk, in_flight=way) for model in awkward for chunk, way in ((256, 1), (7, 0))),
+        case(awkward[0], 1),
+        case(model_file("awkward", "q8_0"), 1, in_flight=2),
+        case(toy),
+        case(toy, 5, in_flight=2),
+        *(case(model_file("awkward", "q8_0"), chunk, "f32") for chunk in (256, 1)),
+    ]
+
+
+@pytest.fixture(scope="module")
+def truth(measure: Measure, all_types: list[dict[str, Any]]) -> Digests:
+    """The digests of one rank with one thread and the best instructions."""
+    return measure(all_types, 1)
+
+
+def test_digest_sees_weight_type_and_kv_type(truth: Digests) -> None:
+    """Else the comparisons below would prove nothing."""
+    assert len(truth) == len(WEIGHT_TYPES) + 2
+    assert len(set(truth.values())) == len(truth)
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 4, 5])
+def test_any_number_of_ranks(ranks: int, measure: Measure, all_types: list[dict[str, Any]], truth: Digests) -> None:
+    assert measure(all_types, ranks) == truth
+
+
+@pytest.mark.parametrize("isa", NAMES)
+@pytest.mark.parametrize(("ranks", "threads"), [(1, 2), (3, 1)])
+def test_any_instruction_set(
+    ranks: int, threads: int, isa: str, measure: Measure, all_types: list[dict[str, Any]], truth: Digests
+) -> None:
+    assert measure(all_types, ranks, isa, threads) == truth
+
+
+def test_threads_and_ranks_together(measure: Measure, all_types: list[dict[str, Any]], truth: Digests) -> None:
+    assert measure(all_types, 2, threads=2) == truth
+
+
+@pytest.fixture(scope="module")
+def demo_truth(measure: Measure, demo: Path) -> Digests:
+    return measure([case(demo)], 1)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "isa", "threads"),
+    [
+        *((1, isa, 1) for isa in NAMES),
+        (1, "", 2),
+        (2, "avx2", 1),
+        (2, "", 2),
+        *((3, isa, 1) for isa in NAMES),
+        (4, "portable", 1),
+        (5, "", 1),
+    ],
+    ids=lambda value: str(value) or "best",
+)
+def test_demo_model(ranks: int, isa: str, threads: int, measure: Measure, demo: Path, demo_truth: Digests) -> None:
+    chunks = (256, 7, 1) if ranks < 4 else (256, 7)
+    assert measure([case(demo, chunk) for chunk in chunks], ranks, isa, threads) == demo_truth
+
+
+@pytest.mark.parametrize("ranks", [None, 1, 2, 3])
+def test_command_line_gives_the_same_digest(ranks: int | None, toy: Path, truth: Digests) -> None:
+    prompt, chunk = ",".join(map(str, prompt_of(toy))), str(7 * (ranks or 1))
+    options = ("--prompt-token-ids", prompt, "--prefill-chunk", chunk, "--logit-bias", f"{EOS}=-1000")
+    amount = ("--max-tokens", str(TOKENS), "--temperature", "0", "--json")
+    result = run(ranks, *PROGRAM, "--model", toy, *options, *amount)
+    assert result.status == 0, result.stderr
+    assert json.loads(result.stdout)["logits_sha256"] == truth[name_of(case(toy))]

@@ -1,0 +1,67 @@
+"""Running a model file in this process on one rank; imports what is compiled, so only after `prepare`."""
+
+from pathlib import Path
+
+import numpy as np
+
+from mpillama.comm.communicator import Communicator
+from mpillama.files.native import read_table
+from mpillama.files.native_reader import NativeReader
+from mpillama.model.cache import KVCache, Step, blocks_for, single_sequence_step
+from mpillama.model.llama import LlamaModel
+from mpillama.model.partition import partition
+from mpillama.model.weights import load_weights
+
+Chunks = list[np.ndarray]
+
+
+def load(path: str | Path, threads: int) -> LlamaModel:
+    """The whole model on one rank."""
+    file = read_table(str(path))
+    part = partition(file.config, 1)[0]
+    reader = NativeReader(file, lambda count: None)
+    try:
+        weights = load_weights(file.config, file.specs, part, reader.read)
+    finally:
+        reader.close()
+    assert weights.bytes == reader.bytes_read
+    return LlamaModel(file.config, weights, Communicator.alone(), threads)
+
+
+def new_cache(model: LlamaModel, blocks: int, kv_type: str) -> KVCache:
+    """A cache that holds NaN wherever nothing was written: reading too far shows."""
+    cache = KVCache(model.config, model.part, blocks, kv_type)
+    for keys, _, values, _ in cache.layers:
+        keys[:] = values[:] = np.nan if kv_type == "f32" else np.float16(np.nan).view(np.int16)
+    return cache
+
+
+def all_logits(model: LlamaModel, chunks: Chunks, kv_type: str = "f32") -> np.ndarray:
+    """Logits of every token of a sequence that goes through the model in chunks: [tokens, vocab_size]."""
+    blocks = blocks_for(sum(map(len, chunks)))
+    cache, table, start, logits = new_cache(model, blocks, kv_type), np.arange(blocks)[::-1].copy(), 0, []
+    for chunk in chunks:
+        logits.append(model.forward(single_sequence_step(chunk, start, table, len(chunk)), cache))
+        start += len(chunk)
+    return np.concatenate(logits)
+
+
+def cut(tokens: np.ndarray, size: int) -> Chunks:
+    """Tokens in chunks of `size`."""
+    return [tokens[i : i + size] for i in range(0, len(tokens), size)]
+
+
+def joint_step(parts: list[tuple[np.ndarray, int, np.ndarray]]) -> Step:
+    """One step of several sequences' (token ids, first position, cache blocks), with all logits."""
+    steps = [single_sequence_step(tokens, start, table, len(tokens)) for tokens, start, table in parts]
+    counts = [len(s.token_ids) for s in steps]
+    firsts = np.cumsum([0, *counts[:-1]])
+    width = max(len(table) for _, _, table in parts)
+    return Step(
+        token_ids=np.concatenate([s.token_ids for s in steps]),
+        positions=np.concatenate([s.positions for s in steps]),
+        slots=np.concatenate([s.slots for s in steps]),
+        segments=np.array([[f, n, start] for f, n, (_, start, _) in zip(firsts, counts, parts, strict=True)]),
+        tables=np.stack([np.pad(table, (0, width - len(table))) for _, _, table in parts]),
+        logit_rows=np.arange(sum(counts)),
+    )

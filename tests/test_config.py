@@ -1,0 +1,213 @@
+"""Reading Hugging Face configurations: spellings of transformers 4 and 5, refusals by name."""
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+
+from mpillama.errors import UserError
+from mpillama.model.config import ModelConfig
+from mpillama.model.shapes import SHAPES, shape_config
+from tests.reference import llama3_frequencies
+
+BASE: dict[str, Any] = {
+    "model_type": "llama",
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "vocab_size": 100,
+}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+
+
+def read(**changes: Any) -> ModelConfig:
+    return ModelConfig.from_hf({**BASE, **changes})
+
+
+def without(key: str) -> dict[str, Any]:
+    return {k: v for k, v in BASE.items() if k != key}
+
+
+def test_what_is_left_out_has_transformers_defaults():
+    config = read()
+    assert (config.num_key_value_heads, config.head_dim, config.max_position_embeddings) == (4, 16, 2048)
+    assert (config.rms_norm_eps, config.rope_theta, config.rope_scaling) == (1e-6, 10000.0, None)
+    assert config.tie_word_embeddings is False
+
+
+def test_null_means_left_out():
+    null = dict.fromkeys(("num_key_value_heads", "head_dim", "rope_scaling", "hidden_act", "rms_norm_eps"))
+    assert read(**null) == read()
+
+
+def test_what_is_given_is_taken():
+    config = read(num_key_value_heads=2, head_dim=32, max_position_embeddings=7, rms_norm_eps=1e-5, rope_theta=5e5)
+    assert (config.num_key_value_heads, config.head_dim, config.max_position_embeddings) == (2, 32, 7)
+    assert (config.rms_norm_eps, config.rope_theta) == (1e-5, 5e5)
+    assert read(tie_word_embeddings=True).tie_word_embeddings is True
+
+
+def test_sizes_are_padded_to_blocks_of_32():
+    config = read(hidden_size=200, intermediate_size=344, head_dim=20)
+    assert (config.padded_hidden_size, config.padded_intermediate_size, config.padded_head_dim) == (224, 352, 32)
+
+
+def test_transformers_5_spells_rope_as_4():
+    old = read(rope_theta=5e5, rope_scaling=LLAMA3)
+    new = read(rope_parameters={**LLAMA3, "rope_theta": 5e5})
+    assert old == new
+    assert old.rope_theta == 5e5
+    assert old.rope_scaling is not None
+
+
+@pytest.mark.parametrize("plain", [{}, {"rope_type": "default"}, {"type": "default"}, {"rope_type": None}])
+@pytest.mark.parametrize("key", ["rope_parameters", "rope_scaling"])
+def test_plain_rope_in_all_spellings(key, plain):
+    assert read(**{key: plain}) == read()
+
+
+def test_the_first_spelling_of_the_rope_type_is_understood():
+    old = {**LLAMA3, "type": LLAMA3["rope_type"]}
+    del old["rope_type"]
+    assert read(rope_scaling=old) == read(rope_scaling=LLAMA3)
+
+
+def test_rope_theta_inside_and_outside():
+    assert read(rope_parameters={"rope_type": "default", "rope_theta": 123.0}).rope_theta == 123.0
+    assert read(rope_theta=99.0, rope_parameters={"rope_type": "default"}).rope_theta == 99.0
+    assert read(rope_theta=99.0, rope_parameters={"rope_theta": 123.0}).rope_theta == 123.0
+
+
+def test_plain_frequencies():
+    assert read(head_dim=8, rope_theta=16.0).inverse_frequencies() == pytest.approx([1, 0.5, 0.25, 0.125])
+
+
+@pytest.mark.parametrize("factor", [8.0, 32.0])
+@pytest.mark.parametrize("original", [64, 1000, 8192])
+def test_llama3_frequencies(original, factor):
+    """Against the formula told by turns instead of wavelengths; every branch occurs."""
+    scaling = {**LLAMA3, "original_max_position_embeddings": original, "factor": factor}
+    config = read(head_dim=128, rope_theta=500000.0, rope_scaling=scaling)
+    plain = 500000.0 ** -(np.arange(0, 128, 2) / 128)
+    found = np.array(config.inverse_frequencies())
+    np.testing.assert_allclose(found, llama3_frequencies(plain, scaling), rtol=1e-12)
+    ratio = found / plain
+    assert ratio[0] == 1
+    assert ratio[-1] == pytest.approx(1 / factor)
+    assert np.sum((ratio < 0.999) & (ratio > 1.001 / factor)) >= 3
+    assert np.all(np.diff(found) < 0)
+
+
+def test_llama3_frequencies_at_the_ends_of_the_ramp():
+    """A wavelength of exactly original / high is kept, of original / low divided."""
+    scaling = read(rope_scaling=LLAMA3).rope_scaling
+    for turns, kept in ((4.0, 1.0), (1.0, 0.0), (2.5, 0.5)):
+        frequency = turns * 2 * math.pi / 8192
+        assert scaling.apply(frequency) == pytest.approx(frequency * (kept + (1 - kept) / 8))
+
+
+@pytest.mark.parametrize("name", list(SHAPES))
+def test_known_shapes_are_configurations(name):
+    config = ModelConfig.from_hf(shape_config(name))
+    assert config.num_attention_heads * config.head_dim in (config.hidden_size, 3072)
+    assert config.rope_scaling is not None
+
+
+def test_an_unknown_shape_is_refused_with_the_known_ones():
+    with pytest.raises(UserError, match=r"llama-9.*llama-3\.1-8b"):
+        shape_config("llama-9")
+
+
+# -- refusals ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "key", ["hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size"]
+)
+@pytest.mark.parametrize("value", [None, 0, -4, 1.5, "64", True, [64], 2**40, 10**30, math.inf, math.nan])
+def test_an_impossible_size_is_named(key, value):
+    with pytest.raises(UserError, match=f"{key}="):
+        read(**{key: value})
+
+
+@pytest.mark.parametrize("key", ["hidden_size", "intermediate_size", "num_hidden_layers", "vocab_size"])
+def test_a_missing_size_is_named(key):
+    with pytest.raises(UserError, match=f"{key}=None"):
+        ModelConfig.from_hf(without(key))
+
+
+@pytest.mark.parametrize("key", ["rms_norm_eps", "rope_theta"])
+@pytest.mark.parametrize("value", [0, -1.0, "1e-5", math.inf, math.nan, False])
+def test_an_impossible_constant_is_named(key, value):
+    with pytest.raises(UserError, match=f"{key}="):
+        read(**{key: value})
+
+
+@pytest.mark.parametrize("model_type", ["mistral", "qwen2", None, 3])
+def test_another_architecture_is_named(model_type):
+    with pytest.raises(UserError, match=rf"model_type={model_type!r}.*llama"):
+        ModelConfig.from_hf({**BASE, "model_type": model_type})
+
+
+def test_a_configuration_without_model_type_is_refused():
+    with pytest.raises(UserError, match="model_type=None"):
+        ModelConfig.from_hf(without("model_type"))
+
+
+def test_another_activation_is_named():
+    with pytest.raises(UserError, match=r"hidden_act='gelu'.*silu"):
+        read(hidden_act="gelu")
+
+
+@pytest.mark.parametrize("kind", ["yarn", "linear", "dynamic", "longrope"])
+@pytest.mark.parametrize("key", ["rope_parameters", "rope_scaling"])
+def test_another_rope_scaling_is_named(key, kind):
+    with pytest.raises(UserError, match=f"rope_type='{kind}'.*llama3"):
+        read(**{key: {"rope_type": kind, "factor": 2.0}})
+
+
+@pytest.mark.parametrize("key", [k for k in LLAMA3 if k != "rope_type"])
+@pytest.mark.parametrize("value", [None, 0, -1, "8"])
+def test_an_impossible_rope_constant_is_named(key, value):
+    with pytest.raises(UserError, match=f"{key}="):
+        read(rope_scaling={**LLAMA3, key: value})
+
+
+def test_equal_ends_of_the_ramp_are_no_division_by_zero():
+    """Either refused, or numbers."""
+    try:
+        config = read(rope_scaling={**LLAMA3, "low_freq_factor": 4.0}, head_dim=128)
+    except UserError:
+        return
+    assert np.isfinite(config.inverse_frequencies()).all()
+
+
+def test_heads_that_do_not_share_evenly_are_named():
+    with pytest.raises(UserError, match=r"num_attention_heads=4.*num_key_value_heads=3"):
+        read(num_key_value_heads=3)
+
+
+def test_an_odd_head_size_is_named():
+    with pytest.raises(UserError, match="head_dim=15"):
+        read(head_dim=15)
+
+
+def test_more_heads_than_channels_are_refused():
+    with pytest.raises(UserError, match="head_dim=0"):
+        read(hidden_size=2)
+
+
+@pytest.mark.parametrize("key", ["attention_bias", "mlp_bias"])
+def test_biases_are_refused_by_name(key):
+    """A checkpoint with biases gives wrong answers if they are left out."""
+    with pytest.raises(UserError, match=key):
+        read(**{key: True})
+    assert read(**{key: False}) == read()

@@ -1,0 +1,136 @@
+"""What the user may type: defaults as the help says, mistakes as one sentence, no heavy import for --help."""
+
+import argparse
+import re
+import subprocess
+import sys
+from dataclasses import MISSING, fields
+
+import pytest
+
+from mpillama.errors import UserError
+from mpillama.options import COMMANDS, build_parser, parse
+
+DEFAULT = re.compile(r"\(default: (?P<value>.*)\)$")
+DESCRIBED = {
+    "model": "data/demo.h5",
+    "max_seq_len": "the model's own context",
+    "threads": "the cores this rank may use, shared fairly with the ranks on them",
+    "seed": "a new one, reported",
+}
+"""Defaults that are None and decided later: the help says how."""
+
+
+def options_of(command: str) -> dict[str, tuple[str, object]]:
+    """Each optional option's help and default."""
+    found = {}
+    for field in fields(COMMANDS[command][0]):
+        if "args" not in field.metadata:
+            default = field.default if field.default is not MISSING else field.default_factory()
+            found[field.name] = (field.metadata["help"], default)
+    return found
+
+
+ALL_OPTIONS = [(command, name) for command in COMMANDS for name in options_of(command)]
+
+
+@pytest.mark.parametrize(("command", "name"), ALL_OPTIONS)
+def test_the_help_says_the_default(command, name):
+    text, default = options_of(command)[name]
+    stated = DEFAULT.search(text)
+    if default is None:
+        assert stated is None or stated["value"] == DESCRIBED[name]
+    elif default is False or default == []:
+        assert stated is None
+    else:
+        assert stated is not None, f"{command} --{name}: the help does not say the default"
+        shown = " ".join(map(str, default)) if isinstance(default, list) else default
+        assert type(shown)(stated["value"]) == shown
+
+
+@pytest.mark.parametrize("command", list(COMMANDS))
+def test_parsing_nothing_gives_the_defaults(command):
+    required = [f.name for f in fields(COMMANDS[command][0]) if "args" in f.metadata]
+    name, options = parse([command, *required])
+    assert name == command
+    for key, (_, default) in options_of(command).items():
+        assert getattr(options, key) == default
+        assert type(getattr(options, key)) is type(default)
+
+
+@pytest.mark.parametrize("command", list(COMMANDS))
+def test_the_printed_help_holds_every_option_and_no_placeholder(command):
+    parsers = next(a for a in build_parser()._actions if isinstance(a, argparse._SubParsersAction))
+    text = " ".join(parsers.choices[command].format_help().split())
+    assert "MISSING" not in text
+    assert "dataclasses" not in text
+    for name, (help_text, _) in options_of(command).items():
+        assert f"--{name.replace('_', '-')}" in text
+        assert " ".join(help_text.split()) in text
+
+
+def test_without_a_command_generate_runs():
+    assert parse([])[0] == "generate"
+    command, options = parse(["--prompt", "Hello", "--max-tokens", "3"])
+    assert (command, options.prompt, options.max_tokens) == ("generate", "Hello", 3)
+
+
+def test_values_have_their_types():
+    text = "--max-tokens 3 --temperature 0.5 --seed 7 --threads 2 --stop a b --logit-bias 1=2 3=-4 --json --quiet"
+    _, options = parse(["generate", *text.split(), "--model", "m.h5", "--kv-type", "f32"])
+    assert (options.max_tokens, options.temperature, options.seed, options.threads) == (3, 0.5, 7, 2)
+    assert (options.stop, options.logit_bias) == (["a", "b"], ["1=2", "3=-4"])
+    assert (options.json, options.quiet, options.chat) == (True, True, False)
+    assert (options.model, options.kv_type) == ("m.h5", "f32")
+
+
+def test_lists_are_not_shared_between_runs():
+    first, second = parse([])[1], parse([])[1]
+    assert first.stop is not second.stop
+
+
+MISTAKES = [
+    (["--no-such-option"], "--no-such-option"),
+    (["generate", "--no-such-option"], "--no-such-option"),
+    (["generate", "--max-tokens", "many"], "many"),
+    (["generate", "--max-tokens", "1.5"], "1.5"),
+    (["generate", "--temperature", "warm"], "warm"),
+    (["generate", "--kv-type", "f8"], "f8"),
+    (["generate", "--max-tokens"], "max-tokens"),
+    (["chat", "--prompt", "x"], "--prompt"),
+    (["inspect"], "file"),
+    (["inspect", "a", "b"], "b"),
+    (["no-such-command"], "no-such-command"),
+    (["Once upon a time"], "Once upon a time"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "named"), MISTAKES)
+def test_a_mistake_is_one_sentence_that_names_it(arguments, named, capsys):
+    with pytest.raises(UserError) as caught:
+        parse(arguments)
+    assert named in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert capsys.readouterr() == ("", "")
+
+
+HEAVY = ("numpy", "mpi4py", "numba", "llvmlite", "h5py", "tokenizers", "jinja2", "rich")
+PROBE = f"""
+import sys
+from mpillama.__main__ import main
+try:
+    main(sys.argv[1:])
+except SystemExit as end:
+    assert not end.code, end.code
+print("imported:", *[name for name in {HEAVY!r} if name in sys.modules])
+"""
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("arguments", [["--help"], ["--version"], *([c, "--help"] for c in COMMANDS)])
+def test_help_imports_nothing_heavy(arguments):
+    done = subprocess.run([sys.executable, "-c", PROBE, *arguments], capture_output=True, text=True, timeout=50)
+    assert done.returncode == 0, done.stderr
+    assert "mpillama" in done.stdout
+    assert done.stdout.splitlines()[-1] == "imported:"
+    assert done.stderr == ""

@@ -1,0 +1,200 @@
+"""Who owns what: every unit once, for any number of ranks, in exact whole numbers."""
+
+from itertools import pairwise
+from types import ModuleType
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mpillama.files.native import TableEntry
+from mpillama.layout.weight_types import LANES, WEIGHT_TYPES
+from mpillama.model.cache import cache_bytes
+from mpillama.model.config import ModelConfig
+from mpillama.model.partition import ffn_panel, most_busy_ranks, partition, split_units
+from mpillama.model.shapes import SHAPES
+from mpillama.model.tensors import Split, TensorSpec, WeightTypes, tensor_specs
+from tests import models
+
+LLAMA_405B = SHAPES["llama-3.1-405b"]
+
+
+@pytest.fixture(scope="module")
+def weights(target: object) -> ModuleType:
+    """mpillama.model.weights, which imports what is compiled."""
+    from mpillama.model import weights
+
+    return weights
+
+
+def assert_covers(ranges: list[range], units: int) -> None:
+    """The ranges follow each other from 0 to `units`."""
+    assert ranges[0].start == 0
+    assert ranges[-1].stop == units
+    assert all(a.stop == b.start and a.start <= a.stop for a, b in pairwise(ranges))
+
+
+@given(units=st.integers(0, 10**15), size=st.integers(1, 2000))
+@settings(max_examples=200, deadline=None)
+def test_equal_ranks_differ_by_at_most_one(units, size):
+    ranges = split_units(units, size)
+    assert len(ranges) == size
+    assert_covers(ranges, units)
+    lengths = [len(r) for r in ranges]
+    assert lengths == sorted(lengths, reverse=True)
+    assert lengths[0] - lengths[-1] <= 1
+
+
+@given(
+    units=st.integers(0, 10**9),
+    shares=st.lists(st.floats(0, 1e6) | st.integers(0, 100), min_size=1, max_size=50).filter(lambda w: sum(w) > 0),
+)
+@settings(max_examples=200, deadline=None)
+def test_weights_share_units_in_proportion(units, shares):
+    ranges = split_units(units, len(shares), shares)
+    assert len(ranges) == len(shares)
+    assert_covers(ranges, units)
+    for mine, share in zip(ranges, shares, strict=True):
+        assert abs(len(mine) - units * share / sum(shares)) <= 1 + 1e-6 * units
+
+
+def test_a_rank_of_weight_zero_gets_nothing():
+    assert [len(r) for r in split_units(10, 4, [0, 1, 0, 4])] == [0, 2, 0, 8]
+
+
+@given(size=st.integers(1, 10**9))
+def test_panels_divide_the_padded_ffn(size):
+    panel = ffn_panel(size)
+    padded = -(-size // 32) * 32
+    assert panel in (32, 64, 128)
+    assert padded % panel == 0
+    assert panel == 128 or padded % (2 * panel)
+
+
+@st.composite
+def configs(draw: st.DrawFn) -> ModelConfig:
+    """Any Llama shape, up to a few hundred heads."""
+    kv_heads = draw(st.integers(1, 40))
+    source = {
+        "model_type": "llama",
+        "hidden_size": draw(st.integers(1, 3000)),
+        "intermediate_size": draw(st.integers(1, 9000)),
+        "num_hidden_layers": draw(st.integers(1, 2)),
+        "num_attention_heads": kv_heads * draw(st.integers(1, 16)),
+        "num_key_value_heads": kv_heads,
+        "head_dim": 2 * draw(st.integers(1, 100)),
+        "vocab_size": draw(st.integers(1, 5000)),
+        "tie_word_embeddings": draw(st.booleans()),
+    }
+    return ModelConfig.from_hf(source)
+
+
+@given(config=configs(), size=st.integers(1, 100))
+@settings(max_examples=100, deadline=None)
+def test_a_rank_has_the_kv_heads_of_its_query_heads_and_no_others(config, size):
+    parts = partition(config, size)
+    group = config.num_attention_heads // config.num_key_value_heads
+    assert_covers([p.heads for p in parts], config.num_attention_heads)
+    for part in parts:
+        assert set(part.kv_heads) == {head // group for head in part.heads}
+    for a, b in pairwise([p for p in parts if p.heads]):
+        assert b.kv_heads.start in (a.kv_heads.stop, a.kv_heads.stop - 1)
+
+
+@given(config=configs(), size=st.integers(1, 600))
+@settings(max_examples=50, deadline=None)
+def test_ranks_are_idle_only_where_there_are_more_ranks_than_units(config, size):
+    parts, busy = partition(config, size), most_busy_ranks(config)
+    assert any(p.is_idle() for p in parts) == (size > busy)
+
+
+@given(config=configs(), size=st.integers(1, 60), weight_type=st.sampled_from(list(WEIGHT_TYPES)))
+@settings(max_examples=100, deadline=None)
+def test_the_slices_of_all_ranks_cover_every_tensor_once(config, size, weight_type):
+    parts = partition(config, size)
+    for spec in tensor_specs(config, WeightTypes(WEIGHT_TYPES[weight_type])):
+        ranges = [spec.units_of(p) for p in parts]
+        if spec.split is Split.REPLICATED:
+            assert all(r == range(1) for r in ranges)
+        elif spec.split is Split.KV_HEADS:
+            assert {u for r in ranges for u in r} == set(range(spec.units))
+        else:
+            assert_covers(ranges, spec.units)
+        assert_extents_are_the_units(spec, ranges)
+
+
+def assert_extents_are_the_units(spec: TensorSpec, ranges: list[range]) -> None:
+    """Each array's extents lie inside it, a unit takes the same bytes everywhere, neighbours touch."""
+    for array in spec.arrays():
+        entry = TableEntry(array, 4096, None)
+        assert array.shape[0] == spec.units * array.entries
+        whole = entry.extent(range(spec.units))
+        assert whole == (4096, entry.bytes)
+        for mine in ranges:
+            offset, count = entry.extent(mine)
+            assert offset == 4096 + mine.start * entry.bytes // spec.units
+            assert count == len(mine) * entry.bytes // spec.units
+            assert offset + count <= sum(whole)
+
+
+@given(config=configs(), size=st.integers(1, 60), weight_type=st.sampled_from(list(WEIGHT_TYPES)))
+@settings(max_examples=50, deadline=None)
+def test_a_slice_is_what_the_ranks_arrays_hold(weights, config, size, weight_type):
+    kind = WEIGHT_TYPES[weight_type]
+    specs = tensor_specs(config, WeightTypes(kind))
+    for part in partition(config, size):
+        for spec in specs:
+            rows, columns = len(spec.units_of(part)) * spec.unit, spec.columns
+            if spec.panel:
+                rows, columns = spec.rows, len(spec.units_of(part)) * spec.panel
+            expected = 4 * spec.columns if spec.split is Split.REPLICATED else rows // LANES * kind.group_bytes(columns)
+            assert weights.slice_bytes([spec], part) == expected
+        assert 0 <= weights.arena_bytes(specs, part) - weights.slice_bytes(specs, part) < 4096 * 2 * len(specs)
+
+
+def test_two_ranks_hold_the_kv_head_at_their_border():
+    """10 heads in 5 groups of 2 over 3 ranks: 4, 3, 3; heads 6 and 7 share KV head 3."""
+    parts = partition(ModelConfig.from_hf(models.AWKWARD), 3)
+    assert [p.kv_heads for p in parts] == [range(2), range(2, 4), range(3, 5)]
+
+
+def test_more_ranks_than_units_leave_the_last_ones_idle():
+    parts = partition(ModelConfig.from_hf(models.AWKWARD), 12)
+    assert [len(p.heads) for p in parts] == [1] * 10 + [0] * 2
+    assert [len(p.ffn_panels) for p in parts] == [1] * 11 + [0]
+    assert [p.kv_heads for p in parts[-2:]] == [range(0)] * 2
+
+
+def is_exact(value: object) -> bool:
+    """An arbitrary-size integer, not NumPy's."""
+    return type(value) is int
+
+
+@pytest.mark.parametrize("weight_type", list(WEIGHT_TYPES))
+@pytest.mark.parametrize("factor", [1, 10])
+def test_sizes_are_exact_whole_numbers_for_ten_times_llama_405b(weights, weight_type, factor):
+    """Hidden and FFN sizes, layers and vocabulary times 10: tensors of up to 100 times the elements."""
+    scaled = ("hidden_size", "intermediate_size", "num_hidden_layers", "vocab_size", "num_attention_heads")
+    config = ModelConfig.from_hf({**LLAMA_405B, **{key: factor * LLAMA_405B[key] for key in scaled}})
+    specs, offset, elements = tensor_specs(config, WeightTypes(WEIGHT_TYPES[weight_type])), 0, 0
+    parts = partition(config, 7)
+    for spec in specs:
+        rows, columns = (1, spec.columns) if spec.split is Split.REPLICATED else (spec.rows, spec.columns)
+        elements += rows * columns
+        for array in spec.arrays():
+            entry = TableEntry(array, offset, None)
+            assert all(map(is_exact, (*array.shape, entry.bytes, entry.entry_bytes)))
+            for part in (parts[0], parts[-1]):
+                start, count = entry.extent(spec.units_of(part))
+                assert is_exact(start)
+                assert is_exact(count)
+                assert offset <= start <= start + count <= offset + entry.bytes
+            offset += entry.bytes
+        assert all(is_exact(n) for part in parts for _, shape in weights.slice_shapes(spec, part) for n in shape)
+    bits = {"f32": 32, "f16": 16, "bf16": 16, "q8_0": 8.5, "q4_0": 4.5}[weight_type]
+    norms = sum(s.columns for s in specs if s.split is Split.REPLICATED)
+    assert offset * 8 == (elements - norms) * bits + 32 * norms
+    # Ranks at a border hold a KV head twice.
+    assert offset <= sum(weights.slice_bytes(specs, p) for p in parts) < 1.03 * offset + 7 * 4 * norms
+    assert is_exact(cache_bytes(config, parts[0], 10**7, "f16"))
+    assert elements > 4e11 * factor**3 * 0.9
