@@ -7,7 +7,9 @@ line; the launcher forwards it like any input.
 
 import os
 import queue
+import re
 import signal
+import subprocess
 import sys
 import termios
 import threading
@@ -40,7 +42,6 @@ class Keyboard:
             yield self
             return
         signal.signal(signal.SIGINT, self._on_signal)
-        signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # puts the terminal back
         with _ctrl_c_as_character():
             threading.Thread(target=self._read_forwarded, daemon=True).start()
             yield self
@@ -72,7 +73,7 @@ class Keyboard:
     def _note_interrupt(self) -> None:
         now = time.monotonic()
         if now - self.last_interrupt < LEAVE_SECONDS and self.interrupted and not self.asking:
-            signal.raise_signal(signal.SIGTERM)
+            os._exit(128 + signal.SIGINT)  # the main thread may be stuck; the launcher ends the other ranks
         self.interrupted, self.last_interrupt = True, now
         if self.asking:
             self.lines.put("")
@@ -95,6 +96,18 @@ class Keyboard:
         self.lines.put(None)
 
 
+GUARDIAN = """
+import sys, termios
+terminal = int(sys.argv[1])
+before = termios.tcgetattr(terminal)
+print("ready", flush=True)
+sys.stdin.buffer.read()
+termios.tcsetattr(terminal, termios.TCSANOW, before)
+"""
+"""Puts a terminal back when its parent ends in whatever way: even a killed process closes its pipes."""
+LAUNCHERS = re.compile(r"(mpirun|mpiexec|orterun|prterun|prte|prted|srun|hydra|pmi)", re.IGNORECASE)
+
+
 @contextmanager
 def _ctrl_c_as_character() -> Iterator[None]:
     """Let the launcher's terminal, if it is on this machine, send Ctrl-C as a line end instead of a signal."""
@@ -102,25 +115,51 @@ def _ctrl_c_as_character() -> Iterator[None]:
     if terminal is None:
         yield  # rank 0 is on another machine, or nobody is at a terminal: the launcher's signal must do
         return
-    before = termios.tcgetattr(terminal)
-    changed = termios.tcgetattr(terminal)
-    changed[6][termios.VINTR], changed[6][termios.VEOL] = b"\x00", CTRL_C
-    termios.tcsetattr(terminal, termios.TCSANOW, changed)
+    with _guarded(terminal):
+        changed = termios.tcgetattr(terminal)
+        changed[6][termios.VINTR], changed[6][termios.VEOL] = b"\x00", CTRL_C
+        termios.tcsetattr(terminal, termios.TCSANOW, changed)
+        yield
+
+
+@contextmanager
+def _guarded(terminal: int) -> Iterator[None]:
+    """Restore the terminal afterwards, also if this process is killed: a small process of its own session does it."""
+    guardian = subprocess.Popen(
+        [sys.executable, "-I", "-c", GUARDIAN, str(terminal)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        pass_fds=(terminal,),
+        env={},  # nothing of the launcher: it is no rank
+        start_new_session=True,
+    )
+    assert guardian.stdin is not None
+    assert guardian.stdout is not None
+    guardian.stdout.readline()
     try:
         yield
     finally:
-        termios.tcsetattr(terminal, termios.TCSANOW, before)
+        guardian.stdin.close()
+        guardian.wait()
         os.close(terminal)
 
 
 def _launcher_terminal() -> int | None:
-    """A descriptor of the terminal that the nearest parent process has as its input, None if there is none."""
+    """A descriptor of the terminal that the launcher has as its input, None if it has another input."""
+    launcher = None
     for parent in psutil.Process().parents():
-        try:
-            terminal = os.open(f"/proc/{parent.pid}/fd/0", os.O_RDWR | os.O_NOCTTY)
-        except OSError:
-            continue  # not ours to look at, or no input
-        if os.isatty(terminal):
-            return terminal
-        os.close(terminal)
+        if LAUNCHERS.search(parent.name()):
+            launcher = parent
+        elif launcher is not None:
+            break
+    if launcher is None:
+        return None
+    try:
+        terminal = os.open(f"/proc/{launcher.pid}/fd/0", os.O_RDWR | os.O_NOCTTY)
+    except OSError:
+        return None  # not ours to look at, or no input
+    if os.isatty(terminal):
+        return terminal
+    os.close(terminal)
     return None

@@ -183,9 +183,9 @@ def test_ranks_with_nothing_to_do_are_told(toy: Path, demo: Path) -> None:
 
 def test_kv_type(toy: Path) -> None:
     options = (*GREEDY, "--max-tokens", "3")
-    half, single = (answer(None, toy, *options, "--kv-type", kv_type) for kv_type in ("f16", "f32"))
-    assert single["options"]["kv_type"] == "f32"
-    assert half["logits_sha256"] != single["logits_sha256"]
+    found = [answer(None, toy, *options, "--kv-type", kv_type) for kv_type in ("f16", "f32", "q8")]
+    assert [one["options"]["kv_type"] for one in found] == ["f16", "f32", "q8"]
+    assert len({one["logits_sha256"] for one in found}) == 3
 
 
 @pytest.mark.parametrize("ranks", [None, 3])
@@ -221,6 +221,11 @@ def test_chat_option_uses_the_template(toy: Path, tokenizer: Tokenizer) -> None:
     found = answer(None, toy, "--chat", "--prompt", "hello", "--max-tokens", "1")
     assert found["prompt_token_ids"] == tokenizer.encode("<|begin|><|user|>hello<|assistant|>")
     assert found["prompt_token_ids"].count(0) == 1
+
+
+@pytest.mark.parametrize("ranks", [None, 2])
+def test_prefill_chunk_may_be_larger_than_memory(ranks: int | None, toy: Path) -> None:
+    assert answer(ranks, toy, "--prefill-chunk", str(10**11), "--max-tokens", "2")["token_ids"]
 
 
 def test_prefill_chunk_changes_nothing(toy: Path) -> None:

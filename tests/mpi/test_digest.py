@@ -11,8 +11,10 @@ import pytest
 
 from mpillama.errors import UserError
 from mpillama.files.native import read_table
+from mpillama.files.native_writer import write_model
 from mpillama.kernels.isa import NAMES, choose_isa, host_features
 from mpillama.layout.weight_types import WEIGHT_TYPES
+from tests import models
 from tests.conftest import ModelFile
 from tests.mpi.launch import PROGRAM, SCRIPTS, run
 
@@ -33,7 +35,7 @@ def prompt_of(model: Path) -> list[int]:
     return [int(i) for i in np.random.default_rng(5).integers(2, vocab_size, PROMPT_TOKENS)]
 
 
-def case(model: Path, chunk: int = 256, kv_type: str = "f16", in_flight: int = 1) -> dict[str, Any]:
+def case(model: Path, chunk: int = 256, kv_type: str = "f16", way: int = 0) -> dict[str, Any]:
     """What scripts/digest.py is to do."""
     return {
         "model": str(model),
@@ -41,7 +43,7 @@ def case(model: Path, chunk: int = 256, kv_type: str = "f16", in_flight: int = 1
         "prefill_chunk": chunk,
         "prompt": prompt_of(model),
         "banned": EOS,
-        "in_flight": in_flight,
+        "way": way,
     }
 
 
@@ -63,7 +65,7 @@ def measure() -> Measure:
         found: dict[str, set[str]] = {}
         for made, digest in zip(cases, json.loads(result.stdout), strict=True):
             found.setdefault(name_of(made), set()).add(digest)
-        assert all(len(values) == 1 for values in found.values()), f"chunk or in_flight change the bits: {found}"
+        assert all(len(values) == 1 for values in found.values()), f"chunk or way change the bits: {found}"
         return {name: values.pop() for name, values in found.items()}
 
     return digests
@@ -85,17 +87,55 @@ def skip_without(isa: str) -> None:
         pytest.skip(lacking(isa))
 
 
+SMALL, LARGE = 2.0**-12, 2.0**18
+
+
+def write_cancelling(path: Path, weight_type: str) -> None:
+    """Write a model whose sums over ranks lose bits unless they are exact.
+
+    The first and the last head, and the first and the last channel of the MLP, do the same with opposite signs: large
+    numbers that cancel, and the small ones between them are all that is left.
+    """
+    config = {**models.AWKWARD, "rms_norm_eps": 1e-12}
+    tensors = models.random_tensors(config)
+    tensors["model.embed_tokens.weight"] *= SMALL
+    head = config["head_dim"]
+    for layer in range(config["num_hidden_layers"]):
+        q, k, v, o, gate, up, down = (
+            tensors[f"model.layers.{layer}.{name}_proj.weight"]
+            for name in ("self_attn.q", "self_attn.k", "self_attn.v", "self_attn.o", "mlp.gate", "mlp.up", "mlp.down")
+        )
+        for matrix in (q, k, v):
+            matrix[-head:] = matrix[:head]
+        for matrix in (gate, up):
+            matrix[-1] = matrix[0]
+        for matrix, width in ((o, head), (down, 1)):
+            matrix *= SMALL
+            matrix[:, :width] *= LARGE / SMALL
+            matrix[:, -width:] = -matrix[:, :width]
+    write_model(str(path), config, WEIGHT_TYPES[weight_type], tensors.__getitem__, {})
+
+
 @pytest.fixture(scope="module")
-def all_types(model_file: ModelFile, toy: Path) -> list[dict[str, Any]]:
-    """The awkward model in every weight type, the toy model (fewer units than ranks), both types of KV cache."""
+def cancelling(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    paths = [tmp_path_factory.mktemp("cancelling") / f"cancelling-{name}.h5" for name in ("f32", "q8_0")]
+    for path in paths:
+        write_cancelling(path, path.stem.removeprefix("cancelling-"))
+    return paths
+
+
+@pytest.fixture(scope="module")
+def all_types(model_file: ModelFile, toy: Path, cancelling: list[Path]) -> list[dict[str, Any]]:
+    """The awkward model in every weight type, the toy model (fewer units than ranks), every type of KV cache."""
     awkward = [model_file("awkward", name) for name in WEIGHT_TYPES]
     return [
-        *(case(model, chunk, in_flight=way) for model in awkward for chunk, way in ((256, 1), (7, 0))),
+        *(case(model, chunk, way=way) for model in awkward for chunk, way in ((256, 0), (7, 1))),
         case(awkward[0], 1),
-        case(model_file("awkward", "q8_0"), 1, in_flight=2),
+        case(model_file("awkward", "q8_0"), 1, way=1),
         case(toy),
-        case(toy, 5, in_flight=2),
-        *(case(model_file("awkward", "q8_0"), chunk, "f32") for chunk in (256, 1)),
+        case(toy, 5, way=1),
+        *(case(model, chunk, way=way) for model in cancelling for chunk, way in ((256, 1), (7, 0))),
+        *(case(model_file("awkward", "q8_0"), chunk, kv_type) for kv_type in ("f32", "q8") for chunk in (256, 1)),
     ]
 
 
@@ -107,7 +147,7 @@ def truth(measure: Measure, all_types: list[dict[str, Any]]) -> Digests:
 
 def test_digest_sees_weight_type_and_kv_type(truth: Digests) -> None:
     """Else the comparisons below would prove nothing."""
-    assert len(truth) == len(WEIGHT_TYPES) + 2
+    assert len(truth) == len(WEIGHT_TYPES) + 5
     assert len(set(truth.values())) == len(truth)
 
 
@@ -148,7 +188,8 @@ def demo_truth(measure: Measure, demo: Path) -> Digests:
 )
 def test_demo_model(ranks: int, isa: str, threads: int, measure: Measure, demo: Path, demo_truth: Digests) -> None:
     chunks = (256, 7, 1) if ranks < 4 else (256, 7)
-    assert measure([case(demo, chunk) for chunk in chunks], ranks, isa, threads) == demo_truth
+    cases = [case(demo, chunk, way=way) for way, chunk in enumerate(chunks, ranks)]
+    assert measure(cases, ranks, isa, threads) == demo_truth
 
 
 @pytest.mark.parametrize("ranks", [None, 1, 2, 3])

@@ -32,7 +32,7 @@ def check(result: Result, *fragments: str) -> None:
 MISTAKES: dict[str, tuple[tuple[str, ...], str]] = {
     "unknown option": (("--modell", "x"), "--modell"),
     "unknown command": (("generat",), "generat"),
-    "unknown value": (("--kv-type", "q8"), "q8"),
+    "unknown value": (("--kv-type", "q9"), "q9"),
     "not a number": (("--max-tokens", "many"), "many"),
     "missing value": (("--model",), "--model"),
     "too many arguments": (("inspect", "a.h5", "b.h5"), "b.h5"),
@@ -147,6 +147,7 @@ WITH_MODEL: dict[str, tuple[tuple[str, ...], str]] = {
     "no context": (("--max-seq-len", "0"), "--max-seq-len"),
     "negative context": (("--max-seq-len", "-5"), "--max-seq-len"),
     "no chunk": (("--prefill-chunk", "0"), "--prefill-chunk"),
+    "negative chunk": (("--prefill-chunk", "-5"), "--prefill-chunk"),
     "empty prompt": (("--prompt", ""), "empty"),
     "empty input": (("--prompt", "-"), "empty"),
     "no ids": (("--prompt-token-ids", ""), "--prompt-token-ids"),
@@ -156,7 +157,7 @@ WITH_MODEL: dict[str, tuple[tuple[str, ...], str]] = {
     "biased id beyond the vocabulary": (("--logit-bias", "320=1"), "320"),
     "empty stop": (("--stop", ""), "stop"),
 }
-ON_SEVERAL_RANKS = ("prompt too long", "no chunk", "empty input", "id beyond the vocabulary", "empty stop")
+ON_SEVERAL_RANKS = ("prompt too long", "negative chunk", "empty input", "id beyond the vocabulary", "empty stop")
 
 
 @pytest.mark.parametrize("mistake", WITH_MODEL)

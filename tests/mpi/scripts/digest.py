@@ -1,8 +1,8 @@
 """Print the digest of each case's logits, as one JSON list from rank 0.
 
 Arguments: threads, number of tokens to generate, and the cases as a JSON list of {model, kv_type, prefill_chunk,
-prompt, banned, in_flight}; tokens are chosen greedily, never the banned one. `in_flight` is LlamaModel's choice between
-equal ways, made on each rank: 1 or 2 for all, or 0 for 1 and 2 in turn.
+prompt, banned, way}; tokens are chosen greedily, never the banned one. `way` replaces what is otherwise chosen by timing:
+0 takes MPI's reduction, 1 that in shared memory; one or two row groups are in flight on ranks in turn.
 """
 
 import hashlib
@@ -18,6 +18,7 @@ from mpillama.options import RunOptions
 from mpillama.tools.display import load_progress
 
 if TYPE_CHECKING:
+    from mpillama.engine.loading import LoadedModel
     from mpillama.engine.session import Session
 
 
@@ -39,9 +40,7 @@ def main(threads: int, tokens: int, cases: list[dict[str, Any]]) -> None:
             if loaded is None or previous != (options.model, options.kv_type):
                 loaded = load_model(options, world, target, load_progress(False, True))
                 previous = options.model, options.kv_type
-            for part in (loaded.model, *loaded.model.layers):
-                assert part.in_flight in (1, 2)
-                part.in_flight = case["in_flight"] or 1 + world.comm.rank % 2
+            choose(loaded, case["way"])
             session = open_session(options, loaded)
             if world.comm.is_root:
                 digests.append(generate(session, case["prompt"], tokens, case["banned"]))
@@ -50,6 +49,15 @@ def main(threads: int, tokens: int, cases: list[dict[str, Any]]) -> None:
                 session.follow()
         if world.comm.is_root:
             print(json.dumps(digests))
+
+
+def choose(loaded: "LoadedModel", way: int) -> None:
+    """Fix what timing would choose."""
+    comm, tuning = loaded.model.comm, loaded.model.tuning
+    assert tuning.in_flight in (1, 2)
+    assert (comm.shared is not None) == (comm.size > 1)
+    tuning.in_flight = 1 + (comm.rank + way) % 2
+    comm.shared_limit = sys.maxsize if way else 0
 
 
 def generate(session: "Session", prompt: list[int], tokens: int, banned: int) -> str:

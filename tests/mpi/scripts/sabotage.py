@@ -48,21 +48,27 @@ def slow() -> None:
 
 
 def at_reduction(action: Callable[[], None]) -> Callable[[], None]:
-    """Do something just before one reduction, while the other ranks wait in it."""
+    """Do something just before one reduction of a step, while the other ranks wait in it."""
 
     def patch() -> None:
         from mpillama.comm.communicator import Communicator
+        from mpillama.model.llama import LlamaModel
 
-        all_reduce, left = Communicator.all_reduce, [REDUCTIONS]
+        forward, all_reduce, left = LlamaModel.forward, Communicator.all_reduce, [REDUCTIONS]
+
+        def forward_and_arm(self: LlamaModel, *arguments: Any) -> Any:
+            if self.comm.size > 1:
+                Communicator.all_reduce = reduce
+            return forward(self, *arguments)
 
         def reduce(self: Communicator, *arguments: Any) -> Any:
-            left[0] -= self.size > 1
+            left[0] -= 1
             if not left[0]:
                 (Path(sys.argv[3]) / "failed").write_text(str(time.time()))
                 action()
             return all_reduce(self, *arguments)
 
-        Communicator.all_reduce = reduce
+        LlamaModel.forward = forward_and_arm
 
     return patch
 
