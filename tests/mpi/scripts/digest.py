@@ -1,8 +1,8 @@
 """Print the digest of each case's logits, as one JSON list from rank 0.
 
 Arguments: threads, number of tokens to generate, and the cases as a JSON list of {model, kv_type, prefill_chunk,
-prompt, banned, way}; tokens are chosen greedily, never the banned one. `way` replaces what is otherwise chosen by timing:
-0 takes MPI's reduction, 1 that in shared memory; one or two row groups are in flight on ranks in turn.
+prompt, banned, way}; tokens are chosen greedily, never the banned one. `way` replaces what is otherwise chosen by
+timing: 0 takes MPI's reduction, 1 that in shared memory; one or two row groups are in flight on ranks in turn.
 """
 
 import hashlib
