@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Sequence
 
-from mpillama.comm.failure import USER_ERROR_STATUS, report_user_error
+from mpillama.comm.failure import USER_ERROR_STATUS, report_user_error, stop_printing
 from mpillama.comm.launcher import launched_rank
 from mpillama.errors import UserError
 
@@ -11,7 +11,11 @@ from mpillama.errors import UserError
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command and return the exit status; a user's mistake is one sentence, printed once, and status 2."""
     try:
-        return _run(sys.argv[1:] if arguments is None else arguments)
+        status = _run(sys.argv[1:] if arguments is None else arguments)
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:
+        return stop_printing()
     except UserError as error:
         report_user_error(str(error))
         return USER_ERROR_STATUS

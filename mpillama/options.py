@@ -153,8 +153,22 @@ COMMANDS: dict[str, tuple[type, str]] = {
 }
 
 
+class _Collect(argparse.Action):
+    """Stores values; an option for lists may be given several times and loses nothing."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: Any = None) -> None:
+        """Take the values of one occurrence."""
+        given = getattr(namespace, self.dest, None)
+        is_list = isinstance(values, list) and given is not self.default
+        setattr(namespace, self.dest, [*given, *values] if is_list and given else values)
+
+
 class _Parser(argparse_dataclass.ArgumentParser):  # type: ignore[misc]
     """Reports a mistake as one sentence."""
+
+    def register(self, registry_name: str, value: Any, object: Any) -> None:  # noqa: A002 - argparse's own name
+        """Make _Collect the action of options that name none."""
+        super().register(registry_name, value, _Collect if (registry_name, value) == ("action", None) else object)
 
     def error(self, message: str) -> NoReturn:
         """Raise instead of printing the usage on every rank."""

@@ -33,7 +33,9 @@ def print_error(text: str) -> None:
 
 def stop_printing() -> int:
     """Nobody reads standard output any more: throw away what is still to be printed; returns the usual status."""
-    sys.stdout = open(os.devnull, "w")  # noqa: PTH123, SIM115 - lives until the process ends
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, sys.stdout.fileno())
+    os.close(nowhere)
     return 128 + signal.SIGPIPE
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from mpillama.engine.session import Session
+from mpillama.errors import UserError
 from mpillama.text.sampler import Sampler
 from mpillama.text.stop import StopStrings
 from mpillama.text.tokenizer import Tokenizer
@@ -46,6 +47,11 @@ def text_pieces(
 
     The sequence in the session must hold the prompt's other tokens already. `generation` is filled on the way.
     """
+    prompt_length = session.length + len(new_prompt_ids)
+    if prompt_length == session.max_seq_len:
+        raise UserError(
+            f"the prompt has {prompt_length} tokens and fills the context: shorten it or raise --max-seq-len."
+        )
     stream, stop = tokenizer.stream(), StopStrings(stops)
     logits = session.extend(list(new_prompt_ids))
     while True:
@@ -61,7 +67,7 @@ def text_pieces(
         if stopped:
             generation.finish_reason = "stop"
             return
-        if len(generation.token_ids) >= max_tokens or session.length >= session.max_seq_len:
+        if len(generation.token_ids) >= max_tokens or session.length + 1 >= session.max_seq_len:
             break
         logits = session.extend([token])
     rest, stopped = stop.push(stream.finish())

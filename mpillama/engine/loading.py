@@ -47,7 +47,8 @@ def load_model(options: RunOptions, world: World, target: Target, progress: Prog
     comm = world.comm
     file = comm.on_root(lambda: read_table(model_path(options.model)))
     warm_up(matrix_types(file.specs), world, target, options.kv_type)
-    choose_reduction(comm, world, file.config.padded_hidden_size, options.prefill_chunk)
+    chunk = max(1, min(options.prefill_chunk, file.config.max_position_embeddings))
+    choose_reduction(comm, world, file.config.padded_hidden_size, chunk)
     part = partition(file.config, comm.size)[comm.rank]
     start = time.perf_counter()
 

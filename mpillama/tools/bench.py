@@ -61,7 +61,8 @@ def _load(options: BenchOptions, world: World, target: Target) -> tuple["LlamaMo
     config = replace(whole, num_hidden_layers=min(options.layers or whole.num_hidden_layers, whole.num_hidden_layers))
     weight_type = WEIGHT_TYPES[options.weights]
     warm_up([weight_type], world, target, options.kv_type)
-    choose_reduction(world.comm, world, config.padded_hidden_size, options.prefill_chunk)
+    chunk = min(options.prefill_chunk, config.max_position_embeddings)
+    choose_reduction(world.comm, world, config.padded_hidden_size, chunk)
     part = partition(config, world.comm.size)[world.comm.rank]
     weights = load_weights(config, tensor_specs(config, WeightTypes(weight_type)), part, SyntheticWeights().read)
     return LlamaModel(config, weights, world.comm, target.threads), whole.num_hidden_layers
