@@ -68,7 +68,7 @@ def load_model(options: RunOptions, world: World, target: Target, progress: Prog
 def open_session(options: RunOptions, loaded: LoadedModel) -> Session:
     """Allocate the KV cache; UserError for a context that the model does not have."""
     known = loaded.file.config.max_position_embeddings
-    wanted = options.max_seq_len or known
+    wanted = known if options.max_seq_len is None else options.max_seq_len
     if not 1 <= wanted <= known:
         raise UserError(f"--max-seq-len is {options.max_seq_len}: this model's context holds 1 to {known} tokens.")
     if options.prefill_chunk < 1:
