@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import psutil
 
-from mpillama.comm.failure import Aborter, describe_rank
+from mpillama.comm.failure import FAILURE_STATUS, Aborter, describe_rank
 from mpillama.comm.launcher import refuse_singletons
 from mpillama.errors import UserError
 
@@ -34,10 +34,13 @@ def start_mpi(threads: int | None, refuse: bool = True) -> Iterator[World]:
     """
     if threads is not None and threads < 1:
         raise UserError(f"--threads is {threads}: give at least 1.")
-    comm = _initialise()
+    comm, aborter = _initialise()
     if refuse:
         refuse_singletons(comm.size)
-    yield _measure(comm, threads)
+    try:
+        yield _measure(comm, threads)
+    except SystemExit as leaving:  # no excepthook sees it, but the other ranks would wait for this one
+        aborter.end(leaving.code if isinstance(leaving.code, int) and leaving.code else FAILURE_STATUS)
 
 
 def mpi_library() -> str:
@@ -47,7 +50,7 @@ def mpi_library() -> str:
     return MPI.Get_library_version().strip().splitlines()[0]
 
 
-def _initialise() -> "Communicator":
+def _initialise() -> tuple["Communicator", Aborter]:
     import mpi4py
 
     mpi4py.rc.thread_level = "funneled"
@@ -57,7 +60,7 @@ def _initialise() -> "Communicator":
 
     aborter = Aborter(MPI.COMM_WORLD.Abort, describe_rank(MPI.COMM_WORLD.rank, MPI.COMM_WORLD.size))
     aborter.install()
-    return Communicator(MPI.COMM_WORLD)
+    return Communicator(MPI.COMM_WORLD), aborter
 
 
 def _measure(comm: "Communicator", threads: int | None) -> World:
