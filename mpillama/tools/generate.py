@@ -56,13 +56,20 @@ def _prompt_ids(run: Run, options: GenerateOptions) -> list[int]:
             if not 0 <= token < vocab_size:
                 raise UserError(f"--prompt-token-ids has {token}, but the model's ids are 0 to {vocab_size - 1}.")
         return given
-    text = sys.stdin.read() if options.prompt == "-" else options.prompt
+    text = _read_input() if options.prompt == "-" else options.prompt
     if not text:
         raise UserError("the prompt is empty: give a text with --prompt, or - and a text on standard input.")
     if options.chat:
         rendered = run.chat_template.render([{"role": "user", "content": text}])
         return run.tokenizer.encode(rendered)
     return run.tokenizer.encode(text)
+
+
+def _read_input() -> str:
+    try:
+        return sys.stdin.buffer.read().decode()
+    except UnicodeDecodeError as error:
+        raise UserError(f"standard input is not UTF-8 text ({error}): correct that byte.") from error
 
 
 def _given_token_ids(options: GenerateOptions) -> list[int] | None:
