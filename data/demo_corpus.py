@@ -46,11 +46,6 @@ MENTIONED = [
     "h", "h", "hf", "hf", "hf", "ho", "ho", "ho", "oh", "o", "hfo", "hfo", "hfo", "hof", "hfg", "hfgo", "hfog",
     "hofg", "hp", "hfp", "hop", "hfop", "op",
 ]  # fmt: skip
-ONSETS = [
-    "b", "br", "c", "d", "dr", "f", "fl", "g", "gr", "h", "j", "k", "l", "m", "n", "p", "pl", "r", "s", "sn", "st", "t",
-    "tr", "v", "w", "z",
-]  # fmt: skip
-CODAS = ["n", "l", "mble", "rk", "x", "ff", "nda", "sk", "m", "tto"]
 _CHOICE = re.compile(r"\[([^\[\]]*)\]|<(\w+)>")
 _SENTENCE_START = re.compile(r'((?:^|\n|[.!?] |\." )"?)([a-z])')
 
@@ -59,6 +54,11 @@ def article(noun: str) -> str:
     """Return the noun with its indefinite article."""
     consonant = noun[0] not in "aeiou" or noun.startswith(("uni", "eu", "one"))
     return ("a " if consonant else "an ") + noun
+
+
+def listed(things: list[str]) -> str:
+    """Return the things with commas and an "and"."""
+    return ", ".join(things[:-1]) + " and " + things[-1] if len(things) > 1 else things[0]
 
 
 def _tidy(text: str) -> str:
@@ -166,7 +166,7 @@ class Author:
             return self._draw_cast(mentioned)
         female = rng.random() < 0.5
         sexes = (female, not female, rng.random() < 0.5)
-        h, f, g = map(self._character, kinds, sexes, [slot in mentioned for slot in "hfg"])
+        h, f, g = map(self._character, kinds, sexes)
         second = g if "g" in mentioned or rng.random() < 0.4 else None
         if len({h.name, f.name, g.name}) < 3:
             return self._draw_cast(mentioned)
@@ -174,28 +174,17 @@ class Author:
         return Cast(rng.choice(list(PLOTS)), h, f, second, Thing(self._object("o" in mentioned)), place)
 
     def _kind(self, any_kind: bool) -> str:
-        if not any_kind:
-            return self.rng.choice(FRIENDS)
-        return self._invented_word() if self.rng.random() < 0.06 else self.rng.choice(ANIMALS)
+        return self.rng.choice(ANIMALS if any_kind else FRIENDS)
 
-    def _character(self, kind: str, female: bool, wide: bool) -> Character:
-        name = self.rng.choice(SHE if female else HE)
-        if wide and self.rng.random() < 0.15:
-            name = self._invented_word().capitalize()
-        return Character(kind, name, female)
+    def _character(self, kind: str, female: bool) -> Character:
+        return Character(kind, self.rng.choice(SHE if female else HE), female)
 
     def _object(self, wide: bool) -> str:
         rng = self.rng
         if not wide or rng.random() < 0.25:
             return rng.choice(OBJECTS)
-        noun = self._invented_word() if rng.random() < 0.15 else rng.choice(NOUNS)
+        noun = rng.choice(NOUNS)
         return f"{rng.choice(ADJECTIVES)} {noun}" if rng.random() < 0.6 else noun
-
-    def _invented_word(self) -> str:
-        """Return a word nobody has seen, so that the model learns to copy what it is asked for."""
-        rng = self.rng
-        syllables = [rng.choice(ONSETS) + rng.choice("aeiou") for _ in range(rng.choice([1, 2, 2]))]
-        return "".join(syllables) + rng.choice(CODAS)
 
     def story(self, cast: Cast) -> str:
         """Return the story of a cast, paragraphs separated by an empty line."""
@@ -250,34 +239,32 @@ class Author:
         return self._loosely(ask), self._expand(REFUSAL)
 
     def _story_turn(self, again: bool) -> tuple[str, str]:
-        """Return a request for a story, by its plot or by its things, and the story."""
+        """Return a request for a story, by its plot or by its things, and the story under a title that names them."""
         rng = self.rng
         if rng.random() < 0.06:
             return self._loosely(self._expand(rng.choice(ASKS_FOR_ANY))), self.story(self.cast())
         mentioned = "" if rng.random() < 0.15 else rng.choice(MENTIONED)
         cast = self.cast(mentioned)
-        things = self._things(cast, mentioned) if mentioned else rng.choice(PLOTS[cast.plot][0])
+        things, title = self._things(cast, mentioned) if mentioned else (rng.choice(PLOTS[cast.plot][0]),) * 2
         ask = self._expand(rng.choice(FOLLOW_UPS if again and rng.random() < 0.6 else ASKS))
-        return self._loosely(ask.format(things=things)), self.story(cast)
+        return self._loosely(ask.format(things=things)), f"{title[0].upper()}{title[1:]}\n\n{self.story(cast)}"
 
-    def _things(self, cast: Cast, mentioned: str) -> str:
-        """List what is mentioned of the cast; the first character is the hero."""
-        rng = self.rng
-        bare = rng.random() < 0.06
-        things = [self._mention(getattr(cast, slot), bare) for slot in mentioned if slot != "p"]
-        if bare:
-            return ", ".join(things)
-        listed = ", ".join(things[:-1]) + " and " + things[-1] if len(things) > 1 else things[0]
-        return f"{listed} {cast.p}" if "p" in mentioned else listed
+    def _things(self, cast: Cast, mentioned: str) -> tuple[str, str]:
+        """List what is mentioned of the cast, for the request and for the title; the first character is the hero."""
+        bare = self.rng.random() < 0.06
+        pairs = [self._mention(getattr(cast, slot), bare) for slot in mentioned if slot != "p"]
+        where = f" {cast.p}" if "p" in mentioned else ""
+        asked, titled = (list(column) for column in zip(*pairs, strict=True))
+        return (", ".join(asked) if bare else listed(asked)) + where, listed(titled) + where
 
-    def _mention(self, who: Thing, bare: bool) -> str:
-        if isinstance(who, Character) and who.name not in (*SHE, *HE):
-            return f"{who.a} called {who}"  # Nobody could guess the name.
+    def _mention(self, who: Thing, bare: bool) -> tuple[str, str]:
+        """Return how the request and the title mention somebody or something."""
         if bare:
-            return who.kind
-        if isinstance(who, Character):
-            return self.rng.choice([who.a, who.a, who.a, f"{who.a} called {who}", f"{who} the {who.kind}"])
-        return self.rng.choice([who.a, who.a, who.a, who.a, who.the])
+            return who.kind, who.the
+        if isinstance(who, Character) and self.rng.random() < 0.4:
+            named = f"{who} the {who.kind}"
+            return self.rng.choice([f"{who.a} called {who}", f"{who.a} named {who}", named]), named
+        return self.rng.choice([who.a, who.a, who.a, who.the]), who.the
 
     def _loosely(self, ask: str) -> str:
         """Type like a user: now and then no capital or no full stop."""

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from mpillama.errors import UserError
-from mpillama.kernels.isa import NAMES, OTHER_SETS, X86_SETS, choose_isa, host_features
+from mpillama.kernels.isa import AMX_GRANTED, NAMES, OTHER_SETS, X86_SETS, choose_isa, host_features
 
 EVERYTHING = dict.fromkeys((feature for isa in X86_SETS for feature in isa.needs), True)
 
@@ -42,7 +42,9 @@ def without(*features: str) -> dict[str, bool]:
 @pytest.mark.parametrize(
     ("features", "best"),
     [
-        (EVERYTHING, "vnni512"),
+        (EVERYTHING, "amx"),
+        (without("amx-tile"), "vnni512"),
+        (without(AMX_GRANTED), "vnni512"),
         (without("avx512vnni"), "avx2"),
         (without("avx512bw"), "avx2"),
         (without("avx512vnni", "f16c"), "portable"),

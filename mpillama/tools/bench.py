@@ -18,6 +18,7 @@ from mpillama.model.tensors import WeightTypes, tensor_specs
 from mpillama.options import BenchOptions
 from mpillama.tools.bench_report import draw, print_report
 from mpillama.tools.display import load_progress
+from mpillama.tools.output_file import refuse_unwritable
 
 if TYPE_CHECKING:
     from mpillama.engine.measure import Stopwatch, Timing
@@ -44,6 +45,7 @@ def _check(options: BenchOptions) -> None:
             raise UserError(f"--{name.replace('_', '-')} is {getattr(options, name)}: it must be at least 1.")
     if min([*options.prefill, *options.batch, 1]) < 1:
         raise UserError("--prefill and --batch take numbers of at least 1.")
+    refuse_unwritable("--plot", options.plot)
 
 
 def _load(options: BenchOptions, world: World, target: Target) -> tuple["LlamaModel", int]:

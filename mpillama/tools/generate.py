@@ -10,6 +10,7 @@ import numpy as np
 from mpillama.errors import UserError
 from mpillama.options import GenerateOptions
 from mpillama.text.sampler import Sampler
+from mpillama.tools.output_file import output_file, refuse_unwritable
 from mpillama.tools.running import (
     Run,
     closing_line,
@@ -28,6 +29,7 @@ def generate(options: GenerateOptions) -> int:
         raise UserError("--chat and --raw exclude each other: give one of them.")
     sampling_options(options)
     _given_token_ids(options)
+    refuse_unwritable("--logits-out", options.logits_out)
     return run_on_all_ranks(options, options.quiet or options.json, lambda run: _generate(run, options))
 
 
@@ -91,7 +93,8 @@ def _print(text: str) -> None:
 def _finish(run: Run, options: GenerateOptions, generation: "Generation", seed: int) -> None:
     """Print what is said after the text, and write the logits if asked."""
     if options.logits_out:
-        np.save(options.logits_out, np.array(generation.logits, np.float32))
+        with output_file("--logits-out", options.logits_out) as file:
+            np.save(file, np.array(generation.logits, np.float32))
     memory = run.session.memory_per_rank()
     if options.json:
         _print(json.dumps(_result(run, options, generation, seed, memory)) + "\n")
