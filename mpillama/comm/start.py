@@ -1,6 +1,7 @@
 """Starting MPI: as late as possible, and so that no failure leaves ranks behind."""
 
 import os
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -54,7 +55,10 @@ def _initialise() -> tuple["Communicator", Aborter]:
     import mpi4py
 
     mpi4py.rc.thread_level = "funneled"
-    from mpi4py import MPI
+    with warnings.catch_warnings():
+        # mpi4py's word on a launcher of another MPI, once per rank: refuse_singletons and doctor say it once.
+        warnings.filterwarnings("ignore", "suspicious MPI execution environment", RuntimeWarning)
+        from mpi4py import MPI
 
     from mpillama.comm.communicator import Communicator
 
