@@ -128,7 +128,7 @@ def random_tensors(config: Mapping[str, Any], seed: int = 7) -> Tensors:
 
 
 def _random_tensor(spec: TensorSpec, rng: np.random.Generator) -> np.ndarray:
-    if spec.split is Split.REPLICATED:
+    if spec.vector:
         return rng.uniform(0.6, 1.4, spec.source_shape).astype(np.float32)
     return (rng.standard_normal(spec.source_shape) * _gain(spec)).astype(np.float32)
 

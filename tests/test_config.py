@@ -111,14 +111,14 @@ def test_llama3_frequencies_at_the_ends_of_the_ramp():
     scaling = read(rope_scaling=LLAMA3).rope_scaling
     for turns, kept in ((4.0, 1.0), (1.0, 0.0), (2.5, 0.5)):
         frequency = turns * 2 * math.pi / 8192
-        assert scaling.apply(frequency) == pytest.approx(frequency * (kept + (1 - kept) / 8))
+        assert scaling.apply([frequency], 1e4)[0] == pytest.approx(frequency * (kept + (1 - kept) / 8))
 
 
 @pytest.mark.parametrize("name", list(SHAPES))
 def test_known_shapes_are_configurations(name):
     config = ModelConfig.from_hf(shape_config(name))
-    assert config.num_attention_heads * config.head_dim in (config.hidden_size, 3072)
-    assert config.rope_scaling is not None
+    assert (config.rope_scaling is not None) == name.startswith("llama-3")
+    assert (config.num_experts > 0) == (config.model_type in ("mixtral", "qwen3_moe"))
 
 
 def test_an_unknown_shape_is_refused_with_the_known_ones():
@@ -151,7 +151,7 @@ def test_an_impossible_constant_is_named(key, value):
         read(**{key: value})
 
 
-@pytest.mark.parametrize("model_type", ["mistral", "qwen2", None, 3])
+@pytest.mark.parametrize("model_type", ["gemma", "gpt2", None, 3])
 def test_another_architecture_is_named(model_type):
     with pytest.raises(UserError, match=rf"model_type={model_type!r}.*llama"):
         ModelConfig.from_hf({**BASE, "model_type": model_type})
@@ -167,7 +167,7 @@ def test_another_activation_is_named():
         read(hidden_act="gelu")
 
 
-@pytest.mark.parametrize("kind", ["yarn", "linear", "dynamic", "longrope"])
+@pytest.mark.parametrize("kind", ["dynamic", "longrope", "mrope"])
 @pytest.mark.parametrize("key", ["rope_parameters", "rope_scaling"])
 def test_another_rope_scaling_is_named(key, kind):
     with pytest.raises(UserError, match=f"rope_type='{kind}'.*llama3"):
@@ -206,8 +206,73 @@ def test_more_heads_than_channels_are_refused():
 
 
 @pytest.mark.parametrize("key", ["attention_bias", "mlp_bias"])
-def test_biases_are_refused_by_name(key):
+def test_biases_that_a_family_lacks_are_refused_by_name(key):
     """A checkpoint with biases gives wrong answers if they are left out."""
     with pytest.raises(UserError, match=key):
-        read(**{key: True})
-    assert read(**{key: False}) == read()
+        read(model_type="mistral", num_key_value_heads=2, **{key: True})
+    plain = read(model_type="mistral", num_key_value_heads=2)
+    assert read(model_type="mistral", num_key_value_heads=2, **{key: False}) == plain
+
+
+def test_biases_of_llama():
+    plain, biased = read(), read(attention_bias=True, mlp_bias=True)
+    assert not (plain.qkv_bias)
+    assert not (plain.output_bias)
+    assert not (plain.mlp_bias)
+    assert biased.qkv_bias
+    assert biased.output_bias
+    assert biased.mlp_bias
+
+
+# -- families ------------------------------------------------------------------------------------------------------
+
+
+def test_qwen2_has_biases_on_queries_keys_and_values():
+    config = read(model_type="qwen2", num_key_value_heads=2)
+    assert (config.qkv_bias, config.output_bias, config.mlp_bias, config.qk_norm) == (True, False, False, False)
+
+
+def test_sliding_windows():
+    assert read(sliding_window=7).windows == (0, 0)  # Llama has none
+    assert read(model_type="mistral", num_key_value_heads=2).windows == (4096, 4096)
+    assert read(model_type="mistral", num_key_value_heads=2, sliding_window=None).windows == (0, 0)
+    qwen = {"model_type": "qwen2", "num_key_value_heads": 2, "sliding_window": 8, "use_sliding_window": True}
+    assert read(**qwen, max_window_layers=1).windows == (0, 8)
+    assert read(**qwen, layer_types=["sliding_attention", "full_attention"]).windows == (8, 0)
+    assert read(**{**qwen, "use_sliding_window": False}).windows == (0, 0)
+    with pytest.raises(UserError, match="layer_types"):
+        read(**qwen, layer_types=["linear_attention"] * 2)
+
+
+@pytest.mark.parametrize("key", ["num_experts", "num_local_experts"])
+def test_experts(key):
+    config = read(
+        model_type="qwen3_moe", num_key_value_heads=2, **{key: 8}, num_experts_per_tok=2, moe_intermediate_size=48
+    )
+    assert (config.num_experts, config.num_experts_per_tok, config.intermediate_size) == (8, 2, 48)
+    assert config.norm_topk_prob is False
+    with pytest.raises(UserError, match="num_experts_per_tok=9"):
+        read(model_type="qwen3_moe", num_key_value_heads=2, **{key: 8}, num_experts_per_tok=9, moe_intermediate_size=48)
+    for other in ({"mlp_only_layers": [0]}, {"decoder_sparse_step": 2}):
+        with pytest.raises(UserError, match=next(iter(other))):
+            read(
+                model_type="qwen3_moe",
+                num_key_value_heads=2,
+                **{key: 8},
+                num_experts_per_tok=2,
+                moe_intermediate_size=48,
+                **other,
+            )
+
+
+def test_yarn_and_linear_frequencies():
+    """The ends are those of the paper: the fastest pair stays, the slowest is divided."""
+    plain = np.array(read(head_dim=64).inverse_frequencies())
+    linear = read(head_dim=64, rope_scaling={"rope_type": "linear", "factor": 4.0})
+    np.testing.assert_allclose(linear.inverse_frequencies(), plain / 4)
+    yarn = read(head_dim=64, rope_scaling={"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 512})
+    found = np.array(yarn.inverse_frequencies())
+    assert found[0] == plain[0]
+    assert found[-1] == pytest.approx(plain[-1] / 4)
+    assert yarn.rope_factor == pytest.approx(0.1 * math.log(4) + 1)
+    assert linear.rope_factor == 1.0

@@ -258,7 +258,7 @@ def test_gate_up(kernels, weight_type, quantised):
             found = Activations(kernels, np.zeros(gate.shape))
             for threads in (1, 2, 3):
                 kernels.layer.gate_up(
-                    *gate_matrix, *up_matrix, *x.arrays, out, scratch, quantised, *found.arrays[1:], threads, 1,
+                    *gate_matrix, *up_matrix, None, None, *x.arrays, out, scratch, quantised, *found.arrays[1:], threads, 1,
                     NO_TILES,
                 )  # fmt: skip
                 np.testing.assert_allclose(out, gate / (1 + np.exp(-gate)) * up, rtol=1e-6, atol=1e-30)
@@ -392,7 +392,7 @@ def test_angles_are_float32_products(kernels):
     positions = np.array([0, 1, 63, 64, 8191, 131071, 2**20 - 1], np.int32)
     frequencies = (500000.0 ** -(np.arange(0, 64, 2) / 64)).astype(np.float32)
     cosines, sines = (np.empty((len(positions), 32), np.float32) for _ in range(2))
-    kernels.rope.rope_angles(positions, frequencies, cosines, sines)
+    kernels.rope.rope_angles(positions, frequencies, 1.0, cosines, sines)
     angles = (positions[:, None].astype(np.float32) * frequencies).astype(np.float64)
     np.testing.assert_allclose(cosines, np.cos(angles), atol=6e-8, rtol=0)
     np.testing.assert_allclose(sines, np.sin(angles), atol=6e-8, rtol=0)
@@ -416,7 +416,7 @@ class CacheStep:
     def run(self, kernels, threads: int) -> None:
         """Rotate in place and store."""
         kernels.layer.rotate_and_store(
-            self.q, self.k, self.v, self.cosines, self.sines, without_scales(self.keys, self.values),
+            self.q, self.k, self.v, None, None, 1e-5, self.cosines, self.sines, without_scales(self.keys, self.values),
             self.slots, threads,
         )  # fmt: skip
 
@@ -490,7 +490,7 @@ class AttentionCase:
         out = Activations(kernels, np.zeros((tokens, heads * head_dim)))
         out.x[:] = np.nan
         kernels.attention(
-            self.q, self.cache, self.head_start, self.segments, self.tables, self.scale,
+            self.q, self.cache, self.head_start, self.segments, self.tables, self.scale, 0,
             out.x.reshape(self.q.shape), quantised, *out.arrays[1:], threads,
         )  # fmt: skip
         return out
@@ -699,7 +699,7 @@ class Q8Case(AttentionCase):
         v = np.ascontiguousarray(self.values.transpose(0, 2, 1, 3)).reshape(-1, kv_heads, head_dim)
         cosines, sines = (np.full((len(k), head_dim // 2), angle, np.float32) for angle in (1, 0))
         slots = np.arange(len(k))
-        kernels.layer.rotate_and_store(k[:, :0].copy(), k, v, cosines, sines, self.q8, slots, 2)
+        kernels.layer.rotate_and_store(k[:, :0].copy(), k, v, None, None, 1e-5, cosines, sines, self.q8, slots, 2)
 
     @property
     def cache(self) -> tuple[np.ndarray, ...]:

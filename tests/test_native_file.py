@@ -57,7 +57,7 @@ def tiny(tmp_path: Path) -> Path:
 
 def read_slice(model: NativeModel, spec: TensorSpec, units: range, limit: int | None = None) -> list[np.ndarray]:
     """The arrays of some units."""
-    arrays = [np.zeros((len(units) * a.entries, *a.shape[1:]), a.dtype) for a in spec.arrays()]
+    arrays = [np.zeros(a.slice_shape(len(units)), a.dtype) for a in spec.arrays()]
     reader = NativeReader(model, lambda count: None, **({} if limit is None else {"limit": limit}))
     try:
         reader.read(spec, units, arrays)

@@ -147,7 +147,7 @@ def test_a_slice_is_what_the_ranks_arrays_hold(weights, config, size, weight_typ
             rows, columns = len(spec.units_of(part)) * spec.unit, spec.columns
             if spec.panel:
                 rows, columns = spec.rows, len(spec.units_of(part)) * spec.panel
-            expected = 4 * spec.columns if spec.split is Split.REPLICATED else rows // LANES * kind.group_bytes(columns)
+            expected = 4 * rows if spec.vector else rows // LANES * kind.group_bytes(columns)
             assert weights.slice_bytes([spec], part) == expected
         assert 0 <= weights.arena_bytes(specs, part) - weights.slice_bytes(specs, part) < 4096 * 2 * len(specs)
 
@@ -179,7 +179,7 @@ def test_sizes_are_exact_whole_numbers_for_ten_times_llama_405b(weights, weight_
     specs, offset, elements = tensor_specs(config, WeightTypes(WEIGHT_TYPES[weight_type])), 0, 0
     parts = partition(config, 7)
     for spec in specs:
-        rows, columns = (1, spec.columns) if spec.split is Split.REPLICATED else (spec.rows, spec.columns)
+        rows, columns = spec.rows, spec.columns
         elements += rows * columns
         for array in spec.arrays():
             entry = TableEntry(array, offset, None)
@@ -192,7 +192,7 @@ def test_sizes_are_exact_whole_numbers_for_ten_times_llama_405b(weights, weight_
             offset += entry.bytes
         assert all(is_exact(n) for part in parts for _, shape in weights.slice_shapes(spec, part) for n in shape)
     bits = {"f32": 32, "f16": 16, "bf16": 16, "q8_0": 8.5, "q4_0": 4.5}[weight_type]
-    norms = sum(s.columns for s in specs if s.split is Split.REPLICATED)
+    norms = sum(s.rows for s in specs if s.vector)
     assert offset * 8 == (elements - norms) * bits + 32 * norms
     # Ranks at a border hold a KV head twice.
     assert offset <= sum(weights.slice_bytes(specs, p) for p in parts) < 1.03 * offset + 7 * 4 * norms

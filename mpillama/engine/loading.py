@@ -8,7 +8,7 @@ from pathlib import Path
 
 from mpillama.comm.start import World
 from mpillama.engine.session import Session
-from mpillama.engine.warm_up import choose_reduction, matrix_types, warm_up
+from mpillama.engine.warm_up import choose_reduction, warm_up
 from mpillama.errors import UserError
 from mpillama.files.native import NativeModel, read_table
 from mpillama.files.native_reader import NativeReader
@@ -46,7 +46,7 @@ def load_model(options: RunOptions, world: World, target: Target, progress: Prog
     """Read the table on rank 0 and every rank's slices; UserError on all ranks if any cannot."""
     comm = world.comm
     file = comm.on_root(lambda: read_table(model_path(options.model)))
-    warm_up(matrix_types(file.specs), world, target, options.kv_type)
+    warm_up(file.config, file.specs, world, target, options.kv_type)
     chunk = max(1, min(options.prefill_chunk, file.config.max_position_embeddings))
     choose_reduction(comm, world, file.config.padded_hidden_size, chunk)
     part = partition(file.config, comm.size)[comm.rank]

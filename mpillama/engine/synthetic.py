@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from mpillama.model.tensors import Split, TensorSpec
+from mpillama.model.tensors import TensorSpec
 
 TILE_BYTES = 1 << 20
 SCALE = 2.0**-9
@@ -20,8 +20,8 @@ class SyntheticWeights:
 
     def read(self, spec: TensorSpec, units: range, arrays: Sequence[np.ndarray]) -> None:
         """Fill the arrays of a tensor."""
-        if spec.split is Split.REPLICATED:
-            arrays[0][:] = 1.0
+        if spec.vector:
+            arrays[0][:] = 0.0 if spec.name.endswith(".bias") else 1.0
             return
         self._fill_values(spec, arrays[0])
         for scales in arrays[1:]:

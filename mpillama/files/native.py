@@ -2,11 +2,12 @@
 
 Root attributes: `format`, `format_version`, `config` (JSON in Hugging Face's spelling), `weight_types` (JSON),
 `metadata_sha256` over everything that is not weights. Datasets: one or two for each tensor (values, scales), texts
-under `text/`, and `checksums`: one XXH3-64 for each unit of each array, in the order of the table.
+under `text/`, and `checksums`: one XXH3-64 for each unit of each array (of each expert), in the order of the table.
 """
 
 import hashlib
 import json
+import math
 import os
 import stat
 from collections.abc import Mapping
@@ -40,21 +41,24 @@ class TableEntry:
 
     @property
     def entry_bytes(self) -> int:
-        """Bytes of one entry of the first axis."""
-        count = int(np.dtype(self.spec.dtype).itemsize)
-        for length in self.spec.shape[1:]:
-            count *= length
-        return count
+        """Bytes of one entry of the axis that is split."""
+        return int(np.dtype(self.spec.dtype).itemsize) * math.prod(self.spec.shape[2 if self.spec.experts else 1 :])
 
     @property
     def bytes(self) -> int:
         """Bytes of the whole array."""
-        return self.spec.shape[0] * self.entry_bytes
+        return int(np.dtype(self.spec.dtype).itemsize) * math.prod(self.spec.shape)
 
-    def extent(self, units: range) -> tuple[int, int]:
-        """File offset and byte count of a range of units."""
+    @property
+    def parts(self) -> int:
+        """The number of extents of a range of units: one, or one for each expert."""
+        return max(1, self.spec.experts)
+
+    def extent(self, units: range, part: int = 0) -> tuple[int, int]:
+        """File offset and byte count of a range of units, of one expert."""
         unit_bytes = self.spec.entries * self.entry_bytes
-        return self.offset + units.start * unit_bytes, len(units) * unit_bytes
+        start = self.offset + part * (self.bytes // self.parts)
+        return start + units.start * unit_bytes, len(units) * unit_bytes
 
 
 @dataclass(frozen=True)
@@ -184,7 +188,7 @@ def _read_entries(file: h5py.File, specs: list[TensorSpec], size: int) -> dict[s
     """Check every dataset against what the configuration says it must be."""
     arrays = [(spec, array) for spec in specs for array in spec.arrays()]
     checksums = file["checksums"][()]
-    if checksums.dtype != np.uint64 or checksums.shape != (sum(s.units for s, _ in arrays),):
+    if checksums.dtype != np.uint64 or checksums.shape != (sum(s.checksums for s, _ in arrays),):
         raise ValueError(f"the checksums have dtype {checksums.dtype} and shape {checksums.shape}")
     entries, place = {}, 0
     for spec, array in arrays:
@@ -195,12 +199,12 @@ def _read_entries(file: h5py.File, specs: list[TensorSpec], size: int) -> dict[s
                 f"expected {np.dtype(array.dtype)} and {array.shape}"
             )
         offset = dataset.id.get_offset()
-        entry = TableEntry(array, -1 if offset is None else offset, checksums[place : place + spec.units])
+        entry = TableEntry(array, -1 if offset is None else offset, checksums[place : place + spec.checksums])
         if entry.offset < 0 or entry.offset + entry.bytes > size:
             raise ValueError(
                 f"tensor {array.name} ends at byte {entry.offset + entry.bytes}, but the file has {size} bytes"
             )
-        entries[array.name], place = entry, place + spec.units
+        entries[array.name], place = entry, place + spec.checksums
     _refuse_overlaps(entries)
     return entries
 

@@ -24,9 +24,11 @@ class NativeReader:
     def read(self, spec: TensorSpec, units: range, arrays: Sequence[np.ndarray]) -> None:
         """Fill the arrays of a tensor with the given units; UserError names the file if it cannot be read."""
         for array_spec, array in zip(spec.arrays(), arrays, strict=True):
-            offset, count = self.model.entries[array_spec.name].extent(units)
-            assert count == array.nbytes
-            self._fill(array.reshape(-1).view(np.uint8).data, offset, array_spec.name)
+            entry, flat = self.model.entries[array_spec.name], array.reshape(-1).view(np.uint8).data
+            assert entry.extent(units)[1] * entry.parts == array.nbytes
+            for part in range(entry.parts):
+                offset, count = entry.extent(units, part)
+                self._fill(flat[part * count : (part + 1) * count], offset, array_spec.name)
 
     def _fill(self, buffer: memoryview, offset: int, name: str) -> None:
         try:

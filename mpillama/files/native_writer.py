@@ -22,7 +22,7 @@ from mpillama.files.reading import write_exactly
 from mpillama.layout import lanes
 from mpillama.layout.weight_types import WeightType
 from mpillama.model.config import ModelConfig
-from mpillama.model.tensors import ArraySpec, Split, TensorSpec, WeightTypes, tensor_specs
+from mpillama.model.tensors import ArraySpec, TensorSpec, WeightTypes, tensor_specs
 
 
 def write_model(
@@ -64,8 +64,8 @@ def create_file(
         for spec in specs:
             for array in spec.arrays():
                 offset = _allocate(file, array)
-                entries[array.name] = TableEntry(array, offset, np.zeros(spec.units, np.uint64))
-                total += spec.units
+                entries[array.name] = TableEntry(array, offset, np.zeros(spec.checksums, np.uint64))
+                total += spec.checksums
         file["checksums"] = np.zeros(total, np.uint64)
     return entries
 
@@ -90,11 +90,15 @@ def _write_tensors(
     checksums = {}
     try:
         for spec in specs:
-            packed = pack_tensor(spec, tensor(spec.name))
-            for array, values in zip(spec.arrays(), packed, strict=True):
-                entry = entries[array.name]
-                write_exactly(fd, values.reshape(-1).view(np.uint8).data, entry.offset)
-                checksums[array.name] = unit_checksums(values, spec.units)
+            for array in spec.arrays():
+                checksums[array.name] = np.empty(spec.checksums, np.uint64)
+            for part, name in enumerate(spec.source_names):
+                packed = pack_tensor(spec, tensor(name))
+                for array, values in zip(spec.arrays(), packed, strict=True):
+                    offset = entries[array.name].extent(range(spec.units), part)[0]
+                    write_exactly(fd, values.reshape(-1).view(np.uint8).data, offset)
+                    sums = unit_checksums(values, spec.units)
+                    checksums[array.name][part * spec.units : (part + 1) * spec.units] = sums
         os.fsync(fd)
     finally:
         os.close(fd)
@@ -106,7 +110,7 @@ def pack_tensor(spec: TensorSpec, source: np.ndarray) -> lanes.Arrays:
     if source.shape != spec.source_shape:
         raise UserError(f"tensor {spec.name} has shape {source.shape}, the configuration asks for {spec.source_shape}.")
     padded = spec.pad(source.astype(np.float32))
-    if spec.split is Split.REPLICATED:
+    if spec.vector:
         return (padded,)
     return lanes.pack(padded, spec.weight_type, spec.panel)
 

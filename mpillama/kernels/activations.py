@@ -27,3 +27,7 @@ def places(tokens: int, blocks: int) -> int:
     """Blocks of memory that a step of this many tokens takes."""
     width = min(tokens, TILE_WIDTH)
     return -(-tokens // max(width, 1)) * width * blocks
+
+
+places_of = njit(nogil=True, cache=True)(places)
+"""The same for kernels."""

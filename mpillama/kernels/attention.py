@@ -30,21 +30,21 @@ TILE_ROWS = 16
 
 
 @njit(nogil=True, cache=True)
-def _same_count(counts, first, rows):
-    """How many rows from `first` on can go together: 8, 4 or 1 with the same number of visible positions."""
+def _same_count(counts, hidden, first, rows):
+    """How many rows from `first` on can go together: 8, 4 or 1 with the same visible positions."""
     for width in (8, 4):
         if first + width <= rows:
             same = True
             for r in range(first + 1, first + width):
-                same = same and counts[r] == counts[first]
+                same = same and counts[r] == counts[first] and hidden[r] == hidden[first]
             if same:
                 return width
     return 1
 
 
 @njit(nogil=True, cache=True)
-def _attend_block(cache, block, kv_head, queries, counts, rows, scores, scaled, maxima, sums, out):
-    """Let `rows` query rows see one cache block; row r sees its first counts[r] positions."""
+def _attend_block(cache, block, kv_head, queries, counts, hidden, rows, scores, scaled, maxima, sums, out):
+    """Let `rows` query rows see one cache block; row r sees its first counts[r] positions but the first hidden[r]."""
     keys, key_scales, values, value_scales = cache
     q, q_values, q_scales, q_starts = queries
     head_dim = q.shape[1]
@@ -53,11 +53,11 @@ def _attend_block(cache, block, kv_head, queries, counts, rows, scores, scaled, 
     v_at, vs_at = values[block, kv_head].ctypes.data, value_scales[block, kv_head].ctypes.data
     scaled_at, r = scaled.ctypes.data, 0
     while r < rows:
-        width, count = _same_count(counts, r, rows), counts[r]
+        width, count = _same_count(counts, hidden, r, rows), counts[r]
         q_at, p_at, out_at = q[r].ctypes.data, scores[r].ctypes.data, out[r].ctypes.data
         b = r * blocks
         qv_at, qs_at, qst_at = q_values[b].ctypes.data, q_scales[b:].ctypes.data, q_starts[b:].ctypes.data
-        if count > 0:
+        if count > hidden[r]:
             if width == 8:
                 scores_8(keys, k_at, ks_at, q_at, qv_at, qs_at, qst_at, head_dim, p_at)
             elif width == 4:
@@ -66,7 +66,9 @@ def _attend_block(cache, block, kv_head, queries, counts, rows, scores, scaled, 
                 scores_1(keys, k_at, ks_at, q_at, qv_at, qs_at, qst_at, head_dim, p_at)
             for i in range(r, r + width):
                 maximum_at, sums_at = maxima[i:].ctypes.data, sums[i].ctypes.data
-                softmax_block(scores[i].ctypes.data, count, maximum_at, sums_at, out[i].ctypes.data, head_dim)
+                softmax_block(
+                    scores[i].ctypes.data, hidden[r], count, maximum_at, sums_at, out[i].ctypes.data, head_dim
+                )
             if width == 8:
                 values_8(keys, v_at, vs_at, p_at, scaled_at, count, head_dim, out_at)
             elif width == 4:
@@ -77,15 +79,17 @@ def _attend_block(cache, block, kv_head, queries, counts, rows, scores, scaled, 
 
 
 @njit(nogil=True, cache=True)
-def _attend_span(queries, last_positions, rows, cache, kv_head, table, span, scores, maxima, sums, out):
+def _attend_span(queries, last_positions, window, rows, cache, kv_head, table, span, scores, maxima, sums, out):
     """Attend `rows` query rows of one KV head over one span; maxima [rows], sums [rows, 16], out [rows, head_dim]."""
-    counts, scaled = np.empty(rows, np.int64), np.empty((8, BLOCK), np.float32)
+    counts, hidden, scaled = np.empty(rows, np.int64), np.empty(rows, np.int64), np.empty((8, BLOCK), np.float32)
     maxima[:rows], sums[:rows], out[:rows] = FAR_BELOW, 0.0, 0.0
     blocks = last_positions[:rows].max() // BLOCK + 1
-    for b in range(span * SPAN_BLOCKS, min((span + 1) * SPAN_BLOCKS, blocks)):
+    first = max(span * SPAN_BLOCKS, (last_positions[:rows].min() + 1 - window) // BLOCK if window > 0 else 0)
+    for b in range(first, min((span + 1) * SPAN_BLOCKS, blocks)):
         for r in range(rows):
             counts[r] = min(max(last_positions[r] + 1 - b * BLOCK, 0), BLOCK)
-        _attend_block(cache, table[b], kv_head, queries, counts, rows, scores, scaled, maxima, sums, out)
+            hidden[r] = min(max(last_positions[r] + 1 - window - b * BLOCK, 0), BLOCK) if window > 0 else 0
+        _attend_block(cache, table[b], kv_head, queries, counts, hidden, rows, scores, scaled, maxima, sums, out)
 
 
 @njit(nogil=True, cache=True)
@@ -177,8 +181,10 @@ def _list_items(head_start, segments):
 
 
 @njit(nogil=True, parallel=True, cache=True)
-def attention(q, cache, head_start, segments, tables, scale, out, quantised, values, scales, starts, threads):
+def attention(q, cache, head_start, segments, tables, scale, window, out, quantised, values, scales, starts, threads):
     """out[t, h] = softmax over the positions up to t's own of (q . k * scale), times v; and its quantised form.
+
+    With a `window` > 0 a token sees that many positions only, its own the last of them.
 
     q, out float32 [tokens, heads, head_dim]; cache: keys, key scales, values, value scales of this layer, each
     [blocks, kv_heads, …] (kernels/attention_tiles.py says how a block lies); head_start int64 [kv_heads + 1]: the query
@@ -190,7 +196,7 @@ def attention(q, cache, head_start, segments, tables, scale, out, quantised, val
     if items.shape[0] >= 2 * threads or items[:, 4].sum() == items.shape[0]:
         for thread in prange(threads):
             _attend_items(
-                thread, threads, items, q, cache, head_start, segments, tables, scale, out, quantised,
+                thread, threads, items, q, cache, head_start, segments, tables, scale, window, out, quantised,
                 values, scales, starts,
             )  # fmt: skip
         return
@@ -201,7 +207,7 @@ def attention(q, cache, head_start, segments, tables, scale, out, quantised, val
     maxima = np.empty((ends[-1], most), np.float32)
     for thread in prange(threads):
         _attend_item_spans(
-            thread, threads, items, ends, q, cache, head_start, segments, tables, scale, parts, sums,
+            thread, threads, items, ends, q, cache, head_start, segments, tables, scale, window, parts, sums,
             maxima,
         )  # fmt: skip
     for thread in prange(threads):
@@ -213,7 +219,7 @@ def attention(q, cache, head_start, segments, tables, scale, out, quantised, val
 
 @njit(nogil=True, cache=True)
 def _attend_items(
-    thread, threads, items, q, cache, head_start, segments, tables, scale, out, quantised, values,
+    thread, threads, items, q, cache, head_start, segments, tables, scale, window, out, quantised, values,
     scales, starts,
 ):  # fmt: skip
     """Every threads-th tile from start to end."""
@@ -230,7 +236,7 @@ def _attend_items(
         rows = _gather_rows(q, head_start, kv_head, segments[s], first, tokens, scale, is_q8, queries, last)
         total[:], total_sums[:], total_maxima[:] = 0.0, 0.0, FAR_BELOW
         for span in range(spans if rows > 0 else 0):
-            _attend_span(queries, last, rows, cache, kv_head, tables[s], span, scores, maxima, sums, part)
+            _attend_span(queries, last, window, rows, cache, kv_head, tables[s], span, scores, maxima, sums, part)
             _combine(rows, last, span, total_maxima, total_sums, total, maxima, sums, part)
         _scatter_rows(
             total, total_sums, head_start, kv_head, segments[s], first, tokens, out, quantised, values, scales, starts
@@ -239,7 +245,7 @@ def _attend_items(
 
 @njit(nogil=True, cache=True)
 def _attend_item_spans(
-    thread, threads, items, ends, q, cache, head_start, segments, tables, scale, parts, sums, maxima
+    thread, threads, items, ends, q, cache, head_start, segments, tables, scale, window, parts, sums, maxima
 ):
     """Every threads-th span of all tiles."""
     most = _most_rows(head_start)
@@ -254,7 +260,7 @@ def _attend_item_spans(
         rows = _gather_rows(q, head_start, kv_head, segments[s], first, tokens, scale, is_q8, queries, last)
         if rows > 0:
             _attend_span(
-                queries, last, rows, cache, kv_head, tables[s], span, scores, maxima[unit], sums[unit],
+                queries, last, window, rows, cache, kv_head, tables[s], span, scores, maxima[unit], sums[unit],
                 parts[unit],
             )  # fmt: skip
 

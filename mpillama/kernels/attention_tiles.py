@@ -147,21 +147,23 @@ values_1, values_4, values_8 = _make_values(1, 2), _make_values(4, 2), _make_val
 
 
 @intrinsic
-def softmax_block(ctx, scores_at, count, maximum_at, sums_at, out_at, head_dim):
+def softmax_block(ctx, scores_at, hidden, count, maximum_at, sums_at, out_at, head_dim):
     """Turn 64 scores into weights e^(score - maximum) and rescale what was summed under the old maximum.
 
-    Scores from `count` on are masked. maximum float32 [1], sums float32 [16], out float32 [head_dim] are updated.
+    The first `hidden` scores and those from `count` on are masked.
+    maximum float32 [1], sums float32 [16], out float32 [head_dim] are updated.
     """
 
     def codegen(cg, builder, sig, args):
         e, b = Emit(builder), builder
-        scores_at, count, maximum_at, sums_at, out_at, head_dim = args
-        limit = e.splat(b.trunc(count, I32))
+        scores_at, hidden, count, maximum_at, sums_at, out_at, head_dim = args
+        begin, limit = e.splat(b.trunc(hidden, I32)), e.splat(b.trunc(count, I32))
         masked, top = [], e.fill(F32, FAR_BELOW)
         for part in range(BLOCK // 16):
             place = ir.Constant(V16I32, [ir.Constant(I32, 16 * part + i) for i in range(16)])
             score = e.load(V16F32, scores_at, 64 * part)
-            masked.append(b.select(b.icmp_signed("<", place, limit), score, e.fill(F32, float("-inf"))))
+            seen = b.and_(b.icmp_signed("<", place, limit), b.icmp_signed(">=", place, begin))
+            masked.append(b.select(seen, score, e.fill(F32, float("-inf"))))
             # "Not smaller" lets a NaN through to the maximum, and from there into every weight.
             top = b.select(b.fcmp_unordered(">=", masked[-1], top), masked[-1], top)
         old = e.load(F32, maximum_at)
@@ -182,7 +184,7 @@ def softmax_block(ctx, scores_at, count, maximum_at, sums_at, out_at, head_dim):
         e.loop(head_dim, 16, [], rescale)
         return cg.get_dummy_value()
 
-    return types.void(types.uintp, types.intp, types.uintp, types.uintp, types.uintp, types.intp), codegen
+    return types.void(types.uintp, types.intp, types.intp, *[types.uintp] * 3, types.intp), codegen
 
 
 @intrinsic

@@ -10,7 +10,7 @@ from numba import njit, prange
 from mpillama.kernels.cache_store import store_key_value
 from mpillama.kernels.matmul import column_span, row_panels_one, row_span
 from mpillama.kernels.rope import rotate
-from mpillama.kernels.vector import quantise_blocks, rms_norm_row, silu_multiply
+from mpillama.kernels.vector import add_bias, multiply, quantise_blocks, rms_norm_row, silu_multiply
 
 RUN_BYTES = 256 * 1024
 """Shortest run of weights that a thread should read of a panel before it jumps to the next."""
@@ -62,17 +62,25 @@ def query_key_value(wq, sq, wk, sk, wv, sv, h, values, scales, starts, q, k, v, 
 
 @njit(nogil=True, parallel=True, cache=True)
 def gate_up(
-    wg, sg, wu, su, h, values, scales, starts, gate, up, quantised, out_values, out_scales, out_starts, threads,
-    in_flight, tiles,
+    wg, sg, wu, su, biases, shares, h, values, scales, starts, gate, up, quantised, out_values, out_scales, out_starts,
+    threads, in_flight, tiles,
 ):  # fmt: skip
-    """gate = silu(gate_proj h) * (up_proj h), and its quantised form; each thread finishes its own rows."""
+    """gate = silu(gate_proj h) * (up_proj h), and its quantised form; each thread finishes its own rows.
+
+    `biases` of both, or None; `shares` float32 [tokens], or None: what each token's result is multiplied by.
+    """
     pairs = wg.shape[0] // 2  # a quantised block is two groups
     for thread in prange(threads):
         first, last = pairs * thread // threads, pairs * (thread + 1) // threads
         column_span(wg, sg, h, values, scales, starts, gate, 2 * first, 2 * last, in_flight, tiles)
         column_span(wu, su, h, values, scales, starts, up, 2 * first, 2 * last, in_flight, tiles)
         for t in range(gate.shape[0] if last > first else 0):
+            if biases is not None:
+                add_bias(gate[t], biases[0], 32 * first, 32 * last)
+                add_bias(up[t], biases[1], 32 * first, 32 * last)
             silu_multiply(gate[t], up[t], gate[t], 32 * first, 32 * last)
+            if shares is not None:
+                multiply(gate[t], shares[t], 32 * first, 32 * last)
             if quantised:
                 rows = gate[t, 32 * first : 32 * last]
                 quantise_blocks(rows, out_values, out_scales, out_starts, gate.shape[0], t, first, gate.shape[1] // 32)
@@ -119,21 +127,46 @@ def row_parallel(w, w_scales, x, values, scales, starts, out, threads, in_flight
 
 
 @njit(nogil=True, cache=True)
-def _rotate_and_store(q, k, v, cosines, sines, cache, slots, first, last):
-    """RoPE and the write into the cache for tokens first:last."""
+def _add_biases(q, k, v, biases):
+    """Add the biases of the projections to one token's heads."""
+    for heads, bias in ((q, biases[0]), (k, biases[1]), (v, biases[2])):
+        for h in range(heads.shape[0]):
+            for d in range(heads.shape[1]):
+                heads[h, d] += bias[h * heads.shape[1] + d]
+
+
+@njit(nogil=True, cache=True)
+def _normalise_heads(heads, weight, size, eps):
+    """RMSNorm of each head of one token, in place."""
+    for h in range(heads.shape[0]):
+        rms_norm_row(heads[h], weight, size, eps, heads[h])
+
+
+@njit(nogil=True, cache=True)
+def _rotate_and_store(q, k, v, biases, norms, eps, cosines, sines, cache, slots, first, last):
+    """Biases, norms, RoPE and the write into the cache for tokens first:last."""
     for t in range(first, last):
+        if biases is not None:
+            _add_biases(q[t], k[t], v[t], biases)
+        if norms is not None:
+            _normalise_heads(q[t], norms[0], 2 * cosines.shape[1], eps)
+            _normalise_heads(k[t], norms[1], 2 * cosines.shape[1], eps)
         rotate(q[t], cosines[t], sines[t])
         rotate(k[t], cosines[t], sines[t])
         store_key_value(k[t], v[t], cache, slots[t])
 
 
 @njit(nogil=True, parallel=True, cache=True)
-def rotate_and_store(q, k, v, cosines, sines, cache, slots, threads):
-    """RoPE of q and k in place, and the step's keys and values into the cache; [tokens, heads, head_dim]."""
+def rotate_and_store(q, k, v, biases, norms, eps, cosines, sines, cache, slots, threads):
+    """RoPE of q and k in place, and the step's keys and values into the cache; [tokens, heads, head_dim].
+
+    `biases` of q, k, v (float32 [heads * head_dim]) or None are added first; `norms` (weights of q's and k's RMSNorm
+    over a head) or None.
+    """
     tokens = q.shape[0]
     if tokens < FEW_TOKENS:
-        _rotate_and_store(q, k, v, cosines, sines, cache, slots, 0, tokens)
+        _rotate_and_store(q, k, v, biases, norms, eps, cosines, sines, cache, slots, 0, tokens)
     else:
         for thread in prange(threads):
             first, last = tokens * thread // threads, tokens * (thread + 1) // threads
-            _rotate_and_store(q, k, v, cosines, sines, cache, slots, first, last)
+            _rotate_and_store(q, k, v, biases, norms, eps, cosines, sines, cache, slots, first, last)

@@ -81,6 +81,15 @@ def row_panels_one(w, scales, x, values, x_scales, starts, out, first, last, fir
 
 
 @njit(nogil=True, cache=True)
+def add_panels_one(w, scales, x, values, x_scales, starts, out, first_panel, last_panel, in_flight):
+    """Add all rows of some panels times a single token to out, float64 [rows]."""
+    if scales is None:
+        _row_floats(w, x, out.reshape(1, -1), 0, w.shape[1], first_panel, last_panel)
+    else:
+        _row_blocks_one(w, scales, values, x_scales, starts, out, 0, w.shape[1], first_panel, last_panel, in_flight)
+
+
+@njit(nogil=True, cache=True)
 def _column_blocks_one(w, scales, values, x_scales, starts, out, first, last, in_flight):
     """A single token: nothing but streaming the weights."""
     blocks, stride = w.shape[1], out.shape[1]

@@ -40,16 +40,18 @@ def sine_cosine(angle):
 
 
 @njit(nogil=True, cache=True)
-def rope_angles(positions, inverse_frequencies, cosines, sines):
-    """cos and sin of position * frequency: positions int32 [tokens], the others float32 [head_dim/2], [tokens, …].
+def rope_angles(positions, inverse_frequencies, factor, cosines, sines):
+    """cos and sin of position * frequency, times a factor.
 
+    positions int32 [tokens], inverse_frequencies float32 [head_dim/2], cosines, sines float32 [tokens, head_dim/2].
     The angle is a float32 product, as in the reference implementation.
     """
     for t in range(positions.shape[0]):
         for i in range(inverse_frequencies.shape[0]):
             angle = np.float32(positions[t]) * inverse_frequencies[i]
             sine, cosine = sine_cosine(np.float64(angle))
-            cosines[t, i], sines[t, i] = np.float32(cosine), np.float32(sine)
+            cosines[t, i] = np.float32(cosine) * np.float32(factor)
+            sines[t, i] = np.float32(sine) * np.float32(factor)
 
 
 @njit(nogil=True, cache=True)

@@ -129,6 +129,27 @@ def silu_multiply(gate, up, out, first, last):
     _silu_multiply_row(gate[first:].ctypes.data, up[first:].ctypes.data, out[first:].ctypes.data, last - first)
 
 
+@njit(nogil=True, cache=True)
+def add_bias(x, bias, first, last):
+    """x[first:last] += bias[first:last] of one token; both float32."""
+    for i in range(first, last):
+        x[i] += bias[i]
+
+
+@njit(nogil=True, cache=True)
+def multiply(x, factor, first, last):
+    """x[first:last] *= factor of one token; float32."""
+    for i in range(first, last):
+        x[i] *= factor
+
+
+@njit(nogil=True, cache=True)
+def add_to_all(x, bias):
+    """x[t] += bias; float32 [tokens, width] and [width]."""
+    for t in range(x.shape[0]):
+        add_bias(x[t], bias, 0, x.shape[1])
+
+
 @njit(nogil=True, parallel=True, cache=True)
 def add_rounded(x, total, threads):
     """x += total rounded to float32; x float32, total float64 [tokens, width]."""

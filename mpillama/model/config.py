@@ -1,44 +1,27 @@
 """The shape and constants of a model, read from a Hugging Face configuration."""
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from mpillama.errors import UserError
 from mpillama.layout.weight_types import BLOCK, round_up
+from mpillama.model.config_values import ConfigValues, Json
+from mpillama.model.families import FAMILIES, Family
+from mpillama.model.rope_scaling import RopeScaling, read_rope_scaling
 
-Json = Mapping[str, Any]
 MOST_LAYERS = 10_000
 """A damaged file may claim more; listing their tensors would take for ever."""
-
-
-@dataclass(frozen=True)
-class RopeScaling:
-    """Llama 3.1's stretching of the low frequencies (rope_type "llama3")."""
-
-    factor: float
-    low_freq_factor: float
-    high_freq_factor: float
-    original_max_position_embeddings: int
-
-    def apply(self, inverse_frequency: float) -> float:
-        """Scale one inverse frequency: long wavelengths by 1 / factor, a smooth ramp between."""
-        wavelength = 2 * math.pi / inverse_frequency
-        low = self.original_max_position_embeddings / self.low_freq_factor
-        high = self.original_max_position_embeddings / self.high_freq_factor
-        if wavelength < high:
-            return inverse_frequency
-        if wavelength > low:
-            return inverse_frequency / self.factor
-        ramp = self.original_max_position_embeddings / wavelength - self.low_freq_factor
-        smooth = ramp / (self.high_freq_factor - self.low_freq_factor)
-        return (1 - smooth) * inverse_frequency / self.factor + smooth * inverse_frequency
+MOST_EXPERTS, MOST_CHANNELS = 4096, 65536
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """A Llama decoder's sizes and constants, in Hugging Face's names."""
+    """A decoder's sizes and constants, in Hugging Face's names.
+
+    With experts, `intermediate_size` is that of one of them. `windows` has the number of positions that each layer
+    sees, 0 for all.
+    """
 
     model_type: str
     hidden_size: int
@@ -53,6 +36,14 @@ class ModelConfig:
     rope_theta: float
     rope_scaling: RopeScaling | None
     tie_word_embeddings: bool
+    qkv_bias: bool
+    output_bias: bool
+    mlp_bias: bool
+    qk_norm: bool
+    windows: tuple[int, ...]
+    num_experts: int
+    num_experts_per_tok: int
+    norm_topk_prob: bool
 
     @property
     def padded_hidden_size(self) -> int:
@@ -72,30 +63,47 @@ class ModelConfig:
     def inverse_frequencies(self) -> list[float]:
         """1 / theta^(2i / head_dim) for each pair of channels, scaled as rope_scaling says."""
         plain = [1.0 / math.pow(self.rope_theta, i / self.head_dim) for i in range(0, self.head_dim, 2)]
-        return [self.rope_scaling.apply(f) for f in plain] if self.rope_scaling else plain
+        return self.rope_scaling.apply(plain, self.rope_theta) if self.rope_scaling else plain
+
+    @property
+    def rope_factor(self) -> float:
+        """What the rotated queries and keys are multiplied by."""
+        return self.rope_scaling.attention_factor if self.rope_scaling else 1.0
+
+    def first_layers(self, layers: int) -> "ModelConfig":
+        """The same model with its first layers only."""
+        layers = min(layers, self.num_hidden_layers)
+        return replace(self, num_hidden_layers=layers, windows=self.windows[:layers])
 
     @classmethod
     def from_hf(cls, source: Json) -> "ModelConfig":
         """Read a config.json; UserError names what is missing, unknown or impossible."""
-        reader = _Reader(source)
-        reader.expect("model_type", ("llama",))
-        reader.expect("hidden_act", ("silu",), "silu")
-        reader.refuse_biases()
-        hidden, heads = reader.size("hidden_size"), reader.size("num_attention_heads")
+        values = ConfigValues(source)
+        model_type = values.expect("model_type", FAMILIES)
+        family = FAMILIES[model_type]
+        values.expect("hidden_act", ("silu", "swish"), "silu")
+        _refuse_other_options(values)
+        layers = values.size("num_hidden_layers", limit=MOST_LAYERS)
+        context = values.size("max_position_embeddings", family.max_position_embeddings)
+        # transformers 5 writes rope_parameters, transformers 4 rope_theta and rope_scaling.
+        rope = ConfigValues(values.get("rope_parameters") or values.get("rope_scaling") or {})
+        biased = family.bias_option and values.flag("attention_bias")
         config = cls(
-            model_type=source["model_type"],
-            hidden_size=hidden,
-            intermediate_size=reader.size("intermediate_size"),
-            num_hidden_layers=reader.size("num_hidden_layers", limit=MOST_LAYERS),
-            num_attention_heads=heads,
-            num_key_value_heads=reader.size("num_key_value_heads", heads),
-            head_dim=reader.size("head_dim", hidden // heads),
-            vocab_size=reader.size("vocab_size"),
-            max_position_embeddings=reader.size("max_position_embeddings", 2048),
-            rms_norm_eps=reader.number("rms_norm_eps", 1e-6),
-            rope_theta=reader.rope_theta(),
-            rope_scaling=reader.rope_scaling(),
-            tie_word_embeddings=bool(source.get("tie_word_embeddings", False)),
+            model_type=model_type,
+            num_hidden_layers=layers,
+            vocab_size=values.size("vocab_size"),
+            max_position_embeddings=context,
+            rms_norm_eps=values.number("rms_norm_eps", family.rms_norm_eps),
+            rope_theta=(rope if "rope_theta" in rope.source else values).number("rope_theta", family.rope_theta),
+            rope_scaling=read_rope_scaling(rope, context),
+            tie_word_embeddings=values.flag("tie_word_embeddings"),
+            qkv_bias=family.qkv_bias or biased,
+            output_bias=biased,
+            mlp_bias=family.bias_option and values.flag("mlp_bias"),
+            qk_norm=family.qk_norm,
+            windows=_windows(values, family, layers),
+            **_heads(values, family),
+            **_mlp(values, family),
         )
         config._check()
         return config
@@ -109,69 +117,69 @@ class ModelConfig:
             )
         if self.head_dim % 2:
             raise UserError(f"The model's configuration has head_dim={self.head_dim}: it must be even for RoPE.")
-
-
-class _Reader:
-    """Takes checked values out of a configuration."""
-
-    def __init__(self, source: Json):
-        self.source = source
-        # transformers 5 writes rope_parameters, transformers 4 rope_theta and rope_scaling.
-        self.rope: Json = source.get("rope_parameters") or source.get("rope_scaling") or {}
-
-    def expect(self, key: str, known: tuple[str, ...], default: str | None = None) -> None:
-        """Refuse a value that is not among the known ones."""
-        value = self.source.get(key) or default
-        if value not in known:
+        if self.num_experts_per_tok > self.num_experts:
             raise UserError(
-                f"The model's configuration has {key}={value!r}: mpillama {_version()} runs {', '.join(known)} only."
+                f"The model's configuration has num_experts_per_tok={self.num_experts_per_tok}, but only "
+                f"{self.num_experts} experts: the file is damaged."
             )
+        try:
+            frequencies = self.inverse_frequencies()
+        except (ValueError, ArithmeticError):
+            frequencies = []
+        if len(frequencies) != self.head_dim // 2 or not all(map(math.isfinite, frequencies)):
+            raise UserError("The model's configuration has RoPE constants that give no frequencies: it is damaged.")
 
-    def refuse_biases(self) -> None:
-        """Refuse what would be left out silently."""
+
+def _heads(values: ConfigValues, family: Family) -> dict[str, Any]:
+    hidden, heads = values.size("hidden_size"), values.size("num_attention_heads")
+    return {
+        "hidden_size": hidden,
+        "num_attention_heads": heads,
+        "num_key_value_heads": values.size("num_key_value_heads", family.num_key_value_heads or heads),
+        "head_dim": values.size("head_dim", family.head_dim or hidden // heads, limit=MOST_CHANNELS),
+    }
+
+
+def _mlp(values: ConfigValues, family: Family) -> dict[str, Any]:
+    """The width of the MLP, or of each expert, and how experts are chosen."""
+    if not family.experts:
+        inner = values.size("intermediate_size")
+        return {"intermediate_size": inner, "num_experts": 0, "num_experts_per_tok": 0, "norm_topk_prob": False}
+    key = "intermediate_size" if values.get("moe_intermediate_size") is None else "moe_intermediate_size"
+    return {
+        "intermediate_size": values.size(key),
+        # transformers 5 writes num_local_experts for all families, transformers 4 num_experts for Qwen's.
+        "num_experts": values.size("num_experts", values.get("num_local_experts"), limit=MOST_EXPERTS),
+        "num_experts_per_tok": values.size("num_experts_per_tok"),
+        "norm_topk_prob": family.renormalises or values.flag("norm_topk_prob"),
+    }
+
+
+def _refuse_other_options(values: ConfigValues) -> None:
+    """Refuse what would be left out silently."""
+    if values.get("mlp_only_layers"):
+        raise values.refuse("mlp_only_layers", "mpillama runs experts in all layers or in none")
+    if values.get("decoder_sparse_step", 1) != 1:
+        raise values.refuse("decoder_sparse_step", "mpillama runs experts in all layers or in none")
+    if not FAMILIES[values.source["model_type"]].bias_option:
         for key in ("attention_bias", "mlp_bias"):
-            if self.source.get(key):
-                raise UserError(
-                    f"The model's configuration has {key}={self.source[key]!r}: mpillama {_version()} has no biases."
-                )
-
-    def number(self, key: str, default: float | None = None, source: Json | None = None) -> float:
-        """A positive finite number."""
-        value = (self.source if source is None else source).get(key)
-        value = default if value is None else value
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
-            raise UserError(f"The model's configuration has {key}={value!r}: it must be a positive number.")
-        return float(value)
-
-    def size(self, key: str, default: int | None = None, source: Json | None = None, limit: int = 2**40) -> int:
-        """A positive whole number below `limit`."""
-        value = self.number(key, default, source)
-        if value != int(value) or value >= limit:
-            raise UserError(f"The model's configuration has {key}={value!r}: it must be a whole number below {limit}.")
-        return int(value)
-
-    def rope_theta(self) -> float:
-        """The base of the rotary frequencies."""
-        return self.number("rope_theta", 10000.0, self.rope if "rope_theta" in self.rope else self.source)
-
-    def rope_scaling(self) -> RopeScaling | None:
-        """The scaling of the rotary frequencies, None for plain RoPE."""
-        kind = self.rope.get("rope_type") or self.rope.get("type") or "default"
-        if kind == "default":
-            return None
-        if kind != "llama3":
-            raise UserError(
-                f"The model's configuration has rope_type={kind!r}: mpillama {_version()} runs default, llama3."
-            )
-        return RopeScaling(
-            self.number("factor", source=self.rope),
-            self.number("low_freq_factor", source=self.rope),
-            self.number("high_freq_factor", source=self.rope),
-            self.size("original_max_position_embeddings", source=self.rope),
-        )
+            if values.get(key):
+                raise values.refuse(key, f"a model of type {values.source['model_type']} has no such biases")
 
 
-def _version() -> str:
-    from mpillama import __version__
-
-    return __version__
+def _windows(values: ConfigValues, family: Family, layers: int) -> tuple[int, ...]:
+    """Each layer's sliding window, as the classes of the families read it."""
+    window = values.source.get("sliding_window", family.sliding_window)  # null is a value: none
+    if window is None or (family is FAMILIES["llama"]):
+        return (0,) * layers
+    kinds = values.get("layer_types")
+    if values.source["model_type"].startswith("qwen"):
+        if not values.flag("use_sliding_window"):
+            return (0,) * layers
+        first = values.size("max_window_layers", 28) if kinds is None and values.get("max_window_layers") != 0 else 0
+        kinds = kinds or ["full_attention" if i < first else "sliding_attention" for i in range(layers)]
+    kinds = kinds or ["sliding_attention"] * layers
+    known = {"full_attention": 0, "sliding_attention": values.size("sliding_window", window)}
+    if not isinstance(kinds, list) or len(kinds) != layers or any(kind not in known for kind in kinds):
+        raise values.refuse("layer_types", f"it must name full_attention or sliding_attention for {layers} layers")
+    return tuple(known[kind] for kind in kinds)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from mpillama.kernels import embedding
-from mpillama.layout.weight_types import WeightType
+from mpillama.layout.weight_types import LANES, WeightType
 
 
 @dataclass(frozen=True)
@@ -24,6 +24,11 @@ class Matrix:
     def arrays(self) -> tuple[np.ndarray, np.ndarray | None]:
         """In the order of the kernels' arguments."""
         return self.values, self.scales
+
+    @property
+    def rows(self) -> int:
+        """Rows of a column-parallel slice."""
+        return len(self.values) * LANES
 
     @property
     def bytes(self) -> int:

@@ -8,10 +8,11 @@ from mpillama.comm.communicator import Communicator
 from mpillama.kernels import layer
 from mpillama.kernels.attention import attention
 from mpillama.kernels.rope import rope_angles
-from mpillama.kernels.vector import add_rounded, round_to_float
+from mpillama.kernels.vector import add_rounded, add_to_all, round_to_float
 from mpillama.layout.weight_types import LANES
 from mpillama.model.cache import KVCache, LayerCache, Step
 from mpillama.model.config import ModelConfig
+from mpillama.model.experts import Experts
 from mpillama.model.linear import any_quantised
 from mpillama.model.partition import Partition, partition
 from mpillama.model.tuning import Tuning, tune
@@ -25,8 +26,8 @@ class DecoderLayer:
     """Pre-norm attention and MLP, each closed by one all-reduce."""
 
     def __init__(
-        self, config: ModelConfig, weights: LayerWeights, heads_of_kv: Array, comm: Communicator, threads: int,
-        tuning: Tuning,
+        self, config: ModelConfig, weights: LayerWeights, window: int, heads_of_kv: Array, comm: Communicator,
+        threads: int, tuning: Tuning,
     ):  # fmt: skip
         self.config = config
         self.weights = weights
@@ -35,7 +36,12 @@ class DecoderLayer:
         self.threads = threads
         self.tuning = tuning
         self.scale = 1.0 / math.sqrt(config.head_dim)
+        self.window = window
         w = weights
+        self.biases = None if w.q_proj_bias is None else (w.q_proj_bias, w.k_proj_bias, w.v_proj_bias)
+        self.norms = None if w.q_norm is None else (w.q_norm, w.k_norm)
+        self.mlp_biases = None if w.gate_proj_bias is None else (w.gate_proj_bias, w.up_proj_bias)
+        self.experts = None if w.router is None else Experts(config, w, w.router)
         self.attention_quantised = any_quantised(w.q_proj, w.k_proj, w.v_proj)
         self.output_quantised = any_quantised(w.o_proj)
         self.mlp_quantised = any_quantised(w.gate_proj, w.up_proj)
@@ -44,7 +50,9 @@ class DecoderLayer:
     def forward(self, a: StepArrays, step: Step, cache: LayerCache) -> None:
         """Advance the residual stream a.x float32 [tokens, hidden], which every rank holds in full."""
         add_rounded(a.x, self.comm.all_reduce(self._attention(a, step, cache)), self.threads)
+        self._add_bias(a.x, self.weights.o_proj_bias)
         add_rounded(a.x, self.comm.all_reduce(self._mlp(a)), self.threads)
+        self._add_bias(a.x, self.weights.down_proj_bias)
 
     def _attention(self, a: StepArrays, step: Step, cache: LayerCache) -> Array:
         """Attend over this rank's heads; the sum over ranks is the attention output."""
@@ -54,9 +62,12 @@ class DecoderLayer:
             *w.q_proj.arrays, *w.k_proj.arrays, *w.v_proj.arrays, *h, a.q_rows, a.k_rows, a.v_rows,
             *self.tuning.arguments,
         )  # fmt: skip
-        layer.rotate_and_store(a.q, a.k, a.v, a.cosines, a.sines, cache, step.slots, self.threads)
+        layer.rotate_and_store(
+            a.q, a.k, a.v, self.biases, self.norms, self.config.rms_norm_eps, a.cosines, a.sines, cache, step.slots,
+            self.threads,
+        )  # fmt: skip
         attention(
-            a.q, cache, self.heads_of_kv, step.segments, step.tables, self.scale, a.context_heads,
+            a.q, cache, self.heads_of_kv, step.segments, step.tables, self.scale, self.window, a.context_heads,
             self.output_quantised, c.values, c.scales, c.starts, self.threads,
         )  # fmt: skip
         layer.row_parallel(*w.o_proj.arrays, *c.arrays, a.partial, *self.tuning.arguments)
@@ -66,12 +77,18 @@ class DecoderLayer:
         """SwiGLU over this rank's panels; the sum over ranks is the MLP output."""
         w, g = self.weights, a.gate
         h = self._normalise(a, w.post_attention_layernorm, self.mlp_quantised)
+        if self.experts is not None:
+            return self.experts.forward(h, a.partial, self.tuning)
         layer.gate_up(
-            *w.gate_proj.arrays, *w.up_proj.arrays, *h, g.x, a.up, self.down_quantised, g.values, g.scales, g.starts,
-            *self.tuning.arguments,
+            *w.gate_proj.arrays, *w.up_proj.arrays, self.mlp_biases, None, *h, g.x, a.up, self.down_quantised,
+            g.values, g.scales, g.starts, *self.tuning.arguments,
         )  # fmt: skip
         layer.row_parallel(*w.down_proj.arrays, *g.arrays, a.partial, *self.tuning.arguments)
         return a.partial
+
+    def _add_bias(self, x: Array, bias: Array | None) -> None:
+        if bias is not None:
+            add_to_all(x, bias)
 
     def _normalise(self, a: StepArrays, weight: Array, quantised: bool) -> tuple[Array, Array, Array, Array]:
         h, c = a.hidden, self.config
@@ -96,13 +113,16 @@ class LlamaModel:
         self.tuning = tune(threads, weights.lm_head)
         self.workspace = Workspace(config, self.part)
         heads_of_kv = query_heads_of_kv(config, self.part)
-        self.layers = [DecoderLayer(config, w, heads_of_kv, comm, threads, self.tuning) for w in weights.layers]
+        self.layers = [
+            DecoderLayer(config, w, window, heads_of_kv, comm, threads, self.tuning)
+            for w, window in zip(weights.layers, config.windows, strict=True)
+        ]
 
     def forward(self, step: Step, cache: KVCache) -> Array:
         """Run the step's tokens and return the wanted logits, float32 [len(step.logit_rows), vocab_size]."""
         a = self.workspace.for_tokens(len(step.token_ids))
         self._embed(step.token_ids, a)
-        rope_angles(step.positions, self.inverse_frequencies, a.cosines, a.sines)
+        rope_angles(step.positions, self.inverse_frequencies, self.config.rope_factor, a.cosines, a.sines)
         for index, decoder in enumerate(self.layers):
             decoder.forward(a, step, cache.layers[index])
         return self._logits(a.x[step.logit_rows])

@@ -10,7 +10,7 @@ from mpillama.layout.weight_types import round_up
 from mpillama.model.config import ModelConfig
 from mpillama.model.linear import Matrix
 from mpillama.model.partition import Partition
-from mpillama.model.tensors import EMBEDDING, FINAL_NORM, LM_HEAD, Split, TensorSpec, layer_prefix
+from mpillama.model.tensors import EMBEDDING, FINAL_NORM, LM_HEAD, TensorSpec, layer_prefix
 
 Read = Callable[[TensorSpec, range, Sequence[np.ndarray]], None]
 """Fills the arrays of a tensor with a range of its units."""
@@ -20,7 +20,7 @@ ARENA_ALIGNMENT = 4096
 
 @dataclass(frozen=True)
 class LayerWeights:
-    """One decoder layer, in Hugging Face's names."""
+    """One decoder layer, in Hugging Face's names; with experts (a `router`), the MLP's matrices have one more axis."""
 
     input_layernorm: np.ndarray
     q_proj: Matrix
@@ -31,6 +31,16 @@ class LayerWeights:
     gate_proj: Matrix
     up_proj: Matrix
     down_proj: Matrix
+    q_proj_bias: np.ndarray | None = None
+    k_proj_bias: np.ndarray | None = None
+    v_proj_bias: np.ndarray | None = None
+    o_proj_bias: np.ndarray | None = None
+    q_norm: np.ndarray | None = None
+    k_norm: np.ndarray | None = None
+    gate_proj_bias: np.ndarray | None = None
+    up_proj_bias: np.ndarray | None = None
+    down_proj_bias: np.ndarray | None = None
+    router: Matrix | None = None
 
 
 @dataclass(frozen=True)
@@ -42,17 +52,20 @@ class Weights:
     norm: np.ndarray
     lm_head: Matrix
     bytes: int
+    idle_expert_share: float = 0.0
 
     @property
     def bytes_per_step(self) -> int:
-        """Bytes that a decode step streams: all but an embedding that is not the head too."""
-        return self.bytes - (0 if self.lm_head is self.embed_tokens else self.embed_tokens.bytes)
+        """Bytes that a step of one token streams: all but an embedding that is not the head, and idle experts."""
+        experts = [m for w in self.layers if w.router for m in (w.gate_proj, w.up_proj, w.down_proj)]
+        idle = round(sum(m.bytes for m in experts) * self.idle_expert_share)
+        return self.bytes - idle - (0 if self.lm_head is self.embed_tokens else self.embed_tokens.bytes)
 
 
 def slice_shapes(spec: TensorSpec, part: Partition) -> list[tuple[str, tuple[int, ...]]]:
     """The dtypes and shapes of the arrays that this rank holds of a tensor."""
     units = len(spec.units_of(part))
-    return [(a.dtype, (units * a.entries, *a.shape[1:])) for a in spec.arrays()]
+    return [(a.dtype, a.slice_shape(units)) for a in spec.arrays()]
 
 
 def slice_bytes(specs: Sequence[TensorSpec], part: Partition) -> int:
@@ -102,7 +115,7 @@ def load_weights(config: ModelConfig, specs: Sequence[TensorSpec], part: Partiti
     for spec in specs:
         arrays = [arena.take(dtype, shape) for dtype, shape in slice_shapes(spec, part)]
         read(spec, spec.units_of(part), arrays)
-        loaded[spec.name] = arrays[0] if spec.split is Split.REPLICATED else _matrix(spec, arrays)
+        loaded[spec.name] = arrays[0] if spec.vector else _matrix(spec, arrays)
     return _assemble(config, loaded, slice_bytes(specs, part))
 
 
@@ -111,12 +124,19 @@ def _matrix(spec: TensorSpec, arrays: Sequence[np.ndarray]) -> Matrix:
     return Matrix(spec.weight_type, spec.weight_type.view(arrays[0]), scales)
 
 
+def _field(name: str) -> str:
+    """The field of LayerWeights for a tensor's name within its layer."""
+    *_, module, kind = name.split(".")
+    return "router" if module == "gate" else module + ("_bias" if kind == "bias" else "")
+
+
 def _assemble(config: ModelConfig, loaded: dict[str, Matrix | np.ndarray], size: int) -> Weights:
     layers = []
     for layer in range(config.num_hidden_layers):
         prefix = layer_prefix(layer)
         fields = {name.removeprefix(prefix): value for name, value in loaded.items() if name.startswith(prefix)}
-        layers.append(LayerWeights(**{name.split(".")[-2]: value for name, value in fields.items()}))  # type: ignore[arg-type]
+        layers.append(LayerWeights(**{_field(name): value for name, value in fields.items()}))  # type: ignore[arg-type]
     embedding = loaded[EMBEDDING]
     head = loaded.get(LM_HEAD, embedding)
-    return Weights(embedding, tuple(layers), loaded[FINAL_NORM], head, size)  # type: ignore[arg-type]
+    idle = 1 - config.num_experts_per_tok / config.num_experts if config.num_experts else 0.0
+    return Weights(embedding, tuple(layers), loaded[FINAL_NORM], head, size, idle)  # type: ignore[arg-type]

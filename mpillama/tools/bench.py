@@ -2,7 +2,6 @@
 
 import json
 import sys
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -60,13 +59,13 @@ def _load(options: BenchOptions, world: World, target: Target) -> tuple["LlamaMo
         loaded = load_model(options, world, target, load_progress(world.comm.is_root, options.json))
         return loaded.model, loaded.file.config.num_hidden_layers
     whole = ModelConfig.from_hf(shape_config(options.shape or ""))
-    config = replace(whole, num_hidden_layers=min(options.layers or whole.num_hidden_layers, whole.num_hidden_layers))
-    weight_type = WEIGHT_TYPES[options.weights]
-    warm_up([weight_type], world, target, options.kv_type)
+    config = whole.first_layers(options.layers or whole.num_hidden_layers)
+    specs = tensor_specs(config, WeightTypes(WEIGHT_TYPES[options.weights]))
+    warm_up(config, specs, world, target, options.kv_type)
     chunk = min(options.prefill_chunk, config.max_position_embeddings)
     choose_reduction(world.comm, world, config.padded_hidden_size, chunk)
     part = partition(config, world.comm.size)[world.comm.rank]
-    weights = load_weights(config, tensor_specs(config, WeightTypes(weight_type)), part, SyntheticWeights().read)
+    weights = load_weights(config, specs, part, SyntheticWeights().read)
     return LlamaModel(config, weights, world.comm, target.threads), whole.num_hidden_layers
 
 

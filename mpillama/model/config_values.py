@@ -1,0 +1,63 @@
+"""Checked values out of a configuration: each mistake is a sentence that names the key."""
+
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from mpillama.errors import UserError
+
+Json = Mapping[str, Any]
+
+
+class ConfigValues:
+    """A configuration in Hugging Face's spelling; null means left out."""
+
+    def __init__(self, source: Json):
+        self.source = source
+
+    def get(self, key: str, default: Any = None) -> Any:
+        """The value as it stands."""
+        value = self.source.get(key)
+        return default if value is None else value
+
+    def refuse(self, key: str, remedy: str) -> UserError:
+        """The error for a value, to be raised."""
+        return UserError(f"The model's configuration has {key}={self.source.get(key)!r}: {remedy}.")
+
+    def expect(self, key: str, known: Iterable[str], default: str | None = None) -> str:
+        """One of the known values."""
+        value = self.get(key, default)
+        if not isinstance(value, str) or value not in known:
+            raise self.refuse(key, f"mpillama {_version()} runs {', '.join(known)} only")
+        return value
+
+    def flag(self, key: str, default: bool = False) -> bool:
+        """True or false."""
+        return bool(self.get(key, default))
+
+    def number(self, key: str, default: float | None = None) -> float:
+        """A positive finite number."""
+        value = self.get(key, default)
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+            raise UserError(f"The model's configuration has {key}={value!r}: it must be a positive number.")
+        return float(value)
+
+    def size(self, key: str, default: int | None = None, limit: int = 2**40) -> int:
+        """A positive whole number below `limit`."""
+        value = self.number(key, default)
+        if value != int(value) or value >= limit:
+            raise UserError(f"The model's configuration has {key}={value!r}: it must be a whole number below {limit}.")
+        return int(value)
+
+    def numbers(self, key: str) -> tuple[float, ...]:
+        """A list of positive finite numbers."""
+        value = self.get(key)
+        if not isinstance(value, list):
+            raise self.refuse(key, "it must be a list of numbers")
+        return tuple(ConfigValues({key: item}).number(key) for item in value)
+
+
+def _version() -> str:
+    from mpillama import __version__
+
+    return __version__
