@@ -49,7 +49,18 @@ def positional(name: str, text: str) -> Any:
 class RunOptions:
     """Options of every command that loads a model."""
 
-    model: Optional[str] = option("model file (default: data/demo.h5)", metavar="PATH")
+    model: Optional[str] = option(
+        "mpillama's .h5, a Hugging Face folder, a .gguf, or a distributed-llama .m file (default: data/demo.h5)",
+        metavar="PATH",
+    )
+    weights: str = option(
+        "weight type in memory, for models in other formats than mpillama's own (default: as-stored)",
+        "as-stored",
+        choices=["as-stored", *WEIGHT_TYPE_NAMES],
+    )
+    tokenizer: Optional[str] = option(
+        "the .t file of a distributed-llama model (default: the one beside it)", metavar="PATH"
+    )
     max_seq_len: Optional[int] = option(
         "most tokens of prompt and answer together (default: the model's own context)", metavar="TOKENS"
     )
@@ -117,7 +128,11 @@ class BenchOptions(RunOptions):
         "make weights of a known shape in memory instead of reading a file, e.g. llama-3.2-1b, llama-3.1-405b",
         metavar="NAME",
     )
-    weights: str = option("weight type of a shape (default: q4_0)", "q4_0", choices=list(WEIGHT_TYPE_NAMES))
+    weights: str = option(
+        "weight type in memory; as-stored means q4_0 for a shape (default: as-stored)",
+        "as-stored",
+        choices=["as-stored", *WEIGHT_TYPE_NAMES],
+    )
     layers: Optional[int] = option("run the first N layers only and extrapolate to the whole model", metavar="N")
     prefill: list[int] = option("prompt lengths to time (default: 512)", [512], nargs="*", metavar="TOKENS")
     decode: int = option("decode steps to time (default: 64)", 64, metavar="STEPS")

@@ -258,8 +258,8 @@ def test_gate_up(kernels, weight_type, quantised):
             found = Activations(kernels, np.zeros(gate.shape))
             for threads in (1, 2, 3):
                 kernels.layer.gate_up(
-                    *gate_matrix, *up_matrix, None, None, *x.arrays, out, scratch, quantised, *found.arrays[1:], threads, 1,
-                    NO_TILES,
+                    *gate_matrix, *up_matrix, None, None, *x.arrays, out, scratch, quantised, *found.arrays[1:],
+                    threads, 1, NO_TILES,
                 )  # fmt: skip
                 np.testing.assert_allclose(out, gate / (1 + np.exp(-gate)) * up, rtol=1e-6, atol=1e-30)
                 if quantised:

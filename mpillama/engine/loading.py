@@ -7,11 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mpillama.comm.start import World
+from mpillama.engine.model_file import ModelFile, open_model
 from mpillama.engine.session import Session
 from mpillama.engine.warm_up import choose_reduction, warm_up
 from mpillama.errors import UserError
-from mpillama.files.native import NativeModel, read_table
-from mpillama.files.native_reader import NativeReader
 from mpillama.kernels.target import Target
 from mpillama.model.llama import LlamaModel
 from mpillama.model.partition import partition
@@ -28,7 +27,7 @@ DEMO_MODEL = Path("data") / "demo.h5"
 class LoadedModel:
     """A rank's part of a model, and what the file says of it."""
 
-    file: NativeModel
+    file: ModelFile
     model: LlamaModel
     bytes_read: int
     seconds: float
@@ -45,7 +44,7 @@ def model_path(option: str | None) -> str:
 def load_model(options: RunOptions, world: World, target: Target, progress: Progress) -> LoadedModel:
     """Read the table on rank 0 and every rank's slices; UserError on all ranks if any cannot."""
     comm = world.comm
-    file = comm.on_root(lambda: read_table(model_path(options.model)))
+    file = comm.on_root(lambda: open_model(model_path(options.model), options.weights, options.tokenizer))
     warm_up(file.config, file.specs, world, target, options.kv_type)
     chunk = max(1, min(options.prefill_chunk, file.config.max_position_embeddings))
     choose_reduction(comm, world, file.config.padded_hidden_size, chunk)
@@ -54,7 +53,7 @@ def load_model(options: RunOptions, world: World, target: Target, progress: Prog
 
     def read() -> LoadedModel:
         with progress(slice_bytes(file.specs, part)) as on_bytes:
-            reader = NativeReader(file, on_bytes)
+            reader = file.reader(on_bytes, target.threads)
             try:
                 weights = load_weights(file.config, file.specs, part, reader.read)
             finally:

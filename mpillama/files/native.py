@@ -10,11 +10,11 @@ import json
 import math
 import os
 import stat
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import h5py
 import numpy as np
@@ -24,10 +24,13 @@ from mpillama.layout.weight_types import WEIGHT_TYPES, WeightType
 from mpillama.model.config import ModelConfig
 from mpillama.model.tensors import ArraySpec, TensorSpec, WeightTypes, tensor_specs
 
+if TYPE_CHECKING:
+    from mpillama.files.native_reader import NativeReader
+
 FORMAT = "mpillama"
 FORMAT_VERSION = 1
 ALIGNMENT = 4096
-TEXTS = ("tokenizer.json", "chat_template.jinja", "generation_config.json")
+TEXTS = ("tokenizer.json", "chat_template.jinja", "generation_config.json", "tokenizer_config.json")
 HDF5_SIGNATURE = b"\x89HDF\r\n\x1a\n"
 
 
@@ -72,6 +75,12 @@ class NativeModel:
     entries: Mapping[str, TableEntry]
     texts: Mapping[str, bytes] = field(repr=False)
     metadata_sha256: str = ""
+
+    def reader(self, on_bytes: Callable[[int], None], workers: int = 1) -> "NativeReader":
+        """Open the file for reading slices; one worker is enough, since nothing is computed."""
+        from mpillama.files.native_reader import NativeReader
+
+        return NativeReader(self, on_bytes)
 
     @property
     def config(self) -> ModelConfig:

@@ -1,5 +1,6 @@
 """The weight types and the arrays that hold 16 rows of each."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -30,6 +31,10 @@ class WeightType:
     block_bytes: int
     quantised: bool = False
 
+    def __reduce__(self) -> tuple[Callable[[str], "WeightType"], tuple[str]]:
+        # What another rank sends is again the one object that `is` tells apart.
+        return _named, (self.name,)
+
     def value_shape(self, k: int) -> tuple[int, ...]:
         """Shape of one group of 16 rows with `k` columns."""
         return (k // BLOCK, self.block_bytes) if self.quantised else (k, LANES)
@@ -41,6 +46,10 @@ class WeightType:
     def group_bytes(self, k: int) -> int:
         """Bytes of one group of 16 rows with `k` columns, scales included."""
         return k // BLOCK * (self.block_bytes + (2 * LANES if self.quantised else 0))
+
+
+def _named(name: str) -> WeightType:
+    return WEIGHT_TYPES[name]
 
 
 F32 = WeightType("f32", "<f4", "<f4", 2048)

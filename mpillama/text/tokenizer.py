@@ -22,11 +22,10 @@ class Tokenizer:
     """The vocabulary and rules of one `tokenizer.json`, with the model's own BOS and EOS."""
 
     def __init__(
-        self, tokenizer_json: bytes, *, bos_token_id: int | None, eos_token_ids: tuple[int, ...], add_bos: bool
+        self, tokenizer_json: bytes, *, bos_token_id: int | None, eos_token_ids: tuple[int, ...], add_bos: bool | None
     ) -> None:
         self._json = tokenizer_json
         self._parsing = _load(tokenizer_json)
-        self._add_bos = add_bos
         self.bos_token_id = bos_token_id
         self.eos_token_ids = eos_token_ids
         self.vocab_size: int = self._parsing.get_vocab_size(with_added_tokens=True)
@@ -36,6 +35,13 @@ class Tokenizer:
         self.byte_fallback = self.join(["<0x41>"]) == "A"
         if bos_token_id is not None and not self.bos_token:
             raise UserError(f"tokenizer.json has no token {bos_token_id} (bos_token_id); use the one of this model.")
+        self._add_bos = self._adds_bos() if add_bos is None else add_bos
+
+    def _adds_bos(self) -> bool:
+        """Whether the file's own post-processor begins with BOS; a file without one is taken to want it."""
+        if self._parsing.post_processor is None:
+            return self.bos_token_id is not None
+        return self._parsing.encode("a").ids[:1] == [self.bos_token_id]
 
     def encode(self, text: str, *, add_bos: bool | None = None, parse_special: bool = True) -> list[int]:
         """Token ids of `text`, BOS at most once; without `parse_special`, control tokens are ordinary text.

@@ -60,13 +60,18 @@ def _load(options: BenchOptions, world: World, target: Target) -> tuple["LlamaMo
         return loaded.model, loaded.file.config.num_hidden_layers
     whole = ModelConfig.from_hf(shape_config(options.shape or ""))
     config = whole.first_layers(options.layers or whole.num_hidden_layers)
-    specs = tensor_specs(config, WeightTypes(WEIGHT_TYPES[options.weights]))
+    specs = tensor_specs(config, WeightTypes(WEIGHT_TYPES[weights_of_shape(options.weights)]))
     warm_up(config, specs, world, target, options.kv_type)
     chunk = min(options.prefill_chunk, config.max_position_embeddings)
     choose_reduction(world.comm, world, config.padded_hidden_size, chunk)
     part = partition(config, world.comm.size)[world.comm.rank]
     weights = load_weights(config, specs, part, SyntheticWeights().read)
     return LlamaModel(config, weights, world.comm, target.threads), whole.num_hidden_layers
+
+
+def weights_of_shape(weights: str) -> str:
+    """The weight type of a shape made in memory."""
+    return "q4_0" if weights == "as-stored" else weights
 
 
 def _measure(

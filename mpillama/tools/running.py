@@ -1,7 +1,6 @@
 """What `generate` and `chat` share: starting the ranks, texts of a model, statistics of a run."""
 
 import gc
-import json
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -9,8 +8,8 @@ from typing import TYPE_CHECKING
 
 from mpillama.comm.failure import USER_ERROR_STATUS, stop_printing
 from mpillama.comm.start import World, start_mpi
+from mpillama.engine.model_file import ModelFile, make_tokenizer
 from mpillama.errors import UserError
-from mpillama.files.native import NativeModel
 from mpillama.kernels.target import Target, prepare, requested_isa
 from mpillama.model.partition import most_busy_ranks, partition
 from mpillama.options import RunOptions, SamplingFlags
@@ -76,25 +75,13 @@ def _lead(run: Run, root: Callable[[Run], int]) -> int:
     return status
 
 
-def warn_of_idle_ranks(file: NativeModel, size: int) -> None:
+def warn_of_idle_ranks(file: ModelFile, size: int) -> None:
     """Say so if the model has too few heads, FFN panels or vocabulary groups for all ranks."""
     if any(part.is_idle() for part in partition(file.config, size)):
         sys.stderr.write(
             f"mpillama: warning: the model is too small for {size} ranks, some have nothing to do in parts of it; "
             f"more than {most_busy_ranks(file.config)} gain nothing.\n"
         )
-
-
-def make_tokenizer(file: NativeModel) -> Tokenizer:
-    """The tokenizer inside a model file, with the ids that its configuration names."""
-    if "tokenizer.json" not in file.texts:
-        raise UserError(f"{file.path}: the model has no tokenizer.json inside; write the file again with one.")
-    settings = dict(file.config_json)
-    settings.update(json.loads(file.texts.get("generation_config.json", b"{}")))
-    eos = settings.get("eos_token_id")
-    eos_ids = () if eos is None else tuple(eos) if isinstance(eos, list) else (eos,)
-    bos = settings.get("bos_token_id")
-    return Tokenizer(file.texts["tokenizer.json"], bos_token_id=bos, eos_token_ids=eos_ids, add_bos=bos is not None)
 
 
 def sampling_options(flags: SamplingFlags) -> SamplingOptions:

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from mpillama.engine.model_file import make_tokenizer
 from mpillama.files.native import read_table
 from mpillama.text.chat_template import ChatTemplate
 from mpillama.text.tokenizer import Tokenizer
-from mpillama.tools.running import make_tokenizer
 from tests import models
 from tests.mpi.launch import END_SECONDS, PROGRAM, SCRIPTS, TIMEOUT, Result, python, run
 from tests.mpi.terminal import CTRL_C, CTRL_D, on_terminal

@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from mpillama.engine.model_file import make_tokenizer
 from mpillama.files.native import NativeModel, read_table
 from mpillama.options import COMMANDS
 from mpillama.text.tokenizer import Tokenizer
-from mpillama.tools.running import make_tokenizer
 from tests.mpi.launch import PROGRAM, SCRIPTS, TIMEOUT, run, started
 
 pytestmark = pytest.mark.timeout(TIMEOUT + 60)

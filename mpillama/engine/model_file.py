@@ -1,0 +1,136 @@
+"""Opening whatever the user has: a native file, a Hugging Face folder, a GGUF or a distributed-llama file."""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from mpillama.errors import UserError
+from mpillama.files.checkpoint import Checkpoint
+from mpillama.files.checkpoint_model import AS_STORED, checkpoint_model
+from mpillama.files.checkpoints import read_checkpoint
+from mpillama.files.native import HDF5_SIGNATURE, read_table
+from mpillama.model.config import ModelConfig
+from mpillama.model.tensors import TensorSpec, WeightTypes
+from mpillama.text.dllama_vocabulary import tokenizer_json_of_dllama
+from mpillama.text.gguf_vocabulary import tokenizer_json_of_gguf
+from mpillama.text.tokenizer import Tokenizer
+from mpillama.text.vocabulary import TokenizerFiles
+
+CONVERTERS: Mapping[str, Callable[[Mapping[str, Any]], TokenizerFiles]] = {
+    "gguf_vocabulary.json": tokenizer_json_of_gguf,
+    "dllama_vocabulary.json": tokenizer_json_of_dllama,
+}
+
+
+class SliceReader(Protocol):
+    """Reads slices of a model's tensors straight into place."""
+
+    bytes_read: int
+
+    def read(self, spec: TensorSpec, units: range, arrays: Sequence[np.ndarray]) -> None:
+        """Fill the arrays of a tensor with a range of its units."""
+
+    def close(self) -> None:
+        """Give the files back."""
+
+
+class ModelFile(Protocol):
+    """What rank 0 reads of a model and gives to the others: everything but the weights."""
+
+    @property
+    def path(self) -> str:
+        """Where it lies."""
+
+    @property
+    def config_json(self) -> Mapping[str, Any]:
+        """The configuration in Hugging Face's spelling."""
+
+    @property
+    def texts(self) -> Mapping[str, bytes]:
+        """Tokenizer, chat template and so on, by file name."""
+
+    @property
+    def weight_types(self) -> WeightTypes:
+        """How the tensors are held in memory."""
+
+    @property
+    def config(self) -> ModelConfig:
+        """The model's shape."""
+
+    @property
+    def specs(self) -> list[TensorSpec]:
+        """The model's tensors."""
+
+    @property
+    def metadata_sha256(self) -> str:
+        """What tells this model from others."""
+
+    def reader(self, on_bytes: Callable[[int], None], workers: int = 1) -> SliceReader:
+        """Open the files for reading slices."""
+
+
+def open_model(path: str, weights: str = AS_STORED, tokenizer: str | None = None) -> ModelFile:
+    """Read everything but the weights; UserError says what was found, what was expected and what to do.
+
+    `weights` is a weight type or "as-stored"; `tokenizer` the `.t` file of a distributed-llama model.
+    """
+    if is_foreign(path):
+        return checkpoint_model(with_tokenizer(read_checkpoint(path, tokenizer)), weights)
+    model = read_table(path)
+    if weights not in (AS_STORED, model.weight_types.default.name):
+        raise UserError(
+            f"{path}: holds {model.weight_types.default.name} weights, --weights {weights} is for other formats: "
+            "convert the original checkpoint again."
+        )
+    return model
+
+
+def is_foreign(path: str) -> bool:
+    """Whether a path is that of another format than the native file's; one that cannot be read is not."""
+    if Path(path).is_dir():
+        return (Path(path) / "config.json").exists()
+    try:
+        with Path(path).open("rb") as file:
+            found = file.read(len(HDF5_SIGNATURE))
+    except OSError:
+        return False  # read_table says why
+    return found[:4] == b"GGUF" or Path(path).suffix in (".m", ".safetensors")
+
+
+def with_tokenizer(checkpoint: Checkpoint) -> Checkpoint:
+    """The checkpoint with its vocabulary turned into Hugging Face's files, if it came in another form."""
+    name = next((name for name in CONVERTERS if name in checkpoint.texts), None)
+    if name is None:
+        return checkpoint
+    files = CONVERTERS[name](json.loads(checkpoint.texts[name]))
+    ends = {"bos_token_id": files.bos_token_id, "eos_token_id": list(files.eos_token_ids)}
+    texts = {
+        **{key: text for key, text in checkpoint.texts.items() if key != name},
+        "tokenizer.json": files.tokenizer_json,
+        "generation_config.json": json.dumps(ends).encode(),
+        "tokenizer_config.json": json.dumps({"add_bos_token": files.add_bos}).encode(),
+    }
+    return replace(checkpoint, texts=texts)
+
+
+def make_tokenizer(file: ModelFile) -> Tokenizer:
+    """The tokenizer of a model, with the ids that its configuration names."""
+    if "tokenizer.json" not in file.texts:
+        raise UserError(f"{file.path}: the model has no tokenizer.json; write the file again with one.")
+    settings = {**file.config_json, **_settings(file, "generation_config.json")}
+    eos, bos = settings.get("eos_token_id"), settings.get("bos_token_id")
+    eos_ids = () if eos is None else tuple(eos) if isinstance(eos, list) else (eos,)
+    add_bos = _settings(file, "tokenizer_config.json").get("add_bos_token")
+    return Tokenizer(file.texts["tokenizer.json"], bos_token_id=bos, eos_token_ids=eos_ids, add_bos=add_bos)
+
+
+def _settings(file: ModelFile, name: str) -> dict[str, Any]:
+    try:
+        found = json.loads(file.texts.get(name, b"{}"))
+    except ValueError as error:
+        raise UserError(f"{file.path}: its {name} is no JSON ({error}): copy or convert the model again.") from error
+    return {key: value for key, value in found.items() if value is not None} if isinstance(found, dict) else {}

@@ -1,0 +1,221 @@
+"""Reading a rank's slices of a foreign checkpoint: the bytes of the slice, and laned while they are read."""
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+
+from mpillama.errors import UserError
+from mpillama.files.checkpoint import Checkpoint, StoredTensor
+from mpillama.files.reading import MAX_READ, read_exactly
+from mpillama.files.row_bytes import BLOCKS, blocks_of, decode_rows, row_bytes
+from mpillama.layout import lanes
+from mpillama.layout.weight_types import BLOCK, LANES
+from mpillama.model.tensors import TensorSpec
+
+PIECE = 1 << 19
+"""Values that a worker turns into lanes at a time: what it needs besides is a few times this in float64."""
+MOST_WORKERS = 8
+
+Piece = Callable[[], int]
+"""Reads and places some rows; returns the bytes it read."""
+
+
+@dataclass(frozen=True)
+class Slice:
+    """What a rank wants of one matrix: stored rows and columns, and how many of them make a head (or all there is)."""
+
+    spec: TensorSpec
+    tensor: StoredTensor
+    units: range
+    arrays: Sequence[np.ndarray]
+
+    @property
+    def takes_blocks(self) -> bool:
+        """Whether quantised blocks go over as they are: the same type, and no block of 32 is cut or padded."""
+        same = self.tensor.stored == self.spec.weight_type.name and self.spec.weight_type.quantised
+        return same and self.tensor.shape[1] // self.spec.column_chunks % BLOCK == 0
+
+    @property
+    def columns(self) -> range:
+        """The stored columns of a row-parallel slice; all of them for a column-parallel one."""
+        width = self.tensor.shape[1]
+        if self.spec.panel is None:
+            return range(width)
+        unit = width // self.spec.column_chunks if self.spec.column_chunks > 1 else self.spec.panel
+        return range(min(self.units.start * unit, width), min(self.units.stop * unit, width))
+
+
+class CheckpointReader:
+    """Fills slices from a checkpoint's files; counts the bytes it reads."""
+
+    def __init__(
+        self, checkpoint: Checkpoint, on_bytes: Callable[[int], None], workers: int = 1, limit: int = MAX_READ
+    ):
+        self.checkpoint = checkpoint
+        self.on_bytes = on_bytes
+        self.limit = limit
+        self.bytes_read = 0
+        self.fds: list[int] = []
+        self.workers = ThreadPoolExecutor(min(workers, MOST_WORKERS))
+        try:
+            self._open()
+        except UserError:
+            self.close()
+            raise
+
+    def _open(self) -> None:
+        for path, size in zip(self.checkpoint.files, self.checkpoint.file_sizes, strict=True):
+            try:
+                self.fds.append(os.open(path, os.O_RDONLY | os.O_CLOEXEC))
+            except OSError as error:
+                raise UserError(
+                    f"{path}: {(error.strerror or str(error)).lower()} on this rank's host: "
+                    "the model must lie on a file system that all hosts share."
+                ) from error
+            found = os.fstat(self.fds[-1]).st_size
+            if found != size:
+                raise UserError(f"{path}: has {found} bytes on this rank's host, but rank 0 sees {size}.")
+
+    def close(self) -> None:
+        """Give the files back."""
+        self.workers.shutdown(cancel_futures=True)
+        for fd in self.fds:
+            os.close(fd)
+        self.fds = []
+
+    def read(self, spec: TensorSpec, units: range, arrays: Sequence[np.ndarray]) -> None:
+        """Fill the arrays of a tensor with the given units; UserError names the file if it cannot be read."""
+        tensors = [self.checkpoint.tensors[name] for name in spec.source_names]
+        if spec.vector:
+            self._finish(iter([partial(self._read_vector, spec, tensors[0], units, arrays[0])]))
+            return
+        parts = [[a[e] for a in arrays] for e in range(spec.experts)] if spec.experts else [arrays]
+        slices = [Slice(spec, tensor, units, part) for tensor, part in zip(tensors, parts, strict=True)]
+        self._finish(piece for wanted in slices if len(units) for piece in self._pieces(wanted))
+
+    def _finish(self, pieces: Iterator[Piece]) -> None:
+        """Let the workers do all pieces, a bounded number of them at a time."""
+        running: set[Future[int]] = set()
+        for piece in pieces:
+            running.add(self.workers.submit(piece))
+            if len(running) >= 2 * MOST_WORKERS:
+                done, running = wait(running, return_when=FIRST_COMPLETED)
+                self._count(done)
+        self._count(wait(running).done)
+
+    def _count(self, done: set[Future[int]]) -> None:
+        for future in done:
+            self.bytes_read += future.result()
+            self.on_bytes(future.result())
+
+    # -- vectors --------------------------------------------------------------------------------------------------
+
+    def _read_vector(self, spec: TensorSpec, tensor: StoredTensor, units: range, out: np.ndarray) -> int:
+        raw = self._rows(tensor, range(1), range(tensor.shape[0]))
+        values = decode_rows(tensor.stored, raw).reshape(-1, 1)
+        whole = spec.pad(_straightened(values, tensor.interleaved).reshape(-1))
+        out[:] = whole[units.start * spec.unit : units.stop * spec.unit]
+        return raw.nbytes
+
+    # -- matrices -------------------------------------------------------------------------------------------------
+
+    def _pieces(self, wanted: Slice) -> Iterator[Piece]:
+        """Runs of padded rows: whole heads for column-parallel matrices with heads, else groups of 16."""
+        spec = wanted.spec
+        step = spec.rows // spec.row_chunks if spec.row_chunks > 1 else LANES
+        rows = range(spec.rows)
+        if spec.panel is None:
+            rows = range(wanted.units.start * spec.unit, wanted.units.stop * spec.unit)
+        step *= max(1, PIECE // (step * max(1, len(wanted.columns))))
+        for start in range(rows.start, rows.stop, step):
+            yield partial(self._read_piece, wanted, range(start, min(start + step, rows.stop)), rows.start)
+
+    def _read_piece(self, wanted: Slice, rows: range, first: int) -> int:
+        """Read padded rows of a matrix and put them in lanes into their places."""
+        spec, tensor = wanted.spec, wanted.tensor
+        stored = self._stored_rows(spec, tensor, rows)
+        block, columns = BLOCKS[tensor.stored][0], wanted.columns
+        around = range(columns.start // block * block, -(-columns.stop // block) * block)
+        raw = self._rows(tensor, stored, around)
+        packed = self._pack_blocks(wanted, rows, raw) if wanted.takes_blocks else self._pack(wanted, rows, raw, around)
+        groups = slice((rows.start - first) // LANES, (rows.stop - first) // LANES)
+        for array, values in zip(wanted.arrays, packed, strict=True):
+            if spec.panel is None:
+                array[groups] = values
+            else:
+                array[:, groups] = values
+        return raw.nbytes
+
+    def _stored_rows(self, spec: TensorSpec, tensor: StoredTensor, rows: range) -> range:
+        """The checkpoint's rows behind padded rows (whole heads, if there are several)."""
+        if spec.row_chunks == 1:
+            return range(min(rows.start, tensor.shape[0]), min(rows.stop, tensor.shape[0]))
+        padded, true = spec.rows // spec.row_chunks, tensor.shape[0] // spec.row_chunks
+        return range(rows.start // padded * true, rows.stop // padded * true)
+
+    def _pack(self, wanted: Slice, rows: range, raw: np.ndarray, around: range) -> lanes.Arrays:
+        spec, columns = wanted.spec, wanted.columns
+        values = decode_rows(wanted.tensor.stored, raw) if raw.size else np.zeros((len(raw), len(around)), np.float32)
+        values = _straightened(values, wanted.tensor.interleaved)
+        values = values[:, columns.start - around.start : columns.stop - around.start]
+        chunks = len(wanted.units) if spec.panel and spec.column_chunks > 1 else 1
+        width = len(wanted.units) * spec.panel if spec.panel else spec.columns
+        padded = _padded(values, len(rows), self._row_chunks(spec, rows), width, chunks)
+        return lanes.pack(padded, spec.weight_type, spec.panel)
+
+    def _pack_blocks(self, wanted: Slice, rows: range, raw: np.ndarray) -> lanes.Arrays:
+        """As _pack, but the quantised values stay as they are."""
+        spec = wanted.spec
+        values, scales = (_straightened(x, wanted.tensor.interleaved) for x in blocks_of(wanted.tensor.stored, raw))
+        chunks = self._row_chunks(spec, rows)
+        width = (len(wanted.units) * spec.panel if spec.panel else spec.columns) // BLOCK
+        values = _padded(values.reshape(len(raw), -1), len(rows), chunks, width * BLOCK, 1)
+        scales = _padded(scales, len(rows), chunks, width, 1)
+        return lanes.pack_blocks(values.reshape(len(rows), width, BLOCK), scales, spec.weight_type, spec.panel)
+
+    def _row_chunks(self, spec: TensorSpec, rows: range) -> int:
+        return len(rows) // (spec.rows // spec.row_chunks) if spec.row_chunks > 1 else 1
+
+    # -- bytes ----------------------------------------------------------------------------------------------------
+
+    def _rows(self, tensor: StoredTensor, rows: range, columns: range) -> np.ndarray:
+        """The bytes of a range of columns (whole blocks) of a range of rows: uint8 [rows, bytes]."""
+        whole = row_bytes(tensor.stored, tensor.shape[-1])
+        first, last = (row_bytes(tensor.stored, c) for c in (columns.start, columns.stop))
+        raw = np.empty((len(rows), last - first), np.uint8)
+        start = tensor.offset + rows.start * whole + first
+        try:
+            if last - first == whole:
+                read_exactly(self.fds[tensor.file], raw.reshape(-1).data, start, self.limit)
+            else:
+                for i in range(len(rows) if raw.size else 0):
+                    read_exactly(self.fds[tensor.file], raw[i].data, start + i * whole, self.limit)
+        except OSError as error:
+            raise UserError(
+                f"{self.checkpoint.files[tensor.file]}: tensor {tensor.name} cannot be read at byte {start}: "
+                f"{error.strerror or error}; is the file still being written, or was it changed?"
+            ) from error
+        return raw
+
+
+def _straightened(rows: np.ndarray, head_dim: int) -> np.ndarray:
+    """Rows whose heads stand as rotary pairs, in halves; `head_dim` 0 leaves them as they are."""
+    if not head_dim:
+        return rows
+    rest = rows.shape[1:]
+    return rows.reshape(-1, head_dim // 2, 2, *rest).swapaxes(1, 2).reshape(-1, *rest)
+
+
+def _padded(x: np.ndarray, rows: int, row_chunks: int, columns: int, column_chunks: int) -> np.ndarray:
+    """Equal chunks of rows and columns, each padded with zeros to its share of [rows, columns]."""
+    if x.shape == (rows, columns):
+        return x
+    out = np.zeros((row_chunks, rows // row_chunks, column_chunks, columns // column_chunks), x.dtype)
+    if x.size:
+        chunked = x.reshape(row_chunks, -1, column_chunks, x.shape[1] // column_chunks)
+        out[:, : chunked.shape[1], :, : chunked.shape[3]] = chunked
+    return out.reshape(rows, columns)

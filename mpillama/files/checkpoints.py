@@ -1,0 +1,34 @@
+"""Reading a checkpoint of whatever format a path turns out to hold."""
+
+from pathlib import Path
+
+from mpillama.errors import UserError
+from mpillama.files.checkpoint import Checkpoint
+from mpillama.files.cursor import Cursor
+from mpillama.files.dllama import MAGIC, OLD_MAGICS, read_dllama
+from mpillama.files.gguf_file import read_gguf
+from mpillama.files.gguf_header import MAGIC as GGUF_MAGIC
+from mpillama.files.hugging_face import read_hugging_face
+
+ACCEPTED = "a Hugging Face folder (config.json and safetensors), a .gguf file or a distributed-llama .m file"
+
+
+def read_checkpoint(path: str, tokenizer_path: str | None = None) -> Checkpoint:
+    """Read everything but the weights of a foreign checkpoint; `tokenizer_path` goes with a .m file."""
+    if Path(path).is_dir():
+        return _read_folder(path)
+    with Cursor(path) as cursor:
+        found = cursor.take(min(8, cursor.size), "magic")
+    if found[:4] == GGUF_MAGIC:
+        return read_gguf(path)
+    if found[:4] in (MAGIC, *OLD_MAGICS):
+        return read_dllama(path, tokenizer_path)
+    if Path(path).suffix == ".safetensors":
+        raise UserError(f"{path}: one file of a Hugging Face checkpoint: give the folder that holds its config.json.")
+    raise UserError(f"{path}: begins with the bytes {found.hex(' ') or '(none)'}: mpillama converts {ACCEPTED}.")
+
+
+def _read_folder(path: str) -> Checkpoint:
+    if not (Path(path) / "config.json").exists():
+        raise UserError(f"{path}: a folder without config.json: mpillama converts {ACCEPTED}.")
+    return read_hugging_face(path)

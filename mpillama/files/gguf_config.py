@@ -1,0 +1,176 @@
+"""GGUF's metadata as a configuration in Hugging Face's spelling."""
+
+import math
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any
+
+from mpillama.errors import UserError
+from mpillama.files.foreign import damaged
+from mpillama.files.gguf_header import GgufHeader
+from mpillama.files.gguf_names import OUTPUT
+from mpillama.model.rope_scaling import yarn_attention_factor
+
+ARCHITECTURES = {"llama": "llama", "qwen2": "qwen2", "qwen3": "qwen3", "qwen3moe": "qwen3_moe"}
+"""GGUF's architectures as Hugging Face's model_type; Mistral is "llama" in GGUF, and so is Mixtral, with experts."""
+MOST = 2**40
+"""A damaged file may claim more of something."""
+TOKENIZER = "tokenizer.ggml."
+
+
+class Metadata:
+    """Takes checked values out of a file's metadata; names without a dot before them belong to the architecture."""
+
+    def __init__(self, header: GgufHeader):
+        self.header = header
+        self.path = header.path
+        self.architecture = header.value("general.architecture")
+        if self.architecture not in ARCHITECTURES:
+            raise UserError(
+                f"{self.path}: architecture {self.architecture!r}: mpillama runs {', '.join(ARCHITECTURES)} of GGUF."
+            )
+
+    def get(self, key: str) -> Any:
+        """The architecture's value, None if there is none."""
+        return self.header.value(f"{self.architecture}.{key}")
+
+    def number(self, key: str, default: float | None = None) -> float:
+        """A positive finite number."""
+        value = self.get(key)
+        value = default if value is None else value
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+            raise damaged(
+                self.path, f"its metadata has {self.architecture}.{key}={value!r}, expected a positive number"
+            )
+        return value
+
+    def size(self, key: str, default: int | None = None) -> int:
+        """A positive whole number."""
+        value = self.number(key, default)
+        if value != int(value) or value >= MOST:
+            raise damaged(self.path, f"its metadata has {self.architecture}.{key}={value!r}, expected a whole number")
+        return int(value)
+
+    def token_id(self, name: str) -> int | None:
+        """A special token's id, None if there is none."""
+        value = self.header.value(f"{TOKENIZER}{name}_token_id")
+        return value if isinstance(value, int) else None
+
+    @property
+    def experts(self) -> int:
+        """Number of experts, 0 for a dense model."""
+        return self.size("expert_count") if self.get("expert_count") else 0
+
+    @property
+    def head_dim(self) -> int:
+        """Channels of a head; refused if only a part of them is rotated."""
+        default = self.size("embedding_length") // self.size("attention.head_count")
+        head_dim = self.size("attention.key_length", default)
+        for key in ("rope.dimension_count", "attention.value_length"):
+            if self.size(key, head_dim) != head_dim:
+                raise UserError(
+                    f"{self.path}: {key}={self.get(key)!r}, but the heads have {head_dim} channels: "
+                    "mpillama runs models whose heads are rotated whole."
+                )
+        return head_dim
+
+
+def hugging_face_config(
+    metadata: Metadata, names: Collection[str], vocab_size: int, factors: Sequence[float] | None
+) -> dict[str, Any]:
+    """Build config.json; `names` are GGUF's names of tensors, `factors` the divisors of the rotary frequencies."""
+    heads = metadata.size("attention.head_count")
+    config = {
+        "model_type": "mixtral" if _is_mixtral(metadata) else ARCHITECTURES[metadata.architecture],
+        "hidden_size": metadata.size("embedding_length"),
+        "intermediate_size": metadata.size("feed_forward_length", _expert_width(metadata)),
+        "num_hidden_layers": metadata.size("block_count"),
+        "num_attention_heads": heads,
+        "num_key_value_heads": metadata.size("attention.head_count_kv", heads),
+        "head_dim": metadata.head_dim,
+        "vocab_size": vocab_size,
+        "max_position_embeddings": metadata.size("context_length"),
+        "rms_norm_eps": metadata.number("attention.layer_norm_rms_epsilon"),
+        "rope_theta": float(metadata.number("rope.freq_base", 10000.0)),
+        "rope_scaling": _rope_scaling(metadata, factors),
+        "tie_word_embeddings": OUTPUT not in names,
+    }
+    optional = {**_biases(metadata, names), **_experts(metadata), **_special_tokens(metadata)}
+    window = metadata.get("attention.sliding_window")
+    return {**config, **optional, **({"sliding_window": metadata.size("attention.sliding_window")} if window else {})}
+
+
+def _is_mixtral(metadata: Metadata) -> bool:
+    return metadata.architecture == "llama" and metadata.experts > 0
+
+
+def _biases(metadata: Metadata, names: Collection[str]) -> dict[str, bool]:
+    """Whether there are biases, where the model type does not say so itself."""
+    if metadata.architecture == "qwen2":
+        return {}
+    endings = {"attention_bias": "attn_q.bias", "mlp_bias": "ffn_up.bias"}
+    return {key: True for key, ending in endings.items() if f"blk.0.{ending}" in names}
+
+
+def _expert_width(metadata: Metadata) -> int | None:
+    """The width of an expert where the metadata states it."""
+    key = "expert_feed_forward_length"
+    return metadata.size(key) if metadata.get(key) is not None else None
+
+
+def _experts(metadata: Metadata) -> dict[str, Any]:
+    if _is_mixtral(metadata):
+        return {"num_local_experts": metadata.experts, "num_experts_per_tok": metadata.size("expert_used_count")}
+    if metadata.architecture != "qwen3moe":
+        return {}
+    norm = metadata.get("expert_weights_norm")
+    return {
+        "num_experts": metadata.size("expert_count"),
+        "num_experts_per_tok": metadata.size("expert_used_count"),
+        "moe_intermediate_size": metadata.size("expert_feed_forward_length"),
+        "norm_topk_prob": True if norm is None else bool(norm),
+    }
+
+
+def _special_tokens(metadata: Metadata) -> dict[str, Any]:
+    """BOS, and every token that ends a turn."""
+    bos = metadata.token_id("bos")
+    ends = [metadata.token_id(name) for name in ("eos", "eot", "eom")]
+    stops = list(dict.fromkeys(end for end in ends if end is not None))
+    return {**({} if bos is None else {"bos_token_id": bos}), **({"eos_token_id": stops} if stops else {})}
+
+
+# -- scaling of rotary frequencies ----------------------------------------------------------------------------------
+
+
+def _rope_scaling(metadata: Metadata, factors: Sequence[float] | None) -> dict[str, Any] | None:
+    """Hugging Face's rope_scaling; "factors" is ours, for the divisors that GGUF has in place of llama3's constants."""
+    kind = metadata.get("rope.scaling.type") or ("linear" if metadata.get("rope.scale_linear") else "none")
+    known: Mapping[Any, Callable[[Metadata], dict[str, Any] | None]] = {
+        "none": lambda metadata: None,
+        "linear": _linear,
+        "yarn": _yarn,
+    }
+    if not isinstance(kind, str) or kind not in known or (factors and kind != "none"):
+        also = " with frequency factors" if factors else ""
+        raise UserError(f"{metadata.path}: rope.scaling.type={kind!r}{also}: mpillama runs {', '.join(known)}.")
+    return {"rope_type": "factors", "factors": list(factors)} if factors else known[kind](metadata)
+
+
+def _linear(metadata: Metadata) -> dict[str, Any]:
+    factor = metadata.number("rope.scaling.factor", metadata.get("rope.scale_linear"))
+    return {"rope_type": "linear", "factor": float(factor)}
+
+
+def _yarn(metadata: Metadata) -> dict[str, Any]:
+    factor = float(metadata.number("rope.scaling.factor"))
+    scaling: dict[str, Any] = {"rope_type": "yarn", "factor": factor}
+    if metadata.get("rope.scaling.original_context_length"):
+        scaling["original_max_position_embeddings"] = metadata.size("rope.scaling.original_context_length")
+    for name in ("beta_fast", "beta_slow"):
+        if metadata.get(f"rope.scaling.yarn_{name}"):
+            scaling[name] = float(metadata.number(f"rope.scaling.yarn_{name}"))
+    gain = metadata.number("rope.scaling.attn_factor", 1.0) * metadata.number("rope.scaling.yarn_attn_factor", 1.0)
+    if gain != 1:
+        # GGUF states what multiplies YaRN's own factor, Hugging Face the product.
+        scaling["attention_factor"] = gain * yarn_attention_factor(factor, 0, 0)
+    return scaling

@@ -1,0 +1,130 @@
+"""A checkpoint in Hugging Face's layout: a folder with config.json, safetensors files and the texts beside them."""
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from mpillama.errors import UserError
+from mpillama.files.checkpoint import Checkpoint, StoredTensor
+from mpillama.files.foreign import by_name, check_extents, damaged, read_json, read_text, regular_size, split_experts
+from mpillama.files.safetensors_table import read_safetensors_table
+
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+TEMPLATE = "chat_template.jinja"
+TOKENIZER_CONFIG = "tokenizer_config.json"
+TEXTS = ("tokenizer.json", TEMPLATE, "generation_config.json", TOKENIZER_CONFIG)
+QUANTISED = ("quantization_config", "compression_config", "quantization")
+MIXTRAL_NAMES = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
+FUSED_EXPERTS = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
+
+
+def read_hugging_face(path: str) -> Checkpoint:
+    """Read everything but the weights of a folder; UserError says what is missing, damaged or not taken."""
+    folder = Path(path)
+    config = read_json(folder / "config.json")
+    _refuse_nested(path, config)
+    _refuse_quantised(path, config)
+    placed = _placed_by_index(folder)
+    names = sorted(set(placed.values())) or [WEIGHTS]
+    files = tuple(str(folder / name) for name in names)
+    sizes = tuple(regular_size(file) for file in files)
+    tables = [read_safetensors_table(file, number) for number, file in enumerate(files)]
+    _check_index(folder, placed, names, tables)
+    tensors = [tensor for table in tables for tensor in table]
+    check_extents(files, sizes, tensors)
+    table = by_name(files, (c for tensor in tensors for c in _canonical(files[tensor.file], tensor)))
+    return Checkpoint(str(path), "hugging_face", config, _texts(folder), files, sizes, table)
+
+
+# -- what is not taken ----------------------------------------------------------------------------------------------
+
+
+def _refuse_nested(path: str, config: Mapping[str, Any]) -> None:
+    if "text_config" in config:
+        raise UserError(
+            f"{path}: model_type={config.get('model_type')!r} keeps its language model under text_config: "
+            "mpillama reads models of text alone."
+        )
+
+
+def _refuse_quantised(path: str, config: Mapping[str, Any]) -> None:
+    found = next((config[key] for key in QUANTISED if config.get(key)), None)
+    if found is None:
+        return
+    method = found.get("quant_method") if isinstance(found, dict) else None
+    name = repr(method) if method else "'mlx'" if "quantization" in config else "an unnamed method"
+    raise UserError(
+        f"{path}: the weights are quantised with {name}: "
+        "give the model's original weights (F32, F16 or BF16), or a GGUF file of it."
+    )
+
+
+# -- which files ----------------------------------------------------------------------------------------------------
+
+
+def _placed_by_index(folder: Path) -> Mapping[str, str]:
+    """Which file holds which tensor, as the index says; nothing for a model in one file."""
+    if (folder / WEIGHTS).exists():
+        return {}
+    if not (folder / INDEX).exists():
+        raise UserError(
+            f"{folder}: has neither {WEIGHTS} nor {INDEX}: mpillama reads no other weights beside a config.json."
+        )
+    placed = read_json(folder / INDEX).get("weight_map")
+    if not isinstance(placed, dict) or not placed or not all(_is_file_name(name) for name in placed.values()):
+        raise damaged(folder / INDEX, "its weight_map does not give a file of this folder for each tensor")
+    for name in sorted(set(placed.values())):
+        if not (folder / name).exists():
+            raise UserError(f"{folder}: {name!r} is missing, which {INDEX} names: download it again.")
+    return placed
+
+
+def _is_file_name(name: Any) -> bool:
+    """Whether it names a file in the folder itself."""
+    return isinstance(name, str) and name not in ("", ".", "..") and not set(name) & {"/", "\\", "\0"}
+
+
+def _check_index(folder: Path, placed: Mapping[str, str], names: list[str], tables: list[list[StoredTensor]]) -> None:
+    """Refuse an index that names a tensor which its file does not hold."""
+    held = {name: {tensor.name for tensor in table} for name, table in zip(names, tables, strict=True)}
+    for tensor, file in placed.items():
+        if tensor not in held[file] and not tensor.endswith("rotary_emb.inv_freq"):
+            raise damaged(folder / file, f"it has no tensor {tensor!r}, which {INDEX} places there")
+
+
+# -- names ----------------------------------------------------------------------------------------------------------
+
+
+def _canonical(path: str, tensor: StoredTensor) -> Iterator[StoredTensor]:
+    """The tensor under its canonical name; stacked experts one by one."""
+    name = tensor.name.replace(".block_sparse_moe.", ".mlp.")
+    fused = re.fullmatch(r"(.*\.mlp\.experts\.)(gate_up_proj|down_proj)", name)
+    if fused:
+        yield from split_experts(path, fused[1], tensor, FUSED_EXPERTS[fused[2]])
+        return
+    expert = re.fullmatch(r"(.*\.mlp\.experts\.[0-9]+\.)(w[123])\.weight", name)
+    yield replace(tensor, name=f"{expert[1]}{MIXTRAL_NAMES[expert[2]]}.weight" if expert else name)
+
+
+# -- texts ----------------------------------------------------------------------------------------------------------
+
+
+def _texts(folder: Path) -> dict[str, bytes]:
+    """The texts that are there; an older checkpoint's chat template is taken out of its tokenizer_config.json."""
+    texts = {name: read_text(folder / name) for name in TEXTS if (folder / name).exists()}
+    if TEMPLATE not in texts and TOKENIZER_CONFIG in texts:
+        template = _default_template(read_json(folder / TOKENIZER_CONFIG).get("chat_template"))
+        if template:
+            texts[TEMPLATE] = template.encode(errors="replace")
+    return texts
+
+
+def _default_template(found: Any) -> str:
+    """The template itself, or the one named default of several."""
+    if isinstance(found, list):
+        entries = [entry for entry in found if isinstance(entry, dict) and entry.get("name") == "default"]
+        found = entries[0].get("template") if entries else None
+    return found if isinstance(found, str) else ""

@@ -1,0 +1,132 @@
+"""The vocabulary in a GGUF file's metadata as a Hugging Face `tokenizer.json`."""
+
+import math
+from collections.abc import Mapping
+from enum import IntEnum
+from typing import Any
+
+from mpillama.text.bpe import (
+    BYTE_NAMES,
+    Merges,
+    added_tokens,
+    byte_level_json,
+    merges_by_score,
+    sentencepiece_json,
+    unique_ids,
+)
+from mpillama.text.pre_tokenizers import PRE_TOKENIZERS, PreTokenizer
+from mpillama.text.vocabulary import TokenizerFiles, VocabularyValues
+
+# Names that end an answer whatever the metadata say: many files know only the base model's end of text.
+END_NAMES = frozenset(
+    ["<|eot_id|>", "<|eom_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>", "<|endoftext|>", "<|end_of_text|>"]
+)
+
+
+class Kind(IntEnum):
+    """`token_type`."""
+
+    NORMAL = 1
+    UNKNOWN = 2
+    CONTROL = 3
+    USER_DEFINED = 4
+    UNUSED = 5
+    BYTE = 6
+
+
+def tokenizer_json_of_gguf(vocabulary: Mapping[str, Any]) -> TokenizerFiles:
+    """`vocabulary` holds the metadata `tokenizer.ggml.*` without this prefix; UserError if it cannot be used.
+
+    Known models are `gpt2` (BPE of bytes; `pre` names its pre-tokenizer) and `llama` (SentencePiece's BPE). A wish to
+    append EOS (`add_eos_token`) is ignored: nobody wants it for generating text.
+    """
+    values = VocabularyValues(vocabulary, "the GGUF file")
+    model = values.text("model", "missing")
+    if model == "gpt2":
+        return _byte_level(values)
+    if model == "llama":
+        return _sentencepiece(values)
+    raise values.refuse(f'is of the kind "{model:.40}", while mpillama reads "gpt2" and "llama"')
+
+
+def _byte_level(values: VocabularyValues) -> TokenizerFiles:
+    pre_tokenizer = _pre_tokenizer(values)
+    ids = unique_ids(values.tokens, values)
+    kinds = _kinds(values, (values.token_id("bos_token_id"), values.token_id("eos_token_id")))
+    added = added_tokens(_added(values, kinds), values)
+    content = byte_level_json(
+        ids, _merges(values, ids), added, pre_tokenizer.build(), ignore_merges=pre_tokenizer.ignore_merges
+    )
+    return _files(values, content, kinds, (None, None), pre_tokenizer.add_bos)
+
+
+def _sentencepiece(values: VocabularyValues) -> TokenizerFiles:
+    ids = unique_ids(values.tokens, values)
+    # Files without these entries mean Llama's own ids, as far as there are such.
+    unknown, bos, eos = (index if index < len(ids) else None for index in range(3))
+    unknown = values.token_id("unknown_token_id", unknown)
+    kinds = _kinds(values, (unknown, values.token_id("bos_token_id", bos), values.token_id("eos_token_id", eos)))
+    mergeable = {index for index, kind in enumerate(kinds) if kind in (Kind.NORMAL, Kind.UNUSED)}
+    scores = [-math.inf if math.isnan(score) else score for score in values.numbers("scores")]
+    content = sentencepiece_json(
+        ids,
+        merges_by_score(ids, scores, mergeable),
+        added_tokens(_added(values, kinds), values),
+        unknown=None if unknown is None else values.tokens[unknown],
+        space_prefix=values.flag("add_space_prefix", True),
+    )
+    return _files(values, content, kinds, (bos, eos), True)
+
+
+def _pre_tokenizer(values: VocabularyValues) -> PreTokenizer:
+    name = values.text("pre", "default")
+    if name not in PRE_TOKENIZERS:
+        raise values.refuse(f'cuts words by the rules "{name:.40}" (tokenizer.ggml.pre), which mpillama does not know')
+    return PRE_TOKENIZERS[name]
+
+
+def _kinds(values: VocabularyValues, control: tuple[int | None, ...]) -> list[float]:
+    """Kind of every token; without `token_type`, tokens with a role are control tokens and <0xNN> are bytes."""
+    if "token_type" in values:
+        return values.numbers("token_type")
+    names = set(BYTE_NAMES)
+    return [
+        Kind.CONTROL if index in control else Kind.BYTE if token in names else Kind.NORMAL
+        for index, token in enumerate(values.tokens)
+    ]
+
+
+def _added(values: VocabularyValues, kinds: list[float]) -> dict[str, bool]:
+    """Tokens that are looked for in the text; True for those that only a prompt may hold, not a user's words."""
+    wanted = (Kind.CONTROL, Kind.UNKNOWN, Kind.USER_DEFINED)
+    pairs = zip(values.tokens, kinds, strict=True)
+    return {token: kind != Kind.USER_DEFINED for token, kind in pairs if kind in wanted}
+
+
+def _merges(values: VocabularyValues, ids: Mapping[str, int]) -> Merges:
+    merges = []
+    for line in values.texts("merges"):
+        left, _, right = line[1:].partition(" ")
+        left = line[:1] + left
+        if left not in ids or right not in ids or left + right not in ids:
+            raise values.refuse(f"merges {line!r:.60}, which are no tokens of it")
+        merges.append((left, right))
+    return merges
+
+
+def _files(
+    values: VocabularyValues,
+    content: bytes,
+    kinds: list[float],
+    bos_and_eos: tuple[int | None, int | None],
+    add_bos: bool,
+) -> TokenizerFiles:
+    bos = values.token_id("bos_token_id", bos_and_eos[0])
+    named = [
+        values.token_id("eos_token_id", bos_and_eos[1]),
+        values.token_id("eot_token_id"),
+        values.token_id("eom_token_id"),
+    ]
+    known = [i for i, token in enumerate(values.tokens) if token in END_NAMES and kinds[i] == Kind.CONTROL]
+    ends = tuple(dict.fromkeys(index for index in [*named, *known] if index is not None))
+    return TokenizerFiles(content, bos, ends, values.flag("add_bos_token", add_bos) and bos is not None)

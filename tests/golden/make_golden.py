@@ -1,0 +1,240 @@
+"""Tiny random models, their logits, and rendered chat templates, all by the transformers library: the tests' truth.
+
+Run it in an environment with torch, transformers and jinja2 (versions: README.md), from the root of the repository:
+
+    python tests/golden/make_golden.py
+
+It rewrites everything in this folder but the texts written by hand (README.md, chat_templates/*.jinja and
+chat_templates/conversations.json). CI does not run it.
+"""
+
+import json
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tokenizers
+import torch
+import transformers
+from jinja2.exceptions import TemplateError
+from tokenizers import decoders, models, pre_tokenizers, trainers
+
+HERE = Path(__file__).parent
+VOCAB = 272
+SPECIAL = ("<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
+BOS, EOS = VOCAB - 5, (VOCAB - 4, VOCAB - 1)
+CONTINUATION = 8  # tokens chosen greedily after the prompt
+TEXT = ["the cat sat on the mat", "the dog and the other dog"] * 4
+LLAMA3_SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+CHAT_TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}"
+    "{{ '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n' }}"
+    "{{ message['content'] | trim + '<|eot_id|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
+)
+
+SIZES: Mapping[str, Any] = {
+    "vocab_size": VOCAB,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "rms_norm_eps": 1e-5,
+    "bos_token_id": BOS,
+    "eos_token_id": list(EOS),
+    "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+}
+
+
+@dataclass(frozen=True)
+class Family:
+    """What is special about one model; `weights_of` names another one whose weights it shares."""
+
+    model_type: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+    dtype: torch.dtype = torch.bfloat16
+    prompt: int = 12
+    weights_of: str = ""
+
+
+def rope(rope_type: str, theta: float = 10000.0, **constants: float) -> dict[str, Any]:
+    """A `rope_parameters` entry."""
+    return {"rope_parameters": {"rope_type": rope_type, "rope_theta": theta} | constants}
+
+
+LLAMA3_ROPE = rope(  # of the 8 frequencies one stays, two are smoothed, five are divided
+    "llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=64
+)
+YARN_ROPE = rope("yarn", 100.0, factor=2.0, original_max_position_embeddings=256)  # 8 frequencies, 6 within the ramp
+
+FAMILIES: Mapping[str, Family] = {
+    "llama": Family("llama", {"head_dim": 16}, torch.float32, prompt=16),
+    "llama_yarn": Family("llama", {"head_dim": 16} | YARN_ROPE, torch.float32, prompt=16, weights_of="llama"),
+    "llama_linear": Family(
+        "llama", {"head_dim": 16} | rope("linear", factor=4.0), torch.float32, prompt=16, weights_of="llama"
+    ),
+    "llama3": Family("llama", {"head_dim": 16, "tie_word_embeddings": True} | LLAMA3_ROPE, prompt=16),
+    "llama_bias": Family("llama", {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True}),
+    "mistral": Family("mistral", {"sliding_window": 8, "tie_word_embeddings": True}, torch.float16, prompt=16),
+    "qwen2": Family("qwen2", {"use_sliding_window": False, "sliding_window": 8, "tie_word_embeddings": True}),
+    "qwen3": Family("qwen3", {"head_dim": 16, "tie_word_embeddings": True}),
+    "mixtral": Family("mixtral", {"intermediate_size": 32, "num_local_experts": 4, "num_experts_per_tok": 2}),
+    "qwen3_moe": Family(
+        "qwen3_moe",
+        {
+            "head_dim": 16,
+            "num_experts": 8,
+            "num_experts_per_tok": 2,
+            "norm_topk_prob": True,
+            "moe_intermediate_size": 32,
+            "decoder_sparse_step": 1,
+            "tie_word_embeddings": True,
+        },
+    ),
+}
+
+
+def main() -> None:
+    """Write everything anew."""
+    torch.set_num_threads(1)
+    write_tokenizer(HERE / "tokenizer")
+    for name, family in FAMILIES.items():
+        write_family(name, family)
+    write_renderings(HERE / "chat_templates")
+
+
+def write_family(name: str, family: Family) -> None:
+    """Save one model, its tokenizer (a link) and its logits for a prompt."""
+    folder = HERE / name
+    folder.mkdir(exist_ok=True)
+    model = random_model(family)
+    save_model(model, family, folder)
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        link(folder / file, Path("..") / "tokenizer" / file)
+    prompt = random_prompt(name, family.prompt)
+    np.savez_compressed(
+        folder / "golden.npz",
+        ids=np.array(prompt, np.int32),
+        logits=logits(model, prompt),
+        continuation=np.array(continuation(model, prompt), np.int32),
+    )
+
+
+def random_model(family: Family) -> transformers.PreTrainedModel:
+    """A float32 model whose weights are exact in the family's dtype."""
+    config = transformers.AutoConfig.for_model(family.model_type, **(SIZES | family.options))
+    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager", dtype=torch.float32)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            values = torch.from_numpy(random_values(name, tuple(parameter.shape)))
+            parameter.copy_(values.to(family.dtype).float())
+    return model.eval()
+
+
+def random_values(name: str, shape: tuple[int, ...]) -> np.ndarray:
+    """Larger than what training starts from, so that every mistake shows in the logits."""
+    normal = np.random.default_rng(zlib.crc32(name.encode())).standard_normal(shape, np.float32)
+    if "norm" in name:
+        return 1 + 0.3 * normal
+    if name.endswith(("mlp.gate.weight", "bias")):  # a router that hardly hesitates, biases of the size of values
+        return 0.5 * normal
+    return 0.2 * normal
+
+
+def save_model(model: transformers.PreTrainedModel, family: Family, folder: Path) -> None:
+    """Write config.json and model.safetensors, in the family's dtype; the model stays float32."""
+    stored = transformers.AutoModelForCausalLM.from_config(model.config, dtype=family.dtype)
+    stored.load_state_dict(model.state_dict())
+    (folder / "model.safetensors").unlink(missing_ok=True)
+    stored.save_pretrained(folder)
+    (folder / "generation_config.json").unlink(missing_ok=True)
+    if family.weights_of:
+        same = Path("..") / family.weights_of / "model.safetensors"
+        assert (folder / same).read_bytes() == (folder / "model.safetensors").read_bytes()
+        link(folder / "model.safetensors", same)
+
+
+def link(path: Path, target: Path) -> None:
+    """A relative symbolic link, in place of what is there."""
+    path.unlink(missing_ok=True)
+    path.symlink_to(target)
+
+
+def random_prompt(name: str, length: int) -> list[int]:
+    """BOS and different ordinary tokens."""
+    rng = np.random.default_rng(zlib.crc32(name.encode()))
+    return [BOS, *rng.permutation(VOCAB - len(SPECIAL))[: length - 1].tolist()]
+
+
+def logits(model: transformers.PreTrainedModel, ids: list[int]) -> np.ndarray:
+    """Logits [tokens, vocabulary] of the whole prompt at once, without a cache."""
+    with torch.no_grad():
+        return model(torch.tensor([ids]), use_cache=False).logits[0].numpy()
+
+
+def continuation(model: transformers.PreTrainedModel, prompt: list[int]) -> list[int]:
+    """The most likely token, again and again."""
+    ids = list(prompt)
+    for _ in range(CONTINUATION):
+        ids.append(int(logits(model, ids)[-1].argmax()))
+    return ids[len(prompt) :]
+
+
+def write_tokenizer(folder: Path) -> None:
+    """A byte-level BPE tokenizer as Llama 3's, special tokens last, and its tokenizer_config.json."""
+    folder.mkdir(exist_ok=True)
+    bpe = tokenizers.Tokenizer(models.BPE(ignore_merges=True))
+    bpe.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(tokenizers.Regex(LLAMA3_SPLIT), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    bpe.decoder = decoders.ByteLevel()
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    size = VOCAB - len(SPECIAL)
+    bpe.train_from_iterator(TEXT, trainers.BpeTrainer(vocab_size=size, initial_alphabet=alphabet, show_progress=False))
+    bpe.add_special_tokens(list(SPECIAL))
+    assert bpe.token_to_id(SPECIAL[0]) == BOS
+    bpe.save(str(folder / "tokenizer.json"))
+    config = {
+        "add_bos_token": True,
+        "bos_token": SPECIAL[0],
+        "chat_template": CHAT_TEMPLATE,
+        "eos_token": SPECIAL[-1],
+        "tokenizer_class": "PreTrainedTokenizerFast",
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+def write_renderings(folder: Path) -> None:
+    """Render every conversation with every template: {template: {conversation: text, or null if refused}}."""
+    conversations = json.loads((folder / "conversations.json").read_text())
+    rendered = {
+        path.stem: {name: render(path.read_text(), conversation) for name, conversation in conversations.items()}
+        for path in sorted(folder.glob("*.jinja"))
+    }
+    (folder / "expected.json").write_text(json.dumps(rendered, indent=1, ensure_ascii=False) + "\n")
+
+
+def render(template: str, conversation: Mapping[str, Any]) -> str | None:
+    """What transformers makes of a conversation, None if the template refuses it."""
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizers.Tokenizer(models.BPE()), bos_token="<s>", eos_token="</s>"
+    )
+    try:
+        return str(tokenizer.apply_chat_template(chat_template=template, tokenize=False, **conversation))
+    except (TemplateError, TypeError):
+        return None
+
+
+if __name__ == "__main__":
+    main()
