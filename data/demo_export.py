@@ -16,6 +16,7 @@ def export(checkpoint: Path, path: Path) -> None:
     texts = {
         "tokenizer.json": (checkpoint / "tokenizer.json").read_bytes(),
         "generation_config.json": (checkpoint / "generation_config.json").read_bytes(),
+        "tokenizer_config.json": (checkpoint / "tokenizer_config.json").read_bytes(),
         "chat_template.jinja": tokenizer_config["chat_template"].encode(),
     }
     config = json.loads((checkpoint / "config.json").read_text())

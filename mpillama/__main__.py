@@ -1,7 +1,8 @@
-"""The program: `python -m mpillama [generate|chat|bench|inspect|doctor] …`."""
+"""The program: `python -m mpillama [COMMAND] …`, a module of mpillama.tools for each command."""
 
 import sys
 from collections.abc import Sequence
+from importlib import import_module
 
 from mpillama.comm.failure import USER_ERROR_STATUS, report_user_error, stop_printing
 from mpillama.comm.launcher import launched_rank
@@ -27,25 +28,8 @@ def _run(arguments: Sequence[str]) -> int:
     if launched_rank() != 0 and {"-h", "--help", "--version"} & set(arguments):
         return 0  # rank 0 prints it
     command, options = parse(arguments)
-    if command == "inspect":
-        from mpillama.tools.inspect import inspect
-
-        return inspect(options)
-    if command == "bench":
-        from mpillama.tools.bench import bench
-
-        return bench(options)
-    if command == "doctor":
-        from mpillama.tools.doctor import doctor
-
-        return doctor(options)
-    if command == "chat":
-        from mpillama.tools.chat import chat
-
-        return chat(options)
-    from mpillama.tools.generate import generate
-
-    return generate(options)
+    status: int = getattr(import_module(f"mpillama.tools.{command}"), command)(options)
+    return status
 
 
 if __name__ == "__main__":

@@ -25,6 +25,10 @@ Run Llama-family language models over MPI: every rank loads its own slices from 
   mpirun -n 4 python -m mpillama --model M.h5 --prompt "Hello"     continue a text
   mpirun -n 4 python -m mpillama chat --model M.h5                 talk to a model
   mpirun -n 4 python -m mpillama bench --shape llama-3.1-8b        measure without a file
+  mpirun -n 4 python -m mpillama convert FOLDER M.h5 --weights q4_0   make a native file, in parallel
+  mpirun -n 4 python -m mpillama verify M.h5                       check its bytes
+  mpirun -n 4 python -m mpillama perplexity --model M --file T     how well a model predicts a text
+  python -m mpillama tokenize "Hello"                              ids and pieces of a text (needs no MPI)
   python -m mpillama inspect M.h5                                  what is in a file (needs no MPI)
   mpirun -n 4 python -m mpillama doctor                            check MPI, threads and processors
 
@@ -61,6 +65,7 @@ class RunOptions:
     tokenizer: Optional[str] = option(
         "the .t file of a distributed-llama model (default: the one beside it)", metavar="PATH"
     )
+    verify: bool = option("check what is read against the file's checksums", False)
     max_seq_len: Optional[int] = option(
         "most tokens of prompt and answer together (default: the model's own context)", metavar="TOKENS"
     )
@@ -143,6 +148,54 @@ class BenchOptions(RunOptions):
     plot: Optional[str] = option("draw roofline and time split (needs matplotlib)", metavar="FILE.png")
 
 
+@dataclass(frozen=True, kw_only=True)
+class PerplexityOptions(RunOptions):
+    """Options of `perplexity`."""
+
+    file: str = option("text file, or - for standard input (default: -)", "-", metavar="PATH")
+    context: int = option("tokens of a window (default: 512)", 512, metavar="TOKENS")
+    stride: Optional[int] = option(
+        "tokens from one window to the next (default: the window's size, as llama.cpp does)", metavar="TOKENS"
+    )
+    json: bool = option("print one JSON object", False)
+
+
+@dataclass(frozen=True)
+class ConvertOptions:
+    """Options of `convert`."""
+
+    source: str = positional("source", "Hugging Face folder, .gguf file or distributed-llama .m file")
+    target: str = positional("target", "the .h5 file to write")
+    weights: str = option(
+        "weight type of the new file (default: as-stored)", "as-stored", choices=["as-stored", *WEIGHT_TYPE_NAMES]
+    )
+    tokenizer: Optional[str] = option(
+        "the .t file of a distributed-llama model (default: the one beside it)", metavar="PATH"
+    )
+    force: bool = option("replace the target if it exists", False)
+    threads: Optional[int] = option("threads of each rank (default: its share of the cores)", metavar="COUNT")
+    json: bool = option("print one JSON object", False)
+
+
+@dataclass(frozen=True)
+class VerifyOptions:
+    """Options of `verify`."""
+
+    file: str = positional("file", "mpillama model file")
+    json: bool = option("print one JSON object", False)
+
+
+@dataclass(frozen=True)
+class TokenizeOptions:
+    """Options of `tokenize`."""
+
+    text: str = positional("text", "text, or - for standard input")
+    model: Optional[str] = option("model in any format (default: data/demo.h5)", metavar="PATH")
+    tokenizer: Optional[str] = option("the .t file of a distributed-llama model", metavar="PATH")
+    literal: bool = option("take the names of special tokens as ordinary text", False)
+    json: bool = option("print one JSON object", False)
+
+
 @dataclass(frozen=True)
 class InspectOptions:
     """Options of `inspect`."""
@@ -163,6 +216,10 @@ COMMANDS: dict[str, tuple[type, str]] = {
     "generate": (GenerateOptions, "continue a text (the default command)"),
     "chat": (ChatOptions, "talk to a model"),
     "bench": (BenchOptions, "measure speed, and how near the machine's limit it is"),
+    "convert": (ConvertOptions, "write a model of any format into a native file"),
+    "verify": (VerifyOptions, "check a native file's bytes"),
+    "perplexity": (PerplexityOptions, "measure how well a model predicts a text"),
+    "tokenize": (TokenizeOptions, "show the ids and pieces of a text"),
     "inspect": (InspectOptions, "show what is in a model file"),
     "doctor": (DoctorOptions, "check MPI, ranks, threads and instruction sets"),
 }

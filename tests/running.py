@@ -5,8 +5,8 @@ from pathlib import Path
 import numpy as np
 
 from mpillama.comm.communicator import Communicator
-from mpillama.files.native import read_table
-from mpillama.files.native_reader import NativeReader
+from mpillama.engine.model_file import ModelFile
+from mpillama.files.native import NativeModel, read_table
 from mpillama.model.cache import KVCache, Step, blocks_for, single_sequence_step
 from mpillama.model.llama import LlamaModel
 from mpillama.model.partition import partition
@@ -16,15 +16,19 @@ Chunks = list[np.ndarray]
 
 
 def load(path: str | Path, threads: int) -> LlamaModel:
+    """The whole model of a native file on one rank."""
+    return load_file(read_table(str(path)), threads)
+
+
+def load_file(file: ModelFile, threads: int) -> LlamaModel:
     """The whole model on one rank."""
-    file = read_table(str(path))
     part = partition(file.config, 1)[0]
-    reader = NativeReader(file, lambda count: None)
+    reader = file.reader(lambda count: None)
     try:
         weights = load_weights(file.config, file.specs, part, reader.read)
     finally:
         reader.close()
-    assert weights.bytes == reader.bytes_read
+    assert weights.bytes == reader.bytes_read or not isinstance(file, NativeModel)
     return LlamaModel(file.config, weights, Communicator.alone(), threads)
 
 

@@ -53,7 +53,7 @@ def load_model(options: RunOptions, world: World, target: Target, progress: Prog
 
     def read() -> LoadedModel:
         with progress(slice_bytes(file.specs, part)) as on_bytes:
-            reader = file.reader(on_bytes, target.threads)
+            reader = file.reader(on_bytes, target.threads, options.verify)
             try:
                 weights = load_weights(file.config, file.specs, part, reader.read)
             finally:

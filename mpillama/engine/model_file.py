@@ -69,7 +69,7 @@ class ModelFile(Protocol):
     def metadata_sha256(self) -> str:
         """What tells this model from others."""
 
-    def reader(self, on_bytes: Callable[[int], None], workers: int = 1) -> SliceReader:
+    def reader(self, on_bytes: Callable[[int], None], workers: int = 1, verify: bool = False) -> SliceReader:
         """Open the files for reading slices."""
 
 

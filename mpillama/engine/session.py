@@ -81,6 +81,15 @@ class Session:
         result: np.ndarray = logits[0]
         return result
 
+    def score(self, token_ids: np.ndarray, rows: int) -> np.ndarray:
+        """Append tokens and return the logits after each of the last `rows` of them, float32 [rows, vocab_size]."""
+        found = []
+        for first in range(0, len(token_ids), self.prefill_chunk):
+            chunk = token_ids[first : first + self.prefill_chunk]
+            wanted = max(0, first + len(chunk) - max(first, len(token_ids) - rows))
+            found.append(self._run(chunk, wanted))
+        return np.concatenate(found)
+
     def _run(self, ids: np.ndarray, logits: int) -> np.ndarray:
         self.plan[:HEADER] = Order.FORWARD, len(ids), self.length, logits
         self.plan[HEADER : HEADER + len(ids)] = ids

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -13,7 +14,7 @@ from mpillama.files.checkpoint import Checkpoint
 from mpillama.files.checkpoint_reader import CheckpointReader
 from mpillama.layout.weight_types import F32, Q8_0, WEIGHT_TYPES
 from mpillama.model.config import ModelConfig
-from mpillama.model.tensors import EMBEDDING, LM_HEAD, TensorSpec, WeightTypes, tensor_specs
+from mpillama.model.tensors import LM_HEAD, Split, TensorSpec, WeightTypes, tensor_specs
 
 AS_STORED = "as-stored"
 
@@ -61,8 +62,10 @@ class CheckpointModel:
             digest.update(text)
         return digest.hexdigest()
 
-    def reader(self, on_bytes: Callable[[int], None], workers: int = 1) -> CheckpointReader:
-        """Open the files for reading slices."""
+    def reader(self, on_bytes: Callable[[int], None], workers: int = 1, verify: bool = False) -> CheckpointReader:
+        """Open the files for reading slices; UserError if they are to be verified."""
+        if verify:
+            raise UserError(f"{self.path}: this format has no checksums: leave --verify out, or convert the model.")
         return CheckpointReader(self.checkpoint, on_bytes, workers)
 
     def requantised(self) -> Mapping[str, int]:
@@ -81,9 +84,11 @@ def checkpoint_model(checkpoint: Checkpoint, weights: str) -> CheckpointModel:
     _check_tensors(checkpoint, config, specs)
     if weights != AS_STORED:
         return CheckpointModel(checkpoint, WeightTypes(WEIGHT_TYPES[weights]))
-    stored = {s.name: checkpoint.tensors[s.source_names[0]].stored for s in specs if s.weight_type is F32}
+    stored = {s.name: checkpoint.tensors[s.source_names[0]].stored for s in specs if s.split is not Split.REPLICATED}
     types = {name: WEIGHT_TYPES.get(kind, Q8_0) for name, kind in stored.items()}
-    return CheckpointModel(checkpoint, WeightTypes(types[EMBEDDING], types))
+    default = WEIGHT_TYPES[Counter(t.name for t in types.values()).most_common(1)[0][0]]
+    others = {name: kind for name, kind in types.items() if kind is not default}
+    return CheckpointModel(checkpoint, WeightTypes(default, others or None))
 
 
 def _check_tensors(checkpoint: Checkpoint, config: ModelConfig, specs: list[TensorSpec]) -> None:
@@ -93,13 +98,13 @@ def _check_tensors(checkpoint: Checkpoint, config: ModelConfig, specs: list[Tens
     missing = [name for name in wanted if name not in checkpoint.tensors]
     if missing:
         raise UserError(
-            f"{checkpoint.path}: the tensor {missing[0]} is missing{_more(missing)}: the checkpoint is incomplete, or "
+            f"{checkpoint.path}: the tensor {missing[0]!r} is missing{_more(missing)}: the checkpoint is incomplete, or "
             "its configuration belongs to another model."
         )
     extra = [name for name in checkpoint.tensors if name not in wanted and name not in ignored]
     if extra:
         raise UserError(
-            f"{checkpoint.path}: the tensor {extra[0]} is not part of a {config.model_type} model{_more(extra)}: "
+            f"{checkpoint.path}: the tensor {extra[0]!r} is not part of a {config.model_type} model{_more(extra)}: "
             "mpillama would leave it out, so it does not run this checkpoint."
         )
     for name, shape in wanted.items():

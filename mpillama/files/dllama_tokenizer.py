@@ -66,7 +66,7 @@ def find_tokenizer(model_path: str) -> str:
 
 
 def read_tokenizer(path: str) -> DllamaTokenizer:
-    """Read a tokenizer file; UserError if it is older, damaged or something else."""
+    """Read a tokenizer file, of the old form too; UserError if it is damaged or something else."""
     with Cursor(path) as cursor:
         values = _pairs(cursor)
         template = cursor.take(values.get("chat_template", 0), "chat template")
@@ -86,7 +86,8 @@ def read_tokenizer(path: str) -> DllamaTokenizer:
 
 def _pairs(cursor: Cursor) -> Mapping[str, int]:
     """The header's numbers by name."""
-    _check_magic(cursor)
+    if _has_old_magic(cursor):
+        return _old_header(cursor)
     length = cursor.number("i", "header size")
     count = (length - 8) // 8
     if length % 8 or not 0 <= count <= MOST_PAIRS:
@@ -101,15 +102,24 @@ def _pairs(cursor: Cursor) -> Mapping[str, int]:
     return values
 
 
-def _check_magic(cursor: Cursor) -> None:
+def _old_header(cursor: Cursor) -> Mapping[str, int]:
+    """Five fixed numbers, and no chat template; an id of -1 means none."""
+    names = ("vocab_size", "max_token_length", "bos_id", "eos_id", "pad_id")
+    values = {name: cursor.number("i", name) for name in names}
+    return {name: value for name, value in values.items() if value != -1}
+
+
+def _has_old_magic(cursor: Cursor) -> bool:
+    """Whether the file is of the old form; UserError if it is no tokenizer file."""
     found = cursor.take(min(4, cursor.size), "magic")
-    if int.from_bytes(found, "little") == OLD_MAGIC:
-        raise UserError(f"{cursor.path}: an old tokenizer file without a chat template: download or convert it again.")
+    if int.from_bytes(found, "little") == OLD_MAGIC and len(found) == 4:
+        return True
     if int.from_bytes(found, "little") != MAGIC or len(found) < 4:
         raise UserError(
             f"{cursor.path}: not a distributed-llama tokenizer: it begins with {found.hex(' ') or '(nothing)'}, "
             f"expected {MAGIC.to_bytes(4, 'little').hex(' ')}."
         )
+    return False
 
 
 def _tokens(cursor: Cursor, count: int) -> tuple[list[bytes], list[float]]:

@@ -9,7 +9,7 @@ from typing import Any
 from mpillama.errors import UserError
 from mpillama.files.checkpoint import Checkpoint, StoredTensor
 from mpillama.files.foreign import by_name, check_extents, damaged, read_json, read_text, regular_size, split_experts
-from mpillama.files.safetensors_table import read_safetensors_table
+from mpillama.files.safetensors_table import IGNORED, read_safetensors_table
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -91,7 +91,7 @@ def _check_index(folder: Path, placed: Mapping[str, str], names: list[str], tabl
     """Refuse an index that names a tensor which its file does not hold."""
     held = {name: {tensor.name for tensor in table} for name, table in zip(names, tables, strict=True)}
     for tensor, file in placed.items():
-        if tensor not in held[file] and not tensor.endswith("rotary_emb.inv_freq"):
+        if tensor not in held[file] and not tensor.endswith(IGNORED):
             raise damaged(folder / file, f"it has no tensor {tensor!r}, which {INDEX} places there")
 
 

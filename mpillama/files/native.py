@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import h5py
 import numpy as np
+import xxhash
 
 from mpillama.errors import UserError
 from mpillama.layout.weight_types import WEIGHT_TYPES, WeightType
@@ -76,11 +77,11 @@ class NativeModel:
     texts: Mapping[str, bytes] = field(repr=False)
     metadata_sha256: str = ""
 
-    def reader(self, on_bytes: Callable[[int], None], workers: int = 1) -> "NativeReader":
+    def reader(self, on_bytes: Callable[[int], None], workers: int = 1, verify: bool = False) -> "NativeReader":
         """Open the file for reading slices; one worker is enough, since nothing is computed."""
         from mpillama.files.native_reader import NativeReader
 
-        return NativeReader(self, on_bytes)
+        return NativeReader(self, on_bytes, verify=verify)
 
     @property
     def config(self) -> ModelConfig:
@@ -238,6 +239,12 @@ def metadata_digest(
     for entry in entries.values():
         digest.update(np.ascontiguousarray(entry.checksums, "<u8").tobytes())
     return digest.hexdigest()
+
+
+def unit_checksums(values: np.ndarray, units: int) -> np.ndarray:
+    """XXH3-64 of each of `units` equal parts of a contiguous array."""
+    parts = values.reshape(units, -1).view(np.uint8)
+    return np.array([xxhash.xxh3_64_intdigest(p.data) for p in parts], np.uint64)
 
 
 # -- opening for slices ---------------------------------------------------------------------------------------------

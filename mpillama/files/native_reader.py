@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from mpillama.errors import UserError
-from mpillama.files.native import NativeModel, open_for_reading
+from mpillama.files.native import NativeModel, TableEntry, open_for_reading, unit_checksums
 from mpillama.files.reading import MAX_READ, read_exactly
 from mpillama.model.tensors import TensorSpec
 
@@ -14,10 +14,13 @@ from mpillama.model.tensors import TensorSpec
 class NativeReader:
     """Reads extents of an open model file; counts the bytes; needs no HDF5."""
 
-    def __init__(self, model: NativeModel, on_bytes: Callable[[int], None], limit: int = MAX_READ):
+    def __init__(
+        self, model: NativeModel, on_bytes: Callable[[int], None], limit: int = MAX_READ, verify: bool = False
+    ):
         self.model = model
         self.on_bytes = on_bytes
         self.limit = limit
+        self.verify = verify
         self.bytes_read = 0
         self.fd = _open(model)
 
@@ -28,9 +31,24 @@ class NativeReader:
             assert entry.extent(units)[1] * entry.parts == array.nbytes
             for part in range(entry.parts):
                 offset, count = entry.extent(units, part)
-                self._fill(flat[part * count : (part + 1) * count], offset, array_spec.name)
+                self.fill(flat[part * count : (part + 1) * count], offset, array_spec.name)
+            if self.verify:
+                self._check(entry, units, array)
 
-    def _fill(self, buffer: memoryview, offset: int, name: str) -> None:
+    def _check(self, entry: TableEntry, units: range, array: np.ndarray) -> None:
+        """UserError if the units just read are not what was written."""
+        for part, values in enumerate(array.reshape(entry.parts, -1) if len(units) else ()):
+            place = part * (len(entry.checksums) // entry.parts) + units.start
+            wanted = entry.checksums[place : place + len(units)]
+            for i in np.flatnonzero(unit_checksums(values, len(units)) != wanted):
+                offset, count = entry.extent(range(units.start + int(i), units.start + int(i) + 1), part)
+                raise UserError(
+                    f"{self.model.path}: tensor {entry.spec.name} is damaged at bytes {offset} to "
+                    f"{offset + count - 1}: copy or convert the file again."
+                )
+
+    def fill(self, buffer: memoryview, offset: int, name: str) -> None:
+        """Fill a buffer from a place in the file; UserError if it cannot be read."""
         try:
             read_exactly(self.fd, buffer, offset, self.limit)
             os.posix_fadvise(self.fd, offset, len(buffer), os.POSIX_FADV_DONTNEED)

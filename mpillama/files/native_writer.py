@@ -8,7 +8,6 @@ from typing import Any
 
 import h5py
 import numpy as np
-import xxhash
 
 from mpillama.errors import UserError
 from mpillama.files.native import (
@@ -17,6 +16,7 @@ from mpillama.files.native import (
     FORMAT_VERSION,
     TableEntry,
     metadata_digest,
+    unit_checksums,
 )
 from mpillama.files.reading import write_exactly
 from mpillama.layout import lanes
@@ -52,13 +52,13 @@ def create_file(
     path: str, config_json: Mapping[str, Any], types: WeightTypes, specs: list[TensorSpec], texts: Mapping[str, bytes]
 ) -> dict[str, TableEntry]:
     """Lay the file out: every dataset has its place, none is filled. Returns the table, checksums still 0."""
-    alignment = {"alignment_threshold": ALIGNMENT, "alignment_interval": ALIGNMENT}
     entries = {}
-    with h5py.File(path, "w", libver=("v110", "v110"), **alignment) as file:
+    with _new_file(path) as file:
         file.attrs["format"], file.attrs["format_version"] = np.bytes_(FORMAT), FORMAT_VERSION
         file.attrs["config"] = np.bytes_(json.dumps(config_json))
         file.attrs["weight_types"] = np.bytes_(json.dumps(types_json(types)))
-        for name, text in texts.items():
+        h5py.h5g.create(file.id, b"text", gcpl=_timeless(h5py.h5p.GROUP_CREATE))
+        for name, text in sorted(texts.items()):
             file[f"text/{name}"] = np.frombuffer(text, np.uint8)
         total = 0
         for spec in specs:
@@ -68,6 +68,21 @@ def create_file(
                 total += spec.checksums
         file["checksums"] = np.zeros(total, np.uint64)
     return entries
+
+
+def _new_file(path: str) -> h5py.File:
+    """An empty HDF5 file with aligned datasets and checksummed headers; the same contents give the same bytes."""
+    access = h5py.h5p.create(h5py.h5p.FILE_ACCESS)
+    access.set_libver_bounds(h5py.h5f.LIBVER_V110, h5py.h5f.LIBVER_V110)
+    access.set_alignment(ALIGNMENT, ALIGNMENT)
+    return h5py.File(h5py.h5f.create(path.encode(), h5py.h5f.ACC_TRUNC, _timeless(h5py.h5p.FILE_CREATE), access))
+
+
+def _timeless(kind: h5py.h5p.PropClassID) -> h5py.h5p.PropOCID:
+    """Properties of an object that does not remember when it was made."""
+    properties = h5py.h5p.create(kind)
+    properties.set_obj_track_times(False)
+    return properties
 
 
 def _allocate(file: h5py.File, array: ArraySpec) -> int:
@@ -113,12 +128,6 @@ def pack_tensor(spec: TensorSpec, source: np.ndarray) -> lanes.Arrays:
     if spec.vector:
         return (padded,)
     return lanes.pack(padded, spec.weight_type, spec.panel)
-
-
-def unit_checksums(values: np.ndarray, units: int) -> np.ndarray:
-    """XXH3-64 of each of `units` equal parts of a contiguous array."""
-    parts = values.reshape(units, -1).view(np.uint8)
-    return np.array([xxhash.xxh3_64_intdigest(p.data) for p in parts], np.uint64)
 
 
 def types_json(types: WeightTypes) -> dict[str, Any]:

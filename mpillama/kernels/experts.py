@@ -6,7 +6,7 @@ it does not depend on the order of experts, threads or ranks.
 
 import numpy as np
 from numba import njit, prange, types
-from numba.extending import intrinsic
+from numba.extending import intrinsic, overload
 
 from mpillama.kernels.activations import block_place, places_of
 from mpillama.kernels.emit import V16F32, Emit
@@ -94,10 +94,17 @@ def mixture(
             )  # fmt: skip
 
 
-@njit(nogil=True, cache=True)
 def _of(scales, expert):
     """An expert's scales, None if there are none."""
     return None if scales is None else scales[expert]
+
+
+@overload(_of)
+def _compiled_of(scales, expert):
+    # Chosen by type: an ordinary kernel would return an optional array, whose memory Numba 0.68 gives back too early.
+    if isinstance(scales, types.NoneType):
+        return lambda scales, expert: None
+    return lambda scales, expert: scales[expert]
 
 
 @njit(nogil=True, cache=True)

@@ -37,6 +37,11 @@ class Tokenizer:
             raise UserError(f"tokenizer.json has no token {bos_token_id} (bos_token_id); use the one of this model.")
         self._add_bos = self._adds_bos() if add_bos is None else add_bos
 
+    @property
+    def adds_bos(self) -> bool:
+        """Whether the model's texts begin with BOS."""
+        return self._add_bos and self.bos_token_id is not None
+
     def _adds_bos(self) -> bool:
         """Whether the file's own post-processor begins with BOS; a file without one is taken to want it."""
         if self._parsing.post_processor is None:

@@ -234,6 +234,16 @@ def test_a_tokenizer(model):
     }
 
 
+def test_a_tokenizer_of_the_old_form(model):
+    head = struct.pack("<IIIiii", 0x567123, VOCAB, 20, 6, 7, -1)
+    tokens = b"".join(struct.pack("<fI", -i, len(token)) + token for i, token in enumerate(TOKENS))
+    model.with_suffix(".t").write_bytes(head + tokens)
+    found = vocabulary(read(model))
+    assert [token.encode("latin-1") for token in found["tokens"]] == TOKENS
+    assert (found["bos"], found["eos"], found["add_bos"]) == (6, [7], True)
+    assert "chat_template.jinja" not in read(model).texts
+
+
 def test_obsolete_keys(model):
     pairs = {
         **PAIRS,

@@ -2,6 +2,7 @@
 
 import json
 import os
+import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -378,7 +379,7 @@ def test_the_length_of_a_header_is_not_believed(plain, length):
 
 
 def test_without_safetensors_the_sentence_says_what_to_install(plain, monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "safetensors", None)
+    monkeypatch.setitem(sys.modules, "safetensors", None)
     with pytest.raises(UserError, match=r"pip install 'mpillama\[convert\]'"):
         safetensors_table.read_safetensors_table(str(plain / WEIGHTS), 0)
 

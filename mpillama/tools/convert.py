@@ -1,0 +1,68 @@
+"""`convert`: write a model of any format into a native file, all ranks together."""
+
+import json
+import sys
+from pathlib import Path
+
+from mpillama.comm.start import start_mpi
+from mpillama.options import ConvertOptions
+from mpillama.tools.display import in_units, load_progress
+
+
+def convert(options: ConvertOptions) -> int:
+    """Run the command; returns the exit status."""
+    with start_mpi(options.threads) as world:
+        from mpillama.engine.conversion import convert_model, refuse_target, target_bytes
+        from mpillama.engine.model_file import make_tokenizer, open_model
+
+        comm = world.comm
+        comm.on_root(lambda: refuse_target(options.target, options.force))
+        model = comm.on_root(lambda: open_model(options.source, options.weights, options.tokenizer))
+        comm.on_root_only(lambda: make_tokenizer(model))  # a model without a usable tokenizer is refused now
+        if comm.is_root:
+            _warn(model.requantised() if hasattr(model, "requantised") else {})
+            _advise(options.target)
+        size = target_bytes(model)
+        progress = load_progress(comm.is_root, options.json, "writing rank 0's part")
+        with progress(size // comm.size) as on_bytes:
+            seconds = convert_model(model, options.target, options.force, comm, on_bytes, world.threads)
+        if comm.is_root:
+            _report(options, size, seconds, comm.size)
+    return 0
+
+
+def _warn(requantised: dict[str, int]) -> None:
+    """Say which weights become larger and lose a little."""
+    for stored, count in requantised.items():
+        sys.stderr.write(
+            f"mpillama: warning: {count:,} weights stored as {stored} have no kernel and become q8_0: "
+            f"{in_units(count * 34 / 32)} in memory.\n"
+        )
+
+
+def _advise(target: str) -> None:
+    folder = Path(target).absolute().parent
+    if file_system(folder) == "lustre":
+        sys.stderr.write(
+            f"mpillama: {folder} is on Lustre: `lfs setstripe -c -1 -S 16M {folder}` before converting spreads the "
+            "file over all servers, so that many ranks read it faster.\n"
+        )
+
+
+def file_system(folder: Path) -> str:
+    """The type of the file system that a folder lies on, "" if it cannot be told."""
+    import psutil
+
+    mounts = [p for p in psutil.disk_partitions(all=True) if folder.is_relative_to(p.mountpoint)]
+    return max(mounts, key=lambda p: len(p.mountpoint)).fstype if mounts else ""
+
+
+def _report(options: ConvertOptions, size: int, seconds: float, ranks: int) -> None:
+    facts = {"target": options.target, "bytes": size, "seconds": seconds, "bytes_per_second": size / seconds}
+    if options.json:
+        sys.stdout.write(json.dumps({**facts, "ranks": ranks}) + "\n")
+    else:
+        sys.stdout.write(
+            f"{options.target}: {in_units(size)} in {seconds:.1f} s ({in_units(size / seconds)}/s), {ranks} rank"
+            f"{'' if ranks == 1 else 's'}\n"
+        )

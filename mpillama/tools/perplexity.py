@@ -1,0 +1,62 @@
+"""`perplexity`: how well a model predicts a text."""
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mpillama.errors import UserError
+from mpillama.options import PerplexityOptions
+from mpillama.tools.display import steps_progress
+from mpillama.tools.running import Run, run_on_all_ranks
+
+if TYPE_CHECKING:
+    from mpillama.engine.perplexity import Score
+
+
+def perplexity(options: PerplexityOptions) -> int:
+    """Run the command; returns the exit status."""
+    return run_on_all_ranks(options, options.json, lambda run: _perplexity(run, options))
+
+
+def _perplexity(run: Run, options: PerplexityOptions) -> int:
+    from mpillama.engine.perplexity import text_perplexity, windows  # imports kernels: only once MPI has started
+
+    ids = run.tokenizer.encode(read_text(options.file), add_bos=False, parse_special=False)
+    context = min(options.context, run.session.max_seq_len)
+    stride = options.stride or context
+    count = sum(1 for _ in windows(len(ids), context, stride))
+    bos = run.tokenizer.bos_token_id if run.tokenizer.adds_bos else None
+    with steps_progress("windows", count, options.json) as on_window:
+        score = text_perplexity(run.session, ids, bos, context, stride, on_window)
+    _report(options, score, context, stride, count)
+    return 0
+
+
+def read_text(path: str) -> str:
+    """A whole file, or standard input for -; UserError if it cannot be read or is no text."""
+    try:
+        return (sys.stdin.buffer.read() if path == "-" else Path(path).read_bytes()).decode()
+    except OSError as error:
+        raise UserError(f"--file {path}: {(error.strerror or str(error)).lower()}: give a text file.") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"--file {path}: is not UTF-8 text ({error}).") from error
+
+
+def _report(options: PerplexityOptions, score: "Score", context: int, stride: int, count: int) -> None:
+    facts = {
+        "perplexity": score.perplexity,
+        "standard_error": score.standard_error,
+        "nll": score.mean,
+        "tokens": score.tokens,
+        "windows": count,
+        "context": context,
+        "stride": stride,
+    }
+    if options.json:
+        sys.stdout.write(json.dumps(facts) + "\n")
+    else:
+        sys.stdout.write(
+            f"perplexity {score.perplexity:.4f} +/- {score.standard_error:.4f} "
+            f"({score.mean:.5f} nats per token, {score.tokens} tokens of {count} windows of {context})\n"
+        )

@@ -1,0 +1,30 @@
+"""`tokenize`: the ids and pieces of a text; needs no MPI."""
+
+import json
+import sys
+
+from mpillama.engine.model_file import make_tokenizer, open_model
+from mpillama.errors import UserError
+from mpillama.options import TokenizeOptions
+
+
+def tokenize(options: TokenizeOptions) -> int:
+    """Run the command; returns the exit status."""
+    from mpillama.engine.loading import model_path
+
+    tokenizer = make_tokenizer(open_model(model_path(options.model), tokenizer=options.tokenizer))
+    text = _read_input() if options.text == "-" else options.text
+    ids = tokenizer.encode(text, parse_special=not options.literal)
+    rows = [{"id": i, "piece": tokenizer.token_text(i)} for i in ids]
+    if options.json:
+        sys.stdout.write(json.dumps(rows, ensure_ascii=False) + "\n")
+    else:
+        sys.stdout.writelines(f"{row['id']:>8}  {row['piece']!r}\n" for row in rows)
+    return 0
+
+
+def _read_input() -> str:
+    try:
+        return sys.stdin.buffer.read().decode()
+    except UnicodeDecodeError as error:
+        raise UserError(f"standard input is not UTF-8 text ({error}): correct that byte.") from error

@@ -1,0 +1,206 @@
+"""The tiny checkpoints of tests/golden, and the same weights written in the other formats."""
+
+import json
+import struct
+from collections.abc import Callable, Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+
+from mpillama.engine.model_file import open_model
+from mpillama.files.checkpoint import Checkpoint, StoredTensor
+from mpillama.files.hugging_face import read_hugging_face
+from mpillama.files.row_bytes import decode_rows, row_bytes
+
+FOLDER = Path(__file__).parent / "golden"
+FAMILIES = (
+    "llama", "llama3", "llama_bias", "llama_linear", "llama_yarn", "mistral", "qwen2", "qwen3", "mixtral", "qwen3_moe",
+)  # fmt: skip
+Tensors = Mapping[str, np.ndarray]
+
+
+@cache
+def golden(family: str) -> tuple[np.ndarray, np.ndarray]:
+    """Token ids [tokens] and the logits [tokens, vocab_size] that transformers computed in float32."""
+    with np.load(FOLDER / family / "golden.npz") as found:
+        return found["ids"], found["logits"]
+
+
+def tensors(checkpoint: Checkpoint) -> dict[str, np.ndarray]:
+    """Every tensor of a small checkpoint, float32 in Hugging Face's shape."""
+    raw = [Path(path).read_bytes() for path in checkpoint.files]
+    return {name: _values(tensor, raw[tensor.file]) for name, tensor in checkpoint.tensors.items()}
+
+
+def _values(tensor: StoredTensor, raw: bytes) -> np.ndarray:
+    size = row_bytes(tensor.stored, tensor.shape[-1])
+    rows = int(np.prod(tensor.shape[:-1]))
+    data = np.frombuffer(raw, np.uint8, rows * size, tensor.offset).reshape(rows, size)
+    return decode_rows(tensor.stored, data).reshape(tensor.shape)
+
+
+def family_tensors(family: str) -> dict[str, np.ndarray]:
+    """A golden model's tensors."""
+    return tensors(read_hugging_face(str(FOLDER / family)))
+
+
+def interleaved(rows: np.ndarray, head_dim: int) -> np.ndarray:
+    """Rows of heads in halves, put as rotary pairs: what the other formats store for Llama."""
+    rest = rows.shape[1:]
+    return rows.reshape(-1, 2, head_dim // 2, *rest).swapaxes(1, 2).reshape(-1, *rest)
+
+
+# -- GGUF -----------------------------------------------------------------------------------------------------------
+
+ARCHITECTURES = {"llama": "llama", "mistral": "llama", "mixtral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
+ARCHITECTURES["qwen3_moe"] = "qwen3moe"
+GGUF_NAMES = {
+    "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output", "self_attn.q_norm": "attn_q_norm", "self_attn.k_norm": "attn_k_norm",
+    "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm", "mlp.gate": "ffn_gate_inp",
+    "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down",
+}  # fmt: skip
+EXPERT_NAMES = {"gate_proj": "ffn_gate_exps", "up_proj": "ffn_up_exps", "down_proj": "ffn_down_exps"}
+
+
+def write_gguf(path: Path, family: str, quantise: Callable[[np.ndarray], tuple[np.ndarray, Any]]) -> None:
+    """Write a golden model as llama.cpp's converter does; `quantise` gives a matrix's data and GGML type."""
+    config = open_model(str(FOLDER / family)).config
+    architecture = ARCHITECTURES[config.model_type]
+    writer = gguf.GGUFWriter(path, architecture)
+    _write_metadata(writer, family, config)
+    for name, tensor in _gguf_tensors(family, architecture, config).items():
+        if tensor.ndim == 1 or "ffn_gate_inp" in name:
+            writer.add_tensor(name, tensor)
+        else:
+            data, kind = quantise(tensor)
+            writer.add_tensor(name, data, raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def _write_metadata(writer: gguf.GGUFWriter, family: str, config: Any) -> None:
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_key_length(config.head_dim)
+    writer.add_value_length(config.head_dim)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_freq_base(config.rope_theta)
+    if config.num_experts:
+        writer.add_expert_count(config.num_experts)
+        writer.add_expert_used_count(config.num_experts_per_tok)
+        writer.add_expert_feed_forward_length(config.intermediate_size)
+    _write_vocabulary(writer, family)
+
+
+def _write_vocabulary(writer: gguf.GGUFWriter, family: str) -> None:
+    tokenizer = json.loads((FOLDER / family / "tokenizer.json").read_text())
+    settings = json.loads((FOLDER / family / "config.json").read_text())
+    added = {token["id"]: token["content"] for token in tokenizer["added_tokens"]}
+    ids = {**{i: t for t, i in tokenizer["model"]["vocab"].items()}, **added}
+    normal, control = gguf.TokenType.NORMAL, gguf.TokenType.CONTROL
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("llama-bpe")
+    writer.add_token_list([ids[i] for i in range(len(ids))])
+    writer.add_token_types([control if i in added else normal for i in range(len(ids))])
+    merges = tokenizer["model"]["merges"]
+    writer.add_token_merges([m if isinstance(m, str) else " ".join(m) for m in merges])
+    writer.add_bos_token_id(settings["bos_token_id"])
+    writer.add_eos_token_id(settings["eos_token_id"][0])
+
+
+def _gguf_tensors(family: str, architecture: str, config: Any) -> Tensors:
+    found: dict[str, np.ndarray] = {}
+    experts: dict[str, list[np.ndarray]] = {}
+    for name, tensor in family_tensors(family).items():
+        *_, layer, module, kind = ["", "", *_parts(name)]
+        if ".experts." in name:
+            experts.setdefault(f"blk.{layer}.{EXPERT_NAMES[module.split('.')[-1]]}.weight", []).append(tensor)
+        elif layer:
+            straight = architecture != "llama" or module not in ("self_attn.q_proj", "self_attn.k_proj")
+            found[f"blk.{layer}.{GGUF_NAMES[module]}.{kind}"] = (
+                tensor if straight else interleaved(tensor, config.head_dim)
+            )
+        else:
+            found[
+                {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}[module]
+                + ".weight"
+            ] = tensor
+    if config.rope_scaling is not None:
+        plain = config.rope_theta ** -(np.arange(0, config.head_dim, 2) / config.head_dim)
+        found["rope_freqs.weight"] = (plain / np.array(config.inverse_frequencies())).astype(np.float32)
+    return {**found, **{name: np.stack(parts) for name, parts in experts.items()}}
+
+
+def _parts(name: str) -> tuple[str, str, str]:
+    """Layer, module and kind of a tensor's name; layer "" outside the layers."""
+    module, _, kind = name.rpartition(".")
+    if not module.startswith("model.layers."):
+        return "", module, kind
+    _, _, layer, rest = module.split(".", 3)
+    return layer, rest, kind
+
+
+def as_float32(tensor: np.ndarray) -> tuple[np.ndarray, Any]:
+    """A matrix as it is."""
+    return tensor, gguf.GGMLQuantizationType.F32
+
+
+def as_type(kind: gguf.GGMLQuantizationType) -> Callable[[np.ndarray], tuple[np.ndarray, Any]]:
+    """What turns a matrix into a GGML type."""
+    return lambda tensor: (gguf.quants.quantize(tensor, kind), kind)
+
+
+# -- distributed-llama ----------------------------------------------------------------------------------------------
+
+
+def write_dllama(path: Path, family: str) -> None:
+    """Write a golden model as distributed-llama's converter does, in float32, with its tokenizer beside it."""
+    config = open_model(str(FOLDER / family)).config
+    architecture = {"llama": 0xABCD00, "qwen3": 0xABCD01, "qwen3_moe": 0xABCD02}[config.model_type]
+    pairs = {
+        0: 0, 1: architecture, 2: config.hidden_size, 3: config.intermediate_size, 4: config.num_hidden_layers,
+        5: config.num_attention_heads, 6: config.num_key_value_heads, 7: config.num_experts,
+        8: config.num_experts_per_tok, 9: config.vocab_size, 10: config.max_position_embeddings, 11: 1,
+        12: int(config.rope_theta), 13: 0, 19: config.head_dim, 20: 5, 21: config.intermediate_size,
+    }  # fmt: skip
+    assert config.rms_norm_eps == 1e-5
+    numbers = [n for pair in pairs.items() for n in pair]
+    head = struct.pack(f"<Ii{len(numbers)}i", 0x0A00ABCD, 8 + 4 * len(numbers), *numbers)
+    body = b"".join(t.astype("<f4").tobytes() for t in _dllama_tensors(family, config))
+    path.write_bytes(head + body)
+    _write_dllama_tokenizer(path.with_suffix(".t"), family)
+
+
+def _dllama_tensors(family: str, config: Any) -> list[np.ndarray]:
+    all_tensors, found = family_tensors(family), []
+    found.append(all_tensors["model.embed_tokens.weight"])
+    for layer in range(config.num_hidden_layers):
+        part = {n.removeprefix(f"model.layers.{layer}."): t for n, t in all_tensors.items() if f"layers.{layer}." in n}
+        for letter in "qk":
+            rows = part[f"self_attn.{letter}_proj.weight"]
+            found.append(interleaved(rows, config.head_dim) if config.model_type == "llama" else rows)
+        found += [part["self_attn.v_proj.weight"], part["self_attn.o_proj.weight"]]
+        prefixes = [f"mlp.experts.{e}." for e in range(config.num_experts)] or ["mlp."]
+        found += [part["mlp.gate.weight"]] if config.num_experts else []
+        found += [part[f"{prefix}{name}_proj.weight"] for prefix in prefixes for name in ("gate", "down", "up")]
+        found += [part[f"self_attn.{letter}_norm.weight"] for letter in "qk"] if config.qk_norm else []
+        found += [part["input_layernorm.weight"], part["post_attention_layernorm.weight"]]
+    head = all_tensors.get("lm_head.weight", all_tensors["model.embed_tokens.weight"])
+    return [*found, all_tensors["model.norm.weight"], head]
+
+
+def _write_dllama_tokenizer(path: Path, family: str) -> None:
+    count = open_model(str(FOLDER / family)).config.vocab_size
+    tokens = [bytes([i]) for i in range(256)] + [f"<|special {i}|>".encode() for i in range(256, count)]
+    body = b"".join(struct.pack("<fI", -i, len(token)) + token for i, token in enumerate(tokens))
+    path.write_bytes(struct.pack("<IIIiii", 0x567123, count, 20, 256, 257, -1) + body)

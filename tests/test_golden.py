@@ -1,0 +1,120 @@
+"""Every family against the logits of transformers, read from a folder, a GGUF, a .m file and a native file."""
+
+import gguf
+import numpy as np
+import pytest
+
+from mpillama.engine.model_file import ModelFile, open_model
+from mpillama.model.partition import partition
+from tests import golden_models as g
+from tests.conftest import THREADS
+
+F32_TOLERANCE = 1e-5  # of the largest logit; measured: 1e-6
+BOUNDS = {"f16": 2e-3, "bf16": 2e-2, "q8_0": 0.1, "q4_0": 0.8}
+"""As above, for weights rounded to a type; measured with this data: about half."""
+IN_GGUF = tuple(f for f in g.FAMILIES if f not in ("llama_yarn", "llama_linear", "mistral", "llama_bias"))
+IN_DLLAMA = ("llama", "qwen3", "qwen3_moe")
+
+
+@pytest.fixture(scope="module")
+def running(target):
+    from tests import running
+
+    return running
+
+
+def logits(running, model: ModelFile, family: str) -> np.ndarray:
+    return running.all_logits(running.load_file(model, THREADS), [g.golden(family)[0]])
+
+
+def error(found: np.ndarray, family: str) -> float:
+    expected = g.golden(family)[1]
+    return float(np.abs(found - expected).max() / np.abs(expected).max())
+
+
+@pytest.mark.parametrize("family", g.FAMILIES)
+def test_a_folder_gives_the_logits_of_transformers(running, family):
+    model = open_model(str(g.FOLDER / family), "f32")
+    assert error(logits(running, model, family), family) < F32_TOLERANCE
+
+
+@pytest.mark.parametrize("weights", list(BOUNDS))
+@pytest.mark.parametrize("family", ["llama", "qwen2", "mixtral"])
+def test_weights_in_other_types_stay_near(running, family, weights):
+    assert error(logits(running, open_model(str(g.FOLDER / family), weights), family), family) < BOUNDS[weights]
+
+
+@pytest.mark.parametrize("family", g.FAMILIES)
+def test_tokens_one_by_one_give_the_same_bits(running, family):
+    model, ids = running.load_file(open_model(str(g.FOLDER / family)), THREADS), g.golden(family)[0]
+    assert np.array_equal(running.all_logits(model, [ids]), running.all_logits(model, running.cut(ids, 1)))
+
+
+@pytest.mark.parametrize("family", IN_GGUF)
+def test_a_gguf_gives_the_same_bits_as_the_folder(running, family, tmp_path):
+    g.write_gguf(tmp_path / "model.gguf", family, g.as_float32)
+    found = logits(running, open_model(str(tmp_path / "model.gguf")), family)
+    if family == "llama3":  # the frequencies come as float32 divisors
+        assert error(found, family) < F32_TOLERANCE
+    else:
+        assert np.array_equal(found, logits(running, open_model(str(g.FOLDER / family), "f32"), family))
+
+
+@pytest.mark.parametrize("kind", ["Q8_0", "Q4_0", "F16", "BF16"])
+def test_a_quantised_gguf_gives_the_same_bits_as_our_own_rounding(running, kind, tmp_path):
+    """Blocks that are taken over as they are, and the same blocks made from the folder's float weights."""
+    g.write_gguf(tmp_path / "model.gguf", "llama", g.as_type(gguf.GGMLQuantizationType[kind]))
+    model = open_model(str(tmp_path / "model.gguf"))
+    assert model.weight_types.default.name == kind.lower()
+    ours = logits(running, open_model(str(g.FOLDER / "llama"), kind.lower()), "llama")
+    found = logits(running, model, "llama")
+    if "Q" in kind:  # o_proj and down_proj have blocks over the borders of heads of 16 and panels: made anew
+        assert np.abs(found - ours).max() / np.abs(ours).max() < BOUNDS[kind.lower()]
+    else:
+        assert np.array_equal(found, ours)
+
+
+@pytest.mark.parametrize("kind", ["Q4_1", "Q5_0", "Q5_1"])
+def test_a_gguf_in_a_type_without_kernels_becomes_q8_0(running, kind, tmp_path):
+    g.write_gguf(tmp_path / "model.gguf", "llama", g.as_type(gguf.GGMLQuantizationType[kind]))
+    model = open_model(str(tmp_path / "model.gguf"))
+    assert model.weight_types.default.name == "q8_0"
+    assert set(model.requantised()) == {kind.lower()}
+    assert error(logits(running, model, "llama"), "llama") < 0.6
+
+
+@pytest.mark.parametrize("family", IN_DLLAMA)
+def test_a_dllama_file_gives_the_same_bits_as_the_folder(running, family, tmp_path):
+    g.write_dllama(tmp_path / "model.m", family)
+    found = logits(running, open_model(str(tmp_path / "model.m")), family)
+    assert np.array_equal(found, logits(running, open_model(str(g.FOLDER / family), "f32"), family))
+
+
+@pytest.mark.parametrize("size", [2, 3, 5])
+@pytest.mark.parametrize("family", ["llama_bias", "qwen3_moe"])
+def test_slices_are_parts_of_the_whole(family, size):
+    """What the ranks hold, put side by side, is what one rank holds; and a rank reads no more than its slices."""
+    from mpillama.model.weights import slice_shapes
+
+    model = open_model(str(g.FOLDER / family), "bf16")
+    for spec in model.specs:
+        whole = read(model, spec, range(spec.units), slice_shapes(spec, partition(model.config, 1)[0]))
+        for part in partition(model.config, size):
+            units = spec.units_of(part)
+            for array, all_units, stored in zip(
+                read(model, spec, units, slice_shapes(spec, part)), whole, spec.arrays(), strict=True
+            ):
+                inside = slice(units.start * stored.entries, units.stop * stored.entries)
+                wanted = all_units[:, inside] if stored.experts else all_units[inside]
+                assert np.array_equal(array, wanted)
+
+
+def read(model, spec, units, shapes) -> list[np.ndarray]:
+    arrays = [np.empty(shape, dtype) for dtype, shape in shapes]
+    reader = model.reader(lambda count: None, 2)
+    try:
+        reader.read(spec, units, arrays)
+    finally:
+        reader.close()
+    assert reader.bytes_read <= 2 * sum(a.size for a in arrays) or spec.vector
+    return arrays
