@@ -43,8 +43,11 @@ def _same_count(counts, hidden, first, rows):
 
 
 @njit(nogil=True, cache=True)
-def _attend_block(cache, block, kv_head, queries, counts, hidden, rows, scores, scaled, maxima, sums, out):
-    """Let `rows` query rows see one cache block; row r sees its first counts[r] positions but the first hidden[r]."""
+def _attend_block(cache, block, following, kv_head, queries, counts, hidden, rows, scores, scaled, maxima, sums, out):
+    """Let `rows` query rows see one cache block; row r sees its first counts[r] positions but the first hidden[r].
+
+    `following` is the cache block that comes next; the first rows that pass ask for it.
+    """
     keys, key_scales, values, value_scales = cache
     q, q_values, q_scales, q_starts = queries
     head_dim = q.shape[1]
@@ -52,6 +55,7 @@ def _attend_block(cache, block, kv_head, queries, counts, hidden, rows, scores, 
     k_at, ks_at = keys[block, kv_head].ctypes.data, key_scales[block, kv_head].ctypes.data
     v_at, vs_at = values[block, kv_head].ctypes.data, value_scales[block, kv_head].ctypes.data
     scaled_at, r = scaled.ctypes.data, 0
+    nk_at, nv_at = keys[following, kv_head].ctypes.data, values[following, kv_head].ctypes.data
     while r < rows:
         width, count = _same_count(counts, hidden, r, rows), counts[r]
         q_at, p_at, out_at = q[r].ctypes.data, scores[r].ctypes.data, out[r].ctypes.data
@@ -59,22 +63,23 @@ def _attend_block(cache, block, kv_head, queries, counts, hidden, rows, scores, 
         qv_at, qs_at, qst_at = q_values[b].ctypes.data, q_scales[b:].ctypes.data, q_starts[b:].ctypes.data
         if count > hidden[r]:
             if width == 8:
-                scores_8(keys, k_at, ks_at, q_at, qv_at, qs_at, qst_at, head_dim, p_at)
+                scores_8(keys, k_at, nk_at, ks_at, q_at, qv_at, qs_at, qst_at, head_dim, p_at)
             elif width == 4:
-                scores_4(keys, k_at, ks_at, q_at, qv_at, qs_at, qst_at, head_dim, p_at)
+                scores_4(keys, k_at, nk_at, ks_at, q_at, qv_at, qs_at, qst_at, head_dim, p_at)
             else:
-                scores_1(keys, k_at, ks_at, q_at, qv_at, qs_at, qst_at, head_dim, p_at)
+                scores_1(keys, k_at, nk_at, ks_at, q_at, qv_at, qs_at, qst_at, head_dim, p_at)
             for i in range(r, r + width):
                 maximum_at, sums_at = maxima[i:].ctypes.data, sums[i].ctypes.data
                 softmax_block(
                     scores[i].ctypes.data, hidden[r], count, maximum_at, sums_at, out[i].ctypes.data, head_dim
                 )
             if width == 8:
-                values_8(keys, v_at, vs_at, p_at, scaled_at, count, head_dim, out_at)
+                values_8(keys, v_at, nv_at, vs_at, p_at, scaled_at, count, head_dim, out_at)
             elif width == 4:
-                values_4(keys, v_at, vs_at, p_at, scaled_at, count, head_dim, out_at)
+                values_4(keys, v_at, nv_at, vs_at, p_at, scaled_at, count, head_dim, out_at)
             else:
-                values_1(keys, v_at, vs_at, p_at, scaled_at, count, head_dim, out_at)
+                values_1(keys, v_at, nv_at, vs_at, p_at, scaled_at, count, head_dim, out_at)
+            nk_at, nv_at = k_at, v_at
         r += width
 
 
@@ -89,7 +94,10 @@ def _attend_span(queries, last_positions, window, rows, cache, kv_head, table, s
         for r in range(rows):
             counts[r] = min(max(last_positions[r] + 1 - b * BLOCK, 0), BLOCK)
             hidden[r] = min(max(last_positions[r] + 1 - window - b * BLOCK, 0), BLOCK) if window > 0 else 0
-        _attend_block(cache, table[b], kv_head, queries, counts, hidden, rows, scores, scaled, maxima, sums, out)
+        following = table[min(b + 1, blocks - 1)]
+        _attend_block(
+            cache, table[b], following, kv_head, queries, counts, hidden, rows, scores, scaled, maxima, sums, out
+        )
 
 
 @njit(nogil=True, cache=True)

@@ -37,12 +37,20 @@ def _store_sums(e: Emit, sums: list[ir.Value], parts: int, part: int, out_at: ir
         e.store(value, out_at, 4 * (BLOCK * r + 16 * (part + i)))
 
 
+def _prefetch_next(e: Emit, dtype: types.Type, runs: int, next_at: ir.Value, turn: ir.Value) -> None:
+    """Ask for what a turn over `runs` x 16 values of this block corresponds to in the next one."""
+    size = runs * 16 * dtype.bitwidth // 8
+    for line in range(0, size, 64):
+        e.prefetch(next_at, e.times(turn, size), line, level=2)
+
+
 def _float_scores(e: Emit, dtype: types.Type, rows: int, parts: int, args: Any) -> None:
-    _, keys_at, _, q_at, _, _, _, head_dim, out_at = args
+    _, keys_at, next_at, _, q_at, _, _, _, head_dim, out_at = args
     for part in range(0, BLOCK // 16, parts):
 
         def body(d: ir.Value, sums: list[ir.Value], part: int = part) -> list[ir.Value]:
             places = [e.plus(e.times(d, BLOCK), 16 * (part + i)) for i in range(parts)]
+            _prefetch_next(e, dtype, parts, next_at, e.plus(d, e.times(head_dim, part // parts)))
             keys = [_load_cached(e, dtype, keys_at, place) for place in places]
             q = [e.splat(e.load(F32, q_at, e.times(e.plus(d, e.times(head_dim, r)), 4))) for r in range(rows)]
             return [e.fma(keys[i], q[r], sums[r * parts + i]) for r in range(rows) for i in range(parts)]
@@ -51,12 +59,15 @@ def _float_scores(e: Emit, dtype: types.Type, rows: int, parts: int, args: Any) 
 
 
 def _q8_scores(e: Emit, rows: int, args: Any) -> None:
-    _, keys_at, scales_at, _, values_at, q_scales_at, starts_at, head_dim, out_at = args
+    _, keys_at, next_at, scales_at, _, values_at, q_scales_at, starts_at, head_dim, out_at = args
     blocks = e.b.lshr(head_dim, e.i64(5))
     for part in range(BLOCK // 16):
 
         def body(i: ir.Value, sums: list[ir.Value], part: int = part) -> list[ir.Value]:
-            keys = unpack_block(e, False, e.plus(keys_at, e.times(e.plus(e.times(blocks, part), i), 512)))
+            here = e.times(e.plus(e.times(blocks, part), i), 512)
+            keys = unpack_block(e, False, e.plus(keys_at, here))
+            for line in range(0, 512, 64):
+                e.prefetch(next_at, here, line, level=2)
             scale = e.half_to_float(e.load(V16I16, scales_at, e.times(i, 2 * BLOCK), 32 * part))
             new = []
             for r, total in enumerate(sums):
@@ -71,14 +82,15 @@ def _q8_scores(e: Emit, rows: int, args: Any) -> None:
 
 
 def _make_scores(rows: int, parts: int) -> Any:
-    """Make scores(cache, keys_at, scales_at, q_at, values_at, q_scales_at, starts_at, head_dim, out_at).
+    """Make scores(cache, keys_at, next_at, scales_at, q_at, values_at, q_scales_at, starts_at, head_dim, out_at).
 
     out[r, p] = sum over d of q[r, d] * keys[d, p]; rows lie head_dim (or head_dim / 32 blocks) apart. `parts` runs of
-    16 positions are in flight together, which hides the latency of the FMAs when there are few rows.
+    16 positions are in flight together, which hides the latency of the FMAs when there are few rows. The keys at
+    `next_at` are prefetched.
     """
 
     @intrinsic
-    def scores(ctx, cache, keys_at, scales_at, q_at, values_at, q_scales_at, starts_at, head_dim, out_at):
+    def scores(ctx, cache, keys_at, next_at, scales_at, q_at, values_at, q_scales_at, starts_at, head_dim, out_at):
         def codegen(cg, builder, sig, args):
             if cache.dtype == types.int8:
                 _q8_scores(Emit(builder), rows, args)
@@ -86,7 +98,7 @@ def _make_scores(rows: int, parts: int) -> Any:
                 _float_scores(Emit(builder), cache.dtype, rows, parts, args)
             return cg.get_dummy_value()
 
-        return types.void(cache, *[types.uintp] * 6, types.intp, types.uintp), codegen
+        return types.void(cache, *[types.uintp] * 7, types.intp, types.uintp), codegen
 
     return scores
 
@@ -101,20 +113,22 @@ def _scale_weights(e: Emit, rows: int, p_at: ir.Value, scales_at: ir.Value, scal
 
 
 def _make_values(rows: int, parts: int) -> Any:
-    """Make values(cache, values_at, scales_at, p_at, scaled_at, count, head_dim, out_at).
+    """Make values(cache, values_at, next_at, scales_at, p_at, scaled_at, count, head_dim, out_at).
 
     out[r, d] += sum over i < count of p[r, i] * values[i, d]. `parts` runs of 16 channels are in flight together (2 for
-    q8, whose 32 channels share a scale); `scaled_at` is room for rows * 64 float32.
+    q8, whose 32 channels share a scale); `scaled_at` is room for rows * 64 float32. The values at `next_at` are
+    prefetched.
     """
 
     @intrinsic
-    def values(ctx, cache, values_at, scales_at, p_at, scaled_at, count, head_dim, out_at):
+    def values(ctx, cache, values_at, next_at, scales_at, p_at, scaled_at, count, head_dim, out_at):
         is_q8 = cache.dtype == types.int8
         together = 2 if is_q8 else parts
 
         def codegen(cg, builder, sig, args):
             e = Emit(builder)
-            _, values_at, scales_at, p_at, scaled_at, count, head_dim, out_at = args
+            _, values_at, next_at, scales_at, p_at, scaled_at, count, head_dim, out_at = args
+            run = 16 * together * cache.dtype.bitwidth // 8
             pairs = [(r, i) for r in range(rows) for i in range(together)]
 
             def channels(d, _):
@@ -125,10 +139,12 @@ def _make_values(rows: int, parts: int) -> Any:
 
                 def body(place, sums):
                     row = e.plus(d, e.b.mul(place, head_dim))
+                    e.prefetch(next_at, e.times(e.plus(place, e.times(turn, BLOCK)), run), level=2)
                     v = [_load_cached(e, cache.dtype, values_at, e.plus(row, 16 * i)) for i in range(together)]
                     p = [e.splat(e.load(F32, weights_at, e.times(place, 4), 4 * BLOCK * r)) for r in range(rows)]
                     return [e.fma(v[i], p[r], total) for (r, i), total in zip(pairs, sums, strict=True)]
 
+                turn = e.b.udiv(d, e.i64(16 * together))
                 sums = e.loop(count, 1, [e.load(V16F32, address) for address in out], body)
                 for value, address in zip(sums, out, strict=True):
                     e.store(value, address)
@@ -137,7 +153,7 @@ def _make_values(rows: int, parts: int) -> Any:
             e.loop(head_dim, 16 * together, [], channels)
             return cg.get_dummy_value()
 
-        return types.void(cache, *[types.uintp] * 4, types.intp, types.intp, types.uintp), codegen
+        return types.void(cache, *[types.uintp] * 5, types.intp, types.intp, types.uintp), codegen
 
     return values
 

@@ -107,9 +107,9 @@ class Emit:
         """Store a value of any alignment."""
         self.b.store(value, self.pointer(self.plus(address, *terms), value.type), align=1)
 
-    def prefetch(self, address: ir.Value, *terms: ir.Value | int) -> None:
-        """Ask for a cache line; never faults."""
-        hints = [ir.Constant(I32, v) for v in (0, 3, 1)]  # read, keep in all cache levels, data
+    def prefetch(self, address: ir.Value, *terms: ir.Value | int, level: int = 1) -> None:
+        """Ask for a cache line, into the cache of `level` and those below; never faults."""
+        hints = [ir.Constant(I32, v) for v in (0, 4 - level, 1)]  # read, locality, data
         self.call("llvm.prefetch.p0", VOID, [self.pointer(self.plus(address, *terms), I8), *hints])
 
     # -- lanes ---------------------------------------------------------------------------------------------------------

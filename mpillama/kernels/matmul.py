@@ -10,7 +10,7 @@ from numba import njit
 
 from mpillama.kernels import amx
 from mpillama.kernels.activations import block_place, tile_width
-from mpillama.kernels.tiles import add_on_grid, block_tile, float_tile, panel_tile, store_result
+from mpillama.kernels.tiles import add_on_grid, block_tile, copy_and_prefetch, float_tile, panel_tile, store_result
 
 PREFETCH = 4096
 
@@ -18,7 +18,7 @@ _store_2x1 = block_tile(2, 1, store_result, PREFETCH)
 _store_1x1 = block_tile(1, 1, store_result, PREFETCH)
 _store_1x2 = block_tile(1, 2, store_result)
 _store_1x4 = block_tile(1, 4, store_result)
-_store_1x8 = block_tile(1, 8, store_result)
+_store_1x8 = block_tile(1, 8, store_result, PREFETCH)
 _grid_2x1 = block_tile(2, 1, add_on_grid, PREFETCH)
 _grid_1x1 = block_tile(1, 1, add_on_grid, PREFETCH)
 _panels_1 = panel_tile(1)
@@ -165,7 +165,8 @@ def _row_blocks(w, scales, tokens, values, x_scales, starts, out, first, last, t
     w_at, s_at = group.ctypes.data, group_scales.ctypes.data
     for g in range(first, last if begin < tokens else first):
         for p in range(panels):
-            group[p], group_scales[p] = w[p, g], scales[p, g]
+            copy_and_prefetch(group[p].ctypes.data, w[p, g].ctypes.data, group[p].nbytes)
+            copy_and_prefetch(group_scales[p].ctypes.data, scales[p, g].ctypes.data, group_scales[p].nbytes)
         t = begin
         while t < tokens:
             place, together = block_place(tokens, panels * blocks, t, 0), _together(tokens, t, width)

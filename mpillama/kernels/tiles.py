@@ -128,6 +128,26 @@ def add_on_grid(e: Emit, accumulator: ir.Value, out: ir.Value, index: ir.Value) 
 # -- the tiles ---------------------------------------------------------------------------------------------------------
 
 
+@intrinsic
+def copy_and_prefetch(ctx, target_at, source_at, count):
+    """Copy `count` bytes, a multiple of 32, and ask for as many after them: the same panel's next row group."""
+
+    def codegen(cg, builder, sig, args):
+        e = Emit(builder)
+        target_at, source_at, count = args
+        run = vector(I8, 32)
+
+        def body(i, _):
+            e.store(e.load(run, source_at, i), target_at, i)
+            e.prefetch(source_at, i, count)
+            return []
+
+        e.loop(count, 32, [], body)
+        return cg.get_dummy_value()
+
+    return types.void(types.uintp, types.uintp, types.intp), codegen
+
+
 class _Tokens:
     """The quantised tokens of a tile; block i of token t lies at place i * width + t."""
 
@@ -173,7 +193,7 @@ def block_tile(in_flight: int, tokens: int, store: Store, prefetch: int = 0) -> 
                     for g in range(in_flight):
                         here = e.plus(at[g], e.times(i, size))
                         for line in range(0, size if prefetch else 0, 64):
-                            e.prefetch(here, line + prefetch)
+                            e.prefetch(here, line + prefetch, level=2)
                         weights = unpack_block(e, is_q4, here)
                         scale = e.half_to_float(e.load(V16I16, s_at[g], e.times(i, 32)))
                         new += x.add_block(e, is_q4, weights, scale, i, sums[g * tokens : (g + 1) * tokens])
