@@ -98,7 +98,7 @@ def _check_tensors(checkpoint: Checkpoint, config: ModelConfig, specs: list[Tens
     missing = [name for name in wanted if name not in checkpoint.tensors]
     if missing:
         raise UserError(
-            f"{checkpoint.path}: the tensor {missing[0]!r} is missing{_more(missing)}: the checkpoint is incomplete, or "
+            f"{checkpoint.path}: the tensor {missing[0]!r} is missing{_more(missing)}: the checkpoint is incomplete or "
             "its configuration belongs to another model."
         )
     extra = [name for name in checkpoint.tensors if name not in wanted and name not in ignored]

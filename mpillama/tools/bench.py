@@ -83,9 +83,9 @@ def _measure(
     if positions > model.config.max_position_embeddings:
         raise UserError(f"{positions} positions are asked for, the model has {model.config.max_position_embeddings}.")
     watch = Stopwatch(model, positions, max(options.batch), options.kv_type, options.prefill_chunk)
-    bandwidth = read_bandwidth(world.comm, target.threads)
+    bandwidths = [read_bandwidth(world.comm, target.threads)]
     prefill = [_prefill(options, watch, tokens, whole_layers) for tokens in options.prefill]
-    decode = [_decode(options, world, watch, batch, bandwidth, whole_layers) for batch in options.batch]
+    decode = [_decode(options, world, watch, batch, bandwidths, whole_layers) for batch in options.batch]
     return {
         "shape": options.shape or options.model,
         "weights": options.weights if options.shape else "as stored",
@@ -95,7 +95,7 @@ def _measure(
         "threads": target.threads,
         "isa": target.isa.name,
         "weight_bytes_per_rank": world.comm.gather(model.weights.bytes),
-        "read_bandwidth_bytes_per_second": bandwidth,
+        "read_bandwidth_bytes_per_second": float(np.median(bandwidths)),
         "prefill": prefill,
         "decode": decode,
         "bandwidth_fraction": decode[0]["bandwidth_fraction"],
@@ -122,9 +122,15 @@ def _prefill(options: BenchOptions, watch: "Stopwatch", tokens: int, whole_layer
 
 
 def _decode(
-    options: BenchOptions, world: World, watch: "Stopwatch", batch: int, bandwidth: float, whole_layers: int
+    options: BenchOptions, world: World, watch: "Stopwatch", batch: int, bandwidths: list[float], whole_layers: int
 ) -> dict[str, Any]:
+    from mpillama.engine.measure import read_bandwidth
+
+    # Other machines on the same host change what memory gives from second to second: measured before and after.
+    before = read_bandwidth(world.comm, watch.model.threads)
     timing = watch.decode(batch, options.context, options.decode)
+    bandwidths += [before, read_bandwidth(world.comm, watch.model.threads)]
+    bandwidth = (bandwidths[-2] + bandwidths[-1]) / 2
     kv_bytes = sum(world.comm.gather(watch.kv_bytes(batch, options.context)))
     weight_bytes = sum(world.comm.gather(watch.model.weights.bytes_per_step))
     ranks = world.comm.gather((timing.own_seconds, world.host, timing.all_reduce_microseconds))
