@@ -30,6 +30,7 @@ class SliceReader(Protocol):
     """Reads slices of a model's tensors straight into place."""
 
     bytes_read: int
+    at_once: int
 
     def read(self, spec: TensorSpec, units: range, arrays: Sequence[np.ndarray]) -> None:
         """Fill the arrays of a tensor with a range of its units."""
@@ -106,7 +107,10 @@ def with_tokenizer(checkpoint: Checkpoint) -> Checkpoint:
     name = next((name for name in CONVERTERS if name in checkpoint.texts), None)
     if name is None:
         return checkpoint
-    files = CONVERTERS[name](json.loads(checkpoint.texts[name]))
+    vocabulary = json.loads(checkpoint.texts[name])
+    if not vocabulary.get("tokens"):  # weights alone: they can be measured and converted
+        return replace(checkpoint, texts={key: text for key, text in checkpoint.texts.items() if key != name})
+    files = CONVERTERS[name](vocabulary)
     ends = {"bos_token_id": files.bos_token_id, "eos_token_id": list(files.eos_token_ids)}
     texts = {
         **{key: text for key, text in checkpoint.texts.items() if key != name},

@@ -52,6 +52,9 @@ class Slice:
 class CheckpointReader:
     """Fills slices from a checkpoint's files; counts the bytes it reads."""
 
+    at_once = 1
+    """Tensors read at the same time: each keeps all workers busy already."""
+
     def __init__(
         self, checkpoint: Checkpoint, on_bytes: Callable[[int], None], workers: int = 1, limit: int = MAX_READ
     ):

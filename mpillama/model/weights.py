@@ -2,6 +2,7 @@
 
 import mmap
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -108,14 +109,20 @@ def arena_bytes(specs: Sequence[TensorSpec], part: Partition) -> int:
     return sum(round_up(_array_bytes(*shape), ARENA_ALIGNMENT) for shape in shapes)
 
 
-def load_weights(config: ModelConfig, specs: Sequence[TensorSpec], part: Partition, read: Read) -> Weights:
-    """Allocate this rank's slices and fill them with `read`, tensor by tensor."""
+def load_weights(
+    config: ModelConfig, specs: Sequence[TensorSpec], part: Partition, read: Read, at_once: int = 1
+) -> Weights:
+    """Allocate this rank's slices and fill them with `read`, up to `at_once` tensors at the same time."""
     arena = Arena(arena_bytes(specs, part))
-    loaded: dict[str, Matrix | np.ndarray] = {}
-    for spec in specs:
-        arrays = [arena.take(dtype, shape) for dtype, shape in slice_shapes(spec, part)]
-        read(spec, spec.units_of(part), arrays)
-        loaded[spec.name] = arrays[0] if spec.vector else _matrix(spec, arrays)
+    slices = [[arena.take(dtype, shape) for dtype, shape in slice_shapes(spec, part)] for spec in specs]
+    with ThreadPoolExecutor(at_once) as pool:
+        tasks = [pool.submit(read, s, s.units_of(part), a) for s, a in zip(specs, slices, strict=True)]
+        try:
+            for task in tasks:
+                task.result()
+        finally:
+            pool.shutdown(cancel_futures=True)
+    loaded = {s.name: a[0] if s.vector else _matrix(s, a) for s, a in zip(specs, slices, strict=True)}
     return _assemble(config, loaded, slice_bytes(specs, part))
 
 

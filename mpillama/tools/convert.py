@@ -18,7 +18,10 @@ def convert(options: ConvertOptions) -> int:
         comm = world.comm
         comm.on_root(lambda: refuse_target(options.target, options.force))
         model = comm.on_root(lambda: open_model(options.source, options.weights, options.tokenizer))
-        comm.on_root_only(lambda: make_tokenizer(model))  # a model without a usable tokenizer is refused now
+        if "tokenizer.json" in model.texts:
+            comm.on_root_only(lambda: make_tokenizer(model))  # one that cannot be used is refused now
+        elif comm.is_root:
+            sys.stderr.write(f"mpillama: warning: {options.source} has no tokenizer, so the new file has none.\n")
         if comm.is_root:
             _warn(model.requantised() if hasattr(model, "requantised") else {})
             _advise(options.target)
