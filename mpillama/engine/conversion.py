@@ -82,8 +82,12 @@ def _lay_out(model: ModelFile, path: str, force: bool) -> Target:
             "free some, or name a file elsewhere."
         )
     temporary = f"{path}.converting-{os.getpid()}"
-    with _system_errors(path):
-        entries = create_file(temporary, model.config_json, model.weight_types, model.specs, _texts(model))
+    try:
+        with _system_errors(path):
+            entries = create_file(temporary, model.config_json, model.weight_types, model.specs, _texts(model))
+    except UserError:
+        Path(temporary).unlink(missing_ok=True)
+        raise
     return Target(path, temporary, entries)
 
 
@@ -105,7 +109,7 @@ def _system_errors(path: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        reason = (error.strerror or str(error)).lower()
+        reason = (error.strerror or str(error)).partition(" (")[0].lower()  # HDF5 tells the rest of its life
         raise UserError(f"{path}: cannot be written ({reason}): the unfinished file was removed.") from error
 
 

@@ -37,13 +37,13 @@ def quantise_q8_0(x: Float32) -> Blocks:
 def quantise_q4_0(x: Float32) -> Blocks:
     """Quantise float32 [rows, k] to nibbles uint8 [rows, k/32, 32] and float16 scales: value = (nibble - 8) * scale.
 
-    The element of largest magnitude becomes -8. Computed in float64: in float32 the reference's own result depends on
-    whether its compiler fused the multiply and the add.
+    The element of largest magnitude becomes -8. Product and sum are rounded to float32 one after the other, as in the
+    gguf package; weights that were bfloat16 often lie just on a border, where more precision would decide otherwise.
     """
     blocks = x.reshape(len(x), -1, BLOCK)
     largest = np.take_along_axis(blocks, np.abs(blocks).argmax(axis=2)[:, :, None], axis=2)[:, :, 0]
     scale = largest / np.float32(-8)
-    shifted = blocks.astype(np.float64) * _inverse(scale).astype(np.float64)[:, :, None] + 8.5
+    shifted = blocks * _inverse(scale)[:, :, None] + np.float32(8.5)
     return np.clip(np.trunc(shifted), 0, 15).astype(np.uint8), _as_float16(scale)
 
 

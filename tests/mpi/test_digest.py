@@ -9,13 +9,14 @@ from typing import Any
 import numpy as np
 import pytest
 
+from mpillama.engine.model_file import open_model
 from mpillama.errors import UserError
-from mpillama.files.native import read_table
 from mpillama.files.native_writer import write_model
 from mpillama.kernels.isa import NAMES, choose_isa, host_features
 from mpillama.layout.weight_types import WEIGHT_TYPES
 from tests import models
 from tests.conftest import ModelFile
+from tests.golden_models import FOLDER as GOLDEN
 from tests.mpi.launch import PROGRAM, SCRIPTS, run
 
 PROMPT_TOKENS, TOKENS = 61, 12
@@ -31,14 +32,17 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(2 * COMPILE_TIMEOUT)]
 
 def prompt_of(model: Path) -> list[int]:
     """Token ids from the whole vocabulary, the same on every run."""
-    vocab_size = read_table(str(model)).config.vocab_size
+    vocab_size = open_model(str(model)).config.vocab_size
     return [int(i) for i in np.random.default_rng(5).integers(2, vocab_size, PROMPT_TOKENS)]
 
 
-def case(model: Path, chunk: int = 256, kv_type: str = "f16", way: int = 0) -> dict[str, Any]:
+def case(
+    model: Path, chunk: int = 256, kv_type: str = "f16", way: int = 0, weights: str = "as-stored"
+) -> dict[str, Any]:
     """What scripts/digest.py is to do."""
     return {
         "model": str(model),
+        "weights": weights,
         "kv_type": kv_type,
         "prefill_chunk": chunk,
         "prompt": prompt_of(model),
@@ -48,8 +52,8 @@ def case(model: Path, chunk: int = 256, kv_type: str = "f16", way: int = 0) -> d
 
 
 def name_of(made: dict[str, Any]) -> str:
-    """What the digest of a case depends on: model and KV type, nothing else."""
-    return f"{Path(made['model']).stem}, KV {made['kv_type']}"
+    """What the digest of a case depends on: model, weight and KV type, nothing else."""
+    return f"{Path(made['model']).stem} {made['weights']}, KV {made['kv_type']}"
 
 
 @pytest.fixture(scope="module")
@@ -190,6 +194,32 @@ def test_demo_model(ranks: int, isa: str, threads: int, measure: Measure, demo: 
     chunks = (256, 7, 1) if ranks < 4 else (256, 7)
     cases = [case(demo, chunk, way=way) for way, chunk in enumerate(chunks, ranks)]
     assert measure(cases, ranks, isa, threads) == demo_truth
+
+
+FAMILIES = ("llama_bias", "llama_yarn", "mistral", "qwen2", "qwen3", "mixtral", "qwen3_moe")
+"""Folders of tests/golden: biases, scaled RoPE, a sliding window, norms of heads, experts."""
+
+
+def family_cases(ways: int) -> list[dict[str, Any]]:
+    kinds = [(family, weights) for family in FAMILIES for weights in ("q4_0", "bf16")]
+    return [
+        case(GOLDEN / family, chunk, way=(way + ways) % 2, weights=weights)
+        for family, weights in kinds
+        for way, chunk in enumerate((256, 7))
+    ]
+
+
+@pytest.fixture(scope="module")
+def family_truth(measure: Measure) -> Digests:
+    return measure(family_cases(0), 1)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "isa", "threads"), [(1, "avx2", 1), (1, "portable", 2), (2, "", 1), (3, "", 1), (4, "", 2), (5, "", 1)]
+)
+def test_every_family(ranks: int, isa: str, threads: int, measure: Measure, family_truth: Digests) -> None:
+    assert len(set(family_truth.values())) == 2 * len(FAMILIES)
+    assert measure(family_cases(ranks), ranks, isa, threads) == family_truth
 
 
 @pytest.mark.parametrize("ranks", [None, 1, 2, 3])

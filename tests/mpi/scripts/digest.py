@@ -1,8 +1,9 @@
 """Print the digest of each case's logits, as one JSON list from rank 0.
 
-Arguments: threads, number of tokens to generate, and the cases as a JSON list of {model, kv_type, prefill_chunk,
-prompt, banned, way}; tokens are chosen greedily, never the banned one. `way` replaces what is otherwise chosen by
-timing: 0 takes MPI's reduction, 1 that in shared memory; one or two row groups are in flight on ranks in turn.
+Arguments: threads, number of tokens to generate, and the cases as a JSON list of {model, weights, kv_type,
+prefill_chunk, prompt, banned, way}; tokens are chosen greedily, never the banned one. `way` replaces what is otherwise
+chosen by timing: 0 takes MPI's reduction, 1 that in shared memory; one or two row groups are in flight on ranks in
+turn.
 """
 
 import hashlib
@@ -32,14 +33,15 @@ def main(threads: int, tokens: int, cases: list[dict[str, Any]]) -> None:
         for case in cases:
             options = RunOptions(
                 model=case["model"],
+                weights=case["weights"],
                 kv_type=case["kv_type"],
                 prefill_chunk=case["prefill_chunk"],
                 threads=threads,
                 max_seq_len=len(case["prompt"]) + tokens,
             )
-            if loaded is None or previous != (options.model, options.kv_type):
+            if loaded is None or previous != (options.model, options.kv_type, options.weights):
                 loaded = load_model(options, world, target, load_progress(False, True))
-                previous = options.model, options.kv_type
+                previous = options.model, options.kv_type, options.weights
             choose(loaded, case["way"])
             session = open_session(options, loaded)
             if world.comm.is_root:
