@@ -25,6 +25,7 @@ Run Llama-family language models over MPI: every rank loads its own slices from 
   mpirun -n 4 python -m mpillama --model M.h5 --prompt "Hello"     continue a text
   mpirun -n 4 python -m mpillama chat --model M.h5                 talk to a model
   mpirun -n 4 python -m mpillama bench --shape llama-3.1-8b        measure without a file
+  python -m mpillama plan --shape llama-3.1-405b --nodes 4         whether a run fits (needs no MPI)
   mpirun -n 4 python -m mpillama convert FOLDER M.h5 --weights q4_0   make a native file, in parallel
   mpirun -n 4 python -m mpillama verify M.h5                       check its bytes
   mpirun -n 4 python -m mpillama perplexity --model M --file T     how well a model predicts a text
@@ -161,6 +162,34 @@ class PerplexityOptions(RunOptions):
 
 
 @dataclass(frozen=True)
+class PlanOptions:
+    """Options of `plan`."""
+
+    model: Optional[str] = option("model in any format", metavar="PATH")
+    shape: Optional[str] = option("a known shape instead of a file, e.g. llama-3.1-405b", metavar="NAME")
+    weights: str = option(
+        "weight type in memory; as-stored means q4_0 for a shape (default: as-stored)",
+        "as-stored",
+        choices=["as-stored", *WEIGHT_TYPE_NAMES],
+    )
+    tokenizer: Optional[str] = option("the .t file of a distributed-llama model", metavar="PATH")
+    nodes: int = option("nodes of the job (default: 1)", 1, metavar="COUNT")
+    ranks_per_node: int = option("ranks on each node (default: 1)", 1, metavar="COUNT")
+    memory_per_node: str = option("memory of a node, e.g. 64GB or 60GiB (default: 64GB)", "64GB", metavar="BYTES")
+    max_seq_len: Optional[int] = option(
+        "most tokens of prompt and answer together (default: the model's own context)", metavar="TOKENS"
+    )
+    batch: int = option("sequences at the same time (default: 1)", 1, metavar="COUNT")
+    kv_type: str = option("type of the KV cache (default: f16)", "f16", choices=["f16", "f32", "q8"])
+    memory_bandwidth: str = option("what a node reads from memory (default: 200GB/s)", "200GB/s", metavar="BYTES/s")
+    bench: Optional[str] = option("take the memory's bandwidth from a saved `bench --json`", metavar="FILE")
+    network: str = option("latency and bandwidth between nodes (default: 5us,10GB/s)", "5us,10GB/s", metavar="L,B")
+    read_bandwidth: Optional[str] = option("what a node reads from the file system, e.g. 5GB/s", metavar="BYTES/s")
+    sbatch: Optional[str] = option("write a job script for what was planned", metavar="FILE")
+    json: bool = option("print one JSON object", False)
+
+
+@dataclass(frozen=True)
 class ConvertOptions:
     """Options of `convert`."""
 
@@ -173,7 +202,10 @@ class ConvertOptions:
         "the .t file of a distributed-llama model (default: the one beside it)", metavar="PATH"
     )
     force: bool = option("replace the target if it exists", False)
-    threads: Optional[int] = option("threads of each rank (default: its share of the cores)", metavar="COUNT")
+    threads: Optional[int] = option(
+        "threads of each rank (default: the cores this rank may use, shared fairly with the ranks on them)",
+        metavar="COUNT",
+    )
     json: bool = option("print one JSON object", False)
 
 
@@ -216,6 +248,7 @@ COMMANDS: dict[str, tuple[type, str]] = {
     "generate": (GenerateOptions, "continue a text (the default command)"),
     "chat": (ChatOptions, "talk to a model"),
     "bench": (BenchOptions, "measure speed, and how near the machine's limit it is"),
+    "plan": (PlanOptions, "tell whether a run fits, and what it needs, before it is queued"),
     "convert": (ConvertOptions, "write a model of any format into a native file"),
     "verify": (VerifyOptions, "check a native file's bytes"),
     "perplexity": (PerplexityOptions, "measure how well a model predicts a text"),

@@ -66,12 +66,18 @@ GGUF_NAMES = {
 EXPERT_NAMES = {"gate_proj": "ffn_gate_exps", "up_proj": "ffn_up_exps", "down_proj": "ffn_down_exps"}
 
 
-def write_gguf(path: Path, family: str, quantise: Callable[[np.ndarray], tuple[np.ndarray, Any]]) -> None:
-    """Write a golden model as llama.cpp's converter does; `quantise` gives a matrix's data and GGML type."""
+def write_gguf(
+    path: Path, family: str, quantise: Callable[[np.ndarray], tuple[np.ndarray, Any]], pre: str = "llama-bpe"
+) -> None:
+    """Write a golden model (or any folder, by its path) as llama.cpp's converter does.
+
+    `quantise` gives a matrix's data and GGML type, `pre` is the name of the pre-tokenizer.
+    """
     config = open_model(str(FOLDER / family)).config
     architecture = ARCHITECTURES[config.model_type]
     writer = gguf.GGUFWriter(path, architecture)
     _write_metadata(writer, family, config)
+    _write_vocabulary(writer, family, pre)
     for name, tensor in _gguf_tensors(family, architecture, config).items():
         if tensor.ndim == 1 or "ffn_gate_inp" in name:
             writer.add_tensor(name, tensor)
@@ -99,23 +105,23 @@ def _write_metadata(writer: gguf.GGUFWriter, family: str, config: Any) -> None:
         writer.add_expert_count(config.num_experts)
         writer.add_expert_used_count(config.num_experts_per_tok)
         writer.add_expert_feed_forward_length(config.intermediate_size)
-    _write_vocabulary(writer, family)
 
 
-def _write_vocabulary(writer: gguf.GGUFWriter, family: str) -> None:
+def _write_vocabulary(writer: gguf.GGUFWriter, family: str, pre: str) -> None:
     tokenizer = json.loads((FOLDER / family / "tokenizer.json").read_text())
     settings = json.loads((FOLDER / family / "config.json").read_text())
     added = {token["id"]: token["content"] for token in tokenizer["added_tokens"]}
     ids = {**{i: t for t, i in tokenizer["model"]["vocab"].items()}, **added}
     normal, control = gguf.TokenType.NORMAL, gguf.TokenType.CONTROL
     writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("llama-bpe")
+    writer.add_tokenizer_pre(pre)
     writer.add_token_list([ids[i] for i in range(len(ids))])
     writer.add_token_types([control if i in added else normal for i in range(len(ids))])
     merges = tokenizer["model"]["merges"]
     writer.add_token_merges([m if isinstance(m, str) else " ".join(m) for m in merges])
     writer.add_bos_token_id(settings["bos_token_id"])
-    writer.add_eos_token_id(settings["eos_token_id"][0])
+    eos = settings["eos_token_id"]
+    writer.add_eos_token_id(eos[0] if isinstance(eos, list) else eos)
 
 
 def _gguf_tensors(family: str, architecture: str, config: Any) -> Tensors:

@@ -55,7 +55,7 @@ def load_model(options: RunOptions, world: World, target: Target, progress: Prog
         with progress(slice_bytes(file.specs, part)) as on_bytes:
             reader = file.reader(on_bytes, target.threads, options.verify)
             try:
-                weights = load_weights(file.config, file.specs, part, reader.read, reader.at_once)
+                weights = load_weights(file.config, file.specs, part, reader.read, reader.at_once, target.threads)
             finally:
                 reader.close()
         model = LlamaModel(file.config, weights, comm, target.threads)

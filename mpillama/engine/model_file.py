@@ -70,6 +70,9 @@ class ModelFile(Protocol):
     def metadata_sha256(self) -> str:
         """What tells this model from others."""
 
+    def requantised(self) -> Mapping[str, int]:
+        """Stored types that no kernel knows, and how many weights are turned from them into another."""
+
     def reader(self, on_bytes: Callable[[int], None], workers: int = 1, verify: bool = False) -> SliceReader:
         """Open the files for reading slices."""
 

@@ -77,6 +77,10 @@ class NativeModel:
     texts: Mapping[str, bytes] = field(repr=False)
     metadata_sha256: str = ""
 
+    def requantised(self) -> Mapping[str, int]:
+        """Nothing: what the file holds is what kernels take."""
+        return {}
+
     def reader(self, on_bytes: Callable[[int], None], workers: int = 1, verify: bool = False) -> "NativeReader":
         """Open the file for reading slices; one worker is enough, since nothing is computed."""
         from mpillama.files.native_reader import NativeReader

@@ -38,6 +38,11 @@ class Activations:
             np.empty(count, np.int32),
         )
 
+    @staticmethod
+    def bytes(tokens: int, k: int) -> int:
+        """Bytes of these arrays."""
+        return 4 * tokens * k + places(tokens, k // BLOCK) * (BLOCK + 4 + 4)
+
     def first(self, tokens: int) -> "Activations":
         """The first tokens' arrays."""
         count = places(tokens, self.x.shape[1] // BLOCK)
@@ -114,6 +119,15 @@ class Workspace:
         if tokens not in self._views:
             self._views[tokens] = self._whole.first(tokens)
         return self._views[tokens]
+
+
+def workspace_bytes(config: ModelConfig, part: Partition, tokens: int) -> int:
+    """Bytes of the arrays for steps of up to so many tokens."""
+    hidden, inner = config.padded_hidden_size, len(part.ffn_panels) * ffn_panel(config.intermediate_size)
+    heads, kv_heads = (len(units) * config.padded_head_dim for units in (part.heads, part.kv_heads))
+    activations = sum(Activations.bytes(tokens, k) for k in (hidden, heads, inner))
+    floats = hidden + heads + 2 * kv_heads + inner + 2 * (config.head_dim // 2)
+    return activations + tokens * (4 * floats + 8 * hidden)
 
 
 def logit_columns(part: Partition) -> int:

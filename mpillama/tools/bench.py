@@ -65,7 +65,7 @@ def _load(options: BenchOptions, world: World, target: Target) -> tuple["LlamaMo
     chunk = min(options.prefill_chunk, config.max_position_embeddings)
     choose_reduction(world.comm, world, config.padded_hidden_size, chunk)
     part = partition(config, world.comm.size)[world.comm.rank]
-    weights = load_weights(config, specs, part, SyntheticWeights().read)
+    weights = load_weights(config, specs, part, SyntheticWeights().read, threads=target.threads)
     return LlamaModel(config, weights, world.comm, target.threads), whole.num_hidden_layers
 
 

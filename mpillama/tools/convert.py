@@ -7,6 +7,7 @@ from pathlib import Path
 from mpillama.comm.start import start_mpi
 from mpillama.options import ConvertOptions
 from mpillama.tools.display import in_units, load_progress
+from mpillama.tools.running import warn_of_requantised
 
 
 def convert(options: ConvertOptions) -> int:
@@ -23,7 +24,7 @@ def convert(options: ConvertOptions) -> int:
         elif comm.is_root:
             sys.stderr.write(f"mpillama: warning: {options.source} has no tokenizer, so the new file has none.\n")
         if comm.is_root:
-            _warn(model.requantised() if hasattr(model, "requantised") else {})
+            warn_of_requantised(model)
             _advise(options.target)
         size = target_bytes(model)
         progress = load_progress(comm.is_root, options.json, "writing rank 0's part")
@@ -32,15 +33,6 @@ def convert(options: ConvertOptions) -> int:
         if comm.is_root:
             _report(options, size, seconds, comm.size)
     return 0
-
-
-def _warn(requantised: dict[str, int]) -> None:
-    """Say which weights become larger and lose a little."""
-    for stored, count in requantised.items():
-        sys.stderr.write(
-            f"mpillama: warning: {count:,} weights stored as {stored} have no kernel and become q8_0: "
-            f"{in_units(count * 34 / 32)} in memory.\n"
-        )
 
 
 def _advise(target: str) -> None:

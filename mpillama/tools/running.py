@@ -52,6 +52,7 @@ def run_on_all_ranks(options: RunOptions, quiet: bool, root: Callable[[Run], int
         session = open_session(options, loaded)
         if world.comm.is_root and not quiet:
             warn_of_idle_ranks(loaded.file, world.comm.size)
+            warn_of_requantised(loaded.file)
         tokenizer = world.comm.on_root_only(lambda: make_tokenizer(loaded.file))
         gc.freeze()  # what is loaded stays: the collector need not look at it again
         if tokenizer is None:
@@ -81,6 +82,16 @@ def warn_of_idle_ranks(file: ModelFile, size: int) -> None:
         sys.stderr.write(
             f"mpillama: warning: the model is too small for {size} ranks, some have nothing to do in parts of it; "
             f"more than {most_busy_ranks(file.config)} gain nothing.\n"
+        )
+
+
+def warn_of_requantised(file: ModelFile) -> None:
+    """Say which weights become larger and lose a little, since no kernel knows the type they are stored in."""
+    for stored, count in file.requantised().items():
+        sys.stderr.write(
+            f"mpillama: warning: {count:,} weights stored as {stored} have no kernel and become "
+            f"{file.weight_types.default.name}: {in_units(count * file.weight_types.default.group_bytes(32) / 512)} "
+            "in memory.\n"
         )
 
 

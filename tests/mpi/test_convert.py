@@ -4,6 +4,7 @@ import json
 import time
 from pathlib import Path
 
+import gguf
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
@@ -177,3 +178,14 @@ def test_tokenize(demo: Path) -> None:
     rows = json.loads(result.stdout)
     assert "".join(row["piece"] for row in rows[1:]) == "Once upon a time"
     assert rows[0]["piece"] == "<|begin|>"
+
+
+def test_a_type_without_kernels_is_told_with_its_memory(tmp_path: Path) -> None:
+    kind = golden_models.as_type(gguf.GGMLQuantizationType.Q5_0)
+    golden_models.write_gguf(tmp_path / "m.gguf", "mixtral", kind)
+    result = run(2, *PROGRAM, "convert", tmp_path / "m.gguf", tmp_path / "m.h5")
+    assert result.status == 0, result.stderr
+    (line,) = result.stderr.splitlines()
+    assert "q5_0" in line
+    assert "q8_0" in line
+    assert "kB in memory" in line

@@ -1,0 +1,245 @@
+"""What a run will need of each rank and node, before it is queued: memory exactly, speed by the limits.
+
+Memory: this rank's slices, its KV cache and its step's arrays are computed by the code that allocates them; what Python
+and the libraries take is a constant that was measured. Speed: decode reads all of it once a token; the network adds a
+latency and the bytes of each all-reduce.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+
+from mpillama.layout.weight_types import WEIGHT_TYPES
+from mpillama.model.cache import blocks_for, cache_bytes
+from mpillama.model.config import ModelConfig
+from mpillama.model.partition import Partition, most_busy_ranks, partition
+from mpillama.model.tensors import EMBEDDING, LM_HEAD, TensorSpec, WeightTypes, tensor_specs
+from mpillama.model.weights import arena_bytes, slice_bytes
+from mpillama.model.workspace import workspace_bytes
+
+PYTHON_BYTES = 230_000_000
+"""Resident bytes of a rank with compiled kernels and MPI but without a model: 205 to 250 MB were measured."""
+SHARED_WINDOW_BYTES = 16 * (1 << 17)
+"""A rank's part of the shared-memory reduction."""
+GOOD_EFFICIENCY = 0.85
+"""The share of the read bandwidth that a decode step reaches."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the user wants to run, and on what."""
+
+    config: ModelConfig
+    types: WeightTypes
+    nodes: int
+    ranks_per_node: int
+    memory_per_node: int
+    max_seq_len: int
+    batch: int
+    kv_type: str
+    prefill_chunk: int = 256
+
+    @property
+    def ranks(self) -> int:
+        """All ranks of the job."""
+        return self.nodes * self.ranks_per_node
+
+    @property
+    def specs(self) -> list[TensorSpec]:
+        """The model's tensors."""
+        return tensor_specs(self.config, self.types)
+
+
+@dataclass(frozen=True)
+class RankPlan:
+    """Bytes that one rank needs."""
+
+    rank: int
+    weights: int
+    embedding: int
+    kv_cache: int
+    buffers: int
+    python: int = PYTHON_BYTES
+    reads: int = field(default=0)
+
+    @property
+    def total(self) -> int:
+        """All of them; the embedding and the head are part of the weights."""
+        return self.weights + self.kv_cache + self.buffers + self.python
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Every rank's needs, and the nodes'."""
+
+    request: Request
+    ranks: tuple[RankPlan, ...]
+
+    @property
+    def nodes(self) -> list[int]:
+        """Bytes that each node needs; ranks fill node after node."""
+        per_node = self.request.ranks_per_node
+        return [sum(r.total for r in self.ranks[i : i + per_node]) for i in range(0, len(self.ranks), per_node)]
+
+    @property
+    def headroom(self) -> int:
+        """Bytes that stay free on the fullest node; below 0 if it does not fit."""
+        return self.request.memory_per_node - max(self.nodes)
+
+    @property
+    def fits(self) -> bool:
+        """Whether every node has room."""
+        return self.headroom >= 0
+
+    @property
+    def inequality(self) -> float:
+        """The fullest rank's excess over the mean, as a share."""
+        totals = [r.total for r in self.ranks]
+        return max(totals) / (sum(totals) / len(totals)) - 1
+
+
+def make_plan(request: Request) -> Plan:
+    """Compute what every rank needs."""
+    parts = partition(request.config, request.ranks)
+    specs = request.specs
+    return Plan(request, tuple(_rank_plan(request, specs, rank, part) for rank, part in enumerate(parts)))
+
+
+def _rank_plan(request: Request, specs: list[TensorSpec], rank: int, part: Partition) -> RankPlan:
+    blocks = blocks_for(request.max_seq_len) * request.batch
+    tokens = min(request.prefill_chunk, request.max_seq_len)
+    ends = [spec for spec in specs if spec.name in (EMBEDDING, LM_HEAD)]
+    window = SHARED_WINDOW_BYTES if request.ranks > 1 else 0
+    logits = 8 * request.config.vocab_size * request.batch
+    return RankPlan(
+        rank,
+        weights=arena_bytes(specs, part),
+        embedding=slice_bytes(ends, part),
+        kv_cache=cache_bytes(request.config, part, blocks, request.kv_type),
+        buffers=workspace_bytes(request.config, part, tokens) + logits + window,
+        reads=slice_bytes(specs, part),
+    )
+
+
+# -- remedies -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Remedy:
+    """A change that makes a plan fit, checked by planning it."""
+
+    text: str
+    plan: Plan
+
+
+def remedies(plan: Plan) -> list[Remedy]:
+    """The cheapest single changes that make it fit: context, KV type, weights, ranks."""
+    return list(_remedies(plan)) if not plan.fits else []
+
+
+def _remedies(plan: Plan) -> Iterator[Remedy]:
+    request = plan.request
+    shorter = _largest_context(request)
+    if shorter:
+        changed = make_plan(replace(request, max_seq_len=shorter))
+        yield Remedy(f"--max-seq-len {shorter} instead of {request.max_seq_len}", changed)
+    candidates = []
+    if request.kv_type != "q8":
+        candidates.append(("--kv-type q8", replace(request, kv_type="q8")))
+    if any(s.weight_type is not WEIGHT_TYPES["q4_0"] for s in request.specs if not s.vector):
+        candidates.append(("--weights q4_0", replace(request, types=WeightTypes(WEIGHT_TYPES["q4_0"]))))
+    for text, changed_request in candidates:
+        changed = make_plan(changed_request)
+        if changed.fits:
+            yield Remedy(text, changed)
+    more = _least_nodes(request)
+    if more:
+        yield Remedy(f"--nodes {more.request.nodes} instead of {request.nodes}", more)
+
+
+def _largest_context(request: Request) -> int:
+    """The longest context, in steps of 64 positions, that fits; 0 if none does."""
+    low, high = 0, request.max_seq_len // 64
+    while low < high:
+        middle = (low + high + 1) // 2
+        if make_plan(replace(request, max_seq_len=64 * middle)).fits:
+            low = middle
+        else:
+            high = middle - 1
+    return 64 * low
+
+
+def _least_nodes(request: Request) -> Plan | None:
+    """The fewest nodes that fit; None if more ranks than the model has parts would be needed."""
+    most = max(request.nodes, most_busy_ranks(request.config) // request.ranks_per_node)
+    low, high = request.nodes, most
+    if not make_plan(replace(request, nodes=high)).fits:
+        return None
+    while low < high:
+        middle = (low + high) // 2
+        if make_plan(replace(request, nodes=middle)).fits:
+            high = middle
+        else:
+            low = middle + 1
+    return make_plan(replace(request, nodes=low))
+
+
+# -- speed ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Network:
+    """What a message costs: seconds, and bytes per second."""
+
+    latency: float
+    bandwidth: float
+
+
+@dataclass(frozen=True)
+class Speed:
+    """A prediction for one step of `batch` sequences; the communication is that of one rank."""
+
+    decode_tokens_per_second: float
+    bytes_per_step: int
+    messages_per_step: int
+    communication_bytes_per_step: int
+    communication_share: float
+    load_seconds: float | None
+
+
+def predict(plan: Plan, memory_bandwidth: float, network: Network, read_bandwidth: float | None) -> Speed:
+    """Predict decoding at the full context; bandwidths in bytes per second, the memory's for each node."""
+    request = plan.request
+    per_rank = memory_bandwidth / request.ranks_per_node * GOOD_EFFICIENCY
+    streamed = max(_streamed(request, r) for r in plan.ranks)
+    calls = 2 * request.config.num_hidden_layers + 2 if request.ranks > 1 else 0
+    message = 8 * request.config.padded_hidden_size * request.batch
+    rounds = math.ceil(math.log2(request.ranks)) if request.ranks > 1 else 0
+    communication = calls * (2 * rounds * network.latency + 2 * message / network.bandwidth)
+    seconds = streamed / per_rank + communication
+    return Speed(
+        request.batch / seconds,
+        sum(_streamed(request, r) for r in plan.ranks),
+        calls,
+        2 * calls * message,
+        communication / seconds,
+        max(r.reads for r in plan.ranks) * request.ranks_per_node / read_bandwidth if read_bandwidth else None,
+    )
+
+
+def _streamed(request: Request, rank: RankPlan) -> int:
+    """Bytes that a rank reads in a decode step: its weights (without an untied embedding) and its KV cache."""
+    config = request.config
+    embedding = 0 if config.tie_word_embeddings else rank.embedding // 2
+    weights = rank.weights - embedding
+    if config.num_experts:
+        chosen = min(1.0, request.batch * config.num_experts_per_tok / config.num_experts)
+        weights = round(weights * (1 - _expert_share(request) * (1 - chosen)))
+    return weights + rank.kv_cache
+
+
+def _expert_share(request: Request) -> float:
+    """The experts' share of all weights."""
+    whole = partition(request.config, 1)[0]
+    experts = [spec for spec in request.specs if spec.experts]
+    return slice_bytes(experts, whole) / slice_bytes(request.specs, whole)

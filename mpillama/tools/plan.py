@@ -1,0 +1,168 @@
+"""`plan`: what a run needs of each rank and node, and whether it fits; needs no MPI and reads no weights."""
+
+import json
+import re
+import shlex
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mpillama.errors import UserError
+from mpillama.layout.weight_types import WEIGHT_TYPES
+from mpillama.model.config import ModelConfig
+from mpillama.model.shapes import shape_config
+from mpillama.model.tensors import WeightTypes
+from mpillama.options import PlanOptions
+from mpillama.tools.display import in_units
+from mpillama.tools.output_file import output_file, refuse_unwritable
+
+if TYPE_CHECKING:
+    from mpillama.engine.plan import Plan, Remedy, Request, Speed
+
+DOES_NOT_FIT = 1
+UNITS = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40}
+
+
+def plan(options: PlanOptions) -> int:
+    """Run the command; returns the exit status: 1 if it does not fit."""
+    from mpillama.engine.plan import Network, make_plan, predict, remedies
+
+    refuse_unwritable("--sbatch", options.sbatch)
+    planned = make_plan(_request(options))
+    latency, bandwidth = _network(options.network)
+    read = parse_bytes("--read-bandwidth", options.read_bandwidth) if options.read_bandwidth else None
+    speed = predict(planned, _memory_bandwidth(options), Network(latency, bandwidth), read)
+    cures = remedies(planned)
+    if options.json:
+        sys.stdout.write(json.dumps(_as_json(planned, speed, cures), indent=2) + "\n")
+    else:
+        _print(planned, speed, cures)
+    if options.sbatch and planned.fits:
+        _write_sbatch(options)
+    return 0 if planned.fits else DOES_NOT_FIT
+
+
+def parse_bytes(option: str, text: str) -> int:
+    """Read 64GB, 60GiB, 1.5TB, 200GB/s or a plain number of bytes."""
+    match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([kMGT]?i?)B?(/s)?\s*", text)
+    if not match or match[2] not in UNITS:
+        raise UserError(f"{option} {text!r} is no number of bytes: write it like 64GB or 60GiB.")
+    return int(float(match[1]) * UNITS[match[2]])
+
+
+def _request(options: PlanOptions) -> "Request":
+    from mpillama.engine.plan import Request
+
+    config, types = _model(options)
+    counts = {"--nodes": options.nodes, "--ranks-per-node": options.ranks_per_node, "--batch": options.batch}
+    for name, value in counts.items():
+        if value < 1:
+            raise UserError(f"{name} is {value}: give at least 1.")
+    known = config.max_position_embeddings
+    context = known if options.max_seq_len is None else options.max_seq_len
+    if not 1 <= context <= known:
+        raise UserError(f"--max-seq-len is {context}: this model's context holds 1 to {known} tokens.")
+    memory = parse_bytes("--memory-per-node", options.memory_per_node)
+    nodes, ranks = options.nodes, options.ranks_per_node
+    return Request(config, types, nodes, ranks, memory, context, options.batch, options.kv_type)
+
+
+def _model(options: PlanOptions) -> tuple[ModelConfig, WeightTypes]:
+    if (options.shape is None) == (options.model is None):
+        raise UserError("plan needs --shape NAME or --model PATH, one of them.")
+    if options.shape is not None:
+        name = "q4_0" if options.weights == "as-stored" else options.weights
+        return ModelConfig.from_hf(shape_config(options.shape)), WeightTypes(WEIGHT_TYPES[name])
+    from mpillama.engine.model_file import open_model
+
+    file = open_model(options.model or "", options.weights, options.tokenizer)
+    return file.config, file.weight_types
+
+
+def _network(text: str) -> tuple[float, float]:
+    """Read LATENCY,BANDWIDTH, for example 2us,12GB/s."""
+    latency, _, bandwidth = text.partition(",")
+    match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*(us|ms|s)\s*", latency)
+    if not match or not bandwidth:
+        raise UserError(f"--network {text!r} is not of the form LATENCY,BANDWIDTH, for example 2us,12GB/s.")
+    return float(match[1]) * {"us": 1e-6, "ms": 1e-3, "s": 1.0}[match[2]], parse_bytes("--network", bandwidth)
+
+
+def _memory_bandwidth(options: PlanOptions) -> float:
+    """As given, or as a saved `bench --json` measured it for all its ranks."""
+    if options.bench is None:
+        return parse_bytes("--memory-bandwidth", options.memory_bandwidth)
+    try:
+        found = json.loads(Path(options.bench).read_text())
+        return float(found["read_bandwidth_bytes_per_second"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"--bench {options.bench}: is no output of `bench --json` ({error}).") from error
+
+
+def _as_json(planned: "Plan", speed: "Speed", cures: list["Remedy"]) -> dict[str, Any]:
+    return {
+        "fits": planned.fits,
+        "headroom_bytes_per_node": planned.headroom,
+        "inequality": planned.inequality,
+        "bytes_per_node": planned.nodes,
+        "ranks": [{**asdict(rank), "total": rank.total} for rank in planned.ranks],
+        "speed": asdict(speed),
+        "remedies": [{"change": cure.text, "headroom_bytes_per_node": cure.plan.headroom} for cure in cures],
+    }
+
+
+def _print(planned: "Plan", speed: "Speed", cures: list["Remedy"]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    request, console = planned.request, Console()
+    table = Table("rank", "weights", "embedding, head", "KV cache", "buffers", "Python", "total", "reads")
+    fullest = max(planned.ranks, key=lambda r: r.total)
+    shown = planned.ranks if len(planned.ranks) <= 8 else (*planned.ranks[:3], planned.ranks[-1], fullest)
+    for r in shown:
+        mark = " (most)" if r is fullest and planned.inequality > 0 else ""
+        row = (r.weights, r.embedding, r.kv_cache, r.buffers, r.python, r.total, r.reads)
+        table.add_row(f"{r.rank}{mark}", *map(in_units, row))
+    console.print(table)
+    console.print(
+        f"{request.nodes} nodes x {request.ranks_per_node} ranks: the fullest needs {in_units(max(planned.nodes))} "
+        f"of {in_units(request.memory_per_node)}; the fullest rank is {100 * planned.inequality:.1f} % above the mean."
+    )
+    loads = f", loads in {speed.load_seconds:.0f} s" if speed.load_seconds else ""
+    console.print(
+        f"Predicted: decode {speed.decode_tokens_per_second:.2f} tok/s at the full context, "
+        f"{100 * speed.communication_share:.0f} % of it communication "
+        f"({speed.messages_per_step} messages, {in_units(speed.communication_bytes_per_step)} a rank and step){loads}."
+    )
+    _print_verdict(planned, cures)
+
+
+def _print_verdict(planned: "Plan", cures: list["Remedy"]) -> None:
+    if planned.fits:
+        sys.stdout.write(f"fits, {in_units(planned.headroom)} stay free on the fullest node\n")
+        return
+    sys.stdout.write(f"does not fit: {in_units(-planned.headroom)} too much on the fullest node\n")
+    for cure in cures:
+        sys.stdout.write(f"  would fit with {cure.text} ({in_units(cure.plan.headroom)} free)\n")
+    if not cures:
+        sys.stdout.write("  no single change of context, KV type, weights or number of nodes makes it fit\n")
+
+
+def _write_sbatch(options: PlanOptions) -> None:
+    """A job script that runs what was planned."""
+    model = options.model or f"MODEL.h5  # a {options.shape} in {options.weights}"
+    context = f" --max-seq-len {options.max_seq_len}" if options.max_seq_len else ""
+    lines = [
+        "#!/bin/bash",
+        f"#SBATCH --nodes={options.nodes}",
+        f"#SBATCH --ntasks-per-node={options.ranks_per_node}",
+        "#SBATCH --exclusive",
+        "#SBATCH --mem=0",
+        "#SBATCH --time=01:00:00",
+        "set -euo pipefail",
+        f"MODEL={shlex.quote(model) if options.model else model}",
+        f'exec mpirun python -m mpillama generate --model "$MODEL" --kv-type {options.kv_type}{context} "$@"',
+    ]
+    with output_file("--sbatch", options.sbatch or "") as file:
+        file.write(("\n".join(lines) + "\n").encode())
