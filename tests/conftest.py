@@ -1,5 +1,6 @@
 """What all tests share: the kernels' target, and small random model files."""
 
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +16,11 @@ ModelFile = Callable[[str, str], Path]
 """(kind, weight type) -> path of a model file."""
 
 WRITERS = {"awkward": models.write_awkward, "plain": models.write_plain, "toy": models.write_toy}
+
+
+def pytest_configure() -> None:
+    """Let interrupts through to the programs under test: a shell's background jobs inherit that they are ignored."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session", autouse=True)

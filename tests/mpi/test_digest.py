@@ -214,9 +214,7 @@ def family_truth(measure: Measure) -> Digests:
     return measure(family_cases(0), 1)
 
 
-@pytest.mark.parametrize(
-    ("ranks", "isa", "threads"), [(1, "avx2", 2), (2, "", 1), (3, "", 1), (4, "", 2), (5, "", 1)]
-)
+@pytest.mark.parametrize(("ranks", "isa", "threads"), [(1, "avx2", 2), (2, "", 1), (3, "", 1), (4, "", 2), (5, "", 1)])
 def test_every_family(ranks: int, isa: str, threads: int, measure: Measure, family_truth: Digests) -> None:
     assert len(set(family_truth.values())) == 2 * len(FAMILIES)
     assert measure(family_cases(ranks), ranks, isa, threads) == family_truth
