@@ -66,6 +66,7 @@ class RunOptions:
     tokenizer: Optional[str] = option(
         "the .t file of a distributed-llama model (default: the one beside it)", metavar="PATH"
     )
+    force: bool = option("load even if the memory of a host does not suffice", False)
     verify: bool = option("check what is read against the file's checksums", False)
     max_seq_len: Optional[int] = option(
         "most tokens of prompt and answer together (default: the model's own context)", metavar="TOKENS"

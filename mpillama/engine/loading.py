@@ -8,6 +8,7 @@ from pathlib import Path
 
 from mpillama.comm.start import World
 from mpillama.engine.model_file import ModelFile, open_model
+from mpillama.engine.preflight import choose_context, measure_host
 from mpillama.engine.session import Session
 from mpillama.engine.warm_up import choose_reduction, warm_up
 from mpillama.errors import UserError
@@ -31,6 +32,7 @@ class LoadedModel:
     model: LlamaModel
     bytes_read: int
     seconds: float
+    context: int
 
 
 def model_path(option: str | None) -> str:
@@ -45,9 +47,12 @@ def load_model(options: RunOptions, world: World, target: Target, progress: Prog
     """Read the table on rank 0 and every rank's slices; UserError on all ranks if any cannot."""
     comm = world.comm
     file = comm.on_root(lambda: open_model(model_path(options.model), options.weights, options.tokenizer))
+    _check_sizes(options, file)
     warm_up(file.config, file.specs, world, target, options.kv_type)
     chunk = max(1, min(options.prefill_chunk, file.config.max_position_embeddings))
     choose_reduction(comm, world, file.config.padded_hidden_size, chunk)
+    host = measure_host(file, world, options.kv_type, chunk)
+    context = choose_context(file, world, options.max_seq_len, host, options.force)
     part = partition(file.config, comm.size)[comm.rank]
     start = time.perf_counter()
 
@@ -59,17 +64,20 @@ def load_model(options: RunOptions, world: World, target: Target, progress: Prog
             finally:
                 reader.close()
         model = LlamaModel(file.config, weights, comm, target.threads)
-        return LoadedModel(file, model, reader.bytes_read, time.perf_counter() - start)
+        return LoadedModel(file, model, reader.bytes_read, time.perf_counter() - start, context)
 
     return comm.together(read)
 
 
-def open_session(options: RunOptions, loaded: LoadedModel) -> Session:
-    """Allocate the KV cache; UserError for a context that the model does not have."""
-    known = loaded.file.config.max_position_embeddings
-    wanted = known if options.max_seq_len is None else options.max_seq_len
-    if not 1 <= wanted <= known:
+def _check_sizes(options: RunOptions, file: ModelFile) -> None:
+    """UserError for a context that the model does not have, and for chunks of nothing."""
+    known = file.config.max_position_embeddings
+    if options.max_seq_len is not None and not 1 <= options.max_seq_len <= known:
         raise UserError(f"--max-seq-len is {options.max_seq_len}: this model's context holds 1 to {known} tokens.")
     if options.prefill_chunk < 1:
         raise UserError(f"--prefill-chunk is {options.prefill_chunk}: it must be at least 1.")
-    return Session(loaded.model, wanted, options.kv_type, min(options.prefill_chunk, wanted))
+
+
+def open_session(options: RunOptions, loaded: LoadedModel) -> Session:
+    """Allocate the KV cache for the context that was found to fit."""
+    return Session(loaded.model, loaded.context, options.kv_type, min(options.prefill_chunk, loaded.context))

@@ -53,6 +53,7 @@ def run_on_all_ranks(options: RunOptions, quiet: bool, root: Callable[[Run], int
         if world.comm.is_root and not quiet:
             warn_of_idle_ranks(loaded.file, world.comm.size)
             warn_of_requantised(loaded.file)
+            tell_lowered_context(options, loaded)
         tokenizer = world.comm.on_root_only(lambda: make_tokenizer(loaded.file))
         gc.freeze()  # what is loaded stays: the collector need not look at it again
         if tokenizer is None:
@@ -82,6 +83,16 @@ def warn_of_idle_ranks(file: ModelFile, size: int) -> None:
         sys.stderr.write(
             f"mpillama: warning: the model is too small for {size} ranks, some have nothing to do in parts of it; "
             f"more than {most_busy_ranks(file.config)} gain nothing.\n"
+        )
+
+
+def tell_lowered_context(options: RunOptions, loaded: "LoadedModel") -> None:
+    """Say so if the model's own context does not fit and a shorter one was taken."""
+    known = loaded.file.config.max_position_embeddings
+    if options.max_seq_len is None and loaded.context < known:
+        sys.stderr.write(
+            f"mpillama: the context is {loaded.context} of the model's {known} tokens, the longest that fits the "
+            "memory: --max-seq-len chooses another, --kv-type q8 makes room for more.\n"
         )
 
 

@@ -1,0 +1,73 @@
+"""Before anything is allocated: does what each rank needs fit its host, and which context fits if none is given."""
+
+from dataclasses import dataclass
+
+from mpillama.comm.start import World
+from mpillama.engine.host_memory import available_bytes, process_room
+from mpillama.engine.model_file import ModelFile
+from mpillama.errors import UserError
+from mpillama.model.cache import BLOCK_POSITIONS, blocks_for, cache_bytes
+from mpillama.model.partition import partition
+from mpillama.model.weights import arena_bytes
+from mpillama.model.workspace import workspace_bytes
+
+RESERVE = 64 << 20
+"""Bytes left to each rank for what Python makes on the way."""
+
+
+@dataclass(frozen=True)
+class Host:
+    """A host's ranks together: bytes without a KV cache, bytes for each 64 positions of it, and what there is."""
+
+    name: str
+    fixed: int
+    per_block: int
+    available: int
+
+    def need(self, context: int) -> int:
+        """Bytes for a context."""
+        return self.fixed + blocks_for(context) * self.per_block
+
+    @property
+    def longest_context(self) -> int:
+        """The most positions that fit, in whole cache blocks; negative if the weights alone do not."""
+        room = self.available - self.fixed
+        return room // self.per_block * BLOCK_POSITIONS if self.per_block else (1 << 40 if room >= 0 else -1)
+
+
+def measure_host(file: ModelFile, world: World, kv_type: str, prefill_chunk: int) -> Host:
+    """What the ranks of this host need and have; the same on each of them."""
+    part = partition(file.config, world.comm.size)[world.comm.rank]
+    fixed = arena_bytes(file.specs, part) + workspace_bytes(file.config, part, prefill_chunk) + RESERVE
+    per_block = cache_bytes(file.config, part, 1, kv_type)
+    mates = world.neighbours.gather((fixed, per_block, process_room()))
+    narrowest = min(room * len(mates) for _, _, room in mates)  # a limit on each process binds the fullest
+    available = min(world.neighbours.broadcast(available_bytes()), narrowest)
+    return Host(world.host, sum(f for f, _, _ in mates), sum(b for _, b, _ in mates), available)
+
+
+def choose_context(file: ModelFile, world: World, wanted: int | None, host: Host, force: bool) -> int:
+    """The context of the run: as wanted, or the model's own, lowered to what fits every host.
+
+    UserError on all ranks, naming the host, if what is wanted (or the weights alone) cannot fit; `force` overrides.
+    """
+    hosts = world.comm.gather(host)
+    known = file.config.max_position_embeddings
+    tightest = min(hosts, key=lambda h: h.longest_context)
+    if force or tightest.longest_context >= (known if wanted is None else wanted):
+        return known if wanted is None else wanted
+    if wanted is None and tightest.longest_context >= BLOCK_POSITIONS:
+        return tightest.longest_context
+    context = BLOCK_POSITIONS if wanted is None else wanted
+    raise UserError(
+        f"{file.path}: the ranks on host {tightest.name} need {tightest.need(context) / 1e9:.1f} GB for a context of "
+        f"{context} tokens, but it has {tightest.available / 1e9:.1f} GB: {_remedy(tightest, wanted)} "
+        "(`mpillama plan` shows what fits; --force tries all the same)."
+    )
+
+
+def _remedy(host: Host, wanted: int | None) -> str:
+    longest = host.longest_context
+    if wanted is not None and longest >= BLOCK_POSITIONS:
+        return f"--max-seq-len {longest} fits, or take --kv-type q8, smaller weights or more nodes"
+    return "take smaller weights (--weights q4_0, or a file converted so) or more nodes"
