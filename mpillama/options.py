@@ -66,6 +66,7 @@ class RunOptions:
     tokenizer: Optional[str] = option(
         "the .t file of a distributed-llama model (default: the one beside it)", metavar="PATH"
     )
+    layers: Optional[int] = option("run the first N layers only and extrapolate to the whole model", metavar="N")
     force: bool = option("load even if the memory of a host does not suffice", False)
     verify: bool = option("check what is read against the file's checksums", False)
     max_seq_len: Optional[int] = option(
@@ -140,7 +141,6 @@ class BenchOptions(RunOptions):
         "as-stored",
         choices=["as-stored", *WEIGHT_TYPE_NAMES],
     )
-    layers: Optional[int] = option("run the first N layers only and extrapolate to the whole model", metavar="N")
     prefill: list[int] = option("prompt lengths to time (default: 512)", [512], nargs="*", metavar="TOKENS")
     decode: int = option("decode steps to time (default: 64)", 64, metavar="STEPS")
     batch: list[int] = option("numbers of sequences decoded together (default: 1)", [1], nargs="*", metavar="COUNT")

@@ -10,6 +10,7 @@ from mpillama.comm.start import World
 from mpillama.engine.model_file import ModelFile, open_model
 from mpillama.engine.preflight import choose_context, measure_host
 from mpillama.engine.session import Session
+from mpillama.engine.trial import first_layers
 from mpillama.engine.warm_up import choose_reduction, warm_up
 from mpillama.errors import UserError
 from mpillama.kernels.target import Target
@@ -47,6 +48,7 @@ def load_model(options: RunOptions, world: World, target: Target, progress: Prog
     """Read the table on rank 0 and every rank's slices; UserError on all ranks if any cannot."""
     comm = world.comm
     file = comm.on_root(lambda: open_model(model_path(options.model), options.weights, options.tokenizer))
+    file = first_layers(file, options.layers)
     _check_sizes(options, file)
     warm_up(file.config, file.specs, world, target, options.kv_type)
     chunk = max(1, min(options.prefill_chunk, file.config.max_position_embeddings))

@@ -51,13 +51,15 @@ def _load(options: BenchOptions, world: World, target: Target) -> tuple["LlamaMo
     """The model with its first layers only if asked, and the number of layers of the whole model."""
     from mpillama.engine.loading import load_model
     from mpillama.engine.synthetic import SyntheticWeights
+    from mpillama.engine.trial import FirstLayers
     from mpillama.engine.warm_up import choose_reduction, warm_up
     from mpillama.model.llama import LlamaModel
     from mpillama.model.weights import load_weights
 
     if options.model is not None:
         loaded = load_model(options, world, target, load_progress(world.comm.is_root, options.json))
-        return loaded.model, loaded.file.config.num_hidden_layers
+        whole_file = loaded.file.whole if isinstance(loaded.file, FirstLayers) else loaded.file
+        return loaded.model, whole_file.config.num_hidden_layers
     whole = ModelConfig.from_hf(shape_config(options.shape or ""))
     config = whole.first_layers(options.layers or whole.num_hidden_layers)
     specs = tensor_specs(config, WeightTypes(WEIGHT_TYPES[weights_of_shape(options.weights)]))

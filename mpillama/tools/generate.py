@@ -10,6 +10,7 @@ import numpy as np
 from mpillama.errors import UserError
 from mpillama.options import GenerateOptions
 from mpillama.text.sampler import Sampler
+from mpillama.tools.display import in_units
 from mpillama.tools.output_file import output_file, refuse_unwritable
 from mpillama.tools.running import (
     Run,
@@ -21,6 +22,7 @@ from mpillama.tools.running import (
 
 if TYPE_CHECKING:
     from mpillama.engine.generate import Generation
+    from mpillama.engine.trial import Extrapolation
 
 
 def generate(options: GenerateOptions) -> int:
@@ -102,11 +104,29 @@ def _finish(run: Run, options: GenerateOptions, generation: "Generation", seed: 
     _print("\n")
     if not options.quiet:
         sys.stderr.write(closing_line(run, memory) + f" | seed {seed}\n")
+        if trial := _trial(run, options, memory):
+            sys.stderr.write(
+                f"mpillama: trial of {trial.layers} of {trial.whole_layers} layers: the whole model needs "
+                f"{in_units(trial.memory_bytes_per_rank)} per rank at the full context, loads in "
+                f"{trial.load_seconds:.1f} s, decodes {trial.decode_tokens_per_second:.2f} tok/s "
+                "(the text of a trial means nothing)\n"
+            )
+
+
+def _trial(run: Run, options: GenerateOptions, memory: list[int]) -> "Extrapolation | None":
+    """What a trial with --layers says of the whole model."""
+    from mpillama.engine.trial import FirstLayers, extrapolate
+
+    file = run.loaded.file
+    if not isinstance(file, FirstLayers):
+        return None
+    return extrapolate(file, run.session, run.loaded.seconds, memory, options.kv_type)
 
 
 def _result(
     run: Run, options: GenerateOptions, generation: "Generation", seed: int, memory: list[int]
 ) -> dict[str, object]:
+    trial = _trial(run, options, memory)
     return {
         "prompt_token_ids": generation.prompt_token_ids,
         "token_ids": generation.token_ids,
@@ -119,6 +139,7 @@ def _result(
         "ranks": run.world.comm.size,
         "threads": run.target.threads,
         "rss_bytes_per_rank": memory,
+        "trial": asdict(trial) if trial else None,
         "options": {
             **asdict(options),
             "model": run.loaded.file.path,

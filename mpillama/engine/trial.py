@@ -1,0 +1,109 @@
+"""A trial with the first layers of a model: real reads, real shapes, and what that says of the whole model."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from mpillama.comm.communicator import Communicator
+from mpillama.engine.model_file import ModelFile, SliceReader
+from mpillama.engine.session import Session
+from mpillama.errors import UserError
+from mpillama.model.cache import blocks_for, cache_bytes
+from mpillama.model.config import ModelConfig
+from mpillama.model.partition import partition
+from mpillama.model.tensors import TensorSpec, WeightTypes, tensor_specs
+from mpillama.model.weights import arena_bytes
+
+
+@dataclass(frozen=True)
+class FirstLayers:
+    """A model file of which only the first layers are seen; see ModelFile."""
+
+    whole: ModelFile
+    layers: int
+
+    @property
+    def path(self) -> str:
+        """Where it lies."""
+        return self.whole.path
+
+    @property
+    def config_json(self) -> Mapping[str, Any]:
+        """That of the whole model."""
+        return self.whole.config_json
+
+    @property
+    def texts(self) -> Mapping[str, bytes]:
+        """Those of the whole model."""
+        return self.whole.texts
+
+    @property
+    def weight_types(self) -> WeightTypes:
+        """Those of the whole model."""
+        return self.whole.weight_types
+
+    @property
+    def metadata_sha256(self) -> str:
+        """That of the whole model."""
+        return self.whole.metadata_sha256
+
+    @property
+    def config(self) -> ModelConfig:
+        """The shape of the first layers."""
+        return self.whole.config.first_layers(self.layers)
+
+    @property
+    def specs(self) -> list[TensorSpec]:
+        """The tensors of the first layers, the embedding and the head."""
+        return tensor_specs(self.config, self.weight_types)
+
+    def requantised(self) -> Mapping[str, int]:
+        """Those of the whole model."""
+        return self.whole.requantised()
+
+    def reader(self, on_bytes: Callable[[int], None], workers: int = 1, verify: bool = False) -> SliceReader:
+        """Open the files for reading slices."""
+        return self.whole.reader(on_bytes, workers, verify)
+
+
+def first_layers(file: ModelFile, layers: int | None) -> ModelFile:
+    """The file itself, or what is seen of it with --layers."""
+    if layers is None:
+        return file
+    if not 1 <= layers <= file.config.num_hidden_layers:
+        raise UserError(f"--layers is {layers}: this model has 1 to {file.config.num_hidden_layers} layers.")
+    return FirstLayers(file, layers)
+
+
+@dataclass(frozen=True)
+class Extrapolation:
+    """What the whole model needs, from a trial; bytes and seconds are those of the fullest and slowest rank."""
+
+    layers: int
+    whole_layers: int
+    memory_bytes_per_rank: int
+    load_seconds: float
+    decode_tokens_per_second: float
+
+
+def extrapolate(
+    file: FirstLayers, session: Session, load_seconds: float, memory: list[int], kv_type: str
+) -> Extrapolation:
+    """Scale measured figures by the bytes that the whole model has more; `memory` is each rank's resident bytes.
+
+    The trial's cache is resident as far as it was written, the whole model's is counted to the end of the context.
+    """
+    small = _bytes_of_ranks(file, session.comm, session.length, kv_type)
+    whole = _bytes_of_ranks(file.whole, session.comm, session.max_seq_len, kv_type)
+    most = max(m - sum(s) + sum(w) for m, s, w in zip(memory, small, whole, strict=True))
+    ratio = max(w[0] / s[0] for s, w in zip(small, whole, strict=True))
+    speed = session.decode.tokens_per_second / ratio
+    layers = file.config.num_hidden_layers, file.whole.config.num_hidden_layers
+    return Extrapolation(*layers, most, load_seconds * ratio, speed)
+
+
+def _bytes_of_ranks(file: ModelFile, comm: Communicator, context: int, kv_type: str) -> list[tuple[int, int]]:
+    """Each rank's weights, and the KV cache up to the positions of the context."""
+    blocks = blocks_for(context)
+    parts = partition(file.config, comm.size)
+    return [(arena_bytes(file.specs, p), cache_bytes(file.config, p, blocks, kv_type)) for p in parts]
