@@ -15,7 +15,8 @@ from tests.conftest import THREADS
 
 F32_TOLERANCE = 1e-5  # of the largest logit; measured: 1e-6
 BOUNDS = {"f16": 2e-3, "bf16": 2e-2, "q8_0": 0.1, "q4_0": 0.8}
-"""As above, for weights rounded to a type; measured with this data: about half."""
+"""As above, for weights rounded to a type; measured for Mixtral, where a router may choose otherwise: 0.07 for q8_0,
+0.58 for q4_0."""
 IN_GGUF = tuple(f for f in g.FAMILIES if f not in ("llama_yarn", "llama_linear", "mistral", "llama_bias"))
 IN_DLLAMA = ("llama", "qwen3", "qwen3_moe")
 

@@ -19,6 +19,7 @@ from mpillama.tools.running import (
     run_on_all_ranks,
     sampling_options,
 )
+from mpillama.tools.standard_input import read_standard_input
 
 if TYPE_CHECKING:
     from mpillama.engine.generate import Generation
@@ -60,20 +61,13 @@ def _prompt_ids(run: Run, options: GenerateOptions) -> list[int]:
             if not 0 <= token < vocab_size:
                 raise UserError(f"--prompt-token-ids has {token}, but the model's ids are 0 to {vocab_size - 1}.")
         return given
-    text = _read_input() if options.prompt == "-" else options.prompt
+    text = read_standard_input() if options.prompt == "-" else options.prompt
     if not text:
         raise UserError("the prompt is empty: give a text with --prompt, or - and a text on standard input.")
     if options.chat:
         rendered = run.chat_template.render([{"role": "user", "content": text}])
         return run.tokenizer.encode(rendered)
     return run.tokenizer.encode(text)
-
-
-def _read_input() -> str:
-    try:
-        return sys.stdin.buffer.read().decode()
-    except UnicodeDecodeError as error:
-        raise UserError(f"standard input is not UTF-8 text ({error}): correct that byte.") from error
 
 
 def _given_token_ids(options: GenerateOptions) -> list[int] | None:

@@ -9,6 +9,7 @@ from mpillama.errors import UserError
 from mpillama.options import PerplexityOptions
 from mpillama.tools.display import steps_progress
 from mpillama.tools.running import Run, run_on_all_ranks
+from mpillama.tools.standard_input import read_standard_input
 
 if TYPE_CHECKING:
     from mpillama.engine.perplexity import Score
@@ -35,8 +36,10 @@ def _perplexity(run: Run, options: PerplexityOptions) -> int:
 
 def read_text(path: str) -> str:
     """A whole file, or standard input for -; UserError if it cannot be read or is no text."""
+    if path == "-":
+        return read_standard_input()
     try:
-        return (sys.stdin.buffer.read() if path == "-" else Path(path).read_bytes()).decode()
+        return Path(path).read_bytes().decode()
     except OSError as error:
         raise UserError(f"--file {path}: {(error.strerror or str(error)).lower()}: give a text file.") from error
     except UnicodeDecodeError as error:

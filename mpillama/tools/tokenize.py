@@ -4,8 +4,8 @@ import json
 import sys
 
 from mpillama.engine.model_file import make_tokenizer, open_model
-from mpillama.errors import UserError
 from mpillama.options import TokenizeOptions
+from mpillama.tools.standard_input import read_standard_input
 
 
 def tokenize(options: TokenizeOptions) -> int:
@@ -13,7 +13,7 @@ def tokenize(options: TokenizeOptions) -> int:
     from mpillama.engine.loading import model_path
 
     tokenizer = make_tokenizer(open_model(model_path(options.model), tokenizer=options.tokenizer))
-    text = _read_input() if options.text == "-" else options.text
+    text = read_standard_input() if options.text == "-" else options.text
     ids = tokenizer.encode(text, parse_special=not options.literal)
     rows = [{"id": i, "piece": tokenizer.token_text(i)} for i in ids]
     if options.json:
@@ -21,10 +21,3 @@ def tokenize(options: TokenizeOptions) -> int:
     else:
         sys.stdout.writelines(f"{row['id']:>8}  {row['piece']!r}\n" for row in rows)
     return 0
-
-
-def _read_input() -> str:
-    try:
-        return sys.stdin.buffer.read().decode()
-    except UnicodeDecodeError as error:
-        raise UserError(f"standard input is not UTF-8 text ({error}): correct that byte.") from error
