@@ -56,11 +56,13 @@ class Weights:
     bytes: int
     idle_expert_share: float = 0.0
 
-    @property
-    def bytes_per_step(self) -> int:
-        """Bytes that a step of one token streams: all but an embedding that is not the head, and idle experts."""
+    def bytes_per_step(self, tokens: int = 1) -> int:
+        """Bytes that a step streams: all but an embedding that is not the head, and experts that no token chose.
+
+        For several tokens that is an expectation: as if each chose its experts evenly.
+        """
         experts = [m for w in self.layers if w.router for m in (w.gate_proj, w.up_proj, w.down_proj)]
-        idle = round(sum(m.bytes for m in experts) * self.idle_expert_share)
+        idle = round(sum(m.bytes for m in experts) * self.idle_expert_share**tokens)
         return self.bytes - idle - (0 if self.lm_head is self.embed_tokens else self.embed_tokens.bytes)
 
 

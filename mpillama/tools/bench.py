@@ -134,7 +134,7 @@ def _decode(
     bandwidths += [before, read_bandwidth(world.comm, watch.model.threads)]
     bandwidth = (bandwidths[-2] + bandwidths[-1]) / 2
     kv_bytes = sum(world.comm.gather(watch.kv_bytes(batch, options.context)))
-    weight_bytes = sum(world.comm.gather(watch.model.weights.bytes_per_step))
+    weight_bytes = sum(world.comm.gather(watch.model.weights.bytes_per_step(batch)))
     ranks = world.comm.gather((timing.own_seconds, world.host, timing.all_reduce_microseconds))
     slowest = max(range(len(ranks)), key=lambda r: ranks[r][0])
     result = {
