@@ -155,7 +155,11 @@ class PerplexityOptions(RunOptions):
     """Options of `perplexity`."""
 
     file: str = option("text file, or - for standard input (default: -)", "-", metavar="PATH")
-    context: int = option("tokens of a window (default: 512)", 512, metavar="TOKENS")
+    context: int = option(
+        "tokens of a window; as many windows as --prefill-chunk holds are computed together (default: 512)",
+        512,
+        metavar="TOKENS",
+    )
     stride: Optional[int] = option(
         "tokens from one window to the next (default: the window's size, as llama.cpp does)", metavar="TOKENS"
     )

@@ -7,7 +7,7 @@ import numpy as np
 from mpillama.comm.communicator import Communicator
 from mpillama.engine.model_file import ModelFile
 from mpillama.files.native import NativeModel, read_table
-from mpillama.model.cache import KVCache, Step, blocks_for, single_sequence_step
+from mpillama.model.cache import KVCache, Step, blocks_for, joint_step, single_sequence_step
 from mpillama.model.llama import LlamaModel
 from mpillama.model.partition import partition
 from mpillama.model.weights import load_weights
@@ -55,17 +55,10 @@ def cut(tokens: np.ndarray, size: int) -> Chunks:
     return [tokens[i : i + size] for i in range(0, len(tokens), size)]
 
 
-def joint_step(parts: list[tuple[np.ndarray, int, np.ndarray]]) -> Step:
+def all_logits_step(parts: list[tuple[np.ndarray, int, np.ndarray]]) -> Step:
     """One step of several sequences' (token ids, first position, cache blocks), with all logits."""
-    steps = [single_sequence_step(tokens, start, table, len(tokens)) for tokens, start, table in parts]
-    counts = [len(s.token_ids) for s in steps]
-    firsts = np.cumsum([0, *counts[:-1]])
+    counts = np.array([len(tokens) for tokens, _, _ in parts])
     width = max(len(table) for _, _, table in parts)
-    return Step(
-        token_ids=np.concatenate([s.token_ids for s in steps]),
-        positions=np.concatenate([s.positions for s in steps]),
-        slots=np.concatenate([s.slots for s in steps]),
-        segments=np.array([[f, n, start] for f, n, (_, start, _) in zip(firsts, counts, parts, strict=True)]),
-        tables=np.stack([np.pad(table, (0, width - len(table))) for _, _, table in parts]),
-        logit_rows=np.arange(sum(counts)),
-    )
+    tables = np.stack([np.pad(table, (0, width - len(table))) for _, _, table in parts])
+    starts = np.array([start for _, start, _ in parts])
+    return joint_step(np.concatenate([tokens for tokens, _, _ in parts]), starts, counts, counts, tables)

@@ -283,9 +283,9 @@ def test_sequences_in_one_step_do_not_touch_each_other(running, model_file: Mode
     cache = running.new_cache(model, len(blocks), kv_type)
     for tokens, start, table in zip(prompts, starts, tables, strict=True):
         if start:
-            model.forward(running.joint_step([(tokens[:start], 0, table)]), cache)
+            model.forward(running.all_logits_step([(tokens[:start], 0, table)]), cache)
     parts = [(t[start:], start, table) for t, start, table in zip(prompts, starts, tables, strict=True)]
-    together = model.forward(running.joint_step(parts), cache)
+    together = model.forward(running.all_logits_step(parts), cache)
     alone = [running.all_logits(model, [t], kv_type)[s:] for t, s in zip(prompts, starts, strict=True)]
     assert np.array_equal(together, np.concatenate(alone))
 
@@ -303,11 +303,12 @@ def test_only_the_wanted_logits_are_computed(running, model_file: ModelFile):
 
 
 def test_a_session_gives_the_same_bits_and_truncates(running, model_file: ModelFile):
+    from mpillama.engine.executor import Executor
     from mpillama.engine.session import Session
 
     model, tokens = running.load(model_file("plain", "q8_0"), THREADS), prompt("plain", 80)
     whole = running.all_logits(model, [tokens], "f16")
-    session = Session(model, 80, "f16", prefill_chunk=33)
+    session = Session(Executor(model, 80, "f16", max_tokens=33))
     assert np.array_equal(session.extend(tokens[:70]), whole[69])
     assert np.array_equal(session.extend(tokens[70:]), whole[79])
     session.truncate(66)

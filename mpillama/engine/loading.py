@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mpillama.comm.start import World
+from mpillama.engine.executor import Executor
 from mpillama.engine.model_file import ModelFile, open_model
 from mpillama.engine.preflight import choose_context, measure_host
-from mpillama.engine.session import Session
 from mpillama.engine.trial import first_layers
 from mpillama.engine.warm_up import choose_reduction, warm_up
 from mpillama.errors import UserError
@@ -80,6 +80,6 @@ def _check_sizes(options: RunOptions, file: ModelFile) -> None:
         raise UserError(f"--prefill-chunk is {options.prefill_chunk}: it must be at least 1.")
 
 
-def open_session(options: RunOptions, loaded: LoadedModel) -> Session:
-    """Allocate the KV cache for the context that was found to fit."""
-    return Session(loaded.model, loaded.context, options.kv_type, min(options.prefill_chunk, loaded.context))
+def open_executor(options: RunOptions, loaded: LoadedModel) -> Executor:
+    """Allocate the KV cache of one sequence, for the context that was found to fit."""
+    return Executor(loaded.model, loaded.context, options.kv_type, min(options.prefill_chunk, loaded.context))

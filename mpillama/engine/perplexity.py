@@ -8,10 +8,12 @@ definition of llama.cpp's perplexity tool, so that the figures compare.
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from itertools import islice
 
 import numpy as np
 
-from mpillama.engine.session import Session
+from mpillama.engine.executor import Executor
+from mpillama.engine.step_plan import Segment
 from mpillama.errors import UserError
 
 
@@ -53,26 +55,43 @@ def windows(tokens: int, context: int, stride: int) -> Iterator[tuple[int, int]]
 
 
 def text_perplexity(
-    session: Session, ids: list[int], bos: int | None, context: int, stride: int, on_window: Callable[[], None]
+    executor: Executor, ids: list[int], bos: int | None, context: int, stride: int, on_window: Callable[[], None]
 ) -> Score:
-    """Score `ids` (without BOS); UserError for a text shorter than a window or impossible sizes."""
-    if not 2 <= context <= session.max_seq_len:
-        raise UserError(f"--context is {context}: give 2 to {session.max_seq_len} tokens.")
-    if not 1 <= stride <= context:
-        raise UserError(f"--stride is {stride}: give 1 to {context} tokens (--context).")
+    """Score `ids` (without BOS), as many windows at a time as the executor has slots.
+
+    UserError for a text shorter than a window.
+    """
     if len(ids) < context:
         raise UserError(f"the text has {len(ids)} tokens, a window {context}: give more text or a smaller --context.")
-    score = Score()
-    for start, first in windows(len(ids), context, stride):
-        window = np.array(ids[start : start + context])
-        targets = window[first + 1 :].copy()
-        if bos is not None:
-            window[0] = bos
-        session.truncate(0)
-        logits = session.score(window[:-1], context - 1 - first)
-        score.add(losses(logits, targets))
-        on_window()
+    score, places = Score(), windows(len(ids), context, stride)
+    while batch := list(islice(places, executor.slots)):
+        texts = [window_ids(ids, start, context, bos) for start, _ in batch]
+        for (start, first), logits in zip(batch, _score(executor, texts, [f for _, f in batch]), strict=True):
+            score.add(losses(logits, np.array(ids[start + first + 1 : start + context])))
+            on_window()
     return score
+
+
+def window_ids(ids: list[int], start: int, context: int, bos: int | None) -> np.ndarray:
+    """The tokens of a window that predict others: all but its last, BOS in place of the first."""
+    window = np.array(ids[start : start + context - 1])
+    if bos is not None:
+        window[0] = bos
+    return window
+
+
+def _score(executor: Executor, texts: list[np.ndarray], firsts: list[int]) -> list[np.ndarray]:
+    """Run sequences of one length side by side; logits float32 [tokens, vocab_size] of each from `firsts` on."""
+    found: list[list[np.ndarray]] = [[] for _ in texts]
+    share = max(1, executor.max_tokens // len(texts))
+    for start in range(0, len(texts[0]), share):
+        parts = [text[start : start + share] for text in texts]
+        wanted = [min(len(p), max(0, start + len(p) - f)) for p, f in zip(parts, firsts, strict=True)]
+        segments = [Segment(i, start, p, w) for i, (p, w) in enumerate(zip(parts, wanted, strict=True))]
+        logits = executor.forward(segments)
+        for rows, part in zip(found, np.split(logits, np.cumsum(wanted)[:-1]), strict=True):
+            rows.append(part)
+    return [np.concatenate(rows) for rows in found]
 
 
 def losses(logits: np.ndarray, targets: np.ndarray) -> np.ndarray:

@@ -93,8 +93,8 @@ def extrapolate(
 
     The trial's cache is resident as far as it was written, the whole model's is counted to the end of the context.
     """
-    small = _bytes_of_ranks(file, session.comm, session.length, kv_type)
-    whole = _bytes_of_ranks(file.whole, session.comm, session.max_seq_len, kv_type)
+    small = _bytes_of_ranks(file, session.executor.comm, session.length, kv_type)
+    whole = _bytes_of_ranks(file.whole, session.executor.comm, session.max_seq_len, kv_type)
     most = max(m - sum(s) + sum(w) for m, s, w in zip(memory, small, whole, strict=True))
     ratio = max(w[0] / s[0] for s, w in zip(small, whole, strict=True))
     speed = session.decode.tokens_per_second / ratio

@@ -68,29 +68,38 @@ class Step:
     logit_rows: np.ndarray
 
 
-def single_sequence_step(token_ids: np.ndarray, start: int, table: np.ndarray, logits: int) -> Step:
-    """Make the step of one sequence's tokens from position `start` on, with the logits of its last `logits` tokens."""
-    count = len(token_ids)
-    positions = np.arange(start, start + count)
+def joint_step(
+    token_ids: np.ndarray, starts: np.ndarray, counts: np.ndarray, logits: np.ndarray, tables: np.ndarray
+) -> Step:
+    """Make the step of several sequences' tokens, one sequence after the other in `token_ids`.
+
+    int64 [sequences] each: first position, number of tokens (at least one), how many last tokens' logits are wanted;
+    tables int64 [sequences, blocks] are the cache blocks of each.
+    """
+    ends = np.cumsum(counts)
+    firsts = ends - counts
+    sequence = np.repeat(np.arange(len(counts)), counts)
+    rows = np.arange(len(token_ids))
+    positions = rows + (starts - firsts)[sequence]
+    blocks = tables[sequence, positions // BLOCK_POSITIONS]
     return Step(
         token_ids=np.ascontiguousarray(token_ids, np.int32),
         positions=positions.astype(np.int32),
-        slots=table[positions // BLOCK_POSITIONS] * BLOCK_POSITIONS + positions % BLOCK_POSITIONS,
-        segments=np.array([[0, count, start]], np.int64),
-        tables=table[None].astype(np.int64),
-        logit_rows=np.arange(count - logits, count),
+        slots=blocks * BLOCK_POSITIONS + positions % BLOCK_POSITIONS,
+        segments=np.stack([firsts, counts, starts], axis=1),
+        tables=tables,
+        logit_rows=np.flatnonzero(rows >= (ends - logits)[sequence]),
+    )
+
+
+def single_sequence_step(token_ids: np.ndarray, start: int, table: np.ndarray, logits: int) -> Step:
+    """Make the step of one sequence's tokens from position `start` on, with the logits of its last `logits` tokens."""
+    return joint_step(
+        token_ids, np.array([start]), np.array([len(token_ids)]), np.array([logits]), table[None].astype(np.int64)
     )
 
 
 def decode_step(token_ids: np.ndarray, positions: np.ndarray, tables: np.ndarray) -> Step:
     """Make the step of one token of each of several sequences; tables int64 [sequences, blocks]."""
-    count = np.arange(len(token_ids))
-    blocks = tables[count, positions // BLOCK_POSITIONS]
-    return Step(
-        token_ids=np.ascontiguousarray(token_ids, np.int32),
-        positions=np.ascontiguousarray(positions, np.int32),
-        slots=blocks * BLOCK_POSITIONS + positions % BLOCK_POSITIONS,
-        segments=np.stack([count, np.ones_like(count), positions.astype(np.int64)], axis=1),
-        tables=tables,
-        logit_rows=count,
-    )
+    ones = np.ones(len(token_ids), np.int64)
+    return joint_step(token_ids, positions.astype(np.int64), ones, ones, tables)

@@ -91,7 +91,7 @@ def _finish(run: Run, options: GenerateOptions, generation: "Generation", seed: 
     if options.logits_out:
         with output_file("--logits-out", options.logits_out) as file:
             np.save(file, np.array(generation.logits, np.float32))
-    memory = run.session.memory_per_rank()
+    memory = run.executor.memory_per_rank()
     if options.json:
         _print(json.dumps(_result(run, options, generation, seed, memory)) + "\n")
         return

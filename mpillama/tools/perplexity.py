@@ -12,24 +12,52 @@ from mpillama.tools.running import Run, run_on_all_ranks
 from mpillama.tools.standard_input import read_standard_input
 
 if TYPE_CHECKING:
+    from mpillama.engine.executor import Executor
+    from mpillama.engine.loading import LoadedModel
     from mpillama.engine.perplexity import Score
 
 
 def perplexity(options: PerplexityOptions) -> int:
     """Run the command; returns the exit status."""
-    return run_on_all_ranks(options, options.json, lambda run: _perplexity(run, options))
+    _check(options)
+    return run_on_all_ranks(
+        options, options.json, lambda run: _perplexity(run, options), lambda loaded: _open_executor(options, loaded)
+    )
+
+
+def _check(options: PerplexityOptions) -> None:
+    """UserError for impossible sizes."""
+    if options.context < 2:
+        raise UserError(f"--context is {options.context}: a window has at least 2 tokens.")
+    if options.stride is not None and not 1 <= options.stride <= options.context:
+        raise UserError(f"--stride is {options.stride}: give 1 to {options.context} tokens (--context).")
+
+
+def _open_executor(options: PerplexityOptions, loaded: "LoadedModel") -> "Executor":
+    """Room for as many windows as fill a step."""
+    from mpillama.engine.executor import Executor
+
+    context = _window(options, loaded.context)
+    slots = max(1, options.prefill_chunk // context)
+    tokens = min(options.prefill_chunk, slots * context)
+    return Executor(loaded.model, context, options.kv_type, tokens, slots)
+
+
+def _window(options: PerplexityOptions, longest: int) -> int:
+    """Tokens of a window: as asked, or the whole context if that is shorter."""
+    return min(options.context, longest)
 
 
 def _perplexity(run: Run, options: PerplexityOptions) -> int:
     from mpillama.engine.perplexity import text_perplexity, windows  # imports kernels: only once MPI has started
 
     ids = run.tokenizer.encode(read_text(options.file), add_bos=False, parse_special=False)
-    context = min(options.context, run.session.max_seq_len)
-    stride = options.stride or context
+    context = run.executor.max_seq_len
+    stride = min(options.stride or context, context)
     count = sum(1 for _ in windows(len(ids), context, stride))
     bos = run.tokenizer.bos_token_id if run.tokenizer.adds_bos else None
     with steps_progress("windows", count, options.json) as on_window:
-        score = text_perplexity(run.session, ids, bos, context, stride, on_window)
+        score = text_perplexity(run.executor, ids, bos, context, stride, on_window)
     _report(options, score, context, stride, count)
     return 0
 

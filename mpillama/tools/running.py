@@ -4,6 +4,7 @@ import gc
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 from mpillama.comm.failure import USER_ERROR_STATUS, stop_printing
@@ -19,8 +20,11 @@ from mpillama.text.tokenizer import Tokenizer
 from mpillama.tools.display import in_units, load_progress
 
 if TYPE_CHECKING:
+    from mpillama.engine.executor import Executor
     from mpillama.engine.loading import LoadedModel
     from mpillama.engine.session import Session
+
+    OpenExecutor = Callable[[LoadedModel], Executor]
 
 
 @dataclass(frozen=True)
@@ -30,8 +34,15 @@ class Run:
     world: World
     target: Target
     loaded: "LoadedModel"
-    session: "Session"
+    executor: "Executor"
     tokenizer: Tokenizer
+
+    @cached_property
+    def session(self) -> "Session":
+        """The one sequence of `generate` and `chat`."""
+        from mpillama.engine.session import Session
+
+        return Session(self.executor)
 
     @property
     def chat_template(self) -> ChatTemplate:
@@ -42,14 +53,19 @@ class Run:
         return ChatTemplate(source.decode(), bos_token=self.tokenizer.bos_token, eos_token=self.tokenizer.eos_token)
 
 
-def run_on_all_ranks(options: RunOptions, quiet: bool, root: Callable[[Run], int]) -> int:
-    """Start MPI, load the model, let rank 0 do `root` and the others follow; returns the exit status."""
+def run_on_all_ranks(
+    options: RunOptions, quiet: bool, root: Callable[[Run], int], open_: "OpenExecutor | None" = None
+) -> int:
+    """Start MPI, load the model, let rank 0 do `root` and the others follow; returns the exit status.
+
+    `open_` makes the executor; without it, one for a single sequence.
+    """
     with start_mpi(options.threads) as world:
         target = world.comm.together(lambda: prepare(requested_isa(), world.threads, world.comm.yields))
-        from mpillama.engine.loading import load_model, open_session  # compiles kernels for the target just prepared
+        from mpillama.engine.loading import load_model, open_executor  # compiles kernels for the target just prepared
 
         loaded = load_model(options, world, target, load_progress(world.comm.is_root, quiet))
-        session = open_session(options, loaded)
+        executor = open_(loaded) if open_ else open_executor(options, loaded)
         if world.comm.is_root and not quiet:
             warn_of_idle_ranks(loaded.file, world.comm.size)
             warn_of_requantised(loaded.file)
@@ -57,8 +73,8 @@ def run_on_all_ranks(options: RunOptions, quiet: bool, root: Callable[[Run], int
         tokenizer = world.comm.on_root_only(lambda: make_tokenizer(loaded.file))
         gc.freeze()  # what is loaded stays: the collector need not look at it again
         if tokenizer is None:
-            return session.follow()
-        return _lead(Run(world, target, loaded, session, tokenizer), root)
+            return executor.follow()
+        return _lead(Run(world, target, loaded, executor, tokenizer), root)
 
 
 def _lead(run: Run, root: Callable[[Run], int]) -> int:
@@ -66,14 +82,14 @@ def _lead(run: Run, root: Callable[[Run], int]) -> int:
     try:
         status = root(run)
     except NonFiniteLogits as error:
-        run.session.end(USER_ERROR_STATUS)
+        run.executor.end(USER_ERROR_STATUS)
         raise UserError(f"{run.loaded.file.path}: {error}") from error
     except UserError:
-        run.session.end(USER_ERROR_STATUS)
+        run.executor.end(USER_ERROR_STATUS)
         raise
     except BrokenPipeError:
         status = stop_printing()
-    run.session.end(status)
+    run.executor.end(status)
     return status
 
 

@@ -154,14 +154,19 @@ def test_verify_is_refused_for_formats_without_checksums() -> None:
 # -- perplexity and tokenize ----------------------------------------------------------------------------------------
 
 
-def test_perplexity_does_not_depend_on_ranks(demo: Path, tmp_path: Path) -> None:
+def test_perplexity_depends_on_neither_ranks_nor_batch(demo: Path, tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
     text.write_text("Once upon a time, there was a llama named Max who lived on the cluster. " * 20)
     options = ("perplexity", "--model", demo, "--file", text, "--context", "64", "--json")
-    found = [json.loads(run(ranks, *PROGRAM, *options).stdout) for ranks in (None, 3)]
-    assert found[0] == found[1]
+    one_by_one = ("--prefill-chunk", "50")
+    found = [json.loads(run(*case).stdout) for case in (
+        (None, *PROGRAM, *options), (3, *PROGRAM, *options), (2, *PROGRAM, *options, *one_by_one),
+        (None, *PROGRAM, *options, "--prefill-chunk", "1000"),
+    )]  # fmt: skip
+    assert all(f == found[0] for f in found)
     assert 1 < found[0]["perplexity"] < 20
     assert found[0]["tokens"] == 31 * found[0]["windows"]
+    assert found[0]["windows"] % 4 != 0, "the last step shall have fewer windows"
 
 
 def test_perplexity_mistakes(demo: Path, tmp_path: Path) -> None:

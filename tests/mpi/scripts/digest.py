@@ -27,7 +27,8 @@ def main(threads: int, tokens: int, cases: list[dict[str, Any]]) -> None:
     """Run all cases in this process."""
     with start_mpi(threads) as world:
         target = world.comm.together(lambda: prepare(requested_isa(), threads, world.comm.yields))
-        from mpillama.engine.loading import load_model, open_session
+        from mpillama.engine.loading import load_model, open_executor
+        from mpillama.engine.session import Session
 
         digests, loaded, previous = [], None, None
         for case in cases:
@@ -43,12 +44,12 @@ def main(threads: int, tokens: int, cases: list[dict[str, Any]]) -> None:
                 loaded = load_model(options, world, target, load_progress(False, True))
                 previous = options.model, options.kv_type, options.weights
             choose(loaded, case["way"])
-            session = open_session(options, loaded)
+            executor = open_executor(options, loaded)
             if world.comm.is_root:
-                digests.append(generate(session, case["prompt"], tokens, case["banned"]))
-                session.end(0)
+                digests.append(generate(Session(executor), case["prompt"], tokens, case["banned"]))
+                executor.end(0)
             else:
-                session.follow()
+                executor.follow()
         if world.comm.is_root:
             print(json.dumps(digests))
 

@@ -1,0 +1,75 @@
+"""Steps on all ranks: rank 0 says what goes through the model, the others follow."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import psutil
+
+from mpillama.comm.communicator import Communicator
+from mpillama.engine.step_plan import Order, Segment, StepPlan
+from mpillama.model.cache import KVCache
+from mpillama.model.llama import LlamaModel
+
+
+class Executor:
+    """A model and a cache for up to `slots` sequences of up to `max_seq_len` positions, steps of up to `max_tokens`.
+
+    The cache has `blocks` blocks, which rank 0 gives to sequences with the segments; without that number each slot has
+    the blocks that it may need, and none need be given. On rank 0 call forward, memory_per_rank and end; on the other
+    ranks call follow once.
+    """
+
+    def __init__(
+        self, model: LlamaModel, max_seq_len: int, kv_type: str, max_tokens: int, slots: int = 1,
+        blocks: int | None = None,
+    ):  # fmt: skip
+        self.model = model
+        self.comm: Communicator = model.comm
+        self.max_seq_len = max_seq_len
+        self.max_tokens = max_tokens
+        self.slots = slots
+        self.plan = StepPlan(max_tokens, slots, max_seq_len)
+        if blocks is None:
+            blocks = self.plan.tables.size
+            self.plan.tables.reshape(-1)[:] = np.arange(blocks)
+        self.cache = KVCache(model.config, model.part, blocks, kv_type)
+
+    # -- rank 0 ----------------------------------------------------------------------------------------------------
+
+    def forward(self, segments: Sequence[Segment]) -> np.ndarray:
+        """Run a step and return the wanted logits, float32 [rows, vocab_size], in the order of the segments."""
+        self.plan.write(segments)
+        self.comm.broadcast_plan(self.plan.buffer)
+        return self._execute()
+
+    def end(self, status: int) -> None:
+        """Let the other ranks leave follow() with an exit status."""
+        self._order(Order.END, status)
+
+    def memory_per_rank(self) -> list[int]:
+        """Resident bytes of every rank's process, in order of rank."""
+        self._order(Order.REPORT_MEMORY)
+        return self._gather_memory()
+
+    def _order(self, order: Order, status: int = 0) -> None:
+        self.plan.write_order(order, status)
+        self.comm.broadcast_plan(self.plan.buffer)
+
+    # -- all ranks -------------------------------------------------------------------------------------------------
+
+    def follow(self) -> int:
+        """Execute rank 0's plans until it ends; returns the exit status."""
+        while True:
+            self.comm.broadcast_plan(self.plan.buffer)
+            if self.plan.order == Order.END:
+                return self.plan.status
+            if self.plan.order == Order.REPORT_MEMORY:
+                self._gather_memory()
+            else:
+                self._execute()
+
+    def _execute(self) -> np.ndarray:
+        return self.model.forward(self.plan.step(), self.cache)
+
+    def _gather_memory(self) -> list[int]:
+        return self.comm.gather(int(psutil.Process().memory_info().rss))

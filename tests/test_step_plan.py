@@ -1,0 +1,55 @@
+"""The message of a step: what was written comes out as the step, and what does not fit is refused."""
+
+import numpy as np
+import pytest
+
+from mpillama.engine.step_plan import FIELDS, HEADER, Order, Segment, StepPlan
+
+
+def plan() -> StepPlan:
+    return StepPlan(max_tokens=8, slots=3, max_seq_len=200)
+
+
+def test_segments_come_out_as_a_step():
+    p = plan()
+    p.write([Segment(2, 63, [5, 6, 7], 2, 0, [9, 4]), Segment(0, 0, [8], 1, 0, [3]), Segment(1, 10, [1, 2], 0, 0, [7])])
+    step = p.step()
+    assert p.order == Order.FORWARD
+    assert step.token_ids.tolist() == [5, 6, 7, 8, 1, 2]
+    assert step.positions.tolist() == [63, 64, 65, 0, 10, 11]
+    assert step.slots.tolist() == [9 * 64 + 63, 4 * 64, 4 * 64 + 1, 3 * 64, 7 * 64 + 10, 7 * 64 + 11]
+    assert step.segments.tolist() == [[0, 3, 63], [3, 1, 0], [4, 2, 10]]
+    assert step.tables[0].tolist() == [9, 4]
+    assert step.logit_rows.tolist() == [1, 2, 3]
+
+
+def test_tables_are_kept_from_step_to_step():
+    p = plan()
+    p.write([Segment(1, 0, [], blocks=[5, 6])])
+    assert len(p.step().token_ids) == 0
+    p.write([Segment(1, 64, [3], 1, 2, [8])])
+    step = p.step()
+    assert step.slots.tolist() == [6 * 64]
+    assert p.tables[1].tolist() == [5, 6, 8, 0]
+    assert p.tables[0].tolist() == [0, 0, 0, 0]
+
+
+@pytest.mark.parametrize(
+    "segments",
+    [
+        [Segment(0, 0, range(9))],
+        [Segment(i, 0, [1]) for i in range(4)],
+        [Segment(0, 0, [1], blocks=range(100))],
+    ],
+)
+def test_what_does_not_fit_is_refused(segments):
+    with pytest.raises(ValueError, match="a step of"):
+        plan().write(segments)
+
+
+def test_the_message_is_small_and_of_one_size():
+    p = StepPlan(max_tokens=256, slots=32, max_seq_len=131072)
+    assert p.buffer.nbytes == 8 * (HEADER + 32 * FIELDS + 256 + 4 + 64)
+    p.write_order(Order.END, 3)
+    assert (p.order, p.status) == (Order.END, 3)
+    assert np.all(p.tables == 0)
