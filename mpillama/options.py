@@ -181,13 +181,23 @@ class PlanOptions:
     nodes: int = option("nodes of the job (default: 1)", 1, metavar="COUNT")
     ranks_per_node: int = option("ranks on each node (default: 1)", 1, metavar="COUNT")
     memory_per_node: str = option("memory of a node, e.g. 64GB or 60GiB (default: 64GB)", "64GB", metavar="BYTES")
+    layers: Optional[int] = option(
+        "plan a trial of the first N layers; with --shape as `bench` runs it, which has no tokenizer", metavar="N"
+    )
     max_seq_len: Optional[int] = option(
         "most tokens of prompt and answer together (default: the model's own context)", metavar="TOKENS"
     )
     batch: int = option("sequences at the same time (default: 1)", 1, metavar="COUNT")
     kv_type: str = option("type of the KV cache (default: f16)", "f16", choices=["f16", "f32", "q8"])
     memory_bandwidth: str = option("what a node reads from memory (default: 200GB/s)", "200GB/s", metavar="BYTES/s")
-    bench: Optional[str] = option("take the memory's bandwidth from a saved `bench --json`", metavar="FILE")
+    compute: str = option(
+        "multiply-adds of a node in a second, 150 GMAC/s for each core with VNNI (default: 2TMAC/s)",
+        "2TMAC/s",
+        metavar="MAC/s",
+    )
+    bench: Optional[str] = option(
+        "take the node's bandwidth and multiply-adds from a saved `bench --json`", metavar="FILE"
+    )
     network: str = option("latency and bandwidth between nodes (default: 5us,10GB/s)", "5us,10GB/s", metavar="L,B")
     read_bandwidth: Optional[str] = option("what a node reads from the file system, e.g. 5GB/s", metavar="BYTES/s")
     sbatch: Optional[str] = option("write a job script for what was planned", metavar="FILE")

@@ -72,9 +72,11 @@ def test_what_fits_needs_no_remedy(plan):
 
 def test_prediction_is_bounded_by_the_memory(plan):
     made = plan.make_plan(request(plan))
-    fast = plan.predict(made, 200e9, plan.Network(0.0, 1e15), None)
+    fast = plan.predict(made, plan.Node(200e9, 2e12), plan.Network(0.0, 1e15))
     assert fast.decode_tokens_per_second <= 200e9 / max(r.weights - r.embedding for r in made.ranks)
-    slow = plan.predict(made, 200e9, plan.Network(1e-3, 1e9), 5e9)
+    assert fast.prefill_tokens_per_second == pytest.approx(4 * 2e12 / 403e9, rel=0.01)  # 405B without the head
+    slow = plan.predict(made, plan.Node(200e9, 2e12, 5e9), plan.Network(1e-3, 1e9))
+    assert slow.prefill_tokens_per_second < fast.prefill_tokens_per_second
     assert slow.decode_tokens_per_second < fast.decode_tokens_per_second
     assert slow.messages_per_step == 2 * 126 + 2
     assert slow.load_seconds == pytest.approx(max(r.reads for r in made.ranks) / 5e9)

@@ -7,7 +7,7 @@ latency and the bytes of each all-reduce.
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 from mpillama.layout.weight_types import WEIGHT_TYPES
 from mpillama.model.cache import blocks_for, cache_bytes
@@ -17,8 +17,10 @@ from mpillama.model.tensors import EMBEDDING, LM_HEAD, TensorSpec, WeightTypes, 
 from mpillama.model.weights import arena_bytes, slice_bytes
 from mpillama.model.workspace import workspace_bytes
 
-PYTHON_BYTES = 230_000_000
-"""Resident bytes of a rank with compiled kernels and MPI but without a model: 205 to 250 MB were measured."""
+PYTHON_BYTES = 205_000_000
+"""Resident bytes of a rank with compiled kernels and MPI but without a model: 198 to 208 MB were measured."""
+TOKENIZER_BYTES = 1500
+"""Resident bytes on rank 0 for each entry of the vocabulary: 191 MB for 127,000 were measured."""
 SHARED_WINDOW_BYTES = 16 * (1 << 17)
 """A rank's part of the shared-memory reduction."""
 GOOD_EFFICIENCY = 0.85
@@ -38,6 +40,7 @@ class Request:
     batch: int
     kv_type: str
     prefill_chunk: int = 256
+    tokenizer: bool = True
 
     @property
     def ranks(self) -> int:
@@ -59,8 +62,8 @@ class RankPlan:
     embedding: int
     kv_cache: int
     buffers: int
-    python: int = PYTHON_BYTES
-    reads: int = field(default=0)
+    python: int
+    reads: int
 
     @property
     def total(self) -> int:
@@ -116,9 +119,14 @@ def _rank_plan(request: Request, specs: list[TensorSpec], rank: int, part: Parti
         weights=arena_bytes(specs, part),
         embedding=slice_bytes(ends, part),
         kv_cache=cache_bytes(request.config, part, blocks, request.kv_type),
+        python=PYTHON_BYTES + (_tokenizer_bytes(request) if rank == 0 else 0),
         buffers=workspace_bytes(request.config, part, tokens) + logits + window,
         reads=slice_bytes(specs, part),
     )
+
+
+def _tokenizer_bytes(request: Request) -> int:
+    return TOKENIZER_BYTES * request.config.vocab_size if request.tokenizer else 0
 
 
 # -- remedies -------------------------------------------------------------------------------------------------------
@@ -200,6 +208,7 @@ class Speed:
     """A prediction for one step of `batch` sequences; the communication is that of one rank."""
 
     decode_tokens_per_second: float
+    prefill_tokens_per_second: float
     bytes_per_step: int
     messages_per_step: int
     communication_bytes_per_step: int
@@ -207,24 +216,61 @@ class Speed:
     load_seconds: float | None
 
 
-def predict(plan: Plan, memory_bandwidth: float, network: Network, read_bandwidth: float | None) -> Speed:
-    """Predict decoding at the full context; bandwidths in bytes per second, the memory's for each node."""
+@dataclass(frozen=True)
+class Node:
+    """What a node does in a second: bytes read from memory, multiply-adds, and bytes read from the file system."""
+
+    memory_bandwidth: float
+    multiply_adds: float
+    read_bandwidth: float | None = None
+
+
+def predict(plan: Plan, node: Node, network: Network) -> Speed:
+    """Predict decoding at the full context, and prefill without the attention's part."""
     request = plan.request
-    per_rank = memory_bandwidth / request.ranks_per_node * GOOD_EFFICIENCY
+    per_rank = node.memory_bandwidth / request.ranks_per_node * GOOD_EFFICIENCY
     streamed = max(_streamed(request, r) for r in plan.ranks)
     calls = 2 * request.config.num_hidden_layers + 2 if request.ranks > 1 else 0
     message = 8 * request.config.padded_hidden_size * request.batch
-    rounds = math.ceil(math.log2(request.ranks)) if request.ranks > 1 else 0
-    communication = calls * (2 * rounds * network.latency + 2 * message / network.bandwidth)
+    communication = _communication(request, network, request.batch)
+    fullest_read = max(r.reads for r in plan.ranks) * request.ranks_per_node
     seconds = streamed / per_rank + communication
     return Speed(
         request.batch / seconds,
+        _prefill(request, node, network),
         sum(_streamed(request, r) for r in plan.ranks),
         calls,
         2 * calls * message,
         communication / seconds,
-        max(r.reads for r in plan.ranks) * request.ranks_per_node / read_bandwidth if read_bandwidth else None,
+        fullest_read / node.read_bandwidth if node.read_bandwidth else None,
     )
+
+
+def _communication(request: Request, network: Network, tokens: int) -> float:
+    """Seconds of a step's all-reduces of so many tokens."""
+    if request.ranks == 1:
+        return 0.0
+    rounds = math.ceil(math.log2(request.ranks))
+    message = 8 * request.config.padded_hidden_size * tokens
+    calls = 2 * request.config.num_hidden_layers + 2
+    return calls * (2 * rounds * network.latency + 2 * message / network.bandwidth)
+
+
+def _prefill(request: Request, node: Node, network: Network) -> float:
+    """Tokens per second of a prompt's full chunks: the rank with the largest share of the products decides."""
+    tokens = request.prefill_chunk
+    share = max(len(p.ffn_panels) for p in partition(request.config, request.ranks))
+    panels = len(partition(request.config, 1)[0].ffn_panels)
+    work = tokens * multiply_adds(request.config) * share / panels
+    return tokens / (work / (node.multiply_adds / request.ranks_per_node) + _communication(request, network, tokens))
+
+
+def multiply_adds(config: ModelConfig) -> int:
+    """Multiply-adds of the layers' matrix products for one token, without attention; of experts the chosen ones."""
+    specs = tensor_specs(config, WeightTypes(WEIGHT_TYPES["f32"]))
+    layers = [s for s in specs if not s.vector and s.name not in (EMBEDDING, LM_HEAD)]
+    shared = sum(s.rows * s.columns for s in layers if not s.experts)
+    return shared + config.num_experts_per_tok * sum(s.rows * s.columns for s in layers if s.experts)
 
 
 def _streamed(request: Request, rank: RankPlan) -> int:

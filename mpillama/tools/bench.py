@@ -115,8 +115,15 @@ def _resident_bytes() -> int:
 
 
 def _prefill(options: BenchOptions, watch: "Stopwatch", tokens: int, whole_layers: int) -> dict[str, Any]:
+    from mpillama.engine.plan import multiply_adds
+
     timing = watch.prefill(tokens, options.repetitions)
-    result = {"tokens": tokens, **_spread(timing, tokens), "communication_share": timing.communication_share}
+    result = {
+        "tokens": tokens,
+        **_spread(timing, tokens),
+        "multiply_adds_per_second": tokens * multiply_adds(watch.model.config) / timing.median,
+        "communication_share": timing.communication_share,
+    }
     if watch.model.config.num_hidden_layers < whole_layers:
         seconds = _extrapolate(watch, timing.median, whole_layers, lambda: watch.prefill(tokens, options.repetitions))
         result["whole_model_tokens_per_second"] = tokens / seconds

@@ -18,7 +18,7 @@ from mpillama.tools.display import in_units
 from mpillama.tools.output_file import output_file, refuse_unwritable
 
 if TYPE_CHECKING:
-    from mpillama.engine.plan import Plan, Remedy, Request, Speed
+    from mpillama.engine.plan import Network, Node, Plan, Remedy, Request, Speed
 
 DOES_NOT_FIT = 1
 UNITS = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40}
@@ -26,13 +26,11 @@ UNITS = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "Ki": 2**10, "M
 
 def plan(options: PlanOptions) -> int:
     """Run the command; returns the exit status: 1 if it does not fit."""
-    from mpillama.engine.plan import Network, make_plan, predict, remedies
+    from mpillama.engine.plan import make_plan, predict, remedies
 
     refuse_unwritable("--sbatch", options.sbatch)
     planned = make_plan(_request(options))
-    latency, bandwidth = _network(options.network)
-    read = parse_bytes("--read-bandwidth", options.read_bandwidth) if options.read_bandwidth else None
-    speed = predict(planned, _memory_bandwidth(options), Network(latency, bandwidth), read)
+    speed = predict(planned, _node(options), _network(options.network))
     cures = remedies(planned)
     if options.json:
         sys.stdout.write(json.dumps(_as_json(planned, speed, cures), indent=2) + "\n")
@@ -45,9 +43,13 @@ def plan(options: PlanOptions) -> int:
 
 def parse_bytes(option: str, text: str) -> int:
     """Read 64GB, 60GiB, 1.5TB, 200GB/s or a plain number of bytes."""
-    match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([kMGT]?i?)B?(/s)?\s*", text)
+    return _parse(option, text, "B", "bytes: write it like 64GB or 60GiB")
+
+
+def _parse(option: str, text: str, unit: str, what: str) -> int:
+    match = re.fullmatch(rf"\s*([0-9]*\.?[0-9]+)\s*([kMGT]?i?)({unit})?(/s)?\s*", text)
     if not match or match[2] not in UNITS:
-        raise UserError(f"{option} {text!r} is no number of bytes: write it like 64GB or 60GiB.")
+        raise UserError(f"{option} {text!r} is no number of {what}.")
     return int(float(match[1]) * UNITS[match[2]])
 
 
@@ -65,7 +67,13 @@ def _request(options: PlanOptions) -> "Request":
         raise UserError(f"--max-seq-len is {context}: this model's context holds 1 to {known} tokens.")
     memory = parse_bytes("--memory-per-node", options.memory_per_node)
     nodes, ranks = options.nodes, options.ranks_per_node
-    return Request(config, types, nodes, ranks, memory, context, options.batch, options.kv_type)
+    if options.layers is not None:
+        if not 1 <= options.layers <= config.num_hidden_layers:
+            raise UserError(f"--layers is {options.layers}: this model has 1 to {config.num_hidden_layers} layers.")
+        config = config.first_layers(options.layers)
+    bench_trial = options.shape is not None and options.layers is not None  # without texts
+    sizes = (nodes, ranks, memory, context, options.batch, options.kv_type)
+    return Request(config, types, *sizes, tokenizer=not bench_trial)
 
 
 def _model(options: PlanOptions) -> tuple[ModelConfig, WeightTypes]:
@@ -80,22 +88,30 @@ def _model(options: PlanOptions) -> tuple[ModelConfig, WeightTypes]:
     return file.config, file.weight_types
 
 
-def _network(text: str) -> tuple[float, float]:
+def _network(text: str) -> "Network":
     """Read LATENCY,BANDWIDTH, for example 2us,12GB/s."""
+    from mpillama.engine.plan import Network
+
     latency, _, bandwidth = text.partition(",")
     match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*(us|ms|s)\s*", latency)
     if not match or not bandwidth:
         raise UserError(f"--network {text!r} is not of the form LATENCY,BANDWIDTH, for example 2us,12GB/s.")
-    return float(match[1]) * {"us": 1e-6, "ms": 1e-3, "s": 1.0}[match[2]], parse_bytes("--network", bandwidth)
+    seconds = float(match[1]) * {"us": 1e-6, "ms": 1e-3, "s": 1.0}[match[2]]
+    return Network(seconds, parse_bytes("--network", bandwidth))
 
 
-def _memory_bandwidth(options: PlanOptions) -> float:
+def _node(options: PlanOptions) -> "Node":
     """As given, or as a saved `bench --json` measured it for all its ranks."""
+    from mpillama.engine.plan import Node
+
+    read = parse_bytes("--read-bandwidth", options.read_bandwidth) if options.read_bandwidth else None
     if options.bench is None:
-        return parse_bytes("--memory-bandwidth", options.memory_bandwidth)
+        compute = _parse("--compute", options.compute, "MAC", "multiply-adds a second: write it like 2TMAC/s")
+        return Node(parse_bytes("--memory-bandwidth", options.memory_bandwidth), compute, read)
     try:
         found = json.loads(Path(options.bench).read_text())
-        return float(found["read_bandwidth_bytes_per_second"])
+        compute = max(entry["multiply_adds_per_second"] for entry in found["prefill"])
+        return Node(float(found["read_bandwidth_bytes_per_second"]), float(compute), read)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"--bench {options.bench}: is no output of `bench --json` ({error}).") from error
 
@@ -133,7 +149,8 @@ def _print(planned: "Plan", speed: "Speed", cures: list["Remedy"]) -> None:
     console.print(
         f"Predicted: decode {speed.decode_tokens_per_second:.2f} tok/s at the full context, "
         f"{100 * speed.communication_share:.0f} % of it communication "
-        f"({speed.messages_per_step} messages, {in_units(speed.communication_bytes_per_step)} a rank and step){loads}."
+        f"({speed.messages_per_step} messages, {in_units(speed.communication_bytes_per_step)} a rank and step); "
+        f"prefill {speed.prefill_tokens_per_second:.0f} tok/s without attention{loads}."
     )
     _print_verdict(planned, cures)
 
