@@ -38,6 +38,12 @@ class Executor:
 
     def forward(self, segments: Sequence[Segment]) -> np.ndarray:
         """Run a step and return the wanted logits, float32 [rows, vocab_size], in the order of the segments."""
+        blocks_first, rest = self.plan.fit(segments)
+        for segment in blocks_first:
+            self._run([segment])
+        return self._run(rest)
+
+    def _run(self, segments: Sequence[Segment]) -> np.ndarray:
         self.plan.write(segments)
         self.comm.broadcast_plan(self.plan.buffer)
         return self._execute()
@@ -69,7 +75,10 @@ class Executor:
                 self._execute()
 
     def _execute(self) -> np.ndarray:
-        return self.model.forward(self.plan.step(), self.cache)
+        step = self.plan.step()
+        if not len(step.token_ids):
+            return np.empty((0, self.model.config.vocab_size), np.float32)
+        return self.model.forward(step, self.cache)
 
     def _gather_memory(self) -> list[int]:
         return self.comm.gather(int(psutil.Process().memory_info().rss))

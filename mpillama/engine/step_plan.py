@@ -1,7 +1,7 @@
 """The message that rank 0 sends before each step: what goes through the model, and which cache blocks it uses."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import IntEnum
 
 import numpy as np
@@ -57,6 +57,20 @@ class StepPlan:
     def write_order(self, order: Order, status: int = 0) -> None:
         """Make the message an order without a step."""
         self.buffer[:HEADER] = order, status, 0, 0
+
+    def fit(self, segments: Sequence[Segment]) -> tuple[list[Segment], list[Segment]]:
+        """Split off blocks that do not fit one message: segments of blocks alone, each a message, and the rest.
+
+        A step needs few new blocks, unless a sequence begins with a long text that the cache knows.
+        """
+        before, rest, room = [], [], self.max_blocks
+        for s in segments:
+            while len(s.blocks) > room:
+                before.append(Segment(s.slot, 0, (), 0, s.table_start, s.blocks[: self.max_blocks]))
+                s = replace(s, table_start=s.table_start + self.max_blocks, blocks=s.blocks[self.max_blocks :])
+            room -= len(s.blocks)
+            rest.append(s)
+        return before, rest
 
     def write(self, segments: Sequence[Segment]) -> None:
         """Make the message a step; ValueError if it does not hold that many tokens, sequences or blocks."""

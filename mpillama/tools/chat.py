@@ -82,16 +82,15 @@ class Conversation:
 
     def _stream(self, prompt_ids: list[int]) -> str:
         """Run what the cache does not hold yet of the prompt, print the answer and return it."""
+        from mpillama.engine.answer import Answer, Limits
         from mpillama.engine.generate import Generation, text_pieces
 
         run, options = self.run_state, self.options
         keep = common_prefix(self.cached, prompt_ids[:-1])
         run.session.truncate(keep)
         sampler = Sampler(self._sampling(), run.loaded.file.config.vocab_size, prompt_ids)
-        generation = Generation(prompt_ids)
-        pieces = text_pieces(
-            run.session, run.tokenizer, sampler, options.stop, options.max_tokens, generation, prompt_ids[keep:]
-        )
+        answer = Answer(run.tokenizer, Limits(options.max_tokens, options.stop))
+        pieces = text_pieces(run.session, sampler, Generation(prompt_ids, answer), prompt_ids[keep:])
         self.cached = self.cached[:keep]
         for piece in pieces:
             sys.stdout.write(piece)
@@ -100,8 +99,8 @@ class Conversation:
                 sys.stdout.write(" (stopped)")
                 break
         sys.stdout.write("\n")
-        self.cached = (prompt_ids + generation.token_ids)[: run.session.length]
-        return generation.text
+        self.cached = (prompt_ids + answer.token_ids)[: run.session.length]
+        return answer.text
 
     def _sampling(self) -> Any:
         """The sampling options; a given seed gives each turn a seed of its own."""

@@ -37,12 +37,14 @@ def generate(options: GenerateOptions) -> int:
 
 
 def _generate(run: Run, options: GenerateOptions) -> int:
+    from mpillama.engine.answer import Answer, Limits
     from mpillama.engine.generate import Generation, text_pieces
 
     prompt_ids = _prompt_ids(run, options)
     sampler = Sampler(sampling_options(options), run.loaded.file.config.vocab_size, prompt_ids)
-    generation = Generation(prompt_ids, logits=[] if options.logits_out else None)
-    pieces = text_pieces(run.session, run.tokenizer, sampler, options.stop, options.max_tokens, generation, prompt_ids)
+    answer = Answer(run.tokenizer, Limits(options.max_tokens, options.stop))
+    generation = Generation(prompt_ids, answer, logits=[] if options.logits_out else None)
+    pieces = text_pieces(run.session, sampler, generation, prompt_ids)
     if not (options.json or options.quiet or options.chat):
         _print(run.tokenizer.decode(prompt_ids))
     for piece in pieces:
@@ -123,9 +125,9 @@ def _result(
     trial = _trial(run, options, memory)
     return {
         "prompt_token_ids": generation.prompt_token_ids,
-        "token_ids": generation.token_ids,
-        "text": generation.text,
-        "finish_reason": generation.finish_reason,
+        "token_ids": generation.answer.token_ids,
+        "text": generation.answer.text,
+        "finish_reason": generation.answer.finish_reason,
         "logits_sha256": generation.digest.hexdigest(),
         "prefill_tokens_per_second": run.session.prefill.tokens_per_second,
         "decode_tokens_per_second": run.session.decode.tokens_per_second,

@@ -1,0 +1,59 @@
+"""An answer as it grows token by token: its text, and when it ends."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from mpillama.text.stop import StopStrings
+from mpillama.text.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class Limits:
+    """When an answer ends: before one of the `stops`, after `max_tokens`, at an end-of-text token unless ignored."""
+
+    max_tokens: int
+    stops: Sequence[str] = ()
+    ignore_eos: bool = False
+
+
+@dataclass
+class Answer:
+    """Tokens and text so far; finish_reason is None while it grows.
+
+    Then "stop" (an end-of-text token or a stop string), "length" (max_tokens or the context's end), or what an engine
+    sets.
+    """
+
+    tokenizer: Tokenizer
+    limits: Limits
+    token_ids: list[int] = field(default_factory=list)
+    text: str = ""
+    finish_reason: str | None = None
+
+    def __post_init__(self) -> None:
+        self._stream = self.tokenizer.stream()
+        self._stop = StopStrings(self.limits.stops)
+
+    def push(self, token: int, room: int) -> str:
+        """Take a sampled token and return the text that is safe to print.
+
+        `room`: how many more tokens the context holds after this one; at 0 the answer ends.
+        """
+        self.token_ids.append(token)
+        if token in self.tokenizer.eos_token_ids and not self.limits.ignore_eos:
+            return self.finish("stop")
+        piece, stopped = self._stop.push(self._stream.push(token))
+        self.text += piece
+        if stopped:
+            self.finish_reason = "stop"
+        elif len(self.token_ids) >= self.limits.max_tokens or room <= 0:
+            piece += self.finish("length")
+        return piece
+
+    def finish(self, reason: str) -> str:
+        """End the answer and return the text that was held back."""
+        rest, stopped = self._stop.push(self._stream.finish())
+        rest += "" if stopped else self._stop.finish()
+        self.text += rest
+        self.finish_reason = "stop" if stopped else reason
+        return rest

@@ -1,0 +1,176 @@
+"""Many requests at once on rank 0: each step is planned, run on all ranks, and its logits are sampled from."""
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from mpillama.engine.answer import Answer
+from mpillama.engine.block_pool import BlockPool
+from mpillama.engine.executor import Executor
+from mpillama.engine.scheduler import Scheduler, Share
+from mpillama.engine.sequence import EngineSequence, Request
+from mpillama.engine.speculation import Drafter
+from mpillama.errors import UserError
+from mpillama.text.sampler import NonFiniteLogits, Sampler
+from mpillama.text.tokenizer import Tokenizer
+
+
+@dataclass
+class EngineCounts:
+    """What the engine did so far; seconds of rank 0 in steps, and within them in the model."""
+
+    steps: int = 0
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    computed_tokens: int = 0
+    sampled_tokens: int = 0
+    finished: int = 0
+    step_seconds: float = 0.0
+    model_seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class Update:
+    """A sequence that went on in a step: the tokens that were sampled and the text that became safe to print."""
+
+    sequence: EngineSequence
+    token_ids: list[int] = field(default_factory=list)
+    text: str = ""
+
+
+class Engine:
+    """Runs requests that come and go at any step; each answer has the bits of a run by itself.
+
+    The executor is used by nobody else. `speculate` is the most draft tokens of a sequence in a step.
+    """
+
+    def __init__(self, executor: Executor, tokenizer: Tokenizer, blocks: int, speculate: int = 0):
+        self.executor = executor
+        self.tokenizer = tokenizer
+        self.pool = BlockPool(blocks)
+        self.drafter = Drafter(speculate) if speculate else None
+        self.scheduler = Scheduler(self.pool, executor.slots, executor.max_tokens, self.drafter)
+        self.counts = EngineCounts()
+        self._number = 0
+
+    @property
+    def longest(self) -> int:
+        """The most positions of a sequence."""
+        return self.executor.max_seq_len
+
+    @property
+    def idle(self) -> bool:
+        """Whether nothing waits or runs."""
+        return not (self.scheduler.waiting or self.scheduler.running)
+
+    @property
+    def load(self) -> int:
+        """Sequences that wait or run."""
+        return len(self.scheduler.waiting) + len(self.scheduler.running)
+
+    def submit(self, request: Request) -> EngineSequence:
+        """Queue a request; UserError for a prompt that is empty, too long or has ids outside the vocabulary."""
+        self.check(request)
+        answer = Answer(self.tokenizer, request.limits)
+        sequence = EngineSequence(request, self._number, answer, list(request.prompt_ids))
+        self._number += 1
+        self.scheduler.add(sequence)
+        return sequence
+
+    def check(self, request: Request) -> None:
+        """UserError for what can never run."""
+        ids, vocab_size = request.prompt_ids, self.executor.model.config.vocab_size
+        if not ids:
+            raise UserError("the prompt is empty: give at least one token.")
+        if len(ids) >= self.longest:
+            raise UserError(f"the prompt has {len(ids)} tokens, but the context holds {self.longest}: shorten it.")
+        if not 0 <= min(ids) <= max(ids) < vocab_size:
+            raise UserError(f"the prompt has token ids outside 0 to {vocab_size - 1}.")
+        if request.limits.max_tokens < 1:
+            raise UserError(f"max_tokens is {request.limits.max_tokens}: ask for at least 1 token.")
+
+    def cancel(self, sequence: EngineSequence, reason: str = "cancelled") -> None:
+        """End a sequence before its time; nothing happens if it has ended."""
+        if not sequence.finished:
+            self._end(sequence, reason)
+
+    def step(self) -> list[Update]:
+        """Run one step; returns the sequences that went on. Nothing happens if the engine is idle."""
+        start = time.perf_counter()
+        shares = self.scheduler.schedule()
+        if not shares:
+            return []
+        segments = [share.sequence.segment(share.count, share.drafts) for share in shares]
+        before = time.perf_counter()
+        logits = self.executor.forward(segments)
+        self.counts.model_seconds += time.perf_counter() - before
+        updates = list(self._take(shares, logits))
+        self.counts.steps += 1
+        self.counts.step_seconds += time.perf_counter() - start
+        return updates
+
+    def _take(self, shares: list[Share], logits: np.ndarray) -> Iterator[Update]:
+        """Note what was computed and sample where a sequence's last token was among it."""
+        row = 0
+        for share in shares:
+            sequence = share.sequence
+            is_last = share.count == sequence.pending
+            sequence.computed += share.count
+            self.counts.computed_tokens += share.tokens
+            if is_last:
+                yield self._sample(sequence, logits[row : row + 1 + len(share.drafts)], share.drafts)
+                row += 1 + len(share.drafts)
+            if not sequence.finished:
+                sequence.publish(self.pool)
+
+    def _sample(self, sequence: EngineSequence, logits: np.ndarray, drafts: list[int]) -> Update:
+        """Sample a token, and one more for each draft that turns out to be that token."""
+        tokens, text = [], ""
+        for i, row in enumerate(logits):
+            try:
+                token = self._sampler(sequence).sample(row)
+            except NonFiniteLogits as error:
+                sequence.error = str(error)
+                self._end(sequence, "error")
+                break
+            if sequence.request.on_logits is not None:
+                sequence.request.on_logits(row, token)
+            tokens.append(token)
+            sequence.tokens.append(token)
+            text += sequence.answer.push(token, self.longest - len(sequence.tokens))
+            if sequence.finished:
+                self._end(sequence, sequence.answer.finish_reason or "stop")
+                break
+            if i == len(drafts) or drafts[i] != token:
+                break
+            sequence.computed += 1
+        self._count(tokens, drafts)
+        return Update(sequence, tokens, text)
+
+    def _sampler(self, sequence: EngineSequence) -> Sampler:
+        """Made when first needed: it is as large as the vocabulary."""
+        if sequence.sampler is None:
+            vocab_size = self.executor.model.config.vocab_size
+            sequence.sampler = Sampler(sequence.request.sampling, vocab_size, sequence.request.prompt_ids)
+        return sequence.sampler
+
+    def _count(self, tokens: list[int], drafts: list[int]) -> None:
+        self.counts.sampled_tokens += len(tokens)
+        if self.drafter is not None:
+            self.drafter.proposed += len(drafts)
+            self.drafter.accepted += max(0, len(tokens) - 1)
+
+    def _end(self, sequence: EngineSequence, reason: str) -> None:
+        """Free what the sequence holds; its full blocks stay known for others."""
+        if sequence.slot is not None:
+            sequence.publish(self.pool)
+        self.scheduler.remove(sequence)
+        sequence.sampler = None
+        if not sequence.finished:
+            sequence.answer.finish(reason)
+            sequence.answer.finish_reason = reason
+        self.counts.finished += 1
+        self.counts.prompt_tokens += len(sequence.request.prompt_ids)
+        self.counts.cached_tokens += sequence.cached_tokens or 0

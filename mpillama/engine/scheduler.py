@@ -1,0 +1,144 @@
+"""Which sequences' tokens make the next step: first come, first served, under a budget of tokens and cache blocks."""
+
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from mpillama.engine.block_pool import BlockPool
+from mpillama.engine.sequence import EngineSequence
+from mpillama.engine.speculation import Drafter
+from mpillama.model.cache import BLOCK_POSITIONS, blocks_for
+
+
+@dataclass(frozen=True)
+class Share:
+    """A sequence's part of a step: its next `count` tokens, and drafts of those to come."""
+
+    sequence: EngineSequence
+    count: int
+    drafts: list[int]
+
+    @property
+    def tokens(self) -> int:
+        """All of them."""
+        return self.count + len(self.drafts)
+
+
+class Scheduler:
+    """Sequences that wait, oldest first, and those that run, each in a slot.
+
+    A step holds a token of every running sequence that decodes, then prompts in chunks, up to `max_tokens` together.
+    When blocks run out the youngest running sequence gives its own back and is computed again later.
+    """
+
+    def __init__(self, pool: BlockPool, slots: int, max_tokens: int, drafter: Drafter | None = None):
+        self.pool = pool
+        self.max_tokens = max_tokens
+        self.drafter = drafter
+        self.waiting: deque[EngineSequence] = deque()
+        self.running: list[EngineSequence] = []
+        self.preemptions = 0
+        self._slots = list(range(slots - 1, -1, -1))
+        self._shares: dict[int, Share] = {}
+
+    def add(self, sequence: EngineSequence) -> None:
+        """Queue a new sequence."""
+        self.waiting.append(sequence)
+
+    def remove(self, sequence: EngineSequence) -> None:
+        """Take a sequence out, wherever it is."""
+        if sequence.slot is None:
+            self.waiting.remove(sequence)
+        else:
+            self.running.remove(sequence)
+            self._give_back(sequence)
+
+    def schedule(self) -> list[Share]:
+        """Choose the next step; empty if nothing waits or runs."""
+        self._shares = {}
+        before = self.preemptions
+        for sequence in self._by_urgency():
+            if sequence.slot is not None:  # else it left just now, for an older one
+                self._schedule(sequence)
+        while self._admissible() and self.preemptions == before and self._admit(self.waiting[0]):
+            self._schedule(self.running[-1])
+        return list(self._shares.values())
+
+    def _admissible(self) -> bool:
+        return bool(self._budget() and self._slots and self.waiting)
+
+    def _budget(self) -> int:
+        """Tokens that the step still has room for."""
+        return self.max_tokens - sum(share.tokens for share in self._shares.values())
+
+    def _by_urgency(self) -> Iterator[EngineSequence]:
+        """Running sequences: those that decode, then those with a prompt to compute, each by age."""
+        yield from [s for s in self.running if s.pending == 1]
+        yield from [s for s in self.running if s.pending > 1]
+
+    def _schedule(self, sequence: EngineSequence) -> None:
+        """Give the sequence its share, with the blocks that it needs; nothing if the step is full."""
+        count = min(sequence.pending, self._budget())
+        if not count or not self._provide(sequence, count):
+            return
+        drafts = self._drafts(sequence, count)
+        self._extend(sequence, count + len(drafts))
+        self._shares[sequence.number] = Share(sequence, count, drafts)
+
+    def _drafts(self, sequence: EngineSequence, count: int) -> list[int]:
+        """Guesses for which there is room in the step, the answer, and the blocks that nobody uses."""
+        if self.drafter is None or count < sequence.pending:
+            return []
+        drafts = self.drafter.draft(sequence.tokens)
+        drafts = drafts[: max(0, min(self._budget() - count, self._draft_room(sequence)))]
+        while drafts and sequence.blocks_needed(count + len(drafts)) > self.pool.available:
+            drafts.pop()
+        return drafts
+
+    def _draft_room(self, sequence: EngineSequence) -> int:
+        """How many drafts can come true: the answer's last token is sampled, never computed."""
+        return sequence.request.limits.max_tokens - len(sequence.answer.token_ids) - 1
+
+    def _provide(self, sequence: EngineSequence, count: int) -> bool:
+        """Make sure that blocks for `count` tokens are available; False if the sequence itself had to leave."""
+        while sequence.blocks_needed(count) > self.pool.available:
+            youngest = self.running[-1]
+            self._preempt(youngest)
+            if youngest is sequence:
+                return False
+        return True
+
+    def _extend(self, sequence: EngineSequence, tokens: int) -> None:
+        sequence.blocks += [self.pool.take() for _ in range(sequence.blocks_needed(tokens))]
+
+    def _preempt(self, sequence: EngineSequence) -> None:
+        """Send the youngest running sequence back to the queue, where all others are younger still."""
+        self.running.remove(sequence)
+        self._shares.pop(sequence.number, None)
+        self._give_back(sequence)
+        sequence.preemptions += 1
+        self.preemptions += 1
+        self.waiting.appendleft(sequence)
+
+    def _give_back(self, sequence: EngineSequence) -> None:
+        assert sequence.slot is not None
+        self._slots.append(sequence.slot)
+        sequence.leave(self.pool)
+
+    def _admit(self, sequence: EngineSequence) -> bool:
+        """Give the oldest waiting sequence a slot and what the cache knows of its text, if its tokens have room."""
+        digests = sequence.prefix_digests()
+        found = self.pool.find(digests)
+        if blocks_for(len(sequence.tokens) + 1) - len(found) > self.pool.available:
+            self.pool.release(found)
+            return False
+        self.waiting.popleft()
+        sequence.slot = self._slots.pop()
+        sequence.blocks = found
+        sequence.computed = len(found) * BLOCK_POSITIONS
+        sequence.published = len(found)
+        sequence.last_digest = digests[len(found) - 1] if found else sequence.last_digest
+        if sequence.cached_tokens is None:
+            sequence.cached_tokens = sequence.computed
+        self.running.append(sequence)
+        return True

@@ -1,0 +1,101 @@
+"""A request, and its sequence on the way through the engine."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from mpillama.engine.answer import Answer, Limits
+from mpillama.engine.block_pool import NO_TOKENS, BlockPool, block_digest, prefix_digests
+from mpillama.engine.step_plan import Segment
+from mpillama.model.cache import BLOCK_POSITIONS, blocks_for
+from mpillama.text.sampler import Sampler, SamplingOptions
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is asked of the engine: a prompt, how to sample, when to end.
+
+    `on_logits(logits, token)` is told of the float32 [vocab_size] logits that each token was chosen from. `key` is the
+    caller's own. With `reuse_prefix` False the prompt is computed anew, whatever the cache holds of it.
+    """
+
+    prompt_ids: list[int]
+    sampling: SamplingOptions
+    limits: Limits
+    key: Any = None
+    on_logits: Callable[[np.ndarray, int], None] | None = None
+    reuse_prefix: bool = True
+
+
+@dataclass(eq=False)
+class EngineSequence:
+    """A request's tokens, what the cache holds of them, and its answer.
+
+    `computed` positions have keys and values in `blocks`; `cached_tokens` of the prompt were found in the cache at its
+    first admission. `slot` is its row of the block tables while it runs.
+    """
+
+    request: Request
+    number: int
+    answer: Answer
+    tokens: list[int]
+    sampler: Sampler | None = None
+    slot: int | None = None
+    computed: int = 0
+    blocks: list[int] = field(default_factory=list)
+    cached_tokens: int | None = None
+    error: str | None = None
+    sent_blocks: int = 0
+    published: int = 0
+    last_digest: bytes = NO_TOKENS
+    preemptions: int = 0
+    _digests: tuple[int, list[bytes]] = (-1, [])
+
+    @property
+    def pending(self) -> int:
+        """Tokens that are not in the cache yet."""
+        return len(self.tokens) - self.computed
+
+    @property
+    def finished(self) -> bool:
+        """Whether the answer has ended."""
+        return self.answer.finish_reason is not None
+
+    def blocks_needed(self, tokens: int) -> int:
+        """New blocks for so many more tokens."""
+        return max(0, blocks_for(self.computed + tokens) - len(self.blocks))
+
+    def prefix_digests(self) -> list[bytes]:
+        """The digests of the full blocks before the last token, which must be computed to be continued."""
+        if not self.request.reuse_prefix:
+            return []
+        if self._digests[0] != len(self.tokens):
+            self._digests = len(self.tokens), prefix_digests(self.tokens[:-1])
+        return self._digests[1]
+
+    def segment(self, count: int, drafts: list[int]) -> Segment:
+        """The next `count` pending tokens and then drafts, with the logits that are wanted of them."""
+        assert self.slot is not None
+        ids = self.tokens[self.computed : self.computed + count] + drafts
+        logits = 1 + len(drafts) if count == self.pending else 0
+        new = self.blocks[self.sent_blocks :]
+        segment = Segment(self.slot, self.computed, ids, logits, self.sent_blocks, new)
+        self.sent_blocks = len(self.blocks)
+        return segment
+
+    def publish(self, pool: BlockPool) -> None:
+        """Let others find the blocks that became full."""
+        while (self.published + 1) * BLOCK_POSITIONS <= self.computed:
+            start = self.published * BLOCK_POSITIONS
+            self.last_digest = block_digest(self.last_digest, self.tokens[start : start + BLOCK_POSITIONS])
+            pool.publish(self.blocks[self.published], self.last_digest)
+            self.published += 1
+
+    def leave(self, pool: BlockPool) -> None:
+        """Give slot and blocks back; the tokens stay."""
+        pool.release(self.blocks)
+        self.blocks, self.slot = [], None
+        self.computed = self.sent_blocks = self.published = 0
+        self.last_digest = NO_TOKENS

@@ -1,0 +1,184 @@
+"""The engine with a model: each answer has the bits that it has alone, whatever comes, goes or is pushed out."""
+
+import hashlib
+
+import numpy as np
+import pytest
+
+from mpillama.engine.answer import Limits
+from mpillama.errors import UserError
+from mpillama.text.sampler import SamplingOptions
+from mpillama.text.tokenizer import Tokenizer
+from tests import models
+from tests.conftest import THREADS, ModelFile
+
+LONGEST = 256
+
+
+@pytest.fixture(scope="module")
+def running(target):
+    from tests import running
+
+    return running
+
+
+@pytest.fixture(scope="module")
+def model(running, model_file: ModelFile):
+    return running.load(model_file("toy", "q8_0"), THREADS)
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    return Tokenizer(models.toy_tokenizer(), bos_token_id=models.BOS, eos_token_ids=(models.EOS,), add_bos=True)
+
+
+def new_engine(model, tokenizer, slots=4, blocks=8, max_tokens=48, speculate=0, longest=LONGEST):
+    from mpillama.engine.engine import Engine
+    from mpillama.engine.executor import Executor
+
+    executor = Executor(model, longest, "f16", max_tokens, slots, blocks)
+    return Engine(executor, tokenizer, blocks, speculate)
+
+
+class Recorder:
+    """The digest of the logits that each token was chosen from."""
+
+    def __init__(self):
+        self.digest = hashlib.sha256()
+
+    def __call__(self, logits, token):
+        self.digest.update(logits.tobytes() + token.to_bytes(4, "little"))
+
+
+def make_request(seed: int, prompt: list[int], max_tokens: int, stops=()):
+    from mpillama.engine.sequence import Request
+
+    temperature = (0.0, 0.7, 1.3)[seed % 3]
+    options = SamplingOptions(temperature=temperature, seed=seed, repetition_penalty=1.0 + 0.1 * (seed % 2))
+    return Request(prompt, options, Limits(max_tokens, stops, ignore_eos=True), seed, Recorder())
+
+
+def random_request(rng: np.random.Generator, seed: int):
+    """Prompts share beginnings and hold repetitions, so that cache and drafts have something to find."""
+    shared = np.random.default_rng(int(rng.integers(3))).integers(5, models.TOY_VOCABULARY, 130).tolist()
+    own = rng.integers(5, 12, int(rng.integers(1, 60))).tolist()
+    prompt = shared[: int(rng.integers(0, 131))] + own
+    return make_request(seed, prompt, int(rng.integers(1, 60)))
+
+
+def alone(model, tokenizer, request):
+    """The answer of a request without company."""
+    from mpillama.engine.answer import Answer
+    from mpillama.engine.executor import Executor
+    from mpillama.engine.session import Session
+    from mpillama.text.sampler import Sampler
+
+    session, recorder = Session(Executor(model, LONGEST, "f16", 100)), Recorder()
+    sampler = Sampler(request.sampling, models.TOY_VOCABULARY, request.prompt_ids)
+    answer, new = Answer(tokenizer, request.limits), request.prompt_ids
+    while answer.finish_reason is None:
+        logits = session.extend(new)
+        token = sampler.sample(logits)
+        recorder(logits, token)
+        answer.push(token, LONGEST - session.length - 1)
+        new = [token]
+    return answer, recorder.digest.hexdigest()
+
+
+@pytest.mark.parametrize("speculate", [0, 4])
+@pytest.mark.parametrize("seed", [1, 2, 3])
+def test_answers_do_not_depend_on_company(model, tokenizer, seed, speculate):
+    """Random arrivals, cancels, a pool so small that sequences are pushed out, prefixes found in the cache."""
+    rng = np.random.default_rng(seed)
+    engine = new_engine(model, tokenizer, speculate=speculate)
+    requests = [random_request(rng, i) for i in range(30)]
+    waiting, alive, done, cancelled = list(requests), [], [], 0
+    while waiting or not engine.idle:
+        if waiting and rng.random() < 0.3:
+            alive.append(engine.submit(waiting.pop()))
+        if alive and rng.random() < 0.01:
+            engine.cancel(alive.pop(int(rng.integers(len(alive)))))
+            cancelled += 1
+        for update in engine.step():
+            if update.sequence.finished:
+                alive.remove(update.sequence)
+                done.append(update.sequence)
+    assert cancelled + len(done) == len(requests)
+    assert len(done) > 20
+    assert engine.scheduler.preemptions > 0
+    assert engine.counts.cached_tokens > 0
+    assert engine.pool.available == 8
+    assert not speculate or engine.drafter.accepted > 0
+    for sequence in done:
+        answer, digest = alone(model, tokenizer, sequence.request)
+        assert sequence.answer.token_ids == answer.token_ids
+        assert (sequence.answer.text, sequence.answer.finish_reason) == (answer.text, answer.finish_reason)
+        assert sequence.request.on_logits.digest.hexdigest() == digest
+
+
+def test_text_comes_in_pieces_that_add_up(model, tokenizer):
+    engine, texts = new_engine(model, tokenizer), {}
+    for i in range(6):
+        engine.submit(make_request(i, [5 + i, 9, 20], 30, stops=["e"]))
+    sequences = {}
+    while not engine.idle:
+        for update in engine.step():
+            sequences[update.sequence.request.key] = update.sequence
+            texts[update.sequence.request.key] = texts.get(update.sequence.request.key, "") + update.text
+    assert texts == {key: s.answer.text for key, s in sequences.items()}
+    assert {s.answer.finish_reason for s in sequences.values()} <= {"stop", "length"}
+    assert all("e" not in text for text in texts.values())
+
+
+def test_a_prefix_longer_than_a_message_is_found(model, tokenizer):
+    """More known blocks than a step's message holds are sent before it."""
+    engine = new_engine(model, tokenizer, slots=1, blocks=40, max_tokens=16, longest=2560)
+    prompt = [5 + i % 200 for i in range(2400)]
+    first = engine.submit(make_request(0, prompt, 3))
+    while not engine.idle:
+        engine.step()
+    second = engine.submit(make_request(0, prompt, 3))
+    while not engine.idle:
+        engine.step()
+    assert second.cached_tokens == 2368
+    assert len(second.blocks) == 0
+    assert engine.executor.plan.max_blocks < 37
+    assert first.request.on_logits.digest.hexdigest() == second.request.on_logits.digest.hexdigest()
+
+
+def test_the_answer_ends_with_the_context(model, tokenizer):
+    engine = new_engine(model, tokenizer)
+    sequence = engine.submit(make_request(3, [5] * (LONGEST - 4), 100))
+    while not engine.idle:
+        engine.step()
+    assert sequence.answer.finish_reason == "length"
+    assert len(sequence.tokens) == LONGEST
+
+
+@pytest.mark.parametrize(
+    ("prompt", "max_tokens", "words"),
+    [([], 1, "empty"), ([5] * LONGEST, 1, "context"), ([models.TOY_VOCABULARY], 1, "outside"), ([5], 0, "max_tokens")],
+)
+def test_what_can_never_run_is_refused(model, tokenizer, prompt, max_tokens, words):
+    engine = new_engine(model, tokenizer)
+    with pytest.raises(UserError, match=words):
+        engine.submit(make_request(0, prompt, max_tokens))
+    assert engine.idle
+
+
+def test_ten_thousand_requests_leave_nothing_behind(model, tokenizer):
+    import gc
+
+    engine = new_engine(model, tokenizer, slots=16, blocks=16, max_tokens=256)
+    counts = []
+    for i in range(10_000):
+        engine.submit(make_request(0, [5 + i % 200, 6], 1))
+        if i % 16 == 15:
+            while not engine.idle:
+                engine.step()
+        if i in (1999, 9999):
+            gc.collect()
+            counts.append(len(gc.get_objects()))
+    assert counts[1] < counts[0] + 200
+    assert engine.counts.finished == 10_000
+    assert engine.pool.available == 16
