@@ -25,6 +25,7 @@ Run Llama-family language models over MPI: every rank loads its own slices from 
   mpirun -n 4 python -m mpillama --model M.h5 --prompt "Hello"     continue a text
   mpirun -n 4 python -m mpillama chat --model M.h5                 talk to a model
   mpirun -n 4 python -m mpillama bench --shape llama-3.1-8b        measure without a file
+  mpirun -n 4 python -m mpillama batch IN.jsonl OUT.jsonl --model M.h5   many requests, continued after a kill
   python -m mpillama plan --shape llama-3.1-405b --nodes 4         whether a run fits (needs no MPI)
   mpirun -n 4 python -m mpillama convert FOLDER M.h5 --weights q4_0   make a native file, in parallel
   mpirun -n 4 python -m mpillama verify M.h5                       check its bytes
@@ -166,6 +167,36 @@ class PerplexityOptions(RunOptions):
     json: bool = option("print one JSON object", False)
 
 
+@dataclass(frozen=True, kw_only=True)
+class EngineOptions(RunOptions):
+    """Options of commands that run many sequences at once."""
+
+    sequences: int = option("sequences computed together (default: 32)", 32, metavar="COUNT")
+    cache_tokens: Optional[int] = option(
+        "positions that all sequences' KV caches hold together (default: what they can need, up to 90 % of the memory)",
+        metavar="TOKENS",
+    )
+    speculate: int = option(
+        "guess up to N next tokens from the text so far; the answers stay the same (default: 0)", 0, metavar="N"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchOptions(EngineOptions, SamplingFlags):
+    """Options of `batch`."""
+
+    input: str = positional("input", "JSON lines: OpenAI's batch form, or id with prompt or messages")
+    output: str = positional("output", "JSON lines to append to; the same command again continues where it stopped")
+    seed: int = option("with a row's id the seed of its sampling (default: 0)", 0, metavar="N")
+    time_limit: Optional[str] = option(
+        "stop in time with status 85: seconds, MM:SS, HH:MM:SS or D-HH:MM:SS (default: the Slurm job's end)",
+        metavar="TIME",
+    )
+    metrics: Optional[str] = option("append a JSON line of counts every ten seconds", metavar="FILE")
+    quiet: bool = option("no progress and no closing lines", False)
+    json: bool = option("print the summary as one JSON object", False)
+
+
 @dataclass(frozen=True)
 class PlanOptions:
     """Options of `plan`."""
@@ -263,6 +294,7 @@ COMMANDS: dict[str, tuple[type, str]] = {
     "generate": (GenerateOptions, "continue a text (the default command)"),
     "chat": (ChatOptions, "talk to a model"),
     "bench": (BenchOptions, "measure speed, and how near the machine's limit it is"),
+    "batch": (BatchOptions, "answer a file of requests, surviving kills"),
     "plan": (PlanOptions, "tell whether a run fits, and what it needs, before it is queued"),
     "convert": (ConvertOptions, "write a model of any format into a native file"),
     "verify": (VerifyOptions, "check a native file's bytes"),

@@ -37,7 +37,7 @@ def new_engine(model, tokenizer, slots=4, blocks=8, max_tokens=48, speculate=0, 
     from mpillama.engine.executor import Executor
 
     executor = Executor(model, longest, "f16", max_tokens, slots, blocks)
-    return Engine(executor, tokenizer, blocks, speculate)
+    return Engine(executor, tokenizer, speculate)
 
 
 class Recorder:

@@ -46,10 +46,10 @@ class Engine:
     The executor is used by nobody else. `speculate` is the most draft tokens of a sequence in a step.
     """
 
-    def __init__(self, executor: Executor, tokenizer: Tokenizer, blocks: int, speculate: int = 0):
+    def __init__(self, executor: Executor, tokenizer: Tokenizer, speculate: int = 0):
         self.executor = executor
         self.tokenizer = tokenizer
-        self.pool = BlockPool(blocks)
+        self.pool = BlockPool(executor.blocks)
         self.drafter = Drafter(speculate) if speculate else None
         self.scheduler = Scheduler(self.pool, executor.slots, executor.max_tokens, self.drafter)
         self.counts = EngineCounts()

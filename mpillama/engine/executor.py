@@ -32,6 +32,7 @@ class Executor:
         if blocks is None:
             blocks = self.plan.tables.size
             self.plan.tables.reshape(-1)[:] = np.arange(blocks)
+        self.blocks = blocks
         self.cache = KVCache(model.config, model.part, blocks, kv_type)
 
     # -- rank 0 ----------------------------------------------------------------------------------------------------

@@ -9,11 +9,12 @@ from pathlib import Path
 from mpillama.comm.start import World
 from mpillama.engine.executor import Executor
 from mpillama.engine.model_file import ModelFile, open_model
-from mpillama.engine.preflight import choose_context, measure_host
+from mpillama.engine.preflight import cache_room, choose_context, measure_host
 from mpillama.engine.trial import first_layers
 from mpillama.engine.warm_up import choose_reduction, warm_up
 from mpillama.errors import UserError
 from mpillama.kernels.target import Target
+from mpillama.model.cache import blocks_for
 from mpillama.model.llama import LlamaModel
 from mpillama.model.partition import partition
 from mpillama.model.weights import load_weights, slice_bytes
@@ -34,6 +35,8 @@ class LoadedModel:
     bytes_read: int
     seconds: float
     context: int
+    cache_room: int
+    """Cache blocks that fit every host."""
 
 
 def model_path(option: str | None) -> str:
@@ -55,6 +58,7 @@ def load_model(options: RunOptions, world: World, target: Target, progress: Prog
     choose_reduction(comm, world, file.config.padded_hidden_size, chunk)
     host = measure_host(file, world, options.kv_type, chunk)
     context = choose_context(file, world, options.max_seq_len, host, options.force)
+    room = cache_room(world, host)
     part = partition(file.config, comm.size)[comm.rank]
     start = time.perf_counter()
 
@@ -66,7 +70,7 @@ def load_model(options: RunOptions, world: World, target: Target, progress: Prog
             finally:
                 reader.close()
         model = LlamaModel(file.config, weights, comm, target.threads)
-        return LoadedModel(file, model, reader.bytes_read, time.perf_counter() - start, context)
+        return LoadedModel(file, model, reader.bytes_read, time.perf_counter() - start, context, room)
 
     return comm.together(read)
 
@@ -83,3 +87,18 @@ def _check_sizes(options: RunOptions, file: ModelFile) -> None:
 def open_executor(options: RunOptions, loaded: LoadedModel) -> Executor:
     """Allocate the KV cache of one sequence, for the context that was found to fit."""
     return Executor(loaded.model, loaded.context, options.kv_type, min(options.prefill_chunk, loaded.context))
+
+
+def open_shared_executor(
+    options: RunOptions, loaded: LoadedModel, sequences: int, drafts: int, cache_tokens: int | None
+) -> Executor:
+    """Allocate a cache that up to `sequences` sequences share, each of up to the whole context.
+
+    It holds `cache_tokens` positions, or as many as they can need and the hosts have room for.
+    """
+    longest = blocks_for(loaded.context)
+    wanted = sequences * longest if cache_tokens is None else blocks_for(cache_tokens)
+    room = wanted if cache_tokens is not None else min(wanted, loaded.cache_room)
+    tokens = max(options.prefill_chunk, sequences * (1 + drafts))
+    blocks = max(longest, room)
+    return Executor(loaded.model, loaded.context, options.kv_type, tokens, sequences, blocks)

@@ -66,6 +66,13 @@ def choose_context(file: ModelFile, world: World, wanted: int | None, host: Host
     )
 
 
+def cache_room(world: World, host: Host) -> int:
+    """Cache blocks that every host has room for, a tenth of its memory left; the same on all ranks."""
+    hosts = world.comm.gather(host)
+    rooms = [int(0.9 * h.available - h.fixed) // h.per_block for h in hosts if h.per_block]
+    return max(0, min(rooms, default=0))
+
+
 def _remedy(host: Host, wanted: int | None) -> str:
     longest = host.longest_context
     if wanted is not None and longest >= BLOCK_POSITIONS:

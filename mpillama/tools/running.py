@@ -36,6 +36,7 @@ class Run:
     loaded: "LoadedModel"
     executor: "Executor"
     tokenizer: Tokenizer
+    hosts: list[str]
 
     @cached_property
     def session(self) -> "Session":
@@ -43,6 +44,14 @@ class Run:
         from mpillama.engine.session import Session
 
         return Session(self.executor)
+
+    @cached_property
+    def _chat_template(self) -> ChatTemplate:
+        return self.chat_template
+
+    def cached_chat_template(self) -> ChatTemplate:
+        """The model's own template, compiled when first asked for."""
+        return self._chat_template
 
     @property
     def chat_template(self) -> ChatTemplate:
@@ -70,11 +79,12 @@ def run_on_all_ranks(
             warn_of_idle_ranks(loaded.file, world.comm.size)
             warn_of_requantised(loaded.file)
             tell_lowered_context(options, loaded)
+        hosts = sorted(set(world.comm.gather(world.host)))
         tokenizer = world.comm.on_root_only(lambda: make_tokenizer(loaded.file))
         gc.freeze()  # what is loaded stays: the collector need not look at it again
         if tokenizer is None:
             return executor.follow()
-        return _lead(Run(world, target, loaded, executor, tokenizer), root)
+        return _lead(Run(world, target, loaded, executor, tokenizer, hosts), root)
 
 
 def _lead(run: Run, root: Callable[[Run], int]) -> int:
