@@ -12,7 +12,7 @@ from mpillama.batch.results import Provenance
 from mpillama.batch.runs import difference
 from mpillama.errors import UserError
 
-FLUSH_SECONDS = 2.0
+FLUSH_SECONDS = 1.0
 FLUSH_BYTES = 1 << 20
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 

@@ -25,6 +25,18 @@ class Provenance:
         return {"model_sha256": self.model, "options_sha256": self.options, "mpillama": self.version}
 
 
+@dataclass(frozen=True)
+class Result:
+    """A finished row: the output's line, and what it took."""
+
+    line: int
+    id: str | None
+    text: bytes
+    is_error: bool
+    prompt_tokens: int = 0
+    answer_tokens: int = 0
+
+
 def answer_line(line: Line, row: Row, sequence: EngineSequence, model: str, provenance: Provenance) -> bytes:
     """The result of a row that was answered."""
     body = _chat_body(sequence) if row.url == CHAT_URL else _completion_body(sequence)

@@ -9,9 +9,8 @@ from typing import Protocol
 from mpillama.api.bodies import BadRequest
 from mpillama.batch.deadline import REQUEUE_STATUS, Deadline, StopRequest
 from mpillama.batch.journal import Journal
-from mpillama.batch.results import error_line
+from mpillama.batch.results import Result, error_line
 from mpillama.batch.rows import Line, row_id
-from mpillama.batch.worker import Result
 from mpillama.errors import UserError
 
 PARTIAL_STATUS = 3

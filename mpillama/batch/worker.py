@@ -2,29 +2,20 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from mpillama.api.bodies import BadRequest
 from mpillama.api.prompts import Prompter, derived_seed
-from mpillama.batch.results import Provenance, answer_line, error_line
+from mpillama.batch.results import Provenance, Result, answer_line, error_line
 from mpillama.batch.rows import Line, Row, parse_row, row_id
-from mpillama.engine.engine import Engine
 from mpillama.engine.sequence import EngineSequence
 from mpillama.errors import UserError
 
+if TYPE_CHECKING:
+    from mpillama.engine.engine import Engine
+
 SUCCESSORS = 8
 """Rows that wait beside a full engine."""
-
-
-@dataclass(frozen=True)
-class Result:
-    """A finished row: the output's line, and what it took."""
-
-    line: int
-    id: str | None
-    text: bytes
-    is_error: bool
-    prompt_tokens: int = 0
-    answer_tokens: int = 0
 
 
 @dataclass(frozen=True)
@@ -36,7 +27,7 @@ class _Job:
 class Worker:
     """An engine that answers lines; `room` says how many more it wants so that it never runs dry."""
 
-    def __init__(self, engine: Engine, prompter: Prompter, model: str, seed: int, provenance: Provenance):
+    def __init__(self, engine: "Engine", prompter: Prompter, model: str, seed: int, provenance: Provenance):
         self.engine = engine
         self.prompter = prompter
         self.model = model
