@@ -82,6 +82,15 @@ class RunOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
+class SpeculationFlags:
+    """Options of every command that generates."""
+
+    speculate: int = option(
+        "guess up to N next tokens from the text so far; the answers stay the same (default: 0)", 0, metavar="N"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
 class SamplingFlags:
     """Options that choose the next token."""
 
@@ -103,7 +112,7 @@ class SamplingFlags:
 
 
 @dataclass(frozen=True, kw_only=True)
-class GenerateOptions(RunOptions, SamplingFlags):
+class GenerateOptions(RunOptions, SamplingFlags, SpeculationFlags):
     """Options of `generate`."""
 
     prompt: str = option(
@@ -122,7 +131,7 @@ class GenerateOptions(RunOptions, SamplingFlags):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ChatOptions(RunOptions, SamplingFlags):
+class ChatOptions(RunOptions, SamplingFlags, SpeculationFlags):
     """Options of `chat`."""
 
     system: Optional[str] = option("the system message to begin with", metavar="TEXT")
@@ -168,16 +177,13 @@ class PerplexityOptions(RunOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class EngineOptions(RunOptions):
+class EngineOptions(RunOptions, SpeculationFlags):
     """Options of commands that run many sequences at once."""
 
     sequences: int = option("sequences computed together (default: 32)", 32, metavar="COUNT")
     cache_tokens: Optional[int] = option(
         "positions that all sequences' KV caches hold together (default: what they can need, up to 90 % of the memory)",
         metavar="TOKENS",
-    )
-    speculate: int = option(
-        "guess up to N next tokens from the text so far; the answers stay the same (default: 0)", 0, metavar="N"
     )
 
 

@@ -180,7 +180,7 @@ def test_digests_depend_on_all_that_came_before():
     ],
 )
 def test_drafts_are_what_followed_before(text, expected):
-    assert Drafter(3).draft(text) == expected
+    assert Drafter(9).draft(text, 3) == expected
 
 
 def test_last_occurrence_may_overlap():

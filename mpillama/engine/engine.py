@@ -146,7 +146,7 @@ class Engine:
             if i == len(drafts) or drafts[i] != token:
                 break
             sequence.computed += 1
-        self._count(tokens, drafts)
+        self._count(tokens)
         return Update(sequence, tokens, text)
 
     def _sampler(self, sequence: EngineSequence) -> Sampler:
@@ -156,10 +156,9 @@ class Engine:
             sequence.sampler = Sampler(sequence.request.sampling, vocab_size, sequence.request.prompt_ids)
         return sequence.sampler
 
-    def _count(self, tokens: list[int], drafts: list[int]) -> None:
+    def _count(self, tokens: list[int]) -> None:
         self.counts.sampled_tokens += len(tokens)
         if self.drafter is not None:
-            self.drafter.proposed += len(drafts)
             self.drafter.accepted += max(0, len(tokens) - 1)
 
     def _end(self, sequence: EngineSequence, reason: str) -> None:

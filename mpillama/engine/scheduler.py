@@ -89,8 +89,7 @@ class Scheduler:
         """Guesses for which there is room in the step, the answer, and the blocks that nobody uses."""
         if self.drafter is None or count < sequence.pending:
             return []
-        drafts = self.drafter.draft(sequence.tokens)
-        drafts = drafts[: max(0, min(self._budget() - count, self._draft_room(sequence)))]
+        drafts = self.drafter.draft(sequence.tokens, min(self._budget() - count, self._draft_room(sequence)))
         while drafts and sequence.blocks_needed(count + len(drafts)) > self.pool.available:
             drafts.pop()
         return drafts

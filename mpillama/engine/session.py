@@ -41,24 +41,41 @@ class Session:
 
         UserError if the sequence would become longer than max_seq_len; nothing is changed then.
         """
+        result: np.ndarray = self.extend_and_guess(token_ids, [])[0]
+        return result
+
+    def extend_and_guess(self, token_ids: np.ndarray | list[int], drafts: list[int]) -> np.ndarray:
+        """As extend, and the logits after each draft, as if all drafts before it were true: [1 + drafts, vocab_size].
+
+        Drafts are not part of the sequence until they are kept.
+        """
         ids = np.asarray(token_ids, np.int64)
-        if not len(ids):
-            raise UserError("the prompt is empty: give at least one token.")
-        if self.length + len(ids) > self.max_seq_len:
-            raise UserError(
-                f"the prompt has {self.length + len(ids)} tokens, but the context holds {self.max_seq_len}: "
-                "shorten it or raise --max-seq-len."
-            )
+        self._check(len(ids))
         clock, start = self.prefill if len(ids) > 1 else self.decode, time.perf_counter()
         for first in range(0, len(ids), self.executor.max_tokens):
             chunk = ids[first : first + self.executor.max_tokens]
             is_last = first + len(chunk) == len(ids)
-            logits = self.executor.forward([Segment(0, self.length, chunk, int(is_last))])
+            guesses = drafts[: self.executor.max_tokens - len(chunk)] if is_last else []
+            segment = Segment(0, self.length, [*chunk, *guesses], (1 + len(guesses)) if is_last else 0)
+            logits = self.executor.forward([segment])
             self.length += len(chunk)
         clock.seconds += time.perf_counter() - start
         clock.tokens += len(ids)
-        result: np.ndarray = logits[0]
-        return result
+        return logits
+
+    def keep_draft(self) -> None:
+        """The next draft is true: it is part of the sequence."""
+        self.length += 1
+        self.decode.tokens += 1
+
+    def _check(self, count: int) -> None:
+        if not count:
+            raise UserError("the prompt is empty: give at least one token.")
+        if self.length + count > self.max_seq_len:
+            raise UserError(
+                f"the prompt has {self.length + count} tokens, but the context holds {self.max_seq_len}: "
+                "shorten it or raise --max-seq-len."
+            )
 
     def truncate(self, length: int) -> None:
         """Forget the positions from `length` on."""

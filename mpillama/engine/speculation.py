@@ -20,14 +20,24 @@ class Drafter:
     proposed: int = 0
     accepted: int = 0
 
-    def draft(self, tokens: list[int]) -> list[int]:
-        """What followed the latest earlier occurrence of the text's last tokens; the longest match counts."""
+    def draft(self, tokens: list[int], room: int) -> list[int]:
+        """What followed the latest earlier occurrence of the text's last tokens, up to `room`; longest match first."""
+        most = min(self.most, room)
+        if most < 1:
+            return []
         text = np.asarray(tokens)
         for size in range(LONGEST_NGRAM, SHORTEST_NGRAM - 1, -1):
             end = last_occurrence(text, size)
             if end is not None:
-                return [int(token) for token in text[end : end + self.most]]
+                found = [int(token) for token in text[end : end + most]]
+                self.proposed += len(found)
+                return found
         return []
+
+    @property
+    def acceptance(self) -> float:
+        """The share of drafts that came true."""
+        return self.accepted / self.proposed if self.proposed else 0.0
 
 
 def last_occurrence(text: np.ndarray, size: int) -> int | None:

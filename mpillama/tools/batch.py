@@ -11,7 +11,7 @@ from mpillama.errors import UserError
 from mpillama.options import BatchOptions, EngineOptions
 from mpillama.tools.batch_progress import Reporter, shown
 from mpillama.tools.output_file import refuse_unwritable
-from mpillama.tools.running import Run, run_on_all_ranks, sampling_options
+from mpillama.tools.running import Run, check_speculation, run_on_all_ranks, sampling_options
 
 if TYPE_CHECKING:
     from mpillama.batch.journal import Journal
@@ -67,8 +67,7 @@ def check_engine_options(options: EngineOptions) -> None:
     """UserError for numbers out of range."""
     if options.sequences < 1:
         raise UserError(f"--sequences is {options.sequences}: give at least 1.")
-    if options.speculate < 0:
-        raise UserError(f"--speculate is {options.speculate}: give 0 (off) or more.")
+    check_speculation(options)
     if options.cache_tokens is not None and options.cache_tokens < 1:
         raise UserError(f"--cache-tokens is {options.cache_tokens}: give at least 1.")
 

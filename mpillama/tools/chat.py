@@ -10,7 +10,7 @@ from mpillama.errors import UserError
 from mpillama.options import ChatOptions
 from mpillama.text.sampler import Sampler
 from mpillama.tools.keyboard import Keyboard
-from mpillama.tools.running import Run, run_on_all_ranks, sampling_options
+from mpillama.tools.running import Run, check_speculation, run_on_all_ranks, sampling_options
 
 HELP = "/reset forgets the conversation, /system TEXT sets the system message, /quit leaves; Ctrl-C stops an answer."
 Message = dict[str, Any]
@@ -19,6 +19,7 @@ Message = dict[str, Any]
 def chat(options: ChatOptions) -> int:
     """Run the command; returns the exit status."""
     sampling_options(options)
+    check_speculation(options)
     # A launcher passes Ctrl-C on to every rank: only rank 0 acts on it, and not before it can answer.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     return run_on_all_ranks(options, options.quiet, lambda run: Conversation(run, options).run())
@@ -28,7 +29,10 @@ class Conversation:
     """Messages of a chat and the tokens that the cache holds of them."""
 
     def __init__(self, run: Run, options: ChatOptions):
+        from mpillama.engine.speculation import Drafter
+
         self.run_state = run
+        self.drafter = Drafter(options.speculate)
         self.options = options
         self.template = run.chat_template
         self.keyboard = Keyboard()
@@ -90,7 +94,7 @@ class Conversation:
         run.session.truncate(keep)
         sampler = Sampler(self._sampling(), run.loaded.file.config.vocab_size, prompt_ids)
         answer = Answer(run.tokenizer, Limits(options.max_tokens, options.stop))
-        pieces = text_pieces(run.session, sampler, Generation(prompt_ids, answer), prompt_ids[keep:])
+        pieces = text_pieces(run.session, sampler, Generation(prompt_ids, answer), prompt_ids[keep:], self.drafter)
         self.cached = self.cached[:keep]
         for piece in pieces:
             sys.stdout.write(piece)

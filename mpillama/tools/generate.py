@@ -14,6 +14,7 @@ from mpillama.tools.display import in_units
 from mpillama.tools.output_file import output_file, refuse_unwritable
 from mpillama.tools.running import (
     Run,
+    check_speculation,
     closing_line,
     communication_share,
     run_on_all_ranks,
@@ -23,6 +24,7 @@ from mpillama.tools.standard_input import read_standard_input
 
 if TYPE_CHECKING:
     from mpillama.engine.generate import Generation
+    from mpillama.engine.speculation import Drafter
     from mpillama.engine.trial import Extrapolation
 
 
@@ -31,6 +33,7 @@ def generate(options: GenerateOptions) -> int:
     if options.chat and options.raw:
         raise UserError("--chat and --raw exclude each other: give one of them.")
     sampling_options(options)
+    check_speculation(options)
     _given_token_ids(options)
     refuse_unwritable("--logits-out", options.logits_out)
     return run_on_all_ranks(options, options.quiet or options.json, lambda run: _generate(run, options))
@@ -39,18 +42,20 @@ def generate(options: GenerateOptions) -> int:
 def _generate(run: Run, options: GenerateOptions) -> int:
     from mpillama.engine.answer import Answer, Limits
     from mpillama.engine.generate import Generation, text_pieces
+    from mpillama.engine.speculation import Drafter
 
     prompt_ids = _prompt_ids(run, options)
     sampler = Sampler(sampling_options(options), run.loaded.file.config.vocab_size, prompt_ids)
     answer = Answer(run.tokenizer, Limits(options.max_tokens, options.stop))
     generation = Generation(prompt_ids, answer, logits=[] if options.logits_out else None)
-    pieces = text_pieces(run.session, sampler, generation, prompt_ids)
+    drafter = Drafter(options.speculate)
+    pieces = text_pieces(run.session, sampler, generation, prompt_ids, drafter)
     if not (options.json or options.quiet or options.chat):
         _print(run.tokenizer.decode(prompt_ids))
     for piece in pieces:
         if not options.json:
             _print(piece)
-    _finish(run, options, generation, sampler.seed)
+    _finish(run, options, generation, sampler.seed, drafter)
     return 0
 
 
@@ -88,18 +93,19 @@ def _print(text: str) -> None:
     sys.stdout.flush()
 
 
-def _finish(run: Run, options: GenerateOptions, generation: "Generation", seed: int) -> None:
+def _finish(run: Run, options: GenerateOptions, generation: "Generation", seed: int, drafter: "Drafter") -> None:
     """Print what is said after the text, and write the logits if asked."""
     if options.logits_out:
         with output_file("--logits-out", options.logits_out) as file:
             np.save(file, np.array(generation.logits, np.float32))
     memory = run.executor.memory_per_rank()
     if options.json:
-        _print(json.dumps(_result(run, options, generation, seed, memory)) + "\n")
+        _print(json.dumps(_result(run, options, generation, seed, memory, drafter)) + "\n")
         return
     _print("\n")
     if not options.quiet:
-        sys.stderr.write(closing_line(run, memory) + f" | seed {seed}\n")
+        guesses = f" | drafts {100 * drafter.acceptance:.0f} % true" if options.speculate else ""
+        sys.stderr.write(closing_line(run, memory) + f"{guesses} | seed {seed}\n")
         if trial := _trial(run, options, memory):
             sys.stderr.write(
                 f"mpillama: trial of {trial.layers} of {trial.whole_layers} layers: the whole model needs "
@@ -120,7 +126,7 @@ def _trial(run: Run, options: GenerateOptions, memory: list[int]) -> "Extrapolat
 
 
 def _result(
-    run: Run, options: GenerateOptions, generation: "Generation", seed: int, memory: list[int]
+    run: Run, options: GenerateOptions, generation: "Generation", seed: int, memory: list[int], drafter: "Drafter"
 ) -> dict[str, object]:
     trial = _trial(run, options, memory)
     return {
@@ -131,6 +137,8 @@ def _result(
         "logits_sha256": generation.digest.hexdigest(),
         "prefill_tokens_per_second": run.session.prefill.tokens_per_second,
         "decode_tokens_per_second": run.session.decode.tokens_per_second,
+        "drafts_proposed": drafter.proposed,
+        "drafts_accepted": drafter.accepted,
         "communication_share": communication_share(run),
         "ranks": run.world.comm.size,
         "threads": run.target.threads,

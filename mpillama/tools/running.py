@@ -13,7 +13,7 @@ from mpillama.engine.model_file import ModelFile, make_tokenizer
 from mpillama.errors import UserError
 from mpillama.kernels.target import Target, prepare, requested_isa
 from mpillama.model.partition import most_busy_ranks, partition
-from mpillama.options import RunOptions, SamplingFlags
+from mpillama.options import RunOptions, SamplingFlags, SpeculationFlags
 from mpillama.text.chat_template import ChatTemplate
 from mpillama.text.sampler import NonFiniteLogits, SamplingOptions
 from mpillama.text.tokenizer import Tokenizer
@@ -147,6 +147,12 @@ def sampling_options(flags: SamplingFlags) -> SamplingOptions:
         logit_bias=dict(_parse_bias(text) for text in flags.logit_bias),
         seed=flags.seed,
     )
+
+
+def check_speculation(flags: SpeculationFlags) -> None:
+    """UserError for a number of drafts that is none."""
+    if flags.speculate < 0:
+        raise UserError(f"--speculate is {flags.speculate}: give 0 (off) or more.")
 
 
 def _parse_bias(text: str) -> tuple[int, float]:

@@ -153,6 +153,21 @@ def test_the_seed_that_was_chosen_is_reported(toy: Path) -> None:
     assert again["token_ids"] == first["token_ids"]
 
 
+REPEATS = ",".join(map(str, [5, 6, 7, 8, 9, 10] * 8))
+
+
+@pytest.mark.parametrize("sampling", [GREEDY, ("--temperature", "0.9", "--seed", "3")])
+def test_guessing_the_next_tokens_changes_nothing(sampling: tuple[str, ...], toy: Path) -> None:
+    options = ("--prompt-token-ids", REPEATS, *sampling, "--max-tokens", "200", "--logit-bias", NO_EOS)
+    plain = answer(None, toy, *options)
+    for ranks, guesses in ((None, "4"), (3, "7")):
+        guessed = answer(ranks, toy, *options, "--speculate", guesses)
+        assert guessed["token_ids"] == plain["token_ids"]
+        assert guessed["logits_sha256"] == plain["logits_sha256"]
+        assert guessed["drafts_proposed"] >= guessed["drafts_accepted"] > 0
+    assert plain["drafts_proposed"] == 0
+
+
 @pytest.mark.parametrize("count", [1, 7])
 def test_max_tokens(count: int, toy: Path) -> None:
     found = answer(None, toy, "--max-tokens", str(count), "--logit-bias", NO_EOS)
