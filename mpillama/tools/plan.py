@@ -2,7 +2,6 @@
 
 import json
 import re
-import shlex
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -15,6 +14,7 @@ from mpillama.model.shapes import shape_config
 from mpillama.model.tensors import WeightTypes
 from mpillama.options import PlanOptions
 from mpillama.tools.display import in_units
+from mpillama.tools.job_script import job_script
 from mpillama.tools.output_file import output_file, refuse_unwritable
 
 if TYPE_CHECKING:
@@ -167,19 +167,5 @@ def _print_verdict(planned: "Plan", cures: list["Remedy"]) -> None:
 
 
 def _write_sbatch(options: PlanOptions) -> None:
-    """A job script that runs what was planned."""
-    model = options.model or f"MODEL.h5  # a {options.shape} in {options.weights}"
-    context = f" --max-seq-len {options.max_seq_len}" if options.max_seq_len else ""
-    lines = [
-        "#!/bin/bash",
-        f"#SBATCH --nodes={options.nodes}",
-        f"#SBATCH --ntasks-per-node={options.ranks_per_node}",
-        "#SBATCH --exclusive",
-        "#SBATCH --mem=0",
-        "#SBATCH --time=01:00:00",
-        "set -euo pipefail",
-        f"MODEL={shlex.quote(model) if options.model else model}",
-        f'exec mpirun python -m mpillama generate --model "$MODEL" --kv-type {options.kv_type}{context} "$@"',
-    ]
     with output_file("--sbatch", options.sbatch or "") as file:
-        file.write(("\n".join(lines) + "\n").encode())
+        file.write(job_script(options).encode())
