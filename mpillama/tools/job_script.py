@@ -18,7 +18,9 @@ if [[ -n ${VENV:-} || -d .venv ]]; then
 fi
 export PATH MPILLAMA_CACHE_DIR="${MPILLAMA_CACHE_DIR:-${SLURM_TMPDIR:-/tmp}/mpillama-$UID}"
 LAUNCH=${LAUNCH:-mpirun -n ${SLURM_NTASKS:-${SLURM_NNODES:-1}}}
-if [[ $LAUNCH == srun* && -n ${SLURM_CPUS_PER_TASK:-} ]]; then
+if [[ $LAUNCH != srun* ]]; then
+    unset SRUN_CPUS_PER_TASK # mpirun's own srun would squeeze all ranks of a node into these cores
+elif [[ -n ${SLURM_CPUS_PER_TASK:-} ]]; then
     export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK # since 22.05, srun does not take it over by itself
 fi
 # -- end of the environment --"""
