@@ -122,7 +122,7 @@ def test_batch_is_stopped_half_way_and_finishes(
     assert 0 < done < REQUESTS
     assert job.wait_for_end() == ("COMPLETED", 0), job.errors
     rows = [json.loads(line) for line in answers.read_text().splitlines()]
-    assert sorted(row["id"] for row in rows) == sorted(f"r{number}" for number in range(REQUESTS))
+    assert sorted(row["custom_id"] for row in rows) == sorted(f"r{number}" for number in range(REQUESTS))
     assert not any(row.get("error") for row in rows)
     assert not answers.with_name("answers.jsonl.idle").exists()
 
@@ -141,6 +141,20 @@ def test_a_cancelled_batch_stays_cancelled(slurm: Cluster, toy: Path, tmp_path: 
     job.wait_until(lambda: answers.exists() and answers.stat().st_size > 0, "the first answer")
     slurm.call("scancel", job.number)
     assert job.wait_for_end()[0] == "CANCELLED"
+    assert job.show("Restarts") == "0"
+
+
+@needs("batch")
+def test_a_batch_that_gets_nowhere_is_not_put_back(slurm: Cluster, toy: Path, tmp_path: Path) -> None:
+    """Asked to stop while Python still starts, before any answer; the ranks may not even listen yet."""
+    asked, answers = tmp_path / "asked.jsonl", tmp_path / "answers.jsonl"
+    asked.write_text("".join(_request(number) for number in range(REQUESTS)))
+    parameters = {"MODEL": toy, "INPUT": asked, "OUTPUT": answers, "IDLE": "1"}
+    job = slurm.submit(JOBS / "batch.sbatch", tmp_path, **parameters)
+    job.wait_until(lambda: "start 0" in job.errors, "the start")
+    job.signal("USR1")
+    assert job.wait_for_end() == ("FAILED", 1), job.errors
+    assert "not put back into the queue" in job.errors
     assert job.show("Restarts") == "0"
 
 
