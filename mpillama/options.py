@@ -182,7 +182,7 @@ class EngineOptions(RunOptions, SpeculationFlags):
 
     sequences: int = option("sequences computed together (default: 32)", 32, metavar="COUNT")
     cache_tokens: Optional[int] = option(
-        "positions that all sequences' KV caches hold together (default: what they can need, up to 90 % of the memory)",
+        "positions that all sequences' KV caches hold together (default: what they can need, up to nine tenths of the memory)",
         metavar="TOKENS",
     )
 

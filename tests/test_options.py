@@ -19,6 +19,9 @@ DESCRIBED = {
     "tokenizer": "the one beside it",
     "stride": "the window's size, as llama.cpp does",
     "seed": "a new one, reported",
+    "cache_tokens": "what they can need, up to nine tenths of the memory",
+    "time_limit": "the Slurm job's end",
+    "tensor_parallel": "the fewest ranks that fit the memory",
 }
 """Defaults that are None and decided later: the help says how."""
 
