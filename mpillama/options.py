@@ -79,6 +79,11 @@ class RunOptions:
         metavar="COUNT",
     )
     prefill_chunk: int = option("prompt tokens computed together (default: 256)", 256, metavar="TOKENS")
+    timeout: float = option(
+        "end the job if a rank keeps the others waiting and gets no further for so long, 0 for never (default: 600.0)",
+        600.0,
+        metavar="SECONDS",
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,15 +1,18 @@
 """What the ranks say to each other: broadcast, exact all-reduce, all-gather, and agreement about errors."""
 
 import os
+import pickle
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, TypeVar, cast
 
 import numpy as np
 from mpi4py import MPI
 
+from mpillama.comm.failure import out_of_memory
 from mpillama.comm.shared_memory import SPINS, SharedReduction
+from mpillama.comm.watchdog import OthersFailedError, Watch
 from mpillama.errors import UserError
 
 T = TypeVar("T")
@@ -18,20 +21,25 @@ SPIN_SECONDS = 0.02
 """How long an idle rank polls for the next step before it begins to sleep."""
 LONGEST_SLEEP = 0.005
 """The longest nap of an idle rank: what it adds to the first token after a pause."""
+ALL_REDUCE = "the sum over ranks (all-reduce) of a step"
+PLAN = "the wait for rank 0's next step"
 
 
 class Communicator:
     """The ranks of a run.
 
     `yields` says that more threads than cores share this host: waits then give the core away instead of spinning.
-    `seconds` adds up the time spent in collectives during a step.
+    `seconds` adds up the time spent in collectives during a step. `watch` sees that no wait lasts for ever, and counts
+    the collectives of all ranks together (`is_of_all`), which every rank must enter alike.
     """
 
-    def __init__(self, mpi: MPI.Intracomm, yields: bool = False):
+    def __init__(self, mpi: MPI.Intracomm, yields: bool = False, watch: Watch | None = None, is_of_all: bool = True):
         self.mpi = mpi
         self.rank: int = mpi.rank
         self.size: int = mpi.size
         self.yields = yields
+        self.watch = Watch() if watch is None else watch
+        self.is_of_all = is_of_all
         self.seconds = 0.0
         self.calls = 0
         self.shared: SharedReduction | None = None
@@ -57,9 +65,11 @@ class Communicator:
         if self.size > 1:
             start = time.perf_counter()
             if self.shared is not None and partial.size <= self.shared_limit:
-                self.shared.all_reduce(partial, 0 if self.yields else SPINS)
+                self.watch.enter(ALL_REDUCE)
+                self.shared.all_reduce(partial, 0 if self.yields else SPINS, self.watch.look)
+                self.watch.leave()
             else:
-                self._complete(self.mpi.Iallreduce, MPI.IN_PLACE, partial)
+                self._complete(ALL_REDUCE, self.mpi.Iallreduce, MPI.IN_PLACE, partial)
             self.seconds += time.perf_counter() - start
             self.calls += 1
         return partial
@@ -97,7 +107,9 @@ class Communicator:
         gathered = np.empty(rows * sum(widths), np.float32)
         counts = [rows * width for width in widths]
         with self._timed():
-            self._complete(self.mpi.Iallgatherv, np.ascontiguousarray(part), [gathered, counts])
+            self._complete(
+                "the gathering of logits", self.mpi.Iallgatherv, np.ascontiguousarray(part), [gathered, counts]
+            )
         borders = np.cumsum(counts)[:-1]
         return np.concatenate([p.reshape(rows, -1) for p in np.split(gathered, borders)], axis=1)
 
@@ -105,27 +117,30 @@ class Communicator:
         """Give rank 0's step plan to all ranks; they may wait for it for hours, so the wait goes to sleep."""
         if self.size == 1:
             return
+        self.watch.enter(PLAN)
         request = self.mpi.Ibcast(plan)
         start, nap = time.perf_counter(), 1e-5
         while not request.Test():
+            self.watch.look()
             if time.perf_counter() - start < SPIN_SECONDS:
                 self._pause()
             else:
                 time.sleep(nap)
                 nap = min(2 * nap, LONGEST_SLEEP)
+        self.watch.leave()
 
     def _pause(self) -> None:
         if self.yields:
             os.sched_yield()
 
-    def _complete(self, start: Callable[..., MPI.Request], *buffers: Any) -> None:
-        """Run a collective to its end."""
+    def _complete(self, place: str, start: Callable[..., MPI.Request], *buffers: Any) -> None:
+        """Run a collective to its end; `place` names it for whoever waits in vain."""
+        self.watch.enter(place, self.is_of_all)
         request = start(*buffers)
-        if not self.yields:
-            request.Wait()
-            return
         while not request.Test():
-            os.sched_yield()
+            self._pause()
+            self.watch.look()
+        self.watch.leave()
 
     @contextmanager
     def _timed(self) -> Iterator[None]:
@@ -136,31 +151,66 @@ class Communicator:
 
     # -- the collectives of start and end ----------------------------------------------------------------------------
 
-    def broadcast(self, value: T) -> T:
+    def broadcast(self, value: T, place: str = "a broadcast of rank 0") -> T:
         """Give rank 0's object to all ranks."""
-        result: T = self.mpi.bcast(value)
+        if self.size == 1:
+            return value
+        data = pickle.dumps(value) if self.is_root else b""
+        length = np.array([len(data)], np.int64)
+        self._complete(place, self.mpi.Ibcast, length)
+        buffer = np.frombuffer(data, np.uint8).copy() if self.is_root else np.empty(length[0], np.uint8)
+        self._complete(place, self.mpi.Ibcast, buffer)
+        result: T = value if self.is_root else pickle.loads(buffer.tobytes())
         return result
 
-    def gather(self, value: T) -> list[T]:
+    def gather(self, value: T, place: str = "a gathering of all ranks") -> list[T]:
         """Give every rank's object to all ranks, in order of rank."""
-        return self.mpi.allgather(value)
+        if self.size == 1:
+            return [value]
+        data = np.frombuffer(pickle.dumps(value), np.uint8)
+        lengths = np.empty(self.size, np.int64)
+        self._complete(place, self.mpi.Iallgather, np.array([len(data)], np.int64), lengths)
+        gathered = np.empty(int(lengths.sum()), np.uint8)
+        self._complete(place, self.mpi.Iallgatherv, data, [gathered, lengths.tolist()])
+        return [pickle.loads(part.tobytes()) for part in np.split(gathered, np.cumsum(lengths)[:-1])]
 
     def barrier(self) -> None:
         """Wait for all ranks."""
-        self._complete(self.mpi.Ibarrier)
+        self._complete("a barrier", self.mpi.Ibarrier)
+
+    def attend(self) -> None:
+        """Show the other ranks that this one is alive, in the midst of long work; from its main thread."""
+        self.watch.attend()
+
+    def counting(self, on_bytes: Callable[[int], None]) -> Callable[[int], None]:
+        """As `on_bytes`, and whoever waits for this rank sees that it gets on; for any thread."""
+
+        def count(done: int) -> None:
+            self.watch.work += done
+            self.watch.attend()
+            on_bytes(done)
+
+        return count
+
+    def idle(self) -> AbstractContextManager[None]:
+        """Rank 0 waits for a person or a pipe: the others wait for its next plan as long as it takes."""
+        return self.watch.idle()
 
     def neighbours(self) -> "Communicator":
         """Return the communicator of the ranks on this rank's host."""
-        return Communicator(cast(MPI.Intracomm, self.mpi.Split_type(MPI.COMM_TYPE_SHARED)), self.yields)
+        with self.watch.blocking("the start"):
+            mates = cast(MPI.Intracomm, self.mpi.Split_type(MPI.COMM_TYPE_SHARED))
+        return Communicator(mates, self.yields, self.watch, is_of_all=False)
 
-    def together(self, action: Callable[[], T]) -> T:
-        """Do what any rank may fail at; if one does, all raise the same UserError (naming the rank, if not all do)."""
-        result, mistake = None, None
-        try:
-            result = action()
-        except UserError as error:
-            mistake = str(error)
-        mistakes = self.gather(mistake)
+    def together(self, action: Callable[[], T], place: str = "an agreement of all ranks") -> T:
+        """Do what any rank may fail at; if one does, all raise the same UserError (naming the rank, if not all do).
+
+        Ranks that `attend` meanwhile leave off as soon as another one has failed.
+        """
+        result, mistake = attempt(action)
+        if mistake is not None:
+            self.watch.tell_failure()
+        mistakes = self.gather(None if mistake is None else (os.uname().nodename, mistake), place)
         if any(m is not None for m in mistakes):
             raise UserError(self._blame(mistakes))
         return result  # type: ignore[return-value]
@@ -171,21 +221,30 @@ class Communicator:
 
     def on_root_only(self, action: Callable[[], T]) -> T | None:
         """Do it on rank 0 only, None on the others; a UserError is raised on all."""
-        result, mistake = None, None
-        if self.is_root:
-            try:
-                result = action()
-            except UserError as error:
-                mistake = str(error)
+        result, mistake = attempt(action) if self.is_root else (None, None)
         mistake = self.broadcast(mistake)
         if mistake is not None:
             raise UserError(mistake)
         return result
 
-    def _blame(self, mistakes: list[str | None]) -> str:
-        """One sentence for what went wrong on some ranks."""
-        rank, sentence = next((i, m) for i, m in enumerate(mistakes) if m is not None)
-        others = sum(m is not None for m in mistakes) - 1
-        if others + 1 == self.size:
+    def _blame(self, mistakes: list[tuple[str, str] | None]) -> str:
+        """One sentence for what went wrong on some ranks, each given as host and sentence."""
+        found = [(rank, *m) for rank, m in enumerate(mistakes) if m is not None]
+        rank, host, sentence = found[0]
+        if len(found) == self.size:
             return sentence
-        return f"rank {rank} of {self.size}{f' and {others} more' if others else ''}: {sentence}"
+        return f"rank {rank} of {self.size} on {host}{f' and {len(found) - 1} more' if found[1:] else ''}: {sentence}"
+
+
+def attempt(action: Callable[[], T]) -> tuple[T | None, str | None]:
+    """The result of an action, or the sentence that says why there is none: a user's mistake, or too little memory."""
+    try:
+        return action(), None
+    except UserError as error:
+        return None, str(error)
+    except OthersFailedError:
+        return None, None
+    except (MemoryError, OSError, RuntimeError) as error:
+        if sentence := out_of_memory(error):
+            return None, f"host {os.uname().nodename} is {sentence}"
+        raise

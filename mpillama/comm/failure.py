@@ -1,19 +1,38 @@
 """How a run ends when something fails: all ranks within seconds, one message, a status that is not 0."""
 
+import errno
 import faulthandler
 import os
 import signal
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Callable
-from types import TracebackType
-from typing import Any
+from types import FrameType, TracebackType
+from typing import Any, NoReturn
 
-from mpillama.comm.launcher import launched_rank, launched_size
+from mpillama.comm.launcher import launched_rank
 
 USER_ERROR_STATUS = 2
 FAILURE_STATUS = 1
+LAST_WORD_SECONDS = 2
+"""How long MPI may take to end the job before this process ends by itself, whatever MPI does."""
+LONGEST_TURN = 2.0
+"""How long a rank leaves it to lower ranks to say what may have struck all of them."""
+DELIVERY_SECONDS = 0.2
+"""Left to the launcher to pass the last words on: some drop what they have not read when a job is aborted."""
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+NO_THREAD = "can't start new thread"
+"""What Python says if the system gives it no memory for a thread's stack (or no more threads)."""
+
+
+class Interrupted(KeyboardInterrupt):
+    """A signal asked this process to end."""
+
+    def __init__(self, number: int):
+        super().__init__(signal.Signals(number).name)
+        self.number = number
 
 
 def report_user_error(message: str) -> None:
@@ -39,40 +58,85 @@ def stop_printing() -> int:
     return 128 + signal.SIGPIPE
 
 
-class Aborter:
-    """Ends all ranks when an exception escapes on one of them, which else would leave the rest waiting."""
+def out_of_memory(error: BaseException) -> str | None:
+    """The sentence for an exception that means too little memory, None for any other."""
+    refused = isinstance(error, OSError) and error.errno == errno.ENOMEM
+    if not (refused or isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and NO_THREAD in str(error))):
+        return None
+    reason = f" ({' '.join(str(error).split())})" if str(error) else ""
+    return (
+        f"out of memory{reason}: take more nodes, smaller weights (--weights q4_0, --kv-type q8) or a shorter "
+        "--max-seq-len; `mpillama plan` shows what fits, `ulimit -v` what a process may take."
+    )
 
-    def __init__(self, abort: Callable[[int], Any], where: str):
-        self.abort = abort
-        self.where = where
+
+class Aborter:
+    """Ends all ranks when something escapes on one of them, which else would leave the rest waiting.
+
+    `abort` is MPI's, once MPI has started.
+    """
+
+    def __init__(self, rank: int, size: int):
+        self.abort: Callable[[int], Any] = os._exit
+        self.rank = rank
+        self.where = describe_rank(rank, size)
 
     def install(self) -> None:
-        """Catch what escapes from the main thread and from other threads."""
+        """Catch what escapes from the main thread and from other threads, and the signals that ask to end."""
         faulthandler.enable(all_threads=False)
         sys.excepthook = self.on_exception
         threading.excepthook = lambda args: self.on_exception(
             args.exc_type, args.exc_value or args.exc_type(), args.exc_traceback
         )
+        for number, default in zip(SIGNALS, (signal.SIG_DFL, signal.default_int_handler), strict=True):
+            if signal.getsignal(number) is default:  # a command may have a use of its own for it
+                signal.signal(number, self.on_signal)
 
-    def on_exception(self, kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    def on_signal(self, number: int, frame: FrameType | None) -> NoReturn:
+        """Leave by way of an exception, so that unfinished files are removed and the terminal is put back."""
+        raise Interrupted(number)
+
+    def answers(self, number: int) -> bool:
+        """Whether a signal still is this object's to answer: a command may have put a handler of its own."""
+        return signal.getsignal(number) == self.on_signal
+
+    def on_exception(self, kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> NoReturn:
         """Say what failed where, in one write, and abort."""
-        if issubclass(kind, KeyboardInterrupt | BrokenPipeError):
-            self.end(128 + (signal.SIGINT if kind is KeyboardInterrupt else signal.SIGPIPE))
+        if issubclass(kind, BrokenPipeError):
+            self.end(128 + signal.SIGPIPE)
+        if issubclass(kind, KeyboardInterrupt):
+            self.end_by_signal(error.number if isinstance(error, Interrupted) else signal.SIGINT)
+        if memory := out_of_memory(error):
+            self.fail(f"mpillama: {self.where}: {memory} All ranks end.")
         frames = "".join(traceback.format_exception(kind, error, trace))
-        print_error(f"{frames}mpillama: {self.where}: {kind.__name__}: {error}; all ranks end.")
-        self.end(FAILURE_STATUS)
+        self.fail(f"{frames}mpillama: {self.where}: {kind.__name__}: {error}; all ranks end.")
 
-    def end(self, status: int) -> None:
+    def end_by_signal(self, number: int) -> NoReturn:
+        """Say so, and end all ranks."""
+        name = signal.Signals(number).name
+        self.fail(f"mpillama: {self.where}: ended by {name}; all ranks end.", 128 + number)
+
+    def fail(self, text: str, status: int = FAILURE_STATUS) -> NoReturn:
+        """Print a text, unless a lower rank with the same trouble has ended the job meanwhile, and end all ranks."""
+        if self.rank:
+            time.sleep(min(0.3 + 0.05 * self.rank, LONGEST_TURN))
+        print_error(text)
+        time.sleep(DELIVERY_SECONDS)
+        self.end(status)
+
+    def end(self, status: int) -> NoReturn:
         """End every rank now."""
+        end_within(LAST_WORD_SECONDS)
         self.abort(status)
         os._exit(status)
+
+
+def end_within(seconds: float) -> None:
+    """Let this process end after so long, even if no Python runs any more (the last of such calls counts)."""
+    nowhere = open(os.devnull, "w")  # noqa: PTH123, SIM115 - open until the end
+    faulthandler.dump_traceback_later(seconds, exit=True, file=nowhere)
 
 
 def describe_rank(rank: int, size: int) -> str:
     """A rank as a user finds it: number, count and host."""
     return f"rank {rank} of {size} on {os.uname().nodename}"
-
-
-def launched_description() -> str:
-    """As describe_rank, from the launcher's environment alone."""
-    return describe_rank(launched_rank(), launched_size()[1])

@@ -31,14 +31,15 @@ class SharedReduction:
         self.sequence = 0
         self.sum_shared = sum_shared
 
-    def all_reduce(self, partial: np.ndarray, spins: int = SPINS) -> None:
-        """Sum a contiguous float64 array over ranks, in place."""
+    def all_reduce(self, partial: np.ndarray, spins: int = SPINS, look: Callable[[], None] = lambda: None) -> None:
+        """Sum a contiguous float64 array over ranks, in place; `look` is called now and then while it waits."""
         flat = partial.reshape(-1)
         for first in range(0, len(flat), CAPACITY):
-            self._exchange(flat[first : first + CAPACITY], spins)
+            self._exchange(flat[first : first + CAPACITY], spins, look)
 
-    def _exchange(self, piece: np.ndarray, spins: int) -> None:
+    def _exchange(self, piece: np.ndarray, spins: int, look: Callable[[], None]) -> None:
         self.sequence += 1
         posted = False
         while not self.sum_shared(piece, self.slots, self.flags, self.rank, self.sequence, posted, spins, YIELDS):
             posted = True  # back in Python, so that signals are seen; then wait on
+            look()

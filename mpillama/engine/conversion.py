@@ -47,7 +47,9 @@ def convert_model(
     start = time.perf_counter()
     target = comm.on_root(lambda: _lay_out(model, path, force))
     try:
-        checksums = comm.together(lambda: _write_part(model, target, comm, on_bytes, workers))
+        checksums = comm.together(
+            lambda: _write_part(model, target, comm, comm.counting(on_bytes), workers), "the end of writing"
+        )
         parts = comm.gather(checksums)
         comm.on_root(lambda: _seal(model, target, parts))
     finally:

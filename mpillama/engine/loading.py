@@ -13,6 +13,7 @@ from mpillama.engine.preflight import cache_room, choose_context, measure_host
 from mpillama.engine.trial import first_layers
 from mpillama.engine.warm_up import choose_reduction, warm_up
 from mpillama.errors import UserError
+from mpillama.files.contents import refuse_other_contents, sample_digests
 from mpillama.kernels.target import Target
 from mpillama.model.cache import blocks_for
 from mpillama.model.llama import LlamaModel
@@ -51,6 +52,7 @@ def load_model(options: RunOptions, world: World, target: Target, progress: Prog
     """Read the table on rank 0 and every rank's slices; UserError on all ranks if any cannot."""
     comm = world.comm
     file = comm.on_root(lambda: open_model(model_path(options.model), options.weights, options.tokenizer))
+    _refuse_other_contents(file, world)
     file = first_layers(file, options.layers)
     _check_sizes(options, file)
     warm_up(file.config, file.specs, world, target, options.kv_type)
@@ -64,15 +66,24 @@ def load_model(options: RunOptions, world: World, target: Target, progress: Prog
 
     def read() -> LoadedModel:
         with progress(slice_bytes(file.specs, part)) as on_bytes:
-            reader = file.reader(on_bytes, target.threads, options.verify)
+            reader = file.reader(comm.counting(on_bytes), target.threads, options.verify)
             try:
-                weights = load_weights(file.config, file.specs, part, reader.read, reader.at_once, target.threads)
+                weights = load_weights(
+                    file.config, file.specs, part, reader.read, reader.at_once, target.threads, comm.attend
+                )
             finally:
                 reader.close()
         model = LlamaModel(file.config, weights, comm, target.threads)
         return LoadedModel(file, model, reader.bytes_read, time.perf_counter() - start, context, room)
 
-    return comm.together(read)
+    return comm.together(read, "the end of loading")
+
+
+def _refuse_other_contents(file: ModelFile, world: World) -> None:
+    """UserError on all ranks if one sees other files than rank 0."""
+    comm = world.comm
+    digests = comm.gather(comm.together(lambda: sample_digests(file.files)))
+    refuse_other_contents(file.files, digests, comm.gather(world.host))
 
 
 def _check_sizes(options: RunOptions, file: ModelFile) -> None:

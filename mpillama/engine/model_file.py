@@ -47,6 +47,10 @@ class ModelFile(Protocol):
         """Where it lies."""
 
     @property
+    def files(self) -> Mapping[str, int]:
+        """Its files and their sizes, as rank 0 sees them."""
+
+    @property
     def config_json(self) -> Mapping[str, Any]:
         """The configuration in Hugging Face's spelling."""
 

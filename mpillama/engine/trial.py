@@ -28,6 +28,11 @@ class FirstLayers:
         return self.whole.path
 
     @property
+    def files(self) -> Mapping[str, int]:
+        """Those of the whole model."""
+        return self.whole.files
+
+    @property
     def config_json(self) -> Mapping[str, Any]:
         """That of the whole model."""
         return self.whole.config_json

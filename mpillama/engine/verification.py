@@ -27,7 +27,7 @@ def verify_file(model: NativeModel, comm: Communicator, on_bytes: Callable[[int]
     """Check every array's units, a share on each rank; returns what differs, in the order of the file."""
 
     def check() -> list[Difference]:
-        reader = NativeReader(model, on_bytes)
+        reader = NativeReader(model, comm.counting(on_bytes))
         try:
             return [d for name in model.entries for d in _differences(model, reader, name, comm)]
         finally:

@@ -69,7 +69,8 @@ def _small(config: ModelConfig) -> ModelConfig:
 def choose_reduction(comm: Communicator, world: World, hidden_size: int, chunk: int) -> None:
     """Let the ranks of one host add up through shared memory where that is faster than MPI."""
     if comm.size > 1 and world.neighbours.size == comm.size:
-        shared = SharedReduction(comm.mpi, sum_shared, views)
+        with comm.watch.blocking("the making of memory that the ranks share"):
+            shared = SharedReduction(comm.mpi, sum_shared, views)
         sizes = sorted({hidden_size * tokens for tokens in (1, 8, 32, chunk)})
         comm.choose_reduction(shared, sizes)
 

@@ -32,6 +32,11 @@ class CheckpointModel:
         return self.checkpoint.path
 
     @property
+    def files(self) -> Mapping[str, int]:
+        """Its files and their sizes, as rank 0 sees them."""
+        return dict(zip(self.checkpoint.files, self.checkpoint.file_sizes, strict=True))
+
+    @property
     def config_json(self) -> Mapping[str, Any]:
         """The configuration in Hugging Face's spelling."""
         return self.checkpoint.config_json

@@ -77,6 +77,11 @@ class NativeModel:
     texts: Mapping[str, bytes] = field(repr=False)
     metadata_sha256: str = ""
 
+    @property
+    def files(self) -> Mapping[str, int]:
+        """The file and its size, as rank 0 sees it."""
+        return {self.path: self.file_size}
+
     def requantised(self) -> Mapping[str, int]:
         """Nothing: what the file holds is what kernels take."""
         return {}

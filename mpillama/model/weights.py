@@ -2,7 +2,7 @@
 
 import mmap
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,6 +18,7 @@ Read = Callable[[TensorSpec, range, Sequence[np.ndarray]], None]
 """Fills the arrays of a tensor with a range of its units."""
 
 ARENA_ALIGNMENT = 4096
+ATTEND_SECONDS = 0.1
 
 
 @dataclass(frozen=True)
@@ -113,25 +114,36 @@ def arena_bytes(specs: Sequence[TensorSpec], part: Partition) -> int:
 
 
 def load_weights(
-    config: ModelConfig, specs: Sequence[TensorSpec], part: Partition, read: Read, at_once: int = 1, threads: int = 1
-) -> Weights:
+    config: ModelConfig, specs: Sequence[TensorSpec], part: Partition, read: Read, at_once: int = 1, threads: int = 1,
+    attend: Callable[[], None] = lambda: None,
+) -> Weights:  # fmt: skip
     """Allocate this rank's slices and fill them with `read`, up to `at_once` tensors at the same time.
 
-    The kernels' `threads` touch the memory first, so that it lies near them.
+    The kernels' `threads` touch the memory first, so that it lies near them. `attend` is called now and then meanwhile.
     """
     arena = Arena(arena_bytes(specs, part))
     slices = [[arena.take(dtype, shape) for dtype, shape in slice_shapes(spec, part)] for spec in specs]
     for array in (a for arrays in slices for a in arrays):
         touch_pages(array.reshape(-1).view(np.uint8), threads)
+        attend()
     with ThreadPoolExecutor(at_once) as pool:
         tasks = [pool.submit(read, s, s.units_of(part), a) for s, a in zip(specs, slices, strict=True)]
         try:
-            for task in tasks:
-                task.result()
+            _finish(tasks, attend)
         finally:
             pool.shutdown(cancel_futures=True)
     loaded = {s.name: a[0] if s.vector else _matrix(s, a) for s, a in zip(specs, slices, strict=True)}
     return _assemble(config, loaded, slice_bytes(specs, part))
+
+
+def _finish(tasks: Sequence[Future[None]], attend: Callable[[], None]) -> None:
+    """Wait for all reads; the first that fails is raised."""
+    running = set(tasks)
+    while running:
+        done, running = wait(running, ATTEND_SECONDS, FIRST_EXCEPTION)
+        for task in done:
+            task.result()
+        attend()
 
 
 def _matrix(spec: TensorSpec, arrays: Sequence[np.ndarray]) -> Matrix:

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 def bench(options: BenchOptions) -> int:
     """Run the command; returns the exit status."""
     _check(options)
-    with start_mpi(options.threads) as world:
+    with start_mpi(options.threads, timeout=options.timeout) as world:
         target = world.comm.together(lambda: prepare(requested_isa(), world.threads, world.comm.yields))
         model, whole_layers = _load(options, world, target)
         report = _measure(options, world, target, model, whole_layers)
@@ -67,7 +67,8 @@ def _load(options: BenchOptions, world: World, target: Target) -> tuple["LlamaMo
     chunk = min(options.prefill_chunk, config.max_position_embeddings)
     choose_reduction(world.comm, world, config.padded_hidden_size, chunk)
     part = partition(config, world.comm.size)[world.comm.rank]
-    weights = load_weights(config, specs, part, SyntheticWeights().read, threads=target.threads)
+    read, attend = SyntheticWeights().read, world.comm.attend
+    weights = load_weights(config, specs, part, read, threads=target.threads, attend=attend)
     return LlamaModel(config, weights, world.comm, target.threads), whole.num_hidden_layers
 
 

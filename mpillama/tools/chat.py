@@ -46,7 +46,7 @@ class Conversation:
         if not self.options.quiet:
             sys.stderr.write(HELP + "\n")
         with self.keyboard.listening():
-            while (line := self.keyboard.line("" if self.options.quiet else "> ")) is not None:
+            while (line := self._line()) is not None:
                 text = line.strip()
                 if text == "/quit":
                     break
@@ -55,6 +55,10 @@ class Conversation:
                 elif text:
                     self._answer(text)
         return 0
+
+    def _line(self) -> str | None:
+        with self.run_state.world.comm.idle():
+            return self.keyboard.line("" if self.options.quiet else "> ")
 
     def _command(self, text: str) -> None:
         name, _, argument = text.partition(" ")
@@ -97,8 +101,7 @@ class Conversation:
         pieces = text_pieces(run.session, sampler, Generation(prompt_ids, answer), prompt_ids[keep:], self.drafter)
         self.cached = self.cached[:keep]
         for piece in pieces:
-            sys.stdout.write(piece)
-            sys.stdout.flush()
+            run.write(piece)
             if self.keyboard.interrupted:
                 sys.stdout.write(" (stopped)")
                 break

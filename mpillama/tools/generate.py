@@ -1,7 +1,6 @@
 """`generate`: continue a text."""
 
 import json
-import sys
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
@@ -51,10 +50,10 @@ def _generate(run: Run, options: GenerateOptions) -> int:
     drafter = Drafter(options.speculate)
     pieces = text_pieces(run.session, sampler, generation, prompt_ids, drafter)
     if not (options.json or options.quiet or options.chat):
-        _print(run.tokenizer.decode(prompt_ids))
+        run.write(run.tokenizer.decode(prompt_ids))
     for piece in pieces:
         if not options.json:
-            _print(piece)
+            run.write(piece)
     _finish(run, options, generation, sampler.seed, drafter)
     return 0
 
@@ -68,7 +67,8 @@ def _prompt_ids(run: Run, options: GenerateOptions) -> list[int]:
             if not 0 <= token < vocab_size:
                 raise UserError(f"--prompt-token-ids has {token}, but the model's ids are 0 to {vocab_size - 1}.")
         return given
-    text = read_standard_input() if options.prompt == "-" else options.prompt
+    with run.world.comm.idle():
+        text = read_standard_input() if options.prompt == "-" else options.prompt
     if not text:
         raise UserError("the prompt is empty: give a text with --prompt, or - and a text on standard input.")
     if options.chat:
@@ -88,11 +88,6 @@ def _given_token_ids(options: GenerateOptions) -> list[int] | None:
         ) from error
 
 
-def _print(text: str) -> None:
-    sys.stdout.write(text)
-    sys.stdout.flush()
-
-
 def _finish(run: Run, options: GenerateOptions, generation: "Generation", seed: int, drafter: "Drafter") -> None:
     """Print what is said after the text, and write the logits if asked."""
     if options.logits_out:
@@ -100,9 +95,9 @@ def _finish(run: Run, options: GenerateOptions, generation: "Generation", seed: 
             np.save(file, np.array(generation.logits, np.float32))
     memory = run.executor.memory_per_rank()
     if options.json:
-        _print(json.dumps(_result(run, options, generation, seed, memory, drafter)) + "\n")
+        run.write(json.dumps(_result(run, options, generation, seed, memory, drafter)) + "\n")
         return
-    _print("\n")
+    run.write("\n")
     if not options.quiet:
         guesses = f" | drafts {100 * drafter.acceptance:.0f} % true" if options.speculate else ""
         sys.stderr.write(closing_line(run, memory) + f"{guesses} | seed {seed}\n")

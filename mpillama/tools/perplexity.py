@@ -51,7 +51,9 @@ def _window(options: PerplexityOptions, longest: int) -> int:
 def _perplexity(run: Run, options: PerplexityOptions) -> int:
     from mpillama.engine.perplexity import text_perplexity, windows  # imports kernels: only once MPI has started
 
-    ids = run.tokenizer.encode(read_text(options.file), add_bos=False, parse_special=False)
+    with run.world.comm.idle():
+        text = read_text(options.file)
+    ids = run.tokenizer.encode(text, add_bos=False, parse_special=False)
     context = run.executor.max_seq_len
     stride = min(options.stride or context, context)
     count = sum(1 for _ in windows(len(ids), context, stride))

@@ -1,8 +1,10 @@
 """What `generate` and `chat` share: starting the ranks, texts of a model, statistics of a run."""
 
 import gc
+import select
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -25,6 +27,9 @@ if TYPE_CHECKING:
     from mpillama.engine.session import Session
 
     OpenExecutor = Callable[[LoadedModel], Executor]
+
+BUSY_READER_SECONDS = 1
+"""How long rank 0 tries to print before it tells the others that it waits for whoever reads its output."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +58,15 @@ class Run:
         """The model's own template, compiled when first asked for."""
         return self._chat_template
 
+    def write(self, text: str) -> None:
+        """Print on standard output; a reader that takes its time (a pager, a stopped terminal) is waited for."""
+        ready = select.poll()
+        ready.register(sys.stdout.fileno(), select.POLLOUT)
+        goes_at_once = len(text) < select.PIPE_BUF // 4 and ready.poll(BUSY_READER_SECONDS * 1000)
+        with nullcontext() if goes_at_once else self.world.comm.idle():
+            sys.stdout.write(text)
+            sys.stdout.flush()
+
     @property
     def chat_template(self) -> ChatTemplate:
         """The model's own template; UserError if it has none."""
@@ -69,12 +83,12 @@ def run_on_all_ranks(
 
     `open_` makes the executor; without it, one for a single sequence.
     """
-    with start_mpi(options.threads) as world:
+    with start_mpi(options.threads, timeout=options.timeout) as world:
         target = world.comm.together(lambda: prepare(requested_isa(), world.threads, world.comm.yields))
         from mpillama.engine.loading import load_model, open_executor  # compiles kernels for the target just prepared
 
         loaded = load_model(options, world, target, load_progress(world.comm.is_root, quiet))
-        executor = open_(loaded) if open_ else open_executor(options, loaded)
+        executor = world.comm.together(lambda: open_(loaded) if open_ else open_executor(options, loaded))
         if world.comm.is_root and not quiet:
             warn_of_idle_ranks(loaded.file, world.comm.size)
             warn_of_requantised(loaded.file)

@@ -86,6 +86,11 @@ class Launch:
         assert self.process.stdout is not None
         self.process.stdout.close()
 
+    def rest_of_output(self) -> str:
+        """What was written to standard output and not read yet, once the run has ended."""
+        assert self.process.stdout is not None
+        return self.process.stdout.read().decode(errors="replace")
+
     def stderr(self) -> str:
         """What was written to standard error so far."""
         self.errors.seek(0)

@@ -1,25 +1,94 @@
-"""Run the program with something wrong on one rank: sabotage.py KIND RANK DIRECTORY [program's arguments].
+"""Run the program with something wrong on one rank: sabotage.py FAULT PHASE RANK DIRECTORY [program's arguments].
 
-Each rank that ends by itself leaves its status as a file in DIRECTORY, a failure in mid-step its time.
+The phase (load, prefill or decode) is made slow on all ranks, loading for some faults on RANK only; each writes a
+file PHASE-RANK into DIRECTORY when it has entered it. FAULT happens in the midst of it on RANK, which touches the file
+`failed`; "none" leaves the fault to the caller. Each rank that ends by itself leaves its status in a file.
 """
 
-import errno
 import os
+import resource
+import shutil
 import sys
 import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
+import numpy as np
+import psutil
+
+import mpillama
 from mpillama.__main__ import main
-from mpillama.comm.launcher import launched_rank
-from mpillama.files import native_reader
+from mpillama.comm.launcher import launched_rank, launched_size
 from mpillama.tools import running
 
-SLOW_STEP = 0.02
-REDUCTIONS = 12
-"""Reductions that go well first: the failure comes within the first layers of a later step."""
+FAULT, PHASE, RANK, DIRECTORY = sys.argv[1], sys.argv[2], sys.argv[3], Path(sys.argv[4])
+ARGUMENTS = sys.argv[5:]
+SLOW_READ = 1.0
+SLOW_STEP = 0.03
+REDUCTIONS = 3
+"""The fault comes at this reduction of the second step of a phase, while the other ranks wait in it."""
+
+
+# -- phases -----------------------------------------------------------------------------------------------------------
+
+
+def entered() -> None:
+    """Tell that this rank is in the midst of the phase."""
+    (DIRECTORY / f"{PHASE}-{launched_rank()}").touch()
+
+
+def failing(action: Callable[[], None]) -> None:
+    (DIRECTORY / "failed").touch()
+    action()
+
+
+def in_load(action: Callable[[], None] | None) -> None:
+    """Read the weights slowly; do something at the first read."""
+    from mpillama.engine import loading
+
+    preadv, load_weights = os.preadv, loading.load_weights
+
+    def slow_read(*arguments: Any) -> int:
+        entered()
+        if action:
+            failing(action)
+        is_slow = RANK in (str(launched_rank()), "none", "all") or FAULT in ("cut", "starved")
+        time.sleep(SLOW_READ * is_slow)
+        return preadv(*arguments)
+
+    def load(*arguments: Any) -> Any:
+        os.preadv = slow_read
+        return load_weights(*arguments)
+
+    loading.load_weights = load
+
+
+def in_step(action: Callable[[], None] | None) -> None:
+    """Compute slowly; do something at a reduction."""
+    from mpillama.comm.communicator import Communicator
+    from mpillama.model.llama import LlamaModel
+
+    forward, all_reduce, steps, left = LlamaModel.forward, Communicator.all_reduce, [0], [REDUCTIONS]
+
+    def slow_forward(self: LlamaModel, step: Any, *arguments: Any) -> Any:
+        is_phase = (len(step.token_ids) > 1) == (PHASE == "prefill")
+        if is_phase and self.comm.size == launched_size()[1]:
+            steps[0] += 1
+            if steps[0] > 1:
+                entered()
+            time.sleep(SLOW_STEP)
+        return forward(self, step, *arguments)
+
+    def reduce(self: Communicator, *arguments: Any) -> Any:
+        if action and steps[0] > 1:
+            left[0] -= 1
+            if not left[0]:
+                failing(action)
+        return all_reduce(self, *arguments)
+
+    LlamaModel.forward, Communicator.all_reduce = slow_forward, reduce
 
 
 def after_prepare(patch: Callable[[], None]) -> None:
@@ -34,46 +103,10 @@ def after_prepare(patch: Callable[[], None]) -> None:
     running.prepare = prepare_and_patch
 
 
-def slow() -> None:
-    """Make each step of the model last long enough to be interrupted."""
-    from mpillama.model.llama import LlamaModel
-
-    forward = LlamaModel.forward
-
-    def sleep_and_forward(self: LlamaModel, *arguments: Any) -> Any:
-        time.sleep(SLOW_STEP)
-        return forward(self, *arguments)
-
-    LlamaModel.forward = sleep_and_forward
+# -- faults in the midst of a phase -----------------------------------------------------------------------------------
 
 
-def at_reduction(action: Callable[[], None]) -> Callable[[], None]:
-    """Do something just before one reduction of a step, while the other ranks wait in it."""
-
-    def patch() -> None:
-        from mpillama.comm.communicator import Communicator
-        from mpillama.model.llama import LlamaModel
-
-        forward, all_reduce, left = LlamaModel.forward, Communicator.all_reduce, [REDUCTIONS]
-
-        def forward_and_arm(self: LlamaModel, *arguments: Any) -> Any:
-            if self.comm.size > 1:
-                Communicator.all_reduce = reduce
-            return forward(self, *arguments)
-
-        def reduce(self: Communicator, *arguments: Any) -> Any:
-            left[0] -= 1
-            if not left[0]:
-                (Path(sys.argv[3]) / "failed").write_text(str(time.time()))
-                action()
-            return all_reduce(self, *arguments)
-
-        LlamaModel.forward = forward_and_arm
-
-    return patch
-
-
-def fail() -> None:
+def fail() -> NoReturn:
     raise RuntimeError("sabotage")
 
 
@@ -83,66 +116,148 @@ def fail_in_thread() -> None:
 
 
 def hang() -> None:
+    """As a read from a file server that is gone."""
     time.sleep(600)
-
-
-def interrupt() -> None:
-    raise KeyboardInterrupt
 
 
 def leave() -> None:
     sys.exit(3)
 
 
-def with_open(opened: Callable[[str], int]) -> Callable[[], None]:
-    """Open something else than the model file for reading weights."""
+def starve() -> None:
+    """Ask for more memory than the system gives to this process."""
+    allow(1 << 20)
+    np.ones(1 << 28)
+
+
+def cut_file() -> None:
+    """Somebody shortens the file that is being read."""
+    os.truncate(DIRECTORY / "private.h5", 100)
+
+
+def allow(more: int) -> None:
+    """Limit this process's memory to what it has, and so many bytes."""
+    limit = psutil.Process().memory_info().vms + more
+    resource.setrlimit(resource.RLIMIT_AS, (limit, resource.RLIM_INFINITY))
+
+
+# -- faults from the beginning ----------------------------------------------------------------------------------------
+
+
+def with_private_file(change: Callable[[Path], None], flags: int = os.O_RDONLY) -> Callable[[], None]:
+    """This rank's host sees a file of its own at the model's path."""
 
     def patch() -> None:
-        native_reader.open_for_reading = opened
+        model = ARGUMENTS[ARGUMENTS.index("--model") + 1]
+        copy, system_open = DIRECTORY / "private.h5", os.open
+        shutil.copy(model, copy)
+        change(copy)
+
+        def private_open(path: Any, given: int, *arguments: Any, **options: Any) -> int:
+            if str(path) != model:
+                return system_open(path, given, *arguments, **options)
+            with as_nobody():
+                return system_open(copy, (given | flags) if flags else given)
+
+        os.open = private_open
 
     return patch
 
 
-def refuse(number: int) -> Callable[[str], int]:
-    def opened(path: str) -> int:
-        raise OSError(number, os.strerror(number), path)
+class as_nobody:  # noqa: N801 - reads as a statement
+    """Root may read everything: be somebody else for a moment."""
 
-    return opened
+    def __enter__(self) -> None:
+        if FAULT == "forbidden" and os.getuid() == 0:
+            os.seteuid(65534)
 
-
-def shorter(path: str) -> int:
-    """A file on this host that lacks its last byte."""
-    copy = Path(sys.argv[3]) / "shorter.h5"
-    copy.write_bytes(Path(path).read_bytes()[:-1])
-    return os.open(copy, os.O_RDONLY)
+    def __exit__(self, *error: object) -> None:
+        if FAULT == "forbidden" and os.getuid() == 0:
+            os.seteuid(0)
 
 
-def input_error(path: str) -> int:
-    """A file of the right size whose bytes cannot be read."""
-    size = Path(path).stat().st_size
-    copy = Path(sys.argv[3]) / "unreadable.h5"
-    with copy.open("wb") as file:
-        file.truncate(size)
-    return os.open(copy, os.O_WRONLY)
+def shorten(copy: Path) -> None:
+    os.truncate(copy, copy.stat().st_size - 1)
 
 
-KINDS: dict[str, Callable[[], None]] = {
-    "slow": lambda: after_prepare(slow),
-    "exception": lambda: after_prepare(at_reduction(fail)),
-    "thread": lambda: after_prepare(at_reduction(fail_in_thread)),
-    "stuck": lambda: after_prepare(at_reduction(hang)),
-    "interrupt": lambda: after_prepare(at_reduction(interrupt)),
-    "leave": lambda: after_prepare(at_reduction(leave)),
-    "missing": with_open(refuse(errno.ENOENT)),
-    "forbidden": with_open(refuse(errno.EACCES)),
-    "shorter": with_open(shorter),
-    "input_error": with_open(input_error),
+def change_half(copy: Path) -> None:
+    """The same size and the same table, other weights."""
+    content = np.fromfile(copy, np.uint8)
+    content[len(content) // 2 :] ^= 0x55
+    content.tofile(copy)
+
+
+def change_end(copy: Path) -> None:
+    """The last page has not arrived yet."""
+    content = np.fromfile(copy, np.uint8)
+    content[-4096:] ^= 0x55
+    content.tofile(copy)
+
+
+def starve_before_preflight() -> None:
+    after_prepare(lambda: allow(96 << 20))
+
+
+def starve_after_preflight() -> None:
+    """The limit strikes when the memory for the weights is asked for."""
+
+    def patch() -> None:
+        from mpillama.engine import loading
+
+        load_weights = loading.load_weights
+
+        def starved(*arguments: Any) -> Any:
+            failing(lambda: allow(0))
+            return load_weights(*arguments)
+
+        loading.load_weights = starved
+
+    after_prepare(patch)
+
+
+def other_program(change: Callable[[str], str]) -> Callable[[], None]:
+    """Run another copy of the package."""
+
+    def execute() -> None:
+        package = Path(mpillama.__file__).parent
+        shutil.copytree(package, DIRECTORY / "mpillama", ignore=shutil.ignore_patterns("__pycache__"))
+        init = DIRECTORY / "mpillama" / "__init__.py"
+        init.write_text(change(init.read_text()))
+        os.chdir(DIRECTORY)
+        os.execv(sys.executable, [sys.executable, "-m", "mpillama", *ARGUMENTS])
+
+    return execute
+
+
+IN_PHASE: dict[str, Callable[[], None]] = {
+    "exception": fail,
+    "thread": fail_in_thread,
+    "leave": leave,
+    "hang": hang,
+    "starved": starve,
+    "cut": cut_file,
+}
+FROM_START: dict[str, Callable[[], None]] = {
+    "vanished": with_private_file(lambda copy: copy.unlink()),
+    "forbidden": with_private_file(lambda copy: copy.chmod(0)),
+    "shorter": with_private_file(shorten),
+    "unreadable": with_private_file(lambda copy: None, os.O_WRONLY),
+    "stale": with_private_file(change_half),
+    "unfinished": with_private_file(change_end),
+    "cut": with_private_file(lambda copy: None),
+    "no_room": starve_before_preflight,
+    "starved_load": starve_after_preflight,
+    "version": other_program(lambda text: text.replace(mpillama.__version__, "0.0.1")),
+    "sources": other_program(lambda text: text + "# changed\n"),
 }
 
 if __name__ == "__main__":
-    kind, rank, directory = sys.argv[1:4]
-    if rank == "all" or launched_rank() == int(rank):
-        KINDS[kind]()
-    status = main(sys.argv[4:])
-    (Path(directory) / f"status-{launched_rank()}").write_text(str(status))
+    is_victim = RANK in ("all", str(launched_rank()))
+    if is_victim and FAULT in FROM_START:
+        FROM_START[FAULT]()
+    action = IN_PHASE.get(FAULT) if is_victim else None
+    if PHASE != "any":
+        after_prepare(lambda: in_load(action) if PHASE == "load" else in_step(action))
+    status = main(ARGUMENTS)
+    (DIRECTORY / f"status-{launched_rank()}").write_text(str(status))
     sys.exit(status)

@@ -1,0 +1,195 @@
+"""No rank waits for another for ever.
+
+Communicator's waits poll, and look here now and then: a RollCall finds out who is missing. What blocks inside MPI
+itself, and signals that come while no Python runs, are left to a thread.
+"""
+
+import os
+import select
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+from mpillama.comm.failure import Aborter
+from mpillama.comm.roll_call import Kind, Messages, RollCall, State, describe
+
+LOOK_SECONDS = 0.1
+"""Time between two looks of a wait, or of a rank that works."""
+TICK = 1.0
+"""Time between two looks of the thread."""
+MARGIN = 5.0
+"""The thread leaves the main thread this much longer, since the main thread can say more."""
+SIGNAL_SECONDS = 2.5
+"""How long the main thread may take to act upon a signal."""
+
+
+class OthersFailedError(Exception):
+    """What this rank does is in vain: another one has failed at its part, and says so as soon as all ranks meet."""
+
+
+class Watch:
+    """What this process is doing, for its own waits, for the other ranks, and for the thread.
+
+    Without `messages` (one rank, or MPI not yet started) nobody is asked. `timeout` 0 waits for ever.
+    """
+
+    def __init__(self, aborter: Aborter | None = None, timeout: float = 0.0):
+        self.aborter = aborter
+        self.timeout = timeout
+        self.messages: Messages | None = None
+        self.names: Sequence[str] = ()
+        self.clock: Callable[[], float] = time.perf_counter
+        self.entered = 0
+        self.work = 0
+        self.looks = 0
+        self.place = ""
+        self.next_look = 0.0
+        self.next_attention = 0.0
+        self.roll_call: RollCall | None = None
+        self.idle_at = -1
+        self.failed_at = -1
+
+    # -- waits ---------------------------------------------------------------------------------------------------------
+
+    def enter(self, place: str, of_all: bool = True) -> None:
+        """A wait begins; only those of all ranks together are counted, since hosts may differ in others."""
+        self.entered += of_all
+        self.place = place
+        self.roll_call = None
+        self.next_look = 0.0
+
+    def leave(self) -> None:
+        """The wait is over."""
+        self.place = ""
+
+    def look(self) -> None:
+        """A poll found that the wait is not over; ends the job if it lasts too long."""
+        now = self.clock()
+        if now < self.next_look:
+            return
+        is_new, self.next_look = not self.next_look, now + LOOK_SECONDS
+        if is_new:
+            return
+        self.looks += 1
+        if self.messages is None:
+            return
+        mpi = self.messages.mpi
+        if self.roll_call is None:
+            self.roll_call = RollCall(self.state(), mpi.rank, mpi.size, self.timeout, self.clock)
+        self._listen()
+        if self.timeout:
+            self._call(self.roll_call)
+
+    def state(self) -> State:
+        """How far this rank is."""
+        return State(self.entered, self.work, bool(self.place))
+
+    def _call(self, roll_call: RollCall) -> None:
+        roll_call.pass_time()
+        if self.idle_at >= 0 and self.entered == self.idle_at + 1:
+            roll_call.restart()  # rank 0 waits for a person before it comes here
+            return
+        if roll_call.is_time_to_call() and self.messages is not None:
+            self.messages.send_all(Kind.CALL, self.state())
+        verdict, mates = roll_call.verdict()
+        if verdict:
+            me = self.messages.mpi.rank if self.messages else 0
+            self.strike(describe(verdict, mates, self.names, self.place, me, self.timeout))
+
+    def _listen(self) -> None:
+        """Answer whoever asks, and note what others say."""
+        if self.messages is None:
+            return
+        for rank, kind, state in self.messages.receive():
+            if kind is Kind.CALL:
+                self.messages.send(rank, Kind.HERE, self.state())
+            if kind in (Kind.IDLE, Kind.BACK):
+                self.idle_at = state.entered if kind is Kind.IDLE else -1
+            elif kind is Kind.FAILED:
+                self.failed_at = state.entered
+            elif self.roll_call is not None:
+                self.roll_call.hear(rank, kind, state)
+
+    def strike(self, sentence: str) -> None:
+        """End the job with a sentence."""
+        if self.aborter is not None:
+            self.aborter.fail(f"mpillama: {sentence}")
+
+    # -- work, silence, MPI's own waits --------------------------------------------------------------------------------
+
+    def attend(self) -> None:
+        """Let a rank that is long at work answer the others (from its main thread only; else just the check).
+
+        Raises OthersFailedError if the work is in vain.
+        """
+        now = self.clock()
+        if now >= self.next_attention and threading.current_thread() is threading.main_thread():
+            self.next_attention = now + LOOK_SECONDS
+            self._listen()
+        if self.failed_at == self.entered:
+            raise OthersFailedError
+
+    def tell_failure(self) -> None:
+        """Let the other ranks leave off what this rank has failed at."""
+        if self.messages is not None:
+            self.messages.send_all(Kind.FAILED, self.state())
+
+    @contextmanager
+    def idle(self) -> Iterator[None]:
+        """Rank 0 waits for a person or a pipe: the others may wait for its next word as long as it takes."""
+        if self.messages is None:
+            yield
+            return
+        self.messages.send_all(Kind.IDLE, self.state())
+        try:
+            yield
+        finally:
+            self.messages.send_all(Kind.BACK, self.state())
+
+    @contextmanager
+    def blocking(self, place: str) -> Iterator[None]:
+        """A wait inside MPI, in which nobody can be asked: the thread looks after it."""
+        self.enter(place)
+        try:
+            yield
+        finally:
+            self.leave()
+
+
+class Guard(threading.Thread):
+    """Ends the job if the main thread is stuck inside MPI, or does not act upon a signal."""
+
+    def __init__(self, watch: Watch, aborter: Aborter):
+        super().__init__(daemon=True, name="guard")
+        self.watch = watch
+        self.aborter = aborter
+        self.waited = 0.0
+        self.seen: tuple[int, int] | None = None
+        self.awake, wake = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        signal.set_wakeup_fd(wake, warn_on_full_buffer=False)
+
+    def run(self) -> None:
+        """Look at the main thread for ever."""
+        while True:
+            if select.select([self.awake], [], [], TICK)[0]:
+                self._after_signals(os.read(self.awake, 64))
+            self._look()
+
+    def _after_signals(self, numbers: bytes) -> None:
+        for number in numbers:
+            if self.aborter.answers(number):
+                time.sleep(SIGNAL_SECONDS)  # the main thread ends the job meanwhile, if it can
+                self.aborter.end_by_signal(number)
+
+    def _look(self) -> None:
+        now, place = (self.watch.entered, self.watch.looks), self.watch.place
+        self.waited = self.waited + TICK if place and now == self.seen else 0.0
+        self.seen = now
+        if self.watch.timeout and self.waited >= self.watch.timeout + MARGIN:
+            self.aborter.fail(
+                f"mpillama: {self.aborter.where} has been stuck in {place} for {self.waited:.0f} s; which rank it "
+                "waits for cannot be known: a rank was stopped, or its host or the network hangs; all ranks end "
+                "(--timeout SECONDS waits longer, 0 for ever)."
+            )

@@ -1,0 +1,22 @@
+"""Each rank reads its own bytes of the model file, and no more."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.mpi.launch import SCRIPTS, TIMEOUT, run
+
+pytestmark = pytest.mark.timeout(TIMEOUT + 60)
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+def test_each_rank_reads_its_slices_and_no_more(ranks: int, demo: Path) -> None:
+    result = run(ranks, SCRIPTS / "load.py", demo)
+    assert result.status == 0, result.stderr
+    facts = json.loads(result.stdout)
+    assert len(facts) == ranks
+    for rank in facts:
+        assert rank["reader"] == rank["slices"]
+        assert rank["slices"] <= rank["system"] <= 1.05 * rank["slices"]
+    assert max(rank["slices"] for rank in facts) < 1.3 * demo.stat().st_size / ranks
