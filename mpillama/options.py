@@ -84,6 +84,16 @@ class RunOptions:
         600.0,
         metavar="SECONDS",
     )
+    monitor: Optional[float] = option(
+        "each rank logs its memory, page faults and speed every so many seconds", metavar="SECONDS"
+    )
+    memory_floor: Optional[str] = option(
+        "end the job when a host has less memory left, e.g. 2GB, before the system kills a rank", metavar="BYTES"
+    )
+    log_dir: Optional[str] = option("each rank writes a log file of its own in this folder", metavar="FOLDER")
+    log_level: str = option(
+        "least that goes into the log files (default: info)", "info", choices=["debug", "info", "warning"]
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -187,7 +197,8 @@ class EngineOptions(RunOptions, SpeculationFlags):
 
     sequences: int = option("sequences computed together (default: 32)", 32, metavar="COUNT")
     cache_tokens: Optional[int] = option(
-        "positions that all sequences' KV caches hold together (default: what they can need, up to nine tenths of the memory)",
+        "positions that all sequences' KV caches hold together "
+        "(default: what they can need, up to nine tenths of the memory)",
         metavar="TOKENS",
     )
 

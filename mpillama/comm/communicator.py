@@ -3,7 +3,7 @@
 import os
 import pickle
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, TypeVar, cast
 
@@ -19,6 +19,8 @@ T = TypeVar("T")
 
 SPIN_SECONDS = 0.02
 """How long an idle rank polls for the next step before it begins to sleep."""
+MESSAGE_BYTES = 16 << 20
+"""Of a large broadcast: well below what MPI counts in 32 bits."""
 LONGEST_SLEEP = 0.005
 """The longest nap of an idle rank: what it adds to the first token after a pause."""
 ALL_REDUCE = "the sum over ranks (all-reduce) of a step"
@@ -162,6 +164,25 @@ class Communicator:
         self._complete(place, self.mpi.Ibcast, buffer)
         result: T = value if self.is_root else pickle.loads(buffer.tobytes())
         return result
+
+    def broadcast_arrays(self, arrays: Sequence[np.ndarray]) -> None:
+        """Give rank 0's values to all ranks in place, in few messages; contiguous arrays, of the same sizes on all."""
+        if self.size == 1:
+            return
+        flat = [array.reshape(-1).view(np.uint8) for array in arrays]
+        parts = [a[i : i + MESSAGE_BYTES] for a in flat for i in range(0, len(a), MESSAGE_BYTES)]
+        while parts:
+            count = max(1, int(np.searchsorted(np.cumsum([len(p) for p in parts]), MESSAGE_BYTES, "right")))
+            self._broadcast_joined(parts[:count])
+            parts = parts[count:]
+
+    def _broadcast_joined(self, parts: list[np.ndarray]) -> None:
+        message = np.concatenate(parts)
+        self._complete("the broadcast of what all ranks hold", self.mpi.Ibcast, message)
+        start = 0
+        for part in parts:
+            part[:] = message[start : start + len(part)]
+            start += len(part)
 
     def gather(self, value: T, place: str = "a gathering of all ranks") -> list[T]:
         """Give every rank's object to all ranks, in order of rank."""

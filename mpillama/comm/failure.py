@@ -13,6 +13,7 @@ from types import FrameType, TracebackType
 from typing import Any, NoReturn
 
 from mpillama.comm.launcher import launched_rank
+from mpillama.errors import UserError
 
 USER_ERROR_STATUS = 2
 FAILURE_STATUS = 1
@@ -106,6 +107,8 @@ class Aborter:
             self.end(128 + signal.SIGPIPE)
         if issubclass(kind, KeyboardInterrupt):
             self.end_by_signal(error.number if isinstance(error, Interrupted) else signal.SIGINT)
+        if issubclass(kind, UserError):  # of a thread: main() takes those of the main thread
+            self.fail(f"mpillama: {self.where}: {error}", USER_ERROR_STATUS)
         if memory := out_of_memory(error):
             self.fail(f"mpillama: {self.where}: {memory} All ranks end.")
         frames = "".join(traceback.format_exception(kind, error, trace))

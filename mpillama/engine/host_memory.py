@@ -8,6 +8,8 @@ from pathlib import Path
 import psutil
 
 CGROUPS = Path("/sys/fs/cgroup")
+MUCH = 256 << 20
+"""Bytes of swap or of reserved pages that are worth a warning."""
 UNLIMITED = 1 << 60
 """Limits from here on mean none (cgroup v1 writes a huge number instead of a word)."""
 
@@ -55,6 +57,37 @@ def _slurm_rooms() -> Iterator[int]:
     granted = os.environ.get("SLURM_MEM_PER_NODE", "")
     if granted.isdigit() and int(granted):
         yield int(granted) << 20
+
+
+def memory_warnings(swapped: int, pages: Path = Path("/sys/kernel/mm")) -> dict[str, str]:
+    """What makes this host's memory slower or smaller than it need be, by kind; `swapped` bytes of swap are in use."""
+    found = {}
+    if swapped > MUCH:
+        found["swap"] = (
+            f"{swapped / 1e9:.1f} GB of swap are in use: weights in swap make every token wait for the disk; "
+            "end what else runs there."
+        )
+    if "[never]" in _read(pages / "transparent_hugepage/enabled"):
+        found["pages"] = (
+            "transparent huge pages are off, which slows down reading the weights: ask for "
+            "`echo madvise > /sys/kernel/mm/transparent_hugepage/enabled`."
+        )
+    if (reserved := _reserved_bytes(pages / "hugepages")) > MUCH:
+        found["reserved"] = (
+            f"{reserved / 1e9:.1f} GB are set aside as reserved huge pages, which nothing uses and mpillama cannot: "
+            "ask for `sysctl vm.nr_hugepages=0`."
+        )
+    return found
+
+
+def _reserved_bytes(folder: Path) -> int:
+    """Free pages of all sizes of HugeTLB."""
+    free = ((p.name, _read(p / "free_hugepages").strip()) for p in folder.glob("hugepages-*kB"))
+    return sum(
+        int(name.removeprefix("hugepages-").removesuffix("kB")) * 1024 * int(count)
+        for name, count in free
+        if count.isdigit()
+    )
 
 
 def _read(path: Path) -> str:

@@ -1,30 +1,36 @@
 """From options to a model that is ready to run on every rank."""
 
+import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 from mpillama.comm.start import World
 from mpillama.engine.executor import Executor
+from mpillama.engine.load_watch import PLACE, AbandonedError, LoadState, LoadWatch
 from mpillama.engine.model_file import ModelFile, open_model
-from mpillama.engine.preflight import cache_room, choose_context, measure_host
+from mpillama.engine.preflight import cache_room, choose_context, measure_host, warn_of_hosts
+from mpillama.engine.replicated import ReplicatedTensors, is_read
 from mpillama.engine.trial import first_layers
 from mpillama.engine.warm_up import choose_reduction, warm_up
 from mpillama.errors import UserError
 from mpillama.files.contents import refuse_other_contents, sample_digests
+from mpillama.files.reading import changed, modified
 from mpillama.kernels.target import Target
 from mpillama.model.cache import blocks_for
 from mpillama.model.llama import LlamaModel
 from mpillama.model.partition import partition
-from mpillama.model.weights import load_weights, slice_bytes
+from mpillama.model.weights import Weights, load_weights
 from mpillama.options import RunOptions
 
-Progress = Callable[[int], AbstractContextManager[Callable[[int], None]]]
-"""Opens a display for a number of bytes; gives the function that is told of each piece."""
+Progress = Callable[[int], AbstractContextManager[Callable[[LoadState], None]]]
+"""Opens a display for a number of bytes of all ranks; gives the function that is told how far they are."""
 
 DEMO_MODEL = Path("data") / "demo.h5"
+LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -51,32 +57,30 @@ def model_path(option: str | None) -> str:
 def load_model(options: RunOptions, world: World, target: Target, progress: Progress) -> LoadedModel:
     """Read the table on rank 0 and every rank's slices; UserError on all ranks if any cannot."""
     comm = world.comm
+    start = time.perf_counter()
     file = comm.on_root(lambda: open_model(model_path(options.model), options.weights, options.tokenizer))
     _refuse_other_contents(file, world)
     file = first_layers(file, options.layers)
     _check_sizes(options, file)
+    LOG.info("table of %s with %d tensors after %.1f s.", file.path, len(file.specs), time.perf_counter() - start)
+    warn_of_hosts(world)
     warm_up(file.config, file.specs, world, target, options.kv_type)
     chunk = max(1, min(options.prefill_chunk, file.config.max_position_embeddings))
     choose_reduction(comm, world, file.config.padded_hidden_size, chunk)
+    LOG.info("kernels ready (%s) after %.1f s.", target.isa.name, time.perf_counter() - start)
     host = measure_host(file, world, options.kv_type, chunk)
     context = choose_context(file, world, options.max_seq_len, host, options.force)
     room = cache_room(world, host)
-    part = partition(file.config, comm.size)[comm.rank]
+    LOG.info(
+        "the ranks of this host need %.3f GB for a context of %d tokens, %.3f GB are available.",
+        host.need(context) / 1e9, context, host.available / 1e9,
+    )  # fmt: skip
     start = time.perf_counter()
-
-    def read() -> LoadedModel:
-        with progress(slice_bytes(file.specs, part)) as on_bytes:
-            reader = file.reader(comm.counting(on_bytes), target.threads, options.verify)
-            try:
-                weights = load_weights(
-                    file.config, file.specs, part, reader.read, reader.at_once, target.threads, comm.attend
-                )
-            finally:
-                reader.close()
-        model = LlamaModel(file.config, weights, comm, target.threads)
-        return LoadedModel(file, model, reader.bytes_read, time.perf_counter() - start, context, room)
-
-    return comm.together(read, "the end of loading")
+    weights, bytes_read = _read_weights(options, file, world, target.threads, progress)
+    seconds = time.perf_counter() - start
+    LOG.info("read %d bytes in %.1f s, %.2f GB/s.", bytes_read, seconds, bytes_read / seconds / 1e9)
+    model = LlamaModel(file.config, weights, comm, target.threads)
+    return LoadedModel(file, model, bytes_read, time.perf_counter() - start, context, room)
 
 
 def _refuse_other_contents(file: ModelFile, world: World) -> None:
@@ -84,6 +88,50 @@ def _refuse_other_contents(file: ModelFile, world: World) -> None:
     comm = world.comm
     digests = comm.gather(comm.together(lambda: sample_digests(file.files)))
     refuse_other_contents(file.files, digests, comm.gather(world.host))
+
+
+def _read_weights(
+    options: RunOptions, file: ModelFile, world: World, threads: int, progress: Progress
+) -> tuple[Weights, int]:
+    """This rank's slices, and the bytes read of the file; once a rank cannot read its own, all stop."""
+    comm = world.comm
+    stamps = _stamps(file) if comm.is_root else {}
+    reader = comm.together(lambda: file.reader(lambda count: None, threads, options.verify))
+    replicated = ReplicatedTensors(comm, reader.read)
+    part = partition(file.config, comm.size)[comm.rank]
+    total = sum(file.stored_bytes(spec, spec.units_of(part)) for spec in file.specs if is_read(spec, comm))
+    sizes = comm.gather((total, world.host))
+
+    def read() -> Weights | None:
+        try:
+            with progress(sum(size for size, _ in sizes)) as show:
+                watch = LoadWatch(comm, [host for _, host in sizes], reader, total, show)
+                weights = load_weights(
+                    file.config, file.specs, part, replicated.read, reader.at_once, threads, watch.attend
+                )
+            reader.check_unchanged()
+            _check_stamps(stamps)
+        except AbandonedError:
+            return None
+        finally:
+            reader.close()
+        return weights
+
+    weights = cast(Weights, comm.together(read, PLACE))  # None is never alone: another rank raised
+    LOG.info("%d bytes of what all ranks hold were broadcast.", replicated.share())
+    return weights, reader.bytes_read
+
+
+def _stamps(file: ModelFile) -> dict[str, tuple[int, int]]:
+    """What would tell that a file is another one, by name; nothing for one that is gone, which is read all the same."""
+    return {path: modified(Path(path).stat()) for path in file.files if Path(path).exists()}
+
+
+def _check_stamps(stamps: Mapping[str, tuple[int, int]]) -> None:
+    """UserError if a file was replaced since, perhaps before another rank opened it."""
+    for path, stamp in stamps.items():
+        if Path(path).exists() and modified(Path(path).stat()) != stamp:
+            raise changed(path)
 
 
 def _check_sizes(options: RunOptions, file: ModelFile) -> None:

@@ -35,6 +35,12 @@ class SliceReader(Protocol):
     def read(self, spec: TensorSpec, units: range, arrays: Sequence[np.ndarray]) -> None:
         """Fill the arrays of a tensor with a range of its units."""
 
+    def check_unchanged(self) -> None:
+        """UserError if a file was written to since it was opened."""
+
+    def stop(self) -> None:
+        """Make reads that are under way end soon."""
+
     def close(self) -> None:
         """Give the files back."""
 
@@ -76,6 +82,9 @@ class ModelFile(Protocol):
 
     def requantised(self) -> Mapping[str, int]:
         """Stored types that no kernel knows, and how many weights are turned from them into another."""
+
+    def stored_bytes(self, spec: TensorSpec, units: range) -> int:
+        """About how many bytes of the files these units of a tensor take."""
 
     def reader(self, on_bytes: Callable[[int], None], workers: int = 1, verify: bool = False) -> SliceReader:
         """Open the files for reading slices."""

@@ -1,9 +1,12 @@
 """Before anything is allocated: does what each rank needs fit its host, and which context fits if none is given."""
 
+import logging
 from dataclasses import dataclass
 
+import psutil
+
 from mpillama.comm.start import World
-from mpillama.engine.host_memory import available_bytes, process_room
+from mpillama.engine.host_memory import available_bytes, memory_warnings, process_room
 from mpillama.engine.model_file import ModelFile
 from mpillama.errors import UserError
 from mpillama.model.cache import BLOCK_POSITIONS, blocks_for, cache_bytes
@@ -78,3 +81,15 @@ def _remedy(host: Host, wanted: int | None) -> str:
     if wanted is not None and longest >= BLOCK_POSITIONS:
         return f"--max-seq-len {longest} fits, or take --kv-type q8, smaller weights or more nodes"
     return "take smaller weights (--weights q4_0, or a file converted so) or more nodes"
+
+
+def warn_of_hosts(world: World) -> None:
+    """Rank 0 warns, once for each kind, of what makes hosts' memory slower or smaller; call it on all ranks."""
+    warnings = memory_warnings(int(psutil.swap_memory().used)) if world.neighbours.is_root else {}
+    hosts = world.comm.gather((world.host, warnings))
+    if not world.comm.is_root:
+        return
+    for kind in sorted({kind for _, found in hosts for kind in found}):
+        named = [(host, found[kind]) for host, found in hosts if kind in found]
+        others = f" (and on {len(named) - 1} more)" if len(named) > 1 else ""
+        logging.getLogger(__name__).warning("on host %s%s %s", named[0][0], others, named[0][1], extra={"of_run": True})

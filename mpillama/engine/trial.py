@@ -66,6 +66,10 @@ class FirstLayers:
         """Those of the whole model."""
         return self.whole.requantised()
 
+    def stored_bytes(self, spec: TensorSpec, units: range) -> int:
+        """About how many bytes of the files these units of a tensor take."""
+        return self.whole.stored_bytes(spec, units)
+
     def reader(self, on_bytes: Callable[[int], None], workers: int = 1, verify: bool = False) -> SliceReader:
         """Open the files for reading slices."""
         return self.whole.reader(on_bytes, workers, verify)

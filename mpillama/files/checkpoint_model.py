@@ -12,6 +12,7 @@ from typing import Any
 from mpillama.errors import UserError
 from mpillama.files.checkpoint import Checkpoint
 from mpillama.files.checkpoint_reader import CheckpointReader
+from mpillama.files.row_bytes import stored_bytes
 from mpillama.layout.weight_types import F32, Q8_0, WEIGHT_TYPES
 from mpillama.model.config import ModelConfig
 from mpillama.model.tensors import LM_HEAD, Split, TensorSpec, WeightTypes, tensor_specs
@@ -66,6 +67,11 @@ class CheckpointModel:
         for _, text in sorted(c.texts.items()):
             digest.update(text)
         return digest.hexdigest()
+
+    def stored_bytes(self, spec: TensorSpec, units: range) -> int:
+        """The bytes of the files that these units of a tensor take, blocks that are shared left aside."""
+        tensors = [self.checkpoint.tensors[name] for name in spec.source_names]
+        return sum(stored_bytes(t.stored, t.shape) for t in tensors) * len(units) // spec.units
 
     def reader(self, on_bytes: Callable[[int], None], workers: int = 1, verify: bool = False) -> CheckpointReader:
         """Open the files for reading slices; UserError if they are to be verified."""

@@ -1,6 +1,5 @@
 """Reading a rank's slices of a foreign checkpoint: the bytes of the slice, and laned while they are read."""
 
-import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
@@ -10,7 +9,7 @@ import numpy as np
 
 from mpillama.errors import UserError
 from mpillama.files.checkpoint import Checkpoint, StoredTensor
-from mpillama.files.reading import MAX_READ, read_exactly
+from mpillama.files.reading import MAX_READ, SourceFile
 from mpillama.files.row_bytes import BLOCKS, blocks_of, decode_rows, row_bytes
 from mpillama.layout import lanes
 from mpillama.layout.weight_types import BLOCK, LANES
@@ -18,6 +17,8 @@ from mpillama.model.tensors import TensorSpec
 
 PIECE = 1 << 19
 """Values that a worker turns into lanes at a time: what it needs besides is a few times this in float64."""
+RUN = 8
+"""Pieces that are read at a time, if the tensor is large enough to keep all workers busy so."""
 MOST_WORKERS = 8
 
 Piece = Callable[[], int]
@@ -60,35 +61,34 @@ class CheckpointReader:
     ):
         self.checkpoint = checkpoint
         self.on_bytes = on_bytes
-        self.limit = limit
         self.bytes_read = 0
-        self.fds: list[int] = []
-        self.workers = ThreadPoolExecutor(min(workers, MOST_WORKERS))
+        self.count = min(workers, MOST_WORKERS)
+        self.workers = ThreadPoolExecutor(self.count)
+        self.files: list[SourceFile] = []
         try:
-            self._open()
+            for path, size in zip(checkpoint.files, checkpoint.file_sizes, strict=True):
+                self.files.append(SourceFile(path, size, limit))
         except UserError:
             self.close()
             raise
 
-    def _open(self) -> None:
-        for path, size in zip(self.checkpoint.files, self.checkpoint.file_sizes, strict=True):
-            try:
-                self.fds.append(os.open(path, os.O_RDONLY | os.O_CLOEXEC))
-            except OSError as error:
-                raise UserError(
-                    f"{path}: {(error.strerror or str(error)).lower()} on this rank's host: "
-                    "the model must lie on a file system that all hosts share."
-                ) from error
-            found = os.fstat(self.fds[-1]).st_size
-            if found != size:
-                raise UserError(f"{path}: has {found} bytes on this rank's host, but rank 0 sees {size}.")
+    def check_unchanged(self) -> None:
+        """UserError if a file was written to since it was opened."""
+        for file in self.files:
+            file.check_unchanged()
+
+    def stop(self) -> None:
+        """Make reads that are under way end soon."""
+        for file in self.files:
+            file.stop()
 
     def close(self) -> None:
-        """Give the files back."""
+        """Give the files back; what is left of them in the system's cache may go."""
         self.workers.shutdown(cancel_futures=True)
-        for fd in self.fds:
-            os.close(fd)
-        self.fds = []
+        for file in self.files:
+            file.drop_all()
+            file.close()
+        self.files = []
 
     def read(self, spec: TensorSpec, units: range, arrays: Sequence[np.ndarray]) -> None:
         """Fill the arrays of a tensor with the given units; UserError names the file if it cannot be read."""
@@ -134,24 +134,32 @@ class CheckpointReader:
         if spec.panel is None:
             rows = range(wanted.units.start * spec.unit, wanted.units.stop * spec.unit)
         step *= max(1, PIECE // (step * max(1, len(wanted.columns))))
-        for start in range(rows.start, rows.stop, step):
-            yield partial(self._read_piece, wanted, range(start, min(start + step, rows.stop)), rows.start)
+        run = step * max(1, min(RUN, len(rows) // (4 * self.count * step)))
+        for start in range(rows.start, rows.stop, run):
+            yield partial(self._read_run, wanted, range(start, min(start + run, rows.stop)), step, rows.start)
 
-    def _read_piece(self, wanted: Slice, rows: range, first: int) -> int:
-        """Read padded rows of a matrix and put them in lanes into their places."""
+    def _read_run(self, wanted: Slice, rows: range, step: int, first: int) -> int:
+        """Read padded rows of a matrix and put them in lanes into their places, `step` rows at a time."""
         spec, tensor = wanted.spec, wanted.tensor
         stored = self._stored_rows(spec, tensor, rows)
         block, columns = BLOCKS[tensor.stored][0], wanted.columns
         around = range(columns.start // block * block, -(-columns.stop // block) * block)
         raw = self._rows(tensor, stored, around)
+        for start in range(rows.start, rows.stop, step):
+            part = range(start, min(start + step, rows.stop))
+            of_part = self._stored_rows(spec, tensor, part)
+            self._place(wanted, part, raw[of_part.start - stored.start : of_part.stop - stored.start], around, first)
+        return raw.nbytes
+
+    def _place(self, wanted: Slice, rows: range, raw: np.ndarray, around: range, first: int) -> None:
+        """Put the bytes of padded rows in lanes into their places."""
         packed = self._pack_blocks(wanted, rows, raw) if wanted.takes_blocks else self._pack(wanted, rows, raw, around)
         groups = slice((rows.start - first) // LANES, (rows.stop - first) // LANES)
         for array, values in zip(wanted.arrays, packed, strict=True):
-            if spec.panel is None:
+            if wanted.spec.panel is None:
                 array[groups] = values
             else:
                 array[:, groups] = values
-        return raw.nbytes
 
     def _stored_rows(self, spec: TensorSpec, tensor: StoredTensor, rows: range) -> range:
         """The checkpoint's rows behind padded rows (whole heads, if there are several)."""
@@ -191,17 +199,13 @@ class CheckpointReader:
         first, last = (row_bytes(tensor.stored, c) for c in (columns.start, columns.stop))
         raw = np.empty((len(rows), last - first), np.uint8)
         start = tensor.offset + rows.start * whole + first
-        try:
-            if last - first == whole:
-                read_exactly(self.fds[tensor.file], raw.reshape(-1).data, start, self.limit)
-            else:
-                for i in range(len(rows) if raw.size else 0):
-                    read_exactly(self.fds[tensor.file], raw[i].data, start + i * whole, self.limit)
-        except OSError as error:
-            raise UserError(
-                f"{self.checkpoint.files[tensor.file]}: tensor {tensor.name} cannot be read at byte {start}: "
-                f"{error.strerror or error}; is the file still being written, or was it changed?"
-            ) from error
+        file = self.files[tensor.file]
+        if last - first == whole:
+            file.read(raw.reshape(-1).data, start, tensor.name)
+            file.drop(start, raw.nbytes)
+        else:  # the rest of each row is for other ranks, perhaps of this host: it may stay in the cache
+            for i in range(len(rows) if raw.size else 0):
+                file.read(raw[i].data, start + i * whole, tensor.name)
         return raw
 
 

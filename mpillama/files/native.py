@@ -8,7 +8,6 @@ under `text/`, and `checksums`: one XXH3-64 for each unit of each array (of each
 import hashlib
 import json
 import math
-import os
 import stat
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -16,7 +15,6 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import h5py
 import numpy as np
 import xxhash
 
@@ -26,6 +24,8 @@ from mpillama.model.config import ModelConfig
 from mpillama.model.tensors import ArraySpec, TensorSpec, WeightTypes, tensor_specs
 
 if TYPE_CHECKING:
+    import h5py
+
     from mpillama.files.native_reader import NativeReader
 
 FORMAT = "mpillama"
@@ -82,6 +82,11 @@ class NativeModel:
         """The file and its size, as rank 0 sees it."""
         return {self.path: self.file_size}
 
+    def stored_bytes(self, spec: TensorSpec, units: range) -> int:
+        """The bytes of the file that these units of a tensor take."""
+        entries = [self.entries[array.name] for array in spec.arrays()]
+        return sum(entry.extent(units)[1] * entry.parts for entry in entries)
+
     def requantised(self) -> Mapping[str, int]:
         """Nothing: what the file holds is what kernels take."""
         return {}
@@ -108,6 +113,8 @@ class NativeModel:
 
 def read_table(path: str) -> NativeModel:
     """Read and check everything but the weights; UserError says what was found and what was expected."""
+    import h5py  # by rank 0 alone: thousands of ranks would look for its libraries at once
+
     size = _check_is_hdf5(path)
     try:
         with h5py.File(path, "r", locking=False) as file:
@@ -154,7 +161,7 @@ def _check_is_hdf5(path: str) -> int:
     return status.st_size
 
 
-def _read_open_file(file: h5py.File, path: str, size: int) -> NativeModel:
+def _read_open_file(file: "h5py.File", path: str, size: int) -> NativeModel:
     _check_version(file, path)
     config_json, types_json = (json.loads(_text_attribute(file, name)) for name in ("config", "weight_types"))
     types = _weight_types(types_json, path)
@@ -170,7 +177,7 @@ def _read_open_file(file: h5py.File, path: str, size: int) -> NativeModel:
     return NativeModel(str(path), size, config_json, types, entries, texts, digest)
 
 
-def _check_version(file: h5py.File, path: str) -> None:
+def _check_version(file: "h5py.File", path: str) -> None:
     if _text_attribute(file, "format", "") != FORMAT:
         raise UserError(f"{path}: an HDF5 file, but not a mpillama model: it has no attribute format='{FORMAT}'.")
     version = int(file.attrs.get("format_version", -1))
@@ -181,11 +188,13 @@ def _check_version(file: h5py.File, path: str) -> None:
         raise UserError(f"{path}: the file was never finished (its writer was stopped): write it again.")
 
 
-def _text_attribute(file: h5py.File, name: str, default: str | None = None) -> str:
+def _text_attribute(file: "h5py.File", name: str, default: str | None = None) -> str:
     if name not in file.attrs:
         if default is None:
             raise ValueError(f"attribute {name!r} is missing")
         return default
+    import h5py
+
     kind = file.attrs.get_id(name).get_type()
     if not isinstance(kind, h5py.h5t.TypeStringID) or kind.is_variable_str():
         raise ValueError(f"attribute {name!r} is not text")
@@ -203,7 +212,7 @@ def _weight_types(types_json: Any, path: str) -> WeightTypes:
     return WeightTypes(known(types_json["default"]), {k: known(v) for k, v in types_json["by_name"].items()})
 
 
-def _read_entries(file: h5py.File, specs: list[TensorSpec], size: int) -> dict[str, TableEntry]:
+def _read_entries(file: "h5py.File", specs: list[TensorSpec], size: int) -> dict[str, TableEntry]:
     """Check every dataset against what the configuration says it must be."""
     arrays = [(spec, array) for spec in specs for array in spec.arrays()]
     checksums = file["checksums"][()]
@@ -254,13 +263,3 @@ def unit_checksums(values: np.ndarray, units: int) -> np.ndarray:
     """XXH3-64 of each of `units` equal parts of a contiguous array."""
     parts = values.reshape(units, -1).view(np.uint8)
     return np.array([xxhash.xxh3_64_intdigest(p.data) for p in parts], np.uint64)
-
-
-# -- opening for slices ---------------------------------------------------------------------------------------------
-
-
-def open_for_reading(path: str) -> int:
-    """Return a file descriptor for positioned reads, with the system told to read ahead."""
-    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_SEQUENTIAL)
-    return fd

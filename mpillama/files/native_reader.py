@@ -1,14 +1,14 @@
 """Reading a rank's slices of a native file straight into place."""
 
-import os
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from threading import Lock
 
 import numpy as np
 
 from mpillama.errors import UserError
-from mpillama.files.native import NativeModel, TableEntry, open_for_reading, unit_checksums
-from mpillama.files.reading import MAX_READ, read_exactly
+from mpillama.files.native import NativeModel, TableEntry, unit_checksums
+from mpillama.files.reading import MAX_READ, SourceFile, cut_extent
 from mpillama.model.tensors import TensorSpec
 
 
@@ -17,17 +17,19 @@ class NativeReader:
 
     at_once = 4
     """Tensors worth reading at the same time: it hides the latency of the file system and of fresh memory."""
+    pieces_at_once = 4
+    """Pieces of large tensors read at the same time, of all tensors together."""
 
     def __init__(
         self, model: NativeModel, on_bytes: Callable[[int], None], limit: int = MAX_READ, verify: bool = False
     ):
         self.model = model
         self.on_bytes = on_bytes
-        self.limit = limit
         self.verify = verify
         self.bytes_read = 0
         self.counting = Lock()
-        self.fd = _open(model)
+        self.file = SourceFile(model.path, model.file_size, limit)
+        self.pool = ThreadPoolExecutor(self.pieces_at_once)
 
     def read(self, spec: TensorSpec, units: range, arrays: Sequence[np.ndarray]) -> None:
         """Fill the arrays of a tensor with the given units; UserError names the file if it cannot be read."""
@@ -54,33 +56,34 @@ class NativeReader:
 
     def fill(self, buffer: memoryview, offset: int, name: str) -> None:
         """Fill a buffer from a place in the file; UserError if it cannot be read."""
-        try:
-            read_exactly(self.fd, buffer, offset, self.limit)
-            os.posix_fadvise(self.fd, offset, len(buffer), os.POSIX_FADV_DONTNEED)
-        except OSError as error:
-            raise UserError(
-                f"{self.model.path}: tensor {name} cannot be read at byte {offset}: {error.strerror or error}; "
-                "is the file still being written, or was it changed?"
-            ) from error
+        pieces = list(cut_extent(offset, len(buffer)))
+
+        def read(piece: tuple[int, int]) -> None:
+            start, count = piece
+            self._fill_piece(buffer[start - offset : start - offset + count], start, name)
+
+        if len(pieces) == 1:
+            read(pieces[0])
+            return
+        for _ in self.pool.map(read, pieces):
+            pass  # the first failure is raised here, and what was not begun is left out
+
+    def _fill_piece(self, buffer: memoryview, offset: int, name: str) -> None:
+        self.file.read(buffer, offset, name)
+        self.file.drop(offset, len(buffer))
         with self.counting:
             self.bytes_read += len(buffer)
             self.on_bytes(len(buffer))
 
+    def check_unchanged(self) -> None:
+        """UserError if the file was written to since it was opened."""
+        self.file.check_unchanged()
+
+    def stop(self) -> None:
+        """Make reads that are under way end soon."""
+        self.file.stop()
+
     def close(self) -> None:
         """Give the file back."""
-        os.close(self.fd)
-
-
-def _open(model: NativeModel) -> int:
-    try:
-        fd = open_for_reading(model.path)
-    except OSError as error:
-        raise UserError(
-            f"{model.path}: {(error.strerror or str(error)).lower()} on this rank's host: "
-            "the model file must lie on a file system that all hosts share."
-        ) from error
-    size = os.fstat(fd).st_size
-    if size != model.file_size:
-        os.close(fd)
-        raise UserError(f"{model.path}: has {size} bytes on this rank's host, but rank 0 sees {model.file_size}.")
-    return fd
+        self.pool.shutdown(cancel_futures=True)
+        self.file.close()

@@ -103,6 +103,7 @@ class LlamaModel:
 
     def __init__(self, config: ModelConfig, weights: Weights, comm: Communicator, threads: int):
         parts = partition(config, comm.size)
+        self.tokens_run = 0
         self.config = config
         self.weights = weights
         self.part = parts[comm.rank]
@@ -125,6 +126,7 @@ class LlamaModel:
         rope_angles(step.positions, self.inverse_frequencies, self.config.rope_factor, a.cosines, a.sines)
         for index, decoder in enumerate(self.layers):
             decoder.forward(a, step, cache.layers[index])
+        self.tokens_run += len(step.token_ids)
         return self._logits(a.x[step.logit_rows])
 
     def _embed(self, token_ids: Array, a: StepArrays) -> None:

@@ -2,7 +2,7 @@
 
 import mmap
 from collections.abc import Callable, Sequence
-from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,8 +17,13 @@ from mpillama.model.tensors import EMBEDDING, FINAL_NORM, LM_HEAD, TensorSpec, l
 Read = Callable[[TensorSpec, range, Sequence[np.ndarray]], None]
 """Fills the arrays of a tensor with a range of its units."""
 
+Attend = Callable[[Sequence[Future[None]]], None]
+"""What the main thread does while tensors are read; it returns, or raises what failed, when they are.
+
+With no tasks it is called in the midst of other long work.
+"""
+
 ARENA_ALIGNMENT = 4096
-ATTEND_SECONDS = 0.1
 
 
 @dataclass(frozen=True)
@@ -115,35 +120,32 @@ def arena_bytes(specs: Sequence[TensorSpec], part: Partition) -> int:
 
 def load_weights(
     config: ModelConfig, specs: Sequence[TensorSpec], part: Partition, read: Read, at_once: int = 1, threads: int = 1,
-    attend: Callable[[], None] = lambda: None,
+    attend: Attend | None = None,
 ) -> Weights:  # fmt: skip
     """Allocate this rank's slices and fill them with `read`, up to `at_once` tensors at the same time.
 
-    The kernels' `threads` touch the memory first, so that it lies near them. `attend` is called now and then meanwhile.
+    The kernels' `threads` touch the memory first, so that it lies near them.
     """
     arena = Arena(arena_bytes(specs, part))
     slices = [[arena.take(dtype, shape) for dtype, shape in slice_shapes(spec, part)] for spec in specs]
     for array in (a for arrays in slices for a in arrays):
         touch_pages(array.reshape(-1).view(np.uint8), threads)
-        attend()
+        if attend:
+            attend([])
     with ThreadPoolExecutor(at_once) as pool:
         tasks = [pool.submit(read, s, s.units_of(part), a) for s, a in zip(specs, slices, strict=True)]
         try:
-            _finish(tasks, attend)
+            (attend or _finish)(tasks)
         finally:
             pool.shutdown(cancel_futures=True)
     loaded = {s.name: a[0] if s.vector else _matrix(s, a) for s, a in zip(specs, slices, strict=True)}
     return _assemble(config, loaded, slice_bytes(specs, part))
 
 
-def _finish(tasks: Sequence[Future[None]], attend: Callable[[], None]) -> None:
+def _finish(tasks: Sequence[Future[None]]) -> None:
     """Wait for all reads; the first that fails is raised."""
-    running = set(tasks)
-    while running:
-        done, running = wait(running, ATTEND_SECONDS, FIRST_EXCEPTION)
-        for task in done:
-            task.result()
-        attend()
+    for task in tasks:
+        task.result()
 
 
 def _matrix(spec: TensorSpec, arrays: Sequence[np.ndarray]) -> Matrix:

@@ -1,7 +1,6 @@
 """What `batch` tells while it runs: a line on a terminal, JSON lines in a file."""
 
 import json
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -9,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mpillama.errors import UserError
-from mpillama.tools.display import watched
+from mpillama.tools.display import terminal_console, watched
 
 if TYPE_CHECKING:
     from mpillama.batch.supervisor import Counts
@@ -100,8 +99,7 @@ def shown(quiet: bool) -> Iterator[Callable[[str], None]]:
     if not watched(quiet):
         yield lambda text: None
         return
-    from rich.console import Console
     from rich.status import Status
 
-    with Status("", console=Console(file=sys.stderr)) as status:
+    with Status("", console=terminal_console()) as status:
         yield status.update

@@ -18,6 +18,7 @@ from mpillama.options import BenchOptions
 from mpillama.tools.bench_report import draw, print_report
 from mpillama.tools.display import load_progress
 from mpillama.tools.output_file import refuse_unwritable
+from mpillama.tools.running import check_observed, observed
 
 if TYPE_CHECKING:
     from mpillama.engine.measure import Stopwatch, Timing
@@ -27,9 +28,13 @@ if TYPE_CHECKING:
 def bench(options: BenchOptions) -> int:
     """Run the command; returns the exit status."""
     _check(options)
-    with start_mpi(options.threads, timeout=options.timeout) as world:
+    with (
+        start_mpi(options.threads, timeout=options.timeout) as world,
+        observed(options, world, options.json) as monitor,
+    ):
         target = world.comm.together(lambda: prepare(requested_isa(), world.threads, world.comm.yields))
         model, whole_layers = _load(options, world, target)
+        monitor.watch(model)
         report = _measure(options, world, target, model, whole_layers)
         if world.comm.is_root:
             _publish(options, report)
@@ -45,6 +50,7 @@ def _check(options: BenchOptions) -> None:
     if min([*options.prefill, *options.batch, 1]) < 1:
         raise UserError("--prefill and --batch take numbers of at least 1.")
     refuse_unwritable("--plot", options.plot)
+    check_observed(options)
 
 
 def _load(options: BenchOptions, world: World, target: Target) -> tuple["LlamaModel", int]:
@@ -67,8 +73,7 @@ def _load(options: BenchOptions, world: World, target: Target) -> tuple["LlamaMo
     chunk = min(options.prefill_chunk, config.max_position_embeddings)
     choose_reduction(world.comm, world, config.padded_hidden_size, chunk)
     part = partition(config, world.comm.size)[world.comm.rank]
-    read, attend = SyntheticWeights().read, world.comm.attend
-    weights = load_weights(config, specs, part, read, threads=target.threads, attend=attend)
+    weights = load_weights(config, specs, part, SyntheticWeights().read, threads=target.threads)
     return LlamaModel(config, weights, world.comm, target.threads), whole.num_hidden_layers
 
 

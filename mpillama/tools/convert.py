@@ -6,13 +6,14 @@ from pathlib import Path
 
 from mpillama.comm.start import start_mpi
 from mpillama.options import ConvertOptions
-from mpillama.tools.display import in_units, load_progress
+from mpillama.tools.display import bytes_progress, in_units
+from mpillama.tools.logs import logged
 from mpillama.tools.running import warn_of_requantised
 
 
 def convert(options: ConvertOptions) -> int:
     """Run the command; returns the exit status."""
-    with start_mpi(options.threads) as world:
+    with start_mpi(options.threads) as world, logged(world, quiet=False):
         from mpillama.engine.conversion import convert_model, refuse_target, target_bytes
         from mpillama.engine.model_file import make_tokenizer, open_model
 
@@ -27,7 +28,7 @@ def convert(options: ConvertOptions) -> int:
             warn_of_requantised(model)
             _advise(options.target)
         size = target_bytes(model)
-        progress = load_progress(comm.is_root, options.json, "writing rank 0's part")
+        progress = bytes_progress(comm.is_root, options.json, "writing rank 0's part")
         with progress(size // comm.size) as on_bytes:
             seconds = convert_model(model, options.target, options.force, comm, on_bytes, world.threads)
         if comm.is_root:

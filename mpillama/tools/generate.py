@@ -1,6 +1,7 @@
 """`generate`: continue a text."""
 
 import json
+import sys
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 

@@ -16,12 +16,12 @@ from mpillama.options import PlanOptions
 from mpillama.tools.display import in_units
 from mpillama.tools.job_script import job_script
 from mpillama.tools.output_file import output_file, refuse_unwritable
+from mpillama.tools.quantities import parse_bytes, parse_number
 
 if TYPE_CHECKING:
     from mpillama.engine.plan import Network, Node, Plan, Remedy, Request, Speed
 
 DOES_NOT_FIT = 1
-UNITS = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40}
 
 
 def plan(options: PlanOptions) -> int:
@@ -39,18 +39,6 @@ def plan(options: PlanOptions) -> int:
     if options.sbatch and planned.fits:
         _write_sbatch(options)
     return 0 if planned.fits else DOES_NOT_FIT
-
-
-def parse_bytes(option: str, text: str) -> int:
-    """Read 64GB, 60GiB, 1.5TB, 200GB/s or a plain number of bytes."""
-    return _parse(option, text, "B", "bytes: write it like 64GB or 60GiB")
-
-
-def _parse(option: str, text: str, unit: str, what: str) -> int:
-    match = re.fullmatch(rf"\s*([0-9]*\.?[0-9]+)\s*([kMGT]?i?)({unit})?(/s)?\s*", text)
-    if not match or match[2] not in UNITS:
-        raise UserError(f"{option} {text!r} is no number of {what}.")
-    return int(float(match[1]) * UNITS[match[2]])
 
 
 def _request(options: PlanOptions) -> "Request":
@@ -106,7 +94,7 @@ def _node(options: PlanOptions) -> "Node":
 
     read = parse_bytes("--read-bandwidth", options.read_bandwidth) if options.read_bandwidth else None
     if options.bench is None:
-        compute = _parse("--compute", options.compute, "MAC", "multiply-adds a second: write it like 2TMAC/s")
+        compute = parse_number("--compute", options.compute, "MAC", "multiply-adds a second: write it like 2TMAC/s")
         return Node(parse_bytes("--memory-bandwidth", options.memory_bandwidth), compute, read)
     try:
         found = json.loads(Path(options.bench).read_text())

@@ -1,10 +1,11 @@
 """What `generate` and `chat` share: starting the ranks, texts of a model, statistics of a run."""
 
 import gc
+import logging
 import select
 import sys
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING
 from mpillama.comm.failure import USER_ERROR_STATUS, stop_printing
 from mpillama.comm.start import World, start_mpi
 from mpillama.engine.model_file import ModelFile, make_tokenizer
+from mpillama.engine.monitor import Monitor
 from mpillama.errors import UserError
 from mpillama.kernels.target import Target, prepare, requested_isa
 from mpillama.model.partition import most_busy_ranks, partition
@@ -20,6 +22,8 @@ from mpillama.text.chat_template import ChatTemplate
 from mpillama.text.sampler import NonFiniteLogits, SamplingOptions
 from mpillama.text.tokenizer import Tokenizer
 from mpillama.tools.display import in_units, load_progress
+from mpillama.tools.logs import OF_RUN, logged
+from mpillama.tools.quantities import parse_bytes
 
 if TYPE_CHECKING:
     from mpillama.engine.executor import Executor
@@ -28,6 +32,7 @@ if TYPE_CHECKING:
 
     OpenExecutor = Callable[[LoadedModel], Executor]
 
+LOG = logging.getLogger(__name__)
 BUSY_READER_SECONDS = 1
 """How long rank 0 tries to print before it tells the others that it waits for whoever reads its output."""
 
@@ -83,22 +88,51 @@ def run_on_all_ranks(
 
     `open_` makes the executor; without it, one for a single sequence.
     """
-    with start_mpi(options.threads, timeout=options.timeout) as world:
+    check_observed(options)
+    with (
+        start_mpi(options.threads, timeout=options.timeout) as world,
+        observed(options, world, quiet) as monitor,
+    ):
         target = world.comm.together(lambda: prepare(requested_isa(), world.threads, world.comm.yields))
         from mpillama.engine.loading import load_model, open_executor  # compiles kernels for the target just prepared
 
         loaded = load_model(options, world, target, load_progress(world.comm.is_root, quiet))
+        monitor.watch(loaded.model)
         executor = world.comm.together(lambda: open_(loaded) if open_ else open_executor(options, loaded))
-        if world.comm.is_root and not quiet:
+        if world.comm.is_root:
             warn_of_idle_ranks(loaded.file, world.comm.size)
             warn_of_requantised(loaded.file)
-            tell_lowered_context(options, loaded)
+            tell_lowered_context(options, loaded, quiet)
         hosts = sorted(set(world.comm.gather(world.host)))
         tokenizer = world.comm.on_root_only(lambda: make_tokenizer(loaded.file))
         gc.freeze()  # what is loaded stays: the collector need not look at it again
         if tokenizer is None:
-            return executor.follow()
-        return _lead(Run(world, target, loaded, executor, tokenizer, hosts), root)
+            status = executor.follow()
+        else:
+            status = _lead(Run(world, target, loaded, executor, tokenizer, hosts), root)
+        LOG.info("status %d after %d tokens.", status, loaded.model.tokens_run)
+        return status
+
+
+def check_observed(options: RunOptions) -> None:
+    """UserError for what --monitor and --memory-floor cannot be, before MPI starts."""
+    if options.monitor is not None and not options.monitor > 0:
+        raise UserError(f"--monitor is {options.monitor}: give a number of seconds above 0.")
+    _memory_floor(options)
+
+
+def _memory_floor(options: RunOptions) -> int | None:
+    return None if options.memory_floor is None else parse_bytes("--memory-floor", options.memory_floor)
+
+
+@contextmanager
+def observed(options: RunOptions, world: World, quiet: bool) -> Iterator[Monitor]:
+    """Log and monitor a run as its options say."""
+    with (
+        logged(world, quiet, options.log_dir, options.log_level),
+        Monitor(options.monitor, _memory_floor(options), world.neighbours.is_root) as monitor,
+    ):
+        yield monitor
 
 
 def _lead(run: Run, root: Callable[[Run], int]) -> int:
@@ -120,30 +154,33 @@ def _lead(run: Run, root: Callable[[Run], int]) -> int:
 def warn_of_idle_ranks(file: ModelFile, size: int) -> None:
     """Say so if the model has too few heads, FFN panels or vocabulary groups for all ranks."""
     if any(part.is_idle() for part in partition(file.config, size)):
-        sys.stderr.write(
-            f"mpillama: warning: the model is too small for {size} ranks, some have nothing to do in parts of it; "
-            f"more than {most_busy_ranks(file.config)} gain nothing.\n"
-        )
+        LOG.warning(
+            "the model is too small for %d ranks, some have nothing to do in parts of it; more than %d gain nothing.",
+            size, most_busy_ranks(file.config), extra=OF_RUN,
+        )  # fmt: skip
 
 
-def tell_lowered_context(options: RunOptions, loaded: "LoadedModel") -> None:
+def tell_lowered_context(options: RunOptions, loaded: "LoadedModel", quiet: bool) -> None:
     """Say so if the model's own context does not fit and a shorter one was taken."""
     known = loaded.file.config.max_position_embeddings
     if options.max_seq_len is None and loaded.context < known:
-        sys.stderr.write(
-            f"mpillama: the context is {loaded.context} of the model's {known} tokens, the longest that fits the "
-            "memory: --max-seq-len chooses another, --kv-type q8 makes room for more.\n"
+        sentence = (
+            f"the context is {loaded.context} of the model's {known} tokens, the longest that fits the memory: "
+            "--max-seq-len chooses another, --kv-type q8 makes room for more."
         )
+        LOG.info("%s", sentence)
+        if not quiet:
+            sys.stderr.write(f"mpillama: {sentence}\n")
 
 
 def warn_of_requantised(file: ModelFile) -> None:
     """Say which weights become larger and lose a little, since no kernel knows the type they are stored in."""
     for stored, count in file.requantised().items():
-        sys.stderr.write(
-            f"mpillama: warning: {count:,} weights stored as {stored} have no kernel and become "
-            f"{file.weight_types.default.name}: {in_units(count * file.weight_types.default.group_bytes(32) / 512)} "
-            "in memory.\n"
-        )
+        size = in_units(count * file.weight_types.default.group_bytes(32) / 512)
+        LOG.warning(
+            "%s weights stored as %s have no kernel and become %s: %s in memory.",
+            f"{count:,}", stored, file.weight_types.default.name, size, extra=OF_RUN,
+        )  # fmt: skip
 
 
 def sampling_options(flags: SamplingFlags) -> SamplingOptions:

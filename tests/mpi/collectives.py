@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 from mpi4py import MPI
 
-from mpillama.comm.communicator import SPIN_SECONDS, Communicator
+from mpillama.comm import communicator
+from mpillama.comm.communicator import MESSAGE_BYTES, SPIN_SECONDS, Communicator
+from mpillama.comm.rounds import Rounds
 from mpillama.comm.shared_memory import CAPACITY, SharedReduction
 from mpillama.errors import UserError
 from mpillama.kernels.target import prepare
@@ -265,3 +267,32 @@ def test_together_tells_how_many_fail(comm: Communicator) -> None:
 
 def test_together_names_no_rank_if_all_fail(comm: Communicator) -> None:
     assert message_of(comm, set(range(comm.size))) == "rank 0 has no file."
+
+
+# -- news and large broadcasts ----------------------------------------------------------------------------------------
+
+
+def test_rounds_are_the_same_everywhere_and_nobody_waits() -> None:
+    comm = Communicator(MPI.COMM_WORLD)
+    rounds, seen, told = Rounds(comm), [], 0
+    while not seen or seen[-1].min() < 20:
+        told += 1 + comm.rank
+        if (heard := rounds.exchange(np.array([told]))) is not None:
+            assert heard.shape == (comm.size, 1)
+            assert heard[comm.rank, 0] <= told
+            seen.append(heard)
+        time.sleep(0.001 * comm.rank)
+    assert len(seen) > 1
+    every = comm.gather([heard.tolist() for heard in seen])
+    assert all(other == every[0] for other in every)
+    assert rounds.under_way is None
+
+
+@pytest.mark.parametrize("message", [7, 64, MESSAGE_BYTES])
+def test_arrays_of_rank_0_reach_all_in_messages_of_bounded_size(message: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(communicator, "MESSAGE_BYTES", message)
+    comm, random = Communicator(MPI.COMM_WORLD), np.random.default_rng(3)
+    wanted = [random.standard_normal(shape).astype(np.float32) for shape in [(5,), (0,), (3, 4), (1,), (40,)]]
+    arrays = [a.copy() if comm.is_root else np.zeros_like(a) for a in wanted]
+    comm.broadcast_arrays(arrays)
+    assert all(np.array_equal(a, b) for a, b in zip(arrays, wanted, strict=True))

@@ -1,19 +1,26 @@
 """Load a model and print, as JSON from rank 0, what each rank read of it: load.py MODEL.
 
-Only rank 0 may open the file with HDF5.
+Only rank 0 may as much as import HDF5.
 """
 
+import dataclasses
+import hashlib
 import json
 import sys
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from mpillama.comm.start import start_mpi
-from mpillama.files import native
 from mpillama.kernels.target import prepare, requested_isa
 from mpillama.model.partition import partition
+from mpillama.model.tensors import Split
 from mpillama.options import RunOptions
 from mpillama.tools.display import load_progress
+
+if TYPE_CHECKING:
+    from mpillama.model.llama import LlamaModel
 
 
 def system_bytes() -> int:
@@ -22,8 +29,11 @@ def system_bytes() -> int:
     return int(next(line.split()[1] for line in lines if line.startswith("rchar")))
 
 
-def refuse_hdf5(*arguments: object, **options: object) -> NoReturn:
-    raise AssertionError("a rank other than 0 opens HDF5")
+def vectors(model: "LlamaModel") -> list[np.ndarray]:
+    """What every rank holds whole, but for routers."""
+    fields = [getattr(layer, f.name) for layer in model.weights.layers for f in dataclasses.fields(layer)]
+    whole = [v for v in fields if isinstance(v, np.ndarray)]
+    return [model.weights.norm, *(v for v in whole if v.size)]
 
 
 def main(model: str) -> None:
@@ -32,8 +42,6 @@ def main(model: str) -> None:
         from mpillama.engine import loading
         from mpillama.model.weights import slice_bytes
 
-        if not world.comm.is_root:
-            native.h5py.File = refuse_hdf5
         load_weights, measured = loading.load_weights, []
 
         def measure(*arguments: Any) -> Any:
@@ -45,7 +53,11 @@ def main(model: str) -> None:
         loading.load_weights = measure
         loaded = loading.load_model(RunOptions(model=model), world, target, load_progress(False, True))
         part = partition(loaded.file.config, world.comm.size)[world.comm.rank]
+        replicated = [spec for spec in loaded.file.specs if spec.split is Split.REPLICATED]
         facts = {
+            "hdf5": "h5py" in sys.modules,
+            "replicated": slice_bytes(replicated, part),
+            "digest": hashlib.sha256(b"".join(v.tobytes() for v in vectors(loaded.model))).hexdigest(),
             "slices": slice_bytes(loaded.file.specs, part),
             "reader": loaded.bytes_read,
             "system": sum(measured),
