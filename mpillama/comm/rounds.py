@@ -9,11 +9,13 @@ from mpillama.comm.communicator import Communicator
 class Rounds:
     """One all-gather after the other, each begun and completed on the way; the main thread alone may use it.
 
-    All ranks see the same rounds: whatever they decide by a round's numbers, they decide alike.
+    All ranks see the same rounds: whatever they decide by a round's numbers, they decide alike. Rounds have a
+    communicator of their own, which all ranks make together, so that one that never comes disturbs no other collective.
     """
 
     def __init__(self, comm: Communicator):
-        self.mpi = comm.mpi
+        with comm.watch.blocking("the start of loading"):
+            self.mpi = comm.mpi.Dup()
         self.under_way: MPI.Request | None = None
         self.told = self.heard = np.empty(0, np.int64)
 

@@ -12,7 +12,7 @@ from mpillama.comm.start import World
 from mpillama.engine.executor import Executor
 from mpillama.engine.load_watch import PLACE, AbandonedError, LoadState, LoadWatch
 from mpillama.engine.model_file import ModelFile, open_model
-from mpillama.engine.preflight import cache_room, choose_context, measure_host, warn_of_hosts
+from mpillama.engine.preflight import cache_room, choose_context, measure_host, refuse_no_room, warn_of_hosts
 from mpillama.engine.replicated import ReplicatedTensors, is_read
 from mpillama.engine.trial import first_layers
 from mpillama.engine.warm_up import choose_reduction, warm_up
@@ -64,6 +64,7 @@ def load_model(options: RunOptions, world: World, target: Target, progress: Prog
     _check_sizes(options, file)
     LOG.info("table of %s with %d tensors after %.1f s.", file.path, len(file.specs), time.perf_counter() - start)
     warn_of_hosts(world)
+    comm.together(lambda: refuse_no_room(options.force))
     warm_up(file.config, file.specs, world, target, options.kv_type)
     chunk = max(1, min(options.prefill_chunk, file.config.max_position_embeddings))
     choose_reduction(comm, world, file.config.padded_hidden_size, chunk)

@@ -106,7 +106,7 @@ def test_a_failure_is_in_the_log_and_a_second_run_goes_on_in_it(toy: Path, tmp_p
     arguments = (SABOTAGE, "input_error", "1", tmp_path, "--model", toy, *SHORT, "--log-dir", tmp_path)
     assert run(2, *arguments).status == 2
     for rank in (0, 1):
-        assert "ERROR rank 1 of 2: " in log(tmp_path, rank, 2)[-1]
+        assert f"ERROR rank 1 of 2 on {os.uname().nodename}: " in log(tmp_path, rank, 2)[-1]
     before = len(log(tmp_path, 0, 2))
     assert run(2, *PROGRAM, "--model", toy, *SHORT, "--log-dir", tmp_path).status == 0
     assert len(log(tmp_path, 0, 2)) > before

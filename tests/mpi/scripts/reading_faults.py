@@ -67,15 +67,21 @@ def patched_reads(before: Callable[[], None]) -> Callable[[], None]:
     """Do something before each read of weights."""
 
     def patch() -> None:
-        preadv = os.preadv
+        from mpillama.engine import loading
+
+        preadv, load_weights = os.preadv, loading.load_weights
 
         def read(*arguments: Any) -> int:
             before()
             return preadv(*arguments)
 
-        os.preadv = read
+        def load(*arguments: Any) -> Any:
+            os.preadv = read
+            return load_weights(*arguments)
 
-    return patch
+        loading.load_weights = load
+
+    return lambda: after_prepare(patch)
 
 
 def slow_read() -> None:
@@ -106,7 +112,8 @@ def rewrite() -> None:
 
 
 def low_memory() -> None:
-    """The host runs out of memory once a file says so."""
+    """The host runs out of memory once a file says so, in the midst of slow steps."""
+    after_prepare(slow)
     available, sign = monitor.available_bytes, Path(sys.argv[3]) / "low"
     monitor.available_bytes = lambda: 1 if sign.exists() else available()
 
