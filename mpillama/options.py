@@ -214,6 +214,10 @@ class BatchOptions(EngineOptions, SamplingFlags):
         "stop in time with status 85: seconds, MM:SS, HH:MM:SS or D-HH:MM:SS (default: the Slurm job's end)",
         metavar="TIME",
     )
+    tensor_parallel: Optional[int] = option(
+        "ranks that share a model; several such groups share the rows (default: the fewest ranks that fit the memory)",
+        metavar="RANKS",
+    )
     metrics: Optional[str] = option("append a JSON line of counts every ten seconds", metavar="FILE")
     quiet: bool = option("no progress and no closing lines", False)
     json: bool = option("print the summary as one JSON object", False)

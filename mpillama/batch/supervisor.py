@@ -19,7 +19,9 @@ IDLE_SECONDS = 0.002
 
 
 class Group(Protocol):
-    """Ranks that hold a whole model."""
+    """Ranks that hold a whole model; `is_local` if this process leads them."""
+
+    is_local: bool
 
     @property
     def room(self) -> int:
@@ -57,17 +59,18 @@ class Counts:
 
 
 class Supervisor:
-    """Runs a batch; `on_progress` is told after every step."""
+    """Runs a batch; `on_progress` is told after every step, `collect` brings the mail of other processes before it."""
 
     def __init__(
         self, groups: list[Group], lines: Iterator[Line], journal: Journal, deadline: Deadline, stop: StopRequest,
-        on_progress: Callable[[Counts], None],
+        on_progress: Callable[[Counts], None], collect: Callable[[], None] = lambda: None,
     ):  # fmt: skip
         self.groups = groups
         self.journal = journal
         self.deadline = deadline
         self.stop = stop
         self.on_progress = on_progress
+        self._collect = collect
         self.counts = Counts()
         self._lines = self._unfinished(lines)
         self._again: list[Line] = []
@@ -78,6 +81,7 @@ class Supervisor:
     def run(self) -> int:
         """Go on until all rows have a result or the run must stop; returns the exit status."""
         while not self._must_stop():
+            self._collect()
             self._hand_out()
             results = [result for group in self.groups for result in group.step()]
             for result in results:
@@ -87,7 +91,7 @@ class Supervisor:
             self._take_back()
             if self._exhausted and not self._again and all(group.idle for group in self.groups):
                 break
-            if not results and all(group.idle for group in self.groups):
+            if not results and all(group.idle for group in self.groups if group.is_local):
                 time.sleep(IDLE_SECONDS)
         else:
             self.journal.flush(now=True)

@@ -75,34 +75,3 @@ class Worker:
         text = answer_line(line, row, sequence, self.model, self.provenance)
         prompt, answer = len(sequence.request.prompt_ids), len(sequence.answer.token_ids)
         return Result(line.number, row.id, text, False, prompt, answer)
-
-
-class LocalGroup:
-    """The group that this process leads; a UserError of its engine ends the batch."""
-
-    failure: str | None = None
-
-    def __init__(self, worker: Worker):
-        self.worker = worker
-
-    @property
-    def room(self) -> int:
-        """How many more lines to give."""
-        return self.worker.room
-
-    @property
-    def idle(self) -> bool:
-        """Whether nothing is under way."""
-        return self.worker.idle
-
-    def take(self, line: Line) -> None:
-        """Begin with a line."""
-        self.worker.take(line)
-
-    def step(self) -> list[Result]:
-        """Run a step; the rows that ended."""
-        return self.worker.step()
-
-    def abandoned(self) -> list[Line]:
-        """Nothing: if this group fails, the batch ends."""
-        return []

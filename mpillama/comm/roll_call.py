@@ -24,7 +24,8 @@ GRACE = 5.0
 class Kind(IntEnum):
     """What a message says.
 
-    Asking, answering; that rank 0 may be silent because it waits for a person; that what all ranks do cannot succeed.
+    Asking, answering; that rank 0 may be silent because it waits for a person; that what all ranks do cannot succeed;
+    that a rank does nothing more at all.
     """
 
     CALL = 1
@@ -32,6 +33,7 @@ class Kind(IntEnum):
     IDLE = 3
     BACK = 4
     FAILED = 5
+    GONE = 6
 
 
 @dataclass(frozen=True)

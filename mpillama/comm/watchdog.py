@@ -29,6 +29,10 @@ class OthersFailedError(Exception):
     """What this rank does is in vain: another one has failed at its part, and says so as soon as all ranks meet."""
 
 
+class GroupFailedError(Exception):
+    """A rank of this group has given up: the group does nothing more, but other groups may."""
+
+
 class Watch:
     """What this process is doing, for its own waits, for the other ranks, and for the thread.
 
@@ -109,6 +113,8 @@ class Watch:
                 self.idle_at = state.entered if kind is Kind.IDLE else -1
             elif kind is Kind.FAILED:
                 self.failed_at = state.entered
+            elif kind is Kind.GONE:
+                raise GroupFailedError(self.names[rank] if self.names else f"rank {rank}")
             elif self.roll_call is not None:
                 self.roll_call.hear(rank, kind, state)
 
@@ -135,6 +141,11 @@ class Watch:
         """Let the other ranks leave off what this rank has failed at."""
         if self.messages is not None:
             self.messages.send_all(Kind.FAILED, self.state())
+
+    def tell_gone(self) -> None:
+        """Let the other ranks of a group know that this one has given up."""
+        if self.messages is not None:
+            self.messages.send_all(Kind.GONE, self.state())
 
     @contextmanager
     def idle(self) -> Iterator[None]:

@@ -33,6 +33,7 @@ class Executor:
             blocks = self.plan.tables.size
             self.plan.tables.reshape(-1)[:] = np.arange(blocks)
         self.blocks = blocks
+        self.abandoned = False
         self.cache = KVCache(model.config, model.part, blocks, kv_type)
 
     # -- rank 0 ----------------------------------------------------------------------------------------------------
@@ -50,8 +51,9 @@ class Executor:
         return self._execute()
 
     def end(self, status: int) -> None:
-        """Let the other ranks leave follow() with an exit status."""
-        self._order(Order.END, status)
+        """Let the other ranks leave follow() with an exit status; nothing happens if they have given up."""
+        if not self.abandoned:
+            self._order(Order.END, status)
 
     def memory_per_rank(self) -> list[int]:
         """Resident bytes of every rank's process, in order of rank."""

@@ -30,6 +30,8 @@ Progress = Callable[[int], AbstractContextManager[Callable[[LoadState], None]]]
 """Opens a display for a number of bytes of all ranks; gives the function that is told how far they are."""
 
 DEMO_MODEL = Path("data") / "demo.h5"
+DEFAULT_BATCH_CONTEXT = 4096
+"""Positions of a sequence that a group of ranks must have room for, if the user does not say how many."""
 LOG = logging.getLogger(__name__)
 
 

@@ -51,9 +51,10 @@ class Host:
         return room // self.per_block * BLOCK_POSITIONS if self.per_block else (1 << 40 if room >= 0 else -1)
 
 
-def measure_host(file: ModelFile, world: World, kv_type: str, prefill_chunk: int) -> Host:
-    """What the ranks of this host need and have; the same on each of them."""
-    part = partition(file.config, world.comm.size)[world.comm.rank]
+def measure_host(file: ModelFile, world: World, kv_type: str, prefill_chunk: int, size: int | None = None) -> Host:
+    """What the ranks of this host need and have, if `size` ranks share a model; the same on each of them."""
+    size = size or world.comm.size
+    part = partition(file.config, size)[world.comm.rank % size]
     fixed = arena_bytes(file.specs, part) + workspace_bytes(file.config, part, prefill_chunk) + RESERVE
     per_block = cache_bytes(file.config, part, 1, kv_type)
     mates = world.neighbours.gather((fixed, per_block, process_room()))
@@ -87,6 +88,16 @@ def cache_room(world: World, host: Host) -> int:
     hosts = world.comm.gather(host)
     rooms = [int(0.9 * h.available - h.fixed) // h.per_block for h in hosts if h.per_block]
     return max(0, min(rooms, default=0))
+
+
+def smallest_group(file: ModelFile, world: World, context: int, kv_type: str, prefill_chunk: int) -> int:
+    """The fewest ranks that can share a model so that all ranks are in groups of that size and every host has room."""
+    size = world.comm.size
+    for ranks in [n for n in range(1, size) if size % n == 0]:
+        hosts = world.comm.gather(measure_host(file, world, kv_type, prefill_chunk, ranks))
+        if all(host.need(context) <= 0.9 * host.available for host in hosts):
+            return ranks
+    return size
 
 
 def _remedy(host: Host, wanted: int | None) -> str:

@@ -7,16 +7,32 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mpillama import __version__
+from mpillama.comm.start import World, start_mpi
+from mpillama.engine.monitor import Monitor
 from mpillama.errors import UserError
+from mpillama.kernels.target import Target
 from mpillama.options import BatchOptions, EngineOptions
 from mpillama.tools.batch_progress import Reporter, shown
 from mpillama.tools.output_file import refuse_unwritable
-from mpillama.tools.running import Run, check_speculation, run_on_all_ranks, sampling_options
+from mpillama.tools.running import (
+    Run,
+    check_observed,
+    check_speculation,
+    choose_target,
+    observed,
+    run_in_world,
+    sampling_options,
+)
 
 if TYPE_CHECKING:
+    from mpillama.batch.deadline import Deadline, StopRequest
+    from mpillama.batch.groups import LocalGroup, RemoteGroup
     from mpillama.batch.journal import Journal
     from mpillama.batch.results import Provenance
-    from mpillama.batch.supervisor import Counts
+    from mpillama.batch.supervisor import Counts, Group
+    from mpillama.batch.worker import Worker
+    from mpillama.comm.groups import Post
+    from mpillama.comm.watchdog import Watch
     from mpillama.engine.executor import Executor
     from mpillama.engine.loading import LoadedModel
 
@@ -35,9 +51,44 @@ def batch(options: BatchOptions) -> int:
     _check(options)
     stop = StopRequest()
     stop.install() if launched_rank() == 0 else ignore_stop_signals()
-    deadline = Deadline.of_run(options.time_limit)
-    job = BatchJob(options, stop, deadline)
-    return run_on_all_ranks(options, options.quiet or options.json, job.run, opener(options))
+    job = BatchJob(options, stop, Deadline.of_run(options.time_limit))
+    quiet = options.quiet or options.json
+    with start_mpi(options.threads, timeout=options.timeout) as world, observed(options, world, quiet) as monitor:
+        target = choose_target(world)
+        size = group_size(options, world)
+        if size == world.comm.size:
+            return run_in_world(options, quiet, job.run, opener(options), world, target, monitor)
+        return run_in_groups(job, world, size, target, monitor)
+
+
+def group_size(options: BatchOptions, world: World) -> int:
+    """Ranks that share a model: as asked, or as few as the hosts have room for."""
+    from mpillama.engine.loading import DEFAULT_BATCH_CONTEXT, model_path
+    from mpillama.engine.model_file import open_model
+    from mpillama.engine.preflight import smallest_group
+
+    if options.tensor_parallel is not None:
+        return options.tensor_parallel
+    if world.comm.size == 1:
+        return 1
+    file = world.comm.on_root(lambda: open_model(model_path(options.model), options.weights, options.tokenizer))
+    context = options.max_seq_len or min(file.config.max_position_embeddings, DEFAULT_BATCH_CONTEXT)
+    return smallest_group(file, world, context, options.kv_type, options.prefill_chunk)
+
+
+def run_in_groups(job: "BatchJob", world: World, size: int, target: Target, monitor: Monitor) -> int:
+    """Run the batch on several groups of ranks, each with the whole model; returns the exit status."""
+    from mpillama.batch.groups import follow_rank_0, in_group
+    from mpillama.comm.groups import Post, split_world
+
+    options, group = job.options, split_world(world, size)
+    post = Post(world.comm)
+    open_ = opener(options)
+    if world.comm.is_root:
+        job.gather_groups(post, world.comm.size, size, group)
+        return run_in_world(options, options.quiet or options.json, job.run, open_, group, target, monitor)
+    lead = lambda run: follow_rank_0(post, job.worker(run))  # noqa: E731
+    return in_group(post, group.comm.watch, lambda: run_in_world(options, True, lead, open_, group, target, monitor))
 
 
 def opener(options: EngineOptions) -> "Callable[[LoadedModel], Executor]":
@@ -55,6 +106,7 @@ def _check(options: BatchOptions) -> None:
     """Raise UserError for what is wrong with the options, before MPI starts."""
     sampling_options(options)
     check_engine_options(options)
+    check_observed(options)
     refuse_unwritable("OUTPUT", options.output)
     refuse_unwritable("--metrics", options.metrics)
     if not Path(options.input).is_file():
@@ -73,15 +125,39 @@ def check_engine_options(options: EngineOptions) -> None:
 
 
 class BatchJob:
-    """What rank 0 does once the model is loaded."""
+    """What rank 0 does once the model is loaded; `groups` are those of other ranks."""
 
-    def __init__(self, options: BatchOptions, stop: Any, deadline: Any):
+    def __init__(self, options: BatchOptions, stop: "StopRequest", deadline: "Deadline"):
         self.options = options
         self.stop = stop
         self.deadline = deadline
+        self.groups: list[RemoteGroup] = []
+        self.own_watch: Watch | None = None
+        self.own_mates = range(0)
+        self.post: Post | None = None
+
+    def gather_groups(self, post: "Post", ranks: int, size: int, own: World) -> None:
+        """Take the other groups of the job in; this process's own may then retire, too."""
+        from mpillama.batch.groups import RemoteGroup
+
+        self.post = post
+        self.groups = [RemoteGroup(post, range(first, first + size)) for first in range(size, ranks, size)]
+        self.own_watch = own.comm.watch
+        self.own_mates = range(1, size)
 
     def run(self, run: Run) -> int:
         """Answer the rows; returns the exit status."""
+        from mpillama.comm.failure import USER_ERROR_STATUS
+
+        status = USER_ERROR_STATUS
+        try:
+            status = self._run(run)
+        finally:
+            for group in self.groups:
+                group.end(status)
+        return status
+
+    def _run(self, run: Run) -> int:
         from mpillama.batch.journal import Journal
         from mpillama.batch.runs import last_options, record
 
@@ -96,27 +172,43 @@ class BatchJob:
         return status
 
     def _answer(self, run: Run, journal: "Journal") -> tuple[int, "Counts"]:
+        from mpillama.batch.groups import LocalGroup, Office
         from mpillama.batch.rows import read_lines
         from mpillama.batch.supervisor import Supervisor
-        from mpillama.batch.worker import LocalGroup
 
-        options = self.options
-        group = LocalGroup(self._worker(run, journal.provenance))
+        options, own = self.options, LocalGroup(self.worker(run), self.own_watch)
+        collect = Office(self.post, self.groups).collect if self.post else lambda: None
         with shown(options.quiet or options.json) as show:
             size = Path(options.input).stat().st_size
-            reporter = Reporter(group.worker.engine, size, options.metrics, show)
-            lines = read_lines(options.input)
-            supervisor = Supervisor([group], lines, journal, self.deadline, self.stop, reporter)
-            status = supervisor.run()
+            reporter = Reporter(own.worker.engine, size, options.metrics, show)
+            supervisor = Supervisor(
+                [own, *self.groups], read_lines(options.input), journal, self.deadline, self.stop, reporter, collect
+            )
+            try:
+                status = supervisor.run()
+            finally:
+                self._let_go(run, own)
         reporter.write_metrics(supervisor.counts)
-        self._close(reporter, supervisor.counts, status)
+        self._close(reporter, supervisor.counts, status, [own, *self.groups])
         return status, supervisor.counts
 
-    def _worker(self, run: Run, provenance: "Provenance") -> Any:
+    def _let_go(self, run: Run, own: "LocalGroup") -> None:
+        """If this process's own group has failed, its ranks wait for a word of the end, not for a step."""
+        from mpillama.batch.groups import End
+        from mpillama.batch.supervisor import PARTIAL_STATUS
+
+        if own.failure and self.post:
+            run.executor.abandoned = True
+            for rank in self.own_mates:
+                self.post.send(rank, End(PARTIAL_STATUS))
+
+    def worker(self, run: Run) -> "Worker":
+        """The engine of this process's group."""
         from mpillama.batch.worker import Worker
         from mpillama.engine.engine import Engine
 
         engine = Engine(run.executor, run.tokenizer, self.options.speculate)
+        provenance = self._provenance(run, answer_options(self.options, run))
         return Worker(engine, prompter(run, self.options), model_name(run), self.options.seed, provenance)
 
     def _provenance(self, run: Run, used: dict[str, Any]) -> "Provenance":
@@ -131,7 +223,8 @@ class BatchJob:
             "mpillama": __version__,
             "model": run.loaded.file.path,
             "model_sha256": run.loaded.file.metadata_sha256,
-            "ranks": run.world.comm.size,
+            "ranks": (1 + len(self.groups)) * run.world.comm.size,
+            "tensor_parallel": run.world.comm.size,
             "threads": run.target.threads,
             "isa": run.target.isa.name,
             "hosts": run.hosts,
@@ -139,8 +232,10 @@ class BatchJob:
             "cache_tokens": run.executor.blocks * 64,
         }
 
-    def _close(self, reporter: Reporter, counts: "Counts", status: int) -> None:
-        """Say how the run ended."""
+    def _close(self, reporter: Reporter, counts: "Counts", status: int, groups: "list[Group]") -> None:
+        """Say how the run ended, and which groups did not see the end."""
+        for failure in filter(None, [group.failure for group in groups]):
+            sys.stderr.write(f"mpillama: warning: a group of ranks retired, others did its rows: {failure}\n")
         if self.options.json:
             sys.stdout.write(json.dumps({"status": status, **reporter.figures(counts)}) + "\n")
         elif not self.options.quiet:

@@ -93,25 +93,37 @@ def run_on_all_ranks(
         start_mpi(options.threads, timeout=options.timeout) as world,
         observed(options, world, quiet) as monitor,
     ):
-        target = world.comm.together(lambda: prepare(requested_isa(), world.threads, world.comm.yields))
-        from mpillama.engine.loading import load_model, open_executor  # compiles kernels for the target just prepared
+        return run_in_world(options, quiet, root, open_, world, choose_target(world), monitor)
 
-        loaded = load_model(options, world, target, load_progress(world.comm.is_root, quiet))
-        monitor.watch(loaded.model)
-        executor = world.comm.together(lambda: open_(loaded) if open_ else open_executor(options, loaded))
-        if world.comm.is_root:
-            warn_of_idle_ranks(loaded.file, world.comm.size)
-            warn_of_requantised(loaded.file)
-            tell_lowered_context(options, loaded, quiet)
-        hosts = sorted(set(world.comm.gather(world.host)))
-        tokenizer = world.comm.on_root_only(lambda: make_tokenizer(loaded.file))
-        gc.freeze()  # what is loaded stays: the collector need not look at it again
-        if tokenizer is None:
-            status = executor.follow()
-        else:
-            status = _lead(Run(world, target, loaded, executor, tokenizer, hosts), root)
-        LOG.info("status %d after %d tokens.", status, loaded.model.tokens_run)
-        return status
+
+def choose_target(world: World) -> Target:
+    """The instruction set and threads for which all ranks compile."""
+    return world.comm.together(lambda: prepare(requested_isa(), world.threads, world.comm.yields))
+
+
+def run_in_world(
+    options: RunOptions, quiet: bool, root: Callable[[Run], int], open_: "OpenExecutor | None", world: World,
+    target: Target, monitor: Monitor,
+) -> int:  # fmt: skip
+    """Load the model on the ranks of a world, let its rank 0 do `root` and the others follow; the exit status."""
+    from mpillama.engine.loading import load_model, open_executor  # compiles kernels for the target just prepared
+
+    loaded = load_model(options, world, target, load_progress(world.comm.is_root, quiet))
+    monitor.watch(loaded.model)
+    executor = world.comm.together(lambda: open_(loaded) if open_ else open_executor(options, loaded))
+    if world.comm.is_root:
+        warn_of_idle_ranks(loaded.file, world.comm.size)
+        warn_of_requantised(loaded.file)
+        tell_lowered_context(options, loaded, quiet)
+    hosts = sorted(set(world.comm.gather(world.host)))
+    tokenizer = world.comm.on_root_only(lambda: make_tokenizer(loaded.file))
+    gc.freeze()  # what is loaded stays: the collector need not look at it again
+    if tokenizer is None:
+        status = executor.follow()
+    else:
+        status = _lead(Run(world, target, loaded, executor, tokenizer, hosts), root)
+    LOG.info("status %d after %d tokens.", status, loaded.model.tokens_run)
+    return status
 
 
 def check_observed(options: RunOptions) -> None:

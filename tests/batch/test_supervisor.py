@@ -22,6 +22,8 @@ def line(number: int, name: str | None = None) -> Line:
 class FakeGroup:
     """Finishes one line a step; fails at its `fails`-th line."""
 
+    is_local = True
+
     def __init__(self, slots: int = 3, fails: int | None = None):
         self.slots, self.fails = slots, fails
         self.lines: list[Line] = []

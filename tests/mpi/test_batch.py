@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from mpillama.batch.deadline import REQUEUE_STATUS
-from tests.mpi.launch import END_SECONDS, PROGRAM, TIMEOUT, Launch, run, started
+from mpillama.batch.supervisor import PARTIAL_STATUS
+from tests.mpi.launch import END_SECONDS, PROGRAM, SCRIPTS, TIMEOUT, Launch, run, started
 
 pytestmark = pytest.mark.timeout(TIMEOUT + 240)
 
@@ -195,3 +196,51 @@ def test_an_input_that_is_missing_or_the_output(demo: Path, tmp_path: Path) -> N
         ran = run(None, *arguments(*pair, demo))
         assert (ran.status, ran.stderr.count("\n")) == (2, 1), ran.stderr
     assert json.loads(source.read_text())["id"] == "r0"
+
+
+# -- groups of ranks ----------------------------------------------------------------------------------------------
+
+
+def failing(ranks: int, culprits: str, kind: str, source: Path, target: Path, model: Path, size: int) -> Any:
+    options = ("batch", source, target, "--model", model, "--sequences", "4", "--tensor-parallel", str(size))
+    return run(ranks, SCRIPTS / "failing_ranks.py", culprits, "10", kind, *options, timeout=120)
+
+
+@pytest.mark.parametrize(("ranks", "size"), [(2, 1), (4, 2), (3, 3)])
+def test_groups_give_the_same_bytes(ranks: int, size: int, demo: Path, tmp_path: Path) -> None:
+    source = write_rows(tmp_path / "in.jsonl", mixed_rows(24))
+    whole = answer(None, source, tmp_path / "whole.jsonl", demo)
+    assert answer(ranks, source, tmp_path / "out.jsonl", demo, "--tensor-parallel", str(size)) == whole
+
+
+@pytest.mark.parametrize(
+    ("ranks", "size", "culprits", "kind"),
+    [(2, 1, "1", "bug"), (2, 1, "0", "memory"), (4, 2, "0", "bug"), (4, 2, "1", "disk"), (4, 2, "2", "memory"),
+     (4, 2, "3", "bug"), (3, 1, "0,2", "bug")],
+)  # fmt: skip
+def test_a_group_that_fails_retires_and_the_others_do_its_rows(
+    ranks: int, size: int, culprits: str, kind: str, demo: Path, tmp_path: Path
+) -> None:
+    source = write_rows(tmp_path / "in.jsonl", mixed_rows(60))
+    whole = answer(None, source, tmp_path / "whole.jsonl", demo)
+    target = tmp_path / "out.jsonl"
+    ran = failing(ranks, culprits, kind, source, target, demo, size)
+    assert ran.status == PARTIAL_STATUS, ran.stderr
+    for culprit in culprits.split(","):
+        assert ran.stderr.count(f"retired, others did its rows: rank {culprit} of {ranks}") == 1, ran.stderr
+    assert "Traceback" not in ran.stderr
+    assert results(target) == whole
+
+
+def test_no_group_left_keeps_what_was_finished(demo: Path, tmp_path: Path) -> None:
+    source, target = write_rows(tmp_path / "in.jsonl", mixed_rows(100)), tmp_path / "out.jsonl"
+    ran = failing(2, "0,1", "bug", source, target, demo, 1)
+    assert (ran.status, ran.stderr.count("no group of ranks is left")) == (2, 1), ran.stderr
+    assert len(answer(2, source, target, demo)) == 100
+
+
+def test_a_size_that_leaves_a_rest_is_refused(demo: Path, tmp_path: Path) -> None:
+    source = write_rows(tmp_path / "in.jsonl", mixed_rows(1))
+    ran = run(3, *arguments(source, tmp_path / "out.jsonl", demo), "--tensor-parallel", "2")
+    assert (ran.status, ran.stderr.count("\n")) == (2, 1), ran.stderr
+    assert "--tensor-parallel is 2" in ran.stderr

@@ -1,0 +1,218 @@
+"""Groups of ranks as rank 0 sees them, and what their leaders do: lines out, results back, retirement.
+
+A group that fails by an exception on one of its ranks retires: that rank tells its mates (Watch.tell_gone) and rank 0,
+all of them then wait for the job's end, and rank 0 gives the group's lines to the others.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from mpillama.batch.results import Result
+from mpillama.batch.rows import Line
+from mpillama.batch.worker import SUCCESSORS, Worker
+from mpillama.comm.groups import Post
+from mpillama.comm.watchdog import GroupFailedError, Watch
+
+
+@dataclass(frozen=True)
+class Ready:
+    """A leader's model is loaded; it computes so many rows together."""
+
+    sequences: int
+
+
+@dataclass(frozen=True)
+class Failed:
+    """A rank has given up."""
+
+    sentence: str
+
+
+@dataclass(frozen=True)
+class End:
+    """The job is over."""
+
+    status: int
+
+
+class LocalGroup:
+    """The group that this process leads.
+
+    `watch` is the group's if the group may retire; without it, what goes wrong ends the batch.
+    """
+
+    is_local = True
+
+    def __init__(self, worker: Worker, watch: Watch | None = None):
+        self.worker = worker
+        self.watch = watch
+        self.failure: str | None = None
+        self._lines: dict[int, Line] = {}
+
+    @property
+    def room(self) -> int:
+        """How many more lines to give."""
+        return 0 if self.failure else self.worker.room
+
+    @property
+    def idle(self) -> bool:
+        """Whether nothing is under way."""
+        return not self._lines
+
+    def take(self, line: Line) -> None:
+        """Begin with a line."""
+        self._lines[line.number] = line
+        self.worker.take(line)
+
+    def step(self) -> list[Result]:
+        """Run a step; the rows that ended."""
+        if self.failure:
+            return []
+        results = self._retiring() if self.watch else self.worker.step()
+        for result in results:
+            del self._lines[result.line]
+        return results
+
+    def _retiring(self) -> list[Result]:
+        assert self.watch is not None
+        try:
+            return self.worker.step()
+        except Exception as error:  # noqa: BLE001 - whatever it is, the group retires and the user is told
+            self.failure = give_up(error, self.watch)
+            return []
+
+    def abandoned(self) -> list[Line]:
+        """The lines under way when the group failed, once."""
+        lines = list(self._lines.values()) if self.failure else []
+        if lines:
+            self._lines.clear()
+        return lines
+
+
+class RemoteGroup:
+    """A group that another process leads, as rank 0 sees it."""
+
+    is_local = False
+
+    def __init__(self, post: Post, ranks: range):
+        self.post = post
+        self.ranks = ranks
+        self.failure: str | None = None
+        self._sequences = 0
+        self._lines: dict[int, Line] = {}
+        self._results: list[Result] = []
+
+    @property
+    def room(self) -> int:
+        """How many more lines to give: none before its model is loaded."""
+        if self.failure or not self._sequences:
+            return 0
+        return max(0, self._sequences + min(self._sequences, SUCCESSORS) - len(self._lines))
+
+    @property
+    def idle(self) -> bool:
+        """Whether nothing is under way."""
+        return not self._lines
+
+    def take(self, line: Line) -> None:
+        """Send a line to its leader."""
+        self._lines[line.number] = line
+        self.post.send(self.ranks.start, line)
+
+    def hear(self, message: Any) -> None:
+        """Take a message of one of its ranks."""
+        if isinstance(message, Ready):
+            self._sequences = message.sequences
+            self.post.greet(self.ranks.start)
+            self.post.expect(self.ranks.start)
+        elif isinstance(message, Failed):
+            self.failure = self.failure or message.sentence
+            self.post.forget(self.ranks.start)
+            for rank in self.ranks:
+                self.post.greet(rank)
+        elif not self.failure:
+            self._results += message
+
+    def step(self) -> list[Result]:
+        """The rows that ended since the last call."""
+        results, self._results = self._results, []
+        for result in results:
+            del self._lines[result.line]
+        return results
+
+    def abandoned(self) -> list[Line]:
+        """The lines under way when the group failed, once."""
+        if not self.failure:
+            return []
+        lines, self._lines = list(self._lines.values()), {}
+        return lines
+
+    def end(self, status: int) -> None:
+        """Let its ranks go: the leader passes it on, unless the group has failed."""
+        for rank in self.ranks if self.failure else self.ranks[:1]:
+            self.post.send(rank, End(status))
+
+
+class Office:
+    """Rank 0's mail: brings each message to its group."""
+
+    def __init__(self, post: Post, groups: list[RemoteGroup]):
+        self.post = post
+        self.groups = {rank: group for group in groups for rank in group.ranks}
+
+    def collect(self) -> None:
+        """Take what has arrived, and show the leaders that rank 0 is alive."""
+        for rank, message in self.post.receive():
+            if rank in self.groups:
+                self.groups[rank].hear(message)
+        self.post.live()
+
+
+def follow_rank_0(post: Post, worker: Worker) -> int:
+    """A leader's loop: lines from rank 0 to the engine, results back; returns the exit status that rank 0 sends."""
+    post.send(0, Ready(worker.engine.executor.slots))
+    post.greet(0)
+    while True:
+        for _, message in post.receive():
+            if isinstance(message, End):
+                return message.status
+            post.expect(0)
+            worker.take(message)
+        if worker.idle:
+            post.wait()
+            continue
+        results = worker.step()
+        if results:
+            post.send(0, results)
+        post.live()
+
+
+def in_group(post: Post, watch: Watch, work: Callable[[], int]) -> int:
+    """Do a rank's work for its group (not rank 0); if the group fails, wait for the job's end. The exit status."""
+    try:
+        return work()
+    except Exception as error:  # noqa: BLE001 - whatever it is, the group retires and rank 0 tells the user
+        sentence = give_up(error, watch)
+        if not isinstance(error, GroupFailedError):
+            post.send(0, Failed(sentence))
+    return wait_for_end(post)
+
+
+def wait_for_end(post: Post) -> int:
+    """What a rank of a group that failed does."""
+    post.expect(0)
+    while True:
+        for _, message in post.receive():
+            if isinstance(message, End):
+                return message.status
+        post.wait(0.02)
+
+
+def give_up(error: Exception, watch: Watch) -> str:
+    """Tell the mates, and say what went wrong in a sentence."""
+    if isinstance(error, GroupFailedError):
+        return f"{error} has given up"
+    watch.tell_gone()
+    where = watch.aborter.where if watch.aborter else "this rank"
+    return f"{where}: {type(error).__name__}: {' '.join(str(error).split())}"

@@ -1,0 +1,39 @@
+"""The program, with an exception on some ranks after some steps: failing_ranks.py RANK[,RANK…] STEPS KIND ARGUMENTS…"""
+
+import sys
+
+from mpillama.__main__ import main
+from mpillama.comm.launcher import launched_rank
+from mpillama.kernels import target
+
+ERRORS = {"bug": RuntimeError("sabotage"), "memory": MemoryError("sabotage"), "disk": OSError(5, "sabotage")}
+
+
+def sabotage(ranks: list[int], steps: int, kind: str) -> None:
+    """Let the model of these ranks fail; it may be imported only once the kernels' target is known."""
+    prepare = target.prepare
+
+    def prepare_and_spoil(*arguments: object) -> object:
+        found = prepare(*arguments)
+        from mpillama.model.llama import LlamaModel
+
+        forward, calls = LlamaModel.forward, [0]
+
+        def failing(self: LlamaModel, step: object, cache: object) -> object:
+            calls[0] += 1
+            if launched_rank() in ranks and calls[0] > steps:
+                raise ERRORS[kind]
+            return forward(self, step, cache)
+
+        LlamaModel.forward = failing
+        return found
+
+    import mpillama.tools.running
+
+    mpillama.tools.running.prepare = prepare_and_spoil
+
+
+if __name__ == "__main__":
+    culprits, count, what = sys.argv[1:4]
+    sabotage([int(rank) for rank in culprits.split(",")], int(count), what)
+    sys.exit(main(sys.argv[4:]))
