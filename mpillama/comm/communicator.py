@@ -24,6 +24,8 @@ MESSAGE_BYTES = 16 << 20
 LONGEST_SLEEP = 0.005
 """The longest nap of an idle rank: what it adds to the first token after a pause."""
 ALL_REDUCE = "the sum over ranks (all-reduce) of a step"
+LARGEST_COUNT = 1 << 30
+"""Numbers that one message holds: counts of MPI before version 4 have 32 bits."""
 PLAN = "the wait for rank 0's next step"
 
 
@@ -46,6 +48,7 @@ class Communicator:
         self.calls = 0
         self.shared: SharedReduction | None = None
         self.shared_limit = 0
+        self.largest_count = LARGEST_COUNT
 
     @classmethod
     def alone(cls) -> "Communicator":
@@ -71,10 +74,15 @@ class Communicator:
                 self.shared.all_reduce(partial, 0 if self.yields else SPINS, self.watch.look)
                 self.watch.leave()
             else:
-                self._complete(ALL_REDUCE, self.mpi.Iallreduce, MPI.IN_PLACE, partial)
+                self._all_reduce_by_mpi(partial.reshape(-1))
             self.seconds += time.perf_counter() - start
             self.calls += 1
         return partial
+
+    def _all_reduce_by_mpi(self, flat: np.ndarray) -> None:
+        for first in range(0, len(flat), self.largest_count):
+            piece = flat[first : first + self.largest_count]
+            self._complete(ALL_REDUCE, self.mpi.Iallreduce, MPI.IN_PLACE, piece)
 
     def choose_reduction(self, shared: SharedReduction, sizes: list[int]) -> None:
         """Measure the shared-memory reduction against MPI's and use it up to the largest size at which it is faster.
@@ -105,6 +113,10 @@ class Communicator:
         """Join float32 [rows, widths[rank]] of all ranks along the columns."""
         if self.size == 1:
             return part
+        at_once = max(1, self.largest_count // sum(widths))
+        if len(part) > at_once:
+            pieces = [part[first : first + at_once] for first in range(0, len(part), at_once)]
+            return np.concatenate([self.all_gather_columns(piece, widths) for piece in pieces])
         rows = len(part)
         gathered = np.empty(rows * sum(widths), np.float32)
         counts = [rows * width for width in widths]

@@ -34,9 +34,11 @@ def shared() -> SharedReduction:
     return SharedReduction(MPI.COMM_WORLD, sum_shared, views)
 
 
-@pytest.fixture(params=["blocking", "yielding", "shared memory", "shared memory, yielding"])
+@pytest.fixture(params=["blocking", "yielding", "in pieces", "shared memory", "shared memory, yielding"])
 def comm(request: pytest.FixtureRequest) -> Communicator:
     comm = Communicator(MPI.COMM_WORLD, yields="yielding" in request.param)
+    if request.param == "in pieces":  # as if counts had few bits
+        comm.largest_count = 500
     if "shared" in request.param:
         comm.shared, comm.shared_limit = request.getfixturevalue("shared"), sys.maxsize
     return comm
