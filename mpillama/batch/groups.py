@@ -148,11 +148,6 @@ class RemoteGroup:
         lines, self._lines = list(self._lines.values()), {}
         return lines
 
-    def end(self, status: int) -> None:
-        """Let its ranks go: the leader passes it on, unless the group has failed."""
-        for rank in self.ranks if self.failure else self.ranks[:1]:
-            self.post.send(rank, End(status))
-
 
 class Office:
     """Rank 0's mail: brings each message to its group."""

@@ -26,7 +26,7 @@ from mpillama.tools.running import (
 
 if TYPE_CHECKING:
     from mpillama.batch.deadline import Deadline, StopRequest
-    from mpillama.batch.groups import LocalGroup, RemoteGroup
+    from mpillama.batch.groups import RemoteGroup
     from mpillama.batch.journal import Journal
     from mpillama.batch.results import Provenance
     from mpillama.batch.supervisor import Counts, Group
@@ -133,7 +133,7 @@ class BatchJob:
         self.deadline = deadline
         self.groups: list[RemoteGroup] = []
         self.own_watch: Watch | None = None
-        self.own_mates = range(0)
+        self.ranks = 1
         self.post: Post | None = None
 
     def gather_groups(self, post: "Post", ranks: int, size: int, own: World) -> None:
@@ -143,7 +143,7 @@ class BatchJob:
         self.post = post
         self.groups = [RemoteGroup(post, range(first, first + size)) for first in range(size, ranks, size)]
         self.own_watch = own.comm.watch
-        self.own_mates = range(1, size)
+        self.ranks = ranks
 
     def run(self, run: Run) -> int:
         """Answer the rows; returns the exit status."""
@@ -153,9 +153,16 @@ class BatchJob:
         try:
             status = self._run(run)
         finally:
-            for group in self.groups:
-                group.end(status)
+            self._end(status)
         return status
+
+    def _end(self, status: int) -> None:
+        """Let all ranks of several groups go: leaders, and those whose group has failed, maybe unheard of as yet."""
+        from mpillama.batch.groups import End
+
+        if self.post:
+            for rank in range(1, self.ranks):
+                self.post.send(rank, End(status))
 
     def _run(self, run: Run) -> int:
         from mpillama.batch.journal import Journal
@@ -187,20 +194,10 @@ class BatchJob:
             try:
                 status = supervisor.run()
             finally:
-                self._let_go(run, own)
+                run.executor.abandoned = own.failure is not None
         reporter.write_metrics(supervisor.counts)
         self._close(reporter, supervisor.counts, status, [own, *self.groups])
         return status, supervisor.counts
-
-    def _let_go(self, run: Run, own: "LocalGroup") -> None:
-        """If this process's own group has failed, its ranks wait for a word of the end, not for a step."""
-        from mpillama.batch.groups import End
-        from mpillama.batch.supervisor import PARTIAL_STATUS
-
-        if own.failure and self.post:
-            run.executor.abandoned = True
-            for rank in self.own_mates:
-                self.post.send(rank, End(PARTIAL_STATUS))
 
     def worker(self, run: Run) -> "Worker":
         """The engine of this process's group."""
