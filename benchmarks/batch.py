@@ -34,6 +34,7 @@ def main() -> None:
     parser.add_argument("--prompt", type=int, default=16)
     parser.add_argument("--answer", type=int, default=128)
     parser.add_argument("--prefix", type=int, default=0, help="tokens that all prompts share")
+    parser.add_argument("--no-prefix-cache", action="store_true", help="compute each prompt in full")
     parser.add_argument("--options", nargs="*", default=[], help="more options of batch")
     parser.add_argument("--tokenizer", default="data/demo.h5", help="native file whose tokenizer is used")
     given = parser.parse_args()
