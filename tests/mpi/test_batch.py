@@ -215,8 +215,7 @@ def test_groups_give_the_same_bytes(ranks: int, size: int, demo: Path, tmp_path:
 
 @pytest.mark.parametrize(
     ("ranks", "size", "culprits", "kind"),
-    [(2, 1, "1", "bug"), (2, 1, "0", "memory"), (4, 2, "0", "bug"), (4, 2, "1", "disk"), (4, 2, "2", "memory"),
-     (4, 2, "3", "bug"), (3, 1, "0,2", "bug")],
+    [(2, 1, "0", "memory"), (4, 2, "1", "disk"), (4, 2, "2", "memory"), (4, 2, "3", "bug"), (3, 1, "0,2", "bug")],
 )  # fmt: skip
 def test_a_group_that_fails_retires_and_the_others_do_its_rows(
     ranks: int, size: int, culprits: str, kind: str, demo: Path, tmp_path: Path
