@@ -158,7 +158,7 @@ def test_model_without_chat_template(ranks: int | None, tmp_path: Path) -> None:
 def endless(toy: Path, tokenizer: Tokenizer, tmp_path: Path) -> tuple[str | Path, ...]:
     """A chat whose answers are z after z, slowly."""
     (letter,) = tokenizer.encode("z", add_bos=False)
-    slow = (SCRIPTS / "sabotage.py", "slow", "all", tmp_path)
+    slow = (SCRIPTS / "reading_faults.py", "slow", "all", tmp_path)
     return (*slow, "chat", "--model", toy, "--logit-bias", f"{letter}=1000", "--max-tokens", "4000")
 
 
@@ -234,7 +234,7 @@ def test_terminal_is_as_before_when_another_rank_fails(endless: tuple[str | Path
 
 @pytest.mark.parametrize("stuck", [0, 1])
 def test_ctrl_c_twice_leaves_a_chat_that_is_stuck(stuck: int, toy: Path, tmp_path: Path) -> None:
-    arguments = ("stuck", str(stuck), tmp_path, "chat", "--model", toy, "--logit-bias", "1=-1000")
+    arguments = ("hang", "decode", str(stuck), tmp_path, "chat", "--model", toy, "--logit-bias", "1=-1000")
     with on_terminal(2, SCRIPTS / "sabotage.py", *arguments) as terminal:
         terminal.expect("> ")
         terminal.type("hello\n")

@@ -60,7 +60,7 @@ def test_no_arguments_tell_a_story(ranks: int | None, demo: Path, tmp_path: Path
 
 @pytest.mark.parametrize("ranks", [None, 2])
 def test_text_is_streamed(ranks: int | None, toy: Path, tmp_path: Path) -> None:
-    slow = (SCRIPTS / "sabotage.py", "slow", "all", tmp_path)
+    slow = (SCRIPTS / "reading_faults.py", "slow", "all", tmp_path)
     options = ("--max-tokens", "2000", "--logit-bias", NO_EOS, "--quiet")
     with started(ranks, *slow, "--model", toy, *options) as launch:
         assert len(launch.read(5)) == 5, launch.stderr()
