@@ -18,7 +18,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(TIMEOUT + 360)]  # the first
 JOBS = ROOT / "jobs"
 GREEDY = ("--temperature", "0", "--max-tokens", "12")
 PROMPT = "Once * upon"
-REQUESTS = 300
+REQUESTS = 3000
 
 
 def needs(command: str) -> pytest.MarkDecorator:
