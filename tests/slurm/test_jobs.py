@@ -146,10 +146,12 @@ def test_a_cancelled_batch_stays_cancelled(slurm: Cluster, toy: Path, tmp_path: 
 
 @needs("batch")
 def test_a_batch_that_gets_nowhere_is_not_put_back(slurm: Cluster, toy: Path, tmp_path: Path) -> None:
-    """Asked to stop while Python still starts, before any answer; the ranks may not even listen yet."""
-    asked, answers = tmp_path / "asked.jsonl", tmp_path / "answers.jsonl"
-    asked.write_text("".join(_request(number) for number in range(REQUESTS)))
-    parameters = {"MODEL": toy, "INPUT": asked, "OUTPUT": answers, "IDLE": "1"}
+    """Asked to stop while its launcher still starts, before any answer: nobody listens to the signal yet."""
+    asked, answers, launcher = tmp_path / "asked.jsonl", tmp_path / "answers.jsonl", tmp_path / "slow-mpirun"
+    asked.write_text(_request(0))
+    launcher.write_text("#!/bin/sh\nexec sleep 120\n")
+    launcher.chmod(0o755)
+    parameters = {"MODEL": toy, "INPUT": asked, "OUTPUT": answers, "IDLE": "1", "LAUNCH": launcher}
     job = slurm.submit(JOBS / "batch.sbatch", tmp_path, **parameters)
     job.wait_until(lambda: "start 0" in job.errors, "the start")
     job.signal("USR1")
