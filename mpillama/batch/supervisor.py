@@ -7,12 +7,14 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from mpillama.api.bodies import BadRequest
-from mpillama.batch.deadline import REQUEUE_STATUS, Deadline, StopRequest
 from mpillama.batch.journal import Journal
 from mpillama.batch.results import Result, error_line
 from mpillama.batch.rows import Line, row_id
+from mpillama.engine.deadline import Deadline, StopRequest
 from mpillama.errors import UserError
 
+REQUEUE_STATUS = 85
+"""The exit status of a run that stopped before its end and wants to be started again."""
 PARTIAL_STATUS = 3
 """The exit status when a group of ranks failed and the others did its rows."""
 IDLE_SECONDS = 0.002

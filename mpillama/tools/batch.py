@@ -2,7 +2,6 @@
 
 import json
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,13 +10,13 @@ from mpillama.comm.start import World, start_mpi
 from mpillama.engine.monitor import Monitor
 from mpillama.errors import UserError
 from mpillama.kernels.target import Target
-from mpillama.options import BatchOptions, EngineOptions
+from mpillama.options import BatchOptions
 from mpillama.tools.batch_progress import Reporter, shown
+from mpillama.tools.engines import check_engine_options, model_name, opener, prompter
 from mpillama.tools.output_file import refuse_unwritable
 from mpillama.tools.running import (
     Run,
     check_observed,
-    check_speculation,
     choose_target,
     observed,
     run_in_world,
@@ -25,7 +24,6 @@ from mpillama.tools.running import (
 )
 
 if TYPE_CHECKING:
-    from mpillama.batch.deadline import Deadline, StopRequest
     from mpillama.batch.groups import RemoteGroup
     from mpillama.batch.journal import Journal
     from mpillama.batch.results import Provenance
@@ -33,8 +31,7 @@ if TYPE_CHECKING:
     from mpillama.batch.worker import Worker
     from mpillama.comm.groups import Post
     from mpillama.comm.watchdog import Watch
-    from mpillama.engine.executor import Executor
-    from mpillama.engine.loading import LoadedModel
+    from mpillama.engine.deadline import Deadline, StopRequest
 
 ANSWER_OPTIONS = (
     "max_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty",
@@ -45,8 +42,8 @@ ANSWER_OPTIONS = (
 
 def batch(options: BatchOptions) -> int:
     """Run the command; returns the exit status: 85 if it stopped before the end, 3 if a group of ranks failed."""
-    from mpillama.batch.deadline import Deadline, StopRequest, ignore_stop_signals
     from mpillama.comm.launcher import launched_rank
+    from mpillama.engine.deadline import Deadline, StopRequest, ignore_stop_signals
 
     _check(options)
     stop = StopRequest()
@@ -78,8 +75,9 @@ def group_size(options: BatchOptions, world: World) -> int:
 
 def run_in_groups(job: "BatchJob", world: World, size: int, target: Target, monitor: Monitor) -> int:
     """Run the batch on several groups of ranks, each with the whole model; returns the exit status."""
-    from mpillama.batch.groups import follow_rank_0, in_group
+    from mpillama.batch.groups import follow_rank_0
     from mpillama.comm.groups import Post, split_world
+    from mpillama.comm.retirement import in_group
 
     options, group = job.options, split_world(world, size)
     post = Post(world.comm)
@@ -89,17 +87,6 @@ def run_in_groups(job: "BatchJob", world: World, size: int, target: Target, moni
         return run_in_world(options, options.quiet or options.json, job.run, open_, group, target, monitor)
     lead = lambda run: follow_rank_0(post, job.worker(run))  # noqa: E731
     return in_group(post, group.comm.watch, lambda: run_in_world(options, True, lead, open_, group, target, monitor))
-
-
-def opener(options: EngineOptions) -> "Callable[[LoadedModel], Executor]":
-    """What makes the executor of many sequences."""
-
-    def open_(loaded: "LoadedModel") -> "Executor":
-        from mpillama.engine.loading import open_shared_executor
-
-        return open_shared_executor(options, loaded, options.sequences, options.speculate, options.cache_tokens)
-
-    return open_
 
 
 def _check(options: BatchOptions) -> None:
@@ -113,15 +100,6 @@ def _check(options: BatchOptions) -> None:
         raise UserError(f"{options.input}: there is no such file: give a file of JSON lines.")
     if Path(options.output).exists() and Path(options.input).samefile(options.output):
         raise UserError(f"{options.output}: is the input too: name another output file.")
-
-
-def check_engine_options(options: EngineOptions) -> None:
-    """UserError for numbers out of range."""
-    if options.sequences < 1:
-        raise UserError(f"--sequences is {options.sequences}: give at least 1.")
-    check_speculation(options)
-    if options.cache_tokens is not None and options.cache_tokens < 1:
-        raise UserError(f"--cache-tokens is {options.cache_tokens}: give at least 1.")
 
 
 class BatchJob:
@@ -158,7 +136,7 @@ class BatchJob:
 
     def _end(self, status: int) -> None:
         """Let all ranks of several groups go: leaders, and those whose group has failed, maybe unheard of as yet."""
-        from mpillama.batch.groups import End
+        from mpillama.comm.retirement import End
 
         if self.post:
             for rank in range(1, self.ranks):
@@ -179,9 +157,10 @@ class BatchJob:
         return status
 
     def _answer(self, run: Run, journal: "Journal") -> tuple[int, "Counts"]:
-        from mpillama.batch.groups import LocalGroup, Office
+        from mpillama.batch.groups import LocalGroup
         from mpillama.batch.rows import read_lines
         from mpillama.batch.supervisor import Supervisor
+        from mpillama.comm.retirement import Office
 
         options, own = self.options, LocalGroup(self.worker(run), self.own_watch)
         collect = Office(self.post, self.groups).collect if self.post else lambda: None
@@ -244,18 +223,3 @@ class BatchJob:
 def answer_options(options: BatchOptions, run: Run) -> dict[str, Any]:
     """The options that an answer depends on, as they are used."""
     return {**{name: getattr(options, name) for name in ANSWER_OPTIONS}, "max_seq_len": run.executor.max_seq_len}
-
-
-def model_name(run: Run) -> str:
-    """The model's name in answers."""
-    return Path(run.loaded.file.path).name
-
-
-def prompter(run: Run, options: Any) -> Any:
-    """What turns bodies into requests, with the command's sampling options as defaults."""
-    from mpillama.api.prompts import Defaults, Prompter
-    from mpillama.engine.answer import Limits
-
-    defaults = Defaults(sampling_options(options), Limits(options.max_tokens, options.stop))
-    vocab_size = run.loaded.file.config.vocab_size
-    return Prompter(run.tokenizer, run.cached_chat_template, vocab_size, defaults)

@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pytest
 
-from mpillama.batch.deadline import REQUEUE_STATUS, Deadline, StopRequest, parse_duration
 from mpillama.batch.journal import Journal
 from mpillama.batch.results import Provenance, Result
 from mpillama.batch.rows import Line
-from mpillama.batch.supervisor import PARTIAL_STATUS, Supervisor
+from mpillama.batch.supervisor import PARTIAL_STATUS, REQUEUE_STATUS, Supervisor
+from mpillama.engine.deadline import Deadline, StopRequest, parse_duration
 from mpillama.errors import UserError
 
 CAME_FROM = Provenance("m", "o", "1")

@@ -9,8 +9,7 @@ from typing import Any
 
 import pytest
 
-from mpillama.batch.deadline import REQUEUE_STATUS
-from mpillama.batch.supervisor import PARTIAL_STATUS
+from mpillama.batch.supervisor import PARTIAL_STATUS, REQUEUE_STATUS
 from tests.mpi.launch import END_SECONDS, PROGRAM, SCRIPTS, TIMEOUT, Launch, run, started
 
 pytestmark = pytest.mark.timeout(TIMEOUT + 240)

@@ -1,4 +1,4 @@
-"""When a batch must stop: a signal from the scheduler, or the end of the job's time."""
+"""When a long command must stop: a signal from the scheduler, or the end of the job's time."""
 
 import os
 import re
@@ -9,8 +9,6 @@ from types import FrameType
 
 from mpillama.errors import UserError
 
-REQUEUE_STATUS = 85
-"""The exit status of a run that stopped before its end and wants to be started again."""
 MARGIN_SECONDS = 30.0
 """Left before the end of a Slurm job, for the last step, the disk, and the launcher."""
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
@@ -40,7 +38,7 @@ def ignore_stop_signals() -> None:
 class Deadline:
     """The end of the run's time, if it has one: `end` in seconds of the epoch.
 
-    Rows are begun as long as one like the slowest so far can end in time.
+    Work is begun as long as a piece like the slowest so far can end in time.
     """
 
     def __init__(self, end: float | None, clock: Callable[[], float] = time.time):
