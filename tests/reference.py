@@ -51,13 +51,17 @@ class ReferenceLlama:
 
     def logits(self, token_ids: Array) -> Array:
         """Logits of every token of a sequence: [tokens, vocab_size]."""
+        head = "model.embed_tokens.weight" if self.config["tie_word_embeddings"] else "lm_head.weight"
+        return self.linear(head, self.hidden_states(token_ids))
+
+    def hidden_states(self, token_ids: Array) -> Array:
+        """What the last norm makes of every token: [tokens, hidden_size]."""
         x = self.tensors["model.embed_tokens.weight"][token_ids]
         for layer in range(self.config["num_hidden_layers"]):
             prefix = f"model.layers.{layer}."
             x = x + self.attention(prefix, self.norm(prefix + "input_layernorm.weight", x))
             x = x + self.mlp(prefix, self.norm(prefix + "post_attention_layernorm.weight", x))
-        head = "model.embed_tokens.weight" if self.config["tie_word_embeddings"] else "lm_head.weight"
-        return self.linear(head, self.norm("model.norm.weight", x))
+        return self.norm("model.norm.weight", x)
 
     def linear(self, name: str, x: Array, chunks: int = 1) -> Array:
         """x W^T, with the inputs rounded chunk by chunk."""

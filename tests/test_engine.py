@@ -182,3 +182,66 @@ def test_ten_thousand_requests_leave_nothing_behind(model, tokenizer):
     assert counts[1] < counts[0] + 200
     assert engine.counts.finished == 10_000
     assert engine.pool.available == 16
+
+
+class Only:
+    """A constraint: these tokens, in this order."""
+
+    def __init__(self, tokens):
+        self.left = list(tokens)
+
+    @property
+    def finished(self):
+        return not self.left
+
+    def masked(self, logits):
+        masked = np.full_like(logits, -np.inf)
+        masked[self.left[0]] = logits[self.left[0]]
+        return masked
+
+    def accept(self, token):
+        assert token == self.left.pop(0)
+
+
+@pytest.mark.parametrize("speculate", [0, 4])
+def test_a_constraint_decides_and_ends_the_answer(model, tokenizer, speculate):
+    from dataclasses import replace
+
+    wanted = [7, 9, 7, 9, 7, 9, 11]
+    engine = new_engine(model, tokenizer, speculate=speculate)
+    request = replace(make_request(1, [7, 9, 7, 9, 7], 50), constraint=Only(wanted))
+    sequence = engine.submit(request)
+    while not engine.idle:
+        engine.step()
+    assert sequence.answer.token_ids == wanted
+    assert sequence.answer.finish_reason == "stop"
+    assert sequence.answer.text == tokenizer.decode(wanted)
+
+
+def embed(engine, prompts, pooling):
+    from mpillama.engine.sequence import Request
+
+    limits, options = Limits(1), SamplingOptions(seed=1)
+    sequences = [engine.submit(Request(ids, options, limits, pooling=pooling)) for ids in prompts]
+    while not engine.idle:
+        engine.step()
+    return [sequence.pooled for sequence in sequences]
+
+
+@pytest.mark.parametrize("pooling", ["mean", "last"])
+def test_embeddings_do_not_depend_on_chunks_company_or_preemption(model, tokenizer, pooling):
+    """And they are the reference's hidden states, pooled."""
+    from tests.reference import ReferenceLlama
+
+    rng = np.random.default_rng(3)
+    shared = rng.integers(5, models.TOY_VOCABULARY, 70).tolist()
+    prompts = [shared + rng.integers(5, models.TOY_VOCABULARY, n).tolist() for n in (100, 30, 77, 1)]
+    single = [embed(new_engine(model, tokenizer), [ids], pooling)[0] for ids in prompts]
+    crowded = new_engine(model, tokenizer, blocks=4, max_tokens=23)
+    crowded.submit(make_request(0, [5, 6] * 30, 150))
+    for a, b in zip(single, embed(crowded, prompts, pooling), strict=True):
+        np.testing.assert_array_equal(a, b)
+    states = ReferenceLlama(models.TOY, models.random_tensors(models.TOY)).hidden_states(np.array(prompts[1]))
+    pooled = states.mean(axis=0) if pooling == "mean" else states[-1]
+    assert np.dot(pooled / np.linalg.norm(pooled), single[1]) > 0.999  # q8_0 weights against float64
+    assert crowded.scheduler.preemptions

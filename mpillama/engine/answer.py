@@ -26,12 +26,13 @@ class Answer:
 
     tokenizer: Tokenizer
     limits: Limits
+    keep_special: bool = False
     token_ids: list[int] = field(default_factory=list)
     text: str = ""
     finish_reason: str | None = None
 
     def __post_init__(self) -> None:
-        self._stream = self.tokenizer.stream()
+        self._stream = self.tokenizer.stream(skip_special=not self.keep_special)
         self._stop = StopStrings(self.limits.stops)
 
     def push(self, token: int, room: int) -> str:

@@ -73,7 +73,7 @@ class Engine:
     def submit(self, request: Request) -> EngineSequence:
         """Queue a request; UserError for a prompt that is empty, too long or has ids outside the vocabulary."""
         self.check(request)
-        answer = Answer(self.tokenizer, request.limits)
+        answer = Answer(self.tokenizer, request.limits, request.keep_special)
         sequence = EngineSequence(request, self._number, answer, list(request.prompt_ids))
         self._number += 1
         self.scheduler.add(sequence)
@@ -113,13 +113,19 @@ class Engine:
 
     def _take(self, shares: list[Share], logits: np.ndarray) -> Iterator[Update]:
         """Note what was computed and sample where a sequence's last token was among it."""
-        row = 0
+        row = token = 0
         for share in shares:
             sequence = share.sequence
             is_last = share.count == sequence.pending
             sequence.computed += share.count
             self.counts.computed_tokens += share.tokens
-            if is_last:
+            if sequence.request.pooling:
+                pool(sequence, self.executor.hidden_states(token, share.count))
+            token += share.tokens
+            if is_last and sequence.request.pooling:
+                self._end(sequence, "stop")
+                yield Update(sequence)
+            elif is_last:
                 yield self._sample(sequence, logits[row : row + 1 + len(share.drafts)], share.drafts)
                 row += 1 + len(share.drafts)
             if not sequence.finished:
@@ -130,16 +136,16 @@ class Engine:
         tokens, text = [], ""
         for i, row in enumerate(logits):
             try:
-                token = self._sampler(sequence).sample(row)
-            except NonFiniteLogits as error:
+                token = self._choose(sequence, row)
+            except (NonFiniteLogits, UserError) as error:
                 sequence.error = str(error)
                 self._end(sequence, "error")
                 break
-            if sequence.request.on_logits is not None:
-                sequence.request.on_logits(row, token)
             tokens.append(token)
             sequence.tokens.append(token)
             text += sequence.answer.push(token, self.longest - len(sequence.tokens))
+            if sequence.constraint_finished and not sequence.finished:
+                text += sequence.answer.finish("stop")
             if sequence.finished:
                 self._end(sequence, sequence.answer.finish_reason or "stop")
                 break
@@ -148,6 +154,16 @@ class Engine:
             sequence.computed += 1
         self._count(tokens)
         return Update(sequence, tokens, text)
+
+    def _choose(self, sequence: EngineSequence, row: np.ndarray) -> int:
+        """Sample a token from logits, within the request's constraint; NonFiniteLogits or UserError if none can be."""
+        constraint = sequence.request.constraint
+        token = self._sampler(sequence).sample(row if constraint is None else constraint.masked(row))
+        if constraint is not None:
+            constraint.accept(token)
+        if sequence.request.on_logits is not None:
+            sequence.request.on_logits(row, token)
+        return token
 
     def _sampler(self, sequence: EngineSequence) -> Sampler:
         """Made when first needed: it is as large as the vocabulary."""
@@ -173,3 +189,15 @@ class Engine:
         self.counts.finished += 1
         self.counts.prompt_tokens += len(sequence.request.prompt_ids)
         self.counts.cached_tokens += sequence.cached_tokens or 0
+
+
+def pool(sequence: EngineSequence, states: np.ndarray) -> None:
+    """Add hidden states float32 [tokens, hidden_size] to a sequence's embedding, which is ready after the last ones."""
+    states = states.astype(np.float64)
+    is_first = sequence.computed == len(states)  # also after a preemption
+    if sequence.pooled is None or is_first or sequence.request.pooling == "last":
+        sequence.pooled = np.zeros(states.shape[1])
+    for state in states if sequence.request.pooling == "mean" else states[-1:]:
+        sequence.pooled += state  # one after the other, so that chunks do not change the bits
+    if not sequence.pending:
+        sequence.pooled /= np.sqrt(np.cumsum(sequence.pooled**2)[-1])  # not sum(), whose order depends on the processor

@@ -45,6 +45,10 @@ class Executor:
             self._run([segment])
         return self._run(rest)
 
+    def hidden_states(self, first: int, count: int) -> np.ndarray:
+        """The last hidden states of tokens of the last step, float32 [count, hidden_size]."""
+        return self.model.hidden_states(first, count)
+
     def _run(self, segments: Sequence[Segment]) -> np.ndarray:
         self.plan.write(segments)
         self.comm.broadcast_plan(self.plan.buffer)

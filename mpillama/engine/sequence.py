@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal, Protocol
 
 import numpy as np
 
@@ -12,13 +12,31 @@ from mpillama.engine.step_plan import Segment
 from mpillama.model.cache import BLOCK_POSITIONS, blocks_for
 from mpillama.text.sampler import Sampler, SamplingOptions
 
+Pooling = Literal["mean", "last"]
+"""What becomes the embedding of a text: the mean of all positions' last hidden states, or the last position's."""
+
+
+class Constraint(Protocol):
+    """What an answer must look like; it follows the answer's tokens."""
+
+    @property
+    def finished(self) -> bool:
+        """Whether nothing may follow."""
+
+    def masked(self, logits: np.ndarray) -> np.ndarray:
+        """A copy of float32 [vocab_size] with what may not come next at -inf."""
+
+    def accept(self, token: int) -> None:
+        """A token was sampled."""
+
 
 @dataclass(frozen=True)
 class Request:
     """What is asked of the engine: a prompt, how to sample, when to end.
 
     `on_logits(logits, token)` is told of the float32 [vocab_size] logits that each token was chosen from. `key` is the
-    caller's own. With `reuse_prefix` False the prompt is computed anew, whatever the cache holds of it.
+    caller's own. With `reuse_prefix` False the prompt is computed anew, whatever the cache holds of it. With `pooling`
+    the prompt's embedding is wanted, and no answer. With `keep_special` the answer's text shows control tokens.
     """
 
     prompt_ids: list[int]
@@ -27,6 +45,9 @@ class Request:
     key: Any = None
     on_logits: Callable[[np.ndarray, int], None] | None = None
     reuse_prefix: bool = True
+    constraint: Constraint | None = None
+    pooling: Pooling | None = None
+    keep_special: bool = False
 
 
 @dataclass(eq=False)
@@ -34,7 +55,8 @@ class EngineSequence:
     """A request's tokens, what the cache holds of them, and its answer.
 
     `computed` positions have keys and values in `blocks`; `cached_tokens` of the prompt were found in the cache at its
-    first admission. `slot` is its row of the block tables while it runs.
+    first admission. `slot` is its row of the block tables while it runs. `pooled` float64 [hidden_size] is the sum of
+    hidden states so far, and in the end the embedding, of length 1.
     """
 
     request: Request
@@ -51,6 +73,7 @@ class EngineSequence:
     published: int = 0
     last_digest: bytes = NO_TOKENS
     preemptions: int = 0
+    pooled: np.ndarray | None = None
     _digests: tuple[int, list[bytes]] = (-1, [])
 
     @property
@@ -63,13 +86,18 @@ class EngineSequence:
         """Whether the answer has ended."""
         return self.answer.finish_reason is not None
 
+    @property
+    def constraint_finished(self) -> bool:
+        """Whether the constraint lets nothing more come."""
+        return self.request.constraint is not None and self.request.constraint.finished
+
     def blocks_needed(self, tokens: int) -> int:
         """New blocks for so many more tokens."""
         return max(0, blocks_for(self.computed + tokens) - len(self.blocks))
 
     def prefix_digests(self) -> list[bytes]:
         """The digests of the full blocks before the last token, which must be computed to be continued."""
-        if not self.request.reuse_prefix:
+        if not self.request.reuse_prefix or self.request.pooling == "mean":
             return []
         if self._digests[0] != len(self.tokens):
             self._digests = len(self.tokens), prefix_digests(self.tokens[:-1])
@@ -79,7 +107,7 @@ class EngineSequence:
         """The next `count` pending tokens and then drafts, with the logits that are wanted of them."""
         assert self.slot is not None
         ids = self.tokens[self.computed : self.computed + count] + drafts
-        logits = 1 + len(drafts) if count == self.pending else 0
+        logits = 1 + len(drafts) if count == self.pending and not self.request.pooling else 0
         new = self.blocks[self.sent_blocks :]
         segment = Segment(self.slot, self.computed, ids, logits, self.sent_blocks, new)
         self.sent_blocks = len(self.blocks)

@@ -129,6 +129,12 @@ class LlamaModel:
         self.tokens_run += len(step.token_ids)
         return self._logits(a.x[step.logit_rows])
 
+    def hidden_states(self, first: int, count: int) -> Array:
+        """The last step's tokens after the last layer and norm, float32 [count, hidden_size]; no collective."""
+        h = Activations.empty(count, self.config.padded_hidden_size)
+        self._normalise(self.workspace.residual(first, count), h, quantised=False)
+        return h.x[:, : self.config.hidden_size]
+
     def _embed(self, token_ids: Array, a: StepArrays) -> None:
         """Each token's row, which one rank has, to a.x."""
         rows = token_ids.astype(np.int64) - self.part.vocab_rows.start
@@ -139,15 +145,20 @@ class LlamaModel:
     def _logits(self, x: Array) -> Array:
         if not len(x):
             return np.empty((0, self.config.vocab_size), np.float32)
-        head, c = self.weights.lm_head, self.config
+        head = self.weights.lm_head
         h = Activations.empty(*x.shape)
         part = np.empty((len(x), self.logit_widths[self.comm.rank]), np.float32)
-        layer.normalise(
-            x, self.weights.norm, c.hidden_size, c.rms_norm_eps, h.x, any_quantised(head), h.values, h.scales,
-            h.starts, self.threads,
-        )  # fmt: skip
+        self._normalise(x, h, any_quantised(head))
         layer.column_parallel(*head.arrays, *h.arrays, part, *self.tuning.arguments)
-        return self.comm.all_gather_columns(part, self.logit_widths)[:, : c.vocab_size]
+        return self.comm.all_gather_columns(part, self.logit_widths)[:, : self.config.vocab_size]
+
+    def _normalise(self, x: Array, h: Activations, quantised: bool) -> None:
+        """The model's last norm, of x [tokens, padded hidden] to h."""
+        c = self.config
+        layer.normalise(
+            x, self.weights.norm, c.hidden_size, c.rms_norm_eps, h.x, quantised, h.values, h.scales, h.starts,
+            self.threads,
+        )  # fmt: skip
 
 
 def query_heads_of_kv(config: ModelConfig, part: Partition) -> Array:

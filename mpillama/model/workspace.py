@@ -120,6 +120,10 @@ class Workspace:
             self._views[tokens] = self._whole.first(tokens)
         return self._views[tokens]
 
+    def residual(self, first: int, count: int) -> Array:
+        """The residual stream of tokens of the last step, float32 [count, padded hidden]."""
+        return self._whole.x[first : first + count]
+
 
 def workspace_bytes(config: ModelConfig, part: Partition, tokens: int) -> int:
     """Bytes of the arrays for steps of up to so many tokens."""
