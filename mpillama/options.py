@@ -26,6 +26,7 @@ Run Llama-family language models over MPI: every rank loads its own slices from 
   mpirun -n 4 python -m mpillama chat --model M.h5                 talk to a model
   mpirun -n 4 python -m mpillama bench --shape llama-3.1-8b        measure without a file
   mpirun -n 4 python -m mpillama batch IN.jsonl OUT.jsonl --model M.h5   many requests, continued after a kill
+  mpirun -n 4 python -m mpillama serve --model M.h5                OpenAI's API and a chat page
   python -m mpillama plan --shape llama-3.1-405b --nodes 4         whether a run fits (needs no MPI)
   mpirun -n 4 python -m mpillama convert FOLDER M.h5 --weights q4_0   make a native file, in parallel
   mpirun -n 4 python -m mpillama verify M.h5                       check its bytes
@@ -223,6 +224,50 @@ class BatchOptions(EngineOptions, SamplingFlags):
     json: bool = option("print the summary as one JSON object", False)
 
 
+@dataclass(frozen=True, kw_only=True)
+class ServeOptions(EngineOptions, SamplingFlags):
+    """Options of `serve`; those of sampling count where a request says nothing."""
+
+    host: str = option("address to listen on (default: 127.0.0.1)", "127.0.0.1", metavar="ADDRESS")
+    port: int = option("port to listen on, 0 for any that is free (default: 8000)", 8000, metavar="PORT")
+    api_key: Optional[str] = option(
+        "key that clients must give; auto makes one (visible in `ps`: --api-key-file or MPILLAMA_API_KEY are not)",
+        metavar="KEY",
+    )
+    api_key_file: Optional[str] = option("file whose first line is the key", metavar="FILE")
+    no_auth: bool = option("let everybody who reaches the address ask, without a key", False)
+    tls_certificate: Optional[str] = option("certificate (chain) in PEM form: serve HTTPS", metavar="FILE")
+    tls_key: Optional[str] = option("the certificate's private key in PEM form", metavar="FILE")
+    rendezvous: Optional[str] = option(
+        "file to write URL, key and tunnel into, for `client` (default: in this folder, named after the job)",
+        metavar="FILE",
+    )
+    model_name: Optional[str] = option("the model's name in the API (default: its file's)", metavar="NAME")
+    max_tokens: Optional[int] = option(  # type: ignore[assignment]
+        "most tokens of a chat's answer (default: what the context holds; completions: 16, as in OpenAI's API)",
+        metavar="TOKENS",
+    )
+    queue: int = option("answers that may wait, beside those computed together (default: 256)", 256, metavar="COUNT")
+    connections: int = option("requests that may be open (default: 1000)", 1000, metavar="COUNT")
+    body_limit: str = option("largest body of a request (default: 16MB)", "16MB", metavar="BYTES")
+    body_timeout: float = option("time for a body to come (default: 60.0)", 60.0, metavar="SECONDS")
+    write_timeout: float = option("time for a client to take what is sent (default: 60.0)", 60.0, metavar="SECONDS")
+    request_timeout: float = option("an answer that takes longer is cut (default: 3600.0)", 3600.0, metavar="SECONDS")
+    cors: list[str] = option("origins whose pages may ask, e.g. https://example.org", [], nargs="*", metavar="ORIGIN")
+    pooling: str = option(
+        "embeddings: mean of all positions or the last one (default: mean)", "mean", choices=["mean", "last"]
+    )
+    replicas: int = option(
+        "groups that the ranks divide into, each with the whole model (default: 1)", 1, metavar="COUNT"
+    )
+    time_limit: Optional[str] = option(
+        "end in time: seconds, MM:SS, HH:MM:SS or D-HH:MM:SS (default: the Slurm job's end)", metavar="TIME"
+    )
+    grace: float = option("time for running answers to finish at the end (default: 60.0)", 60.0, metavar="SECONDS")
+    log_prompts: bool = option("write prompts into the log files (--log-dir)", False)
+    quiet: bool = option("no progress and no lines", False)
+
+
 @dataclass(frozen=True)
 class PlanOptions:
     """Options of `plan`."""
@@ -321,6 +366,7 @@ COMMANDS: dict[str, tuple[type, str]] = {
     "chat": (ChatOptions, "talk to a model"),
     "bench": (BenchOptions, "measure speed, and how near the machine's limit it is"),
     "batch": (BatchOptions, "answer a file of requests, surviving kills"),
+    "serve": (ServeOptions, "serve OpenAI's API and a chat page"),
     "plan": (PlanOptions, "tell whether a run fits, and what it needs, before it is queued"),
     "convert": (ConvertOptions, "write a model of any format into a native file"),
     "verify": (VerifyOptions, "check a native file's bytes"),

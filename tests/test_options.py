@@ -21,6 +21,9 @@ DESCRIBED = {
     "seed": "a new one, reported",
     "cache_tokens": "what they can need, up to nine tenths of the memory",
     "time_limit": "the Slurm job's end",
+    "rendezvous": "in this folder, named after the job",
+    "model_name": "its file's",
+    "max_tokens": "what the context holds; completions: 16, as in OpenAI's API",
     "tensor_parallel": "the fewest ranks that fit the memory",
 }
 """Defaults that are None and decided later: the help says how."""

@@ -4,6 +4,7 @@ https://platform.openai.com/docs/api-reference/chat and …/completions; top_k, 
 cache_prompt are this program's own.
 """
 
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -45,8 +46,6 @@ class SamplingBody(Body):
     repetition_penalty: Annotated[float, Field(gt=0, le=100)] | None = None
     ignore_eos: bool | None = None
     cache_prompt: bool | None = None
-    n: Literal[1] | None = None
-    stream: Literal[False] | None = None
     user: str | None = None
 
     @property
@@ -67,14 +66,32 @@ class TextPart(Body):
     text: str
 
 
+class CalledFunction(Body):
+    """A function that the model called, with its arguments as JSON text."""
+
+    name: str
+    arguments: str
+
+
+class ToolCall(Body):
+    """A call of an earlier answer, sent back."""
+
+    id: str
+    type: Literal["function"] = "function"
+    function: CalledFunction
+    index: int | None = None
+
+
 class Message(Body):
     """A message of a conversation."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: str | list[TextPart] | None = None
     name: str | None = None
-    tool_calls: list[dict[str, Any]] | None = None
+    tool_calls: list[ToolCall] | None = None
     tool_call_id: str | None = None
+    refusal: None = None
+    """Clients send back what they were answered, this empty field among it."""
 
     def for_template(self) -> dict[str, Any]:
         """The message as chat templates want it: content is one text."""
@@ -83,8 +100,8 @@ class Message(Body):
         return {**given, "content": content or "", "role": "system" if self.role == "developer" else self.role}
 
 
-class ChatBody(SamplingBody):
-    """The body of /v1/chat/completions."""
+class ChatFields(SamplingBody):
+    """What asks for the next message of a conversation."""
 
     messages: Annotated[list[Message], Field(min_length=1)]
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
@@ -95,11 +112,25 @@ class ChatBody(SamplingBody):
         return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
 
 
-class CompletionBody(SamplingBody):
-    """The body of /v1/completions."""
+class CompletionFields(SamplingBody):
+    """What asks for the continuation of a text."""
+
+    echo: Literal[False] | None = None
+
+
+class ChatBody(ChatFields):
+    """A row for /v1/chat/completions in a batch."""
+
+    n: Literal[1] | None = None
+    stream: Literal[False] | None = None
+
+
+class CompletionBody(CompletionFields):
+    """A row for /v1/completions in a batch."""
 
     prompt: str | Annotated[list[int], Field(min_length=1)]
-    echo: Literal[False] | None = None
+    n: Literal[1] | None = None
+    stream: Literal[False] | None = None
 
 
 def parse_body(kind: type[AnyBody], fields: Any) -> AnyBody:
@@ -107,7 +138,28 @@ def parse_body(kind: type[AnyBody], fields: Any) -> AnyBody:
     try:
         return kind.model_validate(fields)
     except ValidationError as error:
-        first = error.errors(include_url=False, include_context=False, include_input=False)[0]
-        place = ".".join(str(part) for part in first["loc"]) or "body"
-        message = "unknown field" if first["type"] == "extra_forbidden" else first["msg"]
-        raise BadRequest(f"{place}: {message}", place) from error
+        found = error.errors(include_url=False, include_context=False, include_input=False)
+        raise bad_request(found, fields) from error
+
+
+def bad_request(errors: Sequence[Any], fields: Any) -> BadRequest:
+    """What pydantic found wrong with `fields`, as one sentence on the deepest place."""
+    places = [_place(error["loc"], fields) for error in errors]
+    deepest = max(range(len(errors)), key=lambda i: len(places[i]))
+    first = errors[deepest]
+    place = ".".join(str(part) for part in places[deepest]) or "body"
+    message = "unknown field" if first["type"] == "extra_forbidden" else first["msg"]
+    return BadRequest(f"{place}: {message}", place)
+
+
+def _place(location: Sequence[Any], fields: Any) -> list[Any]:
+    """The part of pydantic's location that is a way through the data: it also names the types it tried."""
+    place = []
+    for part in location:
+        if isinstance(fields, dict) and (part in fields or part == location[-1]):
+            place.append(part)
+            fields = fields.get(part)
+        elif isinstance(fields, list) and isinstance(part, int) and part < len(fields):
+            place.append(part)
+            fields = fields[part]
+    return place

@@ -1,11 +1,12 @@
 """From the body of a request to what the engine runs."""
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from mpillama.api.bodies import BadRequest, ChatBody, CompletionBody, SamplingBody
+from mpillama.api.bodies import BadRequest, ChatBody, CompletionBody, Message, SamplingBody
+from mpillama.api.tool_calls import for_template
 from mpillama.engine.answer import Limits
 from mpillama.engine.sequence import Request
 from mpillama.errors import UserError
@@ -30,27 +31,36 @@ class Prompter:
     template: Callable[[], ChatTemplate]
     vocab_size: int
     defaults: Defaults
+    for_template: Callable[[dict[str, Any]], dict[str, Any]] = for_template
+    """Makes of a message with calls of tools what the template expects."""
 
     def request(self, body: ChatBody | CompletionBody, key: Any, seed: int | None = None) -> Request:
         """The engine's request; BadRequest names what is wrong. `seed` counts where neither body nor defaults do."""
         try:
-            ids = self._chat_ids(body) if isinstance(body, ChatBody) else self._prompt_ids(body)
-            sampling = self._sampling(body, seed)
+            ids = self.chat_ids(body.messages) if isinstance(body, ChatBody) else self.prompt_ids(body.prompt)
+            sampling = self.sampling(body, seed)
         except UserError as error:
             raise BadRequest(str(error)) from error
-        limits = self._limits(body)
+        limits = self.limits(body)
         return Request(ids, sampling, limits, key, reuse_prefix=body.cache_prompt is not False)
 
-    def _chat_ids(self, body: ChatBody) -> list[int]:
-        text = self.template().render([m.for_template() for m in body.messages])
+    def chat_ids(
+        self, messages: Sequence[Message], tools: Sequence[dict[str, Any]] | None = None, **variables: Any
+    ) -> list[int]:
+        """The prompt of a conversation, in which `tools` may be called; UserError if the template refuses it.
+
+        `variables` are the template's own, such as enable_thinking.
+        """
+        given = [self.for_template(m.for_template()) for m in messages]
+        text = self.template().render(given, tools=tools, **variables)
         return self.tokenizer.encode(text)
 
-    def _prompt_ids(self, body: CompletionBody) -> list[int]:
-        if isinstance(body.prompt, str):
-            return self.tokenizer.encode(body.prompt)
-        return list(body.prompt)
+    def prompt_ids(self, prompt: str | Sequence[int]) -> list[int]:
+        """The tokens of a text, or those given."""
+        return self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
 
-    def _sampling(self, body: SamplingBody, seed: int | None) -> SamplingOptions:
+    def sampling(self, body: SamplingBody, seed: int | None) -> SamplingOptions:
+        """How the answer is sampled; UserError or BadRequest for what cannot be."""
         given = {
             name: value
             for name in ("temperature", "top_p", "top_k", "min_p", "seed", "repetition_penalty", "presence_penalty",
@@ -68,7 +78,8 @@ class Prompter:
                 raise BadRequest(f"logit_bias: {token!r} is no token id below {self.vocab_size}", "logit_bias")
         return {int(token): bias for token, bias in given.items()}
 
-    def _limits(self, body: SamplingBody) -> Limits:
+    def limits(self, body: SamplingBody) -> Limits:
+        """When the answer ends."""
         stops = self.defaults.limits.stops if body.stops is None else body.stops
         if "" in stops:
             raise BadRequest("stop: an empty text would stop before the first token", "stop")

@@ -4,7 +4,7 @@ import os
 import re
 import signal
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from types import FrameType
 
 from mpillama.errors import UserError
@@ -17,21 +17,22 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 class StopRequest:
     """Remembers a signal; the loop looks at it between two steps."""
 
-    def __init__(self) -> None:
+    def __init__(self, signals: Sequence[signal.Signals] = STOP_SIGNALS) -> None:
         self.name = ""
+        self.signals = signals
 
     def install(self) -> None:
-        """Take SIGTERM and SIGUSR1 as the wish to stop."""
-        for number in STOP_SIGNALS:
+        """Take the signals as the wish to stop."""
+        for number in self.signals:
             signal.signal(number, self._remember)
 
     def _remember(self, number: int, frame: FrameType | None) -> None:
         self.name = signal.Signals(number).name
 
 
-def ignore_stop_signals() -> None:
+def ignore_stop_signals(signals: Sequence[signal.Signals] = STOP_SIGNALS) -> None:
     """On ranks that follow: a launcher sends signals to every rank, but rank 0 decides."""
-    for number in STOP_SIGNALS:
+    for number in signals:
         signal.signal(number, signal.SIG_IGN)
 
 

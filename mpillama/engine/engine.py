@@ -10,7 +10,7 @@ from mpillama.engine.answer import Answer
 from mpillama.engine.block_pool import BlockPool
 from mpillama.engine.executor import Executor
 from mpillama.engine.scheduler import Scheduler, Share
-from mpillama.engine.sequence import EngineSequence, Request
+from mpillama.engine.sequence import EngineSequence, Request, check_prompt
 from mpillama.engine.speculation import Drafter
 from mpillama.errors import UserError
 from mpillama.text.sampler import NonFiniteLogits, Sampler
@@ -81,13 +81,7 @@ class Engine:
 
     def check(self, request: Request) -> None:
         """UserError for what can never run."""
-        ids, vocab_size = request.prompt_ids, self.executor.model.config.vocab_size
-        if not ids:
-            raise UserError("the prompt is empty: give at least one token.")
-        if len(ids) >= self.longest:
-            raise UserError(f"the prompt has {len(ids)} tokens, but the context holds {self.longest}: shorten it.")
-        if not 0 <= min(ids) <= max(ids) < vocab_size:
-            raise UserError(f"the prompt has token ids outside 0 to {vocab_size - 1}.")
+        check_prompt(request.prompt_ids, self.longest, self.executor.model.config.vocab_size)
         if request.limits.max_tokens < 1:
             raise UserError(f"max_tokens is {request.limits.max_tokens}: ask for at least 1 token.")
 

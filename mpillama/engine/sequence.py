@@ -1,6 +1,6 @@
 """A request, and its sequence on the way through the engine."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
@@ -9,6 +9,7 @@ import numpy as np
 from mpillama.engine.answer import Answer, Limits
 from mpillama.engine.block_pool import NO_TOKENS, BlockPool, block_digest, prefix_digests
 from mpillama.engine.step_plan import Segment
+from mpillama.errors import UserError
 from mpillama.model.cache import BLOCK_POSITIONS, blocks_for
 from mpillama.text.sampler import Sampler, SamplingOptions
 
@@ -127,3 +128,13 @@ class EngineSequence:
         self.blocks, self.slot = [], None
         self.computed = self.sent_blocks = self.published = 0
         self.last_digest = NO_TOKENS
+
+
+def check_prompt(ids: Sequence[int], longest: int, vocab_size: int) -> None:
+    """UserError for a prompt that cannot run in a context of `longest` positions."""
+    if not ids:
+        raise UserError("the prompt is empty: give at least one token.")
+    if len(ids) >= longest:
+        raise UserError(f"the prompt has {len(ids)} tokens, but the context holds {longest}: shorten it.")
+    if not 0 <= min(ids) <= max(ids) < vocab_size:
+        raise UserError(f"the prompt has token ids outside 0 to {vocab_size - 1}.")

@@ -18,6 +18,16 @@ REPLACEMENT = "\ufffd"
 WINDOW = 8
 
 
+def _byte_level() -> dict[str, int]:
+    """GPT-2's visible characters for bytes: printable ones stand for themselves, the rest are counted from 256 on."""
+    visible = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    hidden = [byte for byte in range(256) if byte not in visible]
+    return {chr(b): b for b in visible} | {chr(256 + i): b for i, b in enumerate(hidden)}
+
+
+BYTE_LEVEL = _byte_level()
+
+
 class Tokenizer:
     """The vocabulary and rules of one `tokenizer.json`, with the model's own BOS and EOS."""
 
@@ -78,6 +88,21 @@ class Tokenizer:
         # Decoders drop the first space of a text, so look at what a second copy adds.
         text = self.join([token, token])[len(self.join([token])) :]
         return token if not text or REPLACEMENT in text else text
+
+    def token_bytes(self, token_id: int) -> bytes | None:
+        """What a token adds to a text, even if it is a part of a character; None for an id that is not known."""
+        token = self.token(token_id)
+        if token is None:
+            return None
+        if self.byte_fallback and (byte := BYTE_TOKEN.fullmatch(token)):
+            return bytes.fromhex(byte[1])
+        if self._is_byte_level and token_id not in self._special and all(c in BYTE_LEVEL for c in token):
+            return bytes(BYTE_LEVEL[c] for c in token)
+        return self.token_text(token_id).encode()
+
+    @cached_property
+    def _is_byte_level(self) -> bool:
+        return self.join(["\u0120"]) == " "
 
     def to_bytes(self) -> bytes:
         """The `tokenizer.json` as it was given."""

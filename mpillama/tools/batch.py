@@ -7,12 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 from mpillama import __version__
 from mpillama.comm.start import World, start_mpi
-from mpillama.engine.monitor import Monitor
 from mpillama.errors import UserError
-from mpillama.kernels.target import Target
 from mpillama.options import BatchOptions
 from mpillama.tools.batch_progress import Reporter, shown
-from mpillama.tools.engines import check_engine_options, model_name, opener, prompter
+from mpillama.tools.engines import check_engine_options, model_name, opener, prompter, run_in_groups
 from mpillama.tools.output_file import refuse_unwritable
 from mpillama.tools.running import (
     Run,
@@ -55,7 +53,8 @@ def batch(options: BatchOptions) -> int:
         size = group_size(options, world)
         if size == world.comm.size:
             return run_in_world(options, quiet, job.run, opener(options), world, target, monitor)
-        return run_in_groups(job, world, size, target, monitor)
+        prepare = lambda post, group: job.gather_groups(post, world.comm.size, size, group)  # noqa: E731
+        return run_in_groups(options, quiet, world, size, target, monitor, prepare, job.run, job.lead)
 
 
 def group_size(options: BatchOptions, world: World) -> int:
@@ -71,22 +70,6 @@ def group_size(options: BatchOptions, world: World) -> int:
     file = world.comm.on_root(lambda: open_model(model_path(options.model), options.weights, options.tokenizer))
     context = options.max_seq_len or min(file.config.max_position_embeddings, DEFAULT_BATCH_CONTEXT)
     return smallest_group(file, world, context, options.kv_type, options.prefill_chunk)
-
-
-def run_in_groups(job: "BatchJob", world: World, size: int, target: Target, monitor: Monitor) -> int:
-    """Run the batch on several groups of ranks, each with the whole model; returns the exit status."""
-    from mpillama.batch.groups import follow_rank_0
-    from mpillama.comm.groups import Post, split_world
-    from mpillama.comm.retirement import in_group
-
-    options, group = job.options, split_world(world, size)
-    post = Post(world.comm)
-    open_ = opener(options)
-    if world.comm.is_root:
-        job.gather_groups(post, world.comm.size, size, group)
-        return run_in_world(options, options.quiet or options.json, job.run, open_, group, target, monitor)
-    lead = lambda run: follow_rank_0(post, job.worker(run))  # noqa: E731
-    return in_group(post, group.comm.watch, lambda: run_in_world(options, True, lead, open_, group, target, monitor))
 
 
 def _check(options: BatchOptions) -> None:
@@ -177,6 +160,12 @@ class BatchJob:
         reporter.write_metrics(supervisor.counts)
         self._close(reporter, supervisor.counts, status, [own, *self.groups])
         return status, supervisor.counts
+
+    def lead(self, run: Run, post: "Post") -> int:
+        """What the first rank of another group does; returns the exit status."""
+        from mpillama.batch.groups import follow_rank_0
+
+        return follow_rank_0(post, self.worker(run))
 
     def worker(self, run: Run) -> "Worker":
         """The engine of this process's group."""

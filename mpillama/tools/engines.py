@@ -4,11 +4,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mpillama.comm.start import World
+from mpillama.engine.monitor import Monitor
 from mpillama.errors import UserError
+from mpillama.kernels.target import Target
 from mpillama.options import EngineOptions
-from mpillama.tools.running import Run, check_speculation, sampling_options
+from mpillama.tools.running import Run, check_speculation, run_in_world, sampling_options
 
 if TYPE_CHECKING:
+    from mpillama.comm.groups import Post
     from mpillama.engine.executor import Executor
     from mpillama.engine.loading import LoadedModel
 
@@ -22,6 +26,26 @@ def opener(options: EngineOptions) -> "Callable[[LoadedModel], Executor]":
         return open_shared_executor(options, loaded, options.sequences, options.speculate, options.cache_tokens)
 
     return open_
+
+
+def run_in_groups(
+    options: EngineOptions, quiet: bool, world: World, size: int, target: Target, monitor: Monitor,
+    prepare: Callable[["Post", World], None], root: Callable[[Run], int], lead: Callable[[Run, "Post"], int],
+) -> int:  # fmt: skip
+    """Load the model in several groups of `size` ranks; returns the exit status.
+
+    Rank 0 does `prepare` before and `root` after, the first ranks of the other groups `lead`.
+    """
+    from mpillama.comm.groups import Post, split_world
+    from mpillama.comm.retirement import in_group
+
+    group = split_world(world, size)
+    post, open_ = Post(world.comm), opener(options)
+    if world.comm.is_root:
+        prepare(post, group)
+        return run_in_world(options, quiet, root, open_, group, target, monitor)
+    work = lambda: run_in_world(options, True, lambda run: lead(run, post), open_, group, target, monitor)  # noqa: E731
+    return in_group(post, group.comm.watch, work)
 
 
 def check_engine_options(options: EngineOptions) -> None:
@@ -43,6 +67,6 @@ def prompter(run: Run, options: Any) -> Any:
     from mpillama.api.prompts import Defaults, Prompter
     from mpillama.engine.answer import Limits
 
-    defaults = Defaults(sampling_options(options), Limits(options.max_tokens, options.stop))
+    defaults = Defaults(sampling_options(options), Limits(options.max_tokens or run.executor.max_seq_len, options.stop))
     vocab_size = run.loaded.file.config.vocab_size
     return Prompter(run.tokenizer, run.cached_chat_template, vocab_size, defaults)

@@ -197,7 +197,7 @@ def warn_of_requantised(file: ModelFile) -> None:
 
 def sampling_options(flags: SamplingFlags) -> SamplingOptions:
     """The sampler's options; UserError for a value out of range."""
-    if flags.max_tokens < 1:
+    if flags.max_tokens is not None and flags.max_tokens < 1:
         raise UserError(f"--max-tokens is {flags.max_tokens}: ask for at least 1 token.")
     return SamplingOptions(
         temperature=flags.temperature,

@@ -1,0 +1,143 @@
+"""Bodies of requests to the server, as OpenAI's API reference describes them."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import ConfigDict, Field
+
+from mpillama.api.bodies import Body, ChatFields, CompletionFields, Message
+
+MOST_CHOICES = 16
+MOST_LOGPROBS = 20
+MOST_INPUTS = 2048
+"""Texts of one request for embeddings, or prompts of one request."""
+
+Choices = Annotated[int, Field(ge=1, le=MOST_CHOICES)]
+Tokens = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
+
+
+class StreamOptions(Body):
+    """What else a stream tells."""
+
+    include_usage: bool | None = None
+
+
+class JsonSchema(Body):
+    """A named schema that the answer must fit."""
+
+    name: Annotated[str, Field(min_length=1, max_length=64, pattern="^[a-zA-Z0-9_-]+$")]
+    description: str | None = None
+    schema_: Annotated[dict[str, Any] | None, Field(alias="schema")] = None
+    strict: bool | None = None
+
+
+class TextFormat(Body):
+    """No constraint."""
+
+    type: Literal["text"]
+
+
+class JsonObjectFormat(Body):
+    """Any JSON object."""
+
+    type: Literal["json_object"]
+
+
+class JsonSchemaFormat(Body):
+    """JSON that fits a schema."""
+
+    type: Literal["json_schema"]
+    json_schema: JsonSchema
+
+
+ResponseFormat = Annotated[TextFormat | JsonObjectFormat | JsonSchemaFormat, Field(discriminator="type")]
+
+
+class FunctionTool(Body):
+    """A function that the model may call."""
+
+    name: Annotated[str, Field(min_length=1, max_length=64, pattern="^[a-zA-Z0-9_.-]+$")]
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
+
+
+class Tool(Body):
+    """A tool; functions are all there is."""
+
+    type: Literal["function"]
+    function: FunctionTool
+
+
+class FunctionName(Body):
+    """Which function to call."""
+
+    name: str
+
+
+class NamedTool(Body):
+    """The call that is wanted."""
+
+    type: Literal["function"]
+    function: FunctionName
+
+
+class ServedChat(ChatFields):
+    """The body of POST /v1/chat/completions."""
+
+    n: Choices | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=MOST_LOGPROBS)] | None = None
+    response_format: ResponseFormat | None = None
+    tools: Annotated[list[Tool], Field(max_length=128)] | None = None
+    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
+    parallel_tool_calls: bool | None = None
+
+
+DEFAULT_COMPLETION_TOKENS = 16
+"""What OpenAI's API answers where a completion says nothing."""
+
+
+class ServedCompletion(CompletionFields):
+    """The body of POST /v1/completions."""
+
+    prompt: str | Tokens | Annotated[list[str] | list[Tokens], Field(min_length=1, max_length=MOST_INPUTS)]
+    n: Choices | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    logprobs: Annotated[int, Field(ge=0, le=MOST_LOGPROBS)] | None = None
+
+    @property
+    def most_tokens(self) -> int | None:
+        """The limit of the answer's length."""
+        return DEFAULT_COMPLETION_TOKENS if self.max_tokens is None else self.max_tokens
+
+
+class EmbeddingBody(Body):
+    """The body of POST /v1/embeddings; `pooling` is this program's own."""
+
+    input: str | Tokens | Annotated[list[str] | list[Tokens], Field(min_length=1, max_length=MOST_INPUTS)]
+    model: str | None = None
+    encoding_format: Literal["float", "base64"] | None = None
+    pooling: Literal["mean", "last"] | None = None
+    user: str | None = None
+
+
+class TokenizeBody(Body):
+    """The body of POST /tokenize: a text, or messages as the chat template writes them."""
+
+    model_config = ConfigDict(json_schema_extra={"anyOf": [{"required": ["content"]}, {"required": ["messages"]}]})
+
+    model: str | None = None
+    content: str | None = None
+    messages: Annotated[list[Message], Field(min_length=1)] | None = None
+    add_special_tokens: bool | None = None
+    with_pieces: bool | None = None
+
+
+class DetokenizeBody(Body):
+    """The body of POST /detokenize."""
+
+    model: str | None = None
+    tokens: list[Annotated[int, Field(ge=0)]]

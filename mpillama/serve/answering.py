@@ -1,0 +1,129 @@
+"""Answers of /v1/chat/completions and /v1/completions, whole or in pieces, in the form of OpenAI's API."""
+
+import secrets
+import time
+from collections.abc import AsyncGenerator, Callable, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+
+from mpillama import __version__
+from mpillama.serve.front import AnswerFailed, Answers, Front, Service
+from mpillama.serve.metrics import Metrics
+from mpillama.serve.streams import DONE, event
+from mpillama.serve.tasks import Progress, Task
+
+Json = dict[str, Any]
+
+
+class Choice(Protocol):
+    """One of a request's answers, as it grows."""
+
+    def begin(self) -> Json | None:
+        """What a stream says of it first, if anything."""
+
+    def push(self, progress: Progress) -> list[Json]:
+        """Take progress; returns the `choices` entries of a stream that tell of it."""
+
+    def whole(self) -> Json:
+        """The entry of a response that is not streamed."""
+
+
+class Reply:
+    """A request's answers and what they are called; `kind` is the object's name, with ".chunk" in streams of chats."""
+
+    def __init__(self, service: Service, kind: str, chunk_kind: str, prefix: str, tasks: Sequence[Task]):
+        self.id = f"{prefix}-{secrets.token_hex(12)}"
+        self.created = int(time.time())
+        self.service = service
+        self.kind = kind
+        self.chunk_kind = chunk_kind
+        self.tasks = tasks
+        self.completion_tokens = 0
+        self.cached_tokens: dict[int, int] = {}
+
+    def note(self, index: int, progress: Progress) -> None:
+        """Count, or raise AnswerFailed."""
+        if progress.error is not None:
+            raise AnswerFailed(progress.error)
+        self.completion_tokens += len(progress.token_ids)
+        self.cached_tokens[index] = progress.cached_tokens
+
+    def usage(self) -> Json:
+        """Tokens; the choices of one prompt share it."""
+        prompts = {id(task.prompt_ids): (len(task.prompt_ids), i) for i, task in reversed(list(enumerate(self.tasks)))}
+        prompt = sum(length for length, _ in prompts.values())
+        cached = sum(self.cached_tokens.get(first, 0) for _, first in prompts.values())
+        return {
+            "prompt_tokens": prompt,
+            "completion_tokens": self.completion_tokens,
+            "total_tokens": prompt + self.completion_tokens,
+            "prompt_tokens_details": {"cached_tokens": cached},
+        }
+
+    def object(self, kind: str, choices: list[Json], **more: Any) -> Json:
+        """A response or a chunk of one."""
+        return {
+            "id": self.id,
+            "object": kind,
+            "created": self.created,
+            "model": self.service.model,
+            "system_fingerprint": f"mpillama-{__version__}",
+            "choices": choices,
+            **more,
+        }
+
+
+class Answerer:
+    """Runs a request's tasks to their end; answers longer than `seconds` are cut."""
+
+    def __init__(self, front: Front, metrics: Metrics, seconds: float):
+        self.front = front
+        self.metrics = metrics
+        self.seconds = seconds
+
+    async def whole(self, reply: Reply, make: Callable[[int, Task], Choice]) -> Json:
+        """The response when all answers are finished."""
+        choices = [make(i, task) for i, task in enumerate(reply.tasks)]
+        async with self.front.answers(reply.tasks) as answers:
+            async for index, progress in self._timed(answers):
+                reply.note(index, progress)
+                choices[index].push(progress)
+        return reply.object(reply.kind, [choice.whole() for choice in choices], usage=reply.usage())
+
+    async def pieces(
+        self, reply: Reply, make: Callable[[int, Task], Choice], include_usage: bool
+    ) -> AsyncGenerator[bytes]:
+        """The events of a stream."""
+        choices = [make(i, task) for i, task in enumerate(reply.tasks)]
+        more: Json = {"usage": None} if include_usage else {}
+        begun: set[int] = set()
+        async with self.front.answers(reply.tasks) as answers:
+            async for index, progress in self._timed(answers):
+                reply.note(index, progress)
+                entries = choices[index].push(progress)
+                first = choices[index].begin() if index not in begun else None
+                begun.add(index)
+                for entry in [first, *entries] if first else entries:
+                    yield event(reply.object(reply.chunk_kind, [entry], **more))
+        if include_usage:
+            yield event(reply.object(reply.chunk_kind, [], usage=reply.usage()))
+        yield DONE
+
+    async def embeddings(self, reply: Reply) -> list[np.ndarray]:
+        """The embedding of each task's text."""
+        found: dict[int, np.ndarray] = {}
+        async with self.front.answers(reply.tasks) as answers:
+            async for index, progress in self._timed(answers):
+                reply.note(index, progress)
+                if progress.embedding is None:
+                    raise AnswerFailed("the embedding took too long")
+                found[index] = progress.embedding
+        return [found[index] for index in range(len(reply.tasks))]
+
+    async def _timed(self, answers: Answers) -> AsyncGenerator[tuple[int, Progress]]:
+        """Progress, measured, and cut where it takes too long."""
+        watch = self.metrics.watch()
+        async for index, progress in answers.progress(self.seconds):
+            watch.note(index, progress)
+            yield index, progress

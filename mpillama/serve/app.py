@@ -1,0 +1,262 @@
+"""The server's paths: OpenAI's API, a few of our own, and the chat page."""
+
+import logging
+import math
+from collections.abc import Callable, Coroutine
+from pathlib import Path
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Depends, FastAPI, HTTPException, Request, Response
+from fastapi.concurrency import run_in_threadpool
+from fastapi.openapi.utils import get_openapi
+from fastapi.responses import FileResponse
+from fastapi.routing import APIRoute
+
+from mpillama import __version__
+from mpillama.api.bodies import BadRequest
+from mpillama.api.served import DetokenizeBody, EmbeddingBody, ServedChat, ServedCompletion, TokenizeBody
+from mpillama.errors import UserError
+from mpillama.serve import errors, schemas
+from mpillama.serve.answering import Answerer, Reply
+from mpillama.serve.choices import ChatChoice, CompletionChoice, embedding_entry
+from mpillama.serve.errors import AsciiJson, Refused
+from mpillama.serve.front import SERVING, Front, Service
+from mpillama.serve.json_body import load_json
+from mpillama.serve.metrics import Metrics
+from mpillama.serve.streams import stream, while_connected
+from mpillama.serve.tasks import Task
+from mpillama.serve.tasks_of import chat_tasks, check_model, completion_tasks, embedding_tasks, used_tools
+
+LOG = logging.getLogger(__name__)
+Handler = Callable[[Request], Coroutine[Any, Any, Response]]
+PAGE = Path(__file__).parent / "page"
+REFUSALS: dict[int | str, dict[str, Any]] = {
+    status: {"model": schemas.ErrorObject, "description": text}
+    for status, text in {
+        400: "A field has a wrong value; `param` names it",
+        401: "The key is missing or wrong",
+        404: "There is no such model",
+        408: "The body did not come in time",
+        413: "The body is too large",
+        415: "The body is not JSON",
+        421: "The server is not called so",
+        422: "The request is well formed, but cannot be carried out",
+        429: "Too many requests; see Retry-After",
+        503: "The server loads its model or is about to end; see Retry-After",
+    }.items()
+}
+EVENTS = {"text/event-stream": {"schema": {"type": "string", "description": "chunks, with `stream`"}}}
+
+
+class StrictRequest(Request):
+    """A request whose JSON is JSON: no NaN, no numbers beyond a float, no nesting without end."""
+
+    async def json(self) -> Any:
+        """The body's value."""
+        try:
+            return load_json(await self.body())
+        except BadRequest as error:  # FastAPI lets only this kind through
+            raise HTTPException(400, str(error)) from error
+
+
+class StrictRoute(APIRoute):
+    """A route whose requests are StrictRequests."""
+
+    def get_route_handler(self) -> Handler:
+        """What answers a request."""
+        handle = super().get_route_handler()
+
+        async def handle_strictly(request: Request) -> Response:
+            return await handle(StrictRequest(request.scope, request.receive))
+
+        return handle_strictly
+
+
+def create_app(front: Front, request_seconds: float, log_prompts: bool = False) -> FastAPI:
+    """The application, in front of engines that may still be loading; answers are cut after `request_seconds`."""
+    app = FastAPI(title="mpillama", version=__version__, docs_url=None, redoc_url=None, openapi_url="/openapi.json")
+    app.state.front = front
+    app.state.metrics = Metrics(front)
+    app.state.answerer = Answerer(front, app.state.metrics, request_seconds)
+    app.state.log_prompts = log_prompts
+    errors.install(app)
+    app.include_router(api)
+    app.include_router(page)
+    app.openapi = lambda: _document(app)  # type: ignore[method-assign]
+    return app
+
+
+def _document(app: FastAPI) -> dict[str, Any]:
+    if app.openapi_schema is None:
+        document = get_openapi(title="mpillama", version=__version__, routes=app.routes)
+        document["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
+        document["security"] = [{"key": []}, {}]
+        app.openapi_schema = document
+    return app.openapi_schema
+
+
+def the_front(request: Request) -> Front:
+    """What brings requests to the engines."""
+    front: Front = request.app.state.front
+    return front
+
+
+def the_service(request: Request) -> Service:
+    """What requests are answered with; 503 before it is loaded and when it is about to end."""
+    return the_front(request).open_service()
+
+
+FrontOf = Annotated[Front, Depends(the_front)]
+ServiceOf = Annotated[Service, Depends(the_service)]
+
+api = APIRouter(route_class=StrictRoute)
+page = APIRouter(route_class=StrictRoute, include_in_schema=False)
+
+
+@api.post(
+    "/v1/chat/completions",
+    response_model=None,
+    responses={200: {"model": schemas.ChatCompletion, "content": EVENTS}, **REFUSALS},
+)
+async def chat_completions(request: Request, body: ServedChat, service: ServiceOf) -> Response:
+    """Answer a conversation, whole or as a stream."""
+    tasks = await run_in_threadpool(chat_tasks, service, body)
+    reply = Reply(service, "chat.completion", "chat.completion.chunk", "chatcmpl", tasks)
+    tools = used_tools(body)
+    names = {tool["function"]["name"] for tool in tools or ()}
+
+    def choice(index: int, task: Task) -> ChatChoice:
+        parser = service.tools.parser(names=names) if tools and service.tools else None
+        most = 1 if body.parallel_tool_calls is False else math.inf
+        return ChatChoice(index, service.prompter.tokenizer, parser, bool(body.logprobs), most)
+
+    return await _answer(request, reply, choice, body)
+
+
+@api.post(
+    "/v1/completions",
+    response_model=None,
+    responses={200: {"model": schemas.Completion, "content": EVENTS}, **REFUSALS},
+)
+async def completions(request: Request, body: ServedCompletion, service: ServiceOf) -> Response:
+    """Continue a text, whole or as a stream."""
+    tasks = await run_in_threadpool(completion_tasks, service, body)
+    reply = Reply(service, "text_completion", "text_completion", "cmpl", tasks)
+    tokenizer = service.prompter.tokenizer
+    return await _answer(request, reply, lambda i, _: CompletionChoice(i, tokenizer, body.logprobs is not None), body)
+
+
+async def _answer(request: Request, reply: Reply, choice: Any, body: ServedChat | ServedCompletion) -> Response:
+    answerer: Answerer = request.app.state.answerer
+    answerer.front.check_room(len(reply.tasks))
+    if request.app.state.log_prompts:
+        LOG.info("%s: %s", reply.id, body.model_dump_json(exclude_none=True))
+    if body.stream:
+        usage = bool(body.stream_options and body.stream_options.include_usage)
+        return await stream(request, answerer.pieces(reply, choice, usage))
+    return AsciiJson(await while_connected(request, answerer.whole(reply, choice)))
+
+
+@api.post("/v1/embeddings", response_model=None, responses={200: {"model": schemas.Embeddings}, **REFUSALS})
+async def embeddings(request: Request, body: EmbeddingBody, service: ServiceOf) -> Response:
+    """Give the direction of texts in the model's last hidden state: vectors of length 1."""
+    tasks = await run_in_threadpool(embedding_tasks, service, body)
+    answerer: Answerer = request.app.state.answerer
+    reply = Reply(service, "list", "list", "embd", tasks)
+    vectors = await while_connected(request, answerer.embeddings(reply))
+    entries = [embedding_entry(i, vector, body.encoding_format == "base64") for i, vector in enumerate(vectors)]
+    tokens = sum(len(task.prompt_ids) for task in tasks)
+    usage = {"prompt_tokens": tokens, "total_tokens": tokens}
+    return AsciiJson({"object": "list", "data": entries, "model": service.model, "usage": usage})
+
+
+@api.get("/v1/models", responses={200: {"model": schemas.Models}, **REFUSALS})
+async def models(service: ServiceOf) -> dict[str, Any]:
+    """List the one model."""
+    return {"object": "list", "data": [_model(service)]}
+
+
+@api.get("/v1/models/{name}", responses={200: {"model": schemas.Model}, **REFUSALS})
+async def model(name: str, service: ServiceOf) -> dict[str, Any]:
+    """Describe the model."""
+    check_model(service, name)
+    return _model(service)
+
+
+def _model(service: Service) -> dict[str, Any]:
+    return {
+        "id": service.model,
+        "object": "model",
+        "created": service.created,
+        "owned_by": "mpillama",
+        "max_model_len": service.max_model_len,
+    }
+
+
+@api.post("/tokenize", responses={200: {"model": schemas.Tokens}, **REFUSALS})
+async def tokenize(body: TokenizeBody, service: ServiceOf) -> dict[str, Any]:
+    """Give the token ids of a text, or of a conversation as the model sees it."""
+    check_model(service, body.model)
+    if (body.content is None) == (body.messages is None):
+        raise Refused(400, "content: give either content or messages", "content")
+    try:
+        ids = await run_in_threadpool(_token_ids, service, body)
+    except UserError as error:
+        raise errors.Unprocessable(str(error), "messages" if body.messages else "content") from error
+    found = {"tokens": ids, "count": len(ids), "max_model_len": service.max_model_len}
+    pieces = [service.prompter.tokenizer.token_text(i) for i in ids]
+    return {**found, "pieces": pieces} if body.with_pieces else found
+
+
+def _token_ids(service: Service, body: TokenizeBody) -> list[int]:
+    if body.messages is not None:
+        return service.prompter.chat_ids(body.messages)
+    return service.prompter.tokenizer.encode(body.content or "", add_bos=body.add_special_tokens)
+
+
+@api.post("/detokenize", responses={200: {"model": schemas.Text}, **REFUSALS})
+async def detokenize(body: DetokenizeBody, service: ServiceOf) -> dict[str, Any]:
+    """Give the text of token ids."""
+    check_model(service, body.model)
+    if max(body.tokens, default=0) >= service.prompter.vocab_size:
+        raise Refused(400, f"tokens: ids are below {service.prompter.vocab_size}", "tokens")
+    return {"content": await run_in_threadpool(service.prompter.tokenizer.decode, body.tokens, False)}
+
+
+@api.get("/health", response_model=None, responses={200: {"model": schemas.Health}, 503: {"model": schemas.Health}})
+async def health(front: FrontOf) -> Response:
+    """Tell whether requests are taken."""
+    service = front.service
+    groups = [
+        {"ranks": list(r.ranks), "ready": r.ready, "failure": r.failure} for r in (service.replicas if service else ())
+    ]
+    state = {
+        "status": front.state,
+        "reason": front.reason,
+        "model": service.model if service else None,
+        "version": __version__,
+        "groups": groups,
+    }
+    status, headers = (200, None) if front.state == SERVING else (503, {"Retry-After": str(errors.RETRY_SECONDS)})
+    return AsciiJson(state, status, headers)
+
+
+@api.get("/metrics", response_model=None, responses={200: {"content": {"text/plain": {}}}, 401: REFUSALS[401]})
+async def metrics(request: Request) -> Response:
+    """Show counters and histograms for Prometheus."""
+    return Response(request.app.state.metrics.page(), media_type="text/plain; version=0.0.4")
+
+
+@page.get("/")
+async def index() -> Response:
+    """Show the chat page."""
+    return FileResponse(PAGE / "index.html")
+
+
+@page.get("/page/{name}")
+async def page_file(name: str) -> Response:
+    """Give a file of the chat page."""
+    known = {path.name: path for path in PAGE.iterdir() if path.is_file()}
+    if name not in known:
+        raise Refused(404, f"the page has no file {name!r}")
+    return FileResponse(known[name])

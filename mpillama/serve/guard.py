@@ -1,0 +1,200 @@
+"""Before any request is looked at: who may ask, how much, and how long it may take; the same for every path."""
+
+import asyncio
+import hashlib
+import hmac
+import logging
+import time
+from collections.abc import Awaitable, Callable, MutableMapping
+from dataclasses import dataclass
+from typing import Any
+
+from mpillama.serve.errors import Refused, response_to
+from mpillama.serve.front import ClientGone, QueueFull
+from mpillama.serve.http_server import ABORT
+
+LOG = logging.getLogger(__name__)
+Message = MutableMapping[str, Any]
+Scope = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+App = Callable[[Scope, Receive, Send], Awaitable[None]]
+
+OPEN_PATHS = ("/", "/health", "/openapi.json")
+"""What needs no key, besides the page's files."""
+PAGE = "/page/"
+SECURITY_HEADERS = (
+    (b"x-content-type-options", b"nosniff"),
+    (b"referrer-policy", b"no-referrer"),
+    (b"x-frame-options", b"DENY"),
+    (
+        b"content-security-policy",
+        b"default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src 'self' data:; "
+        b"base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+    ),
+)
+
+
+@dataclass(frozen=True)
+class Rules:
+    """What clients must keep to; `key` None lets everybody in, `hosts` None any name of this server."""
+
+    key: str | None
+    hosts: frozenset[str] | None
+    most_requests: int
+    body_bytes: int
+    body_seconds: float
+    write_seconds: float
+    origins: frozenset[str] = frozenset()
+
+
+class Guard:
+    """An ASGI application around another one, which gets requests with whole bodies only.
+
+    `note` is told of each request: path, status (499 if the client went away before), seconds.
+    """
+
+    def __init__(self, app: App, rules: Rules, note: Callable[[str, int, float], None] = lambda path, status, s: None):
+        self.app = app
+        self.rules = rules
+        self.note = note
+        self.requests = 0
+        self._digest = None if rules.key is None else _digest(rules.key.encode())
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer a request, or refuse it."""
+        self.requests += 1
+        writer, began = _Writer(scope, send, self.rules.write_seconds, self._cors(scope)), time.monotonic()
+        try:
+            await self._pass_on(scope, receive, writer.send)
+        finally:
+            self.requests -= 1
+            path = getattr(scope.get("route"), "path", "other")
+            self.note(path, writer.status, time.monotonic() - began)
+
+    async def _pass_on(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            if self._is_preflight(scope):
+                return await _answer_preflight(send)
+            self._check_head(scope)
+            body = await self._body(scope, receive)
+        except (Refused, QueueFull) as error:
+            return await response_to(error)(scope, receive, send)
+        try:
+            return await self.app(scope, _Replay(body, receive), send)
+        except Exception as error:  # noqa: BLE001 - the client was told, and the log (serve/errors)
+            LOG.debug("a request ended by %s", type(error).__name__)
+
+    def _check_head(self, scope: Scope) -> None:
+        """Refuse by what is known before the body."""
+        if self.requests > self.rules.most_requests:
+            raise QueueFull(f"{self.requests} requests are open, and no more than {self.rules.most_requests} may be")
+        self._check_host(scope)
+        path = scope["path"]
+        if not (path in OPEN_PATHS or path.startswith(PAGE)) and not self._may_ask(scope):
+            raise Refused(401, "give this server's key: Authorization: Bearer KEY")
+        if scope["method"] == "POST" and _header(scope, b"content-type").split(b";")[0].strip() != b"application/json":
+            raise Refused(415, "send JSON, with Content-Type: application/json")
+
+    def _check_host(self, scope: Scope) -> None:
+        """A page of another site whose name was made to point here must not ask (DNS rebinding)."""
+        host = _header(scope, b"host").decode("latin-1").lower()
+        name = host if host.endswith("]") else host.rsplit(":", 1)[0]
+        if self.rules.hosts is not None and name not in self.rules.hosts:
+            raise Refused(421, f"this server is not called {name!r}: use its own URL, or give it a key (--api-key)")
+
+    def _may_ask(self, scope: Scope) -> bool:
+        scheme, _, given = _header(scope, b"authorization").partition(b" ")
+        fits = self._digest is None or hmac.compare_digest(_digest(given.strip()), self._digest)
+        return self._digest is None or (fits and scheme.lower() == b"bearer")
+
+    async def _body(self, scope: Scope, receive: Receive) -> bytes:
+        """The whole body; Refused if it is too large or takes too long."""
+        length = _header(scope, b"content-length")
+        if length.isdigit() and int(length[:20]) > self.rules.body_bytes:
+            raise self._too_large()
+        try:
+            async with asyncio.timeout(self.rules.body_seconds):
+                return await self._read(receive)
+        except TimeoutError as error:
+            raise Refused(408, f"the body did not come within {self.rules.body_seconds:g} s") from error
+
+    async def _read(self, receive: Receive) -> bytes:
+        parts, size = [], 0
+        while True:
+            message = await receive()
+            if message["type"] == "http.disconnect":
+                raise Refused(408, "the client went away")
+            parts.append(message.get("body", b""))
+            size += len(parts[-1])
+            if size > self.rules.body_bytes:
+                raise self._too_large()
+            if not message.get("more_body"):
+                return b"".join(parts)
+
+    def _too_large(self) -> Refused:
+        return Refused(413, f"the body is larger than {self.rules.body_bytes} bytes")
+
+    def _is_preflight(self, scope: Scope) -> bool:
+        return scope["method"] == "OPTIONS" and bool(self._cors(scope))
+
+    def _cors(self, scope: Scope) -> list[tuple[bytes, bytes]]:
+        """The headers that let a page of another origin ask; none unless that origin was allowed."""
+        origin = _header(scope, b"origin")
+        if origin.decode("latin-1") not in self.rules.origins:
+            return []
+        return [(b"access-control-allow-origin", origin), (b"vary", b"Origin")]
+
+
+class _Replay:
+    """A body that was read already, then the rest of what the client does."""
+
+    def __init__(self, body: bytes, receive: Receive):
+        self._message: Message | None = {"type": "http.request", "body": body, "more_body": False}
+        self._receive = receive
+
+    async def __call__(self) -> Message:
+        message, self._message = self._message, None
+        return message or await self._receive()
+
+
+class _Writer:
+    """Sends with security headers, and drops a client that does not read."""
+
+    def __init__(self, scope: Scope, send: Send, seconds: float, headers: list[tuple[bytes, bytes]]):
+        self._scope = scope
+        self._send = send
+        self._seconds = seconds
+        self._headers = [*SECURITY_HEADERS, *headers]
+        self.status = 499  # until something is answered
+
+    async def send(self, message: Message) -> None:
+        """As the server's own."""
+        if message["type"] == "http.response.start":
+            self.status = message["status"]
+            message = {**message, "headers": [*message.get("headers", ()), *self._headers]}
+        try:
+            async with asyncio.timeout(self._seconds):
+                await self._send(message)
+        except TimeoutError as error:
+            self._scope.get("extensions", {}).get(ABORT, {"call": lambda: None})["call"]()
+            raise ClientGone from error
+
+
+async def _answer_preflight(send: Send) -> None:
+    headers = [
+        (b"access-control-allow-methods", b"GET, POST"),
+        (b"access-control-allow-headers", b"Authorization, Content-Type"),
+        (b"access-control-max-age", b"600"),
+    ]
+    await send({"type": "http.response.start", "status": 204, "headers": headers})
+    await send({"type": "http.response.body", "body": b""})
+
+
+def _header(scope: Scope, name: bytes) -> bytes:
+    return next((value for key, value in scope["headers"] if key == name), b"")
+
+
+def _digest(key: bytes) -> bytes:
+    """Of one length, so that comparing takes the same time for any key."""
+    return hashlib.sha256(key).digest()

@@ -1,0 +1,144 @@
+"""uvicorn in a thread of its own, with patience that has an end: for headers, bodies, and readers."""
+
+import asyncio
+import logging
+import socket
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import uvicorn
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from mpillama.errors import UserError
+
+HEADER_BYTES = 64 << 10
+HEADER_SECONDS = 20.0
+"""How long a client may take to send the head of a request."""
+KEEP_ALIVE_SECONDS = 60
+START_SECONDS = 30.0
+CLOSE_SECONDS = 5
+"""Left to connections to end by themselves once the server does."""
+ABORT = "mpillama.abort"
+"""The scope's extension that drops the connection at once."""
+BACKLOG = 1024
+
+
+@dataclass(frozen=True)
+class Address:
+    """Where to listen; both files for TLS or neither."""
+
+    host: str
+    port: int
+    certificate: str | None = None
+    key: str | None = None
+
+    @property
+    def scheme(self) -> str:
+        """Of the URL."""
+        return "https" if self.certificate else "http"
+
+    def bind(self) -> socket.socket:
+        """A socket that listens; UserError if that cannot be had."""
+        for path in filter(None, (self.certificate, self.key)):
+            if not Path(path).is_file():
+                raise UserError(f"{path}: there is no such file: give --tls-certificate and --tls-key in PEM form.")
+        try:
+            family = socket.getaddrinfo(self.host, self.port, type=socket.SOCK_STREAM)[0][0]
+            return socket.create_server((self.host, self.port), family=family, backlog=BACKLOG)
+        except (OSError, OverflowError) as error:
+            reason = getattr(error, "strerror", None) or str(error)
+            raise UserError(
+                f"--host {self.host} --port {self.port}: cannot be listened to ({reason}): choose others."
+            ) from error
+
+
+class PatientProtocol(H11Protocol):
+    """uvicorn's HTTP/1.1, which drops those who never finish the head of a request."""
+
+    _timer: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """A client has come."""
+        super().connection_made(transport)
+        self._watch_head()
+
+    def data_received(self, data: bytes) -> None:
+        """A piece of a request, maybe of its head only."""
+        super().data_received(data)
+        self._watch_head()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """The client has gone."""
+        super().connection_lost(exc)
+        self._stop_timer()
+
+    def handle_events(self) -> None:
+        """Begin the requests whose head is complete; each may drop the connection."""
+        super().handle_events()
+        if self.scope is not None:
+            self.scope.setdefault("extensions", {})[ABORT] = {"call": self.transport.abort}
+
+    def _watch_head(self) -> None:
+        answering = self.cycle is not None and not self.cycle.response_complete
+        if answering:
+            self._stop_timer()
+        elif self._timer is None:
+            self._timer = self.loop.call_later(HEADER_SECONDS, self._give_up)
+
+    def _give_up(self) -> None:
+        self._timer = None
+        if self.cycle is None or self.cycle.response_complete:
+            self.transport.abort()
+
+    def _stop_timer(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+
+class HttpServer:
+    """Answers requests on a bound socket in a thread; what escapes from there ends the job (comm/failure)."""
+
+    def __init__(self, app: Any, address: Address, bound: socket.socket):
+        self._bound = bound
+        config = uvicorn.Config(
+            app, http=PatientProtocol, ws="none", loop="asyncio", lifespan="off", log_config=None, access_log=False,
+            server_header=False, proxy_headers=False, h11_max_incomplete_event_size=HEADER_BYTES,
+            timeout_keep_alive=KEEP_ALIVE_SECONDS, timeout_graceful_shutdown=CLOSE_SECONDS,
+            ssl_certfile=address.certificate, ssl_keyfile=address.key,
+        )  # fmt: skip
+        self._server = uvicorn.Server(config)
+        self._thread = threading.Thread(target=self._run, name="http", daemon=True)
+        self._began = threading.Event()
+        self._on_start: Callable[[asyncio.AbstractEventLoop], None] = lambda loop: None
+
+    def start(self, on_start: Callable[[asyncio.AbstractEventLoop], None]) -> None:
+        """Begin; `on_start` is called in the server's event loop first."""
+        self._on_start = on_start
+        self._load_tls()
+        self._thread.start()
+        self._began.wait(START_SECONDS)
+
+    def _load_tls(self) -> None:
+        logging.getLogger("uvicorn").setLevel(logging.CRITICAL)  # it would warn of every malformed request
+        try:
+            self._server.config.load()
+        except OSError as error:  # ssl.SSLError is one
+            raise UserError(f"--tls-certificate, --tls-key: cannot be used ({error}): give PEM files.") from error
+
+    def _run(self) -> None:
+        asyncio.run(self._serve())
+
+    async def _serve(self) -> None:
+        self._on_start(asyncio.get_running_loop())
+        self._began.set()
+        await self._server.serve([self._bound])
+
+    def stop(self) -> None:
+        """End, and wait for it."""
+        self._server.should_exit = True
+        if self._thread.is_alive():
+            self._thread.join(CLOSE_SECONDS + START_SECONDS)

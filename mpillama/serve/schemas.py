@@ -1,0 +1,161 @@
+"""The forms of answers, for the OpenAPI document; requests are in mpillama/api."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, Field
+
+
+class ErrorDetail(BaseModel):
+    """What was wrong."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorObject(BaseModel):
+    """A refused or failed request."""
+
+    error: ErrorDetail
+
+
+class Usage(BaseModel):
+    """Tokens of a request."""
+
+    prompt_tokens: int
+    total_tokens: int
+    completion_tokens: int | None = None
+    prompt_tokens_details: dict[str, int] | None = None
+
+
+class CalledFunctionOut(BaseModel):
+    """A function and its arguments as JSON text."""
+
+    name: str
+    arguments: str
+
+
+class ToolCallOut(BaseModel):
+    """A call of a tool."""
+
+    id: str
+    type: Literal["function"]
+    function: CalledFunctionOut
+
+
+class MessageOut(BaseModel):
+    """The model's message."""
+
+    role: Literal["assistant"]
+    content: str | None
+    tool_calls: list[ToolCallOut] | None = None
+
+
+class ChatChoiceOut(BaseModel):
+    """One answer."""
+
+    index: int
+    message: MessageOut
+    logprobs: dict[str, Any] | None
+    finish_reason: Literal["stop", "length", "tool_calls"]
+
+
+class CompletionChoiceOut(BaseModel):
+    """One continuation."""
+
+    index: int
+    text: str
+    logprobs: dict[str, Any] | None
+    finish_reason: Literal["stop", "length"]
+
+
+class Answer(BaseModel):
+    """What all answers have."""
+
+    id: str
+    created: int
+    model: str
+    system_fingerprint: str
+    usage: Usage
+
+
+class ChatCompletion(Answer):
+    """The answer to a chat."""
+
+    object: Literal["chat.completion"]
+    choices: list[ChatChoiceOut]
+
+
+class Completion(Answer):
+    """The answer to a completion."""
+
+    object: Literal["text_completion"]
+    choices: list[CompletionChoiceOut]
+
+
+class Embedding(BaseModel):
+    """One text's embedding."""
+
+    object: Literal["embedding"]
+    index: int
+    embedding: list[float] | str
+
+
+class Embeddings(BaseModel):
+    """Embeddings in the order of their texts."""
+
+    object: Literal["list"]
+    data: list[Embedding]
+    model: str
+    usage: Usage
+
+
+class Model(BaseModel):
+    """A model that is served."""
+
+    id: str
+    object: Literal["model"]
+    created: int
+    owned_by: str
+    max_model_len: int
+
+
+class Models(BaseModel):
+    """All of them."""
+
+    object: Literal["list"]
+    data: list[Model]
+
+
+class Tokens(BaseModel):
+    """The ids of a text."""
+
+    tokens: list[int]
+    count: int
+    max_model_len: int
+    pieces: list[str] | None = None
+
+
+class Text(BaseModel):
+    """The text of ids."""
+
+    content: str
+
+
+class Group(BaseModel):
+    """Ranks that hold the model."""
+
+    ranks: Annotated[list[int], Field(min_length=1)]
+    ready: bool
+    failure: str | None
+
+
+class Health(BaseModel):
+    """Whether requests are taken."""
+
+    status: Literal["ok", "loading", "draining"]
+    reason: str
+    model: str | None
+    version: str
+    groups: list[Group]

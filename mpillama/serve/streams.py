@@ -1,0 +1,126 @@
+"""Answers in pieces, as server-sent events, and answers that end when their client goes away."""
+
+import asyncio
+import json
+from collections.abc import AsyncGenerator, Coroutine
+from typing import Any, Self, TypeVar
+
+from fastapi import Request
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from mpillama.serve.errors import error_object
+from mpillama.serve.front import AnswerFailed, ClientGone
+
+T = TypeVar("T")
+BEAT_SECONDS = 15.0
+"""After so long without an event a comment shows proxies that the connection lives."""
+BEAT = b": waiting\n\n"
+DONE = b"data: [DONE]\n\n"
+HEADERS = [
+    (b"content-type", b"text/event-stream; charset=utf-8"),
+    (b"cache-control", b"no-store"),
+    (b"x-accel-buffering", b"no"),  # nginx would collect events
+]
+
+
+def event(value: Any) -> bytes:
+    """An event with a JSON value."""
+    return b"data: " + json.dumps(value, separators=(",", ":")).encode() + b"\n\n"
+
+
+class Events:
+    """Events of a generator, with comments where they are long in coming; to be closed in the end."""
+
+    def __init__(self, generator: AsyncGenerator[bytes]):
+        self._generator = generator
+        self._following: asyncio.Task[bytes] | None = None
+
+    async def begin(self) -> None:
+        """Wait for the first event (unless it is long in coming), so that what fails before it can have a status."""
+        if await self._arrives() and self._following is not None and not self._following.cancelled():
+            failure = self._following.exception()
+            if failure is not None:
+                raise failure
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> bytes:
+        if not await self._arrives() or self._following is None:
+            return BEAT
+        following, self._following = self._following, None
+        return following.result()
+
+    async def _arrives(self) -> bool:
+        if self._following is None:
+            self._following = asyncio.ensure_future(anext(self._generator))
+        done, _ = await asyncio.wait({self._following}, timeout=BEAT_SECONDS)
+        return bool(done)
+
+    async def close(self) -> None:
+        """End what is under way."""
+        if self._following is not None:
+            self._following.cancel()
+            await asyncio.gather(self._following, return_exceptions=True)
+        await self._generator.aclose()
+
+
+class EventStream(Response):
+    """Sends events until they end, the client goes away, or one fails, which becomes the last event."""
+
+    def __init__(self, events: Events):
+        super().__init__()
+        self.events = events
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Stream."""
+        try:
+            await send({"type": "http.response.start", "status": 200, "headers": HEADERS})
+            await until_gone(receive, self._send_all(send))
+        finally:
+            await self.events.close()
+
+    async def _send_all(self, send: Send) -> None:
+        try:
+            async for data in self.events:
+                await send({"type": "http.response.body", "body": data, "more_body": True})
+        except AnswerFailed as error:
+            failure = event(error_object(503, str(error)))
+            await send({"type": "http.response.body", "body": failure, "more_body": True})
+        await send({"type": "http.response.body", "body": b""})
+
+
+async def stream(request: Request, generator: AsyncGenerator[bytes]) -> Response:
+    """The response that streams a generator's events; what fails before the first one is raised here."""
+    events = Events(generator)
+    try:
+        await while_connected(request, events.begin())
+    except BaseException:
+        await events.close()
+        raise
+    return EventStream(events)
+
+
+async def while_connected(request: Request, work: Coroutine[Any, Any, T]) -> T:
+    """The result of some work, which is cancelled if the client goes away: ClientGone then."""
+    return await until_gone(request.receive, work)
+
+
+async def until_gone(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
+    """As while_connected, for an ASGI application."""
+    working, gone = asyncio.ensure_future(work), asyncio.ensure_future(_gone(receive))
+    try:
+        await asyncio.wait({working, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if not working.done():
+            raise ClientGone
+        return working.result()
+    finally:
+        for task in (working, gone):
+            task.cancel()
+        await asyncio.gather(working, gone, return_exceptions=True)
+
+
+async def _gone(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass

@@ -1,0 +1,84 @@
+"""What goes from the server's requests to the engines and back: plain values that may travel to another rank."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from mpillama.engine.answer import Limits
+from mpillama.engine.sequence import Pooling
+from mpillama.text.sampler import SamplingOptions
+
+
+@dataclass(frozen=True)
+class Task:
+    """One answer, or one embedding, to compute; `number` is never used twice.
+
+    `sampling` has a seed, so that the same task gives the same answer on any engine. `logprobs` is the number of
+    alternatives to report for each token (None: not even the token's own).
+    """
+
+    number: int
+    prompt_ids: list[int]
+    sampling: SamplingOptions
+    limits: Limits
+    reuse_prefix: bool = True
+    keep_special: bool = False
+    grammar: str | None = None
+    logprobs: int | None = None
+    pooling: Pooling | None = None
+
+
+@dataclass(frozen=True)
+class Cancel:
+    """Nobody wants that task's answer any more."""
+
+    number: int
+
+
+@dataclass(frozen=True)
+class AskMemory:
+    """The wish to know the resident bytes of every rank."""
+
+
+@dataclass(frozen=True)
+class TokenLogprob:
+    """A sampled token, its log-probability, and the likeliest tokens with theirs."""
+
+    token: int
+    logprob: float
+    top: list[tuple[int, float]]
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How a task went on in a step; with a `finish_reason` ("error" with `error`) it is over."""
+
+    number: int
+    token_ids: Sequence[int] = ()
+    text: str = ""
+    logprobs: Sequence[TokenLogprob] = ()
+    finish_reason: str | None = None
+    cached_tokens: int = 0
+    error: str | None = None
+    embedding: np.ndarray | None = None
+
+
+@dataclass(frozen=True)
+class Figures:
+    """The state of an engine, for /metrics."""
+
+    running: int = 0
+    waiting: int = 0
+    blocks: int = 0
+    blocks_used: int = 0
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    sampled_tokens: int = 0
+    steps: int = 0
+    preemptions: int = 0
+    step_seconds: float = 0.0
+    model_seconds: float = 0.0
+    communication_seconds: float = 0.0
+    memory: list[int] = field(default_factory=list)
+    """Resident bytes of each rank, when last asked for."""

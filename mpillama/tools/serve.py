@@ -1,0 +1,310 @@
+"""`serve`: OpenAI's API and a chat page from inside the job."""
+
+import logging
+import os
+import secrets
+import signal
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, NoReturn, cast
+
+from mpillama.comm.failure import Interrupted
+from mpillama.comm.start import World, start_mpi
+from mpillama.engine.deadline import Deadline, StopRequest, ignore_stop_signals
+from mpillama.errors import UserError
+from mpillama.options import ServeOptions
+from mpillama.tools.engines import check_engine_options, opener, prompter, run_in_groups
+from mpillama.tools.output_file import refuse_unwritable
+from mpillama.tools.quantities import parse_bytes
+from mpillama.tools.running import Run, check_observed, choose_target, observed, run_in_world, sampling_options
+
+if TYPE_CHECKING:
+    from mpillama.comm.groups import Post
+    from mpillama.comm.watchdog import Watch
+    from mpillama.engine.sequence import Pooling
+    from mpillama.serve.desk import EngineDesk
+    from mpillama.serve.dispatcher import Inbox
+    from mpillama.serve.front import Front, Service
+    from mpillama.serve.guard import Rules
+    from mpillama.serve.http_server import HttpServer
+    from mpillama.serve.rendezvous import Rendezvous
+    from mpillama.serve.replicas import RemoteReplica, Replica
+    from mpillama.text.constraint import Grammars
+
+LOG = logging.getLogger(__name__)
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+SWITCH_SECONDS = 0.0005
+"""How long one thread may keep Python from the other: the engine's comes back from its kernels many times a step."""
+
+
+def serve(options: ServeOptions) -> int:
+    """Run the command until a signal or the end of the job; returns the exit status."""
+    from mpillama.comm.launcher import launched_rank
+
+    settings = check(options)
+    if launched_rank() == 0:
+        signal.signal(signal.SIGUSR1, _interrupt)  # until the model is loaded, as SIGTERM and SIGINT
+    else:
+        ignore_stop_signals(SIGNALS)
+    quiet = options.quiet
+    with start_mpi(options.threads, timeout=options.timeout) as world, observed(options, world, quiet) as monitor:
+        if options.replicas < 1 or world.comm.size % options.replicas:
+            reason = f"{world.comm.size} ranks do not divide into so many groups"
+            raise UserError(f"--replicas is {options.replicas}: {reason}.")
+        target = choose_target(world)
+        job = ServeJob(options, settings, world)
+        world.comm.on_root_only(job.listen)
+        size = world.comm.size // options.replicas
+        if options.replicas == 1:
+            return run_in_world(options, quiet, job.run, opener(options), world, target, monitor)
+        return run_in_groups(options, quiet, world, size, target, monitor, job.gather_groups, job.run, job.lead)
+
+
+def _interrupt(number: int, frame: FrameType | None) -> NoReturn:
+    raise Interrupted(number)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the options come to."""
+
+    key: str | None
+    made_key: bool
+    body_bytes: int
+    rendezvous: Path
+
+
+def check(options: ServeOptions) -> Settings:
+    """Raise UserError for what is wrong with the options, before MPI starts."""
+    from mpillama.serve.rendezvous import default_path, is_loopback
+
+    _require_packages()
+    sampling_options(options)
+    check_engine_options(options)
+    check_observed(options)
+    for name in ("queue", "connections", "body_timeout", "write_timeout", "request_timeout"):
+        if getattr(options, name) < (0 if name == "queue" else 1):
+            raise UserError(f"--{name.replace('_', '-')} is {getattr(options, name)}: give at least 1.")
+    if options.grace < 0:
+        raise UserError(f"--grace is {options.grace:g}: give 0 seconds or more.")
+    if (options.tls_certificate is None) != (options.tls_key is None):
+        raise UserError("--tls-certificate and --tls-key go together: give both.")
+    key, made = _key(options)
+    if key is None and not options.no_auth and not is_loopback(options.host):
+        raise UserError(
+            f"--host {options.host} is reached from other machines: give a key (--api-key auto makes one, "
+            "--api-key-file, MPILLAMA_API_KEY), or say --no-auth."
+        )
+    path = Path(options.rendezvous) if options.rendezvous else default_path(os.environ)
+    refuse_unwritable("--rendezvous", str(path))
+    return Settings(key, made, parse_bytes("--body-limit", options.body_limit), path)
+
+
+def _require_packages() -> None:
+    try:
+        import fastapi  # noqa: F401, TID251 - only whether it is there
+        import uvicorn  # noqa: F401, TID251
+    except ImportError as error:
+        raise UserError(f"serve needs the package {error.name}: pip install 'mpillama[serve]'.") from error
+
+
+def _key(options: ServeOptions) -> tuple[str | None, bool]:
+    """The key, and whether it was made here."""
+    given = options.api_key or os.environ.get("MPILLAMA_API_KEY") or None
+    if options.api_key_file:
+        try:
+            given = (Path(options.api_key_file).read_text().splitlines() or [""])[0].strip()
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"--api-key-file {options.api_key_file}: cannot be read ({error}).") from error
+    if options.no_auth and given:
+        raise UserError("--no-auth and a key exclude each other: leave one out.")
+    if given == "auto":
+        return secrets.token_urlsafe(24), True
+    if given is not None and not (given and given.isascii() and given.isprintable() and " " not in given):
+        raise UserError("the API key must be printable ASCII without blanks: choose another one.")
+    return given, False
+
+
+class ServeJob:
+    """What rank 0 does beside loading; the other ranks use `lead` only."""
+
+    def __init__(self, options: ServeOptions, settings: Settings, world: World):
+        self.options = options
+        self.settings = settings
+        self.world = world
+        self.remote: list[RemoteReplica] = []
+        self.post: Post | None = None
+        self.own_watch: Watch | None = None
+        self.stop = StopRequest(SIGNALS)
+        self.front: Front
+        self.server: HttpServer
+        self.inbox: Inbox
+        self.port = options.port
+
+    def listen(self) -> None:
+        """Begin to answer (that the model is being loaded)."""
+        from queue import SimpleQueue
+
+        from mpillama.serve.app import create_app
+        from mpillama.serve.front import Front
+        from mpillama.serve.guard import Guard
+        from mpillama.serve.http_server import Address, HttpServer
+
+        options = self.options
+        address = Address(options.host, options.port, options.tls_certificate, options.tls_key)
+        bound = address.bind()
+        self.port = bound.getsockname()[1]
+        self.inbox = SimpleQueue()
+        self.front = Front(self.inbox)
+        app = create_app(self.front, options.request_timeout, options.log_prompts)
+        sys.setswitchinterval(SWITCH_SECONDS)
+        self.server = HttpServer(Guard(app, self._rules(), app.state.metrics.note), address, bound)
+        self.server.start(self.front.attach)
+
+    def _rules(self) -> "Rules":
+        from mpillama.serve.guard import Rules
+        from mpillama.serve.rendezvous import is_loopback
+
+        options, key = self.options, self.settings.key
+        only_local = key is None and is_loopback(options.host)
+        hosts = frozenset({"localhost", "127.0.0.1", "[::1]", options.host}) if only_local else None
+        return Rules(
+            key, hosts, options.connections, self.settings.body_bytes, options.body_timeout, options.write_timeout,
+            frozenset(options.cors),
+        )  # fmt: skip
+
+    def gather_groups(self, post: "Post", group: World) -> None:
+        """Take the other groups of the job in; this process's own may then retire, too."""
+        from mpillama.serve.replicas import RemoteReplica
+
+        size = group.comm.size
+        self.post, self.own_watch = post, group.comm.watch
+        self.remote = [RemoteReplica(post, range(i, i + size)) for i in range(size, self.world.comm.size, size)]
+
+    def lead(self, run: Run, post: "Post") -> int:
+        """What the first rank of another group does; returns the exit status."""
+        from mpillama.serve.replicas import follow_rank_0
+
+        return follow_rank_0(post, self._desk(run))
+
+    def run(self, run: Run) -> int:
+        """Serve; returns the exit status."""
+        from mpillama.comm.failure import USER_ERROR_STATUS
+
+        status = USER_ERROR_STATUS
+        try:
+            self._serve(run)
+            status = 0
+        finally:
+            self.server.stop()
+            self._end(status)
+        return status
+
+    def _serve(self, run: Run) -> None:
+        from mpillama.serve.replicas import LocalReplica
+
+        options = self.options
+        desk = self._desk(run)
+        own = LocalReplica(desk, range(run.world.comm.size), self.own_watch)
+        replicas: list[Replica] = [own, *self.remote]
+        service, rendezvous = self._service(run, desk.grammars, replicas), self._rendezvous(run)
+        self.stop.install()
+        self.front.now_serving(service)
+        rendezvous.write(self.settings.rendezvous)
+        try:
+            self._announce(rendezvous)
+            self._dispatch(replicas, Deadline.of_run(options.time_limit))
+        finally:
+            rendezvous.remove(self.settings.rendezvous)
+            run.executor.abandoned = own.failure is not None
+
+    def _dispatch(self, replicas: "list[Replica]", deadline: Deadline) -> None:
+        from mpillama.comm.retirement import Office
+        from mpillama.serve.dispatcher import Dispatcher, Life
+
+        office = Office(self.post, self.remote) if self.post else None
+        dispatcher = Dispatcher(
+            replicas, self.inbox, self.front.now_delivered, self._tell_end,
+            Life(self.stop, deadline, self.options.grace), self.world.comm.idle,
+            office.collect if office else lambda: None,
+        )  # fmt: skip
+        dispatcher.run()
+
+    def _tell_end(self, reason: str) -> None:
+        self.front.now_draining(reason)
+        self._say(f"{reason}: no more requests, running answers have {self.options.grace:g} s to finish")
+
+    def _desk(self, run: Run) -> "EngineDesk":
+        from mpillama.engine.engine import Engine
+        from mpillama.serve.desk import EngineDesk
+        from mpillama.text.constraint import Grammars
+
+        grammars = Grammars(run.tokenizer, run.loaded.file.config.vocab_size)
+        prepare(grammars)
+        return EngineDesk(Engine(run.executor, run.tokenizer, self.options.speculate), grammars)
+
+    def _service(self, run: Run, grammars: "Grammars", replicas: "list[Replica]") -> "Service":
+        from dataclasses import replace
+
+        from mpillama.api.tool_calls import tool_format
+        from mpillama.serve.front import Service
+
+        options, file = self.options, run.loaded.file
+        source = file.texts.get("chat_template.jinja")
+        tools = tool_format(source.decode()) if source is not None else None
+        asks = prompter(run, options)
+        asks = replace(asks, for_template=tools.for_template) if tools else asks
+        path = Path(file.path)
+        name = options.model_name or path.stem
+        return Service(
+            name, frozenset({name, path.name, path.stem}), int(time.time()), run.executor.max_seq_len, asks,
+            grammars, tools, cast("Pooling", options.pooling), replicas,
+            options.queue + options.sequences * len(replicas),
+        )  # fmt: skip
+
+    def _rendezvous(self, run: Run) -> "Rendezvous":
+        from mpillama.serve.rendezvous import Rendezvous, is_loopback, tunnel
+
+        host, node, environment = self.options.host, os.uname().nodename, os.environ
+        reached = host if is_loopback(host) else node
+        shown = f"[{reached}]" if ":" in reached else reached
+        url = f"{'https' if self.options.tls_certificate else 'http'}://{shown}:{self.port}"
+        ssh = tunnel(host, self.port, node, environment.get("SLURM_SUBMIT_HOST", "LOGIN-NODE"))
+        model, job = self.options.model_name or Path(run.loaded.file.path).stem, environment.get("SLURM_JOB_ID")
+        return Rendezvous(url, self.settings.key, model, node, self.port, ssh, job)
+
+    def _announce(self, rendezvous: "Rendezvous") -> None:
+        ranks = self.world.comm.size
+        self._say(f"serving {rendezvous.model} on {ranks} rank{'s' if ranks > 1 else ''}: {rendezvous.url}")
+        self._say(f"for `mpillama client`: {self.settings.rendezvous}; from elsewhere: {rendezvous.ssh}")
+        if self.settings.made_key and sys.stderr.isatty():  # a job's log may be read by others
+            self._say(f"key: {rendezvous.key}")
+        elif self.settings.key:
+            self._say("clients need the key, which is in that file")
+
+    def _say(self, text: str) -> None:
+        LOG.info("%s", text)
+        if not self.options.quiet:
+            sys.stderr.write(f"mpillama: {text}\n")
+            sys.stderr.flush()
+
+    def _end(self, status: int) -> None:
+        """Let all ranks of other groups go, and those of a group that has failed."""
+        from mpillama.comm.retirement import End
+
+        if self.post:
+            for rank in range(1, self.world.comm.size):
+                self.post.send(rank, End(status))
+
+
+def prepare(grammars: "Grammars") -> None:
+    """Build what grammars need, which takes a second for a large vocabulary; not every tokenizer allows them."""
+    from mpillama.text.constraint import json_object_grammar
+
+    try:
+        grammars.check(json_object_grammar())
+    except UserError as error:
+        LOG.info("answers cannot be constrained: %s", error)

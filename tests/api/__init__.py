@@ -1,0 +1,1 @@
+"""Tests of what requests and answers look like."""
