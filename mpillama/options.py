@@ -27,6 +27,7 @@ Run Llama-family language models over MPI: every rank loads its own slices from 
   mpirun -n 4 python -m mpillama bench --shape llama-3.1-8b        measure without a file
   mpirun -n 4 python -m mpillama batch IN.jsonl OUT.jsonl --model M.h5   many requests, continued after a kill
   mpirun -n 4 python -m mpillama serve --model M.h5                OpenAI's API and a chat page
+  python -m mpillama client                                        talk to that server (needs no MPI)
   python -m mpillama plan --shape llama-3.1-405b --nodes 4         whether a run fits (needs no MPI)
   mpirun -n 4 python -m mpillama convert FOLDER M.h5 --weights q4_0   make a native file, in parallel
   mpirun -n 4 python -m mpillama verify M.h5                       check its bytes
@@ -269,6 +270,27 @@ class ServeOptions(EngineOptions, SamplingFlags):
 
 
 @dataclass(frozen=True)
+class ClientOptions:
+    """Options of `client`; a sampling option that is not given is the server's."""
+
+    rendezvous: Optional[str] = option(
+        "the server's rendezvous file (default: the newest one in this folder)", metavar="FILE"
+    )
+    url: Optional[str] = option("the server's URL, instead of that file's", metavar="URL")
+    api_key_file: Optional[str] = option(
+        "file whose first line is the key (default: that of the rendezvous file, or MPILLAMA_API_KEY)", metavar="FILE"
+    )
+    prompt: Optional[str] = option("ask this, or - for standard input, and leave", metavar="TEXT")
+    system: Optional[str] = option("the system message to begin with", metavar="TEXT")
+    max_tokens: Optional[int] = option("most tokens of an answer", metavar="TOKENS")
+    temperature: Optional[float] = option("randomness; 0 always takes the likeliest token", metavar="T")
+    top_p: Optional[float] = option("keep the likeliest tokens up to this probability together", metavar="P")
+    seed: Optional[int] = option("the same seed gives the same answer", metavar="N")
+    timeout: float = option("longest silence of the server (default: 600.0)", 600.0, metavar="SECONDS")
+    quiet: bool = option("no help and no prompts", False)
+
+
+@dataclass(frozen=True)
 class PlanOptions:
     """Options of `plan`."""
 
@@ -367,6 +389,7 @@ COMMANDS: dict[str, tuple[type, str]] = {
     "bench": (BenchOptions, "measure speed, and how near the machine's limit it is"),
     "batch": (BatchOptions, "answer a file of requests, surviving kills"),
     "serve": (ServeOptions, "serve OpenAI's API and a chat page"),
+    "client": (ClientOptions, "talk to a server that `serve` runs (needs no MPI)"),
     "plan": (PlanOptions, "tell whether a run fits, and what it needs, before it is queued"),
     "convert": (ConvertOptions, "write a model of any format into a native file"),
     "verify": (VerifyOptions, "check a native file's bytes"),

@@ -23,7 +23,9 @@ DESCRIBED = {
     "time_limit": "the Slurm job's end",
     "rendezvous": "in this folder, named after the job",
     "model_name": "its file's",
+    "api_key_file": "that of the rendezvous file, or MPILLAMA_API_KEY",
     "max_tokens": "what the context holds; completions: 16, as in OpenAI's API",
+    "client rendezvous": "the newest one in this folder",
     "tensor_parallel": "the fewest ranks that fit the memory",
 }
 """Defaults that are None and decided later: the help says how."""
@@ -47,7 +49,7 @@ def test_the_help_says_the_default(command, name):
     text, default = options_of(command)[name]
     stated = DEFAULT.search(text)
     if default is None:
-        assert stated is None or stated["value"] == DESCRIBED[name]
+        assert stated is None or stated["value"] == DESCRIBED.get(f"{command} {name}", DESCRIBED.get(name))
     elif default is False or default == []:
         assert stated is None
     else:

@@ -73,19 +73,21 @@ class Life:
 class Dispatcher:
     """Runs the engines for the server's thread.
 
-    `deliver` is told of all progress of a round; `on_drain(reason)` once, when the end comes near; `collect` brings the
-    mail of other processes; `idle` is entered while there may be nothing to do for long.
+    `deliver` is told of all progress of a round; `on_drain(reason)` is called once, when the end comes near; `on_end`
+    when nothing more will be delivered; `collect` brings the mail of other processes; `idle` is entered while there may
+    be nothing to do for long.
     """
 
     def __init__(
         self, replicas: list[Replica], inbox: Inbox, deliver: Callable[[list[Progress]], None],
-        on_drain: Callable[[str], None], life: Life, idle: Callable[[], AbstractContextManager[None]],
-        collect: Callable[[], None] = lambda: None,
+        on_drain: Callable[[str], None], on_end: Callable[[], None], life: Life,
+        idle: Callable[[], AbstractContextManager[None]], collect: Callable[[], None] = lambda: None,
     ):  # fmt: skip
         self.replicas = replicas
         self.inbox = inbox
         self.deliver = deliver
         self.on_drain = on_drain
+        self.on_end = on_end
         self.life = life
         self.idle = idle
         self.collect = collect
@@ -103,7 +105,7 @@ class Dispatcher:
                 if self._local_idle():
                     self._wait()
         finally:
-            self._cut()
+            self.on_end()
 
     def _round(self) -> None:
         self.collect()
@@ -187,13 +189,3 @@ class Dispatcher:
             self.on_drain(self.life.over)
         idle = not self.active and self.inbox.empty()
         return idle or time.monotonic() >= self._drains_until or self.life.deadline.passed
-
-    def _cut(self) -> None:
-        """Tell those whose answer will not be finished."""
-        self.deliver(
-            [
-                Progress(number, finish_reason="error", error="the server ends before this answer is finished")
-                for number in self.active
-            ]
-        )
-        self.active.clear()

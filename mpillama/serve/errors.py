@@ -83,7 +83,7 @@ def response_to(error: Exception) -> Response:
         return error_response(status, f"{error}: try again later", headers={"Retry-After": str(RETRY_SECONDS)})
     if status != 500:
         return error_response(status, str(error), getattr(error, "field", None))
-    LOG.error("a request failed", exc_info=error)
+    LOG.warning("a request failed: %s: %s", type(error).__name__, error, exc_info=error)
     return error_response(500, "the server failed at this request; its log says why")
 
 

@@ -75,12 +75,19 @@ class Front:
 
     def now_draining(self, reason: str) -> None:
         """No more requests are taken."""
-        self.state, self.reason = DRAINING, f"the server is about to end ({reason})"
+        if self.state != DRAINING:
+            self.state, self.reason = DRAINING, f"the server is about to end ({reason})"
 
     def now_delivered(self, progress: list[Progress]) -> None:
         """Progress of some tasks."""
         if self._loop is not None and not self._loop.is_closed():
             self._loop.call_soon_threadsafe(self._spread, progress)
+
+    def now_ended(self) -> None:
+        """Nothing more will be delivered: who still waits is told."""
+        self.now_draining(self.reason or "its engines have failed")
+        if self._loop is not None and not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(self._cut)
 
     # -- the server's thread ---------------------------------------------------------------------------------------
 
@@ -128,6 +135,10 @@ class Front:
     def ask_memory(self) -> None:
         """Let the groups tell what memory they have."""
         self.inbox.put(AskMemory())
+
+    def _cut(self) -> None:
+        reason = "the server ends before this answer is finished"
+        self._spread([Progress(number, finish_reason="error", error=reason) for number in self._waiting])
 
     def _spread(self, progress: list[Progress]) -> None:
         for one in progress:

@@ -74,14 +74,15 @@ def _check_chat(service: Service, body: ServedChat) -> None:
 
 def _grammar(service: Service, body: ServedChat) -> str | None:
     """What the answer must fit; Unprocessable if no grammar can be made of it."""
-    place, form = "response_format", body.response_format
+    form = body.response_format
+    place = "tools" if used_tools(body) else "response_format"
     try:
         if isinstance(form, JsonObjectFormat):
             grammar: str | None = json_object_grammar()
         elif isinstance(form, JsonSchemaFormat):
             grammar = json_schema_grammar({} if form.json_schema.schema_ is None else form.json_schema.schema_)
         else:
-            place, grammar = "tools", _tool_grammar(service, body)
+            grammar = _tool_grammar(service, body)
         if grammar is not None:
             service.grammars.check(grammar)
     except UserError as error:
