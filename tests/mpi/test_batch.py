@@ -53,9 +53,9 @@ def arguments(source: Path, target: Path, model: Path) -> tuple[Any, ...]:
     return (*PROGRAM, "batch", source, target, "--model", model, "--quiet", "--sequences", "8")
 
 
-def slowly(source: Path, target: Path, model: Path, directory: Path) -> tuple[Any, ...]:
+def slowly(source: Path, target: Path, model: Path) -> tuple[Any, ...]:
     """As `arguments`, with steps so slow that a signal comes in the midst of the work."""
-    return (SCRIPTS / "sabotage.py", "none", "prefill", "none", directory, *arguments(source, target, model)[2:])
+    return (SCRIPTS / "failing_ranks.py", "0,1,2", "0", "slow", *arguments(source, target, model)[2:])
 
 
 def answer(ranks: int | None, source: Path, target: Path, model: Path, *more: str) -> Rows:
@@ -133,7 +133,7 @@ def test_twenty_kills_lose_nothing_and_do_nothing_twice(demo: Path, tmp_path: Pa
     assert len(whole) == 200
     target, rng, sizes = tmp_path / "out.jsonl", random.Random(0), set()
     for _ in range(20):
-        with started(rng.choice([None, 2, 3]), *slowly(source, target, demo, tmp_path)) as launch:
+        with started(rng.choice([None, 2, 3]), *slowly(source, target, demo)) as launch:
             kill_at_random(launch, target, rng)
         sizes.add(size(target))
         if target.exists() and rng.random() < 0.3:  # as if the last block had not reached the disk
@@ -146,7 +146,7 @@ def test_twenty_kills_lose_nothing_and_do_nothing_twice(demo: Path, tmp_path: Pa
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
 def test_a_signal_saves_what_is_done_and_asks_for_a_restart(number: signal.Signals, demo: Path, tmp_path: Path) -> None:
     source, target = write_rows(tmp_path / "in.jsonl", mixed_rows(400)), tmp_path / "out.jsonl"
-    with started(2, *slowly(source, target, demo, tmp_path)) as launch:
+    with started(2, *slowly(source, target, demo)) as launch:
         wait_for(lambda: target.exists() and target.stat().st_size > 0, launch)
         launch.ranks()[0].send_signal(number)
         assert launch.gone_within(END_SECONDS), launch.stderr()

@@ -1,11 +1,16 @@
-"""The program, with an exception on some ranks after some steps: failing_ranks.py RANK[,RANK…] STEPS KIND ARGUMENTS…"""
+"""The program, with an exception on some ranks after some steps: failing_ranks.py RANK[,RANK…] STEPS KIND ARGUMENTS…
+
+The kind "slow" is no exception: each further step takes a moment longer.
+"""
 
 import sys
+import time
 
 from mpillama.__main__ import main
 from mpillama.comm.launcher import launched_rank
 from mpillama.kernels import target
 
+SLOW_STEP = 0.03
 ERRORS = {"bug": RuntimeError("sabotage"), "memory": MemoryError("sabotage"), "disk": OSError(5, "sabotage")}
 
 
@@ -22,7 +27,9 @@ def sabotage(ranks: list[int], steps: int, kind: str) -> None:
         def failing(self: LlamaModel, step: object, cache: object) -> object:
             calls[0] += 1
             if launched_rank() in ranks and calls[0] > steps:
-                raise ERRORS[kind]
+                if kind != "slow":
+                    raise ERRORS[kind]
+                time.sleep(SLOW_STEP)
             return forward(self, step, cache)
 
         LlamaModel.forward = failing
