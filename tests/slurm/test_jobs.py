@@ -165,14 +165,27 @@ def test_serve_answers_and_finishes(slurm: Cluster, toy: Path, tmp_path: Path) -
     port, rendezvous = free_port(), tmp_path / "server.json"
     job = slurm.submit(JOBS / "serve.sbatch", tmp_path, MODEL=toy, PORT=str(port), RENDEZVOUS=rendezvous)
     job.wait_until(rendezvous.exists, "the rendezvous file")
-    assert _http_status(f"http://127.0.0.1:{port}/") > 0
+    key = json.loads(rendezvous.read_text())["key"]
+    assert _http_status(f"http://127.0.0.1:{port}/") == 200
+    assert _http_status(f"http://127.0.0.1:{port}/v1/models") == 401
+    assert _http_status(f"http://127.0.0.1:{port}/v1/models", key) == 200
+    words = ("client", "--rendezvous", rendezvous, *GREEDY, "--prompt", PROMPT)
+    answer, alone = (run(None, *PROGRAM, *command) for command in (words, _chat_alone(toy)))
+    assert (answer.status, answer.stdout) == (0, alone.stdout), answer.stderr
     job.signal("USR1")
     assert job.wait_for_end() == ("COMPLETED", 0), job.errors
+    assert not rendezvous.exists()
+    assert key not in job.errors + job.output
 
 
-def _http_status(address: str) -> int:
+def _chat_alone(model: Path) -> tuple[str | Path, ...]:
+    return ("generate", "--model", model, "--chat", "--quiet", *GREEDY, "--prompt", PROMPT)
+
+
+def _http_status(address: str, key: str = "") -> int:
+    request = urllib.request.Request(address, headers={"Authorization": f"Bearer {key}"})
     try:
-        with urllib.request.urlopen(address, timeout=30) as answer:
+        with urllib.request.urlopen(request, timeout=30) as answer:
             return answer.status
     except urllib.error.HTTPError as refused:  # an answer all the same
         return refused.code
