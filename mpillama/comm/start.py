@@ -33,8 +33,12 @@ DEFAULT_TIMEOUT = 600.0
 
 
 @contextmanager
-def start_mpi(threads: int | None, refuse: bool = True, timeout: float = DEFAULT_TIMEOUT) -> Iterator[World]:
+def start_mpi(
+    threads: int | None, refuse: bool = True, timeout: float = DEFAULT_TIMEOUT, beside: int = 0
+) -> Iterator[World]:
     """Start MPI and yield the World; `refuse` several processes that MPI does not connect.
+
+    `beside`: threads that rank 0 has busy besides those of its kernels.
 
     A UserError must be raised on all ranks (see Communicator.together); anything else that escapes aborts them all.
     No rank waits longer than `timeout` seconds for one that does not get on; 0 waits for ever.
@@ -47,7 +51,7 @@ def start_mpi(threads: int | None, refuse: bool = True, timeout: float = DEFAULT
     if refuse:
         refuse_singletons(comm.size)
     try:
-        yield _measure(comm, threads)
+        yield _measure(comm, threads, beside)
     except SystemExit as leaving:  # no excepthook sees it, but the other ranks would wait for this one
         aborter.end(leaving.code if isinstance(leaving.code, int) and leaving.code else FAILURE_STATUS)
     except UserError:
@@ -112,7 +116,7 @@ def _finish(comm: "Communicator", timeout: float) -> None:
         _load_mpi().Finalize()
 
 
-def _measure(comm: "Communicator", threads: int | None) -> World:
+def _measure(comm: "Communicator", threads: int | None, beside: int) -> World:
     """Share the host's cores among its ranks."""
     neighbours = comm.neighbours()
     cores = sorted(os.sched_getaffinity(0))
@@ -120,7 +124,7 @@ def _measure(comm: "Communicator", threads: int | None) -> World:
     if threads is None:
         sharing = sum(bool(set(cores) & set(others)) for others, _ in mates)
         threads = max(1, int(min(len(cores), _cgroup_cores()) / sharing))
-    wanted = sum(neighbours.gather(threads))
+    wanted = sum(neighbours.gather(threads + (beside if comm.is_root else 0)))
     comm.yields = neighbours.yields = wanted > len({c for others, _ in mates for c in others})
     return World(comm, neighbours, threads, os.uname().nodename)
 

@@ -50,7 +50,10 @@ def serve(options: ServeOptions) -> int:
     else:
         ignore_stop_signals(SIGNALS)
     quiet = options.quiet
-    with start_mpi(options.threads, timeout=options.timeout) as world, observed(options, world, quiet) as monitor:
+    with (
+        start_mpi(options.threads, timeout=options.timeout, beside=1) as world,
+        observed(options, world, quiet) as monitor,
+    ):
         if options.replicas < 1 or world.comm.size % options.replicas:
             reason = f"{world.comm.size} ranks do not divide into so many groups"
             raise UserError(f"--replicas is {options.replicas}: {reason}.")
