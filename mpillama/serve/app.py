@@ -45,6 +45,8 @@ REFUSALS: dict[int | str, dict[str, Any]] = {
         503: "The server loads its model or is about to end; see Retry-After",
     }.items()
 }
+FRESH = {"Cache-Control": "no-cache"}
+"""The page's files belong together: after an upgrade a browser must not mix two versions."""
 EVENTS = {"text/event-stream": {"schema": {"type": "string", "description": "chunks, with `stream`"}}}
 
 
@@ -250,7 +252,7 @@ async def metrics(request: Request) -> Response:
 @page.get("/")
 async def index() -> Response:
     """Show the chat page."""
-    return FileResponse(PAGE / "index.html")
+    return FileResponse(PAGE / "index.html", headers=FRESH)
 
 
 @page.get("/page/{name}")
@@ -259,4 +261,4 @@ async def page_file(name: str) -> Response:
     known = {path.name: path for path in PAGE.iterdir() if path.is_file()}
     if name not in known:
         raise Refused(404, f"the page has no file {name!r}")
-    return FileResponse(known[name])
+    return FileResponse(known[name], headers=FRESH)
