@@ -7,6 +7,7 @@ from mpillama.batch.results import Result
 from mpillama.batch.rows import Line
 from mpillama.batch.worker import SUCCESSORS, Worker
 from mpillama.comm.groups import Post
+from mpillama.comm.rest import Rest
 from mpillama.comm.retirement import End, Failed, give_up
 from mpillama.comm.watchdog import Watch
 
@@ -29,6 +30,7 @@ class LocalGroup:
     def __init__(self, worker: Worker, watch: Watch | None = None):
         self.worker = worker
         self.watch = watch
+        self.rest = Rest(worker.engine.executor.comm.idle)
         self.failure: str | None = None
         self._lines: dict[int, Line] = {}
 
@@ -44,12 +46,16 @@ class LocalGroup:
 
     def take(self, line: Line) -> None:
         """Begin with a line."""
+        self.rest.wake()
         self._lines[line.number] = line
         self.worker.take(line)
 
     def step(self) -> list[Result]:
         """Run a step; the rows that ended."""
         if self.failure:
+            return []
+        if self.worker.idle:
+            self.rest.rest()
             return []
         results = self._retiring() if self.watch else self.worker.step()
         for result in results:
@@ -135,13 +141,16 @@ def follow_rank_0(post: Post, worker: Worker) -> int:
     """A leader's loop: lines from rank 0 to the engine, results back; returns the exit status that rank 0 sends."""
     post.send(0, Ready(worker.engine.executor.slots))
     post.greet(0)
+    rest = Rest(worker.engine.executor.comm.idle)
     while True:
         for _, message in post.receive():
+            rest.wake()
             if isinstance(message, End):
                 return message.status
             post.expect(0)
             worker.take(message)
         if worker.idle:
+            rest.rest()
             post.wait()
             continue
         results = worker.step()

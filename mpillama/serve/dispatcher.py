@@ -5,7 +5,7 @@ MPI is called from here only; the server's own thread talks to it through an inb
 
 import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from queue import Empty, SimpleQueue
 
@@ -17,10 +17,8 @@ from mpillama.serve.tasks import AskMemory, Cancel, Progress, Task
 Inbox = SimpleQueue[Task | Cancel | AskMemory]
 NAP = 0.002
 """Seconds between two looks at the mail of other groups."""
-LOOK = 0.1
-"""Seconds between two looks at signals and the clock while nothing is to be done."""
-PATIENCE = 0.5
-"""Seconds without work after which the other ranks are told that there may be none for long."""
+LOOK = 0.05
+"""Seconds between two looks at signals, other groups and the clock while nothing is to be done."""
 
 
 @dataclass
@@ -74,14 +72,13 @@ class Dispatcher:
     """Runs the engines for the server's thread.
 
     `deliver` is told of all progress of a round; `on_drain(reason)` is called once, when the end comes near; `on_end`
-    when nothing more will be delivered; `collect` brings the mail of other processes; `idle` is entered while there may
-    be nothing to do for long.
+    when nothing more will be delivered; `collect` brings the mail of other processes.
     """
 
     def __init__(
         self, replicas: list[Replica], inbox: Inbox, deliver: Callable[[list[Progress]], None],
         on_drain: Callable[[str], None], on_end: Callable[[], None], life: Life,
-        idle: Callable[[], AbstractContextManager[None]], collect: Callable[[], None] = lambda: None,
+        collect: Callable[[], None] = lambda: None,
     ):  # fmt: skip
         self.replicas = replicas
         self.inbox = inbox
@@ -89,7 +86,6 @@ class Dispatcher:
         self.on_drain = on_drain
         self.on_end = on_end
         self.life = life
-        self.idle = idle
         self.collect = collect
         self.active: dict[int, _Active] = {}
         self.retried = 0
@@ -105,6 +101,8 @@ class Dispatcher:
                 if self._local_idle():
                     self._wait()
         finally:
+            for replica in self._local:
+                replica.rest.wake()
             self.on_end()
 
     def _round(self) -> None:
@@ -121,27 +119,10 @@ class Dispatcher:
         return all(replica.idle for replica in self._local)
 
     def _wait(self) -> None:
-        """Until there may be something to do: a message wakes at once, other groups and signals are looked at."""
-        if self._has_mail:
-            self._take_one(NAP if self.active else LOOK / 5)
-        elif not self._take_within(PATIENCE):
-            with self.idle():
-                self._take_within(float("inf"))
-
-    def _take_within(self, seconds: float) -> bool:
-        """Whether a message came so soon, and the end did not."""
-        end = time.monotonic() + seconds
-        while time.monotonic() < end and not self._finished():
-            if self._take_one(LOOK):
-                return True
-        return False
-
-    def _take_one(self, seconds: float) -> bool:
-        try:
-            self._obey(self.inbox.get(timeout=seconds))
-        except Empty:
-            return False
-        return True
+        """A moment, which a message ends at once; other groups and signals are looked at after it."""
+        nap = NAP if self._has_mail and self.active else LOOK
+        with suppress(Empty):
+            self._obey(self.inbox.get(timeout=nap))
 
     def _obey(self, message: Task | Cancel | AskMemory) -> None:
         if isinstance(message, Task):

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from mpillama.comm.groups import Post
+from mpillama.comm.rest import Rest
 from mpillama.comm.retirement import End, Failed, give_up
 from mpillama.comm.watchdog import Watch
 from mpillama.serve.desk import EngineDesk
@@ -61,6 +62,7 @@ class LocalReplica:
         self.desk = desk
         self.ranks = ranks
         self.watch = watch
+        self.rest = Rest(desk.engine.executor.comm.idle)
         self.failure: str | None = None
         self.figures = desk.figures()
 
@@ -71,6 +73,7 @@ class LocalReplica:
 
     def take(self, task: Task) -> None:
         """Begin with a task."""
+        self.rest.wake()
         self.desk.take(task)
 
     def cancel(self, number: int) -> None:
@@ -81,12 +84,16 @@ class LocalReplica:
     def ask_memory(self) -> None:
         """Bring the memory in `figures` up to date."""
         if not self.failure:
+            self.rest.wake()
             self.desk.ask_memory()
             self.figures = self.desk.figures()
 
     def step(self) -> list[Progress]:
         """Run a step; what came of it."""
-        if self.idle:
+        if self.failure:
+            return []
+        if self.desk.idle:
+            self.rest.rest()
             return []
         progress = self._retiring(self.watch) if self.watch else self.desk.step()
         self.figures = self.desk.figures()
@@ -155,13 +162,16 @@ def follow_rank_0(post: Post, desk: EngineDesk) -> int:
     """A leader's loop: tasks from rank 0 to the engine, progress back; returns the exit status that rank 0 sends."""
     post.send(0, Ready())
     post.greet(0)
+    rest = Rest(desk.engine.executor.comm.idle)
     while True:
         for _, message in post.receive():
             post.expect(0)
+            rest.wake()
             if isinstance(message, End):
                 return message.status
             _obey(post, desk, message)
         if desk.idle:
+            rest.rest()
             post.wait()
             continue
         post.send(0, Report(desk.step(), desk.figures()))

@@ -156,6 +156,7 @@ class BatchJob:
             try:
                 status = supervisor.run()
             finally:
+                own.rest.wake()
                 run.executor.abandoned = own.failure is not None
         reporter.write_metrics(supervisor.counts)
         self._close(reporter, supervisor.counts, status, [own, *self.groups])

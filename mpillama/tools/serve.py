@@ -167,8 +167,7 @@ class ServeJob:
         office = Office(self.post, self.remote) if self.post else None
         dispatcher = Dispatcher(
             replicas, self.inbox, self.front.now_delivered, self._tell_end, self.front.now_ended,
-            Life(self.stop, deadline, self.options.grace), self.world.comm.idle,
-            office.collect if office else lambda: None,
+            Life(self.stop, deadline, self.options.grace), office.collect if office else lambda: None,
         )  # fmt: skip
         dispatcher.run()
 

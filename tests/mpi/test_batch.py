@@ -247,3 +247,12 @@ def test_a_size_that_leaves_a_rest_is_refused(demo: Path, tmp_path: Path) -> Non
     ran = run(3, *arguments(source, tmp_path / "out.jsonl", demo), "--tensor-parallel", "2")
     assert (ran.status, ran.stderr.count("\n")) == (2, 1), ran.stderr
     assert "--tensor-parallel is 2" in ran.stderr
+
+
+def test_a_group_without_rows_waits_for_the_others(demo: Path, tmp_path: Path) -> None:
+    """Longer than ranks wait for one another."""
+    row = {"id": "a", "prompt": "Once", "max_tokens": 300, "temperature": 0, "ignore_eos": True}
+    source, target = write_rows(tmp_path / "in.jsonl", [row]), tmp_path / "out.jsonl"
+    ran = run(4, *slowly(source, target, demo), "--tensor-parallel", "2", "--timeout", "3")
+    assert ran.status == 0, ran.stderr
+    assert len(results(target)) == 1
