@@ -14,6 +14,7 @@ from mpillama.comm.start import World, start_mpi
 from mpillama.engine.deadline import Deadline, StopRequest, ignore_stop_signals
 from mpillama.errors import UserError
 from mpillama.options import ServeOptions
+from mpillama.tools.display import watched
 from mpillama.tools.engines import opener, prompter, run_in_groups
 from mpillama.tools.running import Run, choose_target, observed, run_in_world
 from mpillama.tools.serve_settings import Settings, check
@@ -218,8 +219,8 @@ class ServeJob:
         ranks = self.world.comm.size
         self._say(f"serving {rendezvous.model} on {ranks} rank{'s' if ranks > 1 else ''}: {rendezvous.url}")
         self._say(f"for `mpillama client`: {self.settings.rendezvous}; from elsewhere: {rendezvous.ssh}")
-        if self.settings.made_key and sys.stderr.isatty():  # a job's log may be read by others
-            self._say(f"key: {rendezvous.key}")
+        if self.settings.made_key and watched(self.options.quiet):  # a job's log may be read by others
+            sys.stderr.write(f"mpillama: key: {rendezvous.key}; the page: {rendezvous.url}/#key={rendezvous.key}\n")
         elif self.settings.key:
             self._say("clients need the key, which is in that file")
 
