@@ -39,11 +39,11 @@ class SamplingBody(Body):
     top_k: Annotated[int, Field(ge=0)] | None = None
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
     seed: Annotated[int, Field(ge=0, lt=2**63)] | None = None
-    stop: str | Annotated[list[str], Field(max_length=MAX_STOPS)] | None = None
+    stop: str | Annotated[list[str], Field(max_length=MAX_STOPS, fail_fast=True)] | None = None
     logit_bias: dict[str, Bias] | None = None
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
-    repetition_penalty: Annotated[float, Field(gt=0, le=100)] | None = None
+    repetition_penalty: Annotated[float, Field(ge=0.01, le=100)] | None = None
     ignore_eos: bool | None = None
     cache_prompt: bool | None = None
     user: str | None = None
@@ -86,9 +86,9 @@ class Message(Body):
     """A message of a conversation."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | list[TextPart] | None = None
+    content: str | Annotated[list[TextPart], Field(fail_fast=True)] | None = None
     name: str | None = None
-    tool_calls: list[ToolCall] | None = None
+    tool_calls: Annotated[list[ToolCall], Field(fail_fast=True)] | None = None
     tool_call_id: str | None = None
     refusal: None = None
     """Clients send back what they were answered, this empty field among it."""
@@ -103,7 +103,7 @@ class Message(Body):
 class ChatFields(SamplingBody):
     """What asks for the next message of a conversation."""
 
-    messages: Annotated[list[Message], Field(min_length=1)]
+    messages: Annotated[list[Message], Field(min_length=1, fail_fast=True)]
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
 
     @property
@@ -128,7 +128,7 @@ class ChatBody(ChatFields):
 class CompletionBody(CompletionFields):
     """A row for /v1/completions in a batch."""
 
-    prompt: str | Annotated[list[int], Field(min_length=1)]
+    prompt: str | Annotated[list[int], Field(min_length=1, fail_fast=True)]
     n: Literal[1] | None = None
     stream: Literal[False] | None = None
 

@@ -74,7 +74,7 @@ class Prompter:
 
     def _bias(self, given: dict[str, float]) -> dict[int, float]:
         for token in given:
-            if not (token.isascii() and token.isdigit() and int(token) < self.vocab_size):
+            if not (token.isascii() and token.isdigit() and len(token) < 20 and int(token) < self.vocab_size):
                 raise BadRequest(f"logit_bias: {token!r} is no token id below {self.vocab_size}", "logit_bias")
         return {int(token): bias for token, bias in given.items()}
 

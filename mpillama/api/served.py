@@ -12,7 +12,11 @@ MOST_INPUTS = 2048
 """Texts of one request for embeddings, or prompts of one request."""
 
 Choices = Annotated[int, Field(ge=1, le=MOST_CHOICES)]
-Tokens = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
+Tokens = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1, fail_fast=True)]
+Inputs = Annotated[
+    Annotated[list[str], Field(fail_fast=True)] | Annotated[list[Tokens], Field(fail_fast=True)],
+    Field(min_length=1, max_length=MOST_INPUTS),
+]
 
 
 class StreamOptions(Body):
@@ -90,7 +94,7 @@ class ServedChat(ChatFields):
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MOST_LOGPROBS)] | None = None
     response_format: ResponseFormat | None = None
-    tools: Annotated[list[Tool], Field(max_length=128)] | None = None
+    tools: Annotated[list[Tool], Field(max_length=128, fail_fast=True)] | None = None
     tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
     parallel_tool_calls: bool | None = None
 
@@ -102,7 +106,7 @@ DEFAULT_COMPLETION_TOKENS = 16
 class ServedCompletion(CompletionFields):
     """The body of POST /v1/completions."""
 
-    prompt: str | Tokens | Annotated[list[str] | list[Tokens], Field(min_length=1, max_length=MOST_INPUTS)]
+    prompt: str | Tokens | Inputs
     n: Choices | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
@@ -117,7 +121,7 @@ class ServedCompletion(CompletionFields):
 class EmbeddingBody(Body):
     """The body of POST /v1/embeddings; `pooling` is this program's own."""
 
-    input: str | Tokens | Annotated[list[str] | list[Tokens], Field(min_length=1, max_length=MOST_INPUTS)]
+    input: str | Tokens | Inputs
     model: str | None = None
     encoding_format: Literal["float", "base64"] | None = None
     pooling: Literal["mean", "last"] | None = None
@@ -131,7 +135,7 @@ class TokenizeBody(Body):
 
     model: str | None = None
     content: str | None = None
-    messages: Annotated[list[Message], Field(min_length=1)] | None = None
+    messages: Annotated[list[Message], Field(min_length=1, fail_fast=True)] | None = None
     add_special_tokens: bool | None = None
     with_pieces: bool | None = None
 
@@ -140,4 +144,4 @@ class DetokenizeBody(Body):
     """The body of POST /detokenize."""
 
     model: str | None = None
-    tokens: list[Annotated[int, Field(ge=0)]]
+    tokens: Annotated[list[Annotated[int, Field(ge=0)]], Field(fail_fast=True)]

@@ -1,5 +1,6 @@
 """The server's paths: OpenAI's API, a few of our own, and the chat page."""
 
+import json
 import logging
 import math
 from collections.abc import Callable, Coroutine
@@ -76,7 +77,7 @@ class StrictRoute(APIRoute):
 
 def create_app(front: Front, request_seconds: float, log_prompts: bool = False) -> FastAPI:
     """The application, in front of engines that may still be loading; answers are cut after `request_seconds`."""
-    app = FastAPI(title="mpillama", version=__version__, docs_url=None, redoc_url=None, openapi_url="/openapi.json")
+    app = FastAPI(title="mpillama", version=__version__, docs_url=None, redoc_url=None, redirect_slashes=False)
     app.state.front = front
     app.state.metrics = Metrics(front)
     app.state.answerer = Answerer(front, app.state.metrics, request_seconds)
@@ -152,7 +153,7 @@ async def _answer(request: Request, reply: Reply, choice: Any, body: ServedChat 
     answerer: Answerer = request.app.state.answerer
     answerer.front.check_room(len(reply.tasks))
     if request.app.state.log_prompts:
-        LOG.info("%s: %s", reply.id, body.model_dump_json(exclude_none=True))
+        LOG.info("%s: %s", reply.id, json.dumps(body.model_dump(exclude_none=True)))  # escaped: a line, in ASCII
     if body.stream:
         usage = bool(body.stream_options and body.stream_options.include_usage)
         return await stream(request, answerer.pieces(reply, choice, usage))
@@ -206,8 +207,10 @@ async def tokenize(body: TokenizeBody, service: ServiceOf) -> dict[str, Any]:
     except UserError as error:
         raise errors.Unprocessable(str(error), "messages" if body.messages else "content") from error
     found = {"tokens": ids, "count": len(ids), "max_model_len": service.max_model_len}
-    pieces = [service.prompter.tokenizer.token_text(i) for i in ids]
-    return {**found, "pieces": pieces} if body.with_pieces else found
+    if not body.with_pieces:
+        return found
+    pieces = await run_in_threadpool(lambda: list(map(service.prompter.tokenizer.token_text, ids)))
+    return {**found, "pieces": pieces}
 
 
 def _token_ids(service: Service, body: TokenizeBody) -> list[int]:

@@ -15,6 +15,8 @@ from mpillama.serve.front import AnswerFailed, ClientGone, QueueFull, Unavailabl
 
 LOG = logging.getLogger(__name__)
 RETRY_SECONDS = 5
+MOST_CHARACTERS = 1000
+"""Of a message: it may quote what the client sent."""
 CODES = {
     400: "invalid_value", 401: "invalid_api_key", 404: "not_found", 405: "method_not_allowed", 408: "timeout",
     413: "request_too_large", 415: "unsupported_media_type", 421: "wrong_host", 422: "unprocessable",
@@ -39,6 +41,7 @@ class Unprocessable(BadRequest):
 def error_object(status: int, message: str, param: str | None = None, code: str | None = None) -> dict[str, Any]:
     """The body of an error, as OpenAI's API writes it."""
     kind = "invalid_request_error" if status < 500 else "server_error"
+    message = message if len(message) <= MOST_CHARACTERS else f"{message[:MOST_CHARACTERS]}…"
     return {"error": {"message": message, "type": kind, "param": param, "code": code or CODES.get(status)}}
 
 

@@ -93,7 +93,8 @@ class Guard:
         path = scope["path"]
         if not (path in OPEN_PATHS or path.startswith(PAGE)) and not self._may_ask(scope):
             raise Refused(401, "give this server's key: Authorization: Bearer KEY")
-        if scope["method"] == "POST" and _header(scope, b"content-type").split(b";")[0].strip() != b"application/json":
+        kind = _header(scope, b"content-type").split(b";")[0].strip().lower()
+        if scope["method"] == "POST" and kind != b"application/json":
             raise Refused(415, "send JSON, with Content-Type: application/json")
 
     def _check_host(self, scope: Scope) -> None:

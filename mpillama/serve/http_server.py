@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import h11
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
@@ -58,10 +59,14 @@ class Address:
 class PatientProtocol(H11Protocol):
     """uvicorn's HTTP/1.1, which drops those who never finish the head of a request."""
 
+    write_seconds = 60.0
     _timer: asyncio.TimerHandle | None = None
+    _reader_timer: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """A client has come."""
+        # asyncio does it only for sockets made with a protocol number; without it, tokens wait for acknowledgements.
+        transport.get_extra_info("socket").setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         super().connection_made(transport)
         self._watch_head()
 
@@ -74,6 +79,24 @@ class PatientProtocol(H11Protocol):
         """The client has gone."""
         super().connection_lost(exc)
         self._stop_timer()
+        self._stop_reader_timer()
+
+    def pause_writing(self) -> None:
+        """The client does not take what is sent, maybe the end of an answer that nobody waits for any more."""
+        super().pause_writing()
+        self._reader_timer = self.loop.call_later(self.write_seconds, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        """It does again."""
+        super().resume_writing()
+        self._stop_reader_timer()
+
+    def send_400_response(self, msg: str) -> None:
+        """Refuse what is not HTTP, or only close if that shows after the answer, in the rest of the request."""
+        if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
+            super().send_400_response(msg)
+        else:
+            self.transport.close()
 
     def handle_events(self) -> None:
         """Begin the requests whose head is complete; each may drop the connection."""
@@ -98,14 +121,24 @@ class PatientProtocol(H11Protocol):
             self._timer.cancel()
             self._timer = None
 
+    def _stop_reader_timer(self) -> None:
+        if self._reader_timer is not None:
+            self._reader_timer.cancel()
+            self._reader_timer = None
+
 
 class HttpServer:
     """Answers requests on a bound socket in a thread; what escapes from there ends the job (comm/failure)."""
 
-    def __init__(self, app: Any, address: Address, bound: socket.socket):
+    def __init__(self, app: Any, address: Address, bound: socket.socket, write_timeout: float):
+        class Protocol(PatientProtocol):
+            """With this server's patience."""
+
+            write_seconds = write_timeout
+
         self._bound = bound
         config = uvicorn.Config(
-            app, http=PatientProtocol, ws="none", loop="asyncio", lifespan="off", log_config=None, access_log=False,
+            app, http=Protocol, ws="none", loop="asyncio", lifespan="off", log_config=None, access_log=False,
             server_header=False, proxy_headers=False, h11_max_incomplete_event_size=HEADER_BYTES,
             timeout_keep_alive=KEEP_ALIVE_SECONDS, timeout_graceful_shutdown=CLOSE_SECONDS,
             ssl_certfile=address.certificate, ssl_keyfile=address.key,

@@ -80,6 +80,7 @@ class LocalReplica:
         """Forget a task."""
         if not self.failure:
             self.desk.cancel(number)
+            self.figures = self.desk.figures()
 
     def ask_memory(self) -> None:
         """Bring the memory in `figures` up to date."""
@@ -183,6 +184,7 @@ def _obey(post: Post, desk: EngineDesk, message: Any) -> None:
         desk.take(message)
     elif isinstance(message, Cancel):
         desk.cancel(message.number)
+        post.send(0, Report([], desk.figures()))
     elif isinstance(message, AskMemory):
         desk.ask_memory()
         post.send(0, Report([], desk.figures()))

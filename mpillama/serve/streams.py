@@ -3,6 +3,7 @@
 import asyncio
 import json
 from collections.abc import AsyncGenerator, Coroutine
+from contextlib import suppress
 from typing import Any, Self, TypeVar
 
 from fastapi import Request
@@ -77,7 +78,8 @@ class EventStream(Response):
         """Stream."""
         try:
             await send({"type": "http.response.start", "status": 200, "headers": HEADERS})
-            await until_gone(receive, self._send_all(send))
+            with suppress(ClientGone):  # nobody is left to be told
+                await until_gone(receive, self._send_all(send))
         finally:
             await self.events.close()
 

@@ -37,6 +37,8 @@ def chat_tasks(service: Service, body: ServedChat) -> list[Task]:
     """A task for each choice of a chat."""
     check_model(service, body.model)
     _check_chat(service, body)
+    if (body.n or 1) > service.capacity:
+        raise BadRequest(f"n: more answers than this server holds ({service.capacity})", "n")
     tools, grammar = used_tools(body), _grammar(service, body)
     # Within a grammar there is no room for thoughts; the templates of models that have them know this variable.
     variables = {} if grammar is None else {"enable_thinking": False}

@@ -91,6 +91,8 @@ class Sampler:
                 "The model returned NaN or infinite logits: its file is damaged, or its numbers overflowed."
             )
         scores = self._penalized(logits.astype(np.float64))
+        if not np.isfinite(scores.max()):
+            raise NonFiniteLogits("Bias and penalties leave no finite numbers to choose from: make them smaller.")
         greedy = self._options.temperature == 0
         token = int(scores.argmax()) if greedy else self._draw(scores)
         self._seen[token] = True

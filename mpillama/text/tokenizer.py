@@ -65,7 +65,8 @@ class Tokenizer:
         """
         _check_unicode(text)
         # The post-processor of some models adds BOS and of others does not: leave it out, and add BOS here only.
-        parsed = self._parsing.encode(text, add_special_tokens=False) if parse_special else None
+        # A batch of one: the library lets other threads run in it, and a server's engine must not wait for a long text.
+        parsed = self._parsing.encode_batch([text], add_special_tokens=False)[0] if parse_special else None
         ids = self._encode_literally(text) if parsed is None else list(parsed.ids)
         wanted = self._add_bos if add_bos is None else add_bos
         bos = [] if self.bos_token_id is None else [self.bos_token_id]

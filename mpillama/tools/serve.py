@@ -101,7 +101,8 @@ class ServeJob:
         self.front = Front(self.inbox)
         app = create_app(self.front, options.request_timeout, options.log_prompts)
         sys.setswitchinterval(SWITCH_SECONDS)
-        self.server = HttpServer(Guard(app, self._rules(), app.state.metrics.note), address, bound)
+        guard = Guard(app, self._rules(), app.state.metrics.note)
+        self.server = HttpServer(guard, address, bound, options.write_timeout)
         self.server.start(self.front.attach)
 
     def _rules(self) -> "Rules":
