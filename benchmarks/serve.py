@@ -10,6 +10,7 @@ they take time from the same cores as the server. Prints one JSON object.
 import argparse
 import asyncio
 import json
+import math
 import os
 import shutil
 import signal
@@ -20,7 +21,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
@@ -43,6 +44,10 @@ class Seen:
     gaps: list[float] = field(default_factory=list)
     firsts: list[float] = field(default_factory=list)
 
+    def with_(self, other: "Seen") -> "Seen":
+        """The two together."""
+        return Seen(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
+
 
 def main() -> None:
     """Measure as the command line says."""
@@ -53,6 +58,7 @@ def main() -> None:
     parser.add_argument("--clients", type=int, default=64)
     parser.add_argument("--sequences", type=int, help="of the server (default: as many as clients)")
     parser.add_argument("--seconds", type=float, default=60)
+    parser.add_argument("--requests", type=int, help="of each client, instead of a time")
     parser.add_argument("--answer", type=int, default=200, help="tokens of an answer")
     parser.add_argument("--against-batch", action="store_true", help="run `batch` on the same rows before and after")
     parser.add_argument("--options", nargs="*", default=[], help="more options of serve")
@@ -68,15 +74,20 @@ def measure(given: argparse.Namespace, folder: Path) -> dict[str, Any]:
     batches = [batch_speed(given, folder, i) for i in range(given.against_batch)]
     with server(given, folder) as (url, ranks):
         asyncio.run(load(url, given, 3.0))  # the first answers warm everything up
+        halves_of = 1e9 if given.requests else given.seconds / 2
         before, figures = [p.memory_info().rss for p in ranks], engine_figures(url)
         began = time.monotonic()
-        seen = asyncio.run(load(url, given, given.seconds))
+        halves = [asyncio.run(load(url, given, halves_of, given.requests))]
+        half_way = [p.memory_info().rss for p in ranks]
+        halves.append(asyncio.run(load(url, given, 0 if given.requests else halves_of)))
         seconds = time.monotonic() - began
         after, used = [p.memory_info().rss for p in ranks], engine_figures(url)
         files = [p.num_fds() for p in ranks]
     batches += [batch_speed(given, folder, 9) for _ in range(given.against_batch)]
     steps = {name: used[name] - figures[name] for name in figures}
-    result = {**summary(seen, seconds), "resident_before": before, "resident_after": after, "open_files": files}
+    seen = [one.with_(other) for one, other in zip(*halves, strict=True)]
+    memory = {"resident_before": before, "resident_half_way": half_way, "resident_after": after}
+    result = {**summary(seen, seconds), **memory, "open_files": files}
     result["engine_tokens_per_second_of_step_time"] = steps["sampled_tokens"] / max(steps["step_seconds"], 1e-9)
     result["step_share_of_time"] = steps["step_seconds"] / seconds
     if batches:
@@ -142,20 +153,23 @@ def body_of(given: argparse.Namespace, client: int) -> bytes:
     return json.dumps({**body, **more, "stream": True}).encode()
 
 
-async def load(url: str, given: argparse.Namespace, seconds: float) -> list[Seen]:
+async def load(url: str, given: argparse.Namespace, seconds: float, requests: int | None = None) -> list[Seen]:
     """All clients at once, each with one request after the other."""
     where, end = urlparse(url), time.monotonic() + seconds
     seen = [Seen() for _ in range(given.clients)]
-    clients = (ask_until(end, where.hostname or "", where.port or 0, body_of(given, i), s) for i, s in enumerate(seen))
+    most = math.inf if requests is None else requests
+    clients = (
+        ask_until(end, most, where.hostname or "", where.port or 0, body_of(given, i), s) for i, s in enumerate(seen)
+    )
     await asyncio.gather(*clients)
     return seen
 
 
-async def ask_until(end: float, host: str, port: int, body: bytes, seen: Seen) -> None:
+async def ask_until(end: float, most: float, host: str, port: int, body: bytes, seen: Seen) -> None:
     """One client; the answer under way at the end is left."""
     head = f"POST /v1/completions HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\n"
     request = f"{head}Connection: close\r\nContent-Length: {len(body)}\r\n\r\n".encode() + body
-    while time.monotonic() < end:
+    while time.monotonic() < end and seen.requests + len(seen.errors) < most:
         reader, writer = await asyncio.open_connection(host, port)
         try:
             writer.write(request)
@@ -199,7 +213,8 @@ def engine_figures(url: str) -> dict[str, float]:
 def batch_speed(given: argparse.Namespace, folder: Path, number: int) -> float:
     """Tokens a second of step time that `batch` reaches with rows like the clients' requests."""
     source, target = folder / "in.jsonl", folder / f"out{number}.jsonl"
-    rows = [{"id": str(i), **json.loads(body_of(given, i))} for i in range(given.clients)]
+    count = given.clients * (given.requests or 1)
+    rows = [{"id": str(i), **json.loads(body_of(given, i % given.clients))} for i in range(count)]
     source.write_text("".join(json.dumps({k: v for k, v in row.items() if k != "stream"}) + "\n" for row in rows))
     words = ["batch", source, target, "--model", given.model, "--sequences", given.sequences or given.clients, "--json"]
     command = [*launcher(given.ranks), sys.executable, "-m", "mpillama", *words, "--max-seq-len", "512"]

@@ -11,6 +11,8 @@ MOST_LOGPROBS = 20
 MOST_INPUTS = 2048
 """Texts of one request for embeddings, or prompts of one request."""
 
+MOST_DETOKENIZED = 1_000_000
+
 Choices = Annotated[int, Field(ge=1, le=MOST_CHOICES)]
 Tokens = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1, fail_fast=True)]
 Inputs = Annotated[
@@ -144,4 +146,4 @@ class DetokenizeBody(Body):
     """The body of POST /detokenize."""
 
     model: str | None = None
-    tokens: Annotated[list[Annotated[int, Field(ge=0)]], Field(fail_fast=True)]
+    tokens: Annotated[list[Annotated[int, Field(ge=0)]], Field(max_length=MOST_DETOKENIZED, fail_fast=True)]

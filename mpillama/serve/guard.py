@@ -45,6 +45,7 @@ class Rules:
     body_bytes: int
     body_seconds: float
     write_seconds: float
+    all_bodies_bytes: int
     origins: frozenset[str] = frozenset()
 
 
@@ -59,25 +60,28 @@ class Guard:
         self.rules = rules
         self.note = note
         self.requests = 0
+        self.held_bytes = 0
         self._digest = None if rules.key is None else _digest(rules.key.encode())
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer a request, or refuse it."""
         self.requests += 1
+        held = _Held()
         writer, began = _Writer(scope, send, self.rules.write_seconds, self._cors(scope)), time.monotonic()
         try:
-            await self._pass_on(scope, receive, writer.send)
+            await self._pass_on(scope, receive, writer.send, held)
         finally:
             self.requests -= 1
+            self.held_bytes -= held.bytes
             path = getattr(scope.get("route"), "path", "other")
             self.note(path, writer.status, time.monotonic() - began)
 
-    async def _pass_on(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def _pass_on(self, scope: Scope, receive: Receive, send: Send, held: "_Held") -> None:
         try:
             if self._is_preflight(scope):
                 return await _answer_preflight(send)
             self._check_head(scope)
-            body = await self._body(scope, receive)
+            body = await self._body(scope, receive, held)
         except (Refused, QueueFull) as error:
             return await response_to(error)(scope, receive, send)
         try:
@@ -109,27 +113,32 @@ class Guard:
         fits = self._digest is None or hmac.compare_digest(_digest(given.strip()), self._digest)
         return self._digest is None or (fits and scheme.lower() == b"bearer")
 
-    async def _body(self, scope: Scope, receive: Receive) -> bytes:
+    async def _body(self, scope: Scope, receive: Receive, held: "_Held") -> bytes:
         """The whole body; Refused if it is too large or takes too long."""
         length = _header(scope, b"content-length")
         if length.isdigit() and int(length[:20]) > self.rules.body_bytes:
             raise self._too_large()
         try:
             async with asyncio.timeout(self.rules.body_seconds):
-                return await self._read(receive)
+                return await self._read(receive, held)
         except TimeoutError as error:
             raise Refused(408, f"the body did not come within {self.rules.body_seconds:g} s") from error
 
-    async def _read(self, receive: Receive) -> bytes:
-        parts, size = [], 0
+    async def _read(self, receive: Receive, held: "_Held") -> bytes:
+        parts = []
         while True:
             message = await receive()
             if message["type"] == "http.disconnect":
                 raise Refused(408, "the client went away")
             parts.append(message.get("body", b""))
-            size += len(parts[-1])
-            if size > self.rules.body_bytes:
+            held.bytes += len(parts[-1])
+            self.held_bytes += len(parts[-1])
+            if held.bytes > self.rules.body_bytes:
                 raise self._too_large()
+            if self.held_bytes > self.rules.all_bodies_bytes:
+                raise QueueFull(
+                    f"the bodies of open requests have more than {self.rules.all_bodies_bytes} bytes together"
+                )
             if not message.get("more_body"):
                 return b"".join(parts)
 
@@ -145,6 +154,13 @@ class Guard:
         if origin.decode("latin-1") not in self.rules.origins:
             return []
         return [(b"access-control-allow-origin", origin), (b"vary", b"Origin")]
+
+
+@dataclass
+class _Held:
+    """Bytes of a request's body that are in memory."""
+
+    bytes: int = 0
 
 
 class _Replay:

@@ -4,7 +4,7 @@ import secrets
 from collections.abc import Sequence
 from typing import Any
 
-from mpillama.api.bodies import BadRequest, SamplingBody
+from mpillama.api.bodies import BadRequest, Message, SamplingBody
 from mpillama.api.prompts import derived_seed
 from mpillama.api.served import (
     EmbeddingBody,
@@ -23,6 +23,7 @@ from mpillama.serve.tasks import Task
 from mpillama.text.constraint import json_object_grammar, json_schema_grammar
 from mpillama.text.sampler import SamplingOptions
 
+MOST_CHARACTERS_OF_TOKEN = 256
 UNNUMBERED = -1
 """The number of a task that was not begun."""
 
@@ -39,6 +40,7 @@ def chat_tasks(service: Service, body: ServedChat) -> list[Task]:
     _check_chat(service, body)
     if (body.n or 1) > service.capacity:
         raise BadRequest(f"n: more answers than this server holds ({service.capacity})", "n")
+    _check_characters(service, sum(map(_characters, body.messages)), "messages")
     tools, grammar = used_tools(body), _grammar(service, body)
     # Within a grammar there is no room for thoughts; the templates of models that have them know this variable.
     variables = {} if grammar is None else {"enable_thinking": False}
@@ -138,7 +140,20 @@ def texts_of(given: str | Sequence[Any]) -> list[str | list[int]]:
     return list(given)
 
 
+def _check_characters(service: Service, count: int, place: str) -> None:
+    """Refuse what is surely too long without looking at it: it would take long."""
+    if count > service.max_model_len * MOST_CHARACTERS_OF_TOKEN:
+        reason = f"{count} characters are more than the context's {service.max_model_len} tokens can be"
+        raise Refused(400, f"{place}: {reason}", place, "context_length_exceeded")
+
+
+def _characters(message: Message) -> int:
+    content = message.content or ""
+    return len(content) if isinstance(content, str) else sum(len(part.text) for part in content)
+
+
 def _ids(service: Service, prompt: str | Sequence[int], place: str) -> list[int]:
+    _check_characters(service, len(prompt), place)
     try:
         return service.prompter.prompt_ids(prompt)
     except UserError as error:

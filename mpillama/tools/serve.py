@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 
 LOG = logging.getLogger(__name__)
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+BODIES = 16
+"""So many of the largest bodies may be in memory together."""
 SWITCH_SECONDS = 0.0005
 """How long one thread may keep Python from the other: the engine's comes back from its kernels many times a step."""
 
@@ -114,7 +116,7 @@ class ServeJob:
         hosts = frozenset({"localhost", "127.0.0.1", "[::1]", options.host}) if only_local else None
         return Rules(
             key, hosts, options.connections, self.settings.body_bytes, options.body_timeout, options.write_timeout,
-            frozenset(options.cors),
+            BODIES * self.settings.body_bytes, frozenset(options.cors),
         )  # fmt: skip
 
     def gather_groups(self, post: "Post", group: World) -> None:

@@ -10,6 +10,7 @@ import stat
 import subprocess
 import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -231,6 +232,22 @@ def test_a_body_that_is_too_large_is_refused_by_its_chunks(idle: Served):
         answer = wire.answer()
         assert answer
         assert answer.status == 413
+
+
+def test_open_bodies_together_have_a_limit(idle: Served):
+    """Sixteen of the largest; they are given up in time, and then others are taken again."""
+    lines = (b"Content-Type: application/json", b"Content-Length: %d" % BODY_BYTES)
+    with ExitStack() as stack:
+        wires = [stack.enter_context(Wire(idle.url)) for _ in range(17)]
+        for wire in wires:
+            wire.send(head("POST", "/v1/completions", *lines) + b" " * (BODY_BYTES - 1))
+        statuses = [answer.status for wire in wires if (answer := wire.answer())]
+    assert statuses.count(429) >= 1
+    assert set(statuses) <= {408, 429}
+    with Wire(idle.url) as wire:
+        answer = wire.ask(post("/v1/completions", SHORT))
+        assert answer
+        assert answer.status == 200
 
 
 @pytest.mark.parametrize("trickle", [False, True])
