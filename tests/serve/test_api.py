@@ -3,6 +3,9 @@
 import asyncio
 import json
 import math
+import re
+import shutil
+import subprocess
 import time
 
 import httpx
@@ -10,7 +13,7 @@ import numpy as np
 import openai
 import pytest
 
-from tests.mpi.launch import PROGRAM, TIMEOUT, run
+from tests.mpi.launch import PROGRAM, ROOT, TIMEOUT, run
 from tests.serve.conftest import Served
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(TIMEOUT + 60)]
@@ -104,6 +107,20 @@ def test_a_completion_without_max_tokens_has_16(client):
         client.completions.create(**fields, prompt="Once", extra_body={"ignore_eos": True}).usage.completion_tokens
         == 16
     )
+
+
+@pytest.mark.parametrize("document", ["README.md", "docs/serve.md"])
+def test_the_documents_command_works(served, document):
+    """As it stands there, but for the port."""
+    text = (ROOT / document).read_text()
+    command = re.search(r"^curl (?:.*\\\n)*.*$", text, re.MULTILINE)
+    assert command, f"{document} has no curl command"
+    if shutil.which("curl") is None:
+        pytest.skip("curl is not installed")
+    spoken = command[0].replace("http://127.0.0.1:8000", served.url)
+    done = subprocess.run(["bash", "-c", spoken], capture_output=True, timeout=60)
+    answer = json.loads(done.stdout)
+    assert answer["choices"][0]["message"]["content"], done.stderr
 
 
 # -- fields, each with an effect ------------------------------------------------------------------------------------
