@@ -251,8 +251,8 @@ def test_a_size_that_leaves_a_rest_is_refused(demo: Path, tmp_path: Path) -> Non
 
 def test_a_group_without_rows_waits_for_the_others(demo: Path, tmp_path: Path) -> None:
     """Longer than ranks wait for one another."""
-    row = {"id": "a", "prompt": "Once", "max_tokens": 300, "temperature": 0, "ignore_eos": True}
+    row = {"id": "a", "prompt": "Once", "max_tokens": 700, "temperature": 0, "ignore_eos": True}
     source, target = write_rows(tmp_path / "in.jsonl", [row]), tmp_path / "out.jsonl"
-    ran = run(4, *slowly(source, target, demo), "--tensor-parallel", "2", "--timeout", "3")
+    ran = run(4, *slowly(source, target, demo), "--tensor-parallel", "2", "--timeout", "8")
     assert ran.status == 0, ran.stderr
     assert len(results(target)) == 1
