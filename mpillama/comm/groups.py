@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from mpillama.comm.start import World
 
 BEAT_SECONDS = 5.0
-"""Time between two signs of life."""
+"""The longest time between two signs of life; several must come within the job's time-out."""
 
 
 def split_world(world: "World", size: int) -> "World":
@@ -45,6 +45,7 @@ class Post:
         with comm.watch.blocking("the start"):
             self._mpi = comm.mpi.Dup()
         self._watch = comm.watch
+        self._beat = min(BEAT_SECONDS, comm.watch.timeout / 4) if comm.watch.timeout else BEAT_SECONDS
         self._sent: list[MPI.Request] = []
         self._greeted: set[int] = set()
         self._heard: dict[int, float] = {}
@@ -82,9 +83,9 @@ class Post:
     def live(self) -> None:
         """Show that this rank is alive, and end the job if one that is expected has been silent too long."""
         now = time.monotonic()
-        if now - self._beaten < BEAT_SECONDS:
+        if now - self._beaten < self._beat:
             return
-        own_pause, self._beaten = now - self._beaten > 2 * BEAT_SECONDS, now
+        own_pause, self._beaten = now - self._beaten > 2 * self._beat, now
         for rank in self._greeted:
             self.send(rank, None)
         for rank, heard in self._heard.items():
