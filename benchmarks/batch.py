@@ -67,6 +67,7 @@ def short_rows(given: argparse.Namespace) -> Iterator[Row]:
             "max_tokens": given.answer,
             "temperature": 0,
             "ignore_eos": True,
+            "cache_prompt": not given.no_prefix_cache,
         }
 
 
