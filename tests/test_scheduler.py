@@ -175,6 +175,7 @@ def test_digests_depend_on_all_that_came_before():
         ([1, 2, 3, 4, 5, 1, 2], [3, 4, 5]),
         ([1, 2, 9, 1, 2, 3, 1, 2], [3, 1, 2]),  # the latest occurrence
         ([7, 1, 2, 9, 9, 1, 2, 3, 7, 1, 2], [9, 9, 1]),  # the longest match first
+        ([9, 1, 2, 1, 2], [1, 2, 1]),  # goes on repeating
         ([1, 2, 3], []),
         ([1], []),
     ],

@@ -21,7 +21,10 @@ class Drafter:
     accepted: int = 0
 
     def draft(self, tokens: list[int], room: int) -> list[int]:
-        """What followed the latest earlier occurrence of the text's last tokens, up to `room`; longest match first."""
+        """What followed the latest earlier occurrence of the text's last tokens, up to `room`; longest match first.
+
+        Where the text repeats itself the guess goes on repeating it.
+        """
         most = min(self.most, room)
         if most < 1:
             return []
@@ -29,7 +32,8 @@ class Drafter:
         for size in range(LONGEST_NGRAM, SHORTEST_NGRAM - 1, -1):
             end = last_occurrence(text, size)
             if end is not None:
-                found = [int(token) for token in text[end : end + most]]
+                period = len(text) - end
+                found = [int(text[end + i % period]) for i in range(most)]
                 self.proposed += len(found)
                 return found
         return []
