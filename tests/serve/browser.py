@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-import subprocess
 import tempfile
 import threading
 import time
@@ -21,6 +20,7 @@ from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.remote.webelement import WebElement
 
 from tests.mpi.launch import ROOT
+from tests.packages import install, missing
 
 PAGE = ROOT / "mpillama" / "serve" / "page"
 KINDS = {".html": "text/html", ".css": "text/css", ".js": "text/javascript"}
@@ -29,7 +29,7 @@ POLICY = (
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
 PACKAGES = ("chromium", "chromium-driver")
-INSTALL_SECONDS = 300.0
+PROGRAMS = ("chromium", "chromedriver")
 WAIT_SECONDS = 30.0
 MODEL = "llama-of-the-test"
 CONTEXT = 1000
@@ -39,32 +39,14 @@ OTHER_HOST = "node17.test"
 
 def why_not() -> str:
     """Install a browser if CI wants it and nothing is there; returns why there is none, "" if there is one."""
-    missing = _missing()
-    if not missing:
+    lacking = missing(PROGRAMS)
+    if not lacking:
         return ""
     if not os.environ.get("CI"):
-        return f"{' and '.join(missing)} not found (Debian's {' and '.join(PACKAGES)})"
+        return f"{' and '.join(lacking)} not found (Debian's {' and '.join(PACKAGES)})"
     if os.geteuid() != 0 or shutil.which("apt-get") is None:
-        return f"{' and '.join(missing)} not found, and no apt-get as root to install them"
-    return _install()
-
-
-def _missing() -> list[str]:
-    return [name for name in ("chromium", "chromedriver") if shutil.which(name) is None]
-
-
-def _install() -> str:
-    end = time.monotonic() + INSTALL_SECONDS
-    quiet = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
-    for words in (["update"], ["install", "--yes", "--no-install-recommends", *PACKAGES]):
-        command = ["apt-get", "--quiet", *words]
-        try:
-            subprocess.run(command, env=quiet, check=True, capture_output=True, timeout=end - time.monotonic())
-        except subprocess.CalledProcessError as error:
-            return f"{' '.join(command)} failed: {error.stderr.decode(errors='replace').strip()[-300:]}"
-        except subprocess.TimeoutExpired:
-            return f"{' '.join(command)} took longer than {INSTALL_SECONDS:.0f} s"
-    return f"{' and '.join(_missing())} not found after installing {' and '.join(PACKAGES)}" if _missing() else ""
+        return f"{' and '.join(lacking)} not found, and no apt-get as root to install them"
+    return install(PACKAGES, PROGRAMS)
 
 
 @contextmanager

@@ -17,7 +17,7 @@ from pydantic import BaseModel
 
 from mpillama.api.served import DetokenizeBody, EmbeddingBody, ServedChat, ServedCompletion, TokenizeBody
 from mpillama.serve.http_server import HEADER_BYTES, HEADER_SECONDS
-from tests.mpi.launch import TIMEOUT
+from tests.mpi.launch import ROOT, TIMEOUT
 from tests.serve.conftest import Served, serving
 from tests.serve.raw import HOST, Answer, Wire, active, first_of, head, post, until
 from tests.serve.tooled import write_tooled
@@ -627,4 +627,4 @@ def test_an_answer_knows_what_it_must_not_show():
     assert Answer(500, safe, b"{}").complaint()
     assert Answer(400, safe, b"Bad Request").complaint()
     assert Answer(400, safe, b'{"error":{"message":"m","type":"t"}}').complaint()
-    assert Answer(200, safe, b'File "/work/x"').complaint()
+    assert Answer(200, safe, f"see {ROOT}/x".encode()).complaint()

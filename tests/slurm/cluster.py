@@ -13,10 +13,10 @@ from pathlib import Path
 import psutil
 
 from tests.mpi.launch import ROOT, environment
+from tests.packages import install, missing
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "salloc", "scontrol")
 PACKAGES = ("slurm-wlm", "munge")
-INSTALL_SECONDS = 300.0
 START_SECONDS = 60.0
 END_SECONDS = 20.0
 JOB_SECONDS = 150.0
@@ -58,25 +58,10 @@ def why_not() -> str:
     """Install what is missing; returns why there can be no Slurm here, "" if there can."""
     if os.geteuid() != 0:
         return "a Slurm of one node needs root"
-    missing = [name for name in PROGRAMS if shutil.which(name) is None]
-    if missing and shutil.which("apt-get") is None:
-        return f"{', '.join(missing)} not found, and no apt-get to install {' and '.join(PACKAGES)}"
-    return _install() if missing else ""
-
-
-def _install() -> str:
-    end = time.monotonic() + INSTALL_SECONDS
-    quiet = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
-    for words in (["update"], ["install", "--yes", "--no-install-recommends", *PACKAGES]):
-        command = ["apt-get", "--quiet", *words]
-        try:
-            subprocess.run(command, env=quiet, check=True, capture_output=True, timeout=end - time.monotonic())
-        except subprocess.CalledProcessError as error:
-            return f"{' '.join(command)} failed: {error.stderr.decode(errors='replace').strip()[-300:]}"
-        except subprocess.TimeoutExpired:
-            return f"{' '.join(command)} took longer than {INSTALL_SECONDS:.0f} s"
-    missing = [name for name in PROGRAMS if shutil.which(name) is None]
-    return f"{', '.join(missing)} not found after installing {' and '.join(PACKAGES)}" if missing else ""
+    lacking = missing(PROGRAMS)
+    if lacking and shutil.which("apt-get") is None:
+        return f"{', '.join(lacking)} not found, and no apt-get to install {' and '.join(PACKAGES)}"
+    return install(PACKAGES, PROGRAMS) if lacking else ""
 
 
 class Job:
