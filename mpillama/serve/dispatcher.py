@@ -88,7 +88,6 @@ class Dispatcher:
         self.life = life
         self.collect = collect
         self.active: dict[int, _Active] = {}
-        self.retried = 0
         self._local = [r for r in replicas if isinstance(r, LocalReplica)]
         self._has_mail = any(isinstance(r, RemoteReplica) for r in replicas)
         self._drains_until: float | None = None
@@ -159,7 +158,6 @@ class Dispatcher:
             if active.replica.failure:
                 active.restart(self._least_loaded())
                 active.replica.take(active.task)
-                self.retried += 1
 
     def _finished(self) -> bool:
         """Whether to leave; announces the end when it comes near."""

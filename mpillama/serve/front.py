@@ -62,7 +62,6 @@ class Front:
         self.state = LOADING
         self.reason = "the model is being loaded"
         self.service: Service | None = None
-        self.retry_seconds = 5
         self._numbers = itertools.count()
         self._waiting: dict[int, asyncio.Queue[Progress]] = {}
         self._loop: asyncio.AbstractEventLoop | None = None
