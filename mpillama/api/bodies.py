@@ -90,6 +90,9 @@ class Message(Body):
     name: str | None = None
     tool_calls: Annotated[list[ToolCall], Field(fail_fast=True)] | None = None
     tool_call_id: str | None = None
+    reasoning_content: str | None = None
+    reasoning: str | None = None
+    """What the assistant thought, under either name."""
     refusal: None = None
     """Clients send back what they were answered, this empty field among it."""
 
@@ -97,6 +100,9 @@ class Message(Body):
         """The message as chat templates want it: content is one text."""
         content = "".join(p.text for p in self.content) if isinstance(self.content, list) else self.content
         given = self.model_dump(exclude_none=True)
+        thought = self.reasoning_content or self.reasoning
+        if self.role == "assistant" and thought:  # templates know one name or the other
+            given |= {"reasoning_content": thought, "reasoning": thought}
         return {**given, "content": content or "", "role": "system" if self.role == "developer" else self.role}
 
 

@@ -1,10 +1,23 @@
 """An answer as it grows token by token: its text, and when it ends."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
 from mpillama.text.stop import StopStrings
 from mpillama.text.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class Mark:
+    """A token that divides an answer into parts: the how many-th of its tokens, and where its text is.
+
+    A special token has no text (`start` is `end`); its place is kept all the same.
+    """
+
+    index: int
+    token: int
+    start: int
+    end: int
 
 
 @dataclass(frozen=True)
@@ -27,13 +40,17 @@ class Answer:
     tokenizer: Tokenizer
     limits: Limits
     keep_special: bool = False
+    marking: Collection[int] = ()
     token_ids: list[int] = field(default_factory=list)
     text: str = ""
     finish_reason: str | None = None
+    marks: list[Mark] = field(default_factory=list)
+    """The tokens among `marking`; their places count in the text as decoded, some of which may be held back still."""
 
     def __post_init__(self) -> None:
         self._stream = self.tokenizer.stream(skip_special=not self.keep_special)
         self._stop = StopStrings(self.limits.stops)
+        self._decoded = 0
 
     def push(self, token: int, room: int) -> str:
         """Take a sampled token and return the text that is safe to print.
@@ -43,13 +60,23 @@ class Answer:
         self.token_ids.append(token)
         if token in self.tokenizer.eos_token_ids and not self.limits.ignore_eos:
             return self.finish("stop")
-        piece, stopped = self._stop.push(self._stream.push(token))
+        decoded = self._stream.push(token)
+        self._decoded += len(decoded)
+        if token in self.marking:
+            self.marks.append(self._mark(token, decoded))
+        piece, stopped = self._stop.push(decoded)
         self.text += piece
         if stopped:
             self.finish_reason = "stop"
         elif len(self.token_ids) >= self.limits.max_tokens or room <= 0:
             piece += self.finish("length")
         return piece
+
+    def _mark(self, token: int, decoded: str) -> Mark:
+        name = self.tokenizer.token(token) or ""
+        # A character that the token left unfinished may come before it.
+        length = len(name) if name and decoded.endswith(name) else 0
+        return Mark(len(self.token_ids) - 1, token, self._decoded - length, self._decoded)
 
     def finish(self, reason: str) -> str:
         """End the answer and return the text that was held back."""

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from mpillama.engine.answer import Answer
+from mpillama.engine.answer import Answer, Mark
 from mpillama.engine.block_pool import BlockPool
 from mpillama.engine.executor import Executor
 from mpillama.engine.scheduler import Scheduler, Share
@@ -33,11 +33,15 @@ class EngineCounts:
 
 @dataclass(frozen=True)
 class Update:
-    """A sequence that went on in a step: the tokens that were sampled and the text that became safe to print."""
+    """A sequence that went on in a step: the tokens that were sampled and the text that became safe to print.
+
+    `marks` are those of the tokens that the request wants to know the places of.
+    """
 
     sequence: EngineSequence
     token_ids: list[int] = field(default_factory=list)
     text: str = ""
+    marks: list[Mark] = field(default_factory=list)
 
 
 class Engine:
@@ -73,7 +77,7 @@ class Engine:
     def submit(self, request: Request) -> EngineSequence:
         """Queue a request; UserError for a prompt that is empty, too long or has ids outside the vocabulary."""
         self.check(request)
-        answer = Answer(self.tokenizer, request.limits, request.keep_special)
+        answer = Answer(self.tokenizer, request.limits, request.keep_special, request.marking)
         sequence = EngineSequence(request, self._number, answer, list(request.prompt_ids))
         self._number += 1
         self.scheduler.add(sequence)
@@ -127,7 +131,7 @@ class Engine:
 
     def _sample(self, sequence: EngineSequence, logits: np.ndarray, drafts: list[int]) -> Update:
         """Sample a token, and one more for each draft that turns out to be that token."""
-        tokens, text = [], ""
+        tokens, text, marks = [], "", len(sequence.answer.marks)
         for i, row in enumerate(logits):
             try:
                 token = self._choose(sequence, row)
@@ -147,7 +151,7 @@ class Engine:
                 break
             sequence.computed += 1
         self._count(tokens)
-        return Update(sequence, tokens, text)
+        return Update(sequence, tokens, text, sequence.answer.marks[marks:])
 
     def _choose(self, sequence: EngineSequence, row: np.ndarray) -> int:
         """Sample a token from logits, within the request's constraint; NonFiniteLogits or UserError if none can be."""

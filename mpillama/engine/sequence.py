@@ -37,7 +37,8 @@ class Request:
 
     `on_logits(logits, token)` is told of the float32 [vocab_size] logits that each token was chosen from. `key` is the
     caller's own. With `reuse_prefix` False the prompt is computed anew, whatever the cache holds of it. With `pooling`
-    the prompt's embedding is wanted, and no answer. With `keep_special` the answer's text shows control tokens.
+    the prompt's embedding is wanted, and no answer. With `keep_special` the answer's text shows control tokens. The
+    places of tokens among `marking` are told.
     """
 
     prompt_ids: list[int]
@@ -49,6 +50,7 @@ class Request:
     constraint: Constraint | None = None
     pooling: Pooling | None = None
     keep_special: bool = False
+    marking: frozenset[int] = frozenset()
 
 
 @dataclass(eq=False)

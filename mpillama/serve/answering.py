@@ -28,6 +28,10 @@ class Choice(Protocol):
     def whole(self) -> Json:
         """The entry of a response that is not streamed."""
 
+    @property
+    def reasoning_tokens(self) -> int | None:
+        """Tokens of its thoughts so far; None if it cannot have any."""
+
 
 class Reply:
     """A request's answers and what they are called; `kind` is the object's name, with ".chunk" in streams of chats."""
@@ -49,16 +53,18 @@ class Reply:
         self.completion_tokens += len(progress.token_ids)
         self.cached_tokens[index] = progress.cached_tokens
 
-    def usage(self) -> Json:
+    def usage(self, choices: Sequence[Choice]) -> Json:
         """Tokens; the choices of one prompt share it."""
         prompts = {id(task.prompt_ids): (len(task.prompt_ids), i) for i, task in reversed(list(enumerate(self.tasks)))}
         prompt = sum(length for length, _ in prompts.values())
         cached = sum(self.cached_tokens.get(first, 0) for _, first in prompts.values())
+        thought = [choice.reasoning_tokens for choice in choices if choice.reasoning_tokens is not None]
         return {
             "prompt_tokens": prompt,
             "completion_tokens": self.completion_tokens,
             "total_tokens": prompt + self.completion_tokens,
             "prompt_tokens_details": {"cached_tokens": cached},
+            **({"completion_tokens_details": {"reasoning_tokens": sum(thought)}} if thought else {}),
         }
 
     def object(self, kind: str, choices: list[Json], **more: Any) -> Json:
@@ -89,7 +95,7 @@ class Answerer:
             async for index, progress in self._timed(answers):
                 reply.note(index, progress)
                 choices[index].push(progress)
-        return reply.object(reply.kind, [choice.whole() for choice in choices], usage=reply.usage())
+        return reply.object(reply.kind, [choice.whole() for choice in choices], usage=reply.usage(choices))
 
     async def pieces(
         self, reply: Reply, make: Callable[[int, Task], Choice], include_usage: bool
@@ -107,7 +113,7 @@ class Answerer:
                 for entry in [first, *entries] if first else entries:
                     yield event(reply.object(reply.chunk_kind, [entry], **more))
         if include_usage:
-            yield event(reply.object(reply.chunk_kind, [], usage=reply.usage()))
+            yield event(reply.object(reply.chunk_kind, [], usage=reply.usage(choices)))
         yield DONE
 
     async def embeddings(self, reply: Reply) -> list[np.ndarray]:

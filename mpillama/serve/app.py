@@ -26,7 +26,14 @@ from mpillama.serve.json_body import load_json
 from mpillama.serve.metrics import Metrics
 from mpillama.serve.streams import stream, while_connected
 from mpillama.serve.tasks import Task
-from mpillama.serve.tasks_of import chat_tasks, check_model, completion_tasks, embedding_tasks, used_tools
+from mpillama.serve.tasks_of import (
+    chat_tasks,
+    check_model,
+    completion_tasks,
+    embedding_tasks,
+    thought_parser,
+    used_tools,
+)
 
 LOG = logging.getLogger(__name__)
 Handler = Callable[[Request], Coroutine[Any, Any, Response]]
@@ -131,7 +138,8 @@ async def chat_completions(request: Request, body: ServedChat, service: ServiceO
     def choice(index: int, task: Task) -> ChatChoice:
         parser = service.tools.parser(names=names) if tools and service.tools else None
         most = 1 if body.parallel_tool_calls is False else math.inf
-        return ChatChoice(index, service.prompter.tokenizer, parser, bool(body.logprobs), most)
+        thoughts = thought_parser(service, body, task)
+        return ChatChoice(index, service.prompter.tokenizer, parser, bool(body.logprobs), most, thoughts)
 
     return await _answer(request, reply, choice, body)
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from mpillama.api.reasoning import Part, ThoughtParser
 from mpillama.api.tool_calls import Delta, ToolCallParser
 from mpillama.serve.tasks import Progress, TokenLogprob
 from mpillama.text.tokenizer import Tokenizer
@@ -14,19 +15,24 @@ Json = dict[str, Any]
 
 
 class ChatChoice:
-    """The message that answers a conversation; with a `parser`, up to `most_calls` calls of tools are found."""
+    """The message that answers a conversation; with a `parser`, up to `most_calls` calls of tools are found.
+
+    With `thoughts`, what a reasoning model thinks is told apart from what it says.
+    """
 
     def __init__(
         self, index: int, tokenizer: Tokenizer, parser: ToolCallParser | None, wants_logprobs: bool,
-        most_calls: float = math.inf,
+        most_calls: float = math.inf, thoughts: ThoughtParser | None = None,
     ):  # fmt: skip
         self.most_calls = most_calls
+        self.thoughts = thoughts
         self.index = index
         self.tokenizer = tokenizer
         self.parser = parser
         self.wants_logprobs = wants_logprobs
         self.finish_reason: str | None = None
         self._content: list[str] = []
+        self._reasoning: list[str] = []
         self._calls: list[Json] = []
         self._logprobs: list[Json] = []
 
@@ -38,9 +44,9 @@ class ChatChoice:
         """Take progress; entries of a stream."""
         logprobs = [chat_logprob(self.tokenizer, one) for one in progress.logprobs]
         self._logprobs += logprobs
-        deltas = self._deltas(progress)
-        self._keep(deltas)
-        entries = [self._entry(delta.fields(), logprobs if i == 0 else []) for i, delta in enumerate(deltas)]
+        fields = [field for part in self._parts(progress) for field in self._fields(part)]
+        fields += self._end_of_calls() if progress.finish_reason is not None else []
+        entries = [self._entry(delta, logprobs if i == 0 else []) for i, delta in enumerate(fields)]
         if logprobs and not entries:
             entries = [self._entry({"content": ""}, logprobs)]
         if progress.finish_reason is not None:
@@ -49,12 +55,31 @@ class ChatChoice:
             entries.append({**self._entry({}, []), "finish_reason": self.finish_reason})
         return entries
 
-    def _deltas(self, progress: Progress) -> list[Delta]:
-        if self.parser is None:
-            return [Delta(progress.text)] if progress.text else []
-        deltas = self.parser.push(progress.text)
-        deltas += self.parser.finish() if progress.finish_reason is not None else []
-        return [delta for delta in deltas if delta.call is None or delta.call.index < self.most_calls]
+    @property
+    def reasoning_tokens(self) -> int:
+        """Tokens of the thought so far."""
+        return self.thoughts.tokens if self.thoughts else 0
+
+    def _parts(self, progress: Progress) -> list[Part]:
+        if self.thoughts is None:
+            return [Part(progress.text)] if progress.text else []
+        parts = self.thoughts.push(progress.text, len(progress.token_ids), progress.marks)
+        return parts + (self.thoughts.finish() if progress.finish_reason is not None else [])
+
+    def _fields(self, part: Part) -> list[Json]:
+        """The fields of `delta` that tell of a part of the answer."""
+        if part.is_thought:
+            self._reasoning.append(part.text)
+            return [_reasoning(part.text)]
+        return self._kept([Delta(part.text)] if self.parser is None else self.parser.push(part.text))
+
+    def _end_of_calls(self) -> list[Json]:
+        return self._kept(self.parser.finish()) if self.parser else []
+
+    def _kept(self, found: list[Delta]) -> list[Json]:
+        deltas = [delta for delta in found if delta.call is None or delta.call.index < self.most_calls]
+        self._keep(deltas)
+        return [delta.fields() for delta in deltas]
 
     def _keep(self, deltas: list[Delta]) -> None:
         self._content += [delta.content for delta in deltas]
@@ -73,10 +98,17 @@ class ChatChoice:
         """The entry with the whole message."""
         content = "".join(self._content)
         message: Json = {"role": "assistant", "content": content if content or not self._calls else None}
+        if self._reasoning:
+            message |= _reasoning("".join(self._reasoning))
         if self._calls:
             message["tool_calls"] = self._calls
         logprobs = {"content": self._logprobs} if self.wants_logprobs else None
         return {"index": self.index, "message": message, "logprobs": logprobs, "finish_reason": self.finish_reason}
+
+
+def _reasoning(text: str) -> Json:
+    """A thought under both of its names: DeepSeek's, which most clients know, and the one that vLLM has now."""
+    return {"reasoning_content": text, "reasoning": text}
 
 
 class CompletionChoice:
@@ -90,6 +122,9 @@ class CompletionChoice:
         self._text: list[str] = []
         self._logprobs: list[TokenLogprob] = []
         self._offset = 0
+
+    reasoning_tokens = None
+    """A text has no parts."""
 
     def begin(self) -> None:
         """A stream of text says nothing first."""

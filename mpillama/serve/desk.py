@@ -40,7 +40,7 @@ class EngineDesk:
         constraint = None if task.grammar is None else self.grammars.constraint(task.grammar)
         return Request(
             task.prompt_ids, task.sampling, task.limits, task.number, recorder, task.reuse_prefix, constraint,
-            task.pooling, task.keep_special,
+            task.pooling, task.keep_special, task.marking,
         )  # fmt: skip
 
     def cancel(self, number: int) -> None:
@@ -69,6 +69,7 @@ class EngineDesk:
             sequence.cached_tokens or 0,
             sequence.error,
             sequence.pooled if sequence.finished else None,
+            update.marks,
         )
 
     def ask_memory(self) -> None:

@@ -48,7 +48,8 @@ class _Active:
         if not tokens and not characters:
             return progress
         ids, logprobs = progress.token_ids[tokens:], progress.logprobs[tokens:]
-        return replace(progress, token_ids=ids, logprobs=logprobs, text=progress.text[characters:])
+        marks = [mark for mark in progress.marks if mark.index >= self.skip_tokens]
+        return replace(progress, token_ids=ids, logprobs=logprobs, text=progress.text[characters:], marks=marks)
 
 
 @dataclass(frozen=True)

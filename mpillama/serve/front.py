@@ -8,6 +8,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 
 from mpillama.api.prompts import Prompter
+from mpillama.api.reasoning import ReasoningFormat
 from mpillama.api.tool_calls import ToolFormat
 from mpillama.engine.sequence import Pooling
 from mpillama.serve.dispatcher import Inbox
@@ -29,6 +30,7 @@ class Service:
     prompter: Prompter
     grammars: Grammars
     tools: ToolFormat | None
+    reasoning: ReasoningFormat | None
     pooling: Pooling
     replicas: Sequence[Replica]
     capacity: int

@@ -27,6 +27,7 @@ class Usage(BaseModel):
     total_tokens: int
     completion_tokens: int | None = None
     prompt_tokens_details: dict[str, int] | None = None
+    completion_tokens_details: dict[str, int] | None = None
 
 
 class CalledFunctionOut(BaseModel):
@@ -49,6 +50,8 @@ class MessageOut(BaseModel):
 
     role: Literal["assistant"]
     content: str | None
+    reasoning_content: str | None = None
+    reasoning: str | None = None
     tool_calls: list[ToolCallOut] | None = None
 
 

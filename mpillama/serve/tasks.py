@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from mpillama.engine.answer import Limits
+from mpillama.engine.answer import Limits, Mark
 from mpillama.engine.sequence import Pooling
 from mpillama.text.sampler import SamplingOptions
 
@@ -27,6 +27,8 @@ class Task:
     grammar: str | None = None
     logprobs: int | None = None
     pooling: Pooling | None = None
+    marking: frozenset[int] = frozenset()
+    """Tokens whose places in the answer are told."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,7 @@ class Progress:
     cached_tokens: int = 0
     error: str | None = None
     embedding: np.ndarray | None = None
+    marks: Sequence[Mark] = ()
 
 
 @dataclass(frozen=True)

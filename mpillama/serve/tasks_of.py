@@ -6,6 +6,7 @@ from typing import Any
 
 from mpillama.api.bodies import BadRequest, Message, SamplingBody
 from mpillama.api.prompts import derived_seed
+from mpillama.api.reasoning import ThoughtParser
 from mpillama.api.served import (
     EmbeddingBody,
     JsonObjectFormat,
@@ -24,6 +25,8 @@ from mpillama.text.constraint import json_object_grammar, json_schema_grammar
 from mpillama.text.sampler import SamplingOptions
 
 MOST_CHARACTERS_OF_TOKEN = 256
+LONGEST_OPENING = 16
+"""Tokens at a prompt's end among which a thought is opened."""
 UNNUMBERED = -1
 """The number of a task that was not begun."""
 
@@ -50,6 +53,14 @@ def chat_tasks(service: Service, body: ServedChat) -> list[Task]:
         raise Unprocessable(str(error), "messages") from error
     logprobs = (body.top_logprobs or 0) if body.logprobs else None
     return _choices(service, body, ids, body.n or 1, "messages", logprobs, grammar, bool(tools))
+
+
+def thought_parser(service: Service, body: ServedChat, task: Task) -> ThoughtParser | None:
+    """What tells thoughts from the rest of a task's answer; None where there can be none."""
+    if service.reasoning is None or task.grammar is not None:
+        return None
+    end = service.prompter.tokenizer.decode(task.prompt_ids[-LONGEST_OPENING:], skip_special=False)
+    return service.reasoning.parser(is_open=service.reasoning.opens(end))
 
 
 def used_tools(body: ServedChat) -> list[dict[str, Any]] | None:
@@ -180,10 +191,11 @@ def _choices(
         raise BadRequest(str(error)) from error
     seed, limits = sampling.seed or 0, service.prompter.limits(body)
     seeds = [seed, *(derived_seed(seed, str(i)) for i in range(1, count))]
+    marking = service.reasoning.marking if service.reasoning and isinstance(body, ServedChat) else frozenset()
     return [
         Task(
             UNNUMBERED, ids, SamplingOptions(**{**vars(sampling), "seed": one}), limits, body.cache_prompt is not False,
-            keep_special, grammar, logprobs,
+            keep_special, grammar, logprobs, marking=marking,
         )
         for one in seeds
     ]  # fmt: skip

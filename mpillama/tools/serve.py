@@ -191,19 +191,21 @@ class ServeJob:
     def _service(self, run: Run, grammars: "Grammars", replicas: "list[Replica]") -> "Service":
         from dataclasses import replace
 
+        from mpillama.api.reasoning import reasoning_format
         from mpillama.api.tool_calls import tool_format
         from mpillama.serve.front import Service
 
         options, file = self.options, run.loaded.file
         source = file.texts.get("chat_template.jinja")
         tools = tool_format(source.decode()) if source is not None else None
+        thoughts = reasoning_format(source.decode(), grammars.token_id) if source is not None else None
         asks = prompter(run, options)
         asks = replace(asks, for_template=tools.for_template) if tools else asks
         path = Path(file.path)
         name = options.model_name or path.stem
         return Service(
             name, frozenset({name, path.name, path.stem}), int(time.time()), run.executor.max_seq_len, asks,
-            grammars, tools, cast("Pooling", options.pooling), replicas,
+            grammars, tools, thoughts, cast("Pooling", options.pooling), replicas,
             options.queue + options.sequences * len(replicas),
         )  # fmt: skip
 
