@@ -2,84 +2,31 @@
 
 import json
 import logging
-import math
-from collections.abc import Callable, Coroutine
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-from fastapi import APIRouter, Depends, FastAPI, HTTPException, Request, Response
+from fastapi import APIRouter, FastAPI, Request, Response
 from fastapi.concurrency import run_in_threadpool
 from fastapi.openapi.utils import get_openapi
 from fastapi.responses import FileResponse
-from fastapi.routing import APIRoute
 
 from mpillama import __version__
-from mpillama.api.bodies import BadRequest
 from mpillama.api.served import DetokenizeBody, EmbeddingBody, ServedChat, ServedCompletion, TokenizeBody
 from mpillama.errors import UserError
 from mpillama.serve import errors, schemas
 from mpillama.serve.answering import Answerer, Reply
-from mpillama.serve.choices import ChatChoice, CompletionChoice, embedding_entry
+from mpillama.serve.choices import CompletionChoice, chat_choices, embedding_entry
 from mpillama.serve.errors import AsciiJson, Refused
 from mpillama.serve.front import SERVING, Front, Service
-from mpillama.serve.json_body import load_json
 from mpillama.serve.metrics import Metrics
+from mpillama.serve.routes import EVENTS, REFUSALS, FrontOf, ServiceOf, StrictRoute
 from mpillama.serve.streams import stream, while_connected
-from mpillama.serve.tasks import Task
-from mpillama.serve.tasks_of import (
-    chat_tasks,
-    check_model,
-    completion_tasks,
-    embedding_tasks,
-    thought_parser,
-    used_tools,
-)
+from mpillama.serve.tasks_of import chat_tasks, check_model, completion_tasks, embedding_tasks
 
 LOG = logging.getLogger(__name__)
-Handler = Callable[[Request], Coroutine[Any, Any, Response]]
 PAGE = Path(__file__).parent / "page"
-REFUSALS: dict[int | str, dict[str, Any]] = {
-    status: {"model": schemas.ErrorObject, "description": text}
-    for status, text in {
-        400: "A field has a wrong value; `param` names it",
-        401: "The key is missing or wrong",
-        404: "There is no such model",
-        408: "The body did not come in time",
-        413: "The body is too large",
-        415: "The body is not JSON",
-        421: "The server is not called so",
-        422: "The request is well formed, but cannot be carried out",
-        429: "Too many requests; see Retry-After",
-        503: "The server loads its model or is about to end; see Retry-After",
-    }.items()
-}
 FRESH = {"Cache-Control": "no-cache"}
 """The page's files belong together: after an upgrade a browser must not mix two versions."""
-EVENTS = {"text/event-stream": {"schema": {"type": "string", "description": "chunks, with `stream`"}}}
-
-
-class StrictRequest(Request):
-    """A request whose JSON is JSON: no NaN, no numbers beyond a float, no nesting without end."""
-
-    async def json(self) -> Any:
-        """The body's value."""
-        try:
-            return load_json(await self.body())
-        except BadRequest as error:  # FastAPI lets only this kind through
-            raise HTTPException(400, str(error)) from error
-
-
-class StrictRoute(APIRoute):
-    """A route whose requests are StrictRequests."""
-
-    def get_route_handler(self) -> Handler:
-        """What answers a request."""
-        handle = super().get_route_handler()
-
-        async def handle_strictly(request: Request) -> Response:
-            return await handle(StrictRequest(request.scope, request.receive))
-
-        return handle_strictly
 
 
 def create_app(front: Front, request_seconds: float, log_prompts: bool = False) -> FastAPI:
@@ -105,20 +52,6 @@ def _document(app: FastAPI) -> dict[str, Any]:
     return app.openapi_schema
 
 
-def the_front(request: Request) -> Front:
-    """What brings requests to the engines."""
-    front: Front = request.app.state.front
-    return front
-
-
-def the_service(request: Request) -> Service:
-    """What requests are answered with; 503 before it is loaded and when it is about to end."""
-    return the_front(request).open_service()
-
-
-FrontOf = Annotated[Front, Depends(the_front)]
-ServiceOf = Annotated[Service, Depends(the_service)]
-
 api = APIRouter(route_class=StrictRoute)
 page = APIRouter(route_class=StrictRoute, include_in_schema=False)
 
@@ -132,16 +65,7 @@ async def chat_completions(request: Request, body: ServedChat, service: ServiceO
     """Answer a conversation, whole or as a stream."""
     tasks = await run_in_threadpool(chat_tasks, service, body)
     reply = Reply(service, "chat.completion", "chat.completion.chunk", "chatcmpl", tasks)
-    tools = used_tools(body)
-    names = {tool["function"]["name"] for tool in tools or ()}
-
-    def choice(index: int, task: Task) -> ChatChoice:
-        parser = service.tools.parser(names=names) if tools and service.tools else None
-        most = 1 if body.parallel_tool_calls is False else math.inf
-        thoughts = thought_parser(service, body, task)
-        return ChatChoice(index, service.prompter.tokenizer, parser, bool(body.logprobs), most, thoughts)
-
-    return await _answer(request, reply, choice, body)
+    return await _answer(request, reply, chat_choices(service, body), body)
 
 
 @api.post(

@@ -2,13 +2,17 @@
 
 import base64
 import math
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
 from mpillama.api.reasoning import Part, ThoughtParser
+from mpillama.api.served import ServedChat
 from mpillama.api.tool_calls import Delta, ToolCallParser
-from mpillama.serve.tasks import Progress, TokenLogprob
+from mpillama.serve.front import Service
+from mpillama.serve.tasks import Progress, Task, TokenLogprob
+from mpillama.serve.tasks_of import thought_parser, used_tools
 from mpillama.text.tokenizer import Tokenizer
 
 Json = dict[str, Any]
@@ -104,6 +108,20 @@ class ChatChoice:
             message["tool_calls"] = self._calls
         logprobs = {"content": self._logprobs} if self.wants_logprobs else None
         return {"index": self.index, "message": message, "logprobs": logprobs, "finish_reason": self.finish_reason}
+
+
+def chat_choices(service: Service, body: ServedChat) -> Callable[[int, Task], ChatChoice]:
+    """What makes the answer to each of a chat's tasks."""
+    tools = used_tools(body)
+    names = {tool["function"]["name"] for tool in tools or ()}
+
+    def choice(index: int, task: Task) -> ChatChoice:
+        parser = service.tools.parser(names=names) if tools and service.tools else None
+        most = 1 if body.parallel_tool_calls is False else math.inf
+        thoughts = thought_parser(service, body, task)
+        return ChatChoice(index, service.prompter.tokenizer, parser, bool(body.logprobs), most, thoughts)
+
+    return choice
 
 
 def _reasoning(text: str) -> Json:
