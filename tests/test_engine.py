@@ -1,6 +1,7 @@
 """The engine with a model: each answer has the bits that it has alone, whatever comes, goes or is pushed out."""
 
 import hashlib
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -116,6 +117,111 @@ def test_answers_do_not_depend_on_company(model, tokenizer, seed, speculate):
         assert sequence.request.on_logits.digest.hexdigest() == digest
 
 
+class PromptRecorder:
+    """The logits that each token of a prompt would have been chosen from, in bits."""
+
+    def __init__(self):
+        self.rows, self.tokens = [], []
+
+    def __call__(self, logits, token):
+        self.rows.append(logits.tobytes())
+        self.tokens.append(token)
+
+
+def run_to_the_end(engine):
+    while not engine.idle:
+        engine.step()
+
+
+@pytest.mark.parametrize(("max_tokens", "piece"), [(48, 1000), (48, 5), (7, 1), (200, 64)])
+def test_logits_of_prompts_do_not_depend_on_chunks_and_company(running, model, tokenizer, max_tokens, piece):
+    """All of them, once and in order, also of beginnings that the cache knows."""
+    rng = np.random.default_rng(max_tokens)
+    engine = new_engine(model, tokenizer, slots=4, blocks=5, max_tokens=max_tokens, speculate=3)
+    engine.executor.piece = piece
+    requests = [random_request(rng, i) for i in range(16)]
+    asked = [replace(r, on_prompt_logits=PromptRecorder()) for r in requests if r.key % 2]
+    asked = [replace(r, limits=Limits(0)) if r.key % 3 == 0 else r for r in asked]
+    others = [r for r in requests if not r.key % 2]
+    for request, other in zip(asked, others, strict=True):
+        engine.submit(request)
+        engine.submit(other)
+        for _ in range(int(rng.integers(4))):
+            engine.step()
+    run_to_the_end(engine)
+    assert engine.pool.available == 5
+    for request in asked:
+        logits = running.all_logits(model, [np.array(request.prompt_ids)], "f16")
+        found = request.on_prompt_logits
+        assert found.tokens == request.prompt_ids[1:]
+        assert found.rows == [row.tobytes() for row in logits[:-1]]
+    for request in others:
+        assert request.on_logits.digest.hexdigest() == alone(model, tokenizer, request)[1]
+
+
+def test_a_prompt_that_was_pushed_out_goes_on_where_it_was(running, model, tokenizer):
+    """What was passed on of it is neither computed nor told again."""
+    engine, recorder = new_engine(model, tokenizer, slots=2, blocks=4, max_tokens=16), PromptRecorder()
+    old = engine.submit(make_request(0, [5 + i for i in range(55)], 60))
+    engine.step()
+    prompt = [7 + i % 100 for i in range(185)]
+    young = engine.submit(replace(make_request(1, prompt, 3), on_prompt_logits=recorder))
+    while not young.preemptions:
+        engine.step()
+    before = young.told
+    assert 64 <= before < 184
+    run_to_the_end(engine)
+    assert engine.counts.computed_tokens == 55 + 59 + before + (185 - before // 64 * 64) + 2
+    assert len(old.answer.token_ids) == 60
+    logits = running.all_logits(model, [np.array(prompt)], "f16")
+    assert recorder.rows == [row.tobytes() for row in logits[:-1]]
+
+
+def test_logits_of_a_prompt_are_computed_though_the_cache_knows_it(model, tokenizer):
+    engine, prompt = new_engine(model, tokenizer), [5 + i % 200 for i in range(200)]
+    for _ in range(2):
+        recorder = PromptRecorder()
+        sequence = engine.submit(replace(make_request(0, prompt, 2), on_prompt_logits=recorder))
+        run_to_the_end(engine)
+        assert (len(recorder.rows), sequence.cached_tokens) == (199, 0)
+    again = engine.submit(make_request(0, prompt, 2))
+    run_to_the_end(engine)
+    assert again.cached_tokens == 192
+
+
+@pytest.mark.parametrize("length", [1, 2, LONGEST])
+def test_a_prompt_alone_may_fill_the_context(model, tokenizer, length):
+    """Nothing is sampled for 0 tokens."""
+    engine = new_engine(model, tokenizer, slots=1, blocks=LONGEST // 64)
+    recorder = PromptRecorder()
+    sequence = engine.submit(replace(make_request(0, [5] * length, 0), on_prompt_logits=recorder))
+    run_to_the_end(engine)
+    assert (sequence.answer.token_ids, sequence.answer.text, sequence.answer.finish_reason) == ([], "", "length")
+    assert len(recorder.rows) == length - 1
+    assert sequence.tokens == [5] * length
+
+
+def test_logits_that_are_no_numbers_end_their_sequence_only(model, tokenizer, monkeypatch):
+    """Whatever else is in the step goes on, with its own bits."""
+    engine = new_engine(model, tokenizer, slots=2)
+    forward = engine.executor.forward_in_pieces
+
+    def damaged(segments):
+        for piece in forward(segments):
+            if engine.counts.steps == 0:
+                piece[0] = np.nan
+            yield piece
+
+    monkeypatch.setattr(engine.executor, "forward_in_pieces", damaged)
+    bad = engine.submit(replace(make_request(0, [7] * 60, 5), on_prompt_logits=PromptRecorder()))
+    good = engine.submit(make_request(1, [9, 8], 5))
+    run_to_the_end(engine)
+    assert (bad.answer.finish_reason, bad.answer.token_ids) == ("error", [])
+    assert "NaN" in bad.error
+    assert good.request.on_logits.digest.hexdigest() == alone(model, tokenizer, good.request)[1]
+    assert engine.pool.available == 8
+
+
 def test_text_comes_in_pieces_that_add_up(model, tokenizer):
     engine, texts = new_engine(model, tokenizer), {}
     for i in range(6):
@@ -157,7 +263,7 @@ def test_the_answer_ends_with_the_context(model, tokenizer):
 
 @pytest.mark.parametrize(
     ("prompt", "max_tokens", "words"),
-    [([], 1, "empty"), ([5] * LONGEST, 1, "context"), ([models.TOY_VOCABULARY], 1, "outside"), ([5], 0, "max_tokens")],
+    [([], 1, "empty"), ([5] * LONGEST, 1, "context"), ([models.TOY_VOCABULARY], 1, "outside"), ([5], -1, "max_tokens")],
 )
 def test_what_can_never_run_is_refused(model, tokenizer, prompt, max_tokens, words):
     engine = new_engine(model, tokenizer)

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import islice
 
 import numpy as np
 
@@ -13,7 +14,7 @@ from mpillama.engine.scheduler import Scheduler, Share
 from mpillama.engine.sequence import EngineSequence, Request, check_prompt
 from mpillama.engine.speculation import Drafter
 from mpillama.errors import UserError
-from mpillama.text.sampler import NonFiniteLogits, Sampler
+from mpillama.text.sampler import NonFiniteLogits, Sampler, check_finite
 from mpillama.text.tokenizer import Tokenizer
 
 
@@ -85,9 +86,10 @@ class Engine:
 
     def check(self, request: Request) -> None:
         """UserError for what can never run."""
-        check_prompt(request.prompt_ids, self.longest, self.executor.model.config.vocab_size)
-        if request.limits.max_tokens < 1:
-            raise UserError(f"max_tokens is {request.limits.max_tokens}: ask for at least 1 token.")
+        most = request.limits.max_tokens
+        check_prompt(request.prompt_ids, self.longest, self.executor.model.config.vocab_size, room=min(most, 1))
+        if most < 0:
+            raise UserError(f"max_tokens is {most}: ask for 0 tokens (the prompt only is computed) or more.")
 
     def cancel(self, sequence: EngineSequence, reason: str = "cancelled") -> None:
         """End a sequence before its time; nothing happens if it has ended."""
@@ -102,19 +104,30 @@ class Engine:
             return []
         segments = [share.sequence.segment(share.count, share.drafts) for share in shares]
         before = time.perf_counter()
-        logits = self.executor.forward(segments)
+        pieces = self.executor.forward_in_pieces(segments)
         self.counts.model_seconds += time.perf_counter() - before
-        updates = list(self._take(shares, logits))
+        updates = list(self._take(shares, self._rows(pieces)))
         self.counts.steps += 1
         self.counts.step_seconds += time.perf_counter() - start
         return updates
 
-    def _take(self, shares: list[Share], logits: np.ndarray) -> Iterator[Update]:
+    def _rows(self, pieces: Iterator[np.ndarray]) -> Iterator[np.ndarray]:
+        """One position's logits after the other, float32 [vocab_size]; no more than a piece of them is held."""
+        while True:
+            before = time.perf_counter()
+            piece = next(pieces, None)
+            self.counts.model_seconds += time.perf_counter() - before
+            if piece is None:
+                return
+            yield from piece
+
+    def _take(self, shares: list[Share], rows: Iterator[np.ndarray]) -> Iterator[Update]:
         """Note what was computed and sample where a sequence's last token was among it."""
-        row = token = 0
+        token = 0
         for share in shares:
             sequence = share.sequence
             is_last = share.count == sequence.pending
+            self._tell_prompt(sequence, islice(rows, sequence.untold_among(share.count)))
             sequence.computed += share.count
             self.counts.computed_tokens += share.tokens
             if sequence.request.pooling:
@@ -124,12 +137,33 @@ class Engine:
                 self._end(sequence, "stop")
                 yield Update(sequence)
             elif is_last:
-                yield self._sample(sequence, logits[row : row + 1 + len(share.drafts)], share.drafts)
-                row += 1 + len(share.drafts)
+                yield self._answer(sequence, list(islice(rows, 1 + len(share.drafts))), share.drafts)
+            elif sequence.error:
+                self._end(sequence, "error")
+                yield Update(sequence)
             if not sequence.finished:
                 sequence.publish(self.pool)
 
-    def _sample(self, sequence: EngineSequence, logits: np.ndarray, drafts: list[int]) -> Update:
+    def _tell_prompt(self, sequence: EngineSequence, rows: Iterator[np.ndarray]) -> None:
+        """Pass on the logits that each next token of the prompt would have been chosen from; take all rows."""
+        for row in rows:
+            sequence.told += 1
+            if sequence.error is None and (tell := sequence.request.on_prompt_logits):
+                try:
+                    check_finite(row)
+                except NonFiniteLogits as error:
+                    sequence.error = str(error)
+                else:
+                    tell(row, sequence.request.prompt_ids[sequence.told])
+
+    def _answer(self, sequence: EngineSequence, logits: list[np.ndarray], drafts: list[int]) -> Update:
+        """Sample, unless the prompt was all that was wanted, or is as much as can be had."""
+        if sequence.error is None and sequence.request.limits.max_tokens:
+            return self._sample(sequence, logits, drafts)
+        self._end(sequence, "error" if sequence.error else "length")
+        return Update(sequence)
+
+    def _sample(self, sequence: EngineSequence, logits: list[np.ndarray], drafts: list[int]) -> Update:
         """Sample a token, and one more for each draft that turns out to be that token."""
         tokens, text, marks = [], "", len(sequence.answer.marks)
         for i, row in enumerate(logits):

@@ -1,6 +1,7 @@
 """Steps on all ranks: rank 0 says what goes through the model, the others follow."""
 
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import psutil
@@ -9,6 +10,9 @@ from mpillama.comm.communicator import Communicator
 from mpillama.engine.step_plan import Order, Segment, StepPlan
 from mpillama.model.cache import KVCache
 from mpillama.model.llama import LlamaModel
+
+LOGIT_BYTES = 32 << 20
+"""Logits that a rank holds at once where a step wants those of many positions."""
 
 
 class Executor:
@@ -33,6 +37,7 @@ class Executor:
             blocks = self.plan.tables.size
             self.plan.tables.reshape(-1)[:] = np.arange(blocks)
         self.blocks = blocks
+        self.piece = max(1, LOGIT_BYTES // (4 * model.config.vocab_size))
         self.abandoned = False
         self.cache = KVCache(model.config, model.part, blocks, kv_type)
 
@@ -40,6 +45,11 @@ class Executor:
 
     def forward(self, segments: Sequence[Segment]) -> np.ndarray:
         """Run a step and return the wanted logits, float32 [rows, vocab_size], in the order of the segments."""
+        pieces = list(self.forward_in_pieces(segments))
+        return pieces[0] if len(pieces) == 1 else np.concatenate(pieces or [self._no_logits()])
+
+    def forward_in_pieces(self, segments: Sequence[Segment]) -> Iterator[np.ndarray]:
+        """As forward, with up to `piece` rows at a time; take them all, since all ranks compute them together."""
         blocks_first, rest = self.plan.fit(segments)
         for segment in blocks_first:
             self._run([segment])
@@ -49,7 +59,10 @@ class Executor:
         """The last hidden states of tokens of the last step, float32 [count, hidden_size]."""
         return self.model.hidden_states(first, count)
 
-    def _run(self, segments: Sequence[Segment]) -> np.ndarray:
+    def _no_logits(self) -> np.ndarray:
+        return np.empty((0, self.model.config.vocab_size), np.float32)
+
+    def _run(self, segments: Sequence[Segment]) -> Iterator[np.ndarray]:
         self.plan.write(segments)
         self.comm.broadcast_plan(self.plan.buffer)
         return self._execute()
@@ -79,13 +92,15 @@ class Executor:
             if self.plan.order == Order.REPORT_MEMORY:
                 self._gather_memory()
             else:
-                self._execute()
+                deque(self._execute(), maxlen=0)
 
-    def _execute(self) -> np.ndarray:
+    def _execute(self) -> Iterator[np.ndarray]:
+        """Run the step; its logits are computed as they are taken."""
         step = self.plan.step()
-        if not len(step.token_ids):
-            return np.empty((0, self.model.config.vocab_size), np.float32)
-        return self.model.forward(step, self.cache)
+        if len(step.token_ids):
+            self.model.advance(step, self.cache)
+        starts = range(0, len(step.logit_rows), self.piece)
+        return (self.model.logits(step.logit_rows[first : first + self.piece]) for first in starts)
 
     def _gather_memory(self) -> list[int]:
         return self.comm.gather(int(psutil.Process().memory_info().rss))

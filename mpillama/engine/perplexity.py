@@ -66,8 +66,9 @@ def text_perplexity(
     score, places = Score(), windows(len(ids), context, stride)
     while batch := list(islice(places, executor.slots)):
         texts = [window_ids(ids, start, context, bos) for start, _ in batch]
-        for (start, first), logits in zip(batch, _score(executor, texts, [f for _, f in batch]), strict=True):
-            score.add(losses(logits, np.array(ids[start + first + 1 : start + context])))
+        following = [np.array(ids[start + 1 : start + context]) for start, _ in batch]
+        for lost in _score(executor, texts, following, [first for _, first in batch]):
+            score.add(lost)
             on_window()
     return score
 
@@ -80,18 +81,30 @@ def window_ids(ids: list[int], start: int, context: int, bos: int | None) -> np.
     return window
 
 
-def _score(executor: Executor, texts: list[np.ndarray], firsts: list[int]) -> list[np.ndarray]:
-    """Run sequences of one length side by side; logits float32 [tokens, vocab_size] of each from `firsts` on."""
+def _score(
+    executor: Executor, texts: list[np.ndarray], following: list[np.ndarray], firsts: list[int]
+) -> list[np.ndarray]:
+    """Run sequences of one length side by side; the losses of what follows each token, from those at `firsts` on."""
     found: list[list[np.ndarray]] = [[] for _ in texts]
     share = max(1, executor.max_tokens // len(texts))
     for start in range(0, len(texts[0]), share):
         parts = [text[start : start + share] for text in texts]
         wanted = [min(len(p), max(0, start + len(p) - f)) for p, f in zip(parts, firsts, strict=True)]
         segments = [Segment(i, start, p, w) for i, (p, w) in enumerate(zip(parts, wanted, strict=True))]
-        logits = executor.forward(segments)
-        for rows, part in zip(found, np.split(logits, np.cumsum(wanted)[:-1]), strict=True):
+        targets = [f[start + len(p) - w : start + len(p)] for f, p, w in zip(following, parts, wanted, strict=True)]
+        lost = _losses_in_pieces(executor.forward_in_pieces(segments), np.concatenate(targets))
+        for rows, part in zip(found, np.split(lost, np.cumsum(wanted)[:-1]), strict=True):
             rows.append(part)
     return [np.concatenate(rows) for rows in found]
+
+
+def _losses_in_pieces(pieces: Iterator[np.ndarray], targets: np.ndarray) -> np.ndarray:
+    """The losses of all targets, without the logits of all of them at a time."""
+    lost, first = [np.empty(0)], 0
+    for logits in pieces:
+        lost.append(losses(logits, targets[first : first + len(logits)]))
+        first += len(logits)
+    return np.concatenate(lost)
 
 
 def losses(logits: np.ndarray, targets: np.ndarray) -> np.ndarray:

@@ -128,7 +128,8 @@ class Scheduler:
         """Give the oldest waiting sequence a slot and what the cache knows of its text, if its tokens have room."""
         digests = sequence.prefix_digests()
         found = self.pool.find(digests)
-        if blocks_for(len(sequence.tokens) + 1) - len(found) > self.pool.available:
+        room = min(1, sequence.request.limits.max_tokens)
+        if blocks_for(len(sequence.tokens) + room) - len(found) > self.pool.available:
             self.pool.release(found)
             return False
         self.waiting.popleft()

@@ -38,7 +38,8 @@ class Request:
     `on_logits(logits, token)` is told of the float32 [vocab_size] logits that each token was chosen from. `key` is the
     caller's own. With `reuse_prefix` False the prompt is computed anew, whatever the cache holds of it. With `pooling`
     the prompt's embedding is wanted, and no answer. With `keep_special` the answer's text shows control tokens. The
-    places of tokens among `marking` are told.
+    places of tokens among `marking` are told. `on_prompt_logits(logits, token)` is told of each token of the prompt but
+    the first, once, in order.
     """
 
     prompt_ids: list[int]
@@ -51,6 +52,7 @@ class Request:
     pooling: Pooling | None = None
     keep_special: bool = False
     marking: frozenset[int] = frozenset()
+    on_prompt_logits: Callable[[np.ndarray, int], None] | None = None
 
 
 @dataclass(eq=False)
@@ -59,7 +61,8 @@ class EngineSequence:
 
     `computed` positions have keys and values in `blocks`; `cached_tokens` of the prompt were found in the cache at its
     first admission. `slot` is its row of the block tables while it runs. `pooled` float64 [hidden_size] is the sum of
-    hidden states so far, and in the end the embedding, of length 1.
+    hidden states so far, and in the end the embedding, of length 1. `told` positions of the prompt had their logits
+    passed on.
     """
 
     request: Request
@@ -77,6 +80,7 @@ class EngineSequence:
     last_digest: bytes = NO_TOKENS
     preemptions: int = 0
     pooled: np.ndarray | None = None
+    told: int = 0
     _digests: tuple[int, list[bytes]] = (-1, [])
 
     @property
@@ -99,19 +103,32 @@ class EngineSequence:
         return max(0, blocks_for(self.computed + tokens) - len(self.blocks))
 
     def prefix_digests(self) -> list[bytes]:
-        """The digests of the full blocks before the last token, which must be computed to be continued."""
+        """The digests of the full blocks before the last token, which must be computed to be continued.
+
+        Where the prompt's logits are wanted, only of blocks whose logits were passed on before a preemption.
+        """
         if not self.request.reuse_prefix or self.request.pooling == "mean":
             return []
         if self._digests[0] != len(self.tokens):
             self._digests = len(self.tokens), prefix_digests(self.tokens[:-1])
-        return self._digests[1]
+        return self._digests[1] if self.untold == 0 else self._digests[1][: self.told // BLOCK_POSITIONS]
+
+    @property
+    def untold(self) -> int:
+        """Positions of the prompt whose logits are still to be passed on."""
+        return 0 if self.request.on_prompt_logits is None else len(self.request.prompt_ids) - 1 - self.told
+
+    def untold_among(self, count: int) -> int:
+        """How many of the next `count` pending positions are."""
+        return max(0, min(self.computed + count, self.told + self.untold) - max(self.computed, self.told))
 
     def segment(self, count: int, drafts: list[int]) -> Segment:
         """The next `count` pending tokens and then drafts, with the logits that are wanted of them."""
         assert self.slot is not None
         ids = self.tokens[self.computed : self.computed + count] + drafts
-        logits = 1 + len(drafts) if count == self.pending and not self.request.pooling else 0
+        sampled = 1 + len(drafts) if count == self.pending and not self.request.pooling else 0
         new = self.blocks[self.sent_blocks :]
+        logits = self.untold_among(count) + sampled
         segment = Segment(self.slot, self.computed, ids, logits, self.sent_blocks, new)
         self.sent_blocks = len(self.blocks)
         return segment
@@ -132,11 +149,11 @@ class EngineSequence:
         self.last_digest = NO_TOKENS
 
 
-def check_prompt(ids: Sequence[int], longest: int, vocab_size: int) -> None:
-    """UserError for a prompt that cannot run in a context of `longest` positions."""
+def check_prompt(ids: Sequence[int], longest: int, vocab_size: int, room: int = 1) -> None:
+    """UserError for a prompt that cannot run in a context of `longest` positions with `room` for an answer."""
     if not ids:
         raise UserError("the prompt is empty: give at least one token.")
-    if len(ids) >= longest:
+    if len(ids) + room > longest:
         raise UserError(f"the prompt has {len(ids)} tokens, but the context holds {longest}: shorten it.")
     if not 0 <= min(ids) <= max(ids) < vocab_size:
         raise UserError(f"the prompt has token ids outside 0 to {vocab_size - 1}.")

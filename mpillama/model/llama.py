@@ -121,13 +121,21 @@ class LlamaModel:
 
     def forward(self, step: Step, cache: KVCache) -> Array:
         """Run the step's tokens and return the wanted logits, float32 [len(step.logit_rows), vocab_size]."""
+        self.advance(step, cache)
+        return self.logits(step.logit_rows)
+
+    def advance(self, step: Step, cache: KVCache) -> None:
+        """Run the step's tokens; logits and hidden states of any of them can be had until the next step."""
         a = self.workspace.for_tokens(len(step.token_ids))
         self._embed(step.token_ids, a)
         rope_angles(step.positions, self.inverse_frequencies, self.config.rope_factor, a.cosines, a.sines)
         for index, decoder in enumerate(self.layers):
             decoder.forward(a, step, cache.layers[index])
         self.tokens_run += len(step.token_ids)
-        return self._logits(a.x[step.logit_rows])
+
+    def logits(self, rows: Array) -> Array:
+        """What comes after tokens of the last step, float32 [len(rows), vocab_size]; all ranks ask for the same."""
+        return self._logits(self.workspace.residual(0, self.workspace.capacity)[rows])
 
     def hidden_states(self, first: int, count: int) -> Array:
         """The last step's tokens after the last layer and norm, float32 [count, hidden_size]; no collective."""

@@ -1,11 +1,10 @@
 """A group's leader: tasks into its engine, their progress out."""
 
-import numpy as np
-
 from mpillama.engine.engine import Engine, Update
 from mpillama.engine.sequence import EngineSequence, Request
 from mpillama.errors import UserError
-from mpillama.serve.tasks import Figures, Progress, Task, TokenLogprob
+from mpillama.serve.logprobs import LogprobRecorder
+from mpillama.serve.tasks import Figures, Progress, Task
 from mpillama.text.constraint import Grammars
 
 
@@ -17,6 +16,7 @@ class EngineDesk:
         self.grammars = grammars
         self._sequences: dict[int, EngineSequence] = {}
         self._recorders: dict[int, LogprobRecorder] = {}
+        self._prompt_recorders: dict[int, LogprobRecorder] = {}
         self._refused: list[Progress] = []
         self._memory: list[int] = []
 
@@ -30,22 +30,28 @@ class EngineDesk:
         try:
             self._sequences[task.number] = self.engine.submit(self._request(task))
         except UserError as error:
-            self._recorders.pop(task.number, None)
+            self._forget(task.number)
             self._refused.append(Progress(task.number, finish_reason="error", error=str(error)))
 
+    def _forget(self, number: int) -> None:
+        self._recorders.pop(number, None)
+        self._prompt_recorders.pop(number, None)
+
     def _request(self, task: Task) -> Request:
-        recorder = None
+        recorder = prompt_recorder = None
         if task.logprobs is not None:
             recorder = self._recorders[task.number] = LogprobRecorder(task.logprobs)
+        if task.prompt_logprobs is not None:
+            prompt_recorder = self._prompt_recorders[task.number] = LogprobRecorder(task.prompt_logprobs)
         constraint = None if task.grammar is None else self.grammars.constraint(task.grammar)
         return Request(
             task.prompt_ids, task.sampling, task.limits, task.number, recorder, task.reuse_prefix, constraint,
-            task.pooling, task.keep_special, task.marking,
+            task.pooling, task.keep_special, task.marking, on_prompt_logits=prompt_recorder,
         )  # fmt: skip
 
     def cancel(self, number: int) -> None:
         """Forget a task; nothing happens if it is over."""
-        self._recorders.pop(number, None)
+        self._forget(number)
         if sequence := self._sequences.pop(number, None):
             self.engine.cancel(sequence)
 
@@ -56,10 +62,10 @@ class EngineDesk:
 
     def _progress(self, update: Update) -> Progress:
         sequence, number = update.sequence, update.sequence.request.key
-        recorder = self._recorders.get(number)
+        recorder, prompt_recorder = self._recorders.get(number), self._prompt_recorders.pop(number, None)
         if sequence.finished:
             del self._sequences[number]
-            self._recorders.pop(number, None)
+            self._forget(number)
         return Progress(
             number,
             update.token_ids,
@@ -70,6 +76,7 @@ class EngineDesk:
             sequence.error,
             sequence.pooled if sequence.finished else None,
             update.marks,
+            prompt_recorder.take() if prompt_recorder else (),
         )
 
     def ask_memory(self) -> None:
@@ -85,26 +92,3 @@ class EngineDesk:
             engine.scheduler.preemptions, counts.step_seconds, counts.model_seconds, engine.executor.comm.seconds,
             self._memory,
         )  # fmt: skip
-
-
-class LogprobRecorder:
-    """Notes each sampled token's log-probability by the model (before temperature, bias and penalties)."""
-
-    def __init__(self, alternatives: int):
-        self.alternatives = alternatives
-        self._noted: list[TokenLogprob] = []
-
-    def __call__(self, logits: np.ndarray, token: int) -> None:
-        """A token was chosen from float32 [vocab_size] logits."""
-        scores = logits.astype(np.float64)
-        scores -= scores.max()
-        scores -= np.log(np.exp(scores).sum())
-        count = min(self.alternatives, len(scores))
-        best = np.argpartition(-scores, count - 1)[:count] if count else np.empty(0, np.int64)
-        best = best[np.lexsort((best, -scores[best]))]
-        self._noted.append(TokenLogprob(token, float(scores[token]), [(int(i), float(scores[i])) for i in best]))
-
-    def take(self) -> list[TokenLogprob]:
-        """What was noted since the last call."""
-        noted, self._noted = self._noted, []
-        return noted

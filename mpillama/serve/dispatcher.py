@@ -49,7 +49,9 @@ class _Active:
             return progress
         ids, logprobs = progress.token_ids[tokens:], progress.logprobs[tokens:]
         marks = [mark for mark in progress.marks if mark.index >= self.skip_tokens]
-        return replace(progress, token_ids=ids, logprobs=logprobs, text=progress.text[characters:], marks=marks)
+        return replace(
+            progress, token_ids=ids, logprobs=logprobs, text=progress.text[characters:], marks=marks, prompt_logprobs=()
+        )
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ class Task:
     """One answer, or one embedding, to compute; `number` is never used twice.
 
     `sampling` has a seed, so that the same task gives the same answer on any engine. `logprobs` is the number of
-    alternatives to report for each token (None: not even the token's own).
+    alternatives to report for each token (None: not even the token's own), `prompt_logprobs` the same for the prompt.
     """
 
     number: int
@@ -29,6 +29,7 @@ class Task:
     pooling: Pooling | None = None
     marking: frozenset[int] = frozenset()
     """Tokens whose places in the answer are told."""
+    prompt_logprobs: int | None = None
 
 
 @dataclass(frozen=True)
@@ -45,16 +46,20 @@ class AskMemory:
 
 @dataclass(frozen=True)
 class TokenLogprob:
-    """A sampled token, its log-probability, and the likeliest tokens with theirs."""
+    """A token, its log-probability, the likeliest tokens with theirs, and its place among all of them, from 1 on."""
 
     token: int
     logprob: float
     top: list[tuple[int, float]]
+    rank: int
 
 
 @dataclass(frozen=True)
 class Progress:
-    """How a task went on in a step; with a `finish_reason` ("error" with `error`) it is over."""
+    """How a task went on in a step; with a `finish_reason` ("error" with `error`) it is over.
+
+    The first one has the `prompt_logprobs` of all its prompt's tokens but the first, if they are wanted.
+    """
 
     number: int
     token_ids: Sequence[int] = ()
@@ -65,6 +70,7 @@ class Progress:
     error: str | None = None
     embedding: np.ndarray | None = None
     marks: Sequence[Mark] = ()
+    prompt_logprobs: Sequence[TokenLogprob] = ()
 
 
 @dataclass(frozen=True)

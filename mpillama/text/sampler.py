@@ -86,10 +86,7 @@ class Sampler:
         """Token id chosen from `logits` [vocab_size]; NonFiniteLogits if there is none to choose."""
         if logits.shape != self._seen.shape:
             raise ValueError(f"logits have shape {logits.shape}, the vocabulary {self._seen.shape}")
-        if not np.isfinite(logits.max()):
-            raise NonFiniteLogits(
-                "The model returned NaN or infinite logits: its file is damaged, or its numbers overflowed."
-            )
+        check_finite(logits)
         scores = self._penalized(logits.astype(np.float64))
         if not np.isfinite(scores.max()):
             raise NonFiniteLogits("Bias and penalties leave no finite numbers to choose from: make them smaller.")
@@ -120,7 +117,7 @@ class Sampler:
             scores = (scores - scores.max()) / self._options.temperature
         uniform = self._rng.random()
         top_k = self._options.top_k if self._options.top_k < scores.size else 0
-        head = _largest(scores, min(top_k or HEAD, scores.size))
+        head = largest(scores, min(top_k or HEAD, scores.size))
         cumulative = np.cumsum(np.exp(scores[head]))
         complete = top_k > 0 or head.size == scores.size
         tail = 0.0 if complete else _tail(scores, head)
@@ -164,7 +161,15 @@ class Sampler:
         return index if index < size else None
 
 
-def _largest(scores: Floats, count: int) -> Ids:
+def check_finite(logits: npt.NDArray[np.float32]) -> None:
+    """NonFiniteLogits if nothing can be made of `logits` [vocab_size]."""
+    if not np.isfinite(logits.max()):
+        raise NonFiniteLogits(
+            "The model returned NaN or infinite logits: its file is damaged, or its numbers overflowed."
+        )
+
+
+def largest(scores: Floats | npt.NDArray[np.float32], count: int) -> Ids:
     """Ids of the `count` largest `scores`, largest first, the lower id first among equals."""
     # `count` columns have their maximum at or above `bound`, so at least `count` scores do: only those are sorted.
     rows = max(1, scores.size // (4 * count))
@@ -174,7 +179,7 @@ def _largest(scores: Floats, count: int) -> Ids:
     return _descending(scores, np.flatnonzero(scores >= bound))[:count]
 
 
-def _descending(scores: Floats, ids: Ids) -> Ids:
+def _descending(scores: Floats | npt.NDArray[np.float32], ids: Ids) -> Ids:
     """Ascending `ids` reordered by descending score, the lower id first among equals."""
     return ids[np.argsort(-scores[ids], kind="stable")]
 
