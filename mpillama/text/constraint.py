@@ -4,35 +4,37 @@ Grammars are texts in llguidance's dialect of Lark, with JSON schemas inside (`%
 """
 
 import json
-from collections.abc import Iterator, Mapping
+import threading
+from collections import OrderedDict
+from collections.abc import Mapping
+from concurrent.futures import Future
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from mpillama.errors import UserError
+from mpillama.text.json_schema import MOST_OPTIONAL, rewritten
 from mpillama.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
-    from llguidance import LLMatcher, LLTokenizer
+    from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 
 # A space, or a new line and its indentation, once in each gap: a model that likes whitespace cannot go on for ever.
 WHITESPACE = r" |\r?\n[ \t]{0,32}"
 
-ONE_SCHEMA = frozenset(["items", "additionalProperties"])
-SCHEMA_LISTS = frozenset(["anyOf", "oneOf", "allOf", "prefixItems"])
-SCHEMA_MAPS = frozenset(["properties", "patternProperties", "$defs", "definitions"])
-LIMITS = frozenset(["minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf"])
-VALUES = frozenset(
-    ["$ref", "type", "enum", "const", "required", "minLength", "maxLength", "pattern", "format", "minItems",
-     "maxItems", "minProperties", "maxProperties"]
-)  # fmt: skip
-NOTES = frozenset(
-    ["title", "description", "default", "example", "examples", "deprecated", "readOnly", "writeOnly", "$comment",
-     "$schema", "$id", "id", "$anchor", "contentEncoding", "contentMediaType"]
-)  # fmt: skip
-KEYWORDS = ONE_SCHEMA | SCHEMA_LISTS | SCHEMA_MAPS | LIMITS | VALUES | NOTES
-"""What llguidance keeps to, or what says nothing about a value; it ignores words that it does not know."""
+GUIDANCE = {"whitespace_pattern": WHITESPACE, "lenient": True, "coerce_one_of": True}
+"""What llguidance cannot keep to, it leaves out; a oneOf whose schemas may overlap is an anyOf."""
+
+MOST_BYTES = 1 << 20
+"""Of a grammar: building it may take seconds."""
+MOST_KEPT = 16
+MOST_KEPT_BYTES = 4 << 20
+"""Of built grammars that are kept, counted by their texts; they take some hundred times as much memory."""
+STEPS_TRIED = 4
+"""The first tokens after which a grammar that is too complex mostly shows it."""
+ITEMS_OF_PROPERTY = 4
+"""What an optional property adds to a row of llguidance's parser."""
 
 
 class Grammars:
@@ -41,21 +43,50 @@ class Grammars:
     def __init__(self, tokenizer: Tokenizer, vocab_size: int) -> None:
         self._tokenizer = tokenizer
         self._size = max(vocab_size, tokenizer.vocab_size)
+        self._lock = threading.Lock()
+        self._built: OrderedDict[str, Future[_Built]] = OrderedDict()
 
     def check(self, grammar: str) -> None:
         """UserError if `grammar` is wrong, cannot be satisfied or is too complex."""
-        self.constraint(grammar)
+        self._of(grammar)
 
     def constraint(self, grammar: str) -> "Constraint":
         """What the next answer must keep to; UserError as `check`."""
+        return Constraint(self._of(grammar).copy(), self._ends)
+
+    def _of(self, grammar: str) -> "_Built":
+        """The grammar, built once for all who ask for it soon; it may take seconds, in which Python goes on."""
+        with self._lock:
+            known = self._built.get(grammar)
+            future = self._built.setdefault(grammar, known or Future())
+            self._built.move_to_end(grammar)
+            self._forget_old()
+        if known is None:
+            try:
+                future.set_result(_Built(self._build(grammar)))
+            except BaseException as error:  # noqa: BLE001 - whoever waits gets it
+                future.set_exception(error)
+                with self._lock:
+                    self._built.pop(grammar, None)
+        return future.result()
+
+    def _forget_old(self) -> None:
+        size = sum(map(len, self._built))
+        while len(self._built) > MOST_KEPT or (size > MOST_KEPT_BYTES and len(self._built) > 1):
+            oldest, _ = self._built.popitem(last=False)
+            size -= len(oldest)
+
+    def _build(self, grammar: str) -> "LLMatcher":
+        if len(grammar) > MOST_BYTES:
+            raise UserError(
+                f"The grammar or JSON schema is too large: {len(grammar)} characters, of which {MOST_BYTES} are built; "
+                "shorten it."
+            )
         _, matcher_type = _llguidance()
-        matcher = matcher_type(self._vocabulary, grammar, log_level=0)
-        # The first mask also finds what is refused late: no text that fits, regular expressions that explode.
-        possible = not matcher.is_error() and any(matcher.compute_bitmask())
-        if matcher.is_error() or not possible:
-            reason = _reason(matcher) or "no text fits it"
-            raise UserError(f"The grammar or JSON schema is not accepted: {reason}; simplify or correct it.")
-        return Constraint(matcher, self._ends)
+        matcher = matcher_type(self._vocabulary, grammar, log_level=0, limits=_limits())
+        # The first steps also find what is refused late: no text that fits, regular expressions that explode.
+        _check_first_steps(matcher)
+        return matcher
 
     def token_id(self, text: str) -> int | None:
         """Id of the added token that is written `text`, such as a special token; None if there is none."""
@@ -87,6 +118,19 @@ class Grammars:
         return [token for token in self._tokenizer.eos_token_ids if self._tokenizer.token(token) is not None]
 
 
+class _Built:
+    """A grammar at its beginning, of which each answer gets a copy."""
+
+    def __init__(self, matcher: "LLMatcher"):
+        self._matcher = matcher
+        self._lock = threading.Lock()
+
+    def copy(self) -> "LLMatcher":
+        """A matcher of its own."""
+        with self._lock:
+            return self._matcher.deep_copy()
+
+
 class _Ends:
     """The tokens that end an answer: llguidance's own, and those of the model as they are set in a mask."""
 
@@ -113,6 +157,8 @@ class Constraint:
         self._matcher = matcher
         self._ends = ends
         self._ended = False
+        self.refused = False
+        """Whether it was given up: by its own fault, and again if tried again."""
 
     @property
     def finished(self) -> bool:
@@ -144,6 +190,7 @@ class Constraint:
         return allowed[:size]
 
     def _refusal(self, event: str) -> UserError:
+        self.refused = True
         reason = _reason(self._matcher)
         event = f"{event} ({reason})" if reason else event
         return UserError(f"The answer cannot keep to its grammar: {event}; simplify the grammar or JSON schema.")
@@ -155,17 +202,13 @@ def json_object_grammar() -> str:
 
 
 def json_schema_grammar(schema: Mapping[str, Any]) -> str:
-    """JSON that fits `schema`, properties in the schema's order; UserError names a keyword that cannot be kept to."""
+    """JSON that fits `schema`, properties in the schema's order, but for what cannot be held (json_schema)."""
     return f"start: {json_rule(schema)}\n"
 
 
 def json_rule(schema: Mapping[str, Any]) -> str:
     """JSON that fits `schema`, as part of a rule; its references stay those of a document of its own."""
-    _check_keywords(schema)
-    try:
-        return "%json " + json.dumps({**schema, "x-guidance": {"whitespace_pattern": WHITESPACE}}, allow_nan=False)
-    except (RecursionError, TypeError, ValueError) as error:
-        raise UserError(f"The JSON schema cannot be written as JSON ({error}); correct it.") from error
+    return "%json " + json.dumps({**rewritten(schema).schema, "x-guidance": GUIDANCE})
 
 
 def text_rule(text: str) -> str:
@@ -178,41 +221,6 @@ def token_rule(token: int) -> str:
     return f"<[{token}]>"
 
 
-def _check_keywords(schema: Any) -> None:
-    """UserError for the first word of `schema` that llguidance would ignore although it may mean something."""
-    # A list of what is to do, not recursion: a request may be nested as deep as it likes.
-    waiting = [("", schema)]
-    while waiting:
-        place, part = waiting.pop()
-        if isinstance(part, Mapping):
-            waiting += _parts(part, place)
-        elif not isinstance(part, bool):
-            raise UserError(f"The JSON schema is wrong at {place or 'the top'}: not a schema; correct it.")
-
-
-def _parts(schema: Mapping[str, Any], place: str) -> Iterator[tuple[str, Any]]:
-    """The schemas directly inside of `schema`, each with its place; UserError for a keyword that is not supported."""
-    for word, value in schema.items():
-        here = f"{place}/{word}"
-        if _is_unsupported(word, value):
-            raise UserError(f"The JSON schema has {word!r} at {here}, which is not supported; leave it out.")
-        if word in ONE_SCHEMA:
-            yield here, value
-        elif word in SCHEMA_LISTS and isinstance(value, list):
-            yield from ((f"{here}/{index}", part) for index, part in enumerate(value))
-        elif word in SCHEMA_MAPS and isinstance(value, Mapping):
-            yield from ((f"{here}/{name}", part) for name, part in value.items())
-
-
-def _is_unsupported(word: str, value: Any) -> bool:
-    """Whether a keyword is unknown or in the form of an older JSON Schema; x-… are notes, but for llguidance's own."""
-    if word == "items" and isinstance(value, list):
-        return True
-    if word in LIMITS and isinstance(value, bool):
-        return True
-    return word not in KEYWORDS and (word == "x-guidance" or not word.startswith("x-"))
-
-
 def _llguidance() -> "tuple[type[LLTokenizer], type[LLMatcher]]":
     """The two classes used of llguidance; UserError if it is not installed."""
     try:
@@ -220,6 +228,26 @@ def _llguidance() -> "tuple[type[LLTokenizer], type[LLMatcher]]":
     except ImportError as error:
         raise UserError("Constrained output needs llguidance: pip install 'mpillama[serve]'.") from error
     return LLTokenizer, LLMatcher
+
+
+def _check_first_steps(matcher: "LLMatcher") -> None:
+    """UserError if the grammar is wrong or is given up soon."""
+    trial = matcher.deep_copy()
+    for step in range(STEPS_TRIED):
+        allowed = b"" if trial.is_error() else trial.compute_bitmask()
+        if trial.is_error() or (step == 0 and not any(allowed)):
+            reason = _reason(trial) or "no text fits it"
+            raise UserError(f"The grammar or JSON schema is not accepted: {reason}; simplify or correct it.")
+        tokens = np.flatnonzero(np.unpackbits(np.frombuffer(allowed, np.uint8), bitorder="little"))
+        if not len(tokens) or trial.is_stopped() or not trial.validate_tokens([int(tokens[0])]):
+            return
+        trial.consume_token(int(tokens[0]))
+
+
+def _limits() -> "LLParserLimits":
+    from llguidance import LLParserLimits
+
+    return LLParserLimits(max_items_in_row=ITEMS_OF_PROPERTY * (MOST_OPTIONAL + 100))
 
 
 def _reason(matcher: "LLMatcher") -> str:

@@ -3,6 +3,7 @@
 import builtins
 import json
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 
 import jsonschema_rs
@@ -12,6 +13,7 @@ import tokenizers
 
 from mpillama.errors import UserError
 from mpillama.text.constraint import (
+    MOST_KEPT,
     Constraint,
     Grammars,
     json_object_grammar,
@@ -80,11 +82,15 @@ def answer(kind: str, grammar: str, seed: int) -> str:
 def write(kind: str, grammar: str, text: str) -> Constraint:
     """Say `text` under `grammar`, with the ids that the tokenizer gives it; UserError if it is not allowed."""
     constraint = grammars_of(kind).constraint(grammar)
+    go_on(kind, constraint, text)
+    return constraint
+
+
+def go_on(kind: str, constraint: Constraint, text: str) -> None:
     for token in ids_inside(kind, text):
         if np.isneginf(constraint.masked(np.zeros(size_of(kind), np.float32))[token]):
             raise UserError(f"{token} of {text!r}")
         constraint.accept(token)
-    return constraint
 
 
 def ids_inside(kind: str, text: str) -> list[int]:
@@ -301,22 +307,16 @@ def test_markers_are_tokens_or_text():
 @pytest.mark.parametrize(
     ("schema", "named"),
     [
-        ({"type": "object", "properties": {"a": {"uniqueItems": True}}}, "'uniqueItems' at /properties/a/uniqueItems"),
-        ({"anyOf": [True, {"not": {}}]}, "'not' at /anyOf/1/not"),
-        ({"minimun": 5}, "'minimun'"),
-        ({"nullable": True, "type": "string"}, "'nullable'"),
-        ({"type": "array", "items": [{"type": "string"}]}, "'items'"),
-        ({"type": "integer", "minimum": 3, "exclusiveMinimum": True}, "'exclusiveMinimum'"),
-        ({"x-guidance": {"lenient": True}}, "'x-guidance'"),
-        ({"items": {"if": {}}}, "'if' at /items/if"),
-        ({"additionalProperties": {"contains": {}}}, "'contains'"),
-        ({"$defs": {"n": {"dependentRequired": {}}}}, "'dependentRequired'"),
         ({"properties": {"a": 5}}, "/properties/a"),
         ({"minimum": float("nan")}, "written as JSON"),
         ({"const": {1, 2}}, "written as JSON"),
+        (
+            {"items": {"properties": {str(i): {} for i in range(1201)}, "required": ["7"]}},
+            "1200 optional properties at /items/properties",
+        ),
     ],
 )
-def test_what_is_not_supported_is_refused_by_name(schema, named):
+def test_what_is_no_schema_or_can_never_be_held_is_refused_by_name(schema, named):
     with pytest.raises(UserError, match=named):
         json_schema_grammar(schema)
 
@@ -325,10 +325,11 @@ def test_what_is_not_supported_is_refused_by_name(schema, named):
     ("schema", "named"),
     [
         ({"type": "sting"}, "sting"),
-        ({"type": "string", "format": "password"}, "password"),
-        ({"type": "string", "pattern": "(?=a)b"}, "regex"),
+        ({"type": "string", "pattern": r"(a)\1"}, "regex"),
         ({"type": "integer", "minimum": 5, "maximum": 3}, "Unsatisfiable"),
-        ({"oneOf": [{"type": "number"}, {"type": "integer"}]}, "oneOf"),
+        ({"type": "object", "patternProperties": {"^a": {"type": "null"}, "^ab": {"type": "integer"}}}, "disjoint"),
+        ({"type": "object", "required": ["z"], "additionalProperties": False}, "'z' is unsatisfiable"),
+        ({"anyOf": [{"type": "object", "properties": {f"{a}{b}": {} for b in range(300)}} for a in range(9)]}, "items"),
         ({"$ref": "#/$defs/nowhere"}, "nowhere"),
         ({"$ref": "https://example.com/schema"}, "example.com"),
         ({"$ref": "#"}, "no text fits|not accepted"),
@@ -356,6 +357,44 @@ def test_a_schema_of_any_depth_is_refused_without_harm(depth):
 def test_wrong_grammars_are_refused(grammar):
     with pytest.raises(UserError, match="not accepted"):
         grammars_of("toy").check(grammar)
+
+
+def test_a_grammar_is_built_once_for_all_who_ask_for_it_together(monkeypatch):
+    grammars, built = Grammars(tokenizer_of("toy"), size_of("toy")), []
+    build = grammars._build
+    monkeypatch.setattr(grammars, "_build", lambda grammar: built.append(grammar) or build(grammar))
+    grammar = json_schema_grammar({"properties": {f"p{i}": {"type": "string"} for i in range(200)}})
+    with ThreadPoolExecutor(8) as pool:
+        constraints = list(pool.map(grammars.constraint, [grammar] * 16))
+    assert built == [grammar]
+    for constraint in constraints:  # each goes its own way
+        constraint.accept(int(np.flatnonzero(np.isfinite(constraint.masked(np.zeros(size_of("toy"), np.float32))))[0]))
+
+
+def test_built_grammars_are_kept_in_a_bounded_number():
+    grammars = Grammars(tokenizer_of("toy"), size_of("toy"))
+    for i in range(MOST_KEPT + 5):
+        grammars.check(json_schema_grammar({"const": i}))
+    assert len(grammars._built) == MOST_KEPT
+    with pytest.raises(UserError, match="not accepted"):
+        grammars.check("start: nonsense")
+    assert "start: nonsense" not in grammars._built
+
+
+def test_a_grammar_that_is_too_large_is_refused_before_it_is_built():
+    schema = {"enum": ["x" * 1000 + str(i) for i in range(1100)]}
+    with pytest.raises(UserError, match="too large"):
+        grammars_of("toy").check(json_schema_grammar(schema))
+
+
+def test_an_answer_that_cannot_go_on_says_that_its_grammar_is_at_fault():
+    many = {"anyOf": [{"properties": {f"{a}{b}": {} for b in range(300)}} for a in range(9)]}
+    schema = {"type": "array", "minItems": 1, "prefixItems": [{"enum": ["some words", "other words"]}], "items": many}
+    constraint = write("toy", json_schema_grammar(schema), '["some words"')
+    assert not constraint.refused
+    with pytest.raises(UserError, match="cannot keep to its grammar"):
+        go_on("toy", constraint, ', {"')
+    assert constraint.refused
 
 
 def test_a_tokenizer_that_llguidance_does_not_know_is_refused():
