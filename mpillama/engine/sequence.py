@@ -7,7 +7,7 @@ from typing import Any, Literal, Protocol
 import numpy as np
 
 from mpillama.engine.answer import Answer, Limits
-from mpillama.engine.block_pool import NO_TOKENS, BlockPool, block_digest, prefix_digests
+from mpillama.engine.block_pool import BlockPool, block_digest, prefix_digests, salt_digest
 from mpillama.engine.step_plan import Segment
 from mpillama.errors import UserError
 from mpillama.model.cache import BLOCK_POSITIONS, blocks_for
@@ -24,6 +24,10 @@ class Constraint(Protocol):
     def finished(self) -> bool:
         """Whether nothing may follow."""
 
+    @property
+    def refused(self) -> bool:
+        """Whether it was given up, by its own fault."""
+
     def masked(self, logits: np.ndarray) -> np.ndarray:
         """A copy of float32 [vocab_size] with what may not come next at -inf."""
 
@@ -39,7 +43,7 @@ class Request:
     caller's own. With `reuse_prefix` False the prompt is computed anew, whatever the cache holds of it. With `pooling`
     the prompt's embedding is wanted, and no answer. With `keep_special` the answer's text shows control tokens. The
     places of tokens among `marking` are told. `on_prompt_logits(logits, token)` is told of each token of the prompt but
-    the first, once, in order.
+    the first, once, in order. Cache blocks are shared with requests of the same `cache_salt` only.
     """
 
     prompt_ids: list[int]
@@ -53,6 +57,7 @@ class Request:
     keep_special: bool = False
     marking: frozenset[int] = frozenset()
     on_prompt_logits: Callable[[np.ndarray, int], None] | None = None
+    cache_salt: str = ""
 
 
 @dataclass(eq=False)
@@ -77,11 +82,15 @@ class EngineSequence:
     error: str | None = None
     sent_blocks: int = 0
     published: int = 0
-    last_digest: bytes = NO_TOKENS
+    last_digest: bytes = b""
     preemptions: int = 0
     pooled: np.ndarray | None = None
     told: int = 0
     _digests: tuple[int, list[bytes]] = (-1, [])
+
+    def __post_init__(self) -> None:
+        self._salt = salt_digest(self.request.cache_salt)
+        self.last_digest = self._salt
 
     @property
     def pending(self) -> int:
@@ -110,7 +119,7 @@ class EngineSequence:
         if not self.request.reuse_prefix or self.request.pooling == "mean":
             return []
         if self._digests[0] != len(self.tokens):
-            self._digests = len(self.tokens), prefix_digests(self.tokens[:-1])
+            self._digests = len(self.tokens), prefix_digests(self.tokens[:-1], self._salt)
         return self._digests[1] if self.untold == 0 else self._digests[1][: self.told // BLOCK_POSITIONS]
 
     @property
@@ -146,7 +155,7 @@ class EngineSequence:
         pool.release(self.blocks)
         self.blocks, self.slot = [], None
         self.computed = self.sent_blocks = self.published = 0
-        self.last_digest = NO_TOKENS
+        self.last_digest = self._salt
 
 
 def check_prompt(ids: Sequence[int], longest: int, vocab_size: int, room: int = 1) -> None:

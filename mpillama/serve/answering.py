@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from mpillama import __version__
-from mpillama.serve.front import AnswerFailed, Answers, Front, Service
+from mpillama.serve.front import AnswerFailed, AnswerRefused, Answers, Front, Service
 from mpillama.serve.metrics import Metrics
 from mpillama.serve.streams import DONE, event
 from mpillama.serve.tasks import Progress, Task
@@ -49,7 +49,7 @@ class Reply:
     def note(self, index: int, progress: Progress) -> None:
         """Count, or raise AnswerFailed."""
         if progress.error is not None:
-            raise AnswerFailed(progress.error)
+            raise (AnswerRefused if progress.refused else AnswerFailed)(progress.error)
         self.completion_tokens += len(progress.token_ids)
         self.cached_tokens[index] = progress.cached_tokens
 
@@ -92,7 +92,7 @@ class Answerer:
         """The response when all answers are finished."""
         choices = [make(i, task) for i, task in enumerate(reply.tasks)]
         async with self.front.answers(reply.tasks) as answers:
-            async for index, progress in self._timed(answers):
+            async for index, progress in self.timed(answers):
                 reply.note(index, progress)
                 choices[index].push(progress)
         return reply.object(reply.kind, [choice.whole() for choice in choices], usage=reply.usage(choices))
@@ -105,7 +105,7 @@ class Answerer:
         more: Json = {"usage": None} if include_usage else {}
         begun: set[int] = set()
         async with self.front.answers(reply.tasks) as answers:
-            async for index, progress in self._timed(answers):
+            async for index, progress in self.timed(answers):
                 reply.note(index, progress)
                 entries = choices[index].push(progress)
                 first = choices[index].begin() if index not in begun else None
@@ -120,14 +120,14 @@ class Answerer:
         """The embedding of each task's text."""
         found: dict[int, np.ndarray] = {}
         async with self.front.answers(reply.tasks) as answers:
-            async for index, progress in self._timed(answers):
+            async for index, progress in self.timed(answers):
                 reply.note(index, progress)
                 if progress.embedding is None:
                     raise AnswerFailed("the embedding took too long")
                 found[index] = progress.embedding
         return [found[index] for index in range(len(reply.tasks))]
 
-    async def _timed(self, answers: Answers) -> AsyncGenerator[tuple[int, Progress]]:
+    async def timed(self, answers: Answers) -> AsyncGenerator[tuple[int, Progress]]:
         """Progress, measured, and cut where it takes too long."""
         watch = self.metrics.watch()
         async for index, progress in answers.progress(self.seconds):

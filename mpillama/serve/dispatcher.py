@@ -11,12 +11,12 @@ from queue import Empty, SimpleQueue
 
 from mpillama.engine.deadline import Deadline, StopRequest
 from mpillama.errors import UserError
-from mpillama.serve.replicas import LocalReplica, RemoteReplica, Replica
+from mpillama.serve.replicas import LocalReplica, Replica
 from mpillama.serve.tasks import AskMemory, Cancel, Progress, Task
 
 Inbox = SimpleQueue[Task | Cancel | AskMemory]
 NAP = 0.002
-"""Seconds between two looks at the mail of other groups."""
+"""Seconds between two looks at the mail of other groups, and at grammars that are built."""
 LOOK = 0.05
 """Seconds between two looks at signals, other groups and the clock while nothing is to be done."""
 
@@ -92,7 +92,6 @@ class Dispatcher:
         self.collect = collect
         self.active: dict[int, _Active] = {}
         self._local = [r for r in replicas if isinstance(r, LocalReplica)]
-        self._has_mail = any(isinstance(r, RemoteReplica) for r in replicas)
         self._drains_until: float | None = None
 
     def run(self) -> None:
@@ -121,8 +120,8 @@ class Dispatcher:
         return all(replica.idle for replica in self._local)
 
     def _wait(self) -> None:
-        """A moment, which a message ends at once; other groups and signals are looked at after it."""
-        nap = NAP if self._has_mail and self.active else LOOK
+        """A moment, which a message ends at once; other groups, grammars and signals are looked at after it."""
+        nap = NAP if self.active else LOOK
         with suppress(Empty):
             self._obey(self.inbox.get(timeout=nap))
 

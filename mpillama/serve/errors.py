@@ -11,7 +11,7 @@ from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
 
 from mpillama.api.bodies import BadRequest, bad_request
-from mpillama.serve.front import AnswerFailed, ClientGone, QueueFull, Unavailable
+from mpillama.serve.front import AnswerFailed, AnswerRefused, ClientGone, QueueFull, Unavailable
 
 LOG = logging.getLogger(__name__)
 RETRY_SECONDS = 5
@@ -63,7 +63,7 @@ def error_response(
 
 STATUSES: tuple[tuple[type[Exception], int], ...] = (
     (Unprocessable, 422), (BadRequest, 400), (RequestValidationError, 400), (QueueFull, 429), (Unavailable, 503),
-    (AnswerFailed, 503), (ClientGone, 499),
+    (AnswerRefused, 422), (AnswerFailed, 503), (ClientGone, 499),
 )  # fmt: skip
 
 

@@ -35,6 +35,12 @@ class Service:
     replicas: Sequence[Replica]
     capacity: int
     """Tasks that may be under way or wait."""
+    asker: str = ""
+    """Who asks, by a digest of the key that was shown; "" without one."""
+
+    def salt(self, given: str | None) -> str:
+        """What the asker's cache blocks are shared under: the key, and what the request says."""
+        return f"{self.asker}/{given}" if given else self.asker
 
 
 class Unavailable(Exception):  # noqa: N818 - named as its status is
@@ -47,6 +53,10 @@ class QueueFull(Exception):  # noqa: N818 - named as its status is
 
 class AnswerFailed(Exception):  # noqa: N818 - told to the client, nothing of ours is broken
     """The engine could not finish an answer."""
+
+
+class AnswerRefused(AnswerFailed):
+    """An answer that can never be finished, such as one whose grammar is too complex."""
 
 
 class ClientGone(Exception):  # noqa: N818 - nobody is left to be told

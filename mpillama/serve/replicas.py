@@ -96,6 +96,7 @@ class LocalReplica:
         if self.desk.idle:
             self.rest.rest()
             return []
+        self.rest.wake()
         progress = self._retiring(self.watch) if self.watch else self.desk.step()
         self.figures = self.desk.figures()
         return progress
@@ -175,6 +176,7 @@ def follow_rank_0(post: Post, desk: EngineDesk) -> int:
             rest.rest()
             post.wait()
             continue
+        rest.wake()
         post.send(0, Report(desk.step(), desk.figures()))
         post.live()
 

@@ -10,7 +10,7 @@ from fastapi import Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from mpillama.serve.errors import error_object
+from mpillama.serve.errors import error_object, status_of
 from mpillama.serve.front import AnswerFailed, ClientGone
 
 T = TypeVar("T")
@@ -28,6 +28,11 @@ HEADERS = [
 def event(value: Any) -> bytes:
     """An event with a JSON value."""
     return b"data: " + json.dumps(value, separators=(",", ":")).encode() + b"\n\n"
+
+
+def named_event(name: str, value: Any) -> bytes:
+    """An event with a name and a JSON value."""
+    return b"event: " + name.encode() + b"\n" + event(value)
 
 
 class Events:
@@ -88,7 +93,7 @@ class EventStream(Response):
             async for data in self.events:
                 await send({"type": "http.response.body", "body": data, "more_body": True})
         except AnswerFailed as error:
-            failure = event(error_object(503, str(error)))
+            failure = event(error_object(status_of(error), str(error)))
             await send({"type": "http.response.body", "body": failure, "more_body": True})
         await send({"type": "http.response.body", "body": b""})
 

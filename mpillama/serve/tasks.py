@@ -30,6 +30,8 @@ class Task:
     marking: frozenset[int] = frozenset()
     """Tokens whose places in the answer are told."""
     prompt_logprobs: int | None = None
+    cache_salt: str = ""
+    """What cache blocks are shared under."""
 
 
 @dataclass(frozen=True)
@@ -71,6 +73,8 @@ class Progress:
     embedding: np.ndarray | None = None
     marks: Sequence[Mark] = ()
     prompt_logprobs: Sequence[TokenLogprob] = ()
+    refused: bool = False
+    """Whether an error is the request's own fault: it would come again."""
 
 
 @dataclass(frozen=True)

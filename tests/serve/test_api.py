@@ -328,7 +328,7 @@ def test_health_metrics_and_the_document(served):
         ({"extra_body": {"best_of": 3}}, 400, "best_of"),
         ({"model": "gpt-4"}, 404, "model"),
         ({"tools": [{"type": "function", "function": {"name": "f"}}]}, 422, "tools"),
-        ({"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": {"oops": 1}}}}, 422,
+        ({"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "oops"}}}}, 422,
          "response_format"),
         ({"messages": [{"role": "user", "content": "llama " * 5000}]}, 400, "messages"),
     ],
