@@ -1,11 +1,22 @@
 """From the body of a request to what the engine runs."""
 
 import hashlib
+import secrets
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from mpillama.api.bodies import BadRequest, ChatBody, CompletionBody, Message, SamplingBody
+from mpillama.api.bodies import (
+    ANY_SEED,
+    NO_LIMIT,
+    BadRequest,
+    ChatBody,
+    CompletionBody,
+    Message,
+    SamplingBody,
+    TemplateFields,
+)
 from mpillama.api.tool_calls import for_template
 from mpillama.engine.answer import Limits
 from mpillama.engine.sequence import Request
@@ -13,6 +24,11 @@ from mpillama.errors import UserError
 from mpillama.text.chat_template import ChatTemplate
 from mpillama.text.sampler import SamplingOptions
 from mpillama.text.tokenizer import Tokenizer
+
+ALL_TOKENS = -1
+"""As `top_k`: another way to say 0."""
+PLAINLY = TemplateFields()
+"""A chat template is used as usual."""
 
 
 @dataclass(frozen=True)
@@ -37,27 +53,60 @@ class Prompter:
     def request(self, body: ChatBody | CompletionBody, key: Any, seed: int | None = None) -> Request:
         """The engine's request; BadRequest names what is wrong. `seed` counts where neither body nor defaults do."""
         try:
-            ids = self.chat_ids(body.messages) if isinstance(body, ChatBody) else self.prompt_ids(body.prompt)
+            if isinstance(body, ChatBody):
+                ids = self.chat_ids(body.messages, how=body)
+            else:
+                ids = self.prompt_ids(body.prompt)
             sampling = self.sampling(body, seed)
         except UserError as error:
             raise BadRequest(str(error)) from error
         limits = self.limits(body)
-        return Request(ids, sampling, limits, key, reuse_prefix=body.cache_prompt is not False)
+        salt = body.cache_salt or ""
+        return Request(ids, sampling, limits, key, reuse_prefix=body.cache_prompt is not False, cache_salt=salt)
 
     def chat_ids(
-        self, messages: Sequence[Message], tools: Sequence[dict[str, Any]] | None = None, **variables: Any
-    ) -> list[int]:
+        self, messages: Sequence[Message], tools: Sequence[dict[str, Any]] | None = None,
+        how: TemplateFields = PLAINLY, **variables: Any,
+    ) -> list[int]:  # fmt: skip
         """The prompt of a conversation, in which `tools` may be called; UserError if the template refuses it.
 
-        `variables` are the template's own, such as enable_thinking.
+        `variables` are the template's own, such as enable_thinking; they count before those of `how`.
         """
+        variables = how.template_variables | variables
         given = [self.for_template(m.for_template()) for m in messages]
-        text = self.template().render(given, tools=tools, **variables)
+        if how.continue_final_message:
+            _check_continuation(messages, how)
+            text = self._unfinished(given, tools, variables)
+        else:
+            begins = how.add_generation_prompt is not False
+            text = self.template().render(given, tools=tools, add_generation_prompt=begins, **variables)
         return self.tokenizer.encode(text)
 
-    def prompt_ids(self, prompt: str | Sequence[int]) -> list[int]:
-        """The tokens of a text, or those given."""
-        return self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
+    def _unfinished(self, messages: list[dict[str, Any]], tools: Any, variables: dict[str, Any]) -> str:
+        """The conversation up to the end of its last message's content, however the template goes on behind it."""
+        end = secrets.token_hex(16)
+        marked = [*messages[:-1], {**messages[-1], "content": messages[-1]["content"] + end}]
+        text = self.template().render(marked, tools=tools, add_generation_prompt=False, **variables)
+        content, found, _ = text.rpartition(end)
+        if not found:
+            raise UserError("the chat template does not show the last message, so that it cannot be continued.")
+        return content
+
+    def prompt_ids(self, prompt: str | Sequence[int | str] | None) -> list[int]:
+        """The tokens of a text, or those given, maybe with texts between them.
+
+        No text at all is the beginning of one: BOS, or what ends the text before it.
+        """
+        pieces = [prompt or ""] if isinstance(prompt, str | None) else prompt
+        ids: list[int] = []
+        for i, piece in enumerate(pieces):
+            add_bos = None if i == 0 else False
+            ids += [piece] if isinstance(piece, int) else self.tokenizer.encode(piece, add_bos=add_bos)
+        return ids or self._beginning()
+
+    def _beginning(self) -> list[int]:
+        bos = self.tokenizer.bos_token_id
+        return [bos] if bos is not None else list(self.tokenizer.eos_token_ids[:1])
 
     def sampling(self, body: SamplingBody, seed: int | None) -> SamplingOptions:
         """How the answer is sampled; UserError or BadRequest for what cannot be."""
@@ -67,6 +116,10 @@ class Prompter:
                          "frequency_penalty")
             if (value := getattr(body, name)) is not None
         }  # fmt: skip
+        if given.get("top_k") == ALL_TOKENS:
+            given["top_k"] = 0
+        if body.seed is not None:
+            given["seed"] = seed if body.seed == ANY_SEED else body.seed % 2**64
         options = replace(self.defaults.sampling, **given)
         if body.logit_bias is not None:
             options = replace(options, logit_bias=self._bias(body.logit_bias))
@@ -84,7 +137,15 @@ class Prompter:
         if "" in stops:
             raise BadRequest("stop: an empty text would stop before the first token", "stop")
         most = self.defaults.limits.max_tokens if body.most_tokens is None else body.most_tokens
-        return Limits(most, stops, bool(body.ignore_eos))
+        return Limits(sys.maxsize if most == NO_LIMIT else most, stops, bool(body.ignore_eos))
+
+
+def _check_continuation(messages: Sequence[Message], how: TemplateFields) -> None:
+    place = "continue_final_message"
+    if how.add_generation_prompt:
+        raise BadRequest(f"{place}: excludes add_generation_prompt, which begins another message", place)
+    if messages[-1].role != "assistant":
+        raise BadRequest(f"{place}: the last message is not the assistant's", place)
 
 
 def derived_seed(seed: int, text: str) -> int:

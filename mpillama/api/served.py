@@ -4,33 +4,46 @@ from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field
 
-from mpillama.api.bodies import Body, ChatFields, CompletionFields, Message
+from mpillama.api.bodies import (
+    Body,
+    ChatFields,
+    CompletionFields,
+    Ignored,
+    Message,
+    Mixed,
+    TemplateFields,
+    Tokens,
+)
 
 MOST_CHOICES = 16
 MOST_LOGPROBS = 20
+MOST_TOOLS = 128
 MOST_INPUTS = 2048
 """Texts of one request for embeddings, or prompts of one request."""
 
 MOST_DETOKENIZED = 1_000_000
 
 Choices = Annotated[int, Field(ge=1, le=MOST_CHOICES)]
-Tokens = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1, fail_fast=True)]
 Inputs = Annotated[
-    Annotated[list[str], Field(fail_fast=True)] | Annotated[list[Tokens], Field(fail_fast=True)],
+    Annotated[list[str], Field(fail_fast=True)]
+    | Annotated[list[Tokens], Field(fail_fast=True)]
+    | Annotated[list[str | Tokens | Mixed], Field(fail_fast=True)],
     Field(min_length=1, max_length=MOST_INPUTS),
 ]
+"""Several texts, each written or as token ids."""
 
 
 class StreamOptions(Body):
     """What else a stream tells."""
 
     include_usage: bool | None = None
+    include_obfuscation: Ignored = None
 
 
 class JsonSchema(Body):
-    """A named schema that the answer must fit."""
+    """A schema that the answer must fit, whether `strict` or not; a name is not asked for."""
 
-    name: Annotated[str, Field(min_length=1, max_length=64, pattern="^[a-zA-Z0-9_-]+$")]
+    name: str | None = None
     description: str | None = None
     schema_: Annotated[dict[str, Any] | None, Field(alias="schema")] = None
     strict: bool | None = None
@@ -43,9 +56,10 @@ class TextFormat(Body):
 
 
 class JsonObjectFormat(Body):
-    """Any JSON object."""
+    """Any JSON object, or JSON that fits a schema."""
 
     type: Literal["json_object"]
+    schema_: Annotated[dict[str, Any] | None, Field(alias="schema")] = None
 
 
 class JsonSchemaFormat(Body):
@@ -87,6 +101,20 @@ class NamedTool(Body):
     function: FunctionName
 
 
+class ToolChoices(Body):
+    """The tools among which the model may choose, and whether it must."""
+
+    mode: Literal["auto", "required"]
+    tools: Annotated[list[NamedTool], Field(min_length=1, max_length=MOST_TOOLS, fail_fast=True)]
+
+
+class AllowedTools(Body):
+    """The choice that is left to the model."""
+
+    type: Literal["allowed_tools"]
+    allowed_tools: ToolChoices
+
+
 class ServedChat(ChatFields):
     """The body of POST /v1/chat/completions."""
 
@@ -96,8 +124,8 @@ class ServedChat(ChatFields):
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MOST_LOGPROBS)] | None = None
     response_format: ResponseFormat | None = None
-    tools: Annotated[list[Tool], Field(max_length=128, fail_fast=True)] | None = None
-    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
+    tools: Annotated[list[Tool], Field(max_length=MOST_TOOLS, fail_fast=True)] | None = None
+    tool_choice: Literal["none", "auto", "required"] | NamedTool | AllowedTools | None = None
     parallel_tool_calls: bool | None = None
 
 
@@ -108,8 +136,9 @@ DEFAULT_COMPLETION_TOKENS = 16
 class ServedCompletion(CompletionFields):
     """The body of POST /v1/completions."""
 
-    prompt: str | Tokens | Inputs
+    prompt: str | Tokens | Mixed | Inputs | None
     n: Choices | None = None
+    best_of: Choices | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     logprobs: Annotated[int, Field(ge=0, le=MOST_LOGPROBS)] | None = None
@@ -121,16 +150,18 @@ class ServedCompletion(CompletionFields):
 
 
 class EmbeddingBody(Body):
-    """The body of POST /v1/embeddings; `pooling` is this program's own."""
+    """The body of POST /v1/embeddings; `pooling` and `cache_salt` are not OpenAI's."""
 
-    input: str | Tokens | Inputs
+    input: str | Tokens | Mixed | Inputs
     model: str | None = None
     encoding_format: Literal["float", "base64"] | None = None
+    dimensions: Annotated[int, Field(ge=1)] | None = None
     pooling: Literal["mean", "last"] | None = None
-    user: str | None = None
+    cache_salt: str | None = None
+    user: Ignored = None
 
 
-class TokenizeBody(Body):
+class TokenizeBody(TemplateFields):
     """The body of POST /tokenize: a text, or messages as the chat template writes them."""
 
     model_config = ConfigDict(json_schema_extra={"anyOf": [{"required": ["content"]}, {"required": ["messages"]}]})
@@ -138,6 +169,7 @@ class TokenizeBody(Body):
     model: str | None = None
     content: str | None = None
     messages: Annotated[list[Message], Field(min_length=1, fail_fast=True)] | None = None
+    tools: Annotated[list[Tool], Field(max_length=MOST_TOOLS, fail_fast=True)] | None = None
     add_special_tokens: bool | None = None
     with_pieces: bool | None = None
 

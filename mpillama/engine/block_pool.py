@@ -1,7 +1,9 @@
 """Which cache blocks are free, which are shared, and which hold a beginning of text that another sequence may want.
 
-A full block is known by the digest of all tokens up to its end, so equal digests mean equal keys and values. Blocks
-that no sequence uses stay known until their memory is needed; the longest unused goes first.
+A full block is known by the digest of all tokens up to its end, so equal digests mean equal keys and values. Before the
+first token stands a salt: texts with different salts have no digest in common, so that nobody finds, or sees by the
+time it takes, what others asked. Blocks that no sequence uses stay known until their memory is needed; the longest
+unused goes first.
 """
 
 import hashlib
@@ -13,7 +15,14 @@ import numpy as np
 from mpillama.model.cache import BLOCK_POSITIONS
 
 NO_TOKENS = b""
-"""The digest before the first block."""
+"""The digest before the first block, without a salt."""
+
+
+def salt_digest(salt: str) -> bytes:
+    """The digest before the first block of texts with this salt."""
+    if not salt:
+        return NO_TOKENS
+    return hashlib.blake2b(salt.encode(errors="surrogatepass"), digest_size=16, person=b"cache salt").digest()
 
 
 def block_digest(before: bytes, token_ids: Sequence[int]) -> bytes:
@@ -90,9 +99,9 @@ class BlockPool:
                 self._unused[block] = None
 
 
-def prefix_digests(token_ids: Sequence[int]) -> list[bytes]:
-    """The digests of all full blocks of a text."""
-    digests, before = [], NO_TOKENS
+def prefix_digests(token_ids: Sequence[int], before: bytes = NO_TOKENS) -> list[bytes]:
+    """The digests of all full blocks of a text, whose salt has the digest `before`."""
+    digests = []
     for end in range(BLOCK_POSITIONS, len(token_ids) + 1, BLOCK_POSITIONS):
         before = block_digest(before, token_ids[end - BLOCK_POSITIONS : end])
         digests.append(before)
