@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mpillama.engine.answer import Answer, Limits
-from mpillama.engine.block_pool import BlockPool, prefix_digests
+from mpillama.engine.block_pool import NO_TOKENS, BlockPool, prefix_digests, salt_digest
 from mpillama.engine.scheduler import Scheduler
 from mpillama.engine.sequence import EngineSequence, Request
 from mpillama.engine.speculation import Drafter, last_occurrence
@@ -28,9 +28,9 @@ class Simulation:
         self.alive: list[EngineSequence] = []
         self.number = 0
 
-    def submit(self, prompt: int, answer: int, family: int) -> EngineSequence:
+    def submit(self, prompt: int, answer: int, family: int, salt: str = "") -> EngineSequence:
         ids = [family * 1000 + i % 7 for i in range(prompt)]
-        request = Request(ids, SamplingOptions(), Limits(answer))
+        request = Request(ids, SamplingOptions(), Limits(answer), cache_salt=salt)
         sequence = EngineSequence(request, self.number, Answer(TOKENIZER, request.limits), list(ids))
         self.number += 1
         self.scheduler.add(sequence)
@@ -134,6 +134,33 @@ def test_a_known_beginning_is_not_computed_again():
     assert other.cached_tokens == 0
 
 
+def test_sequences_with_other_salts_share_nothing():
+    simulation = Simulation()
+    found = []
+    for salt in ("", "mine", "yours", "mine", "", "yours/mine", "mine"):
+        sequence = simulation.submit(100, 1, 0, salt)
+        while not sequence.finished and sequence in simulation.alive:
+            simulation.step()
+        found.append(sequence.cached_tokens)
+    assert found == [0, 0, 0, 64, 64, 0, 64]
+
+
+def test_a_preempted_sequence_finds_only_what_its_salt_opens():
+    """Also what it published before it had to leave."""
+    simulation = Simulation()
+    salted = simulation.submit(64 * 3 + 5, 200, 0, "mine")
+    while salted.published < 3:
+        simulation.step()
+    simulation.scheduler._preempt(salted)
+    assert simulation.pool.find(prefix_digests(salted.tokens)) == []
+    found = simulation.pool.find(prefix_digests(salted.tokens, salt_digest("mine")))
+    assert len(found) == 3
+    simulation.pool.release(found)
+    while salted.published < 3:
+        simulation.step()
+    assert simulation.pool.find(prefix_digests(salted.tokens)) == []
+
+
 # -- the pool ---------------------------------------------------------------------------------------------------------
 
 
@@ -157,6 +184,14 @@ def test_shared_blocks_live_until_their_last_user():
     assert pool.available == 1
     pool.release([block])
     assert pool.available == 2
+
+
+def test_no_salt_is_no_change_and_digests_of_salts_are_their_own():
+    ids = list(range(64))
+    assert salt_digest("") == NO_TOKENS
+    assert prefix_digests(ids, salt_digest("")) == prefix_digests(ids)
+    salts = ("", "a", "b", "a/b", "\ud800", "a" * 10_000)
+    assert len({prefix_digests(ids, salt_digest(salt))[0] for salt in salts}) == len(salts)
 
 
 def test_digests_depend_on_all_that_came_before():

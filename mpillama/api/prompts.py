@@ -53,10 +53,7 @@ class Prompter:
     def request(self, body: ChatBody | CompletionBody, key: Any, seed: int | None = None) -> Request:
         """The engine's request; BadRequest names what is wrong. `seed` counts where neither body nor defaults do."""
         try:
-            if isinstance(body, ChatBody):
-                ids = self.chat_ids(body.messages, how=body)
-            else:
-                ids = self.prompt_ids(body.prompt)
+            ids = self.chat_ids(body.messages, how=body) if isinstance(body, ChatBody) else self.prompt_ids(body.prompt)
             sampling = self.sampling(body, seed)
         except UserError as error:
             raise BadRequest(str(error)) from error

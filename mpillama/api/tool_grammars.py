@@ -71,6 +71,11 @@ def mistral_args_rules(functions: Sequence[Function], several: bool, token_id: T
     return start + _calls(rules)
 
 
+def calls_or_json(grammar: str, schema: Mapping[str, Any]) -> str:
+    """A grammar of calls, which `grammar` is, or of one JSON value that fits `schema`."""
+    return f"start: calls | json\njson: {json_rule(schema)}\ncalls:{grammar.removeprefix('start:')}"
+
+
 def _function(given: Mapping[str, Any]) -> Function:
     """A tool's function; one without parameters takes no arguments, and arguments are always an object."""
     parameters = given.get("parameters") or {"properties": {}, "additionalProperties": False}

@@ -53,6 +53,8 @@ def answer_line(line: Line, row: Row, sequence: EngineSequence, model: str, prov
         "usage": usage,
     }
     response = {"status_code": 200, "request_id": f"row-{line.number}", "body": whole}
+    if ignored := row.body.unknown_fields():
+        response["ignored"] = ignored
     return _encode(line, row.id, response, None, provenance)
 
 

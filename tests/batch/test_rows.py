@@ -53,7 +53,15 @@ def test_content_may_come_in_parts():
         ({"id": "", "prompt": "x"}, "id"),
         ({"id": "a"}, "prompt or messages"),
         ({"id": "a", "prompt": "x", "messages": MESSAGES}, "prompt or messages"),
-        ({"id": "a", "prompt": "x", "colour": 1}, "colour: unknown field"),
+        ({"id": "a", "prompt": "x", "suffix": "y"}, "suffix: a text between"),
+        ({"id": "a", "prompt": "x", "best_of": 2}, "best_of"),
+        ({"id": "a", "prompt": "x", "logprobs": 1}, "logprobs: rows"),
+        ({"id": "a", "prompt": ["x"]}, "prompt"),
+        ({"id": "a", "messages": MESSAGES, "response_format": {"type": "json_object"}}, "response_format: rows"),
+        ({"id": "a", "messages": MESSAGES, "tools": [{}]}, "tools: rows"),
+        ({"id": "a", "messages": MESSAGES, "tool_choice": "required"}, "tool_choice"),
+        ({"id": "a", "messages": MESSAGES, "chat_template_kwargs": {"messages": 1}}, "chat_template_kwargs"),
+        ({"id": "a", "prompt": "x", "max_tokens": -2}, "max_tokens"),
         ({"id": "a", "prompt": "x", "max_tokens": 0}, "max_tokens"),
         ({"id": "a", "prompt": "x", "max_tokens": "9"}, "max_tokens"),
         ({"id": "a", "prompt": "x", "temperature": 3}, "temperature"),
@@ -74,6 +82,16 @@ def test_content_may_come_in_parts():
 def test_what_is_wrong_is_named(fields, words):
     with pytest.raises(BadRequest, match=words):
         parse_row(line(fields))
+
+
+def test_fields_without_an_effect_are_taken_and_unknown_ones_are_named():
+    harmless = {"store": True, "metadata": {"a": "b"}, "service_tier": "auto", "user": "u", "stream_options": None}
+    row = parse_row(
+        line({"id": "a", "messages": MESSAGES, **harmless, "response_format": {"type": "text"}, "tools": []})
+    )
+    assert row.body.unknown_fields() == []
+    row = parse_row(line({"id": "a", "messages": [{**MESSAGES[0], "mood": 1}], "colour": 1, "size": None}))
+    assert row.body.unknown_fields() == ["colour", "messages.0.mood"]
 
 
 @given(st.binary(max_size=200))
