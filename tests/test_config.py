@@ -276,3 +276,109 @@ def test_yarn_and_linear_frequencies():
     assert found[-1] == pytest.approx(plain[-1] / 4)
     assert yarn.rope_factor == pytest.approx(0.1 * math.log(4) + 1)
     assert linear.rope_factor == 1.0
+
+
+# -- RoPE as transformers 5.24 reads it ----------------------------------------------------------------------------
+
+LINEAR = {"rope_type": "linear", "factor": 4.0}
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 512}
+
+
+def test_a_rope_scaling_stands_in_the_place_of_rope_parameters():
+    plain = {"rope_type": "default", "rope_theta": 5e5}
+    assert read(rope_parameters=plain, rope_scaling=LINEAR) == read(rope_scaling=LINEAR)  # its rope_theta goes as well
+    assert read(rope_parameters=plain, rope_scaling=LINEAR, rope_theta=7e3) == read(rope_scaling=LINEAR, rope_theta=7e3)
+    assert read(rope_parameters=plain, rope_scaling={**LINEAR, "rope_theta": 3e3}).rope_theta == 3e3
+    assert read(rope_parameters={**LINEAR, "rope_theta": 5e5}, rope_scaling={}).rope_theta == 5e5
+    assert read(rope_parameters={**LINEAR, "rope_theta": 5e5}, rope_scaling=None).rope_scaling is not None
+
+
+def test_the_constants_of_yarn_that_may_be_left_out():
+    context = {"max_position_embeddings": 4096}
+    ratio = read(**context, rope_scaling={**YARN, "factor": None})
+    assert ratio == read(**context, rope_scaling={**YARN, "factor": 8.0})
+    without = {k: v for k, v in YARN.items() if not k.startswith("original")}
+    whole = {**YARN, "original_max_position_embeddings": 4096}
+    assert read(**context, rope_scaling=without) == read(**context, rope_scaling=whole)
+
+
+@pytest.mark.parametrize("scaling", [YARN, LLAMA3])
+def test_an_original_context_beside_the_rule_is_the_one_that_counts(scaling):
+    inside = {**scaling, "original_max_position_embeddings": 1024}
+    assert read(rope_scaling=scaling, original_max_position_embeddings=1024) == read(rope_scaling=inside)
+
+
+def test_the_attention_factor_of_yarn():
+    own = 0.1 * math.log(4) + 1
+    assert read(rope_scaling=YARN).rope_factor == pytest.approx(own)
+    assert read(rope_scaling={**YARN, "attention_factor": 1.0}).rope_factor == 1.0
+    assert read(rope_scaling={**YARN, "attention_factor": 1.25, "mscale": 2.0}).rope_factor == 1.25
+    assert read(rope_scaling={**YARN, "mscale": 0.7}).rope_factor == pytest.approx(own)
+    both = read(rope_scaling={**YARN, "mscale": 0.7, "mscale_all_dim": 1.0})
+    assert both.rope_factor == pytest.approx((0.07 * math.log(4) + 1) / own)
+
+
+@pytest.mark.parametrize("key", ["rope_parameters", "rope_scaling"])
+@pytest.mark.parametrize(
+    ("rule", "field", "value"),
+    [
+        ({}, "factor", 4.0),
+        (LINEAR, "low_freq_factor", 2.0),
+        (LINEAR, "original_max_position_embeddings", 512),
+        (LLAMA3, "attention_factor", 1.5),
+        (YARN, "attn_factor", 1.5),
+        (YARN, "extrapolation_factor", 0.5),
+        (YARN, "mrope_section", [16, 24, 24]),
+        (LINEAR, "partial_rotary_factor", 0.5),
+        (LINEAR, "full_attention", {"rope_type": "linear", "factor": 2.0}),
+        (LINEAR, "use_dynamic", True),
+    ],
+)
+def test_a_field_of_a_rule_that_nobody_reads_is_named(key, rule, field, value):
+    with pytest.raises(UserError, match=f"{field}="):
+        read(**{key: {**rule, field: value}})
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("rope_interleaved", True),
+        ("use_mrope", True),
+        ("partial_rotary_factor", 0.25),
+        ("rotary_pct", 0.5),
+        ("rope_ratio", 8),
+        ("rotary_emb_base", 0),
+        ("rope_local_base_freq", 1e4),
+        ("yarn", {"factor": 4.0}),
+    ],
+)
+def test_a_field_beside_the_rule_that_nobody_reads_is_named(field, value):
+    with pytest.raises(UserError, match=f"{field}="):
+        read(**{field: value})
+
+
+@pytest.mark.parametrize("field", ["rope_interleaved", "use_mrope", "partial_rotary_factor", "rope_ratio"])
+def test_fields_that_change_nothing_are_no_obstacle(field):
+    value = 1.0 if field in ("partial_rotary_factor", "rope_ratio") else False
+    assert read(**{field: value}) == read(**{field: None}) == read()
+    assert read(rope_scaling={**LINEAR, field: value, "finetuned": True}) == read(rope_scaling=LINEAR)
+
+
+@pytest.mark.parametrize("spelling", ["type", "rope_type"])
+def test_a_rule_is_refused_in_the_words_of_the_file(spelling):
+    with pytest.raises(UserError, match=f" {spelling}='dynamic'") as caught:
+        read(rope_scaling={spelling: "dynamic", "factor": 2.0})
+    assert "factors" not in str(caught.value), "a name of our own"
+
+
+@pytest.mark.parametrize("rope", [[LINEAR], "linear", 4.0])
+def test_rope_that_is_no_object_is_named(rope):
+    with pytest.raises(UserError, match="rope_scaling="):
+        read(rope_scaling=rope)
+
+
+@pytest.mark.parametrize("key", ["factor", "beta_fast", "beta_slow", "attention_factor", "mscale", "mscale_all_dim"])
+@pytest.mark.parametrize("value", ["1", -1.0, True, [1.0], math.inf])
+def test_an_impossible_constant_of_yarn_is_named(key, value):
+    with pytest.raises(UserError, match=f"{key}="):
+        read(rope_scaling={**YARN, key: value})

@@ -13,7 +13,7 @@ import numpy as np
 from mpillama.comm.communicator import Communicator
 from mpillama.engine.model_file import ModelFile, SliceReader
 from mpillama.errors import UserError
-from mpillama.files.native import TEXTS, TableEntry, unit_checksums
+from mpillama.files.native import TEXTS, TableEntry, read_table, unit_checksums
 from mpillama.files.reading import write_exactly
 from mpillama.layout.weight_types import round_up
 from mpillama.model.partition import split_units
@@ -105,7 +105,17 @@ def _seal(model: ModelFile, target: Target, parts: list[Checksums]) -> None:
     with _system_errors(target.path):
         whole = {name: np.bitwise_or.reduce([part[name] for part in parts]) for name in target.entries}
         seal_file(target.temporary, model.config_json, model.weight_types, target.entries, _texts(model), whole)
+        _refuse_unreadable(model, target)
         Path(target.temporary).replace(target.path)
+
+
+def _refuse_unreadable(model: ModelFile, target: Target) -> None:
+    """Open the file as those will who run it: what would be refused then is refused now, before it has its name."""
+    try:
+        read_table(target.temporary)
+    except UserError as error:
+        reason = str(error).removeprefix(f"{target.temporary}: ")
+        raise UserError(f"{model.path}: cannot be converted, the new file would not be read: {reason}") from error
 
 
 @contextmanager

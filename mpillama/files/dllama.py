@@ -117,7 +117,7 @@ def _config(header: _Header) -> dict[str, Any]:
         "max_position_embeddings": header.size("max_seq_len"),
         "rms_norm_eps": header.choice("norm_epsilon", EPSILONS, 5),
         "rope_theta": float(header.size("rope_theta", 10000)),
-        "rope_scaling": _rope_scaling(header) if model_type == "llama" else None,
+        "rope_scaling": _rope_scaling(header, model_type),
         "tie_word_embeddings": False,
     }
     return {**config, **_experts(header, model_type)}
@@ -138,9 +138,10 @@ def _experts(header: _Header, model_type: str) -> dict[str, Any]:
     }
 
 
-def _rope_scaling(header: _Header) -> dict[str, Any] | None:
+def _rope_scaling(header: _Header, model_type: str) -> dict[str, Any] | None:
     """Llama 3.1's scaling for rope_type 2, nothing for 0; 1 (Falcon's order of channels) is no Llama model."""
-    if header.choice("rope_type", {0: "default", 2: "llama3"}, 0) == "default":
+    if model_type != "llama" or header.choice("rope_type", {0: "default", 2: "llama3"}, 0) == "default":
+        _refuse_scaling(header)
         return None
     return {
         "rope_type": "llama3",
@@ -149,3 +150,14 @@ def _rope_scaling(header: _Header) -> dict[str, Any] | None:
         "high_freq_factor": float(header.size("rope_scaling_high_freq_factor")),
         "original_max_position_embeddings": header.size("rope_scaling_orig_max_seq_len"),
     }
+
+
+def _refuse_scaling(header: _Header) -> None:
+    """Refuse a factor that nobody would read."""
+    factor = header.values.get("rope_scaling_factor", 1)
+    if factor not in (0, 1):
+        raise UserError(
+            f"{header.path}: its header has rope_scaling_factor={factor} with "
+            f"rope_type={header.values.get('rope_type', 0)}: mpillama scales Llama models with rope_type=2 only, take "
+            "the model in another format."
+        )

@@ -4,10 +4,12 @@ import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from mpillama.errors import UserError
 from mpillama.files.foreign import damaged
 from mpillama.files.gguf_header import GgufHeader
-from mpillama.files.gguf_names import OUTPUT
+from mpillama.files.gguf_names import OUTPUT, ROPE_FACTORS
 from mpillama.model.rope_scaling import yarn_attention_factor
 
 ARCHITECTURES = {"llama": "llama", "qwen2": "qwen2", "qwen3": "qwen3", "qwen3moe": "qwen3_moe"}
@@ -49,6 +51,18 @@ class Metadata:
         if value != int(value) or value >= MOST:
             raise damaged(self.path, f"its metadata has {self.architecture}.{key}={value!r}, expected a whole number")
         return int(value)
+
+    def refuse_unread(self, prefix: str, known: Collection[str]) -> None:
+        """Refuse a key of the architecture that begins so and that nobody reads; off and zero change nothing."""
+        start = f"{self.architecture}.{prefix}"
+        for key, value in self.header.metadata.items():
+            shown = value.tolist() if isinstance(value, np.ndarray) else value
+            in_force = any(shown) if isinstance(shown, list) else bool(shown)
+            if key.startswith(start) and key.removeprefix(start) not in known and in_force:
+                raise UserError(
+                    f"{self.path}: its metadata has {key}={shown!r}, which mpillama does not know and cannot leave "
+                    "out: take another file of the model."
+                )
 
     def token_id(self, name: str) -> int | None:
         """A special token's id, None if there is none."""
@@ -141,18 +155,35 @@ def _special_tokens(metadata: Metadata) -> dict[str, Any]:
 
 # -- scaling of rotary frequencies ----------------------------------------------------------------------------------
 
+ROPE_FIELDS = {
+    "none": ("scaling.factor",),
+    "linear": ("scaling.factor", "scale_linear"),
+    "yarn": (
+        *("scaling.factor", "scaling.original_context_length", "scaling.attn_factor", "scaling.yarn_attn_factor"),
+        *("scaling.yarn_beta_fast", "scaling.yarn_beta_slow", "scaling.yarn_ext_factor", "scaling.yarn_log_multiplier"),
+    ),
+}
+"""What each rule reads of `rope.`; llama.cpp passes over the factor if the rule is "none"."""
+ALWAYS_READ = ("dimension_count", "freq_base", "scaling.type", "scaling.finetuned")
+
 
 def _rope_scaling(metadata: Metadata, factors: Sequence[float] | None) -> dict[str, Any] | None:
     """Hugging Face's rope_scaling; "factors" is ours, for the divisors that GGUF has in place of llama3's constants."""
-    kind = metadata.get("rope.scaling.type") or ("linear" if metadata.get("rope.scale_linear") else "none")
+    scaled = metadata.get("rope.scaling.factor") or metadata.get("rope.scale_linear")
+    kind = metadata.get("rope.scaling.type") or ("linear" if scaled else "none")  # as llama.cpp takes it
     known: Mapping[Any, Callable[[Metadata], dict[str, Any] | None]] = {
         "none": lambda metadata: None,
         "linear": _linear,
         "yarn": _yarn,
     }
-    if not isinstance(kind, str) or kind not in known or (factors and kind != "none"):
-        also = " with frequency factors" if factors else ""
-        raise UserError(f"{metadata.path}: rope.scaling.type={kind!r}{also}: mpillama runs {', '.join(known)}.")
+    if not isinstance(kind, str) or kind not in known:
+        raise UserError(f"{metadata.path}: rope.scaling.type={kind!r}: mpillama runs {', '.join(known)}.")
+    if factors and kind != "none":
+        raise UserError(
+            f"{metadata.path}: rope.scaling.type={kind!r} together with the tensor {ROPE_FACTORS}: mpillama runs one "
+            "of both."
+        )
+    metadata.refuse_unread("rope.", (*ALWAYS_READ, *ROPE_FIELDS[kind]))
     return {"rope_type": "factors", "factors": list(factors)} if factors else known[kind](metadata)
 
 
@@ -162,15 +193,33 @@ def _linear(metadata: Metadata) -> dict[str, Any]:
 
 
 def _yarn(metadata: Metadata) -> dict[str, Any]:
-    factor = float(metadata.number("rope.scaling.factor"))
-    scaling: dict[str, Any] = {"rope_type": "yarn", "factor": factor}
+    scaling: dict[str, Any] = {"rope_type": "yarn", "factor": float(metadata.number("rope.scaling.factor"))}
     if metadata.get("rope.scaling.original_context_length"):
         scaling["original_max_position_embeddings"] = metadata.size("rope.scaling.original_context_length")
     for name in ("beta_fast", "beta_slow"):
         if metadata.get(f"rope.scaling.yarn_{name}"):
             scaling[name] = float(metadata.number(f"rope.scaling.yarn_{name}"))
-    gain = metadata.number("rope.scaling.attn_factor", 1.0) * metadata.number("rope.scaling.yarn_attn_factor", 1.0)
-    if gain != 1:
-        # GGUF states what multiplies YaRN's own factor, Hugging Face the product.
-        scaling["attention_factor"] = gain * yarn_attention_factor(factor, 0, 0)
-    return scaling
+    if metadata.number("rope.scaling.yarn_ext_factor", 1.0) != 1:
+        raise UserError(
+            f"{metadata.path}: rope.scaling.yarn_ext_factor={metadata.get('rope.scaling.yarn_ext_factor')!r}: mpillama "
+            "runs YaRN with the whole of its ramp (1)."
+        )
+    factor = _yarn_attention_factor(metadata, scaling["factor"])
+    return scaling if factor is None else {**scaling, "attention_factor": factor}
+
+
+def _yarn_attention_factor(metadata: Metadata, factor: float) -> float | None:
+    """What cosines and sines are multiplied by, None for YaRN's own factor.
+
+    Converters write Hugging Face's attention_factor, which is all of it, as yarn_attn_factor, and mscale_all_dim as
+    yarn_log_multiplier; attn_factor is one more.
+    """
+    gain = metadata.number("rope.scaling.attn_factor", 1.0)
+    if metadata.get("rope.scaling.yarn_attn_factor") is not None:
+        return float(gain * metadata.number("rope.scaling.yarn_attn_factor"))
+    scale = (
+        metadata.number("rope.scaling.yarn_log_multiplier") if metadata.get("rope.scaling.yarn_log_multiplier") else 0
+    )
+    if gain == 1 and not scale:
+        return None
+    return float(gain * yarn_attention_factor(factor, 1.0, scale))

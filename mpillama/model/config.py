@@ -8,7 +8,7 @@ from mpillama.errors import UserError
 from mpillama.layout.weight_types import BLOCK, round_up
 from mpillama.model.config_values import ConfigValues, Json
 from mpillama.model.families import FAMILIES, Family
-from mpillama.model.rope_scaling import RopeScaling, read_rope_scaling
+from mpillama.model.rope_scaling import RopeScaling, read_rope
 
 MOST_LAYERS = 10_000
 """A damaged file may claim more; listing their tensors would take for ever."""
@@ -85,8 +85,7 @@ class ModelConfig:
         _refuse_other_options(values)
         layers = values.size("num_hidden_layers", limit=MOST_LAYERS)
         context = values.size("max_position_embeddings", family.max_position_embeddings)
-        # transformers 5 writes rope_parameters, transformers 4 rope_theta and rope_scaling.
-        rope = ConfigValues(values.get("rope_parameters") or values.get("rope_scaling") or {})
+        rope_theta, rope_scaling = read_rope(values, context, family.rope_theta)
         biased = family.bias_option and values.flag("attention_bias")
         config = cls(
             model_type=model_type,
@@ -94,8 +93,8 @@ class ModelConfig:
             vocab_size=values.size("vocab_size"),
             max_position_embeddings=context,
             rms_norm_eps=values.number("rms_norm_eps", family.rms_norm_eps),
-            rope_theta=(rope if "rope_theta" in rope.source else values).number("rope_theta", family.rope_theta),
-            rope_scaling=read_rope_scaling(rope, context),
+            rope_theta=rope_theta,
+            rope_scaling=rope_scaling,
             tie_word_embeddings=values.flag("tie_word_embeddings"),
             qkv_bias=family.qkv_bias or biased,
             output_bias=biased,

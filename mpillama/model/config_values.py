@@ -24,11 +24,13 @@ class ConfigValues:
         """The error for a value, to be raised."""
         return UserError(f"The model's configuration has {key}={self.source.get(key)!r}: {remedy}.")
 
-    def expect(self, key: str, known: Iterable[str], default: str | None = None) -> str:
-        """One of the known values."""
+    def expect(
+        self, key: str, known: Iterable[str], default: str | None = None, shown: Iterable[str] | None = None
+    ) -> str:
+        """One of the known values; a refusal offers those `shown`, or all of them."""
         value = self.get(key, default)
         if not isinstance(value, str) or value not in known:
-            raise self.refuse(key, f"mpillama {_version()} runs {', '.join(known)} only")
+            raise self.refuse(key, f"mpillama {_version()} runs {', '.join(shown or known)} only")
         return value
 
     def flag(self, key: str, default: bool = False) -> bool:

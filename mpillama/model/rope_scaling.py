@@ -5,11 +5,12 @@ The rules are those of Hugging Face's modeling_rope_utils: linear (https://kaiok
 """
 
 import math
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
-from mpillama.model.config_values import ConfigValues
+from mpillama.model.config_values import ConfigValues, Json
 
 
 class RopeScaling(Protocol):
@@ -112,16 +113,53 @@ def _magnitude(factor: float, mscale: float) -> float:
     return 1.0 if factor <= 1 else 0.1 * mscale * math.log(factor) + 1.0
 
 
-def read_rope_scaling(values: ConfigValues, context: int) -> RopeScaling | None:
-    """The rule that a configuration's rope_parameters or rope_scaling name; None for plain RoPE.
+@dataclass(frozen=True)
+class RopeRule:
+    """How a rule is read from its fields; `fields` are those that it reads, or that are known to change nothing."""
 
-    `context` is the model's max_position_embeddings. UserError for an unknown rule or impossible constants.
+    read: Callable[[ConfigValues, int], RopeScaling | None]
+    fields: tuple[str, ...] = ()
+
+
+def read_rope(values: ConfigValues, context: int, default_theta: float) -> tuple[float, RopeScaling | None]:
+    """The base of the frequencies and the rule that a configuration names, None for plain RoPE.
+
+    As in transformers 5, a rope_scaling that is not empty stands in the place of rope_parameters, and a field that the
+    rule leaves out is looked for beside it. `context` is the model's max_position_embeddings. UserError for an unknown
+    rule, for impossible constants, and for a field that no rule reads.
     """
-    if "rope_type" not in values.source and "type" in values.source:  # as transformers wrote it before 4.43
-        values = ConfigValues({**values.source, "rope_type": values.source["type"]})
-    if values.get("partial_rotary_factor", 1.0) != 1.0:
-        raise values.refuse("partial_rotary_factor", "mpillama turns all channels of a head")
-    return READERS[values.expect("rope_type", READERS, "default")](values, context)
+    _refuse_unread({k: v for k, v in values.source.items() if SPEAKS_OF_ROPE.search(k) and k not in OUTER_FIELDS})
+    rope = _rope_fields(values)
+    kind = "type" if rope.get("rope_type") is None and rope.get("type") else "rope_type"
+    rule = RULES[rope.expect(kind, RULES, "default", shown=SHOWN)]
+    _refuse_unread({k: v for k, v in rope.source.items() if k not in (*INNER_FIELDS, *rule.fields)})
+    theta = rope if rope.get("rope_theta") is not None else values
+    return theta.number("rope_theta", default_theta), rule.read(_with_original(rope, values, rule), context)
+
+
+def _rope_fields(values: ConfigValues) -> ConfigValues:
+    """What stands in rope_scaling or, without one, in rope_parameters."""
+    key = "rope_scaling" if values.get("rope_scaling") else "rope_parameters"
+    fields = values.get(key) or {}
+    if not isinstance(fields, dict):
+        raise values.refuse(key, "it must be a JSON object, or left out for plain RoPE")
+    return ConfigValues(fields)
+
+
+def _with_original(rope: ConfigValues, values: ConfigValues, rule: RopeRule) -> ConfigValues:
+    """The fields with the original context where it stands outside, which then is the one that counts."""
+    original = values.get(ORIGINAL)
+    return (
+        rope if original is None or ORIGINAL not in rule.fields else ConfigValues({**rope.source, ORIGINAL: original})
+    )
+
+
+def _refuse_unread(unread: Json) -> None:
+    """Refuse fields that nobody reads and that would change the angles; off, empty and a factor of one do not."""
+    for key, value in unread.items():
+        is_one = not isinstance(value, bool) and value == 1
+        if not (is_one or value is None or value is False or value in ("", [], {})):
+            raise ConfigValues(unread).refuse(key, "mpillama does not know this field of RoPE and cannot leave it out")
 
 
 def _linear(values: ConfigValues, context: int) -> RopeScaling:
@@ -142,22 +180,34 @@ def _llama3(values: ConfigValues, context: int) -> RopeScaling:
 
 
 def _yarn(values: ConfigValues, context: int) -> RopeScaling:
-    factor = values.number("factor")
-    known = yarn_attention_factor(factor, values.get("mscale", 0), values.get("mscale_all_dim", 0))
+    original = values.size("original_max_position_embeddings", context)
+    factor = values.number("factor", context / original)
+    scales = [values.number(key) if values.get(key) else 0.0 for key in ("mscale", "mscale_all_dim")]
     return YarnScaling(
         factor,
-        values.size("original_max_position_embeddings", context),
+        original,
         values.number("beta_fast", 32.0),
         values.number("beta_slow", 1.0),
-        values.number("attention_factor", known),
+        values.number("attention_factor", yarn_attention_factor(factor, *scales)),
         values.flag("truncate", True),
     )
 
 
-READERS: dict[str, Callable[[ConfigValues, int], RopeScaling | None]] = {
-    "default": lambda values, context: None,
-    "linear": _linear,
-    "llama3": _llama3,
-    "yarn": _yarn,
-    "factors": _factors,
+FACTORS = "factors"
+"""Our own name for the divisors that GGUF has in a tensor; no file of others has it."""
+ORIGINAL = "original_max_position_embeddings"
+RULES: dict[str, RopeRule] = {
+    "default": RopeRule(lambda values, context: None),
+    "linear": RopeRule(_linear, ("factor",)),
+    "llama3": RopeRule(_llama3, ("factor", "low_freq_factor", "high_freq_factor", ORIGINAL)),
+    "yarn": RopeRule(
+        _yarn,
+        ("factor", ORIGINAL, "attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate"),
+    ),
+    FACTORS: RopeRule(_factors, ("factors",)),
 }
+SHOWN = tuple(name for name in RULES if name != FACTORS)
+INNER_FIELDS = ("rope_type", "type", "rope_theta", "finetuned")
+"""Fields of any rule; `finetuned` tells how the model was made."""
+SPEAKS_OF_ROPE = re.compile("rope|rotary|yarn")
+OUTER_FIELDS = ("rope_parameters", "rope_scaling", "rope_theta")

@@ -20,10 +20,7 @@ def convert(options: ConvertOptions) -> int:
         comm = world.comm
         comm.on_root(lambda: refuse_target(options.target, options.force))
         model = comm.on_root(lambda: open_model(options.source, options.weights, options.tokenizer))
-        if "tokenizer.json" in model.texts:
-            comm.on_root_only(lambda: make_tokenizer(model))  # one that cannot be used is refused now
-        elif comm.is_root:
-            sys.stderr.write(f"mpillama: warning: {options.source} has no tokenizer, so the new file has none.\n")
+        comm.on_root_only(lambda: make_tokenizer(model))  # without one that can be used nothing would run the new file
         if comm.is_root:
             warn_of_requantised(model)
             _advise(options.target)

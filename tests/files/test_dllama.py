@@ -360,6 +360,7 @@ def test_other_files(model, data):
         ({"norm_epsilon": 7}, "norm_epsilon"),
         ({"rope_type": 1}, "rope_type"),
         ({"rope_type": 2}, "rope_scaling_factor"),
+        ({"rope_scaling_factor": 8}, "rope_scaling_factor=8"),
         ({"n_experts": 8}, "n_experts"),
         ({"arch_type": QWEN3_MOE}, "n_experts"),
         ({"arch_type": QWEN3_MOE, "n_experts": 2**31 - 1}, "n_experts"),

@@ -12,6 +12,7 @@ from gguf import GGMLQuantizationType, GGUFReader, GGUFWriter, RopeScalingType
 from gguf.quants import dequantize, quantize
 from hypothesis import HealthCheck, given, settings
 
+from mpillama.errors import UserError
 from mpillama.files.checkpoint import Checkpoint
 from mpillama.files.checkpoints import read_checkpoint
 from mpillama.files.gguf_file import read_gguf
@@ -357,6 +358,54 @@ def test_yarn_with_constants_of_its_own(tmp_path):
     scaling = config_of(tmp_path, extra=extra)["rope_scaling"]
     assert (scaling["beta_fast"], scaling["beta_slow"]) == (16.0, 0.1)
     assert scaling["attention_factor"] == pytest.approx(0.5 * (1 + 0.1 * np.log(4)))
+
+
+def yarn_of(tmp_path, **values: float) -> ModelConfig:
+    def extra(writer: GGUFWriter) -> None:
+        writer.add_rope_scaling_type(RopeScalingType.YARN)
+        writer.add_rope_scaling_factor(4.0)
+        for name, value in values.items():
+            writer.add_float32(f"llama.rope.scaling.{name}", value)
+
+    return ModelConfig.from_hf(config_of(tmp_path, extra=extra))
+
+
+def test_the_attention_factor_of_yarn_is_all_of_it(tmp_path):
+    """Converters write Hugging Face's attention_factor as it is; what a second factor is multiplied with is YaRN's."""
+    own = 1 + 0.1 * np.log(4)
+    assert yarn_of(tmp_path, yarn_attn_factor=1.0).rope_factor == 1.0
+    assert yarn_of(tmp_path, yarn_attn_factor=own).rope_factor == pytest.approx(own)
+    assert yarn_of(tmp_path, yarn_attn_factor=1.5, attn_factor=0.5).rope_factor == 0.75
+    assert yarn_of(tmp_path, attn_factor=0.5).rope_factor == pytest.approx(0.5 * own)
+    assert yarn_of(tmp_path, yarn_log_multiplier=1.0).rope_factor == pytest.approx(1.0)
+    assert yarn_of(tmp_path, yarn_log_multiplier=0.5).rope_factor == pytest.approx(own / (1 + 0.05 * np.log(4)))
+    assert yarn_of(tmp_path, yarn_ext_factor=1.0).rope_factor == pytest.approx(own)
+    with pytest.raises(UserError, match=r"rope\.scaling\.yarn_ext_factor=0\.5"):
+        yarn_of(tmp_path, yarn_ext_factor=0.5)
+
+
+def test_a_factor_without_a_rule_is_linear(tmp_path):
+    config = config_of(tmp_path, extra=lambda writer: writer.add_rope_scaling_factor(4.0))
+    assert config["rope_scaling"] == {"rope_type": "linear", "factor": 4.0}
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("freq_base_swa", 1e4), ("scaling.alpha", 2.0), ("scaling.yarn_attn_factor", 1.5)]
+)
+def test_a_rope_field_that_nobody_reads_is_named(tmp_path, key, value):
+    assert config_of(tmp_path, extra=lambda writer: writer.add_float32(f"llama.rope.{key}", 0.0))
+    with pytest.raises(UserError, match=rf"llama\.rope\.{key}={value}"):
+        config_of(tmp_path, extra=lambda writer: writer.add_float32(f"llama.rope.{key}", value))
+    with pytest.raises(UserError, match=r"rope\.dimension_sections=\[4, 4\]"):
+        config_of(tmp_path, extra=lambda writer: writer.add_array("llama.rope.dimension_sections", [4, 4]))
+
+
+def test_frequency_factors_together_with_a_rule(tmp_path):
+    written = Written(tmp_path / "m.gguf").metadata()
+    written.writer.add_rope_scaling_factor(4.0)
+    sentence = refused(written.tensors({"rope_freqs.weight": np.ones(HEAD // 2, np.float32)}))
+    assert "'linear'" in sentence
+    assert "rope_freqs.weight" in sentence
 
 
 def test_the_frequency_factors_of_llama_3(tmp_path):

@@ -1,6 +1,7 @@
 """`convert`, `verify`, `--verify`, `perplexity` and `tokenize`, as a user starts them."""
 
 import json
+import shutil
 import time
 from pathlib import Path
 
@@ -79,6 +80,18 @@ def test_targets_that_are_refused(ranks: int | None, tmp_path: Path) -> None:
     assert "is a folder" in refused(ranks, "convert", source, tmp_path)
     convert(ranks, source, tmp_path / "there.h5", "--force")
     assert read_table(str(tmp_path / "there.h5")).config.num_hidden_layers == 2
+
+
+def test_what_could_not_be_run_afterwards_is_not_written(tmp_path: Path) -> None:
+    source, target = tmp_path / "source", tmp_path / "m.h5"
+    shutil.copytree(GOLDEN / "llama", source)
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps({**config, "rope_interleaved": True}))
+    assert "rope_interleaved=True" in refused(None, "convert", source, target)
+    (source / "config.json").write_text(json.dumps(config))
+    (source / "tokenizer.json").unlink()
+    assert "tokenizer" in refused(2, "convert", source, target)
+    assert not list(tmp_path.glob("m.h5*"))
 
 
 @pytest.mark.parametrize("ranks", [None, 2])
