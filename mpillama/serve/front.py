@@ -35,6 +35,8 @@ class Service:
     replicas: Sequence[Replica]
     capacity: int
     """Tasks that may be under way or wait."""
+    hidden_size: int
+    """Numbers of an embedding."""
     asker: str = ""
     """Who asks, by a digest of the key that was shown; "" without one."""
 

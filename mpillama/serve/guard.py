@@ -8,7 +8,9 @@ import time
 from collections.abc import Awaitable, Callable, MutableMapping
 from dataclasses import dataclass
 from typing import Any
+from urllib.parse import quote
 
+from mpillama.serve.compression import Unpacker
 from mpillama.serve.errors import Refused, response_to
 from mpillama.serve.front import ClientGone, QueueFull
 from mpillama.serve.http_server import ABORT
@@ -23,6 +25,13 @@ App = Callable[[Scope, Receive, Send], Awaitable[None]]
 OPEN_PATHS = ("/", "/health", "/openapi.json")
 """What needs no key, besides the page's files."""
 PAGE = "/page/"
+ASKER = "mpillama.asker"
+"""In the scope: a digest of the key that was shown; missing without one."""
+UNKNOWN = "mpillama.unknown"
+"""In the scope: names of the body's fields that have no meaning here, told in a header."""
+UNKNOWN_HEADER = b"X-Mpillama-Ignored"
+MOST_NAME = 100
+"""Characters of each."""
 SECURITY_HEADERS = (
     (b"x-content-type-options", b"nosniff"),
     (b"referrer-policy", b"no-referrer"),
@@ -65,6 +74,8 @@ class Guard:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer a request, or refuse it."""
+        if scope["method"] == "HEAD":  # as GET; the server sends no body, and its length all the same
+            scope = {**scope, "method": "GET"}
         self.requests += 1
         held = _Held()
         writer, began = _Writer(scope, send, self.rules.write_seconds, self._cors(scope)), time.monotonic()
@@ -79,8 +90,10 @@ class Guard:
     async def _pass_on(self, scope: Scope, receive: Receive, send: Send, held: "_Held") -> None:
         try:
             if self._is_preflight(scope):
-                return await _answer_preflight(send)
+                return await _answer_preflight(scope, send)
             self._check_head(scope)
+            if shown := _header(scope, b"authorization"):
+                scope[ASKER] = _digest(shown).hex()
             body = await self._body(scope, receive, held)
         except (Refused, QueueFull) as error:
             return await response_to(error)(scope, receive, send)
@@ -115,22 +128,23 @@ class Guard:
 
     async def _body(self, scope: Scope, receive: Receive, held: "_Held") -> bytes:
         """The whole body; Refused if it is too large or takes too long."""
-        length = _header(scope, b"content-length")
+        length = b"" if _header(scope, b"transfer-encoding") else _header(scope, b"content-length")
         if length.isdigit() and int(length[:20]) > self.rules.body_bytes:
             raise self._too_large()
+        unpacker = Unpacker(_header(scope, b"content-encoding"))
         try:
             async with asyncio.timeout(self.rules.body_seconds):
-                return await self._read(receive, held)
+                return await self._read(receive, held, unpacker)
         except TimeoutError as error:
             raise Refused(408, f"the body did not come within {self.rules.body_seconds:g} s") from error
 
-    async def _read(self, receive: Receive, held: "_Held") -> bytes:
+    async def _read(self, receive: Receive, held: "_Held", unpacker: Unpacker) -> bytes:
         parts = []
         while True:
             message = await receive()
             if message["type"] == "http.disconnect":
                 raise Refused(408, "the client went away")
-            parts.append(message.get("body", b""))
+            parts.append(unpacker.push(message.get("body", b""), self.rules.body_bytes - held.bytes))
             held.bytes += len(parts[-1])
             self.held_bytes += len(parts[-1])
             if held.bytes > self.rules.body_bytes:
@@ -140,6 +154,7 @@ class Guard:
                     f"the bodies of open requests have more than {self.rules.all_bodies_bytes} bytes together"
                 )
             if not message.get("more_body"):
+                unpacker.finish()
                 return b"".join(parts)
 
     def _too_large(self) -> Refused:
@@ -153,7 +168,11 @@ class Guard:
         origin = _header(scope, b"origin")
         if origin.decode("latin-1") not in self.rules.origins:
             return []
-        return [(b"access-control-allow-origin", origin), (b"vary", b"Origin")]
+        return [
+            (b"access-control-allow-origin", origin),
+            (b"access-control-expose-headers", b"Retry-After, " + UNKNOWN_HEADER),
+            (b"vary", b"Origin"),
+        ]
 
 
 @dataclass
@@ -189,7 +208,8 @@ class _Writer:
         """As the server's own."""
         if message["type"] == "http.response.start":
             self.status = message["status"]
-            message = {**message, "headers": [*message.get("headers", ()), *self._headers]}
+            headers = [*message.get("headers", ()), *self._headers, *_unknown(self._scope), *_close(self._scope)]
+            message = {**message, "headers": headers}
         try:
             async with asyncio.timeout(self._seconds):
                 await self._send(message)
@@ -198,11 +218,26 @@ class _Writer:
             raise ClientGone from error
 
 
-async def _answer_preflight(send: Send) -> None:
+def _unknown(scope: Scope) -> list[tuple[bytes, bytes]]:
+    """The header that names fields without a meaning; they are strangers' words, so all but letters is escaped."""
+    names = [quote(name[:MOST_NAME], safe="", errors="surrogatepass") for name in scope.get(UNKNOWN, ())]
+    return [(UNKNOWN_HEADER, ", ".join(names).encode())] if names else []
+
+
+def _close(scope: Scope) -> list[tuple[bytes, bytes]]:
+    """The header that ends a connection whose request had two lengths (RFC 9112, 6.3): what follows may be anything."""
+    two_lengths = _header(scope, b"transfer-encoding") and _header(scope, b"content-length")
+    return [(b"connection", b"close")] if two_lengths else []
+
+
+async def _answer_preflight(scope: Scope, send: Send) -> None:
+    """Allow an origin that was named whatever headers it wants to send: they open nothing by themselves."""
+    wanted = _header(scope, b"access-control-request-headers") or b"Authorization, Content-Type"
     headers = [
-        (b"access-control-allow-methods", b"GET, POST"),
-        (b"access-control-allow-headers", b"Authorization, Content-Type"),
+        (b"access-control-allow-methods", b"GET, HEAD, POST"),
+        (b"access-control-allow-headers", wanted),
         (b"access-control-max-age", b"600"),
+        (b"vary", b"Access-Control-Request-Headers"),
     ]
     await send({"type": "http.response.start", "status": 204, "headers": headers})
     await send({"type": "http.response.body", "body": b""})

@@ -1,16 +1,22 @@
 """What all paths share: how requests are read, what answers them, and what the OpenAPI document says of refusals."""
 
+import json
+import logging
 from collections.abc import Callable, Coroutine
+from dataclasses import replace
 from typing import Annotated, Any
 
 from fastapi import Depends, HTTPException, Request, Response
 from fastapi.routing import APIRoute
+from pydantic import BaseModel
 
-from mpillama.api.bodies import BadRequest
+from mpillama.api.bodies import BadRequest, Body
 from mpillama.serve import schemas
 from mpillama.serve.front import Front, Service
+from mpillama.serve.guard import ASKER, UNKNOWN
 from mpillama.serve.json_body import load_json
 
+LOG = logging.getLogger(__name__)
 Handler = Callable[[Request], Coroutine[Any, Any, Response]]
 REFUSALS: dict[int | str, dict[str, Any]] = {
     status: {"model": schemas.ErrorObject, "description": text}
@@ -61,8 +67,20 @@ def the_front(request: Request) -> Front:
 
 
 def the_service(request: Request) -> Service:
-    """What requests are answered with; 503 before it is loaded and when it is about to end."""
-    return the_front(request).open_service()
+    """What a request is answered with; 503 before it is loaded and when it is about to end."""
+    service = the_front(request).open_service()
+    return replace(service, asker=request.scope.get(ASKER, ""))
+
+
+def tell_unknown(request: Request, body: Body) -> None:
+    """Let the answer have a header that names the body's fields that have no meaning here."""
+    request.scope[UNKNOWN] = body.unknown_fields()
+
+
+def log_prompt(request: Request, name: str, body: BaseModel) -> None:
+    """Write down what was asked, with --log-prompts: a line, in ASCII."""
+    if request.app.state.log_prompts:
+        LOG.info("%s: %s", name, json.dumps(body.model_dump(exclude_none=True)))
 
 
 FrontOf = Annotated[Front, Depends(the_front)]

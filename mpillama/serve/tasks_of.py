@@ -2,12 +2,14 @@
 
 import secrets
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from mpillama.api.bodies import BadRequest, Message, SamplingBody
 from mpillama.api.prompts import derived_seed
 from mpillama.api.reasoning import ThoughtParser
 from mpillama.api.served import (
+    AllowedTools,
     EmbeddingBody,
     JsonObjectFormat,
     JsonSchemaFormat,
@@ -15,13 +17,14 @@ from mpillama.api.served import (
     ServedChat,
     ServedCompletion,
 )
+from mpillama.api.tool_grammars import calls_or_json
 from mpillama.engine.answer import Limits
 from mpillama.engine.sequence import check_prompt
 from mpillama.errors import UserError
 from mpillama.serve.errors import Refused, Unprocessable
 from mpillama.serve.front import Service
 from mpillama.serve.tasks import Task
-from mpillama.text.constraint import json_object_grammar, json_schema_grammar
+from mpillama.text.constraint import json_schema_grammar
 from mpillama.text.sampler import SamplingOptions
 
 MOST_CHARACTERS_OF_TOKEN = 256
@@ -33,7 +36,7 @@ UNNUMBERED = -1
 
 def check_model(service: Service, name: str | None) -> None:
     """Refused for the name of another model than the one that is here."""
-    if name is not None and name not in service.names:
+    if name and name not in service.names:
         raise Refused(404, f"there is no model {name!r} here, only {service.model!r}", "model", "model_not_found")
 
 
@@ -48,11 +51,13 @@ def chat_tasks(service: Service, body: ServedChat) -> list[Task]:
     # Within a grammar there is no room for thoughts; the templates of models that have them know this variable.
     variables = {} if grammar is None else {"enable_thinking": False}
     try:
-        ids = service.prompter.chat_ids(body.messages, tools, **variables)
+        ids = service.prompter.chat_ids(body.messages, tools, body, **variables)
     except UserError as error:
         raise Unprocessable(str(error), "messages") from error
     logprobs = (body.top_logprobs or 0) if body.logprobs else None
-    return _choices(service, body, ids, body.n or 1, "messages", logprobs, grammar, bool(tools))
+    first, *more = _choices(service, body, ids, body.n or 1, "messages", logprobs, grammar, bool(tools))
+    tasks = [replace(first, prompt_logprobs=body.prompt_logprobs), *more]
+    return [replace(task, continues=bool(body.continue_final_message)) for task in tasks]
 
 
 def thought_parser(service: Service, body: ServedChat, task: Task) -> ThoughtParser | None:
@@ -64,40 +69,50 @@ def thought_parser(service: Service, body: ServedChat, task: Task) -> ThoughtPar
 
 
 def used_tools(body: ServedChat) -> list[dict[str, Any]] | None:
-    """The tools that the model is told of."""
+    """The tools that the model is told of: those that it may call."""
     if not body.tools or body.tool_choice == "none":
         return None
-    return [tool.model_dump(exclude_none=True) for tool in body.tools]
+    tools, choice = [tool.model_dump(exclude_none=True) for tool in body.tools], body.tool_choice
+    if not isinstance(choice, AllowedTools):
+        return tools
+    allowed = {tool.function.name for tool in choice.allowed_tools.tools}
+    return [tool for tool in tools if tool["function"]["name"] in allowed]
 
 
 def _check_chat(service: Service, body: ServedChat) -> None:
     """BadRequest for fields that do not go together."""
-    if body.top_logprobs is not None and not body.logprobs:
+    _check_prompt_logprobs(body)
+    if body.top_logprobs and not body.logprobs:
         raise BadRequest("top_logprobs: needs logprobs to be true", "top_logprobs")
-    if body.stream_options is not None and not body.stream:
-        raise BadRequest("stream_options: needs stream to be true", "stream_options")
-    if body.tool_choice not in (None, "none") and not body.tools:
-        raise BadRequest("tool_choice: needs tools", "tool_choice")
+    _check_tool_choice(body)
     if not used_tools(body):
         return
     if service.tools is None:
         reason = "this model's chat template knows no tools, or writes calls in a way unknown here"
         raise Unprocessable(f"tools: {reason}", "tools")
-    if isinstance(body.response_format, JsonObjectFormat | JsonSchemaFormat):
-        raise BadRequest("response_format: an answer in JSON and tools cannot be asked for together", "response_format")
+
+
+def _check_tool_choice(body: ServedChat) -> None:
+    choice = body.tool_choice
+    if choice in (None, "none", "auto"):
+        return
+    if not body.tools:
+        raise BadRequest("tool_choice: needs tools", "tool_choice")
+    wanted: list[NamedTool] = []
+    if isinstance(choice, NamedTool):
+        wanted = [choice]
+    elif isinstance(choice, AllowedTools):
+        wanted = choice.allowed_tools.tools
+    names = {tool.function.name for tool in body.tools}
+    if missing := [tool.function.name for tool in wanted if tool.function.name not in names]:
+        raise BadRequest(f"tool_choice: {missing[0]!r} is none of the tools", "tool_choice")
 
 
 def _grammar(service: Service, body: ServedChat) -> str | None:
     """What the answer must fit; Unprocessable if no grammar can be made of it."""
-    form = body.response_format
     place = "tools" if used_tools(body) else "response_format"
     try:
-        if isinstance(form, JsonObjectFormat):
-            grammar: str | None = json_object_grammar()
-        elif isinstance(form, JsonSchemaFormat):
-            grammar = json_schema_grammar({} if form.json_schema.schema_ is None else form.json_schema.schema_)
-        else:
-            grammar = _tool_grammar(service, body)
+        grammar = _tool_grammar(service, body)
         if grammar is not None:
             service.grammars.check(grammar)
     except UserError as error:
@@ -106,27 +121,55 @@ def _grammar(service: Service, body: ServedChat) -> str | None:
 
 
 def _tool_grammar(service: Service, body: ServedChat) -> str | None:
-    tools, choice = used_tools(body), body.tool_choice
-    if not tools or service.tools is None or choice is None:
-        return None
-    wanted = choice.model_dump() if isinstance(choice, NamedTool) else choice
-    names = {tool["function"]["name"] for tool in tools}
-    if isinstance(choice, NamedTool) and choice.function.name not in names:
-        raise BadRequest(f"tool_choice: {choice.function.name!r} is none of the tools", "tool_choice")
+    """Calls if they are demanded, else what the format demands, or calls instead of it."""
+    tools, schema, choice = used_tools(body), _schema(body), body.tool_choice
+    if not tools or service.tools is None:
+        return None if schema is None else json_schema_grammar(schema)
+    wanted: Any = choice or "auto"
+    if isinstance(choice, NamedTool):
+        wanted = choice.model_dump()
+    elif isinstance(choice, AllowedTools):
+        wanted = choice.allowed_tools.mode
     several = body.parallel_tool_calls is not False and not isinstance(choice, NamedTool)
-    return service.tools.grammar(tools, wanted, several, service.grammars.token_id)
+    if wanted != "auto" or schema is None:
+        return service.tools.grammar(tools, wanted, several, service.grammars.token_id)
+    calls = service.tools.grammar(tools, "required", several, service.grammars.token_id)
+    return json_schema_grammar(schema) if calls is None else calls_or_json(calls, schema)
+
+
+def _schema(body: ServedChat) -> dict[str, Any] | None:
+    """What the answer's JSON must fit; None if it may be any text."""
+    form = body.response_format
+    if isinstance(form, JsonSchemaFormat):
+        return form.json_schema.schema_ or {}
+    if isinstance(form, JsonObjectFormat):
+        return {"type": "object"} if form.schema_ is None else form.schema_
+    return None
 
 
 def completion_tasks(service: Service, body: ServedCompletion) -> list[Task]:
     """A task for each prompt and choice of a completion."""
     check_model(service, body.model)
-    if body.stream_options is not None and not body.stream:
-        raise BadRequest("stream_options: needs stream to be true", "stream_options")
+    if (body.best_of or 1) > (body.n or 1):
+        raise BadRequest("best_of: answers are not compared here: ask for as many with n, and choose", "best_of")
+    _check_prompt_logprobs(body)
     prompts = texts_of(body.prompt)
     if len(prompts) * (body.n or 1) > service.capacity:
         raise BadRequest(f"prompt: more answers than this server holds ({service.capacity})", "prompt")
     ids = [_ids(service, prompt, "prompt") for prompt in prompts]
-    return [t for one in ids for t in _choices(service, body, one, body.n or 1, "prompt", body.logprobs)]
+    tasks = [t for one in ids for t in _choices(service, body, one, body.n or 1, "prompt", body.logprobs)]
+    return [replace(task, continues=True, prompt_logprobs=_of_prompt(body)) for task in tasks]
+
+
+def _of_prompt(body: ServedCompletion) -> int | None:
+    """How many alternatives of each token of the prompt are wanted."""
+    wished = [body.prompt_logprobs, body.logprobs if body.echo else None]
+    return max((count for count in wished if count is not None), default=None)
+
+
+def _check_prompt_logprobs(body: ServedChat | ServedCompletion) -> None:
+    if body.prompt_logprobs is not None and body.stream:
+        raise BadRequest("prompt_logprobs: a stream does not tell them; use echo and logprobs", "prompt_logprobs")
 
 
 def embedding_tasks(service: Service, body: EmbeddingBody) -> list[Task]:
@@ -135,20 +178,23 @@ def embedding_tasks(service: Service, body: EmbeddingBody) -> list[Task]:
     texts = texts_of(body.input)
     if len(texts) > service.capacity:
         raise BadRequest(f"input: more texts than this server holds ({service.capacity})", "input")
+    if (body.dimensions or 0) > service.hidden_size:
+        raise BadRequest(f"dimensions: this model's embeddings have {service.hidden_size}", "dimensions")
     pooling = body.pooling or service.pooling
     tasks = []
     for text in texts:
         ids = _ids(service, text, "input")
         _check(service, ids, "input")
-        tasks.append(Task(UNNUMBERED, ids, SamplingOptions(seed=0), Limits(1), pooling=pooling))
+        salt = service.salt(body.cache_salt)
+        tasks.append(Task(UNNUMBERED, ids, SamplingOptions(seed=0), Limits(1), pooling=pooling, cache_salt=salt))
     return tasks
 
 
-def texts_of(given: str | Sequence[Any]) -> list[str | list[int]]:
-    """One text or list of token ids, or several, as a list."""
-    if isinstance(given, str) or isinstance(given[0], int):
-        return [given]  # type: ignore[list-item]
-    return list(given)
+def texts_of(given: str | Sequence[Any] | None) -> list[str | list[int | str]]:
+    """One text, or list of token ids and texts, or several, as a list."""
+    if given is None or isinstance(given, str):
+        return [given or ""]
+    return [list(given)] if any(isinstance(part, int) for part in given) else list(given)
 
 
 def _check_characters(service: Service, count: int, place: str) -> None:
@@ -159,23 +205,22 @@ def _check_characters(service: Service, count: int, place: str) -> None:
 
 
 def _characters(message: Message) -> int:
-    content = message.content or ""
-    return len(content) if isinstance(content, str) else sum(len(part.text) for part in content)
+    return len(message.text)
 
 
-def _ids(service: Service, prompt: str | Sequence[int], place: str) -> list[int]:
-    _check_characters(service, len(prompt), place)
+def _ids(service: Service, prompt: str | Sequence[int | str], place: str) -> list[int]:
+    _check_characters(service, sum(len(p) if isinstance(p, str) else 1 for p in prompt), place)
     try:
         return service.prompter.prompt_ids(prompt)
     except UserError as error:
         raise BadRequest(f"{place}: {error}", place) from error
 
 
-def _check(service: Service, ids: list[int], place: str) -> None:
+def _check(service: Service, ids: list[int], place: str, room: int = 1) -> None:
     try:
-        check_prompt(ids, service.max_model_len, service.prompter.vocab_size)
+        check_prompt(ids, service.max_model_len, service.prompter.vocab_size, room)
     except UserError as error:
-        too_long = len(ids) >= service.max_model_len
+        too_long = len(ids) + room > service.max_model_len
         raise Refused(400, f"{place}: {error}", place, "context_length_exceeded" if too_long else None) from error
 
 
@@ -184,18 +229,19 @@ def _choices(
     grammar: str | None = None, keep_special: bool = False,
 ) -> list[Task]:  # fmt: skip
     """Tasks of one prompt, each with a seed of its own: given, or made up here so that it can be repeated."""
-    _check(service, ids, place)
+    limits = service.prompter.limits(body)
+    _check(service, ids, place, min(1, limits.max_tokens))
     try:
         sampling = service.prompter.sampling(body, secrets.randbits(53))
     except UserError as error:
         raise BadRequest(str(error)) from error
-    seed, limits = sampling.seed or 0, service.prompter.limits(body)
+    seed = sampling.seed or 0
     seeds = [seed, *(derived_seed(seed, str(i)) for i in range(1, count))]
     marking = service.reasoning.marking if service.reasoning and isinstance(body, ServedChat) else frozenset()
     return [
         Task(
             UNNUMBERED, ids, SamplingOptions(**{**vars(sampling), "seed": one}), limits, body.cache_prompt is not False,
-            keep_special, grammar, logprobs, marking=marking,
+            keep_special, grammar, logprobs, marking=marking, cache_salt=service.salt(body.cache_salt),
         )
         for one in seeds
     ]  # fmt: skip
