@@ -33,7 +33,7 @@ AnyBody = TypeVar("AnyBody", bound="Body")
 Bias = Annotated[float, Field(ge=-100, le=100)]
 Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
 Ignored = Annotated[Any, Field(description="taken without effect")]
-MostTokens = Annotated[int, Field(ge=1)] | Literal[-1]
+MostTokens = Annotated[int, Field(ge=0)] | Literal[-1]
 
 
 class BadRequest(Exception):  # noqa: N818 - named as its status is
@@ -292,7 +292,6 @@ Mixed = Annotated[
 class CompletionFields(SamplingBody):
     """What asks for the continuation of a text."""
 
-    echo: Literal[False] | None = None
     suffix: Annotated[str, AfterValidator(_check_suffix)] | None = None
 
 
@@ -314,6 +313,7 @@ class CompletionBody(CompletionFields):
     """A row for /v1/completions in a batch."""
 
     prompt: str | Tokens | Mixed | None
+    echo: Literal[False] | None = None
     n: Literal[1] | None = None
     best_of: Literal[1] | None = None
     stream: Literal[False] | None = None

@@ -59,7 +59,10 @@ class Prompter:
             raise BadRequest(str(error)) from error
         limits = self.limits(body)
         salt = body.cache_salt or ""
-        return Request(ids, sampling, limits, key, reuse_prefix=body.cache_prompt is not False, cache_salt=salt)
+        return Request(
+            ids, sampling, limits, key, reuse_prefix=body.cache_prompt is not False, cache_salt=salt,
+            continues=isinstance(body, CompletionBody),
+        )  # fmt: skip
 
     def chat_ids(
         self, messages: Sequence[Message], tools: Sequence[dict[str, Any]] | None = None,
@@ -76,14 +79,14 @@ class Prompter:
             text = self._unfinished(given, tools, variables)
         else:
             begins = how.add_generation_prompt is not False
-            text = self.template().render(given, tools=tools, add_generation_prompt=begins, **variables)
-        return self.tokenizer.encode(text)
+            text = self.template().render_marked(given, tools=tools, add_generation_prompt=begins, **variables)
+        return self.tokenizer.encode_marked(text)
 
     def _unfinished(self, messages: list[dict[str, Any]], tools: Any, variables: dict[str, Any]) -> str:
         """The conversation up to the end of its last message's content, however the template goes on behind it."""
         end = secrets.token_hex(16)
         marked = [*messages[:-1], {**messages[-1], "content": messages[-1]["content"] + end}]
-        text = self.template().render(marked, tools=tools, add_generation_prompt=False, **variables)
+        text = self.template().render_marked(marked, tools=tools, add_generation_prompt=False, **variables)
         content, found, _ = text.rpartition(end)
         if not found:
             raise UserError("the chat template does not show the last message, so that it cannot be continued.")

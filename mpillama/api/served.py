@@ -127,6 +127,7 @@ class ServedChat(ChatFields):
     tools: Annotated[list[Tool], Field(max_length=MOST_TOOLS, fail_fast=True)] | None = None
     tool_choice: Literal["none", "auto", "required"] | NamedTool | AllowedTools | None = None
     parallel_tool_calls: bool | None = None
+    prompt_logprobs: Annotated[int, Field(ge=0, le=MOST_LOGPROBS)] | None = None
 
 
 DEFAULT_COMPLETION_TOKENS = 16
@@ -141,7 +142,9 @@ class ServedCompletion(CompletionFields):
     best_of: Choices | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
+    echo: bool | None = None
     logprobs: Annotated[int, Field(ge=0, le=MOST_LOGPROBS)] | None = None
+    prompt_logprobs: Annotated[int, Field(ge=0, le=MOST_LOGPROBS)] | None = None
 
     @property
     def most_tokens(self) -> int | None:
@@ -164,10 +167,14 @@ class EmbeddingBody(Body):
 class TokenizeBody(TemplateFields):
     """The body of POST /tokenize: a text, or messages as the chat template writes them."""
 
-    model_config = ConfigDict(json_schema_extra={"anyOf": [{"required": ["content"]}, {"required": ["messages"]}]})
+    model_config = ConfigDict(
+        json_schema_extra={"anyOf": [{"required": [name]} for name in ("content", "prompt", "messages")]}
+    )
 
     model: str | None = None
     content: str | None = None
+    prompt: str | None = None
+    """As vLLM calls the content."""
     messages: Annotated[list[Message], Field(min_length=1, fail_fast=True)] | None = None
     tools: Annotated[list[Tool], Field(max_length=MOST_TOOLS, fail_fast=True)] | None = None
     add_special_tokens: bool | None = None

@@ -46,9 +46,11 @@ class Answer:
     finish_reason: str | None = None
     marks: list[Mark] = field(default_factory=list)
     """The tokens among `marking`; their places count in the text as decoded, some of which may be held back still."""
+    after: Sequence[int] = ()
+    """The tokens whose text this one continues; without them it begins as a text does, without a space in front."""
 
     def __post_init__(self) -> None:
-        self._stream = self.tokenizer.stream(skip_special=not self.keep_special)
+        self._stream = self.tokenizer.stream(skip_special=not self.keep_special, after=self.after)
         self._stop = StopStrings(self.limits.stops)
         self._decoded = 0
 

@@ -78,7 +78,8 @@ class Engine:
     def submit(self, request: Request) -> EngineSequence:
         """Queue a request; UserError for a prompt that is empty, too long or has ids outside the vocabulary."""
         self.check(request)
-        answer = Answer(self.tokenizer, request.limits, request.keep_special, request.marking)
+        after = request.prompt_ids if request.continues else ()
+        answer = Answer(self.tokenizer, request.limits, request.keep_special, request.marking, after=after)
         sequence = EngineSequence(request, self._number, answer, list(request.prompt_ids))
         self._number += 1
         self.scheduler.add(sequence)

@@ -43,7 +43,8 @@ class Request:
     caller's own. With `reuse_prefix` False the prompt is computed anew, whatever the cache holds of it. With `pooling`
     the prompt's embedding is wanted, and no answer. With `keep_special` the answer's text shows control tokens. The
     places of tokens among `marking` are told. `on_prompt_logits(logits, token)` is told of each token of the prompt but
-    the first, once, in order. Cache blocks are shared with requests of the same `cache_salt` only.
+    the first, once, in order. Cache blocks are shared with requests of the same `cache_salt` only. An
+    answer that `continues` the prompt is the rest of one text; else it is a text of its own.
     """
 
     prompt_ids: list[int]
@@ -58,6 +59,7 @@ class Request:
     marking: frozenset[int] = frozenset()
     on_prompt_logits: Callable[[np.ndarray, int], None] | None = None
     cache_salt: str = ""
+    continues: bool = False
 
 
 @dataclass(eq=False)

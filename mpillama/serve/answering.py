@@ -1,5 +1,6 @@
 """Answers of /v1/chat/completions and /v1/completions, whole or in pieces, in the form of OpenAI's API."""
 
+import asyncio
 import secrets
 import time
 from collections.abc import AsyncGenerator, Callable, Sequence
@@ -27,6 +28,13 @@ class Choice(Protocol):
 
     def whole(self) -> Json:
         """The entry of a response that is not streamed."""
+
+    def beside(self) -> Json:
+        """What such a response says of it beside the entries."""
+
+    @property
+    def writes_prompt(self) -> bool:
+        """Whether the next push takes long, since the prompt may be."""
 
     @property
     def reasoning_tokens(self) -> int | None:
@@ -80,6 +88,11 @@ class Reply:
         }
 
 
+async def _push(choice: Choice, progress: Progress) -> list[Json]:
+    """Let a choice take progress; other requests go on while a long prompt is written down."""
+    return await asyncio.to_thread(choice.push, progress) if choice.writes_prompt else choice.push(progress)
+
+
 class Answerer:
     """Runs a request's tasks to their end; answers longer than `seconds` are cut."""
 
@@ -94,8 +107,9 @@ class Answerer:
         async with self.front.answers(reply.tasks) as answers:
             async for index, progress in self.timed(answers):
                 reply.note(index, progress)
-                choices[index].push(progress)
-        return reply.object(reply.kind, [choice.whole() for choice in choices], usage=reply.usage(choices))
+                await _push(choices[index], progress)
+        more = {name: value for choice in choices for name, value in choice.beside().items()}
+        return reply.object(reply.kind, [choice.whole() for choice in choices], usage=reply.usage(choices), **more)
 
     async def pieces(
         self, reply: Reply, make: Callable[[int, Task], Choice], include_usage: bool
@@ -107,7 +121,7 @@ class Answerer:
         async with self.front.answers(reply.tasks) as answers:
             async for index, progress in self.timed(answers):
                 reply.note(index, progress)
-                entries = choices[index].push(progress)
+                entries = await _push(choices[index], progress)
                 first = choices[index].begin() if index not in begun else None
                 begun.add(index)
                 for entry in [first, *entries] if first else entries:

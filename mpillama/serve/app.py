@@ -1,29 +1,31 @@
 """The server's paths: OpenAI's API, a few of our own, and the chat page."""
 
-import json
-import logging
 from pathlib import Path
 from typing import Any
 
 from fastapi import APIRouter, FastAPI, Request, Response
-from fastapi.concurrency import run_in_threadpool
 from fastapi.openapi.utils import get_openapi
 from fastapi.responses import FileResponse
+from fastapi.routing import APIRoute
 
 from mpillama import __version__
+from mpillama.api.prompts import Prompter
 from mpillama.api.served import DetokenizeBody, EmbeddingBody, ServedChat, ServedCompletion, TokenizeBody
-from mpillama.errors import UserError
 from mpillama.serve import errors, schemas
 from mpillama.serve.answering import Answerer, Reply
-from mpillama.serve.choices import CompletionChoice, chat_choices, embedding_entry
+from mpillama.serve.choices import chat_choices, embedding_entry, shortened
+from mpillama.serve.completion_choice import completion_choices
 from mpillama.serve.errors import AsciiJson, Refused
 from mpillama.serve.front import SERVING, Front, Service
 from mpillama.serve.metrics import Metrics
-from mpillama.serve.routes import EVENTS, REFUSALS, FrontOf, ServiceOf, StrictRoute
+from mpillama.serve.preparing import Preparation, prepared
+from mpillama.serve.responses import responses
+from mpillama.serve.responses_store import ResponseStore
+from mpillama.serve.routes import EVENTS, REFUSALS, FrontOf, ServiceOf, StrictRoute, log_prompt, tell_unknown
 from mpillama.serve.streams import stream, while_connected
 from mpillama.serve.tasks_of import chat_tasks, check_model, completion_tasks, embedding_tasks
+from mpillama.serve.tokenizing import detokenized, tokenized
 
-LOG = logging.getLogger(__name__)
 PAGE = Path(__file__).parent / "page"
 FRESH = {"Cache-Control": "no-cache"}
 """The page's files belong together: after an upgrade a browser must not mix two versions."""
@@ -36,11 +38,25 @@ def create_app(front: Front, request_seconds: float, log_prompts: bool = False) 
     app.state.metrics = Metrics(front)
     app.state.answerer = Answerer(front, app.state.metrics, request_seconds)
     app.state.log_prompts = log_prompts
+    app.state.preparation = Preparation()
+    app.state.responses = ResponseStore()
     errors.install(app)
     app.include_router(api)
+    app.include_router(responses)
     app.include_router(page)
+    app.include_router(_without_v1(api, responses))
     app.openapi = lambda: _document(app)  # type: ignore[method-assign]
     return app
+
+
+def _without_v1(*routers: APIRouter) -> APIRouter:
+    """The paths of OpenAI's API again, for clients that are given the server's URL without /v1."""
+    found = APIRouter(route_class=StrictRoute, include_in_schema=False)
+    for route in [route for router in routers for route in router.routes if isinstance(route, APIRoute)]:
+        if route.path.startswith("/v1/"):
+            path, methods = route.path.removeprefix("/v1"), list(route.methods or ())
+            found.add_api_route(path, route.endpoint, methods=methods, response_model=route.response_model)
+    return found
 
 
 def _document(app: FastAPI) -> dict[str, Any]:
@@ -63,7 +79,8 @@ page = APIRouter(route_class=StrictRoute, include_in_schema=False)
 )
 async def chat_completions(request: Request, body: ServedChat, service: ServiceOf) -> Response:
     """Answer a conversation, whole or as a stream."""
-    tasks = await run_in_threadpool(chat_tasks, service, body)
+    tell_unknown(request, body)
+    tasks = await prepared(request, lambda _: chat_tasks(service, body))
     reply = Reply(service, "chat.completion", "chat.completion.chunk", "chatcmpl", tasks)
     return await _answer(request, reply, chat_choices(service, body), body)
 
@@ -75,17 +92,16 @@ async def chat_completions(request: Request, body: ServedChat, service: ServiceO
 )
 async def completions(request: Request, body: ServedCompletion, service: ServiceOf) -> Response:
     """Continue a text, whole or as a stream."""
-    tasks = await run_in_threadpool(completion_tasks, service, body)
+    tell_unknown(request, body)
+    tasks = await prepared(request, lambda pause: completion_tasks(service, body, pause))
     reply = Reply(service, "text_completion", "text_completion", "cmpl", tasks)
-    tokenizer = service.prompter.tokenizer
-    return await _answer(request, reply, lambda i, _: CompletionChoice(i, tokenizer, body.logprobs is not None), body)
+    return await _answer(request, reply, completion_choices(service.prompter.tokenizer, body), body)
 
 
 async def _answer(request: Request, reply: Reply, choice: Any, body: ServedChat | ServedCompletion) -> Response:
     answerer: Answerer = request.app.state.answerer
     answerer.front.check_room(len(reply.tasks))
-    if request.app.state.log_prompts:
-        LOG.info("%s: %s", reply.id, json.dumps(body.model_dump(exclude_none=True)))  # escaped: a line, in ASCII
+    log_prompt(request, reply.id, body)
     if body.stream:
         usage = bool(body.stream_options and body.stream_options.include_usage)
         return await stream(request, answerer.pieces(reply, choice, usage))
@@ -95,11 +111,13 @@ async def _answer(request: Request, reply: Reply, choice: Any, body: ServedChat 
 @api.post("/v1/embeddings", response_model=None, responses={200: {"model": schemas.Embeddings}, **REFUSALS})
 async def embeddings(request: Request, body: EmbeddingBody, service: ServiceOf) -> Response:
     """Give the direction of texts in the model's last hidden state: vectors of length 1."""
-    tasks = await run_in_threadpool(embedding_tasks, service, body)
+    tell_unknown(request, body)
+    tasks = await prepared(request, lambda pause: embedding_tasks(service, body, pause))
     answerer: Answerer = request.app.state.answerer
     reply = Reply(service, "list", "list", "embd", tasks)
     vectors = await while_connected(request, answerer.embeddings(reply))
-    entries = [embedding_entry(i, vector, body.encoding_format == "base64") for i, vector in enumerate(vectors)]
+    shown = [shortened(vector, body.dimensions) for vector in vectors]
+    entries = [embedding_entry(i, vector, body.encoding_format == "base64") for i, vector in enumerate(shown)]
     tokens = sum(len(task.prompt_ids) for task in tasks)
     usage = {"prompt_tokens": tokens, "total_tokens": tokens}
     return AsciiJson({"object": "list", "data": entries, "model": service.model, "usage": usage})
@@ -128,36 +146,42 @@ def _model(service: Service) -> dict[str, Any]:
     }
 
 
-@api.post("/tokenize", responses={200: {"model": schemas.Tokens}, **REFUSALS})
-async def tokenize(body: TokenizeBody, service: ServiceOf) -> dict[str, Any]:
+@api.post("/tokenize", response_model=None, responses={200: {"model": schemas.Tokens}, **REFUSALS})
+async def tokenize(request: Request, body: TokenizeBody, service: ServiceOf) -> Response:
     """Give the token ids of a text, or of a conversation as the model sees it."""
+    tell_unknown(request, body)
     check_model(service, body.model)
-    if (body.content is None) == (body.messages is None):
-        raise Refused(400, "content: give either content or messages", "content")
-    try:
-        ids = await run_in_threadpool(_token_ids, service, body)
-    except UserError as error:
-        raise errors.Unprocessable(str(error), "messages" if body.messages else "content") from error
-    found = {"tokens": ids, "count": len(ids), "max_model_len": service.max_model_len}
-    if not body.with_pieces:
-        return found
-    pieces = await run_in_threadpool(lambda: list(map(service.prompter.tokenizer.token_text, ids)))
-    return {**found, "pieces": pieces}
+    if [body.content, body.prompt, body.messages].count(None) != 2:
+        raise Refused(400, "content: give either content (or prompt, which is the same) or messages", "content")
+    return await prepared(request, lambda pause: tokenized(service, body, pause))
 
 
-def _token_ids(service: Service, body: TokenizeBody) -> list[int]:
-    if body.messages is not None:
-        return service.prompter.chat_ids(body.messages)
-    return service.prompter.tokenizer.encode(body.content or "", add_bos=body.add_special_tokens)
-
-
-@api.post("/detokenize", responses={200: {"model": schemas.Text}, **REFUSALS})
-async def detokenize(body: DetokenizeBody, service: ServiceOf) -> dict[str, Any]:
+@api.post("/detokenize", response_model=None, responses={200: {"model": schemas.Text}, **REFUSALS})
+async def detokenize(request: Request, body: DetokenizeBody, service: ServiceOf) -> Response:
     """Give the text of token ids."""
+    tell_unknown(request, body)
     check_model(service, body.model)
-    if max(body.tokens, default=0) >= service.prompter.vocab_size:
-        raise Refused(400, f"tokens: ids are below {service.prompter.vocab_size}", "tokens")
-    return {"content": await run_in_threadpool(service.prompter.tokenizer.decode, body.tokens, False)}
+    return await prepared(request, lambda _: detokenized(service, body))
+
+
+@api.get("/tokenizer_info", responses={200: {"model": schemas.TokenizerInfo}, **REFUSALS})
+async def tokenizer_info(service: ServiceOf) -> dict[str, Any]:
+    """Tell what clients that count tokens must know, as vLLM does."""
+    prompter = service.prompter
+    return {
+        "bos_token": prompter.tokenizer.bos_token or None,
+        "eos_token": prompter.tokenizer.eos_token or None,
+        "chat_template": _template_source(prompter),
+        "vocab_size": prompter.vocab_size,
+        "model_max_length": service.max_model_len,
+    }
+
+
+def _template_source(prompter: Prompter) -> str | None:
+    try:
+        return prompter.template().source
+    except UserError:  # a model without a chat template completes texts all the same
+        return None
 
 
 @api.get("/health", response_model=None, responses={200: {"model": schemas.Health}, 503: {"model": schemas.Health}})

@@ -2,7 +2,7 @@
 
 import base64
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,8 +11,9 @@ from mpillama.api.reasoning import Part, ThoughtParser
 from mpillama.api.served import ServedChat
 from mpillama.api.tool_calls import Delta, ToolCallParser
 from mpillama.serve.front import Service
-from mpillama.serve.tasks import Progress, Task, TokenLogprob
+from mpillama.serve.tasks import Progress, Task
 from mpillama.serve.tasks_of import thought_parser, used_tools
+from mpillama.serve.token_names import LOWEST, NamedToken, TokenNames, alternatives, prompt_logprobs
 from mpillama.text.tokenizer import Tokenizer
 
 Json = dict[str, Any]
@@ -26,7 +27,7 @@ class ChatChoice:
 
     def __init__(
         self, index: int, tokenizer: Tokenizer, parser: ToolCallParser | None, wants_logprobs: bool,
-        most_calls: float = math.inf, thoughts: ThoughtParser | None = None,
+        most_calls: float = math.inf, thoughts: ThoughtParser | None = None, task: Task | None = None,
     ):  # fmt: skip
         self.most_calls = most_calls
         self.thoughts = thoughts
@@ -39,6 +40,9 @@ class ChatChoice:
         self._reasoning: list[str] = []
         self._calls: list[Json] = []
         self._logprobs: list[Json] = []
+        self._names = TokenNames(tokenizer, bool(task and task.keep_special), continued_text(task))
+        self._prompt_wished = task.prompt_logprobs if task else None
+        self._prompt: list[Json | None] | None = None
 
     def begin(self) -> Json:
         """The entry that says who speaks."""
@@ -46,7 +50,10 @@ class ChatChoice:
 
     def push(self, progress: Progress) -> list[Json]:
         """Take progress; entries of a stream."""
-        logprobs = [chat_logprob(self.tokenizer, one) for one in progress.logprobs]
+        if self._prompt_wished is not None and self._prompt is None:
+            self._prompt = prompt_logprobs(self.tokenizer, progress.prompt_logprobs, self._prompt_wished)
+        named = self._names.push(progress.logprobs, progress.text, progress.finish_reason is not None)
+        logprobs = [chat_logprob(self.tokenizer, one) for one in named]
         self._logprobs += logprobs
         fields = [field for part in self._parts(progress) for field in self._fields(part)]
         fields += self._end_of_calls() if progress.finish_reason is not None else []
@@ -98,6 +105,15 @@ class ChatChoice:
         found = {"content": logprobs} if self.wants_logprobs and logprobs else None
         return {"index": self.index, "delta": delta, "logprobs": found, "finish_reason": None}
 
+    @property
+    def writes_prompt(self) -> bool:
+        """Whether the next push takes long, since the prompt may be."""
+        return self._prompt_wished is not None and self._prompt is None
+
+    def beside(self) -> Json:
+        """What a response says beside its choices, as vLLM does: the prompt is that of all of them."""
+        return {} if self._prompt is None else {"prompt_logprobs": self._prompt}
+
     def whole(self) -> Json:
         """The entry with the whole message."""
         content = "".join(self._content)
@@ -110,6 +126,11 @@ class ChatChoice:
         return {"index": self.index, "message": message, "logprobs": logprobs, "finish_reason": self.finish_reason}
 
 
+def continued_text(task: Task | None) -> Sequence[int]:
+    """The tokens whose text the answer goes on with."""
+    return task.prompt_ids if task and task.continues else ()
+
+
 def chat_choices(service: Service, body: ServedChat) -> Callable[[int, Task], ChatChoice]:
     """What makes the answer to each of a chat's tasks."""
     tools = used_tools(body)
@@ -119,7 +140,7 @@ def chat_choices(service: Service, body: ServedChat) -> Callable[[int, Task], Ch
         parser = service.tools.parser(names=names) if tools and service.tools else None
         most = 1 if body.parallel_tool_calls is False else math.inf
         thoughts = thought_parser(service, body, task)
-        return ChatChoice(index, service.prompter.tokenizer, parser, bool(body.logprobs), most, thoughts)
+        return ChatChoice(index, service.prompter.tokenizer, parser, bool(body.logprobs), most, thoughts, task)
 
     return choice
 
@@ -129,67 +150,29 @@ def _reasoning(text: str) -> Json:
     return {"reasoning_content": text, "reasoning": text}
 
 
-class CompletionChoice:
-    """The text that continues a prompt."""
-
-    def __init__(self, index: int, tokenizer: Tokenizer, wants_logprobs: bool):
-        self.index = index
-        self.tokenizer = tokenizer
-        self.wants_logprobs = wants_logprobs
-        self.finish_reason: str | None = None
-        self._text: list[str] = []
-        self._logprobs: list[TokenLogprob] = []
-        self._offset = 0
-
-    reasoning_tokens = None
-    """A text has no parts."""
-
-    def begin(self) -> None:
-        """A stream of text says nothing first."""
-
-    def push(self, progress: Progress) -> list[Json]:
-        """Take progress; entries of a stream."""
-        self._text.append(progress.text)
-        self._logprobs += progress.logprobs
-        self.finish_reason = progress.finish_reason
-        if not (progress.text or progress.logprobs or progress.finish_reason):
-            return []
-        return [self._entry(progress.text, progress.logprobs)]
-
-    def whole(self) -> Json:
-        """The entry with the whole text."""
-        self._offset = 0
-        return self._entry("".join(self._text), self._logprobs)
-
-    def _entry(self, text: str, logprobs: Any) -> Json:
-        found = self._tokens(logprobs) if self.wants_logprobs else None
-        return {"index": self.index, "text": text, "logprobs": found, "finish_reason": self.finish_reason}
-
-    def _tokens(self, logprobs: list[TokenLogprob]) -> Json:
-        """As the older API lists them: columns of equal length."""
-        name = self.tokenizer.token_text
-        tokens, offsets = [name(one.token) for one in logprobs], []
-        for token in tokens:
-            offsets.append(self._offset)
-            self._offset += len(token)
-        return {
-            "tokens": tokens,
-            "token_logprobs": [one.logprob for one in logprobs],
-            "top_logprobs": [{name(token): value for token, value in one.top} for one in logprobs],
-            "text_offset": offsets,
-        }
-
-
-def chat_logprob(tokenizer: Tokenizer, found: TokenLogprob) -> Json:
+def chat_logprob(tokenizer: Tokenizer, token: NamedToken) -> Json:
     """A token's log-probability with its alternatives."""
-    top = [_logprob(tokenizer, token, value) for token, value in found.top]
-    return {**_logprob(tokenizer, found.token, found.logprob), "top_logprobs": top}
+    assert token.found is not None
+    data = tokenizer.token_bytes(token.token) if token.is_part else token.name.encode()
+    own = _logprob(token.name, data if token.name else b"", token.found.logprob)
+    top = [
+        _logprob(name, tokenizer.token_bytes(other) if tokenizer.is_part(other) else name.encode(), value)
+        for other, name, value in alternatives(tokenizer, token)
+    ]
+    return {**own, "top_logprobs": top}
 
 
-def _logprob(tokenizer: Tokenizer, token: int, value: float) -> Json:
-    data = tokenizer.token_bytes(token)
-    known = None if data is None else list(data)
-    return {"token": tokenizer.token_text(token), "logprob": max(value, -9999.0), "bytes": known}
+def _logprob(name: str, data: bytes | None, value: float) -> Json:
+    return {"token": name, "logprob": max(value, LOWEST), "bytes": None if data is None else list(data)}
+
+
+def shortened(embedding: np.ndarray, dimensions: int | None) -> np.ndarray:
+    """The first numbers of an embedding, of length 1 again."""
+    if dimensions is None:
+        return embedding
+    part = embedding[:dimensions]
+    length = float(np.linalg.norm(part))
+    return part / length if length else part
 
 
 def embedding_entry(index: int, embedding: np.ndarray, base64_wanted: bool) -> Json:

@@ -73,6 +73,7 @@ class EngineDesk:
         return Request(
             task.prompt_ids, task.sampling, task.limits, task.number, recorder, task.reuse_prefix, constraint,
             task.pooling, task.keep_special, task.marking, on_prompt_logits=prompt_recorder,
+            continues=task.continues,
             cache_salt=task.cache_salt,
         )  # fmt: skip
 

@@ -64,6 +64,18 @@ class ChatChoiceOut(BaseModel):
     finish_reason: Literal["stop", "length", "tool_calls"]
 
 
+class PromptLogprob(BaseModel):
+    """One of the tokens that could stand in a place of the prompt."""
+
+    logprob: float
+    rank: int
+    decoded_token: str
+
+
+PromptLogprobs = list[dict[str, PromptLogprob] | None]
+"""Of each token of the prompt, by the ids of tokens; none of the first."""
+
+
 class CompletionChoiceOut(BaseModel):
     """One continuation."""
 
@@ -71,6 +83,7 @@ class CompletionChoiceOut(BaseModel):
     text: str
     logprobs: dict[str, Any] | None
     finish_reason: Literal["stop", "length"]
+    prompt_logprobs: PromptLogprobs | None = None
 
 
 class Answer(BaseModel):
@@ -88,6 +101,7 @@ class ChatCompletion(Answer):
 
     object: Literal["chat.completion"]
     choices: list[ChatChoiceOut]
+    prompt_logprobs: PromptLogprobs | None = None
 
 
 class Completion(Answer):
@@ -141,9 +155,20 @@ class Tokens(BaseModel):
 
 
 class Text(BaseModel):
-    """The text of ids."""
+    """The text of ids, under our name and vLLM's."""
 
     content: str
+    prompt: str
+
+
+class TokenizerInfo(BaseModel):
+    """What clients that count tokens must know."""
+
+    bos_token: str | None
+    eos_token: str | None
+    chat_template: str | None
+    vocab_size: int
+    model_max_length: int
 
 
 class Group(BaseModel):

@@ -32,6 +32,8 @@ class Task:
     prompt_logprobs: int | None = None
     cache_salt: str = ""
     """What cache blocks are shared under."""
+    continues: bool = False
+    """Whether prompt and answer are one text."""
 
 
 @dataclass(frozen=True)

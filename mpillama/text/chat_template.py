@@ -1,9 +1,11 @@
 """A conversation to prompt text, by the Jinja template that came with the model."""
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import datetime
+from functools import wraps
 from traceback import walk_tb
 from typing import Any
 
@@ -14,6 +16,7 @@ from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from mpillama.errors import UserError
+from mpillama.text.marked import Marked, mark, mark_message, plain, remark
 
 # A template comes with the model from a stranger: it may not keep rank 0 (and with it every rank) busy for ever.
 # Real templates loop over messages and tools, far below these.
@@ -32,11 +35,19 @@ RENDER_ERRORS = (
     ValueError,
 )
 
+ON_PLAIN_TEXT = (
+    *("capitalize", "center", "e", "escape", "filesizeformat", "float", "forceescape", "int", "lower", "striptags"),
+    *("title", "truncate", "upper", "urlencode", "urlize", "wordcount", "wordwrap"),
+)
+"""Filters that look at every character, which they have to know for that."""
+BEYOND_ASCII = re.compile(r"[^\x00-\x7f\udc21-\udc7e]")
+
 
 class ChatTemplate:
     """A compiled chat template, in the dialect of the transformers library; UserError if its syntax is wrong."""
 
     def __init__(self, source: str, *, bos_token: str, eos_token: str) -> None:
+        self.source = source
         self._special = {"bos_token": bos_token, "eos_token": eos_token}
         with _as_user_error():
             self._template: Template = _environment().from_string(source)
@@ -50,7 +61,25 @@ class ChatTemplate:
         **variables: Any,
     ) -> str:
         """Prompt text of `messages`, special tokens included; UserError if the template refuses or fails."""
-        given = {"documents": None} | self._special | variables
+        return self._render(messages, add_generation_prompt, tools, variables)
+
+    def render_marked(
+        self,
+        messages: list[dict[str, Any]],
+        *,
+        add_generation_prompt: bool = True,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        **variables: Any,
+    ) -> str:
+        """As `render`, marked where the text is neither the template's nor the assistant's (`Tokenizer.encode_marked`).
+
+        What others wrote are all messages but the assistant's, the tools and the variables.
+        """
+        given = [mark_message(message) for message in messages]
+        return self._render(given, add_generation_prompt, mark(tools), mark(variables))
+
+    def _render(self, messages: Any, add_generation_prompt: bool, tools: Any, variables: Mapping[str, Any]) -> str:
+        given = {"documents": None, **self._special, **variables}
         with _as_user_error():
             return self._template.render(
                 given,
@@ -62,7 +91,7 @@ class ChatTemplate:
 
 
 class _Sandbox(ImmutableSandboxedEnvironment):
-    """Jinja's sandbox, which also refuses to build enormous values from small ones."""
+    """Jinja's sandbox, which also refuses to build enormous values from small ones, and keeps marked text marked."""
 
     intercepted_binops = frozenset(["*", "**"])
 
@@ -74,6 +103,16 @@ class _Sandbox(ImmutableSandboxedEnvironment):
             if isinstance(sequence, str | bytes | list | tuple) and len(sequence) * times > MAX_REPEATED_ITEMS:
                 raise SecurityError(f"more than {MAX_REPEATED_ITEMS} items made by one multiplication")
         return super().call_binop(context, operator, left, right)
+
+    def call(self, context: Any, called: Any, /, *args: Any, **kwargs: Any) -> Any:
+        """Call a function or method."""
+        return remark(super().call(context, called, *args, **kwargs))
+
+    @staticmethod
+    def concat(pieces: Iterable[str]) -> str:
+        """Put output together."""
+        joined: str = remark("".join(pieces))
+        return joined
 
 
 class _CountedRange:
@@ -105,6 +144,8 @@ class _GenerationBlock(Extension):
 
 def _environment() -> Environment:
     environment = _Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationBlock, loopcontrols])
+    for name, apply in environment.filters.items():
+        environment.filters[name] = _on_plain_text(apply) if name in ON_PLAIN_TEXT else _remarked(apply)
     environment.filters["tojson"] = _to_json
     environment.globals["raise_exception"] = _raise_exception
     environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
@@ -120,7 +161,28 @@ def _to_json(
     sort_keys: bool = False,
 ) -> str:
     # Jinja's own filter writes < as \u003c for web pages, which no model was trained on.
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+    text = json.dumps(value, ensure_ascii=False, indent=indent, separators=separators, sort_keys=sort_keys)
+    return str(remark(BEYOND_ASCII.sub(lambda found: json.dumps(found[0])[1:-1], text) if ensure_ascii else text))
+
+
+def _remarked(apply: Callable[..., Any]) -> Callable[..., Any]:
+    @wraps(apply)
+    def filtered(*args: Any, **kwargs: Any) -> Any:
+        return remark(apply(*args, **kwargs))
+
+    return filtered
+
+
+def _on_plain_text(apply: Callable[..., Any]) -> Callable[..., Any]:
+    """The filter, which sees plain text and whose result counts as written by whoever wrote a part of it."""
+
+    @wraps(apply)
+    def filtered(*args: Any, **kwargs: Any) -> Any:
+        found = apply(*(plain(arg) if isinstance(arg, str) else arg for arg in args), **kwargs)
+        is_marked = isinstance(found, str) and any(isinstance(arg, Marked) for arg in args)
+        return mark(str(found)) if is_marked else found
+
+    return filtered
 
 
 def _raise_exception(message: str) -> None:
@@ -134,7 +196,8 @@ def _as_user_error() -> Iterator[None]:
         yield
     except RENDER_ERRORS as error:
         raise UserError(
-            f"The chat template fails at line {_line(error)}: {error}; change the messages or use another template."
+            f"The chat template fails at line {_line(error)}: {plain(str(error))}; "
+            "change the messages or use another template."
         ) from error
 
 

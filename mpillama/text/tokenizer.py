@@ -3,16 +3,22 @@
 import codecs
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from functools import cached_property
-from itertools import pairwise
+from threading import Lock
 
 import tokenizers
 
 from mpillama.errors import UserError
+from mpillama.text.marked import SHADED, check_unicode, plain
+from mpillama.text.unwritable import Unwritable
 
 BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+MARK = re.compile(r"[<\[{].*[>\]}]", re.DOTALL)
+"""What added tokens look like that mark a part of a conversation."""
 REPLACEMENT = "\ufffd"
+PART_OF_CHARACTER = "bytes:"
+"""Begins the names of tokens that are not made of whole characters."""
 # Pieces decoded again with each new token. An unfinished UTF-8 character is at most 3 bytes, hence at most
 # 3 pieces, so 8 are enough to continue from a point where the decoder has found its place again.
 WINDOW = 8
@@ -29,12 +35,16 @@ BYTE_LEVEL = _byte_level()
 
 
 class Tokenizer:
-    """The vocabulary and rules of one `tokenizer.json`, with the model's own BOS and EOS."""
+    """The vocabulary and rules of one `tokenizer.json`, with the model's own BOS and EOS, for a chat `template`."""
 
     def __init__(
-        self, tokenizer_json: bytes, *, bos_token_id: int | None, eos_token_ids: tuple[int, ...], add_bos: bool | None
-    ) -> None:
+        self, tokenizer_json: bytes, *, bos_token_id: int | None, eos_token_ids: tuple[int, ...],
+        add_bos: bool | None, template: str = "",
+    ) -> None:  # fmt: skip
         self._json = tokenizer_json
+        self._template = template
+        self._copies: dict[frozenset[int], Unwritable] = {}
+        self._copying = Lock()
         self._parsing = _load(tokenizer_json)
         self.bos_token_id = bos_token_id
         self.eos_token_ids = eos_token_ids
@@ -63,32 +73,44 @@ class Tokenizer:
 
         `add_bos` None means the model's own habit; a model without BOS gets none. UserError if `text` is not Unicode.
         """
-        _check_unicode(text)
-        # The post-processor of some models adds BOS and of others does not: leave it out, and add BOS here only.
-        # A batch of one: the library lets other threads run in it, and a server's engine must not wait for a long text.
-        parsed = self._parsing.encode_batch([text], add_special_tokens=False)[0] if parse_special else None
-        ids = self._encode_literally(text) if parsed is None else list(parsed.ids)
-        wanted = self._add_bos if add_bos is None else add_bos
-        bos = [] if self.bos_token_id is None else [self.bos_token_id]
-        return [*bos, *ids] if wanted and ids[:1] != bos else ids
+        check_unicode(text)
+        tokenizer = self._parsing if parse_special else self._unwritable(self._control).tokenizer
+        return self._with_bos(list(_parse(tokenizer, text).ids), add_bos)
+
+    def encode_marked(self, text: str, *, add_bos: bool | None = None) -> list[int]:
+        """Token ids of a marked text (`ChatTemplate.render_marked`), in which marked characters make no control token.
+
+        They are those of the plain text unless somebody wrote a control token. BOS as in `encode`.
+        """
+        encoding = _parse(self._parsing, plain(text))
+        found = self._control_tokens(encoding, self._control_of_chat, plain(text))
+        forged = any(SHADED.search(text, start, end) for _, start, end in found)
+        ids = self._encode_without(self._control_of_chat, text) if forged else list(encoding.ids)
+        return self._with_bos(ids, add_bos)
 
     def decode(self, ids: Iterable[int], skip_special: bool = True) -> str:
         """Text of `ids`; invalid UTF-8 becomes U+FFFD, ids outside the vocabulary (padding rows) become nothing."""
         pieces = _Pieces(self, skip_special)
         return self.join([piece for token_id in ids for piece in pieces.push(token_id)] + pieces.finish())
 
-    def stream(self, skip_special: bool = True) -> "TokenStream":
-        """Start decoding a sequence token by token."""
-        return TokenStream(self, skip_special)
+    def stream(self, skip_special: bool = True, after: Iterable[int] = ()) -> "TokenStream":
+        """Start decoding a sequence token by token; what comes `after` tokens goes on with their text."""
+        stream = TokenStream(self, skip_special)
+        for token_id in list(after)[-WINDOW:]:
+            stream.push(token_id)
+        return stream
 
     def token_text(self, token_id: int) -> str:
-        """Text of one token for display, with its leading space; its name if it is not whole characters."""
-        token = self.token(token_id)
-        if token is None:
+        """Text of one token, with its leading space; parts of characters as OpenAI names them: bytes:\\xf0\\x9f."""
+        data = self.token_bytes(token_id)
+        if data is None:
             return f"<id {token_id}>"
-        # Decoders drop the first space of a text, so look at what a second copy adds.
-        text = self.join([token, token])[len(self.join([token])) :]
-        return token if not text or REPLACEMENT in text else text
+        return data.decode() if _is_whole(data) else PART_OF_CHARACTER + "".join(map(_visible, data))
+
+    def is_part(self, token_id: int) -> bool:
+        """Whether a token is not made of whole characters."""
+        data = self.token_bytes(token_id)
+        return data is not None and not _is_whole(data)
 
     def token_bytes(self, token_id: int) -> bytes | None:
         """What a token adds to a text, even if it is a part of a character; None for an id that is not known."""
@@ -99,7 +121,9 @@ class Tokenizer:
             return bytes.fromhex(byte[1])
         if self._is_byte_level and token_id not in self._special and all(c in BYTE_LEVEL for c in token):
             return bytes(BYTE_LEVEL[c] for c in token)
-        return self.token_text(token_id).encode()
+        # Decoders drop the first space of a text, so look at what a second copy adds.
+        text = self.join([token, token])[len(self.join([token])) :]
+        return (text or token).encode()
 
     @cached_property
     def _is_byte_level(self) -> bool:
@@ -118,32 +142,56 @@ class Tokenizer:
         decoder = self._parsing.decoder
         return " ".join(pieces) if decoder is None else str(decoder.decode(pieces))
 
-    def _encode_literally(self, text: str) -> list[int]:
-        """Token ids of `text` without control tokens; UserError if that cannot be had."""
-        encoding = self._literal.encode(text, add_special_tokens=False)
-        spans = [
-            span for i, span in zip(encoding.ids, encoding.offsets, strict=True) if self._is_control(i, text, span)
-        ]
-        if not spans:
-            return list(encoding.ids)
-        # `encode_special_tokens` stops the search for added tokens, but a control token that is also a piece of the
-        # model (as in Unigram vocabularies) is still reached by the model itself: cut the text inside it.
-        if any(end - start < 2 for start, end in spans):
-            raise UserError("The text holds a control token that cannot be written as ordinary text; remove it.")
-        cuts = [0, *(start + 1 for start, _ in spans), len(text)]
-        return [i for start, end in pairwise(cuts) for i in self._encode_literally(text[start:end])]
+    def _encode_without(self, control: frozenset[int], text: str) -> list[int]:
+        """Token ids of a marked text in which only the characters without a mark can make up `control` tokens."""
+        copy = self._unwritable(control)
+        own, written, at = SHADED.sub(REPLACEMENT, text), plain(text), 0
+        parts = []
+        for token_id, start, end in self._control_tokens(_parse(self._parsing, own), control, own):
+            # The place may have white space around the token, which the token's rules drop.
+            name = self.token(token_id) or ""
+            found = written[start:end]
+            core = name if name in found else found.strip()
+            parts += [written[at:start], found.replace(core, copy.secret[name], 1)]
+            at = end
+        return list(_parse(copy.tokenizer, "".join([*parts, written[at:]])).ids)
 
-    def _is_control(self, token_id: int, text: str, span: tuple[int, int]) -> bool:
-        if token_id == self._unknown_id:  # an unknown character is no attempt to write "<unk>"
-            return text[slice(*span)].strip() == self.token(token_id)
-        return token_id in self._special or token_id == self.bos_token_id or token_id in self.eos_token_ids
+    def _control_tokens(
+        self, encoding: tokenizers.Encoding, control: frozenset[int], text: str
+    ) -> Iterator[tuple[int, int, int]]:
+        """Each control token with the place in the text that became it."""
+        for index, token_id in enumerate(encoding.ids):
+            if token_id in control:
+                start, end = encoding.token_to_chars(index) or (0, 0)
+                # An unknown character is no attempt to write "<unk>".
+                if token_id != self._unknown_id or text[start:end].strip() == self.token(token_id):
+                    yield token_id, start, end
+
+    def _with_bos(self, ids: list[int], add_bos: bool | None) -> list[int]:
+        wanted = self._add_bos if add_bos is None else add_bos
+        bos = [] if self.bos_token_id is None else [self.bos_token_id]
+        return [*bos, *ids] if wanted and ids[:1] != bos else ids
+
+    def _unwritable(self, control: frozenset[int]) -> Unwritable:
+        """A copy without these tokens, made when first needed."""
+        with self._copying:
+            if control not in self._copies:
+                names = [name for i in control if (name := self.token(i))]
+                self._copies[control] = Unwritable(self._json, names, _load)
+            return self._copies[control]
 
     @cached_property
-    def _literal(self) -> tokenizers.Tokenizer:
-        # A second copy: switching one copy to and fro would let another thread's text through in between.
-        literal = _load(self._json)
-        literal.encode_special_tokens = True
-        return literal
+    def _control(self) -> frozenset[int]:
+        """Tokens that no text has by itself; those of single bytes are needed to write text."""
+        roles = {*self._special, *self.eos_token_ids, *([] if self.bos_token_id is None else [self.bos_token_id])}
+        return frozenset(i for i in roles if (name := self.token(i)) and not BYTE_TOKEN.fullmatch(name))
+
+    @cached_property
+    def _control_of_chat(self) -> frozenset[int]:
+        """Those and the added tokens that the chat template writes: not all models have the marks of turns as special."""
+        added = self._parsing.get_added_tokens_decoder().items()
+        marks = {i for i, token in added if MARK.fullmatch(token.content) and token.content in self._template}
+        return self._control | marks
 
     @cached_property
     def _unknown_id(self) -> int | None:
@@ -215,6 +263,26 @@ class _Pieces:
         return [text] if text else []
 
 
+def _is_whole(data: bytes) -> bool:
+    """Whether bytes are characters."""
+    try:
+        data.decode()
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
+def _visible(byte: int) -> str:
+    """A byte in a token's name: printable ASCII as it is, anything else and the backslash as \\x and two digits."""
+    return chr(byte) if 0x20 <= byte < 0x7F and byte != ord("\\") else f"\\x{byte:02x}"
+
+
+def _parse(tokenizer: tokenizers.Tokenizer, text: str) -> tokenizers.Encoding:
+    # The post-processor of some models adds BOS and of others does not: leave it out, and add BOS elsewhere only.
+    # A batch of one: the library lets other threads run in it, and a server's engine must not wait for a long text.
+    return tokenizer.encode_batch([text], add_special_tokens=False)[0]
+
+
 def _load(tokenizer_json: bytes) -> tokenizers.Tokenizer:
     """Read a `tokenizer.json`, without the lengths its author cut or padded training texts to; UserError if broken."""
     try:
@@ -224,11 +292,3 @@ def _load(tokenizer_json: bytes) -> tokenizers.Tokenizer:
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return tokenizer
-
-
-def _check_unicode(text: str) -> None:
-    """UserError if `text` holds half a surrogate pair, which no tokenizer can encode."""
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise UserError(f"The text is not valid Unicode ({error}); correct that character.") from error

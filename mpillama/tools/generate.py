@@ -46,7 +46,7 @@ def _generate(run: Run, options: GenerateOptions) -> int:
 
     prompt_ids = _prompt_ids(run, options)
     sampler = Sampler(sampling_options(options), run.loaded.file.config.vocab_size, prompt_ids)
-    answer = Answer(run.tokenizer, Limits(options.max_tokens, options.stop))
+    answer = Answer(run.tokenizer, Limits(options.max_tokens, options.stop), after=() if options.chat else prompt_ids)
     generation = Generation(prompt_ids, answer, logits=[] if options.logits_out else None)
     drafter = Drafter(options.speculate)
     pieces = text_pieces(run.session, sampler, generation, prompt_ids, drafter)
@@ -73,8 +73,8 @@ def _prompt_ids(run: Run, options: GenerateOptions) -> list[int]:
     if not text:
         raise UserError("the prompt is empty: give a text with --prompt, or - and a text on standard input.")
     if options.chat:
-        rendered = run.chat_template.render([{"role": "user", "content": text}])
-        return run.tokenizer.encode(rendered)
+        rendered = run.chat_template.render_marked([{"role": "user", "content": text}])
+        return run.tokenizer.encode_marked(rendered)
     return run.tokenizer.encode(text)
 
 
