@@ -220,7 +220,7 @@ class _Writer:
 
 def _unknown(scope: Scope) -> list[tuple[bytes, bytes]]:
     """The header that names fields without a meaning; they are strangers' words, so all but letters is escaped."""
-    names = [quote(name[:MOST_NAME], safe="", errors="surrogatepass") for name in scope.get(UNKNOWN, ())]
+    names = [quote(name[:MOST_NAME], safe="", errors="surrogatepass") or '""' for name in scope.get(UNKNOWN, ())]
     return [(UNKNOWN_HEADER, ", ".join(names).encode())] if names else []
 
 
