@@ -6,7 +6,7 @@ Defaults are written into the help by hand, because argparse-dataclass prints MI
 import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, NoReturn, Optional
+from typing import Any, ClassVar, NoReturn, Optional
 
 import argparse_dataclass
 
@@ -56,6 +56,9 @@ def positional(name: str, text: str) -> Any:
 @dataclass(frozen=True, kw_only=True)
 class RunOptions:
     """Options of every command that loads a model."""
+
+    needs_head: ClassVar[bool] = True
+    """Whether the command tells which token comes next, which a model of embeddings cannot."""
 
     model: Optional[str] = option(
         "mpillama's .h5, a Hugging Face folder, a .gguf, or a distributed-llama .m file (default: data/demo.h5)",
@@ -228,6 +231,8 @@ class BatchOptions(EngineOptions, SamplingFlags):
 @dataclass(frozen=True, kw_only=True)
 class ServeOptions(EngineOptions, SamplingFlags):
     """Options of `serve`; those of sampling count where a request says nothing."""
+
+    needs_head: ClassVar[bool] = False
 
     host: str = option("address to listen on (default: 127.0.0.1)", "127.0.0.1", metavar="ADDRESS")
     port: int = option("port to listen on, 0 for any that is free (default: 8000)", 8000, metavar="PORT")

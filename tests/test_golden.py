@@ -1,10 +1,12 @@
 """Every family against the logits of transformers, read from a folder, a GGUF, a .m file and a native file."""
 
+import json
 import math
 
 import gguf
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from mpillama.engine.model_file import ModelFile, open_model
 from mpillama.files.row_bytes import row_bytes
@@ -41,6 +43,16 @@ def error(found: np.ndarray, family: str) -> float:
 def test_a_folder_gives_the_logits_of_transformers(running, family):
     model = open_model(str(g.FOLDER / family), "f32")
     assert error(logits(running, model, family), family) < F32_TOLERANCE
+
+
+@pytest.mark.parametrize("prefix", ["model.", ""])
+def test_a_head_of_its_own_is_used_though_the_configuration_ties_it(running, prefix, tmp_path):
+    """Transformers gives these logits for such a folder, too."""
+    config = json.loads((g.FOLDER / "llama" / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": True}))
+    tensors = {name.replace("model.", prefix, 1): tensor for name, tensor in g.family_tensors("llama").items()}
+    save_file(tensors, tmp_path / "model.safetensors")
+    assert error(logits(running, open_model(str(tmp_path), "f32"), "llama"), "llama") < F32_TOLERANCE
 
 
 @pytest.mark.parametrize("weights", list(BOUNDS))

@@ -18,6 +18,7 @@ from mpillama.engine.trial import first_layers
 from mpillama.engine.warm_up import choose_reduction, warm_up
 from mpillama.errors import UserError
 from mpillama.files.contents import refuse_other_contents, sample_digests
+from mpillama.files.output_head import refuse_headless
 from mpillama.files.reading import changed, modified
 from mpillama.kernels.target import Target
 from mpillama.model.cache import blocks_for
@@ -61,6 +62,8 @@ def load_model(options: RunOptions, world: World, target: Target, progress: Prog
     comm = world.comm
     start = time.perf_counter()
     file = comm.on_root(lambda: open_model(model_path(options.model), options.weights, options.tokenizer))
+    if options.needs_head:
+        refuse_headless(file.path, file.config.lm_head)
     _refuse_other_contents(file, world)
     file = first_layers(file, options.layers)
     _check_sizes(options, file)

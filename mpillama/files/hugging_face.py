@@ -9,6 +9,7 @@ from typing import Any
 from mpillama.errors import UserError
 from mpillama.files.checkpoint import Checkpoint, StoredTensor
 from mpillama.files.foreign import by_name, check_extents, damaged, read_json, read_text, regular_size, split_experts
+from mpillama.files.output_head import TIED, settle_head, with_prefix
 from mpillama.files.safetensors_table import IGNORED, read_safetensors_table
 
 WEIGHTS = "model.safetensors"
@@ -16,6 +17,8 @@ INDEX = "model.safetensors.index.json"
 TEMPLATE = "chat_template.jinja"
 TOKENIZER_CONFIG = "tokenizer_config.json"
 TEXTS = ("tokenizer.json", TEMPLATE, "generation_config.json", TOKENIZER_CONFIG)
+SENTENCES = "modules.json"
+"""Beside models that make embeddings of sentences (sentence-transformers)."""
 QUANTISED = ("quantization_config", "compression_config", "quantization")
 MIXTRAL_NAMES = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
 FUSED_EXPERTS = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
@@ -35,7 +38,10 @@ def read_hugging_face(path: str) -> Checkpoint:
     _check_index(folder, placed, names, tables)
     tensors = [tensor for table in tables for tensor in table]
     check_extents(files, sizes, tensors)
-    table = by_name(files, (c for tensor in tensors for c in _canonical(files[tensor.file], tensor)))
+    stored = by_name(files, (c for tensor in tensors for c in _canonical(files[tensor.file], tensor)))
+    table = with_prefix(stored)
+    without_head = table is not stored and not config.get(TIED)
+    config, table = settle_head(str(path), config, table, files, without_head or (folder / SENTENCES).exists())
     return Checkpoint(str(path), "hugging_face", config, _texts(folder), files, sizes, table)
 
 

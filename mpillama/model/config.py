@@ -19,6 +19,7 @@ MOST_EXPERTS, MOST_CHANNELS = 4096, 65536
 class ModelConfig:
     """A decoder's sizes and constants, in Hugging Face's names.
 
+    `lm_head` is false for models that make embeddings and have no head at all.
     With experts, `intermediate_size` is that of one of them. `windows` has the number of positions that each layer
     sees, 0 for all.
     """
@@ -36,6 +37,7 @@ class ModelConfig:
     rope_theta: float
     rope_scaling: RopeScaling | None
     tie_word_embeddings: bool
+    lm_head: bool
     qkv_bias: bool
     output_bias: bool
     mlp_bias: bool
@@ -96,6 +98,7 @@ class ModelConfig:
             rope_theta=rope_theta,
             rope_scaling=rope_scaling,
             tie_word_embeddings=values.flag("tie_word_embeddings"),
+            lm_head=values.flag("lm_head", True),
             qkv_bias=family.qkv_bias or biased,
             output_bias=biased,
             mlp_bias=family.bias_option and values.flag("mlp_bias"),

@@ -133,7 +133,7 @@ def tensor_specs(config: ModelConfig, weight_types: "WeightTypes") -> list[Tenso
     for layer in range(config.num_hidden_layers):
         specs.extend(_layer_specs(config, layer_prefix(layer), weight_types))
     specs.append(_norm(FINAL_NORM, config))
-    if not config.tie_word_embeddings:
+    if config.lm_head and not config.tie_word_embeddings:
         specs.append(_vocabulary(LM_HEAD, config, weight_types))
     return specs
 

@@ -43,11 +43,6 @@ def test_what_does_not_fit(tmp_path, changes, config, words):
     assert all(word in str(caught.value) for word in words), str(caught.value)
 
 
-def test_a_tied_model_may_repeat_its_embedding(tmp_path):
-    model = open_model(write(tmp_path, {}, {"tie_word_embeddings": True}))
-    assert "lm_head.weight" not in [spec.name for spec in model.specs]
-
-
 def test_as_stored_keeps_each_tensors_type(tmp_path):
     half = models.random_tensors(CONFIG)["lm_head.weight"].astype(np.float16)
     types = open_model(write(tmp_path, {"lm_head.weight": half}, {})).weight_types
