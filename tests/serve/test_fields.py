@@ -136,9 +136,7 @@ def test_a_strangers_name_cannot_write_a_header(http: httpx.Client):
     assert answer.status_code == 200
     assert "set-cookie" not in answer.headers
     assert len(answer.headers.get_list(TOLD)) == 1
-    assert (
-        answer.headers[TOLD] == f"a%0D%0ASet-Cookie%3A%20x%3Dy, %ED%A0%80, %C3%BC, a%2C%20b, {'n' * 100}, "[:-1].strip()
-    )
+    assert answer.headers[TOLD] == f'a%0D%0ASet-Cookie%3A%20x%3Dy, %ED%A0%80, %C3%BC, a%2C%20b, {"n" * 100}, ""'
     many = ask(http, COMPLETIONS, **{f"x{i}": 1 for i in range(9000)})
     assert len(many.headers[TOLD]) < 200
 
