@@ -39,6 +39,8 @@ class Service:
     """Numbers of an embedding."""
     asker: str = ""
     """Who asks, by a digest of the key that was shown; "" without one."""
+    generates: bool = True
+    """Whether the model has an output head; without one it makes embeddings only."""
 
     def salt(self, given: str | None) -> str:
         """What the asker's cache blocks are shared under: the key, and what the request says."""

@@ -207,6 +207,7 @@ class ServeJob:
             name, frozenset({name, path.name, path.stem}), int(time.time()), run.executor.max_seq_len, asks,
             grammars, tools, thoughts, cast("Pooling", options.pooling), replicas,
             options.queue + options.sequences * len(replicas), file.config.hidden_size,
+            generates=file.config.lm_head,
         )  # fmt: skip
 
     def _rendezvous(self, run: Run) -> "Rendezvous":
