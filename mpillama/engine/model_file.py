@@ -145,7 +145,10 @@ def make_tokenizer(file: ModelFile) -> Tokenizer:
     eos, bos = settings.get("eos_token_id"), settings.get("bos_token_id")
     eos_ids = () if eos is None else tuple(eos) if isinstance(eos, list) else (eos,)
     add_bos = _settings(file, "tokenizer_config.json").get("add_bos_token")
-    return Tokenizer(file.texts["tokenizer.json"], bos_token_id=bos, eos_token_ids=eos_ids, add_bos=add_bos)
+    template = file.texts.get("chat_template.jinja", b"").decode(errors="replace")
+    return Tokenizer(
+        file.texts["tokenizer.json"], bos_token_id=bos, eos_token_ids=eos_ids, add_bos=add_bos, template=template
+    )
 
 
 def _settings(file: ModelFile, name: str) -> dict[str, Any]:

@@ -188,7 +188,7 @@ class Tokenizer:
 
     @cached_property
     def _control_of_chat(self) -> frozenset[int]:
-        """Those and the added tokens that the chat template writes: not all models have the marks of turns as special."""
+        """Those and the added tokens that the template writes: in some models the marks of turns are not special."""
         added = self._parsing.get_added_tokens_decoder().items()
         marks = {i for i, token in added if MARK.fullmatch(token.content) and token.content in self._template}
         return self._control | marks

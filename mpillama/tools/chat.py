@@ -81,7 +81,7 @@ class Conversation:
         """Stream the answer to a message; a message that does not fit is told and dropped."""
         self.messages.append({"role": "user", "content": text})
         try:
-            answer = self._stream(self.run_state.tokenizer.encode(self.template.render(self.messages)))
+            answer = self._stream(self.run_state.tokenizer.encode_marked(self.template.render_marked(self.messages)))
         except UserError as error:
             self.messages.pop()
             sys.stderr.write(f"mpillama: {error} /reset begins a new conversation.\n")

@@ -5,7 +5,6 @@ import json
 import pytest
 import tokenizers
 
-from mpillama.errors import UserError
 from mpillama.text.tokenizer import Tokenizer
 
 from .test_tokenizer import BOS, EOS, byte_complete, every, load, unigram_json
@@ -39,12 +38,12 @@ def test_unknown_character_is_not_taken_for_an_injection():
     assert 0 in ids
 
 
-def test_control_token_of_one_character_is_refused():
+def test_control_token_of_one_character_is_an_ordinary_character():
     config = json.loads(unigram_json())
     config["model"]["vocab"].append(["☃", 0.0])
     config["added_tokens"].append(
         {**config["added_tokens"][0], "id": len(config["model"]["vocab"]) - 1, "content": "☃"}
     )
     tokenizer = Tokenizer(json.dumps(config).encode(), bos_token_id=BOS, eos_token_ids=(EOS,), add_bos=False)
-    with pytest.raises(UserError, match="control token"):
-        tokenizer.encode("a☃", parse_special=False)
+    assert tokenizer.encode("a☃")[-1] == len(config["model"]["vocab"]) - 1
+    assert tokenizer.encode("a☃", parse_special=False) == load(unigram_json, add_bos=False).encode("a☃")
