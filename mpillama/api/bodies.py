@@ -332,18 +332,18 @@ def parse_body(kind: type[AnyBody], fields: Any) -> AnyBody:
 
 def bad_request(errors: Sequence[Any], fields: Any) -> BadRequest:
     """What pydantic found wrong with `fields`, as one sentence on the deepest place."""
-    places = [_place(error["loc"], fields) for error in errors]
+    places = [_place(error["loc"], fields, error["type"] == "missing") for error in errors]
     deepest = max(range(len(errors)), key=lambda i: len(places[i]))
     first = errors[deepest]
     place = ".".join(str(part) for part in places[deepest]) or "body"
     return BadRequest(f"{place}: {first['msg'].removeprefix('Value error, ')}", place)
 
 
-def _place(location: Sequence[Any], fields: Any) -> list[Any]:
+def _place(location: Sequence[Any], fields: Any, is_missing: bool) -> list[Any]:
     """The part of pydantic's location that is a way through the data: it also names the types it tried."""
     place = []
-    for part in location:
-        if isinstance(fields, dict) and (part in fields or part == location[-1]):
+    for i, part in enumerate(location):
+        if isinstance(fields, dict) and (part in fields or (is_missing and i == len(location) - 1)):
             place.append(part)
             fields = fields.get(part)
         elif isinstance(fields, list) and isinstance(part, int) and part < len(fields):

@@ -28,8 +28,8 @@ def _only(what: str, *kinds: str) -> BeforeValidator:
         kind = value.get("type") if isinstance(value, dict) else None
         if kind is not None and kind not in kinds:
             known = ", ".join(kinds)
-            raise PydanticCustomError("not_here", "{what} {given!r} is not served here; there are: {known}", {
-                "what": what, "given": str(kind)[:80], "known": known,
+            raise PydanticCustomError("not_here", "{what} {given} is not served here; there are: {known}", {
+                "what": what, "given": repr(str(kind)[:80]), "known": known,
             })  # fmt: skip
         return value
 
@@ -173,7 +173,7 @@ class AllowedTools(Body):
 
 
 ToolChoice = Annotated[
-    Annotated[NamedFunction | AllowedTools, Field(discriminator="type")],
+    Literal["none", "auto", "required"] | Annotated[NamedFunction | AllowedTools, Field(discriminator="type")],
     _only("a choice of the type", "function", "allowed_tools"),
 ]
 
@@ -212,7 +212,7 @@ class ResponseBody(SamplingBody, TemplateFields):
     stream_options: Ignored = None
     text: TextOptions | None = None
     tools: Annotated[list[FunctionOnly], Field(max_length=128, fail_fast=True)] | None = None
-    tool_choice: Literal["none", "auto", "required"] | ToolChoice | None = None
+    tool_choice: ToolChoice | None = None
     parallel_tool_calls: bool | None = None
     reasoning: ReasoningOptions | None = None
     include: list[str] | None = None

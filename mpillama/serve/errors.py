@@ -99,7 +99,8 @@ def install(app: FastAPI) -> None:
     async def respond_to_body(request: Request, error: Exception) -> Response:
         assert isinstance(error, RequestValidationError)
         errors = [{**e, "loc": e["loc"][1:]} for e in error.errors()]
-        return response_to(bad_request(errors, error.body))
+        of_query = error.errors()[0]["loc"][0] == "query"
+        return response_to(bad_request(errors, dict(request.query_params) if of_query else error.body))
 
     async def respond_to_status(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)

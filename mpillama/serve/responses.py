@@ -6,15 +6,15 @@ from collections.abc import AsyncGenerator, Sequence
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Depends, Query, Request, Response
-from fastapi.concurrency import run_in_threadpool
 
 from mpillama.api.responses import ITEM, ResponseBody
 from mpillama.api.served import ServedChat
-from mpillama.serve import schemas
+from mpillama.serve import responses_schemas as schemas
 from mpillama.serve.answering import Answerer, Reply
 from mpillama.serve.choices import chat_choices
 from mpillama.serve.errors import AsciiJson, Refused
 from mpillama.serve.front import AnswerFailed, AnswerRefused, Service
+from mpillama.serve.preparing import prepared
 from mpillama.serve.responses_chat import chat_of, in_words_of_responses, input_items, with_references
 from mpillama.serve.responses_events import ResponseWriter, new_id
 from mpillama.serve.responses_store import Kept, ResponseStore
@@ -84,7 +84,7 @@ def _dumped(value: Any) -> Any:
     return value if value is None or isinstance(value, str) else value.model_dump(by_alias=True, exclude_none=True)
 
 
-async def understood(service: Service, store: ResponseStore, body: ResponseBody) -> Asked:
+async def understood(request: Request, service: Service, store: ResponseStore, body: ResponseBody) -> Asked:
     """The request with what it refers to."""
     earlier = store.chain(body.previous_response_id)
 
@@ -93,7 +93,7 @@ async def understood(service: Service, store: ResponseStore, body: ResponseBody)
         return None if found is None else ITEM.validate_json(found)
 
     items = with_references(input_items(body), find)
-    return await run_in_threadpool(Asked, service, body, items, earlier)
+    return await prepared(request, lambda _: Asked(service, body, items, earlier))
 
 
 @responses.post(
@@ -104,7 +104,7 @@ async def understood(service: Service, store: ResponseStore, body: ResponseBody)
 async def create_response(request: Request, body: ResponseBody, service: ServiceOf, store: StoreOf) -> Response:
     """Answer a conversation in items, whole or as a stream of events."""
     tell_unknown(request, body)
-    asked = await understood(service, store, body)
+    asked = await understood(request, service, store, body)
     answerer: Answerer = request.app.state.answerer
     answerer.front.check_room(1)
     writer = ResponseWriter(asked.response())
@@ -171,9 +171,9 @@ def _usage(found: Json) -> Json:
 
 
 @responses.post("/v1/responses/input_tokens", responses={200: {"model": schemas.InputTokens}, **REFUSALS})
-async def count_input_tokens(body: ResponseBody, service: ServiceOf, store: StoreOf) -> Json:
+async def count_input_tokens(request: Request, body: ResponseBody, service: ServiceOf, store: StoreOf) -> Json:
     """Count the tokens that a request would have."""
-    asked = await understood(service, store, body)
+    asked = await understood(request, service, store, body)
     return {"object": "response.input_tokens", "input_tokens": len(asked.task.prompt_ids)}
 
 
