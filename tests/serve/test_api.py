@@ -1,4 +1,4 @@
-"""OpenAI's own client against a running server: every field is honoured or refused by name."""
+"""OpenAI's own client against a running server: fields have their effect, and what cannot be is refused by name."""
 
 import asyncio
 import json
@@ -220,9 +220,80 @@ def test_logprobs_are_those_of_the_model(client):
     none = chat(client, logprobs=True).choices[0].logprobs.content[0]
     assert none.top_logprobs == []
     old = client.completions.create(**GREEDY, prompt="Once upon", logprobs=3).choices[0].logprobs
-    assert "".join(old.tokens).startswith(old.tokens[0] + old.tokens[1])
     assert len(old.top_logprobs[0]) == 3
     assert old.token_logprobs[0] == max(old.top_logprobs[0].values())
+
+
+def test_a_prompt_is_echoed_with_its_log_probabilities(client):
+    """The same ones as of sampled tokens, and all of them, also where the cache knows the prompt."""
+    prompt = "Once upon a time 🐫 a llama. " * 8
+    for _ in range(2):
+        fields = {**GREEDY, "prompt": prompt, "logprobs": 2, "echo": True}
+        answer = client.completions.create(**fields).choices[0]
+        found = answer.logprobs
+        alone = client.completions.create(**{**fields, "echo": False}).choices[0]
+        assert answer.text == prompt + alone.text
+        assert found.tokens[-24:] == alone.logprobs.tokens
+        assert found.token_logprobs[-24:] == alone.logprobs.token_logprobs
+        assert found.top_logprobs[-24:] == alone.logprobs.top_logprobs
+        assert found.text_offset[-24:] == [len(prompt) + at for at in alone.logprobs.text_offset]
+        assert found.token_logprobs[0] is None is found.top_logprobs[0]
+        assert all(value <= 0 for value in found.token_logprobs[1:])
+        for name, at in zip(found.tokens, found.text_offset, strict=True):
+            assert answer.text[at:].startswith(name) or (name.startswith("bytes:\\x") and answer.text[at] == "🐫")
+        whole = [name for name in found.tokens if not name.startswith("bytes:")]
+        assert "".join(whole) == answer.text.replace("🐫", "")
+        assert "".join(n.removeprefix("bytes:") for n in found.tokens[:20] if n not in whole)[:16] == r"\xf0\x9f\x90\xab"
+
+
+def test_what_was_sampled_has_the_same_probability_in_a_prompt(client):
+    first = client.completions.create(**GREEDY, prompt="Once upon", logprobs=0).choices[0]
+    again = client.completions.create(
+        model="demo", prompt="Once upon" + first.text, logprobs=0, echo=True, max_tokens=0
+    ).choices[0]
+    assert again.text == "Once upon" + first.text
+    assert again.finish_reason == "length"
+    assert again.logprobs.token_logprobs[-24:] == first.logprobs.token_logprobs
+    assert again.logprobs.tokens[-24:] == first.logprobs.tokens
+
+
+def test_an_echo_streams(client):
+    fields = {**GREEDY, "prompt": ["The llama said: ", "Once 🐫"], "logprobs": 1, "echo": True, "n": 2}
+    whole = client.completions.create(**fields).choices
+    for choice in whole:
+        parts = [c.choices[0] for c in client.completions.create(**fields, stream=True)]
+        parts = [part for part in parts if part.index == choice.index]
+        assert "".join(part.text for part in parts) == choice.text
+        for column in ("tokens", "token_logprobs", "top_logprobs", "text_offset"):
+            joined = [one for part in parts for one in getattr(part.logprobs, column)]
+            assert joined == getattr(choice.logprobs, column)
+    plain = client.completions.create(**{**fields, "logprobs": None}).choices
+    assert [choice.text for choice in plain] == [choice.text for choice in whole]
+
+
+def test_prompts_have_log_probabilities_in_the_form_of_vllm(client):
+    fields = {"model": "demo", "max_tokens": 0, "extra_body": {"prompt_logprobs": 2}}
+    answer = client.completions.create(prompt="Once upon a time", logprobs=1, echo=True, **fields)
+    choice = answer.choices[0].model_dump()
+    first, *rest = choice["prompt_logprobs"]
+    assert first is None
+    assert [next(iter(one.values()))["logprob"] for one in rest] == choice["logprobs"]["token_logprobs"][1:]
+    assert [next(iter(one.values()))["decoded_token"] for one in rest] == choice["logprobs"]["tokens"][1:]
+    assert all(2 <= len(one) <= 3 for one in rest)
+    assert all({1, 2} <= {alternative["rank"] for alternative in one.values()} for one in rest)
+    assert answer.usage.completion_tokens == 0
+    talk = client.chat.completions.create(messages=STORY, n=2, **{**fields, "max_tokens": 1}).model_dump()
+    assert len(talk["prompt_logprobs"]) == talk["usage"]["prompt_tokens"]
+    with pytest.raises(openai.BadRequestError, match="prompt_logprobs"):
+        client.completions.create(prompt="Once", stream=True, **fields)
+
+
+def test_a_prompt_alone_is_computed_for_whoever_comes_next(client):
+    prompt = "A story that nobody has told yet, about a llama in a queue. " * 6
+    empty = client.completions.create(model="demo", prompt=prompt, max_tokens=0)
+    assert (empty.choices[0].text, empty.choices[0].finish_reason) == ("", "length")
+    again = client.completions.create(model="demo", prompt=prompt, max_tokens=1)
+    assert again.usage.prompt_tokens_details.cached_tokens >= 64
 
 
 def test_json_is_forced(client):
@@ -313,19 +384,18 @@ def test_health_metrics_and_the_document(served):
         ({"top_p": 0}, 400, "top_p"),
         ({"n": 0}, 400, "n"),
         ({"n": 1000}, 400, "n"),
-        ({"max_tokens": 0}, 400, "max_tokens"),
-        ({"seed": -3}, 400, "seed"),
+        ({"max_tokens": -2}, 400, "max_tokens"),
+        ({"seed": 2**63}, 400, "seed"),
         ({"stop": ""}, 400, "stop"),
         ({"stop": ["x"] * 17}, 400, "stop"),
         ({"logit_bias": {"99999999": 1}}, 400, "logit_bias"),
         ({"top_logprobs": 3}, 400, "top_logprobs"),
         ({"logprobs": True, "top_logprobs": 21}, 400, "top_logprobs"),
-        ({"stream_options": {"include_usage": True}}, 400, "stream_options"),
         ({"tool_choice": "required"}, 400, "tool_choice"),
         ({"messages": []}, 400, "messages"),
         ({"messages": [{"role": "nobody", "content": "x"}]}, 400, "messages.0.role"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, 400, "messages.0.content.0.type"),
-        ({"extra_body": {"best_of": 3}}, 400, "best_of"),
+        ({"web_search_options": {}}, 400, "web_search_options"),
         ({"model": "gpt-4"}, 404, "model"),
         ({"tools": [{"type": "function", "function": {"name": "f"}}]}, 422, "tools"),
         ({"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "oops"}}}}, 422,

@@ -3,7 +3,9 @@
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import httpx
 import openai
 import pytest
 
@@ -114,6 +116,85 @@ def test_none_hides_the_tools_and_auto_lets_the_model_choose(client):
     assert free.message.tool_calls is None
 
 
+FORM = {
+    "type": "json_schema",
+    "json_schema": {
+        "name": "answer",
+        "schema": {
+            "type": "object",
+            "properties": {"sunny": {"type": "boolean"}},
+            "required": ["sunny"],
+            "additionalProperties": False,
+        },
+    },
+}
+BEGIN_CALL = "<tool_call>"
+
+
+def bias(client: openai.OpenAI, value: int) -> dict[str, int]:
+    """For the tokens that begin a call: makes the model call, or not."""
+    url = f"{client.base_url}".replace("/v1/", "/tokenize")
+    found = httpx.post(url, json={"content": BEGIN_CALL, "add_special_tokens": False}, trust_env=False).json()
+    return {str(found["tokens"][0]): value}
+
+
+@pytest.mark.parametrize("streams", [False, True])
+@pytest.mark.parametrize("seed", range(3))
+def test_with_a_format_the_answer_is_a_call_or_fits_it(client, seed, streams):
+    """Which of both is the model's choice, unless the request makes it."""
+    fields = {"response_format": FORM, "seed": seed, "stream": streams, "parallel_tool_calls": False}
+    called = message_of(ask(client, logit_bias=bias(client, 100), **fields))
+    assert called["calls"]
+    assert called["reason"] == "tool_calls"
+    assert called["content"] == ""
+    said = message_of(ask(client, logit_bias=bias(client, -100), **fields))
+    assert not said["calls"]
+    assert said["reason"] == "stop"
+    assert isinstance(json.loads(said["content"])["sunny"], bool)
+    for choice in ("none", "auto", None):
+        free = message_of(ask(client, tool_choice=choice, **fields))
+        if not free["calls"]:
+            assert set(json.loads(free["content"])) == {"sunny"}
+        assert not (free["calls"] and choice == "none")
+    assert message_of(ask(client, tool_choice="required", **fields))["calls"]
+
+
+def message_of(answer) -> dict[str, Any]:
+    """Content, number of calls and reason of the end, streamed or not."""
+    if not isinstance(answer, openai.Stream):
+        (choice,) = answer.choices
+        calls = choice.message.tool_calls or []
+        return {"content": choice.message.content or "", "calls": len(calls), "reason": choice.finish_reason}
+    choices = [chunk.choices[0] for chunk in answer if chunk.choices]
+    return {
+        "content": "".join(choice.delta.content or "" for choice in choices),
+        "calls": sum(bool(call.id) for choice in choices for call in choice.delta.tool_calls or []),
+        "reason": choices[-1].finish_reason,
+    }
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_only_the_tools_that_are_allowed_are_called(client, seed):
+    named = {"type": "function", "function": {"name": "clock"}}
+    choice = {"type": "allowed_tools", "allowed_tools": {"mode": "required", "tools": [named]}}
+    answer = ask(client, tool_choice=choice, seed=seed, parallel_tool_calls=False).choices[0]
+    (call,) = answer.message.tool_calls
+    assert call.function.name == "clock"
+    fields = {**choice["allowed_tools"], "mode": "auto"}
+    free = ask(client, tool_choice={**choice, "allowed_tools": fields}, seed=seed, max_tokens=5)
+    assert free.usage.prompt_tokens < ask(client, max_tokens=5).usage.prompt_tokens
+
+
+def test_an_answer_with_calls_may_be_sent_back_as_it_came(client):
+    answer = ask(client, tool_choice="required", seed=1).choices[0].message
+    results = [{"role": "tool", "tool_call_id": call.id, "content": "sunny"} for call in answer.tool_calls]
+    counts = {
+        ask(client, messages=[*ASK, given, *results], max_tokens=5).usage.prompt_tokens
+        for given in (answer, answer.model_dump(), answer.model_dump(exclude_none=True))
+    }
+    assert len(counts) == 1
+
+
 @pytest.mark.parametrize(
     ("fields", "status", "param"),
     [
@@ -121,7 +202,21 @@ def test_none_hides_the_tools_and_auto_lets_the_model_choose(client):
         ({"tool_choice": "sometimes"}, 400, "tool_choice"),
         ({"tools": [{"type": "retrieval"}]}, 400, "tools.0.type"),
         ({"tools": [{"type": "function", "function": {"name": "bad name"}}]}, 400, "tools.0.function.name"),
-        ({"response_format": {"type": "json_object"}}, 400, "response_format"),
+        (
+            {
+                "tool_choice": {
+                    "type": "allowed_tools",
+                    "allowed_tools": {"mode": "auto", "tools": [{"type": "function", "function": {"name": "other"}}]},
+                }
+            },
+            400,
+            "tool_choice",
+        ),
+        (
+            {"tool_choice": {"type": "allowed_tools", "allowed_tools": {"mode": "auto", "tools": []}}},
+            400,
+            "tool_choice.allowed_tools.tools",
+        ),
         (
             {
                 "tools": [{"type": "function", "function": {"name": "f", "parameters": {"type": "nonsense"}}}],
