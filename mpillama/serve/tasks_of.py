@@ -1,11 +1,11 @@
 """From the body of a request to the engine's tasks; BadRequest names what is wrong with it."""
 
 import secrets
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
-from mpillama.api.bodies import BadRequest, Message, SamplingBody
+from mpillama.api.bodies import BadRequest, SamplingBody
 from mpillama.api.prompts import derived_seed
 from mpillama.api.reasoning import ThoughtParser
 from mpillama.api.served import (
@@ -24,10 +24,10 @@ from mpillama.errors import UserError
 from mpillama.serve.errors import Refused, Unprocessable
 from mpillama.serve.front import Service
 from mpillama.serve.tasks import Task
+from mpillama.serve.text_sizes import check_prompt_text, size, size_of_chat
 from mpillama.text.constraint import json_schema_grammar
 from mpillama.text.sampler import SamplingOptions
 
-MOST_CHARACTERS_OF_TOKEN = 256
 LONGEST_OPENING = 16
 """Tokens at a prompt's end among which a thought is opened."""
 UNNUMBERED = -1
@@ -46,8 +46,9 @@ def chat_tasks(service: Service, body: ServedChat) -> list[Task]:
     _check_chat(service, body)
     if (body.n or 1) > service.capacity:
         raise BadRequest(f"n: more answers than this server holds ({service.capacity})", "n")
-    _check_characters(service, sum(map(_characters, body.messages)), "messages")
-    tools, grammar = used_tools(body), _grammar(service, body)
+    tools = used_tools(body)
+    check_prompt_text(service, size_of_chat(body.messages, tools, body.template_variables), "messages")
+    grammar = _grammar(service, body)
     # Within a grammar there is no room for thoughts; the templates of models that have them know this variable.
     variables = {} if grammar is None else {"enable_thinking": False}
     try:
@@ -65,7 +66,8 @@ def thought_parser(service: Service, body: ServedChat, task: Task) -> ThoughtPar
     if service.reasoning is None or task.grammar is not None:
         return None
     end = service.prompter.tokenizer.decode(task.prompt_ids[-LONGEST_OPENING:], skip_special=False)
-    return service.reasoning.parser(is_open=service.reasoning.opens(end))
+    begun = str(body.messages[-1].for_template()["content"]) if body.continue_final_message else ""
+    return service.reasoning.parser(is_open=service.reasoning.opens(end) or service.reasoning.is_open_in(begun))
 
 
 def used_tools(body: ServedChat) -> list[dict[str, Any]] | None:
@@ -147,8 +149,8 @@ def _schema(body: ServedChat) -> dict[str, Any] | None:
     return None
 
 
-def completion_tasks(service: Service, body: ServedCompletion) -> list[Task]:
-    """A task for each prompt and choice of a completion."""
+def completion_tasks(service: Service, body: ServedCompletion, pause: Callable[[], None]) -> list[Task]:
+    """A task for each prompt and choice of a completion; `pause` is called between the prompts."""
     check_model(service, body.model)
     if (body.best_of or 1) > (body.n or 1):
         raise BadRequest("best_of: answers are not compared here: ask for as many with n, and choose", "best_of")
@@ -156,7 +158,10 @@ def completion_tasks(service: Service, body: ServedCompletion) -> list[Task]:
     prompts = texts_of(body.prompt)
     if len(prompts) * (body.n or 1) > service.capacity:
         raise BadRequest(f"prompt: more answers than this server holds ({service.capacity})", "prompt")
-    ids = [_ids(service, prompt, "prompt") for prompt in prompts]
+    ids = []
+    for prompt in prompts:
+        pause()
+        ids.append(_ids(service, prompt, "prompt"))
     tasks = [t for one in ids for t in _choices(service, body, one, body.n or 1, "prompt", body.logprobs)]
     return [replace(task, continues=True, prompt_logprobs=_of_prompt(body)) for task in tasks]
 
@@ -172,8 +177,8 @@ def _check_prompt_logprobs(body: ServedChat | ServedCompletion) -> None:
         raise BadRequest("prompt_logprobs: a stream does not tell them; use echo and logprobs", "prompt_logprobs")
 
 
-def embedding_tasks(service: Service, body: EmbeddingBody) -> list[Task]:
-    """A task for each text to embed."""
+def embedding_tasks(service: Service, body: EmbeddingBody, pause: Callable[[], None]) -> list[Task]:
+    """A task for each text to embed; `pause` is called between the texts."""
     check_model(service, body.model)
     texts = texts_of(body.input)
     if len(texts) > service.capacity:
@@ -183,6 +188,7 @@ def embedding_tasks(service: Service, body: EmbeddingBody) -> list[Task]:
     pooling = body.pooling or service.pooling
     tasks = []
     for text in texts:
+        pause()
         ids = _ids(service, text, "input")
         _check(service, ids, "input")
         salt = service.salt(body.cache_salt)
@@ -197,23 +203,16 @@ def texts_of(given: str | Sequence[Any] | None) -> list[str | list[int | str]]:
     return [list(given)] if any(isinstance(part, int) for part in given) else list(given)
 
 
-def _check_characters(service: Service, count: int, place: str) -> None:
-    """Refuse what is surely too long without looking at it: it would take long."""
-    if count > service.max_model_len * MOST_CHARACTERS_OF_TOKEN:
-        reason = f"{count} characters are more than the context's {service.max_model_len} tokens can be"
-        raise Refused(400, f"{place}: {reason}", place, "context_length_exceeded")
-
-
-def _characters(message: Message) -> int:
-    return len(message.text)
-
-
 def _ids(service: Service, prompt: str | Sequence[int | str], place: str) -> list[int]:
-    _check_characters(service, sum(len(p) if isinstance(p, str) else 1 for p in prompt), place)
+    check_prompt_text(service, size(prompt) if isinstance(prompt, str) else sum(map(_size, prompt)), place)
     try:
         return service.prompter.prompt_ids(prompt)
     except UserError as error:
         raise BadRequest(f"{place}: {error}", place) from error
+
+
+def _size(part: int | str) -> int:
+    return size(part) if isinstance(part, str) else 1
 
 
 def _check(service: Service, ids: list[int], place: str, room: int = 1) -> None:
@@ -229,6 +228,8 @@ def _choices(
     grammar: str | None = None, keep_special: bool = False,
 ) -> list[Task]:  # fmt: skip
     """Tasks of one prompt, each with a seed of its own: given, or made up here so that it can be repeated."""
+    if not service.generates:
+        raise BadRequest("model: it has no output head (lm_head.weight), it answers POST /v1/embeddings only", "model")
     limits = service.prompter.limits(body)
     _check(service, ids, place, min(1, limits.max_tokens))
     try:

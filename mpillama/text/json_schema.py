@@ -37,6 +37,7 @@ LIKE_FORMATS = {"guid": "uuid", "url": "uri"} | {f"uuid{version}": "uuid" for ve
 BESIDES = frozenset(["$ref", "allOf", "anyOf", "oneOf", "if", "dependentSchemas", "not"])
 """Words whose schemas may know properties and items of the object beside them."""
 
+MOST_CHARACTERS = 1 << 20
 MOST_OPTIONAL = 1000
 """Optional properties of an object: any of them may be the next one, which the grammar notes at each name."""
 
@@ -58,10 +59,17 @@ def rewritten(schema: Any) -> Rewritten:
 
 def _copy(schema: Schema) -> Schema:
     try:
-        copy: Schema = json.loads(json.dumps(schema, allow_nan=False))
+        text = json.dumps(schema, allow_nan=False)
+        _check_length(text)
+        copy: Schema = json.loads(text)
     except (RecursionError, TypeError, ValueError) as error:
         raise UserError(f"The JSON schema cannot be written as JSON ({error}); correct it.") from error
     return copy
+
+
+def _check_length(text: str) -> None:
+    if len(text) > MOST_CHARACTERS:
+        raise UserError(f"The JSON schema is too large: {len(text)} characters, at most {MOST_CHARACTERS}; shorten it.")
 
 
 class _Rewriting:
