@@ -243,7 +243,9 @@ def test_a_prompt_is_echoed_with_its_log_probabilities(client):
             assert answer.text[at:].startswith(name) or (name.startswith("bytes:\\x") and answer.text[at] == "🐫")
         whole = [name for name in found.tokens if not name.startswith("bytes:")]
         assert "".join(whole) == answer.text.replace("🐫", "")
-        assert "".join(n.removeprefix("bytes:") for n in found.tokens[:20] if n not in whole)[:16] == r"\xf0\x9f\x90\xab"
+        assert (
+            "".join(n.removeprefix("bytes:") for n in found.tokens[:20] if n not in whole)[:16] == r"\xf0\x9f\x90\xab"
+        )
 
 
 def test_what_was_sampled_has_the_same_probability_in_a_prompt(client):
