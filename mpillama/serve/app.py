@@ -1,34 +1,31 @@
 """The server's paths: OpenAI's API, a few of our own, and the chat page."""
 
-from pathlib import Path
 from typing import Any
 
 from fastapi import APIRouter, FastAPI, Request, Response
 from fastapi.openapi.utils import get_openapi
-from fastapi.responses import FileResponse
 from fastapi.routing import APIRoute
 
 from mpillama import __version__
 from mpillama.api.prompts import Prompter
 from mpillama.api.served import DetokenizeBody, EmbeddingBody, ServedChat, ServedCompletion, TokenizeBody
+from mpillama.errors import UserError
 from mpillama.serve import errors, schemas
 from mpillama.serve.answering import Answerer, Reply
+from mpillama.serve.chat_page import page
 from mpillama.serve.choices import chat_choices, embedding_entry, shortened
 from mpillama.serve.completion_choice import completion_choices
 from mpillama.serve.errors import AsciiJson, Refused
 from mpillama.serve.front import SERVING, Front, Service
 from mpillama.serve.metrics import Metrics
 from mpillama.serve.preparing import Preparation, prepared
+from mpillama.serve.render.renderer import Renderer
 from mpillama.serve.responses import responses
 from mpillama.serve.responses_store import ResponseStore
 from mpillama.serve.routes import EVENTS, REFUSALS, FrontOf, ServiceOf, StrictRoute, log_prompt, tell_unknown
 from mpillama.serve.streams import stream, while_connected
 from mpillama.serve.tasks_of import chat_tasks, check_model, completion_tasks, embedding_tasks
 from mpillama.serve.tokenizing import detokenized, tokenized
-
-PAGE = Path(__file__).parent / "page"
-FRESH = {"Cache-Control": "no-cache"}
-"""The page's files belong together: after an upgrade a browser must not mix two versions."""
 
 
 def create_app(front: Front, request_seconds: float, log_prompts: bool = False) -> FastAPI:
@@ -38,6 +35,7 @@ def create_app(front: Front, request_seconds: float, log_prompts: bool = False) 
     app.state.metrics = Metrics(front)
     app.state.answerer = Answerer(front, app.state.metrics, request_seconds)
     app.state.log_prompts = log_prompts
+    app.state.renderer = Renderer()
     app.state.preparation = Preparation()
     app.state.responses = ResponseStore()
     errors.install(app)
@@ -69,7 +67,6 @@ def _document(app: FastAPI) -> dict[str, Any]:
 
 
 api = APIRouter(route_class=StrictRoute)
-page = APIRouter(route_class=StrictRoute, include_in_schema=False)
 
 
 @api.post(
@@ -206,18 +203,3 @@ async def health(front: FrontOf) -> Response:
 async def metrics(request: Request) -> Response:
     """Show counters and histograms for Prometheus."""
     return Response(request.app.state.metrics.page(), media_type="text/plain; version=0.0.4")
-
-
-@page.get("/")
-async def index() -> Response:
-    """Show the chat page."""
-    return FileResponse(PAGE / "index.html", headers=FRESH)
-
-
-@page.get("/page/{name}")
-async def page_file(name: str) -> Response:
-    """Give a file of the chat page."""
-    known = {path.name: path for path in PAGE.iterdir() if path.is_file()}
-    if name not in known:
-        raise Refused(404, f"the page has no file {name!r}")
-    return FileResponse(known[name], headers=FRESH)

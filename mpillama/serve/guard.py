@@ -6,7 +6,7 @@ import hmac
 import logging
 import time
 from collections.abc import Awaitable, Callable, MutableMapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import quote
 
@@ -48,7 +48,7 @@ SECURITY_HEADERS = (
 class Rules:
     """What clients must keep to; `key` None lets everybody in, `hosts` None any name of this server."""
 
-    key: str | None
+    key: str | None = field(repr=False)
     hosts: frozenset[str] | None
     most_requests: int
     body_bytes: int
@@ -108,7 +108,8 @@ class Guard:
             raise QueueFull(f"{self.requests} requests are open, and no more than {self.rules.most_requests} may be")
         self._check_host(scope)
         path = scope["path"]
-        if not (path in OPEN_PATHS or path.startswith(PAGE)) and not self._may_ask(scope):
+        is_file = path.startswith(PAGE) and scope["method"] != "POST"
+        if not (path in OPEN_PATHS or is_file) and not self._may_ask(scope):
             raise Refused(401, "give this server's key: Authorization: Bearer KEY")
         kind = _header(scope, b"content-type").split(b";")[0].strip().lower()
         if scope["method"] == "POST" and kind != b"application/json":

@@ -1,0 +1,72 @@
+"""The chat page's paths: its files, and the Markdown of answers as HTML."""
+
+import logging
+from functools import cache
+from pathlib import Path
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Request, Response
+from fastapi.responses import FileResponse
+from pydantic import Field
+
+from mpillama.api.bodies import Body
+from mpillama.serve.errors import AsciiJson, Refused, Unprocessable
+from mpillama.serve.render.code import code_css
+from mpillama.serve.render.renderer import NotRendered
+from mpillama.serve.routes import StrictRoute
+
+LOG = logging.getLogger(__name__)
+PAGE = Path(__file__).parent / "page"
+FRESH = {"Cache-Control": "no-cache"}
+"""The page's files belong together: after an upgrade a browser must not mix two versions."""
+MOST_TEXTS = 50
+MOST_CHARACTERS = 200_000
+"""Of the texts of one request together; the page shows longer ones as they are written."""
+
+page = APIRouter(route_class=StrictRoute, include_in_schema=False)
+
+
+class PageText(Body):
+    """A text in Markdown, or while it is `growing` its end."""
+
+    text: Annotated[str, Field(max_length=MOST_CHARACTERS)]
+    growing: bool = False
+
+
+class PageTexts(Body):
+    """The body of POST /page/render."""
+
+    texts: Annotated[list[PageText], Field(min_length=1, max_length=MOST_TEXTS, fail_fast=True)]
+
+
+@page.get("/")
+async def index() -> Response:
+    """Show the chat page."""
+    return FileResponse(PAGE / "index.html", headers=FRESH)
+
+
+@page.post("/page/render")
+async def render(request: Request, body: PageTexts) -> Response:
+    """Give the blocks of each text as HTML, each with its line: a page that shows a growing text sends its end only."""
+    if sum(len(one.text) for one in body.texts) > MOST_CHARACTERS:
+        raise Refused(413, f"texts: more than {MOST_CHARACTERS} characters together", "texts")
+    try:
+        found: Any = await request.app.state.renderer.render([(one.text, one.growing) for one in body.texts])
+    except NotRendered as error:
+        raise Unprocessable(f"texts: {error}", "texts") from error
+    return AsciiJson({"documents": found})
+
+
+@page.get("/page/{name}")
+async def page_file(name: str) -> Response:
+    """Give a file of the chat page."""
+    if name == "code.css":
+        return Response(code_css(), media_type="text/css", headers=FRESH)
+    if name not in _files():
+        raise Refused(404, f"the page has no file {name!r}")
+    return FileResponse(_files()[name], headers=FRESH)
+
+
+@cache
+def _files() -> dict[str, Path]:
+    return {path.name: path for path in PAGE.iterdir() if path.is_file()}

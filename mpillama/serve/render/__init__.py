@@ -1,0 +1,1 @@
+"""Answers' Markdown as safe HTML for the chat page."""
