@@ -62,7 +62,6 @@ def test_content_may_come_in_parts():
         ({"id": "a", "messages": MESSAGES, "tool_choice": "required"}, "tool_choice"),
         ({"id": "a", "messages": MESSAGES, "chat_template_kwargs": {"messages": 1}}, "chat_template_kwargs"),
         ({"id": "a", "prompt": "x", "max_tokens": -2}, "max_tokens"),
-        ({"id": "a", "prompt": "x", "max_tokens": -2}, "max_tokens"),
         ({"id": "a", "prompt": "x", "max_tokens": "9"}, "max_tokens"),
         ({"id": "a", "prompt": "x", "temperature": 3}, "temperature"),
         ({"id": "a", "prompt": "x", "n": 2}, "n"),

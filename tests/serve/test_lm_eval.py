@@ -62,7 +62,7 @@ def samples(served: Served, tmp_path_factory: pytest.TempPathFactory) -> dict[st
         (folder / f"{name}.yaml").write_text(f"task: tiny_{name}\n{data}{text}")
     command = [
         HARNESS, "run", "--model", "local-completions", "--batch_size", "4", "--include_path", str(folder),
-        "--model_args", f"base_url={served.url}/v1/completions,model=demo", "--log_samples",
+        "--model_args", f"base_url={served.url}/v1/completions,model=demo,num_concurrent=2", "--log_samples",
         "--tasks", ",".join(f"tiny_{name}" for name in TASKS), "--output_path", str(folder / "out"),
     ]  # fmt: skip
     env = {**os.environ, "HF_HOME": str(folder / "hf"), "HF_HUB_OFFLINE": "1"}
