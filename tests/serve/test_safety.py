@@ -1,5 +1,6 @@
 """Who may ask, how much, and how long it may take: each rule by itself, on a server that runs."""
 
+import gzip
 import json
 import os
 import re
@@ -279,6 +280,104 @@ def test_a_body_of_another_type_is_refused(idle: Served, kind: str | None):
     assert answer.json()["error"]["code"] == "unsupported_media_type"
 
 
+# -- other ways to ask -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["/", "/health", "/metrics", "/openapi.json", "/v1/models", "/v1/models/none", "/nowhere", "/v1/completions"],
+)
+def test_head_is_answered_as_get_without_a_body(idle: Served, path: str):
+    with idle.http() as http:
+        whole, only_head = http.get(path), http.head(path)
+    assert only_head.status_code == whole.status_code
+    assert only_head.content == b""
+    assert only_head.headers["content-type"] == whole.headers["content-type"]
+    if path != "/metrics":  # counts the requests
+        assert only_head.headers["content-length"] == str(len(whole.content)) == whole.headers["content-length"]
+
+
+def test_head_leaves_the_connection_as_it_was(idle: Served):
+    with Wire(idle.url) as wire:
+        wire.send(head("HEAD", "/health") + head("HEAD", "/nowhere") + head("GET", "/health", b"Connection: close"))
+        everything = b"".join(iter(wire.receive, b""))
+    assert re.findall(rb"HTTP/1.1 (\d+)", everything) == [b"200", b"404", b"200"]
+    assert everything.count(b'"status"') == 1
+
+
+def test_head_needs_the_key_as_well(keyed: Served):
+    assert httpx.head(f"{keyed.url}/v1/models", trust_env=False).status_code == 401
+    with keyed.http() as http:
+        assert http.head("/v1/models").status_code == 200
+
+
+def test_a_gzip_body_is_unpacked(idle: Served):
+    packed = gzip.compress(json.dumps(SHORT).encode())
+    with idle.http() as http:
+        expected = http.post("/v1/completions", json=SHORT).json()["choices"]
+        for name in ("gzip", "GZIP", "x-gzip"):
+            headers = {"Content-Type": "application/json", "Content-Encoding": name}
+            assert http.post("/v1/completions", content=packed, headers=headers).json()["choices"] == expected
+            pieces = iter([packed[i : i + 1] for i in range(len(packed))])
+            assert http.post("/v1/completions", content=pieces, headers=headers).json()["choices"] == expected
+        plain = {"Content-Type": "application/json", "Content-Encoding": "identity"}
+        assert http.post("/v1/completions", content=json.dumps(SHORT), headers=plain).json()["choices"] == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "status"),
+    [
+        ("gzip", lambda packed: packed[:-1], 400),
+        ("gzip", lambda packed: packed[:5], 400),
+        ("gzip", lambda packed: packed + b"x", 400),
+        ("gzip", lambda packed: packed + packed, 400),
+        ("gzip", gzip.decompress, 400),
+        ("gzip", lambda packed: b"", 400),
+        ("br", lambda packed: packed, 415),
+        ("deflate", lambda packed: packed, 415),
+        ("gzip, gzip", lambda packed: packed, 415),
+    ],
+)
+def test_what_is_packed_in_another_way_is_refused(idle: Served, name: str, change: Any, status: int):
+    body = change(gzip.compress(json.dumps(SHORT).encode()))
+    headers = {"Content-Type": "application/json", "Content-Encoding": name}
+    with idle.http() as http:
+        answer = http.post("/v1/completions", content=body, headers=headers)
+    assert answer.status_code == status, answer.text
+    assert status == 400 or "gzip" in answer.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("level", [1, 9])
+def test_a_bomb_is_not_unpacked_further_than_the_limit(idle: Served, level: int):
+    """A thousand times as large as it was sent: refused by what it would become, in little memory and time."""
+    bomb = gzip.compress(b" " * (300 * BODY_BYTES), level)
+    assert len(bomb) < 3 * BODY_BYTES
+    rank = idle.launch.ranks()[0]
+    before = rank.memory_info().rss
+    headers = {"Content-Type": "application/json", "Content-Encoding": "gzip"}
+    with idle.http() as http:
+        for _ in range(5):
+            answer = http.post("/v1/completions", content=iter([bomb[: BODY_BYTES // 2]]), headers=headers)
+            assert answer.status_code == 413
+    assert rank.memory_info().rss - before < 20 * BODY_BYTES
+
+
+@pytest.mark.parametrize("length", [0, 5, 10 * BODY_BYTES])
+def test_a_body_with_two_lengths_is_answered_and_its_connection_ends(idle: Served, length: int):
+    """The chunks count, and what follows is not looked at (RFC 9112, 6.3)."""
+    body = json.dumps(SHORT).encode()
+    lines = (b"Content-Type: application/json", b"Content-Length: %d" % length, b"Transfer-Encoding: chunked")
+    request = head("POST", "/v1/completions", *lines) + b"%x\r\n%s\r\n0\r\n\r\n" % (len(body), body)
+    with Wire(idle.url) as wire:
+        wire.send(request + head("GET", "/health"))
+        answer = wire.answer()
+        assert answer
+        assert answer.status == 200, answer.body
+        assert json.loads(answer.body)["choices"]
+        assert answer.headers["connection"] == "close"
+        assert wire.receive() == b""
+
+
 # -- too much at once ------------------------------------------------------------------------------------------------
 
 
@@ -462,6 +561,17 @@ def test_a_page_of_the_allowed_origin_may_ask(keyed: Served):
         assert preflight.status_code == 204
         assert preflight.headers["access-control-allow-origin"] == ORIGIN
         assert "authorization" in preflight.headers["access-control-allow-headers"].lower()
+        wanted = "authorization,content-type,x-stainless-lang,x-stainless-retry-count,openai-organization"
+        asks = {"Origin": ORIGIN, "Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": wanted}
+        for path in ("/v1/chat/completions", "/health", "/nowhere"):
+            preflight = http.options(path, headers=asks)
+            assert preflight.status_code == 204
+            assert preflight.headers["access-control-allow-headers"] == wanted
+            assert "HEAD" in preflight.headers["access-control-allow-methods"]
+            assert set(preflight.headers.get_list("vary", split_commas=True)) == {
+                "Origin",
+                "Access-Control-Request-Headers",
+            }
         assert "access-control-allow-credentials" not in preflight.headers
         for answer in (
             http.post("/v1/completions", json=SHORT, headers={"Origin": ORIGIN}),
@@ -470,6 +580,7 @@ def test_a_page_of_the_allowed_origin_may_ask(keyed: Served):
         ):
             assert answer.headers["access-control-allow-origin"] == ORIGIN
             assert answer.headers["vary"] == "Origin"
+            assert "x-mpillama-ignored" in answer.headers["access-control-expose-headers"].lower()
 
 
 @pytest.mark.parametrize(
@@ -477,7 +588,8 @@ def test_a_page_of_the_allowed_origin_may_ask(keyed: Served):
 )
 def test_a_page_of_another_origin_may_not(keyed: Served, origin: str):
     with keyed.http() as http:
-        asks = {"Origin": origin, "Access-Control-Request-Method": "POST"}
+        wanted = {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "x-stainless-os"}
+        asks = {"Origin": origin, **wanted}
         assert not cross_origin(http.options("/v1/completions", headers=asks))
         assert not cross_origin(http.post("/v1/completions", json=SHORT, headers=asks))
 
