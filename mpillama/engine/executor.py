@@ -10,6 +10,7 @@ from mpillama.comm.communicator import Communicator
 from mpillama.engine.step_plan import Order, Segment, StepPlan
 from mpillama.model.cache import KVCache
 from mpillama.model.llama import LlamaModel
+from mpillama.text.token_ids import check_token_ids
 
 LOGIT_BYTES = 32 << 20
 """Logits that a rank holds at once where a step wants those of many positions."""
@@ -44,12 +45,17 @@ class Executor:
     # -- rank 0 ----------------------------------------------------------------------------------------------------
 
     def forward(self, segments: Sequence[Segment]) -> np.ndarray:
-        """Run a step and return the wanted logits, float32 [rows, vocab_size], in the order of the segments."""
+        """Run a step and return the wanted logits, float32 [rows, vocab_size], in the order of the segments.
+
+        UserError for a token that the model does not have; nothing is run then.
+        """
         pieces = list(self.forward_in_pieces(segments))
         return pieces[0] if len(pieces) == 1 else np.concatenate(pieces or [self._no_logits()])
 
     def forward_in_pieces(self, segments: Sequence[Segment]) -> Iterator[np.ndarray]:
         """As forward, with up to `piece` rows at a time; take them all, since all ranks compute them together."""
+        for segment in segments:
+            check_token_ids(segment.token_ids, self.model.config.vocab_size)
         blocks_first, rest = self.plan.fit(segments)
         for segment in blocks_first:
             self._run([segment])

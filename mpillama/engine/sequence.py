@@ -12,6 +12,7 @@ from mpillama.engine.step_plan import Segment
 from mpillama.errors import UserError
 from mpillama.model.cache import BLOCK_POSITIONS, blocks_for
 from mpillama.text.sampler import Sampler, SamplingOptions
+from mpillama.text.token_ids import check_token_ids
 
 Pooling = Literal["mean", "last"]
 """What becomes the embedding of a text: the mean of all positions' last hidden states, or the last position's."""
@@ -166,5 +167,4 @@ def check_prompt(ids: Sequence[int], longest: int, vocab_size: int, room: int = 
         raise UserError("the prompt is empty: give at least one token.")
     if len(ids) + room > longest:
         raise UserError(f"the prompt has {len(ids)} tokens, but the context holds {longest}: shorten it.")
-    if not 0 <= min(ids) <= max(ids) < vocab_size:
-        raise UserError(f"the prompt has token ids outside 0 to {vocab_size - 1}.")
+    check_token_ids(ids, vocab_size)

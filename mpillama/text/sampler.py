@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mpillama.errors import UserError
+from mpillama.text.token_ids import check_token_ids
 
 Floats = npt.NDArray[np.float64]
 Ids = npt.NDArray[np.int64]
@@ -78,6 +79,7 @@ class Sampler:
         self._lowest = math.log(options.min_p) if options.min_p else -math.inf  # of scores whose maximum is 0
         self._rng = np.random.Generator(np.random.PCG64(self.seed))
         self._bias = _checked_bias(options.logit_bias, vocab_size)
+        check_token_ids(prompt_ids, vocab_size)
         self._seen = np.zeros(vocab_size, bool)
         self._seen[list(prompt_ids)] = True
         self._counts = np.zeros(vocab_size, np.int64)
