@@ -5,7 +5,7 @@ Defaults are written into the help by hand, because argparse-dataclass prints MI
 
 import argparse
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, NoReturn, Optional
 
 import argparse_dataclass
@@ -42,10 +42,11 @@ compiled kernels are kept (default: the node's temporary directory)."""
 
 
 def option(text: str, default: Any = None, **metadata: Any) -> Any:
-    """A field with its help text."""
+    """A field with its help text; one that is `secret` is neither shown nor recorded."""
+    shown = not metadata.get("secret", False)
     if isinstance(default, list):
-        return field(default_factory=lambda: list(default), metadata={"help": text, **metadata})
-    return field(default=default, metadata={"help": text, **metadata})
+        return field(default_factory=lambda: list(default), metadata={"help": text, **metadata}, repr=shown)
+    return field(default=default, metadata={"help": text, **metadata}, repr=shown)
 
 
 def positional(name: str, text: str) -> Any:
@@ -239,6 +240,7 @@ class ServeOptions(EngineOptions, SamplingFlags):
     api_key: Optional[str] = option(
         "key that clients must give; auto makes one (visible in `ps`: --api-key-file or MPILLAMA_API_KEY are not)",
         metavar="KEY",
+        secret=True,
     )
     api_key_file: Optional[str] = option("file whose first line is the key", metavar="FILE")
     no_auth: bool = option("let everybody who reaches the address ask, without a key", False)
@@ -445,6 +447,11 @@ def build_parser() -> argparse.ArgumentParser:
     for name, (options_class, text) in COMMANDS.items():
         commands.add_parser(name, options_class=options_class, help=text, description=text.capitalize() + ".")
     return parser
+
+
+def recorded(options: Any) -> dict[str, Any]:
+    """The options as results may tell them: without secrets."""
+    return {f.name: getattr(options, f.name) for f in fields(options) if not f.metadata.get("secret")}
 
 
 def parse(arguments: Sequence[str]) -> tuple[str, Any]:

@@ -14,6 +14,7 @@ from typing import Any, NoReturn
 
 from mpillama.comm.launcher import launched_rank
 from mpillama.errors import UserError
+from mpillama.redaction import hide
 
 USER_ERROR_STATUS = 2
 FAILURE_STATUS = 1
@@ -45,7 +46,7 @@ def report_user_error(message: str) -> None:
 def print_error(text: str) -> None:
     """Write to standard error, which may be closed."""
     try:
-        sys.stderr.write(text + "\n")
+        sys.stderr.write(hide(text) + "\n")
         sys.stderr.flush()
     except (OSError, ValueError):
         return  # nobody is listening; the status still tells

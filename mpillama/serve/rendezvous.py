@@ -4,7 +4,7 @@ import ipaddress
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from mpillama.errors import UserError
@@ -15,7 +15,7 @@ class Rendezvous:
     """What a client needs; `ssh` is the tunnel that brings the URL's port to another machine."""
 
     url: str
-    key: str | None
+    key: str | None = field(repr=False)
     model: str
     host: str
     port: int

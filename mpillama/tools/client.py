@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from mpillama.errors import UserError
 from mpillama.options import ClientOptions
+from mpillama.redaction import keep_secret
 from mpillama.tools.keyboard import Keyboard
 from mpillama.tools.standard_input import read_standard_input
 
@@ -85,6 +86,7 @@ class Server:
             except OSError as error:
                 raise UserError(f"--api-key-file {options.api_key_file}: cannot be read ({error.strerror}).") from error
         hint = f"; from another machine, first: {found.ssh}, then --url" if found else ""
+        keep_secret(key)
         return cls(options.url or (found.url if found else ""), key, options.timeout, hint)
 
     @contextmanager

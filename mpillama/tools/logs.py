@@ -14,6 +14,7 @@ from mpillama import __version__
 from mpillama.comm.failure import describe_rank, print_error
 from mpillama.comm.start import World, mpi_library
 from mpillama.errors import UserError
+from mpillama.redaction import hide, shown_arguments
 
 ROOT = "mpillama"
 LIBRARIES = ("numpy", "mpi4py", "numba", "h5py")
@@ -51,7 +52,8 @@ class RankFile(logging.Handler):
         super().__init__()
         self.path = path
         self.comm = world.comm
-        self.fd = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        self.fd = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        os.fchmod(self.fd, 0o600)  # the file may be an older one
         where = f"{self.comm.rank}/{self.comm.size}@{world.host}"
         self.setFormatter(logging.Formatter(f"%(asctime)s.%(msecs)03d {where} %(levelname)s %(message)s", "%FT%T"))
 
@@ -59,7 +61,7 @@ class RankFile(logging.Handler):
         """Write one line."""
         if self.fd < 0:
             return
-        line = (self.format(record) + "\n").encode(errors="replace")
+        line = (hide(self.format(record)) + "\n").encode(errors="replace")
         try:
             while line:
                 line = line[os.write(self.fd, line) :]
@@ -130,7 +132,7 @@ def _told(world: World, in_file: bool) -> Iterator[None]:
         libraries = ", ".join(f"{name} {version(name)}" for name in LIBRARIES)
         log.info("mpillama %s, Python %s, %s, %s.", __version__, platform.python_version(), libraries, mpi_library())
         log.info("process %d, %d threads, Linux %s.", os.getpid(), world.threads, platform.release())
-        log.info("arguments: %s", " ".join(sys.argv[1:]) or "none")
+        log.info("arguments: %s", shown_arguments(sys.argv[1:]) or "none")
     try:
         yield
     except UserError as error:

@@ -2,11 +2,12 @@
 
 import os
 import secrets
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from mpillama.errors import UserError
 from mpillama.options import ServeOptions
+from mpillama.redaction import keep_secret
 from mpillama.tools.engines import check_engine_options
 from mpillama.tools.output_file import refuse_unwritable
 from mpillama.tools.quantities import parse_bytes
@@ -17,7 +18,7 @@ from mpillama.tools.running import check_observed, sampling_options
 class Settings:
     """What the options come to."""
 
-    key: str | None
+    key: str | None = field(repr=False)
     made_key: bool
     body_bytes: int
     rendezvous: Path
@@ -44,6 +45,7 @@ def check(options: ServeOptions) -> Settings:
             f"--host {options.host} is reached from other machines: give a key (--api-key auto makes one, "
             "--api-key-file, MPILLAMA_API_KEY), or say --no-auth."
         )
+    keep_secret(key)
     path = Path(options.rendezvous) if options.rendezvous else default_path(os.environ)
     refuse_unwritable("--rendezvous", str(path))
     return Settings(key, made, parse_bytes("--body-limit", options.body_limit), path)
