@@ -12,6 +12,8 @@ from mpillama.errors import UserError
 from mpillama.files.checkpoint import Checkpoint
 from mpillama.files.checkpoint_model import AS_STORED, checkpoint_model
 from mpillama.files.checkpoints import read_checkpoint
+from mpillama.files.foreign import regular_size, unreadable
+from mpillama.files.locate import locate_model
 from mpillama.files.native import HDF5_SIGNATURE, read_table
 from mpillama.model.config import ModelConfig
 from mpillama.model.tensors import TensorSpec, WeightTypes
@@ -95,7 +97,8 @@ def open_model(path: str, weights: str = AS_STORED, tokenizer: str | None = None
 
     `weights` is a weight type or "as-stored"; `tokenizer` the `.t` file of a distributed-llama model.
     """
-    if is_foreign(path):
+    path = locate_model(path)
+    if not is_native(path):
         return checkpoint_model(with_tokenizer(read_checkpoint(path, tokenizer)), weights)
     model = read_table(path)
     if weights not in (AS_STORED, model.weight_types.default.name):
@@ -106,16 +109,16 @@ def open_model(path: str, weights: str = AS_STORED, tokenizer: str | None = None
     return model
 
 
-def is_foreign(path: str) -> bool:
-    """Whether a path is that of another format than the native file's; one that cannot be read is not."""
+def is_native(path: str) -> bool:
+    """Whether a path is that of a native file; UserError if it cannot be read."""
     if Path(path).is_dir():
-        return (Path(path) / "config.json").exists()
+        return False
+    regular_size(path)  # a pipe would be waited for
     try:
         with Path(path).open("rb") as file:
-            found = file.read(len(HDF5_SIGNATURE))
-    except OSError:
-        return False  # read_table says why
-    return found[:4] == b"GGUF" or Path(path).suffix in (".m", ".safetensors")
+            return file.read(len(HDF5_SIGNATURE)) == HDF5_SIGNATURE
+    except OSError as error:
+        raise unreadable(path, error) from error
 
 
 def with_tokenizer(checkpoint: Checkpoint) -> Checkpoint:

@@ -6,11 +6,14 @@ from mpillama.errors import UserError
 from mpillama.files.checkpoint import Checkpoint
 from mpillama.files.cursor import Cursor
 from mpillama.files.dllama import MAGIC, OLD_MAGICS, read_dllama
+from mpillama.files.dllama_tokenizer import MAGICS as TOKENIZER_MAGICS
 from mpillama.files.gguf_file import read_gguf
 from mpillama.files.gguf_header import MAGIC as GGUF_MAGIC
 from mpillama.files.hugging_face import read_hugging_face
 
-ACCEPTED = "a Hugging Face folder (config.json and safetensors), a .gguf file or a distributed-llama .m file"
+ACCEPTED = (
+    "its own .h5 files, Hugging Face folders (config.json and safetensors), .gguf files and distributed-llama .m files"
+)
 
 
 def read_checkpoint(path: str, tokenizer_path: str | None = None) -> Checkpoint:
@@ -23,12 +26,17 @@ def read_checkpoint(path: str, tokenizer_path: str | None = None) -> Checkpoint:
         return read_gguf(path)
     if found[:4] in (MAGIC, *OLD_MAGICS):
         return read_dllama(path, tokenizer_path)
-    if Path(path).suffix == ".safetensors":
+    name = Path(path).name
+    if name.endswith((".safetensors", ".safetensors.index.json", "config.json", "tokenizer.json", "tokenizer.model")):
         raise UserError(f"{path}: one file of a Hugging Face checkpoint: give the folder that holds its config.json.")
-    raise UserError(f"{path}: begins with the bytes {found.hex(' ') or '(none)'}: mpillama converts {ACCEPTED}.")
+    if found[:4] in TOKENIZER_MAGICS:
+        raise UserError(f"{path}: a tokenizer: name it with --tokenizer, and the .m file it belongs to as the model.")
+    raise UserError(
+        f"{path}: no model that mpillama knows (it begins with the bytes {found.hex(' ')}): mpillama reads {ACCEPTED}."
+    )
 
 
 def _read_folder(path: str) -> Checkpoint:
     if not (Path(path) / "config.json").exists():
-        raise UserError(f"{path}: a folder without config.json: mpillama converts {ACCEPTED}.")
+        raise UserError(f"{path}: a folder without config.json: mpillama reads {ACCEPTED}.")
     return read_hugging_face(path)

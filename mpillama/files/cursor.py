@@ -5,7 +5,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from mpillama.errors import UserError
 from mpillama.files.foreign import damaged, regular_size, unreadable
+from mpillama.files.stand_ins import HEAD_BYTES, refuse_stand_in
 
 MOST_HEADER = 2**27
 """Bytes of a header that are read at the most; the largest vocabularies take a tenth of it."""
@@ -21,8 +23,15 @@ class Cursor:
         self.place = 0
         try:
             self.file = Path(path).open("rb")  # noqa: SIM115 - closed by __exit__
+            head = self.file.read(HEAD_BYTES)
+            self.file.seek(0)
         except OSError as error:
             raise unreadable(path, error) from error
+        try:
+            refuse_stand_in(path, head)
+        except UserError:
+            self.file.close()
+            raise
 
     def __enter__(self) -> Self:
         return self

@@ -10,6 +10,7 @@ from mpillama.files.cursor import Cursor
 from mpillama.files.foreign import damaged
 
 MAGIC, OLD_MAGIC = 0x567124, 0x567123
+MAGICS = tuple(magic.to_bytes(4, "little") for magic in (MAGIC, OLD_MAGIC))
 VERSION = 1
 MOST_PAIRS = 1000
 VOCABULARY = "dllama_vocabulary.json"

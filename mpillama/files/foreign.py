@@ -11,6 +11,7 @@ from typing import Any
 from mpillama.errors import UserError
 from mpillama.files.checkpoint import StoredTensor
 from mpillama.files.row_bytes import row_bytes, stored_bytes
+from mpillama.files.stand_ins import HEAD_BYTES, refuse_text_stand_in
 from mpillama.model.config import MOST_EXPERTS
 
 MOST_TEXT = 2**28
@@ -52,9 +53,11 @@ def read_text(path: Path) -> bytes:
     if size > MOST_TEXT:
         raise UserError(f"{path}: has {size} bytes, a text beside a model at most {MOST_TEXT}: download it again.")
     try:
-        return path.read_bytes()
+        text = path.read_bytes()
     except OSError as error:
         raise unreadable(path, error) from error
+    refuse_text_stand_in(path, text[:HEAD_BYTES])
+    return text
 
 
 def read_json(path: Path) -> Mapping[str, Any]:

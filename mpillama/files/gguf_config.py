@@ -14,8 +14,16 @@ from mpillama.model.rope_scaling import yarn_attention_factor
 
 ARCHITECTURES = {"llama": "llama", "qwen2": "qwen2", "qwen3": "qwen3", "qwen3moe": "qwen3_moe"}
 """GGUF's architectures as Hugging Face's model_type; Mistral is "llama" in GGUF, and so is Mixtral, with experts."""
+OTHER_KINDS = {
+    "adapter": "an adapter (LoRA), not a model: merge it into its base model (llama-export-lora), and give that file",
+    "mmproj": "the part of a model that sees pictures: give the .gguf file of its language model",
+    "imatrix": "an importance matrix for quantising, not a model: give the .gguf file of the model",
+}
+"""What a file of a general.type that is not "model" holds, and what to do."""
 MOST = 2**40
 """A damaged file may claim more of something."""
+BY_LAYER = ("attention.head_count", "attention.head_count_kv", "feed_forward_length", "attention.sliding_window")
+"""Keys that may have a value for each layer."""
 TOKENIZER = "tokenizer.ggml."
 
 
@@ -25,6 +33,9 @@ class Metadata:
     def __init__(self, header: GgufHeader):
         self.header = header
         self.path = header.path
+        kind = header.value("general.type")
+        if kind in OTHER_KINDS:
+            raise UserError(f"{self.path}: {OTHER_KINDS[kind]}.")
         self.architecture = header.value("general.architecture")
         if self.architecture not in ARCHITECTURES:
             raise UserError(
@@ -32,8 +43,19 @@ class Metadata:
             )
 
     def get(self, key: str) -> Any:
-        """The architecture's value, None if there is none."""
-        return self.header.value(f"{self.architecture}.{key}")
+        """The architecture's value, None if there is none; of a list with a value for each layer the one of all."""
+        name = f"{self.architecture}.{key}"
+        value = self.header.metadata.get(name)
+        if key not in BY_LAYER or not isinstance(value, np.ndarray):
+            return self.header.value(name)
+        different = sorted(set(value.tolist()))
+        if len(different) != 1:
+            shown = ", ".join(map(str, different[:8])) or "no values"
+            raise UserError(
+                f"{self.path}: {name} differs from layer to layer ({shown}): mpillama runs models whose layers are all "
+                "alike."
+            )
+        return different[0]
 
     def number(self, key: str, default: float | None = None) -> float:
         """A positive finite number."""

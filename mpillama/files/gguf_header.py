@@ -149,11 +149,10 @@ def _tensor(cursor: Cursor, number: int) -> StoredTensor:
 
 def _stored(path: str, name: str, kind: int) -> str:
     stored = GGML_TYPES.get(kind)
-    if stored is None:
-        raise damaged(path, f"tensor {name!r} has the unknown type {kind}")
     if stored not in BLOCKS:
+        shown = stored.upper() if stored else f"GGML's type {kind}, which this mpillama does not know"
         raise UserError(
-            f"{path}: tensor {name!r} is stored as {stored.upper()}: "
+            f"{path}: tensor {name!r} is stored as {shown}: "
             f"mpillama reads {', '.join(BLOCKS).upper()}, take the model in one of these."
         )
     return stored

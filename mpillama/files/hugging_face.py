@@ -11,6 +11,7 @@ from mpillama.files.checkpoint import Checkpoint, StoredTensor
 from mpillama.files.foreign import by_name, check_extents, damaged, read_json, read_text, regular_size, split_experts
 from mpillama.files.output_head import TIED, settle_head, with_prefix
 from mpillama.files.safetensors_table import IGNORED, read_safetensors_table
+from mpillama.files.stand_ins import what_folder
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -71,14 +72,17 @@ def _refuse_quantised(path: str, config: Mapping[str, Any]) -> None:
 # -- which files ----------------------------------------------------------------------------------------------------
 
 
+def has_weights(folder: Path) -> bool:
+    """Whether a folder has weights under the names that are read."""
+    return (folder / WEIGHTS).exists() or (folder / INDEX).exists()
+
+
 def _placed_by_index(folder: Path) -> Mapping[str, str]:
     """Which file holds which tensor, as the index says; nothing for a model in one file."""
     if (folder / WEIGHTS).exists():
         return {}
     if not (folder / INDEX).exists():
-        raise UserError(
-            f"{folder}: has neither {WEIGHTS} nor {INDEX}: mpillama reads no other weights beside a config.json."
-        )
+        raise UserError(f"{folder}: has neither {WEIGHTS} nor {INDEX}: {what_folder(folder)}.")
     placed = read_json(folder / INDEX).get("weight_map")
     if not isinstance(placed, dict) or not placed or not all(_is_file_name(name) for name in placed.values()):
         raise damaged(folder / INDEX, "its weight_map does not give a file of this folder for each tensor")

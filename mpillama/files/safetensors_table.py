@@ -23,8 +23,9 @@ def read_safetensors_table(path: str, number: int) -> list[StoredTensor]:
     with Cursor(path, MOST_HEADER + 8) as cursor:
         length = cursor.number("Q", "the length of its header")
         cursor.expect(length, "header")
-        _validate(path)
         header = _parse(path, cursor.take(length, "header"))
+        _refuse_dtypes(path, header)
+        _validate(path)
     named = ((name, info) for name, info in header.items() if name != "__metadata__" and not name.endswith(IGNORED))
     return [_stored_tensor(path, name, info, number, 8 + length) for name, info in named]
 
@@ -62,15 +63,21 @@ def _parse(path: str, header: bytes) -> dict[str, Any]:
     return value
 
 
+def _refuse_dtypes(path: str, header: dict[str, Any]) -> None:
+    """Refuse other types by name, also those that the installed safetensors package does not know."""
+    for name, info in header.items():
+        dtype = info.get("dtype") if isinstance(info, dict) else None
+        if isinstance(dtype, str) and name != "__metadata__" and dtype not in STORED and not name.endswith(IGNORED):
+            raise UserError(
+                f"{path}: tensor {name!r} is stored as {dtype[:32]}: mpillama reads {', '.join(STORED)}, "
+                "take the model in one of these, or a GGUF file of it."
+            )
+
+
 def _stored_tensor(path: str, name: str, info: Any, number: int, start: int) -> StoredTensor:
     try:
         dtype, shape, (begin, _) = info["dtype"], tuple(int(n) for n in info["shape"]), info["data_offsets"]
         offset = start + int(begin)
     except (KeyError, TypeError, ValueError) as error:
         raise damaged(path, f"tensor {name!r}: {one_line(error)}") from error
-    if dtype not in STORED:
-        raise UserError(
-            f"{path}: tensor {name!r} is stored as {dtype}: mpillama reads {', '.join(STORED)}, "
-            "take the model in one of these, or a GGUF file of it."
-        )
     return StoredTensor(name, shape, STORED[dtype], number, offset)

@@ -345,10 +345,15 @@ def test_models_from_before_version_0_3(model, magic):
     assert "0.3" in refusal(lambda: read_checkpoint(str(model)), model)
 
 
-@pytest.mark.parametrize("data", [b"", b"\xcd\xab", b"GGUF and more"])
+@pytest.mark.parametrize("data", [b"\xcd\xab", b"GGUF and more"])
 def test_other_files(model, data):
     model.write_bytes(data)
     assert "not a distributed-llama model" in refused(model)
+
+
+def test_an_empty_file(model):
+    model.write_bytes(b"")
+    assert "an empty file" in refused(model)
 
 
 @pytest.mark.parametrize(

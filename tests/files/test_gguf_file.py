@@ -541,11 +541,30 @@ def test_another_scaling(tmp_path):
     assert "'longrope'" in refused(written.finish())
 
 
-def test_one_count_for_each_layer(tmp_path):
-    written = Written(tmp_path / "m.gguf")
-    written.writer.add_head_count([4, 4])
-    written.writer.add_embedding_length(HIDDEN)
-    assert "llama.attention.head_count as an array" in refused(written.finish())
+@pytest.mark.parametrize("key", ["attention.head_count", "attention.head_count_kv", "feed_forward_length"])
+def test_one_count_for_each_layer(tmp_path, key):
+    count = metadata_of_one_layer()[key]
+    alike, different = ([count] * 3, [count, count + 2, count])
+    for name, counts in {"alike": alike, "different": different}.items():
+        array = pair(f"llama.{key}", ARRAY, struct.pack(f"<IQ{len(counts)}I", U32, len(counts), *counts))
+        others = [p for p in metadata_pairs() if not p.startswith(text(f"llama.{key}"))]
+        (tmp_path / f"{name}.gguf").write_bytes(raw_gguf([*others, array], []))
+    (tmp_path / "usual.gguf").write_bytes(raw_gguf(metadata_pairs(), []))
+    assert read(tmp_path / "alike.gguf").config_json == read(tmp_path / "usual.gguf").config_json
+    assert f"llama.{key} differs from layer to layer ({count}, {count + 2})" in refused(tmp_path / "different.gguf")
+
+
+@pytest.mark.parametrize(("kind", "said"), [("adapter", "LoRA"), ("mmproj", "pictures"), ("imatrix", "quantising")])
+def test_what_is_no_model_says_so(tmp_path, kind, said):
+    (tmp_path / "m.gguf").write_bytes(raw_gguf([*metadata_pairs(), pair("general.type", TEXT, text(kind))], []))
+    assert said in refused(tmp_path / "m.gguf")
+
+
+def test_a_type_from_the_future_is_no_damage(tmp_path):
+    (tmp_path / "m.gguf").write_bytes(raw_gguf(metadata_pairs(), [("x", (256,), 77, 0)]) + bytes(4096))
+    sentence = refused(tmp_path / "m.gguf")
+    assert "type 77" in sentence
+    assert "damaged" not in sentence
 
 
 def test_a_missing_file(tmp_path):
@@ -557,8 +576,8 @@ def test_another_kind_of_file(tmp_path):
     assert "73 6f 6d 65" in refused(tmp_path / "m.gguf")
     assert "73 6f 6d 65" in refusal(lambda: read_checkpoint(str(tmp_path / "m.gguf")), tmp_path)
     (tmp_path / "m.gguf").write_bytes(b"")
-    assert "nothing" in refused(tmp_path / "m.gguf")
-    assert "none" in refusal(lambda: read_checkpoint(str(tmp_path / "m.gguf")), tmp_path)
+    assert "an empty file" in refused(tmp_path / "m.gguf")
+    assert "an empty file" in refusal(lambda: read_checkpoint(str(tmp_path / "m.gguf")), tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -583,12 +602,15 @@ def pair(key: str, kind: int, value: bytes) -> bytes:
     return text(key) + struct.pack("<I", kind) + value
 
 
+def metadata_of_one_layer() -> dict[str, int]:
+    sizes = {"block_count": 1, "context_length": 64, "embedding_length": 32, "feed_forward_length": 32}
+    return {**sizes, "attention.head_count": 2, "attention.head_count_kv": 1, "vocab_size": 4}
+
+
 def metadata_pairs() -> list[bytes]:
-    numbers = {"block_count": 1, "context_length": 64, "embedding_length": 32, "feed_forward_length": 32}
-    numbers |= {"attention.head_count": 2, "attention.head_count_kv": 1, "vocab_size": 4}
     return [
         pair("general.architecture", TEXT, text("llama")),
-        *(pair(f"llama.{key}", U32, struct.pack("<I", value)) for key, value in numbers.items()),
+        *(pair(f"llama.{key}", U32, struct.pack("<I", value)) for key, value in metadata_of_one_layer().items()),
         pair("llama.attention.layer_norm_rms_epsilon", F32, struct.pack("<f", 1e-5)),
     ]
 

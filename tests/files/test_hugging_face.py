@@ -321,7 +321,9 @@ def test_a_tensor_under_both_names(tmp_path):
     assert "appears twice" in refused(write_folder(tmp_path / "m", tensors))
 
 
-@pytest.mark.parametrize(("dtype", "width"), [("F64", 8), ("I64", 8), ("U8", 1), ("F8_E4M3", 1), ("BOOL", 1)])
+@pytest.mark.parametrize(
+    ("dtype", "width"), [("F64", 8), ("I64", 8), ("U8", 1), ("F8_E4M3", 1), ("BOOL", 1), ("F3_NEW", 1)]
+)
 def test_another_dtype_is_refused_by_name(plain, dtype, width):
     header = {"x": {"dtype": dtype, "shape": [2], "data_offsets": [0, 2 * width]}}
     (plain / WEIGHTS).write_bytes(with_header(header) + bytes(2 * width))

@@ -100,9 +100,9 @@ def truncated(directory: Path, toy: Path) -> Path:
 
 FILES: dict[str, tuple[Callable[[Path, Path], Path], str]] = {
     "missing": (missing, "no such file"),
-    "folder": (folder, "not a regular file"),
-    "text": (text, "not a mpillama file"),
-    "empty": (empty, "not a mpillama file"),
+    "folder": (folder, "a folder without a model"),
+    "text": (text, "no model that mpillama knows"),
+    "empty": (empty, "an empty file"),
     "truncated": (truncated, "truncated"),
 }
 
