@@ -24,6 +24,8 @@ App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 OPEN_PATHS = ("/", "/health", "/openapi.json")
 """What needs no key, besides the page's files."""
+HEALTH = "/health"
+"""Is answered however many requests are open, and whatever body it has, for nothing waits for it."""
 PAGE = "/page/"
 ASKER = "mpillama.asker"
 """In the scope: a digest of the key that was shown; missing without one."""
@@ -94,7 +96,7 @@ class Guard:
             self._check_head(scope)
             if shown := _header(scope, b"authorization"):
                 scope[ASKER] = _digest(shown).hex()
-            body = await self._body(scope, receive, held)
+            body = b"" if scope["path"] == HEALTH else await self._body(scope, receive, held)
         except (Refused, QueueFull) as error:
             return await response_to(error)(scope, receive, send)
         try:
@@ -104,7 +106,7 @@ class Guard:
 
     def _check_head(self, scope: Scope) -> None:
         """Refuse by what is known before the body."""
-        if self.requests > self.rules.most_requests:
+        if self.requests > self.rules.most_requests and scope["path"] != HEALTH:
             raise QueueFull(f"{self.requests} requests are open, and no more than {self.rules.most_requests} may be")
         self._check_host(scope)
         path = scope["path"]

@@ -7,13 +7,14 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import h11
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from mpillama.errors import UserError
+from mpillama.serve.connections import Crowd, Door, Place
 
 HEADER_BYTES = 64 << 10
 HEADER_SECONDS = 20.0
@@ -60,6 +61,7 @@ class PatientProtocol(H11Protocol):
     """uvicorn's HTTP/1.1, which drops those who never finish the head of a request."""
 
     write_seconds = 60.0
+    place: Place
     _timer: asyncio.TimerHandle | None = None
     _reader_timer: asyncio.TimerHandle | None = None
 
@@ -68,6 +70,7 @@ class PatientProtocol(H11Protocol):
         # asyncio does it only for sockets made with a protocol number; without it, tokens wait for acknowledgements.
         transport.get_extra_info("socket").setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         super().connection_made(transport)
+        self.place.drop = transport.abort
         self._watch_head()
 
     def data_received(self, data: bytes) -> None:
@@ -78,6 +81,7 @@ class PatientProtocol(H11Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         """The client has gone."""
         super().connection_lost(exc)
+        self.place.gone()
         self._stop_timer()
         self._stop_reader_timer()
 
@@ -101,19 +105,29 @@ class PatientProtocol(H11Protocol):
     def handle_events(self) -> None:
         """Begin the requests whose head is complete; each may drop the connection."""
         super().handle_events()
+        if self._answering:
+            self.place.busy()
         if self.scope is not None:
             self.scope.setdefault("extensions", {})[ABORT] = {"call": self.transport.abort}
 
+    def on_response_complete(self) -> None:
+        """Wait for the next request, or begin it if it is there already."""
+        self.place.idle()
+        super().on_response_complete()
+
+    @property
+    def _answering(self) -> bool:
+        return self.cycle is not None and not self.cycle.response_complete
+
     def _watch_head(self) -> None:
-        answering = self.cycle is not None and not self.cycle.response_complete
-        if answering:
+        if self._answering:
             self._stop_timer()
         elif self._timer is None:
             self._timer = self.loop.call_later(HEADER_SECONDS, self._give_up)
 
     def _give_up(self) -> None:
         self._timer = None
-        if self.cycle is None or self.cycle.response_complete:
+        if not self._answering:
             self.transport.abort()
 
     def _stop_timer(self) -> None:
@@ -127,10 +141,32 @@ class PatientProtocol(H11Protocol):
             self._reader_timer = None
 
 
+class CrowdedServer(uvicorn.Server):
+    """uvicorn's server, behind a door that lets no more connections in than there is room for."""
+
+    def __init__(self, config: uvicorn.Config, most_connections: int):
+        super().__init__(config)
+        self.crowd = Crowd(most_connections)
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Listen."""
+        await self.lifespan.startup()
+        self.servers = [Door(bound, self.crowd, self._protocol, self.config.ssl) for bound in sockets or ()]  # type: ignore[misc]
+        self.started = True
+
+    def _protocol(self, place: Place) -> asyncio.Protocol:
+        make = cast("type[PatientProtocol]", self.config.http_protocol_class)
+        protocol = make(config=self.config, server_state=self.server_state, app_state=self.lifespan.state)
+        protocol.place = place
+        return protocol
+
+
 class HttpServer:
     """Answers requests on a bound socket in a thread; what escapes from there ends the job (comm/failure)."""
 
-    def __init__(self, app: Any, address: Address, bound: socket.socket, write_timeout: float):
+    def __init__(
+        self, app: Any, address: Address, bound: socket.socket, write_timeout: float, most_connections: int
+    ):  # fmt: skip
         class Protocol(PatientProtocol):
             """With this server's patience."""
 
@@ -143,7 +179,7 @@ class HttpServer:
             timeout_keep_alive=KEEP_ALIVE_SECONDS, timeout_graceful_shutdown=CLOSE_SECONDS,
             ssl_certfile=address.certificate, ssl_keyfile=address.key,
         )  # fmt: skip
-        self._server = uvicorn.Server(config)
+        self._server = CrowdedServer(config, most_connections)
         self._thread = threading.Thread(target=self._run, name="http", daemon=True)
         self._began = threading.Event()
         self._on_start: Callable[[asyncio.AbstractEventLoop], None] = lambda loop: None

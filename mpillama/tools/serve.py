@@ -91,6 +91,7 @@ class ServeJob:
         from queue import SimpleQueue
 
         from mpillama.serve.app import create_app
+        from mpillama.serve.connections import most_connections
         from mpillama.serve.front import Front
         from mpillama.serve.guard import Guard
         from mpillama.serve.http_server import Address, HttpServer
@@ -103,11 +104,13 @@ class ServeJob:
         self.front = Front(self.inbox)
         app = create_app(self.front, options.request_timeout, options.log_prompts)
         sys.setswitchinterval(SWITCH_SECONDS)
-        guard = Guard(app, self._rules(), app.state.metrics.note)
-        self.server = HttpServer(guard, address, bound, options.write_timeout)
+        most = most_connections(options.connections)
+        guard = Guard(app, self._rules(most), app.state.metrics.note)
+        self.server = HttpServer(guard, address, bound, options.write_timeout, most)
         self.server.start(self.front.attach)
 
-    def _rules(self) -> "Rules":
+    def _rules(self, most_connections: int) -> "Rules":
+        from mpillama.serve.connections import PLACES_KEPT
         from mpillama.serve.guard import Rules
         from mpillama.serve.rendezvous import is_loopback
 
@@ -115,7 +118,8 @@ class ServeJob:
         only_local = key is None and is_loopback(options.host)
         hosts = frozenset({"localhost", "127.0.0.1", "[::1]", options.host}) if only_local else None
         return Rules(
-            key, hosts, options.connections, self.settings.body_bytes, options.body_timeout, options.write_timeout,
+            key, hosts, min(options.connections, most_connections - PLACES_KEPT), self.settings.body_bytes,
+            options.body_timeout, options.write_timeout,
             BODIES * self.settings.body_bytes, frozenset(options.cors),
         )  # fmt: skip
 

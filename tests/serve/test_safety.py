@@ -421,7 +421,11 @@ def test_too_many_open_requests_are_told_with_retry_after(idle: Served):
             wire.send(head("POST", "/tokenize", b"Content-Type: application/json", b"Content-Length: 9"))
         time.sleep(0.3)
         with Wire(idle.url) as wire:
-            assert_later(wire.ask(head("GET", "/health")))
+            assert_later(wire.ask(head("GET", "/v1/models")))
+        with Wire(idle.url) as wire:
+            answer = wire.ask(head("GET", "/health"))
+            assert answer
+            assert answer.status == 200, "it has a place of its own"
     finally:
         for wire in wires:
             wire.close()
