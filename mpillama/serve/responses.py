@@ -17,7 +17,7 @@ from mpillama.serve.front import AnswerFailed, AnswerRefused, Service
 from mpillama.serve.preparing import prepared
 from mpillama.serve.responses_chat import chat_of, in_words_of_responses, input_items, with_references
 from mpillama.serve.responses_events import ResponseWriter, new_id
-from mpillama.serve.responses_store import Kept, ResponseStore
+from mpillama.serve.responses_store import Kept, ResponseStore, kept_items
 from mpillama.serve.routes import EVENTS, REFUSALS, ServiceOf, StrictRoute, log_prompt, tell_unknown
 from mpillama.serve.streams import named_event, stream, while_connected
 from mpillama.serve.tasks_of import chat_tasks
@@ -44,7 +44,7 @@ class Asked:
         before = [ITEM.validate_json(item) for kept in earlier for item in (*kept.input, *kept.output.values())]
         self.service = service
         self.body = body
-        self.items = items
+        self.kept_input = () if body.store is False else kept_items(items)
         with in_words_of_responses():
             self.chat: ServedChat = chat_of(body, [*before, *items])
             (self.task,) = chat_tasks(service, self.chat)
@@ -131,7 +131,7 @@ async def answer(
                     yield event
     last = list(writer.end(choice.finish_reason or "stop", _usage(asked.reply.usage([choice]))))
     if asked.body.store is not False:
-        store.put(writer.response, [item.model_dump(exclude_none=True) for item in asked.items])
+        store.put(writer.response, asked.kept_input)
     for event in last:
         yield event
 

@@ -43,14 +43,11 @@ class ResponseStore:
         self._kept: OrderedDict[str, Kept] = OrderedDict()
         self._items: dict[str, bytes] = {}
 
-    def put(self, response: Json, items: Sequence[Json]) -> None:
+    def put(self, response: Json, items: tuple[bytes, ...]) -> None:
         """Keep a response that answers `items`; what is too large alone is not kept."""
-        own = {"message": "msg", "function_call": "fc", "reasoning": "rs"}
-        named = [{**item, "id": item.get("id") or new_id(own.get(item.get("type") or "message", "item"))}
-                 for item in items]  # fmt: skip
         output = {item["id"]: _dump(item) for item in response["output"]}
         rest = {name: value for name, value in response.items() if name != "output"}
-        kept = Kept(_dump(rest), tuple(map(_dump, named)), output, response["previous_response_id"])
+        kept = Kept(_dump(rest), items, output, response["previous_response_id"])
         self.bytes += kept.size
         self._kept[response["id"]] = kept
         self._items |= output
@@ -92,6 +89,15 @@ class ResponseStore:
         self.bytes -= kept.size
         for item in kept.output:
             del self._items[item]
+
+
+def kept_items(items: Sequence[Any]) -> tuple[bytes, ...]:
+    """Items of a request (see mpillama/api/responses) as they are kept: each with a name, given or made up."""
+    return tuple(_dump({**item.model_dump(exclude_none=True), "id": item.id or _name(item.type)}) for item in items)
+
+
+def _name(kind: str | None) -> str:
+    return new_id({"function_call": "fc", "function_call_output": "fco", "reasoning": "rs"}.get(kind or "", "msg"))
 
 
 def _dump(value: Any) -> bytes:

@@ -33,7 +33,13 @@ REFUSALS: dict[int | str, dict[str, Any]] = {
         503: "The server loads its model or is about to end; see Retry-After",
     }.items()
 }
-EVENTS = {"text/event-stream": {"schema": {"type": "string", "description": "chunks, with `stream`"}}}
+EVENT = {
+    "type": "object",
+    "description": "with `stream`: each event; its data are JSON, or [DONE] at the end of a chat or a completion",
+    "properties": {"event": {"type": "string"}, "data": {"type": "string"}},
+    "required": ["data"],
+}
+EVENTS = {"text/event-stream": {"schema": EVENT}}
 
 
 class StrictRequest(Request):

@@ -172,6 +172,12 @@ def store_of(most_bytes: int) -> "ResponseStore":
     return ResponseStore(most_bytes)
 
 
+def said(text: str) -> tuple[bytes, ...]:
+    from mpillama.serve.responses_store import kept_items
+
+    return kept_items([ITEM.validate_python(user(text))])
+
+
 def is_gone(store: "ResponseStore", name: str) -> bool:
     from mpillama.serve.errors import Refused
 
@@ -188,9 +194,9 @@ def response(name: str, previous: str | None = None, text: str = "") -> dict[str
 def test_the_longest_unused_responses_go_first():
     store = store_of(4 * KIB)
     for name in "abc":
-        store.put(response(name), [{"role": "user", "content": name}])
+        store.put(response(name), ())
     store.get("a")
-    store.put(response("d"), [])
+    store.put(response("d"), ())
     assert store.bytes <= store.most_bytes
     assert store.get("a").whole() == response("a")
     assert is_gone(store, "b")
@@ -200,14 +206,14 @@ def test_the_longest_unused_responses_go_first():
 
 def test_what_is_larger_than_all_is_not_kept():
     store = store_of(2 * KIB)
-    store.put(response("a", text="x" * 3 * KIB), [])
+    store.put(response("a", text="x" * 3 * KIB), ())
     assert store.bytes == 0
 
 
 def test_a_chain_needs_all_of_its_responses():
     store = store_of(100 * KIB)
-    store.put(response("a"), [{"role": "user", "content": "1"}])
-    store.put(response("b", "a"), [{"role": "user", "content": "2"}])
+    store.put(response("a"), said("1"))
+    store.put(response("b", "a"), said("2"))
     assert [json.loads(kept.input[0])["content"] for kept in store.chain("b")] == ["1", "2"]
     assert store.chain(None) == []
     store.delete("a")

@@ -33,7 +33,9 @@ CHECKS = [
 ]  # fmt: skip
 OPERATIONS = {
     "POST /v1/chat/completions", "POST /v1/completions", "POST /v1/embeddings", "GET /v1/models",
-    "GET /v1/models/{name}", "POST /tokenize", "POST /detokenize", "GET /health", "GET /metrics",
+    "GET /v1/models/{name}", "POST /v1/responses", "POST /v1/responses/input_tokens",
+    "GET /v1/responses/{response_id}", "DELETE /v1/responses/{response_id}",
+    "GET /v1/responses/{response_id}/input_items", "GET /tokenizer_info", "POST /tokenize", "POST /detokenize", "GET /health", "GET /metrics",
 }  # fmt: skip
 TRACES = re.compile(r"Traceback|site-packages|pydantic_core")
 asked: dict[str, set[int]] = {}
@@ -82,7 +84,8 @@ def keep_short(case: schemathesis.Case) -> None:
     if not isinstance(case.body, dict):
         return
     body = case.body
-    for name, most in (("max_tokens", MOST_TOKENS), ("max_completion_tokens", MOST_TOKENS), ("n", MOST_CHOICES)):
+    limits = dict.fromkeys(("max_tokens", "max_completion_tokens", "max_output_tokens"), MOST_TOKENS)
+    for name, most in {**limits, "n": MOST_CHOICES}.items():
         if isinstance(body.get(name), int) and body[name] > most:
             body[name] = most
 
