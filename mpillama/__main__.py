@@ -1,5 +1,6 @@
 """The program: `python -m mpillama [COMMAND] …`, a module of mpillama.tools for each command."""
 
+import logging
 import sys
 from collections.abc import Sequence
 from importlib import import_module
@@ -28,6 +29,8 @@ def _run(arguments: Sequence[str]) -> int:
     if launched_rank() != 0 and {"-h", "--help", "--version"} & set(arguments):
         return 0  # rank 0 prints it
     command, options = parse(arguments)
+    if logging.lastResort:  # for warnings of commands that set up no log
+        logging.lastResort.setFormatter(logging.Formatter("mpillama: warning: %(message)s"))
     status: int = getattr(import_module(f"mpillama.tools.{command}"), command)(options)
     return status
 

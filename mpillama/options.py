@@ -359,7 +359,8 @@ class ConvertOptions:
 class VerifyOptions:
     """Options of `verify`."""
 
-    file: str = positional("file", "mpillama model file")
+    file: str = positional("file", "model in any format, as for --model")
+    tokenizer: Optional[str] = option("the .t file of a distributed-llama model", metavar="PATH")
     json: bool = option("print one JSON object", False)
 
 
@@ -378,7 +379,8 @@ class TokenizeOptions:
 class InspectOptions:
     """Options of `inspect`."""
 
-    file: str = positional("file", "model file")
+    file: str = positional("file", "model in any format, as for --model")
+    tokenizer: Optional[str] = option("the .t file of a distributed-llama model", metavar="PATH")
     json: bool = option("print one JSON object", False)
 
 
@@ -399,7 +401,7 @@ COMMANDS: dict[str, tuple[type, str]] = {
     "client": (ClientOptions, "talk to a server that `serve` runs (needs no MPI)"),
     "plan": (PlanOptions, "tell whether a run fits, and what it needs, before it is queued"),
     "convert": (ConvertOptions, "write a model of any format into a native file"),
-    "verify": (VerifyOptions, "check a native file's bytes"),
+    "verify": (VerifyOptions, "check a model's bytes"),
     "perplexity": (PerplexityOptions, "measure how well a model predicts a text"),
     "tokenize": (TokenizeOptions, "show the ids and pieces of a text"),
     "inspect": (InspectOptions, "show what is in a model file"),

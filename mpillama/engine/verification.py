@@ -1,40 +1,77 @@
-"""Comparing the bytes of a native file with its checksums, all ranks together."""
+"""Checking the bytes of a model, all ranks together: against checksums where a format has them, else for numbers."""
 
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 
 import numpy as np
 
 from mpillama.comm.communicator import Communicator
-from mpillama.errors import UserError
+from mpillama.engine.model_file import ModelFile
+from mpillama.files.checkpoint import Checkpoint, StoredTensor
+from mpillama.files.checkpoint_model import CheckpointModel
 from mpillama.files.native import NativeModel, unit_checksums
 from mpillama.files.native_reader import NativeReader
+from mpillama.files.reading import SourceFile
+from mpillama.files.row_bytes import decode_rows, row_bytes, stored_bytes
 from mpillama.model.partition import split_units
 
 RUN_BYTES = 64 << 20
+RUN_VALUES = 4 << 20
+"""About as many values are turned into float32 at a time."""
 
 
 @dataclass(frozen=True)
 class Difference:
-    """Bytes of a tensor that are not what was written."""
+    """Bytes of a tensor that are not what was written, or no finite numbers."""
 
     tensor: str
+    file: str
     first_byte: int
     last_byte: int
 
 
-def verify_file(model: NativeModel, comm: Communicator, on_bytes: Callable[[int], None]) -> list[Difference]:
-    """Check every array's units, a share on each rank; returns what differs, in the order of the file."""
+@dataclass(frozen=True)
+class Check:
+    """What was looked at, in how many bytes, and what was wrong there, in the order of the files.
 
-    def check() -> list[Difference]:
-        reader = NativeReader(model, comm.counting(on_bytes))
-        try:
-            return [d for name in model.entries for d in _differences(model, reader, name, comm)]
-        finally:
-            reader.close()
+    That the files have their sizes and the table fits them and the configuration is known once a model is open.
+    """
 
-    found = [difference for part in comm.gather(comm.together(check)) for difference in part]
-    return sorted(found, key=lambda d: d.first_byte)
+    checked: tuple[str, ...]
+    bytes: int
+    differences: list[Difference]
+
+
+def checked_bytes(model: ModelFile) -> int:
+    """The bytes that a check reads, on all ranks together."""
+    if isinstance(model, NativeModel):
+        return sum(entry.bytes for entry in model.entries.values())
+    return sum(stored_bytes(t.stored, t.shape) for t in _checkpoint(model).tensors.values())
+
+
+def verify_file(model: ModelFile, comm: Communicator, on_bytes: Callable[[int], None]) -> Check:
+    """Check every tensor, a share of each on each rank."""
+    native = isinstance(model, NativeModel)
+    look = _different if isinstance(model, NativeModel) else _not_finite
+    parts = comm.gather(comm.together(lambda: list(look(model, comm, comm.counting(on_bytes)))))
+    found = sorted((d for part in parts for d in part), key=lambda d: (d.file, d.first_byte))
+    return Check(("sizes", "table", "checksums" if native else "finite values"), checked_bytes(model), found)
+
+
+def _checkpoint(model: ModelFile) -> Checkpoint:
+    assert isinstance(model, CheckpointModel)
+    return model.checkpoint
+
+
+# -- checksums --------------------------------------------------------------------------------------------------------
+
+
+def _different(model: ModelFile, comm: Communicator, on_bytes: Callable[[int], None]) -> Iterator[Difference]:
+    assert isinstance(model, NativeModel)
+    with closing(NativeReader(model, on_bytes)) as reader:
+        for name in model.entries:
+            yield from _differences(model, reader, name, comm)
 
 
 def _differences(model: NativeModel, reader: NativeReader, name: str, comm: Communicator) -> Iterator[Difference]:
@@ -48,14 +85,39 @@ def _differences(model: NativeModel, reader: NativeReader, name: str, comm: Comm
         reader.fill(buffer.data, entry.offset + start * unit_bytes, name)
         for i in np.flatnonzero(unit_checksums(buffer, stop - start) != entry.checksums[start:stop]):
             first = entry.offset + (start + int(i)) * unit_bytes
-            yield Difference(name, first, first + unit_bytes - 1)
+            yield Difference(name, model.path, first, first + unit_bytes - 1)
 
 
-def refuse_differences(path: str, found: list[Difference]) -> None:
-    """UserError that names the first tensor that differs."""
-    if found:
-        more = f" (and {len(found) - 1} more places)" if len(found) > 1 else ""
-        raise UserError(
-            f"{path}: tensor {found[0].tensor} is damaged at bytes {found[0].first_byte} to "
-            f"{found[0].last_byte}{more}: copy or convert the file again."
-        )
+# -- finite values ----------------------------------------------------------------------------------------------------
+
+
+def _not_finite(model: ModelFile, comm: Communicator, on_bytes: Callable[[int], None]) -> Iterator[Difference]:
+    checkpoint = _checkpoint(model)
+    with ExitStack() as stack:
+        pairs = zip(checkpoint.files, checkpoint.file_sizes, strict=True)
+        files = [stack.enter_context(closing(SourceFile(path, size))) for path, size in pairs]
+        for tensor in checkpoint.tensors.values():
+            yield from _rows_not_finite(tensor, files[tensor.file], comm, on_bytes)
+        for file in files:
+            file.check_unchanged()
+
+
+def _rows_not_finite(
+    tensor: StoredTensor, file: SourceFile, comm: Communicator, on_bytes: Callable[[int], None]
+) -> Iterator[Difference]:
+    """The rows of this rank's share that hold NaN or an infinity."""
+    columns = tensor.shape[-1] if tensor.shape else 1
+    size = row_bytes(tensor.stored, columns)
+    rows = split_units(stored_bytes(tensor.stored, tensor.shape) // size, comm.size)[comm.rank]
+    step = max(1, RUN_VALUES // columns)
+    for start in range(rows.start, rows.stop, step):
+        raw = np.empty((min(step, rows.stop - start), size), np.uint8)
+        place = tensor.offset + start * size
+        file.read(raw.reshape(-1).data, place, tensor.name)
+        file.drop(place, raw.nbytes)
+        on_bytes(raw.nbytes)
+        with np.errstate(all="ignore"):  # damage is what is looked for
+            finite = np.isfinite(decode_rows(tensor.stored, raw)).all(axis=1)
+        for i in np.flatnonzero(~finite):
+            first = place + int(i) * size
+            yield Difference(tensor.name, file.path, first, first + size - 1)

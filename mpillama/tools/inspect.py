@@ -1,18 +1,24 @@
-"""`inspect`: what is in a model file; needs no MPI."""
+"""`inspect`: what is in a model of any format; needs no MPI."""
 
 import json
 import math
 import sys
 from typing import Any
 
-from mpillama.files.native import FORMAT, FORMAT_VERSION, NativeModel, read_table
+from mpillama.engine.model_file import ModelFile, open_model
+from mpillama.files.checkpoint_model import CheckpointModel
+from mpillama.files.native import FORMAT, FORMAT_VERSION, NativeModel
+from mpillama.model.tensors import TensorSpec
 from mpillama.options import InspectOptions
 from mpillama.tools.display import in_units
+from mpillama.tools.terminal import print_table
+
+FORMATS = {"hugging_face": "Hugging Face, safetensors", "gguf": "GGUF", "dllama": "distributed-llama"}
 
 
 def inspect(options: InspectOptions) -> int:
     """Print configuration, tensors, sizes and format; returns the exit status."""
-    model = read_table(options.file)
+    model = open_model(options.file, tokenizer=options.tokenizer)
     if options.json:
         sys.stdout.write(json.dumps(describe(model), indent=2) + "\n")
     else:
@@ -20,13 +26,14 @@ def inspect(options: InspectOptions) -> int:
     return 0
 
 
-def describe(model: NativeModel) -> dict[str, Any]:
-    """Everything as plain values; sizes in bytes."""
+def describe(model: ModelFile) -> dict[str, Any]:
+    """Everything as plain values; sizes in bytes. The version is that of our own format, null for others."""
     return {
         "path": model.path,
-        "format": FORMAT,
-        "format_version": FORMAT_VERSION,
-        "file_bytes": model.file_size,
+        "format": model.checkpoint.kind if isinstance(model, CheckpointModel) else FORMAT,
+        "format_version": None if isinstance(model, CheckpointModel) else FORMAT_VERSION,
+        "file_bytes": sum(model.files.values()),
+        "files": dict(model.files),
         "metadata_sha256": model.metadata_sha256,
         "config": dict(model.config_json),
         "parameters": parameters(model),
@@ -35,48 +42,65 @@ def describe(model: NativeModel) -> dict[str, Any]:
     }
 
 
-def parameters(model: NativeModel) -> int:
+def parameters(model: ModelFile) -> int:
     """The number of weights, padding not counted."""
-    return sum(math.prod(spec.source_shape) for spec in model.specs)
+    return sum(math.prod(spec.source_shape) * max(1, spec.experts) for spec in model.specs)
 
 
-def _describe_tensor(model: NativeModel, spec: Any) -> dict[str, Any]:
-    entries = [model.entries[array.name] for array in spec.arrays()]
+def _describe_tensor(model: ModelFile, spec: TensorSpec) -> dict[str, Any]:
+    """One tensor as it is run, and the arrays of the files that it is read from."""
     return {
         "name": spec.name,
-        "shape": list(spec.source_shape),
+        "shape": [*([spec.experts] if spec.experts else []), *spec.source_shape],
         "weight_type": spec.weight_type.name,
         "split": spec.split.value,
         "units": spec.units,
-        "bytes": sum(e.bytes for e in entries),
-        "arrays": [{"name": e.spec.name, "shape": list(e.spec.shape), "offset": e.offset} for e in entries],
+        "bytes": model.stored_bytes(spec, range(spec.units)),
+        "arrays": _arrays(model, spec),
     }
 
 
-def _print_tables(model: NativeModel) -> None:
-    from rich.console import Console
-    from rich.table import Table
+def _arrays(model: ModelFile, spec: TensorSpec) -> list[dict[str, Any]]:
+    if isinstance(model, CheckpointModel):
+        found = [model.checkpoint.tensors[name] for name in spec.source_names]
+        files = model.checkpoint.files
+        return [
+            {"name": t.name, "shape": list(t.shape), "offset": t.offset, "stored": t.stored, "file": files[t.file]}
+            for t in found
+        ]
+    assert isinstance(model, NativeModel)
+    entries = [model.entries[array.name] for array in spec.arrays()]
+    return [{"name": e.spec.name, "shape": list(e.spec.shape), "offset": e.offset} for e in entries]
 
-    console, facts = Console(), Table(show_header=False, box=None)
+
+def _print_tables(model: ModelFile) -> None:
+    found = describe(model)
+    version = "" if found["format_version"] is None else f" version {found['format_version']}"
     about = {
-        "file": f"{model.path}, {in_units(model.file_size)}",
-        "format": f"{FORMAT} version {FORMAT_VERSION}, sha256 {model.metadata_sha256[:16]}…",
-        "parameters": f"{parameters(model):,}",
-        "inside": ", ".join(f"{name} ({in_units(len(text))})" for name, text in model.texts.items()) or "no texts",
+        "file": f"{model.path}, {in_units(found['file_bytes'])}" + _several(model),
+        "format": f"{FORMATS.get(found['format'], FORMAT)}{version}, sha256 {model.metadata_sha256[:16]}…",
+        "parameters": f"{found['parameters']:,}",
+        "inside": ", ".join(f"{name} ({in_units(size)})" for name, size in found["texts"].items()) or "no texts",
         **{key: json.dumps(value) for key, value in model.config_json.items()},
     }
-    for key, value in about.items():
-        facts.add_row(key, value)
-    console.print(facts)
-    tensors = Table("tensor", "shape", "type", "split by", "units", "bytes", "offset")
-    for row in describe(model)["tensors"]:
-        tensors.add_row(
-            row["name"],
-            " x ".join(map(str, row["shape"])),
-            row["weight_type"],
-            row["split"],
-            f"{row['units']:,}",
-            f"{row['bytes']:,}",
-            f"{row['arrays'][0]['offset']:,}",
-        )
-    console.print(tensors)
+    print_table([], list(about.items()))
+    header = ["tensor", "shape", "type", "split by", "units", "bytes", "offset"]
+    print_table(header, [_row(tensor) for tensor in found["tensors"]])
+
+
+def _several(model: ModelFile) -> str:
+    return f" in {len(model.files)} files" if len(model.files) > 1 else ""
+
+
+def _row(tensor: dict[str, Any]) -> list[str]:
+    stored = tensor["arrays"][0].get("stored", tensor["weight_type"])
+    kind = stored if stored == tensor["weight_type"] else f"{stored}, run as {tensor['weight_type']}"
+    return [
+        tensor["name"],
+        " x ".join(map(str, tensor["shape"])),
+        kind,
+        tensor["split"],
+        f"{tensor['units']:,}",
+        f"{tensor['bytes']:,}",
+        f"{tensor['arrays'][0]['offset']:,}",
+    ]

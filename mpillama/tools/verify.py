@@ -1,13 +1,17 @@
-"""`verify`: compare a model file with its checksums, all ranks together."""
+"""`verify`: check the bytes of a model, all ranks together."""
 
 import json
 import sys
 from dataclasses import asdict
+from typing import TYPE_CHECKING
 
 from mpillama.comm.start import start_mpi
 from mpillama.options import VerifyOptions
 from mpillama.tools.display import bytes_progress, in_units
 from mpillama.tools.logs import logged
+
+if TYPE_CHECKING:
+    from mpillama.engine.verification import Check
 
 DAMAGED = 1
 """The exit status for a file that differs."""
@@ -16,19 +20,34 @@ DAMAGED = 1
 def verify(options: VerifyOptions) -> int:
     """Run the command; returns the exit status."""
     with start_mpi(None) as world, logged(world, quiet=False):
-        from mpillama.engine.verification import verify_file
-        from mpillama.files.native import read_table
+        from mpillama.engine.model_file import open_model
+        from mpillama.engine.verification import checked_bytes, verify_file
 
         comm = world.comm
-        model = comm.on_root(lambda: read_table(options.file))
-        size = sum(entry.bytes for entry in model.entries.values())
+        model = comm.on_root(lambda: open_model(options.file, tokenizer=options.tokenizer))
+        size = checked_bytes(model)
         with bytes_progress(comm.is_root, options.json, "checking rank 0's part")(size // comm.size) as on_bytes:
-            found = verify_file(model, comm, on_bytes)
+            check = verify_file(model, comm, on_bytes)
         if comm.is_root and options.json:
-            sys.stdout.write(json.dumps({"bytes": size, "differences": [asdict(d) for d in found]}) + "\n")
+            sys.stdout.write(json.dumps(asdict(check)) + "\n")
         elif comm.is_root:
-            for d in found:
-                sys.stdout.write(f"{d.tensor}: bytes {d.first_byte} to {d.last_byte} differ\n")
-            verdict = f"{len(found)} places differ: copy or convert it again" if found else "all checksums agree"
-            sys.stdout.write(f"{options.file}: {in_units(size)} checked, {verdict}\n")
-    return DAMAGED if found else 0
+            _report(model.path, check, several=len(model.files) > 1)
+    return DAMAGED if check.differences else 0
+
+
+def _report(path: str, check: "Check", several: bool) -> None:
+    """Say what differs, or what was found right, and what could not be checked."""
+    has_checksums = "checksums" in check.checked
+    for d in check.differences:
+        where = f"{d.file}: " if several else ""
+        what = "differ" if has_checksums else "hold numbers that are not finite"
+        sys.stdout.write(f"{where}{d.tensor}: bytes {d.first_byte} to {d.last_byte} {what}\n")
+    if check.differences and has_checksums:
+        verdict = f"{len(check.differences)} places differ: copy or convert it again"
+    elif check.differences:
+        verdict = f"{len(check.differences)} rows hold NaN or infinity: copy or download it again"
+    elif has_checksums:
+        verdict = "all checksums agree"
+    else:
+        verdict = "sizes, table and finite values are right; this format has no checksums to tell other changes by"
+    sys.stdout.write(f"{path}: {in_units(check.bytes)} checked, {verdict}\n")

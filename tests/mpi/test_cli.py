@@ -3,16 +3,20 @@
 import hashlib
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
+import gguf
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
-from mpillama.engine.model_file import make_tokenizer
+from mpillama.engine.model_file import make_tokenizer, open_model
 from mpillama.files.native import NativeModel, read_table
 from mpillama.options import COMMANDS
 from mpillama.text.tokenizer import Tokenizer
+from tests import golden_models
 from tests.mpi.launch import PROGRAM, SCRIPTS, TIMEOUT, run, started
 
 pytestmark = pytest.mark.timeout(TIMEOUT + 60)
@@ -300,6 +304,46 @@ def test_inspect_as_json(without_mpi: dict[str, str], toy: Path, toy_file: Nativ
     assert sum(len(t["arrays"]) for t in found["tensors"]) == len(toy_file.entries)
     for tensor in found["tensors"]:
         assert tensor["bytes"] == sum(toy_file.entries[a["name"]].bytes for a in tensor["arrays"])
+
+
+@pytest.mark.parametrize("kind", ["gguf", "folder", "dllama"])
+def test_inspect_takes_what_can_be_run(kind: str, without_mpi: dict[str, str], tmp_path: Path) -> None:
+    path = {"gguf": tmp_path / "m.gguf", "folder": golden_models.FOLDER / "qwen3_moe", "dllama": tmp_path / "m.m"}[kind]
+    if kind == "gguf":
+        golden_models.write_gguf(path, "qwen3_moe", golden_models.as_type(gguf.GGMLQuantizationType.Q5_0))
+    elif kind == "dllama":
+        golden_models.write_dllama(path, "qwen3_moe")
+    model = open_model(str(path))
+    result = run(None, *PROGRAM, "inspect", path, "--json", env=without_mpi)
+    assert (result.status, result.stderr) == (0, "")
+    found = json.loads(result.stdout)
+    assert found["format"] == {"folder": "hugging_face"}.get(kind, kind)
+    assert (found["file_bytes"], found["files"]) == (sum(model.files.values()), dict(model.files))
+    assert found["metadata_sha256"] == model.metadata_sha256
+    assert found["parameters"] == sum(tensor.size for tensor in golden_models.family_tensors("qwen3_moe").values())
+    assert found["config"]["model_type"] == "qwen3_moe"
+    experts = next(t for t in found["tensors"] if t["name"] == "model.layers.0.mlp.experts.up_proj.weight")
+    assert experts["shape"][0] == len(experts["arrays"]) == model.config.num_experts
+    assert experts["weight_type"] == {"gguf": "q8_0"}.get(kind, "f32")
+    assert experts["arrays"][0]["stored"] == {"gguf": "q5_0"}.get(kind, "f32")
+    shown = run(None, *PROGRAM, "inspect", path, env=without_mpi)
+    assert (shown.status, shown.stderr) == (0, "")
+    assert "num_experts" in shown.stdout
+    assert ("q5_0, run as q8_0" in shown.stdout) == (kind == "gguf")
+
+
+def test_a_model_of_embeddings_continues_no_text(tmp_path: Path) -> None:
+    """Stored without the prefix and the head, as such models are."""
+    tensors = {n: t for n, t in golden_models.family_tensors("llama").items() if n != "lm_head.weight"}
+    shutil.copytree(golden_models.FOLDER / "llama", tmp_path / "m")
+    save_file({n.removeprefix("model."): t for n, t in tensors.items()}, tmp_path / "m" / "model.safetensors")
+    assert run(None, *PROGRAM, "convert", tmp_path / "m", tmp_path / "m.h5").status == 0
+    for path in ("m", "m.h5"):
+        result = run(2, *PROGRAM, "--model", tmp_path / path, "--quiet")
+        assert (result.status, result.stdout) == (2, ""), result
+        assert "lm_head.weight" in result.stderr
+        assert "/v1/embeddings" in result.stderr
+        assert result.stderr.count("\n") == 1
 
 
 @pytest.mark.parametrize("arguments", [["inspect"], ["inspect", "--json"]], ids=" ".join)

@@ -11,7 +11,9 @@ import pytest
 from safetensors.numpy import save_file
 
 from mpillama.errors import UserError
+from mpillama.files.checkpoints import read_checkpoint
 from mpillama.files.native import read_table
+from mpillama.files.row_bytes import row_bytes, stored_bytes
 from tests import golden_models, models
 from tests.mpi.launch import PROGRAM, SCRIPTS, TIMEOUT, run, started
 
@@ -158,6 +160,53 @@ def test_verify_names_the_tensor_and_the_bytes(ranks: int | None, tmp_path: Path
     sentence = refused(ranks, "--model", path, "--verify", *GREEDY)
     assert name in sentence
     assert str(difference["first_byte"]) in sentence
+
+
+def write_shards(folder: Path) -> Path:
+    """The golden Qwen 3 MoE in two files."""
+    tensors = golden_models.family_tensors("qwen3_moe")
+    shutil.copytree(GOLDEN / "qwen3_moe", folder)
+    (folder / "model.safetensors").unlink()
+    placed = {name: f"part{number % 2}.safetensors" for number, name in enumerate(sorted(tensors))}
+    for file in ("part0.safetensors", "part1.safetensors"):
+        save_file({name: tensors[name] for name in placed if placed[name] == file}, folder / file)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": placed}))
+    return folder
+
+
+@pytest.mark.parametrize("ranks", [None, 3])
+@pytest.mark.parametrize("kind", ["gguf", "folder", "dllama"])
+def test_verify_checks_what_can_be_checked_of_other_formats(kind: str, ranks: int | None, tmp_path: Path) -> None:
+    path = tmp_path / {"gguf": "m.gguf", "folder": "shards", "dllama": "m.m"}[kind]
+    if kind == "gguf":
+        q8_0 = golden_models.as_type(gguf.GGMLQuantizationType.Q8_0)
+        golden_models.write_gguf(path, "qwen3_moe", q8_0)
+    elif kind == "dllama":
+        golden_models.write_dllama(path, "qwen3_moe")
+    else:
+        write_shards(path)
+    whole = run(ranks, *PROGRAM, "verify", path)
+    assert (whole.status, whole.stderr) == (0, "")
+    assert "finite values" in whole.stdout
+    assert "no checksums" in whole.stdout
+    name = "model.layers.1.mlp.experts.2.up_proj.weight"
+    checkpoint = read_checkpoint(str(path))
+    tensor = checkpoint.tensors[name]
+    size = row_bytes(tensor.stored, tensor.shape[1])
+    place = tensor.offset + 3 * size  # in the fourth row, its scale or its first value
+    with Path(checkpoint.files[tensor.file]).open("r+b") as file:
+        file.seek(place)
+        file.write(np.array(np.nan, {"q8_0": np.float16, "f32": np.float32}[tensor.stored]).tobytes())
+    found = run(ranks, *PROGRAM, "verify", path, "--json")
+    assert found.status == 1
+    report = json.loads(found.stdout)
+    assert report["checked"] == ["sizes", "table", "finite values"]
+    assert report["bytes"] == sum(stored_bytes(t.stored, t.shape) for t in checkpoint.tensors.values())
+    wanted = {"tensor": tensor.name, "file": checkpoint.files[tensor.file], "first_byte": place}
+    assert report["differences"] == [{**wanted, "last_byte": place + size - 1}]
+    told = run(ranks, *PROGRAM, "verify", path)
+    assert (told.status, told.stderr) == (1, "")
+    assert f"bytes {place} to {place + size - 1} hold numbers that are not finite" in told.stdout
 
 
 def test_verify_is_refused_for_formats_without_checksums() -> None:
