@@ -14,6 +14,7 @@ from mpillama.serve.answering import Answerer, Reply
 from mpillama.serve.choices import chat_choices
 from mpillama.serve.errors import AsciiJson, Refused
 from mpillama.serve.front import AnswerFailed, AnswerRefused, Service
+from mpillama.serve.guard import ASKER
 from mpillama.serve.preparing import prepared
 from mpillama.serve.responses_chat import chat_of, in_words_of_responses, input_items, with_references
 from mpillama.serve.responses_events import ResponseWriter, new_id
@@ -33,7 +34,13 @@ def the_store(request: Request) -> ResponseStore:
     return store
 
 
+def the_asker(request: Request) -> str:
+    """Whose responses are seen: a digest of the key that was shown."""
+    return str(request.scope.get(ASKER, ""))
+
+
 StoreOf = Annotated[ResponseStore, Depends(the_store)]
+AskerOf = Annotated[str, Depends(the_asker)]
 
 
 class Asked:
@@ -86,10 +93,10 @@ def _dumped(value: Any) -> Any:
 
 async def understood(request: Request, service: Service, store: ResponseStore, body: ResponseBody) -> Asked:
     """The request with what it refers to."""
-    earlier = store.chain(body.previous_response_id)
+    earlier = store.chain(service.asker, body.previous_response_id)
 
     def find(name: str) -> Any:
-        found = store.item(name)
+        found = store.item(service.asker, name)
         return None if found is None else ITEM.validate_json(found)
 
     items = with_references(input_items(body), find)
@@ -131,7 +138,7 @@ async def answer(
                     yield event
     last = list(writer.end(choice.finish_reason or "stop", _usage(asked.reply.usage([choice]))))
     if asked.body.store is not False:
-        store.put(writer.response, asked.kept_input)
+        store.put(asked.service.asker, writer.response, asked.kept_input)
     for event in last:
         yield event
 
@@ -180,17 +187,17 @@ async def count_input_tokens(request: Request, body: ResponseBody, service: Serv
 @responses.get(
     "/v1/responses/{response_id}", response_model=None, responses={200: {"model": schemas.ModelResponse}, **REFUSALS}
 )
-async def get_response(response_id: str, store: StoreOf, stream: bool = False) -> Response:
+async def get_response(response_id: str, store: StoreOf, asker: AskerOf, stream: bool = False) -> Response:
     """Give a response that is kept."""
     if stream:
         raise Refused(400, "stream: a response that is kept is given whole", "stream")
-    return AsciiJson(store.get(response_id).whole())
+    return AsciiJson(store.get(asker, response_id).whole())
 
 
 @responses.delete("/v1/responses/{response_id}", responses={200: {"model": schemas.Deleted}, **REFUSALS})
-async def delete_response(response_id: str, store: StoreOf) -> Json:
+async def delete_response(response_id: str, store: StoreOf, asker: AskerOf) -> Json:
     """Forget a response."""
-    store.delete(response_id)
+    store.delete(asker, response_id)
     return {"id": response_id, "object": "response", "deleted": True}
 
 
@@ -202,12 +209,13 @@ async def delete_response(response_id: str, store: StoreOf) -> Json:
 async def list_input_items(
     response_id: str,
     store: StoreOf,
+    asker: AskerOf,
     after: str | None = None,
     limit: Annotated[int, Query(ge=1, le=100)] = 20,
     order: Literal["asc", "desc"] = "desc",
 ) -> Response:
     """List what a kept response answers, the newest first if not asked otherwise."""
-    items = [json.loads(item) for item in store.get(response_id).input]
+    items = [json.loads(item) for item in store.get(asker, response_id).input]
     items = items if order == "asc" else items[::-1]
     if after is not None:
         items = _after(items, after)

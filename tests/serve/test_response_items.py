@@ -182,7 +182,7 @@ def is_gone(store: "ResponseStore", name: str) -> bool:
     from mpillama.serve.errors import Refused
 
     with pytest.raises(Refused, match=f"'{name}' is not kept") as refusal:
-        store.chain(name)
+        store.chain("me", name)
     return refusal.value.status == 404
 
 
@@ -194,28 +194,37 @@ def response(name: str, previous: str | None = None, text: str = "") -> dict[str
 def test_the_longest_unused_responses_go_first():
     store = store_of(4 * KIB)
     for name in "abc":
-        store.put(response(name), ())
-    store.get("a")
-    store.put(response("d"), ())
+        store.put("me", response(name), ())
+    store.get("me", "a")
+    store.put("me", response("d"), ())
     assert store.bytes <= store.most_bytes
-    assert store.get("a").whole() == response("a")
+    assert store.get("me", "a").whole() == response("a")
     assert is_gone(store, "b")
-    assert store.item("msg_b") is None
-    assert json.loads(store.item("msg_d") or b"")["id"] == "msg_d"
+    assert store.item("me", "msg_b") is None
+    assert json.loads(store.item("me", "msg_d") or b"")["id"] == "msg_d"
 
 
 def test_what_is_larger_than_all_is_not_kept():
     store = store_of(2 * KIB)
-    store.put(response("a", text="x" * 3 * KIB), ())
+    store.put("me", response("a", text="x" * 3 * KIB), ())
     assert store.bytes == 0
 
 
 def test_a_chain_needs_all_of_its_responses():
     store = store_of(100 * KIB)
-    store.put(response("a"), said("1"))
-    store.put(response("b", "a"), said("2"))
-    assert [json.loads(kept.input[0])["content"] for kept in store.chain("b")] == ["1", "2"]
-    assert store.chain(None) == []
-    store.delete("a")
+    store.put("me", response("a"), said("1"))
+    store.put("me", response("b", "a"), said("2"))
+    assert [json.loads(kept.input[0])["content"] for kept in store.chain("me", "b")] == ["1", "2"]
+    assert store.chain("me", None) == []
+    store.delete("me", "a")
     with pytest.raises(Exception, match="'a' is not kept"):
-        store.chain("b")
+        store.chain("me", "b")
+
+
+def test_nobody_sees_what_others_have():
+    store = store_of(100 * KIB)
+    store.put("me", response("a"), ())
+    assert store.item("you", "msg_a") is None
+    with pytest.raises(Exception, match="'a' is not kept"):
+        store.get("you", "a")
+    assert store.get("me", "a").whole() == response("a")

@@ -286,6 +286,15 @@ def test_a_response_that_must_not_be_kept_is_not(client):
         client.responses.retrieve(found.id)
 
 
+def test_a_response_is_found_with_its_own_key_only(server, client):
+    found = respond(client)
+    other = openai.OpenAI(base_url=f"{server.url}/v1", api_key="another", max_retries=0)
+    with pytest.raises(openai.NotFoundError):
+        other.responses.retrieve(found.id)
+    with pytest.raises(openai.NotFoundError):
+        respond(other, "More.", previous_response_id=found.id)
+
+
 # -- refusals ------------------------------------------------------------------------------------------------------
 
 

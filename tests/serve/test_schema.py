@@ -35,7 +35,8 @@ OPERATIONS = {
     "POST /v1/chat/completions", "POST /v1/completions", "POST /v1/embeddings", "GET /v1/models",
     "GET /v1/models/{name}", "POST /v1/responses", "POST /v1/responses/input_tokens",
     "GET /v1/responses/{response_id}", "DELETE /v1/responses/{response_id}",
-    "GET /v1/responses/{response_id}/input_items", "GET /tokenizer_info", "POST /tokenize", "POST /detokenize", "GET /health", "GET /metrics",
+    "GET /v1/responses/{response_id}/input_items", "GET /tokenizer_info", "POST /tokenize", "POST /detokenize",
+    "GET /health", "GET /metrics",
 }  # fmt: skip
 TRACES = re.compile(r"Traceback|site-packages|pydantic_core")
 asked: dict[str, set[int]] = {}
