@@ -18,6 +18,7 @@ from mpillama.files.native import HDF5_SIGNATURE, read_table
 from mpillama.model.config import ModelConfig
 from mpillama.model.tensors import TensorSpec, WeightTypes
 from mpillama.text.dllama_vocabulary import tokenizer_json_of_dllama
+from mpillama.text.end_tokens import end_tokens
 from mpillama.text.gguf_vocabulary import tokenizer_json_of_gguf
 from mpillama.text.tokenizer import Tokenizer
 from mpillama.text.vocabulary import TokenizerFiles
@@ -144,14 +145,22 @@ def make_tokenizer(file: ModelFile) -> Tokenizer:
     """The tokenizer of a model, with the ids that its configuration names."""
     if "tokenizer.json" not in file.texts:
         raise UserError(f"{file.path}: the model has no tokenizer.json; write the file again with one.")
-    settings = {**file.config_json, **_settings(file, "generation_config.json")}
-    eos, bos = settings.get("eos_token_id"), settings.get("bos_token_id")
-    eos_ids = () if eos is None else tuple(eos) if isinstance(eos, list) else (eos,)
-    add_bos = _settings(file, "tokenizer_config.json").get("add_bos_token")
+    config, generation = file.config_json, _settings(file, "generation_config.json")
+    bos = generation.get("bos_token_id", config.get("bos_token_id"))
+    configured = (*_ids(generation.get("eos_token_id")), *_ids(config.get("eos_token_id")))
+    of_tokenizer = _settings(file, "tokenizer_config.json")
     template = file.texts.get("chat_template.jinja", b"").decode(errors="replace")
-    return Tokenizer(
-        file.texts["tokenizer.json"], bos_token_id=bos, eos_token_ids=eos_ids, add_bos=add_bos, template=template
-    )
+    tokenizer = Tokenizer(
+        file.texts["tokenizer.json"], bos_token_id=bos, eos_token_ids=configured,
+        add_bos=of_tokenizer.get("add_bos_token"), template=template,
+    )  # fmt: skip
+    tokenizer.end_at(end_tokens(tokenizer, of_tokenizer, configured, template))
+    return tokenizer
+
+
+def _ids(found: Any) -> tuple[int, ...]:
+    """A configuration's token ids: none, one or a list."""
+    return () if found is None else tuple(found) if isinstance(found, list) else (found,)
 
 
 def _settings(file: ModelFile, name: str) -> dict[str, Any]:

@@ -47,15 +47,19 @@ class Tokenizer:
         self._copying = Lock()
         self._parsing = _load(tokenizer_json)
         self.bos_token_id = bos_token_id
-        self.eos_token_ids = eos_token_ids
         self.vocab_size: int = self._parsing.get_vocab_size(with_added_tokens=True)
         self._special = frozenset(i for i, t in self._parsing.get_added_tokens_decoder().items() if t.special)
         self.bos_token = "" if bos_token_id is None else self.token(bos_token_id) or ""
-        self.eos_token = (self.token(eos_token_ids[0]) or "") if eos_token_ids else ""
+        self.end_at(eos_token_ids)
         self.byte_fallback = self.join(["<0x41>"]) == "A"
         if bos_token_id is not None and not self.bos_token:
             raise UserError(f"tokenizer.json has no token {bos_token_id} (bos_token_id); use the one of this model.")
         self._add_bos = self._adds_bos() if add_bos is None else add_bos
+
+    def end_at(self, eos_token_ids: tuple[int, ...]) -> None:
+        """Let these tokens end an answer; the first is the one that chat templates call eos_token."""
+        self.eos_token_ids = eos_token_ids
+        self.eos_token = (self.token(eos_token_ids[0]) or "") if eos_token_ids else ""
 
     @property
     def adds_bos(self) -> bool:
@@ -137,6 +141,15 @@ class Tokenizer:
         """The vocabulary's name of a token, None if there is none or if it is special and to be skipped."""
         return None if skip_special and token_id in self._special else self._parsing.id_to_token(token_id)
 
+    def token_id(self, name: str) -> int | None:
+        """The id of a token by the vocabulary's name of it."""
+        found: int | None = self._parsing.token_to_id(name)
+        return found
+
+    def is_control(self, token_id: int) -> bool:
+        """Whether a token is one that only the chat template writes."""
+        return token_id in self._control_of_chat
+
     def join(self, pieces: list[str]) -> str:
         """Text of consecutive token names, by the file's own decoder."""
         decoder = self._parsing.decoder
@@ -180,18 +193,21 @@ class Tokenizer:
                 self._copies[control] = Unwritable(self._json, names, _load)
             return self._copies[control]
 
-    @cached_property
+    @property
     def _control(self) -> frozenset[int]:
         """Tokens that no text has by itself; those of single bytes are needed to write text."""
         roles = {*self._special, *self.eos_token_ids, *([] if self.bos_token_id is None else [self.bos_token_id])}
         return frozenset(i for i in roles if (name := self.token(i)) and not BYTE_TOKEN.fullmatch(name))
 
-    @cached_property
+    @property
     def _control_of_chat(self) -> frozenset[int]:
         """Those and the added tokens that the template writes: in some models the marks of turns are not special."""
+        return self._control | self._marks
+
+    @cached_property
+    def _marks(self) -> frozenset[int]:
         added = self._parsing.get_added_tokens_decoder().items()
-        marks = {i for i, token in added if MARK.fullmatch(token.content) and token.content in self._template}
-        return self._control | marks
+        return frozenset(i for i, t in added if MARK.fullmatch(t.content) and t.content in self._template)
 
     @cached_property
     def _unknown_id(self) -> int | None:

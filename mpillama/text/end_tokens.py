@@ -1,0 +1,33 @@
+"""Which tokens end an answer: everything that comes with a model names some, and seldom all of them the same."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from mpillama.errors import UserError
+from mpillama.text.chat_template import ChatTemplate
+from mpillama.text.tokenizer import Tokenizer
+
+ANSWER = "mpillama-answers"
+
+
+def end_tokens(
+    tokenizer: Tokenizer, tokenizer_config: Mapping[str, Any], configured: tuple[int, ...], template: str
+) -> tuple[int, ...]:
+    """The ids, first the one that texts call eos_token: of tokenizer_config.json, of the others, of the template."""
+    named = tokenizer_config.get("eos_token")
+    name = named.get("content") if isinstance(named, dict) else named
+    eos = tokenizer.token_id(name) if isinstance(name, str) else None
+    found = [eos, *configured, end_of_turn(tokenizer, template)]
+    return tuple(dict.fromkeys(i for i in found if i is not None))
+
+
+def end_of_turn(tokenizer: Tokenizer, template: str) -> int | None:
+    """The control token that a chat template writes behind an answer, None if it writes another text there."""
+    turns = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": ANSWER}]
+    try:
+        made = ChatTemplate(template, bos_token=tokenizer.bos_token, eos_token=tokenizer.eos_token)
+        _, _, rest = made.render(turns, add_generation_prompt=False).rpartition(ANSWER)
+    except UserError:
+        return None  # a template that cannot show this tells nothing; who chats with it is told what is wrong
+    ids = tokenizer.encode(rest.lstrip(), add_bos=False)[:1]
+    return ids[0] if ids and tokenizer.is_control(ids[0]) and ids[0] != tokenizer.bos_token_id else None

@@ -1,0 +1,86 @@
+"""An answer ends at the tokens that any of a model's files name, and where its chat template ends a turn."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from mpillama.engine.model_file import make_tokenizer, open_model
+from mpillama.text.end_tokens import end_of_turn, end_tokens
+
+from .chat_families import FAMILIES, tokenizer
+
+GOLDEN = Path(__file__).parent.parent / "golden" / "llama"
+CHATML = "{% for m in messages %}<|im_start|>{{ m.role }} {{ m.content }}<|im_end|> {% endfor %}<|im_start|>assistant"
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}<|im_start|>assistant\n"
+)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_end_of_turn_of_five_families(family):
+    source = FAMILIES[family].template.read_text("utf-8")
+    found = end_of_turn(tokenizer(family), source)
+    assert found is not None
+    assert tokenizer(family).token(found) == FAMILIES[family].eos
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "",
+        "{% broken",
+        "{{ raise_exception('no') }}",
+        "{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}",
+        "{% for m in messages %}{{ m.content }} and <|im_end|>{% endfor %}",
+        "{% for m in messages %}{{ m.content }}<|endoftext|>{% endfor %}",
+    ],
+)
+def test_templates_that_name_no_end(template):
+    assert end_of_turn(tokenizer("chatml"), template) is None
+
+
+def test_end_of_turn_need_not_be_a_special_token():
+    source = "{% for m in messages %}<｜User｜>{{ m.content }}<｜tool▁sep｜>{% endfor %}"
+    found = end_of_turn(tokenizer("deepseek"), source)
+    assert found is not None
+    assert tokenizer("deepseek").token(found) == "<｜tool▁sep｜>"
+
+
+def test_all_of_them_each_once_and_the_tokenizers_first():
+    tokens = tokenizer("chatml")
+    end, start = tokens.token_id("<|im_end|>"), tokens.token_id("<|im_start|>")
+    for named in ("<|im_start|>", {"content": "<|im_start|>"}):
+        assert end_tokens(tokens, {"eos_token": named}, (7, 9, 7), CHATML) == (start, 7, 9, end)
+    for named in (None, "unknown", 3, {"content": None}):
+        assert end_tokens(tokens, {"eos_token": named}, (7,), "") == (7,)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    copy = tmp_path / "model"
+    shutil.copytree(GOLDEN, copy)
+    return copy
+
+
+def ends(folder: Path, config=None, generation=None, of_tokenizer=None, template="") -> list[str | None]:
+    """Ends of a model whose files name these."""
+    whole = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**whole, "eos_token_id": config}))
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": generation}))
+    names = {"eos_token": of_tokenizer, "chat_template": template}
+    (folder / "tokenizer_config.json").write_text(json.dumps(names))
+    made = make_tokenizer(open_model(str(folder)))
+    return [made.token(i) for i in made.eos_token_ids]
+
+
+def test_each_file_may_name_an_end(folder):
+    tokens = make_tokenizer(open_model(str(folder)))
+    eot, end = (tokens.token_id(name) for name in ("<|eot_id|>", "<|end_of_text|>"))
+    assert ends(folder, config=end) == ["<|end_of_text|>"]
+    assert ends(folder, generation=[end]) == ["<|end_of_text|>"]
+    assert ends(folder, config=end, of_tokenizer="<|eot_id|>") == ["<|eot_id|>", "<|end_of_text|>"]
+    assert ends(folder, config=eot, generation=[end]) == ["<|end_of_text|>", "<|eot_id|>"]
+    template = "{% for m in messages %}{{ m.content }}<|eot_id|>{% endfor %}"
+    assert ends(folder, config=end, template=template) == ["<|end_of_text|>", "<|eot_id|>"]
+    assert ends(folder) == []
