@@ -320,12 +320,14 @@ def test_inspect_takes_what_can_be_run(kind: str, without_mpi: dict[str, str], t
     assert found["format"] == {"folder": "hugging_face"}.get(kind, kind)
     assert (found["file_bytes"], found["files"]) == (sum(model.files.values()), dict(model.files))
     assert found["metadata_sha256"] == model.metadata_sha256
-    assert found["parameters"] == sum(tensor.size for tensor in golden_models.family_tensors("qwen3_moe").values())
+    weights = sum(tensor.size for tensor in golden_models.family_tensors("qwen3_moe").values())
+    head = model.config.vocab_size * model.config.hidden_size if kind == "dllama" else 0  # which has no tied heads
+    assert found["parameters"] == weights + head
     assert found["config"]["model_type"] == "qwen3_moe"
     experts = next(t for t in found["tensors"] if t["name"] == "model.layers.0.mlp.experts.up_proj.weight")
     assert experts["shape"][0] == len(experts["arrays"]) == model.config.num_experts
-    assert experts["weight_type"] == {"gguf": "q8_0"}.get(kind, "f32")
-    assert experts["arrays"][0]["stored"] == {"gguf": "q5_0"}.get(kind, "f32")
+    stored, run_as = {"gguf": ("q5_0", "q8_0"), "folder": ("bf16", "bf16"), "dllama": ("f32", "f32")}[kind]
+    assert (experts["arrays"][0]["stored"], experts["weight_type"]) == (stored, run_as)
     shown = run(None, *PROGRAM, "inspect", path, env=without_mpi)
     assert (shown.status, shown.stderr) == (0, "")
     assert "num_experts" in shown.stdout
