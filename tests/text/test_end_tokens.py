@@ -13,8 +13,6 @@ from .chat_families import FAMILIES, tokenizer
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "llama"
 CHATML = "{% for m in messages %}<|im_start|>{{ m.role }} {{ m.content }}<|im_end|> {% endfor %}<|im_start|>assistant"
-    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}<|im_start|>assistant\n"
-)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
