@@ -22,9 +22,18 @@ from mpillama.serve.preparing import Preparation, prepared
 from mpillama.serve.render.renderer import Renderer
 from mpillama.serve.responses import responses
 from mpillama.serve.responses_store import ResponseStore
-from mpillama.serve.routes import EVENTS, REFUSALS, FrontOf, ServiceOf, StrictRoute, log_prompt, tell_unknown
+from mpillama.serve.routes import (
+    EVENTS,
+    REFUSALS,
+    FrontOf,
+    ServiceOf,
+    StrictRoute,
+    log_prompt,
+    tell_ignored,
+    tell_unknown,
+)
 from mpillama.serve.streams import stream, while_connected
-from mpillama.serve.tasks_of import chat_tasks, check_model, completion_tasks, embedding_tasks
+from mpillama.serve.tasks_of import chat_tasks, check_model, completion_tasks, embedding_tasks, left_out_of_grammar
 from mpillama.serve.tokenizing import detokenized, tokenized
 
 
@@ -77,7 +86,8 @@ api = APIRouter(route_class=StrictRoute)
 async def chat_completions(request: Request, body: ServedChat, service: ServiceOf) -> Response:
     """Answer a conversation, whole or as a stream."""
     tell_unknown(request, body)
-    tasks = await prepared(request, lambda _: chat_tasks(service, body))
+    tasks, left_out = await prepared(request, lambda _: (chat_tasks(service, body), left_out_of_grammar(body)))
+    tell_ignored(request, left_out)
     reply = Reply(service, "chat.completion", "chat.completion.chunk", "chatcmpl", tasks)
     return await _answer(request, reply, chat_choices(service, body), body)
 

@@ -19,9 +19,9 @@ from mpillama.serve.preparing import prepared
 from mpillama.serve.responses_chat import chat_of, in_words_of_responses, input_items, with_references
 from mpillama.serve.responses_events import ResponseWriter, new_id
 from mpillama.serve.responses_store import Kept, ResponseStore, kept_items
-from mpillama.serve.routes import EVENTS, REFUSALS, ServiceOf, StrictRoute, log_prompt, tell_unknown
+from mpillama.serve.routes import EVENTS, REFUSALS, ServiceOf, StrictRoute, log_prompt, tell_ignored, tell_unknown
 from mpillama.serve.streams import named_event, stream, while_connected
-from mpillama.serve.tasks_of import chat_tasks
+from mpillama.serve.tasks_of import chat_tasks, left_out_of_grammar
 
 Json = dict[str, Any]
 
@@ -55,6 +55,7 @@ class Asked:
         with in_words_of_responses():
             self.chat: ServedChat = chat_of(body, [*before, *items])
             (self.task,) = chat_tasks(service, self.chat)
+            self.left_out = left_out_of_grammar(self.chat)
         self.reply = Reply(service, "response", "response", "resp", [self.task])
 
     def response(self) -> Json:
@@ -100,7 +101,9 @@ async def understood(request: Request, service: Service, store: ResponseStore, b
         return None if found is None else ITEM.validate_json(found)
 
     items = with_references(input_items(body), find)
-    return await prepared(request, lambda _: Asked(service, body, items, earlier))
+    asked = await prepared(request, lambda _: Asked(service, body, items, earlier))
+    tell_ignored(request, asked.left_out)
+    return asked
 
 
 @responses.post(

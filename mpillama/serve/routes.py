@@ -2,7 +2,7 @@
 
 import json
 import logging
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import replace
 from typing import Annotated, Any
 
@@ -81,6 +81,11 @@ def the_service(request: Request) -> Service:
 def tell_unknown(request: Request, body: Body) -> None:
     """Let the answer have a header that names the body's fields that have no meaning here."""
     request.scope[UNKNOWN] = body.unknown_fields()
+
+
+def tell_ignored(request: Request, names: Sequence[str]) -> None:
+    """Let that header name more."""
+    request.scope[UNKNOWN] = [*request.scope.get(UNKNOWN, ()), *names]
 
 
 def log_prompt(request: Request, name: str, body: BaseModel) -> None:

@@ -26,10 +26,13 @@ from mpillama.serve.front import Service
 from mpillama.serve.tasks import Task
 from mpillama.serve.text_sizes import check_prompt_text, size, size_of_chat
 from mpillama.text.constraint import json_schema_grammar
+from mpillama.text.json_schema import rewritten
 from mpillama.text.sampler import SamplingOptions
 
 LONGEST_OPENING = 16
 """Tokens at a prompt's end among which a thought is opened."""
+MOST_LEFT_OUT = 16
+"""Words of schemas that are named."""
 UNNUMBERED = -1
 """The number of a task that was not begun."""
 
@@ -137,6 +140,15 @@ def _tool_grammar(service: Service, body: ServedChat) -> str | None:
         return service.tools.grammar(tools, wanted, several, service.grammars.token_id)
     calls = service.tools.grammar(tools, "required", several, service.grammars.token_id)
     return json_schema_grammar(schema) if calls is None else calls_or_json(calls, schema)
+
+
+def left_out_of_grammar(body: ServedChat) -> list[str]:
+    """The words of schemas that the answer does not keep to."""
+    schema, calls = _schema(body), body.tool_choice not in (None, "none", "auto")
+    given = [("tools", tool.function.parameters) for tool in body.tools or () if calls]
+    given += [] if schema is None or calls else [("response_format", schema)]
+    places = [f"{name}.{place.rpartition('/')[2]}" for name, one in given if one for place in rewritten(one).weakened]
+    return list(dict.fromkeys(places))[:MOST_LEFT_OUT]
 
 
 def _schema(body: ServedChat) -> dict[str, Any] | None:

@@ -132,6 +132,21 @@ def test_a_tool_with_words_that_cannot_be_held_is_called(server: Served):
     tool = {"type": "function", "function": {"name": "f", "parameters": parameters}}
     with server.http() as http:
         body = {**ASK, "max_tokens": 400, "tools": [tool], "tool_choice": "required"}
-        answer = http.post("/v1/chat/completions", json=body).raise_for_status().json()
+        response = http.post("/v1/chat/completions", json=body).raise_for_status()
+        answer = response.json()
+    assert response.headers["x-mpillama-ignored"] == "tools.uniqueItems"
     for call in answer["choices"][0]["message"]["tool_calls"]:
         assert set(json.loads(call["function"]["arguments"])) == {"tags"}
+
+
+def test_words_that_are_left_out_are_named_in_a_header(server: Served):
+    schema = {"type": "array", "items": {"type": "boolean", "title": "t"}, "uniqueItems": True, "maxItems": 2}
+    text = {"format": {"type": "json_schema", "name": "x", "schema": schema}}
+    with server.http() as http:
+        chat = http.post("/v1/chat/completions", json={**ASK, **form(schema)}).raise_for_status()
+        response = http.post("/v1/responses", json={"input": "Hi", "max_output_tokens": 16, "text": text})
+        plain = http.post("/v1/chat/completions", json={**ASK, **form({"type": "boolean"})}).raise_for_status()
+    assert response.status_code == 200, response.text
+    for answer in (chat, response):
+        assert answer.headers["x-mpillama-ignored"] == "response_format.uniqueItems"
+    assert "x-mpillama-ignored" not in plain.headers
