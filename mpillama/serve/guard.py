@@ -237,7 +237,7 @@ async def _answer_preflight(scope: Scope, send: Send) -> None:
     """Allow an origin that was named whatever headers it wants to send: they open nothing by themselves."""
     wanted = _header(scope, b"access-control-request-headers") or b"Authorization, Content-Type"
     headers = [
-        (b"access-control-allow-methods", b"GET, HEAD, POST"),
+        (b"access-control-allow-methods", b"GET, HEAD, POST, DELETE"),
         (b"access-control-allow-headers", wanted),
         (b"access-control-max-age", b"600"),
         (b"vary", b"Access-Control-Request-Headers"),

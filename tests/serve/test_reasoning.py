@@ -94,3 +94,18 @@ def test_an_answer_within_a_grammar_is_no_thought(client):
     assert message["content"].startswith("{")
     assert "reasoning_content" not in message
     assert usage["completion_tokens_details"] == {"reasoning_tokens": 0}
+
+
+def test_a_response_has_the_thought_as_an_item_and_takes_it_back(client):
+    message, usage = message_of(client, seed=1)
+    body = {name: value for name, value in asked(client, seed=1).items() if name != "messages"} | {"input": ASK}
+    found = client.post("/v1/responses", json=body).json()
+    thought, said = found["output"]
+    assert (thought["type"], thought["content"][0]["text"]) == ("reasoning", message["reasoning"])
+    assert (said["type"], said["content"][0]["text"]) == ("message", message["content"])
+    assert found["usage"]["output_tokens_details"] == usage["completion_tokens_details"]
+    counts = [
+        client.post("/v1/responses/input_tokens", json={"input": [*ASK, *items, *ASK]}).json()["input_tokens"]
+        for items in ([said], [thought, said])
+    ]
+    assert counts[1] > counts[0]
