@@ -81,8 +81,9 @@ class Metadata:
             shown = value.tolist() if isinstance(value, np.ndarray) else value
             in_force = any(shown) if isinstance(shown, list) else bool(shown)
             if key.startswith(start) and key.removeprefix(start) not in known and in_force:
+                name = key.encode(errors="backslashreplace").decode()  # in a damaged file it may be no text
                 raise UserError(
-                    f"{self.path}: its metadata has {key}={shown!r}, which mpillama does not know and cannot leave "
+                    f"{self.path}: its metadata has {name}={shown!r}, which mpillama does not know and cannot leave "
                     "out: take another file of the model."
                 )
 

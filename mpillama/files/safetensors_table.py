@@ -67,7 +67,9 @@ def _refuse_dtypes(path: str, header: dict[str, Any]) -> None:
     """Refuse other types by name, also those that the installed safetensors package does not know."""
     for name, info in header.items():
         dtype = info.get("dtype") if isinstance(info, dict) else None
-        if isinstance(dtype, str) and name != "__metadata__" and dtype not in STORED and not name.endswith(IGNORED):
+        if not isinstance(dtype, str) or not dtype.isidentifier() or dtype in STORED:
+            continue
+        if name != "__metadata__" and not name.endswith(IGNORED):
             raise UserError(
                 f"{path}: tensor {name!r} is stored as {dtype[:32]}: mpillama reads {', '.join(STORED)}, "
                 "take the model in one of these, or a GGUF file of it."
