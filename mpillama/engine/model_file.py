@@ -130,7 +130,7 @@ def with_tokenizer(checkpoint: Checkpoint) -> Checkpoint:
     vocabulary = json.loads(checkpoint.texts[name])
     if not vocabulary.get("tokens"):  # weights alone: they can be measured and converted
         return replace(checkpoint, texts={key: text for key, text in checkpoint.texts.items() if key != name})
-    files = CONVERTERS[name](vocabulary)
+    files = CONVERTERS[name](vocabulary | {"architecture": checkpoint.config_json.get("model_type")})
     ends = {"bos_token_id": files.bos_token_id, "eos_token_id": list(files.eos_token_ids)}
     texts = {
         **{key: text for key, text in checkpoint.texts.items() if key != name},
@@ -138,7 +138,7 @@ def with_tokenizer(checkpoint: Checkpoint) -> Checkpoint:
         "generation_config.json": json.dumps(ends).encode(),
         "tokenizer_config.json": json.dumps({"add_bos_token": files.add_bos}).encode(),
     }
-    return replace(checkpoint, texts=texts)
+    return replace(checkpoint, texts=texts, config_json={**checkpoint.config_json, **ends})
 
 
 def make_tokenizer(file: ModelFile) -> Tokenizer:

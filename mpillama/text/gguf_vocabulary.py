@@ -14,7 +14,7 @@ from mpillama.text.bpe import (
     sentencepiece_json,
     unique_ids,
 )
-from mpillama.text.pre_tokenizers import PRE_TOKENIZERS, PreTokenizer
+from mpillama.text.pre_tokenizers import PRE_TOKENIZERS, PreTokenizer, guessed_pre_tokenizer
 from mpillama.text.vocabulary import TokenizerFiles, VocabularyValues
 
 # Names that end an answer whatever the metadata say: many files know only the base model's end of text.
@@ -52,7 +52,7 @@ def tokenizer_json_of_gguf(vocabulary: Mapping[str, Any]) -> TokenizerFiles:
 def _byte_level(values: VocabularyValues) -> TokenizerFiles:
     pre_tokenizer = _pre_tokenizer(values)
     ids = unique_ids(values.tokens, values)
-    kinds = _kinds(values, (values.token_id("bos_token_id"), values.token_id("eos_token_id")))
+    kinds = _kinds(values, (values.role("bos_token_id"), values.role("eos_token_id")))
     added = added_tokens(_added(values, kinds), values)
     content = byte_level_json(
         ids, _merges(values, ids), added, pre_tokenizer.build(), ignore_merges=pre_tokenizer.ignore_merges
@@ -64,10 +64,10 @@ def _sentencepiece(values: VocabularyValues) -> TokenizerFiles:
     ids = unique_ids(values.tokens, values)
     # Files without these entries mean Llama's own ids, as far as there are such.
     unknown, bos, eos = (index if index < len(ids) else None for index in range(3))
-    unknown = values.token_id("unknown_token_id", unknown)
-    kinds = _kinds(values, (unknown, values.token_id("bos_token_id", bos), values.token_id("eos_token_id", eos)))
+    unknown = values.role("unknown_token_id", unknown)
+    kinds = _kinds(values, (unknown, values.role("bos_token_id", bos), values.role("eos_token_id", eos)))
     mergeable = {index for index, kind in enumerate(kinds) if kind in (Kind.NORMAL, Kind.UNUSED)}
-    scores = [-math.inf if math.isnan(score) else score for score in values.numbers("scores")]
+    scores = [-math.inf if math.isnan(score) else score for score in _scores(values)]
     content = sentencepiece_json(
         ids,
         merges_by_score(ids, scores, mergeable),
@@ -78,11 +78,28 @@ def _sentencepiece(values: VocabularyValues) -> TokenizerFiles:
     return _files(values, content, kinds, (bos, eos), True)
 
 
+def _scores(values: VocabularyValues) -> list[float]:
+    """The scores; a file without them has its pieces in the order in which SentencePiece made them."""
+    if "scores" in values:
+        return values.numbers("scores")
+    values.warn("has no scores: its pieces are taken to stand in their order, as in SentencePiece's own files")
+    return [-float(index) for index in range(len(values.tokens))]
+
+
 def _pre_tokenizer(values: VocabularyValues) -> PreTokenizer:
-    name = values.text("pre", "default")
+    name = values.text("pre") or _guessed_pre_tokenizer(values)
     if name not in PRE_TOKENIZERS:
         raise values.refuse(f'cuts words by the rules "{name:.40}" (tokenizer.ggml.pre), which mpillama does not know')
     return PRE_TOKENIZERS[name]
+
+
+def _guessed_pre_tokenizer(values: VocabularyValues) -> str:
+    name = guessed_pre_tokenizer(values.tokens, values.text("architecture"))
+    values.warn(
+        f'does not say how it cuts words (tokenizer.ggml.pre): "{name}" is taken, as its tokens suggest. If answers '
+        "are poor, convert the model again with a newer llama.cpp"
+    )
+    return name
 
 
 def _kinds(values: VocabularyValues, control: tuple[int | None, ...]) -> list[float]:
@@ -121,12 +138,8 @@ def _files(
     bos_and_eos: tuple[int | None, int | None],
     add_bos: bool,
 ) -> TokenizerFiles:
-    bos = values.token_id("bos_token_id", bos_and_eos[0])
-    named = [
-        values.token_id("eos_token_id", bos_and_eos[1]),
-        values.token_id("eot_token_id"),
-        values.token_id("eom_token_id"),
-    ]
+    bos = values.role("bos_token_id", bos_and_eos[0])
+    named = [values.role("eos_token_id", bos_and_eos[1]), values.role("eot_token_id"), values.role("eom_token_id")]
     known = [i for i, token in enumerate(values.tokens) if token in END_NAMES and kinds[i] == Kind.CONTROL]
     ends = tuple(dict.fromkeys(index for index in [*named, *known] if index is not None))
     return TokenizerFiles(content, bos, ends, values.flag("add_bos_token", add_bos) and bos is not None)

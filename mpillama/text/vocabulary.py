@@ -1,5 +1,6 @@
 """What a checkpoint in a foreign format tells of its tokenizer, and the checked reading of it."""
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -29,11 +30,16 @@ class VocabularyValues:
     def __init__(self, source: Mapping[str, Any], origin: str) -> None:
         self._source = source
         self.origin = origin
+        self._told = set[str]()
         self.tokens = self._tokens()
 
     def refuse(self, problem: str) -> UserError:
         """The error for a vocabulary that cannot be used."""
         return UserError(f"The tokenizer in {self.origin} {problem}; download or convert the model again.")
+
+    def warn(self, fact: str) -> None:
+        """Warn of what is odd in a vocabulary that can be used."""
+        logging.getLogger(__name__).warning("the tokenizer in %s %s.", self.origin, fact, extra={"of_run": True})
 
     def text(self, key: str, default: str = "") -> str:
         """A string."""
@@ -53,6 +59,16 @@ class VocabularyValues:
         """The id of a token of this vocabulary, None if there is none."""
         value = self._get(key, default)
         return None if value is None else self.checked_id(value, key)
+
+    def role(self, key: str, default: int | None = None) -> int | None:
+        """The id of the token with a role; one outside the vocabulary is ignored with a warning, as llama.cpp does."""
+        value = self._get(key, default)
+        if isinstance(value, bool) or not isinstance(value, int | np.integer) or 0 <= value < len(self.tokens):
+            return self.token_id(key, default)
+        if key not in self._told:
+            self._told.add(key)
+            self.warn(f"has {len(self.tokens)} tokens, but {key} is {value}, which is ignored")
+        return default
 
     def checked_id(self, value: Any, key: str) -> int:
         """`value` as an id of this vocabulary."""

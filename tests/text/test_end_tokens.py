@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from mpillama.engine.model_file import make_tokenizer, open_model
+from mpillama.engine.model_file import make_tokenizer, open_model, with_tokenizer
+from mpillama.files.checkpoint import Checkpoint
 from mpillama.text.end_tokens import end_of_turn, end_tokens
 
 from .chat_families import FAMILIES, tokenizer
@@ -82,3 +83,12 @@ def test_each_file_may_name_an_end(folder):
     template = "{% for m in messages %}{{ m.content }}<|eot_id|>{% endfor %}"
     assert ends(folder, config=end, template=template) == ["<|end_of_text|>", "<|eot_id|>"]
     assert ends(folder) == []
+
+
+def test_ids_outside_a_gguf_vocabulary_reach_no_configuration():
+    vocabulary = {"model": "gpt2", "pre": "qwen2", "tokens": ["a", "b", "<e>"], "merges": [], "eot_token_id": 2}
+    texts = {"gguf_vocabulary.json": json.dumps(vocabulary | {"bos_token_id": 9, "eos_token_id": 2**32 - 1}).encode()}
+    config = {"model_type": "llama", "bos_token_id": 9, "eos_token_id": [2**32 - 1]}
+    made = with_tokenizer(Checkpoint("x.gguf", "gguf", config, texts, (), (), {}))
+    tokens = make_tokenizer(made)
+    assert (tokens.bos_token_id, tokens.eos_token_ids) == (None, (2,))

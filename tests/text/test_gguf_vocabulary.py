@@ -116,6 +116,64 @@ def test_words_of_the_pre_tokenizers():
     assert words("deepseek-v3", "1234你好 x") == ["123", "4", "你好", " x"]
     assert words("default", "a+b 1234") == ["a", "+", "b", " ", "123", "4"]
 
+    assert words("deepseek-llm", "It's 12345 你好,\n x") == ["It", "'", "s", " ", "12345", " ", "你好", ",", "\n", " x"]
+    assert words("deepseek-llm", "ÀΩ ώж ª  ") == ["ÀΩ", " ώж", " ª", "  "]
+    assert words("viking", "Hei, maailma 123") == ["Hei", ",", " maailma", " ", "1", "2", "3"]
+    assert words("poro-chat", "Hei, 123") == ["Hei", ",", " 123"]
+    assert words("falcon", "a+b 12345") == ["a", "+", "b", " ", "123", "45"]
+    assert words("minicpm5", "it's 1234") == ["it", "'s", " ", "123", "4"]
+    assert words("tiny_aya", "1234567 don't") == ["1", "234", "567", " don't"]
+    assert words("youtu", "안녕 12 don't你好") == ["안녕", " ", "1", "2", " don't", "你好"]
+    assert words("ufakzeka", "Ali'nin 12") == ["Ali", "'nin", " ", "1", "2"]
+    assert words("laguna", "a\n\nb c") == ["a", "\n\n", "b", " c"]
+    assert words("exaone-moe", "how are you 12?") == ["how are you", " ", "1", "2", "?"]
+    assert words("jais-2", "a     b") == ["a", "    ", " b"]
+
+
+@pytest.mark.parametrize(
+    ("tokens", "architecture", "name"),
+    [
+        (["<|begin_of_text|>", "<|eot_id|>"], "llama", "llama-bpe"),
+        (["<|reserved_special_token_0|>", "<｜begin▁of▁sentence｜>"], "llama", "llama-bpe"),
+        (["a"], "qwen2", "qwen2"),
+        (["<｜begin▁of▁sentence｜>"], "qwen3_moe", "qwen2"),
+        (["<｜begin▁of▁sentence｜>", *map(str, range(32_000))], "llama", "deepseek-coder"),
+        (["<｜begin▁of▁sentence｜>", *map(str, range(102_000))], "llama", "deepseek-llm"),
+        (["<｜begin▁of▁sentence｜>", *map(str, range(129_000))], "llama", "deepseek-v3"),
+        (["[INST]"], "llama", "tekken"),
+        (["<|im_start|>", "<repo_name>"], "llama", "smollm"),
+        (["<|im_start|>"], "llama", "qwen2"),
+        (["a"], "llama", "default"),
+    ],
+)
+def test_rules_that_a_file_does_not_name_are_guessed(tokens, architecture, name, caplog):
+    vocabulary = {"model": "gpt2", "tokens": tokens, "merges": [], "architecture": architecture}
+    assert tokenizer_json_of_gguf(vocabulary) == tokenizer_json_of_gguf(vocabulary | {"pre": name})
+    assert [name in record.message and "tokenizer.ggml.pre" in record.message for record in caplog.records] == [True]
+
+
+@pytest.mark.parametrize("role", ["bos", "eos", "eot", "eom"])
+@pytest.mark.parametrize("value", [4, -1, 2**32 - 1])
+def test_roles_outside_the_vocabulary_are_ignored_with_one_warning(role, value, caplog):
+    files = tokenizer_json_of_gguf(SMALL | {f"{role}_token_id": value})
+    usual = tokenizer_json_of_gguf({k: v for k, v in SMALL.items() if k != f"{role}_token_id"})
+    assert files == usual
+    assert [f"{role}_token_id is {value}" in record.message for record in caplog.records] == [True]
+
+
+def test_roles_of_pieces_outside_the_vocabulary_are_those_of_llama(caplog):
+    files = tokenizer_json_of_gguf(PIECES | {"bos_token_id": 6, "eos_token_id": -1, "unknown_token_id": 7})
+    assert files == tokenizer_json_of_gguf(PIECES)
+    assert len(caplog.records) == 3
+
+
+def test_pieces_without_scores_are_taken_in_their_order(caplog):
+    metadata = gguf_sentencepiece()
+    del metadata["scores"]
+    for text in NASTY:
+        assert load(metadata).encode(text).ids == load(gguf_sentencepiece()).encode(text).ids
+    assert all("no scores" in record.message for record in caplog.records)
+
 
 @pytest.mark.parametrize(
     ("changes", "bos", "eos", "add_bos"),
@@ -191,9 +249,6 @@ def test_empty_tokens_get_a_name():
         ({"merges": ["ab"]}, "ab"),
         ({"merges": [""]}, "merges"),
         ({"merges": [3]}, "merges"),
-        ({"eos_token_id": 4}, "eos_token_id is 4"),
-        ({"bos_token_id": -1}, "bos_token_id is -1"),
-        ({"bos_token_id": 10**9}, "1000000000"),
         ({"eot_token_id": 1.0}, "eot_token_id"),
         ({"add_bos_token": "yes"}, "add_bos_token"),
     ],
@@ -207,12 +262,11 @@ def test_refused(changes, message):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"scores": None}, "scores"),
         ({"scores": [0.0]}, "6 tokens, but 1 scores"),
         ({"scores": [0.0] * 5 + ["high"]}, "scores"),
         ({"scores": [0] * 5 + [10**400]}, "scores"),
         ({"tokens": ["<unk>", "<s>", "</s>", "a", "b", "ab" * 20_000]}, "absurd"),
-        ({"unknown_token_id": 6}, "unknown_token_id"),
+        ({"unknown_token_id": "six"}, "unknown_token_id"),
         ({"add_space_prefix": 2}, "add_space_prefix"),
     ],
 )
