@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,8 @@ from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.remote.webelement import WebElement
 
+from mpillama.serve.render.code import code_css
+from mpillama.serve.render.markdown import render
 from tests.mpi.launch import ROOT
 from tests.packages import install, missing
 
@@ -115,6 +117,11 @@ def says(*pieces: str | dict[str, Any] | Gate, **more: Any) -> Answer:
     return Answer(pieces, **more)
 
 
+def thinks(text: str) -> dict[str, Any]:
+    """A piece of an answer that is thought."""
+    return {"choices": [{"index": 0, "delta": {"reasoning_content": text, "reasoning": text}}]}
+
+
 def refuses(status: int, **headers: str) -> Answer:
     """An answer that is an error; headers with _ for -."""
     return Answer(status=status, headers=tuple((name.replace("_", "-"), value) for name, value in headers.items()))
@@ -126,6 +133,9 @@ class FakeServer:
     def __init__(self) -> None:
         self.answers: list[Answer] = []
         self.bodies: list[dict[str, Any]] = []
+        self.rendered: list[list[dict[str, Any]]] = []
+        """The texts of each request to render some."""
+        self.renders = True
         self.keys: list[str | None] = []
         self.key: str | None = None
         self.health = "ok"
@@ -186,6 +196,9 @@ def _handler(server: FakeServer) -> type[BaseHTTPRequestHandler]:
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             if not self.has_key():
                 return
+            if self.path == "/page/render":
+                self.send_rendered(body["texts"])
+                return
             server.bodies.append(body)
             answer = server.answers.pop(0) if server.answers else says("Yes.")
             if answer.status != 200:
@@ -196,6 +209,15 @@ def _handler(server: FakeServer) -> type[BaseHTTPRequestHandler]:
             self.end_headers()
             with suppress(ConnectionError):
                 self.send_answer(answer)
+
+        def send_rendered(self, texts: list[dict[str, Any]]) -> None:
+            """As the real server does, which has a process for it."""
+            server.rendered.append(texts)
+            if not server.renders:
+                self.send_error_body(422)
+                return
+            documents = [[asdict(block) for block in render(one["text"], one["growing"])] for one in texts]
+            self.send(200, json.dumps({"documents": documents}))
 
         def has_key(self) -> bool:
             """Answer 401 without the key."""
@@ -243,6 +265,9 @@ def _handler(server: FakeServer) -> type[BaseHTTPRequestHandler]:
             self.send(status, json.dumps({"error": error}), *headers)
 
         def send_file(self, name: str) -> None:
+            if name == "code.css":
+                self.send(200, code_css(), kind="text/css")
+                return
             path = PAGE / name
             if path.parent != PAGE or not path.is_file():
                 self.send_error_body(404)

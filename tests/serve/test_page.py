@@ -20,9 +20,11 @@ from tests.serve.browser import (
     running_browser,
     says,
     screenshot,
+    thinks,
     until,
     why_not,
 )
+from tests.serve.test_rendering import ATTEMPTS
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(420)]  # the first one may have to install the browser
 
@@ -88,13 +90,13 @@ return poor;
 """
 BEYOND_THE_EDGE = """
 return [...document.querySelectorAll("body *")].filter((n) => n.checkVisibility({ visibilityProperty: true }))
-  .filter((n) => !n.closest("pre, .table, .unseen, .skip"))
+  .filter((n) => !n.closest("pre, .table, .formula, .unseen, .skip"))
   .filter((n) => n.getBoundingClientRect().right > innerWidth + 0.5)
   .map((n) => n.outerHTML.slice(0, 80));
 """
 ROGUES = """
 return [...document.querySelectorAll("*")].flatMap((n) => [...n.attributes].map((a) => a.name + "=" + a.value))
-  .filter((text) => /^on|^srcdoc|javascript:/i.test(text));
+  .filter((text) => /^on|^srcdoc|^(?!alttext=).*javascript:/i.test(text));
 """
 
 
@@ -300,15 +302,21 @@ def test_an_answer_is_copied_as_it_was_written(
 
 def test_thoughts_of_a_reasoning_model_are_folded(fake: FakeServer, page: Page) -> None:
     gate = fake.gate()
-    fake.answers = [says("<think>\nLlamas ", gate, "are kind.\n</think>\n\nYes.")]
+    fake.answers = [says(thinks("Llamas "), gate, thinks("are *kind*."), "Yes.")]
     page.say("Are llamas kind?")
     summary = page.one("details summary")
     until(summary.is_displayed, "the thoughts")
     gate.open()
+    page.wait_for("Yes.")
     page.wait_for_end()
     assert page.answers() == ["Thoughts\nYes."]
     summary.click()
     assert page.answers() == ["Thoughts\nLlamas are kind.\nYes."]
+    assert page.ask("Sure?") == "Yes."
+    assert fake.bodies[1]["messages"][1] == {"role": "assistant", "content": "Yes."}
+    page.driver.refresh()
+    page.wait_for("Yes.")
+    assert page.answers()[0] == "Thoughts\nYes."
 
 
 def test_other_conversations_go_on_meanwhile(fake: FakeServer, page: Page) -> None:
@@ -400,81 +408,183 @@ def test_markdown_that_has_not_ended_is_shown(fake: FakeServer, page: Page) -> N
     assert [len(page.all(f".answer {tag}")) for tag in ("ol", "li", ".code")] == [1, 2, 1]
 
 
-@pytest.mark.parametrize(
-    ("source", "html"),
-    [
-        ("a * b * c and 2*3*4 and snake_case_name", "<p>a * b * c and 2*3*4 and snake_case_name</p>"),
-        ("***both*** ~~gone~~ __strong__ _em_", "<p><strong><em>both</em></strong> "
-         "<del>gone</del> <strong>strong</strong> <em>em</em></p>"),
-        ("**bold *and* more**, *em **and** more*", "<p><strong>bold <em>and</em> more</strong>, "
-         "<em>em <strong>and</strong> more</em></p>"),
-        ("`a*b*` and ``x ` y`` \\*no\\*", "<p><code>a*b*</code> and <code>x ` y</code> *no*</p>"),
-        ("one\ntwo\n\nthree", "<p>one\ntwo</p><p>three</p>"),
-        ("# One #\n###### Six\n#hash", "<h3>One</h3><h6>Six</h6><p>#hash</p>"),
-        ("- a\n  - b\n    - c\n- d", "<ul><li><p>a</p>"
-         "<ul><li><p>b</p><ul><li><p>c</p></li></ul></li></ul></li><li><p>d</p></li></ul>"),
-        ("3. a\n   b\n\n   c\n4. d", '<ol start="3"><li><p>a\nb</p><p>c</p></li><li><p>d</p></li></ol>'),
-        ("text\n- a\n***\n> q\n> > r", "<p>text</p><ul><li><p>a</p></li></ul><hr>"
-         "<blockquote><p>q</p><blockquote><p>r</p></blockquote></blockquote>"),
-        ("1 | 2\nno table", "<p>1 | 2\nno table</p>"),
-        ("a|b\n-|-\n\\||`c`", "<table><thead><tr><th>a</th><th>b</th></tr></thead>"
-         "<tbody><tr><td>|</td><td><code>c</code></td></tr></tbody></table>"),
-        ("(see https://a.test/x_(y).)", '<p>(see <a href="https://a.test/x_(y)">https://a.test/x_(y)</a>.)</p>'),
-        ("[**b** `c`](https://a.test) <me@a.test>", '<p><a href="https://a.test"><strong>b</strong> <code>c</code></a> '
-         '<a href="mailto:me@a.test">me@a.test</a></p>'),
-        ("[one](/relative) [two](http:) [three]", "<p>[one](/relative) [two](http:) [three]</p>"),
-        ("**open and `open", "<p>**open and `open</p>"),
-        ("- ```sh\n  a\n\n    b\n  ```\n- x", "<ul><li>CODE</li><li><p>x</p></li></ul>"),
-    ],
-)  # fmt: skip
-def test_markdown_in_detail(page: Page, source: str, html: str) -> None:
-    """The same whether it comes at once or letter by letter."""
-    found = page.script(
-        """
-        const { Markdown } = await import("/page/markdown.js");
-        const text = (node) => node.innerHTML.replaceAll(/ (dir|tabindex|role|aria-label|target|rel)="[^"]*"/g, "")
-          .replaceAll(/<div class="code">.*?<\\/pre><\\/div>/gs, "CODE")
-          .replaceAll(/<div class="table">(.*?)<\\/div>/gs, "$1");
-        const roots = [0, 1].map(() => document.createElement("div"));
-        new Markdown(roots[0]).update(a[0], false);
-        const slow = new Markdown(roots[1]);
-        for (let i = 1; i <= a[0].length; i += 1) slow.update(a[0].slice(0, i), true);
-        slow.update(a[0], false);
-        return roots.map(text);
-        """,
-        source,
-    )
-    assert found == [html, html]
+RICH = """\
+Setext
+======
+
+Mass is $E=mc^2$, H<sub>2</sub>O and 2<sup>10</sup>;&nbsp;also \\(a\\,b\\).
+
+$$\\int_0^1 x^2\\,dx = \\frac{1}{3}$$
+
+\\[ \\begin{aligned} a_1 &= b*c*d \\\\ &= \\sum_{i=1}^n i \\end{aligned} \\]
+
+- [ ] to do
+- [x] done, with a note[^1]
+
+| Function | Description | Complexity | Notes |
+|:---|:---:|---:|---|
+| `sort_everything` | sorts<br>things | O(n log n) | a rather long note about what it does to the list |
+| `find` | finds | O(n) | |
+
+```c
+int main(void) { return 0; } // the end, which is a long way to the right, beyond what any phone can show at once
+```
+
+> Press <kbd>Ctrl</kbd>+<kbd>C</kbd>.
+> > Once.
+
+[^1]: The note.
+"""
 
 
-def test_long_and_odd_texts_are_shown_in_no_time(page: Page) -> None:
-    """Marks without an end, deep nesting: a quadratic way through one of these would not end before the script must.
+def test_what_models_write_besides_markdown_is_shown(fake: FakeServer, page: Page) -> None:
+    """Formulas are drawn, not printed; line breaks, lists of things to do, notes and headings are what they mean."""
+    fake.answers = [says(*RICH.splitlines(keepends=True))]
+    page.ask("Show me everything.")
+    found = page.script("""
+        const all = (selector) => [...document.querySelectorAll(".answer .text " + selector)];
+        const text = (selector) => all(selector).map((node) => node.textContent);
+        return [text("h3"), text("sub"), text("sup"), all("td br").length, all("li.task input[disabled]").length,
+          all("input:checked").length, text(".notes li"), text("kbd"), all("blockquote blockquote").length,
+          all("math").map((node) => node.getBoundingClientRect().height > 10), text("mfrac"), text(".k, .kt")]
+    """)
+    assert found[:6] == [["Setext"], ["2"], ["10", "[1]"], 1, 2, 1]
+    assert [text.strip() for text in found[6]] == ["The note."]
+    assert found[7:] == [["Ctrl", "C"], 1, [True] * 4, ["13"], ["int", "void", "return"]]
+    for raw in ("<br>", "&nbsp;", "[x]", "\\frac", "$$", "===", "[^1]"):
+        assert raw not in page.answers()[0]
 
-    And a long answer costs no more at its end than at its beginning.
-    """
+
+def test_an_answer_about_marks_of_thoughts_is_whole(fake: FakeServer, page: Page) -> None:
+    text = "Remove it with `<think>.*?</think>`: what is between <think> and </think> goes."
+    fake.answers = [says(text)]
+    assert page.ask("How?") == text.replace("`", "")
+    assert not page.one(".answer details").is_displayed()
+
+
+def test_only_the_end_of_a_growing_answer_is_rendered_anew(fake: FakeServer, page: Page) -> None:
+    """The requests stay small while the answer grows, and what is whole stays the same element."""
+    paragraphs = [f"Paragraph *{i}* of a long answer.\n\n" for i in range(200)]
+    gates = [fake.gate() for _ in range(4)]
+    fake.answers = [says("".join(paragraphs), *(p for gate in gates for p in (gate, "One more **word** in it. ")))]
+    page.say("Go on and on.")
+    page.wait_for("Paragraph 199")
+    page.script("document.querySelectorAll('.answer .text > p').forEach((node) => (node.old = true))")
+    del fake.rendered[:]
+    for i, gate in enumerate(gates):
+        gate.open()
+        until(lambda i=i: len(page.all(".answer .text strong")) == i + 1, "the next word")
+    growing = [one for texts in fake.rendered for one in texts if one["growing"]]
+    assert len(growing) >= 3  # the last one may be whole already
+    assert max(len(one["text"]) for one in growing) < 300
+    page.wait_for_end()
+    assert page.script("return [...document.querySelectorAll('.answer .text > p')].filter((n) => !n.old).length") <= 1
+    assert len(page.all(".answer .text > p")) == 201
+
+
+def test_a_text_that_cannot_be_rendered_is_shown_as_it_is_written(fake: FakeServer, page: Page) -> None:
+    page.expected = ["status of 422"]
+    fake.renders = False
+    fake.answers = [says("Some **bold** words.\n\n<script>window.hurt=1</script>")]
+    assert page.ask("Go.") == "Some **bold** words.\n\n<script>window.hurt=1</script>"
+    fake.renders = True
+    page.script("await (await import('/page/server.js')).check()")
+    page.wait_for("bold", ".answer .text strong")
+    assert page.script("return window.hurt ?? null") is None
+
+
+def test_many_odd_texts_harm_nothing(fake: FakeServer, page: Page) -> None:
+    """The attempts of test_rendering in a browser that would run them."""
+    fake.answers = [says(*(f"{text}\n\n" for text in ATTEMPTS))]
+    page.ask("Try.")
+    assert page.script("return window.hurt ?? null") is None
+    assert [node.get_attribute("outerHTML") for node in page.all(f"article :is({KINDS})")] == []
+    assert page.script(ROGUES) == []
+    assert page.one("#composer").is_displayed()
+
+
+# -- more that can be done ---------------------------------------------------------------------------------------------
+
+
+def test_an_answer_that_was_cut_off_goes_on(fake: FakeServer, page: Page) -> None:
+    thoughts = thinks("Stella. "), "Once upon", " a"
+    fake.answers = [says(*thoughts, finish="length"), says(" time", ", there **was**."), says("New.")]
+    page.ask("A story?")
+    page.button("Continue this answer").click()
+    page.wait_for("there was")
+    page.wait_for_end()
+    assert page.answers() == ["Thoughts\nOnce upon a time, there was."]
+    assert fake.bodies[1]["messages"] == [
+        {"role": "user", "content": "A story?"},
+        {"role": "assistant", "content": "Once upon a", "reasoning_content": "Stella. "},
+    ]
+    assert (fake.bodies[1]["continue_final_message"], fake.bodies[1]["add_generation_prompt"]) == (True, False)
+    assert "4 tokens" in page.one(".stats").text
+    assert not [b for b in page.all(".proceed") if b.is_displayed()]
+    page.ask("And then?")
+    assert "continue_final_message" not in fake.bodies[2]
+    assert fake.messages[1] == ("assistant", "Once upon a time, there **was**.")
+    assert page.driver.execute_script("return document.querySelectorAll('.answer').length") == 2
+
+
+def test_a_text_file_goes_with_a_message(fake: FakeServer, page: Page, tmp_path: Path) -> None:
+    """Chosen or dropped; what is no text, or too large, is told."""
+    (tmp_path / "job.sh").write_text("#!/bin/sh\necho '```'\n")
+    (tmp_path / "picture.png").write_bytes(b"\x89PNG\0\xff")
+    (tmp_path / "large.txt").write_text("x" * 300_000)
+    for name, told in (("picture.png", "is not a text file"), ("large.txt", "is larger than 256 KB")):
+        page.one("#files").send_keys(str(tmp_path / name))
+        page.wait_for(f"{name} {told}", "#notice")
+    page.one("#files").send_keys(str(tmp_path / "job.sh"))
+    page.wait_for("job.sh", "#attached")
+    page.button("Leave out job.sh").click()
+    until(lambda: not page.all("#attached li"), "the file gone")
+    assert not page.button("Send").is_enabled()
+    page.one("#files").send_keys(str(tmp_path / "job.sh"))
     page.script("""
-        const { Markdown } = await import("/page/markdown.js");
-        const odds = ["*a ", "**a ", "`a ", "``a", "[a", "![", "[a](", "<a", "> ", "- ", "_a", "~~a ", "\\\\", "|", "#",
-          "***", "https://", "1. a\\n", "a|b\\n-|-\\n", "(", "\\n>", "  - a\\n", "[a](b "];
-        for (const odd of odds) {
-          const markdown = new Markdown(document.createElement("div"));
-          markdown.update(odd.repeat(5000), true);
-          markdown.update(odd.repeat(5000) + "x", false);
-        }
+        const data = new DataTransfer();
+        data.items.add(new File(["1,2\\n"], "table.csv"));
+        document.querySelector("#main").dispatchEvent(new DragEvent("drop", { dataTransfer: data, cancelable: true }));
     """)
-    made = page.script("""
-        const { Markdown } = await import("/page/markdown.js");
-        const root = document.createElement("div");
-        const markdown = new Markdown(root);
-        let made = 0;
-        new MutationObserver((records) => (made += records.length)).observe(root, { childList: true });
-        let text = "";
-        for (let i = 0; i < 400; i += 1) markdown.update((text += `Paragraph *${i}*.\\n\\n`), true);
-        await null;
-        return [made, root.children.length];
-    """)
-    assert made[1] == 400
-    assert made[0] < 2000, "blocks that did not change are made again"
+    page.wait_for("table.csv", "#attached")
+    page.ask("What is wrong?")
+    sent = "job.sh:\n\n````sh\n#!/bin/sh\necho '```'\n````\n\ntable.csv:\n\n```csv\n1,2\n```\n\nWhat is wrong?"
+    assert fake.messages == [("user", sent)]
+    assert not page.all("#attached li")
+    page.driver.refresh()
+    page.wait_for("table.csv", ".user .file")
+    page.one(".user .file summary").click()
+    page.wait_for("echo", ".user .file pre")
+    page.button("Edit and send again").click()
+    page.press(Keys.END, "?", Keys.ENTER)
+    page.wait_for_end()
+    assert fake.messages == [("user", sent + "?")]
+
+
+def test_conversations_are_searched(fake: FakeServer, page: Page) -> None:
+    """Every word must occur, accents and capitals make no difference; the message that has them comes into sight."""
+    long = "\n\n".join(["A line of the answer."] * 60)
+    fake.answers = [says("The Café is at the corner.\n\n" + long), says(long), says("Nothing.")]
+    page.ask("Where do llamas eat?")
+    page.ask("And sleep?")
+    page.button("New conversation").click()
+    page.ask("Something else?")
+    search = page.one("#search")
+    search.send_keys("cafe CORNER")
+    until(lambda: len(page.all("#conversations li")) == 1, "one conversation")
+    assert page.one("#conversations li small").text.startswith("The Café is at the corner.")
+    page.one("#conversations li button").click()
+    until(lambda: page.one("#title").text == "Where do llamas eat?", "the conversation")
+    until(lambda: page.all("article.found"), "the message")
+    assert "Café" in page.one("article.found").text
+    assert abs(page.script("return document.querySelector('article.found').getBoundingClientRect().top")) < 200
+    search.clear()
+    search.send_keys("no such words")
+    page.wait_for("Nothing found.", "#found")
+    assert page.all("#conversations li") == []
+    search.send_keys(Keys.ESCAPE)
+    until(lambda: len(page.all("#conversations li")) == 2, "all of them")
+    assert page.one("#found").text == ""
 
 
 # -- settings ----------------------------------------------------------------------------------------------------------
@@ -772,7 +882,7 @@ def test_texts_have_contrast(fake: FakeServer, page: Page, scheme: str) -> None:
     page.expected = ["status of 400"]
     page.settle()
     assert page.script(CONTRAST) == []
-    fake.answers = [says(LESSON), refuses(400)]
+    fake.answers = [says(LESSON + RICH), refuses(400)]
     page.ask("Teach me.")
     page.ask("And again.")
     page.settle()
@@ -802,6 +912,7 @@ def test_everything_is_done_with_the_keyboard(fake: FakeServer, page: Page) -> N
     assert stops == [
         "Skip to the message field",
         "New conversation",
+        "Search conversations",
         "First line",
         "Rename conversation",
         "Export conversation",
@@ -814,6 +925,7 @@ def test_everything_is_done_with_the_keyboard(fake: FakeServer, page: Page) -> N
         "Copy answer",
         "Answer again",
         "Delete with its question",
+        "Attach text files",
         "Message",
     ]
     page.script("document.querySelector('.skip').focus()")
@@ -831,7 +943,7 @@ def test_everything_is_done_with_the_keyboard(fake: FakeServer, page: Page) -> N
 
 
 def test_controls_have_names_and_the_page_has_landmarks(fake: FakeServer, page: Page) -> None:
-    fake.answers = [says(LESSON)]
+    fake.answers = [says(LESSON + RICH, finish="length")]
     page.ask("Teach me.")
     assert nameless(page) == []
     page.button("System prompt and sampling").click()
@@ -850,7 +962,7 @@ def test_controls_have_names_and_the_page_has_landmarks(fake: FakeServer, page: 
 def test_a_phone_has_a_drawer_and_no_sideways_scrolling(fake: FakeServer, page: Page, tmp_path: Path) -> None:
     page.resize(320, 640, touch=True)
     page.driver.refresh()
-    fake.answers = [says(LESSON + "\n" + "verylongword" * 20)]
+    fake.answers = [says(LESSON + "\n" + "verylongword" * 20 + "\n\n" + RICH + "\n$$" + "a + " * 60 + "b$$")]
     page.say("W" * 60)
     page.wait_for_end()
     sizes = page.script(
@@ -868,6 +980,9 @@ def test_a_phone_has_a_drawer_and_no_sideways_scrolling(fake: FakeServer, page: 
         assert page.script("return document.scrollingElement.scrollWidth") == 320
         assert page.script(BEYOND_THE_EDGE) == []
     page.press(Keys.ESCAPE)
+    wide = "[...document.querySelectorAll('.table, .formula, pre')].filter((n) => n.scrollWidth > n.clientWidth)"
+    found = page.script(f"return {wide}.map((n) => n.className || n.tagName)")
+    assert found == ["PRE", "table", "table", "PRE", "formula"]
     assert not page.one("#sidebar").is_displayed()
     page.button("Conversations").click()
     until(page.one("#sidebar").is_displayed, "the drawer")  # it slides in
@@ -922,6 +1037,25 @@ def test_screenshots(fake: FakeServer, page: Page, tmp_path: Path, name: str, sc
     page.button("New conversation", "#sidebar").click()
     page.ask("What does an all-reduce do? Explain it with an example and a table.")
     screenshot(page, name, tmp_path)
+    page.button("Conversations").click() if name == "phone" else None
+    page.button("New conversation", "#sidebar").click()
+    fake.answers = [says(thinks("They want to see *all* of it."), RICH, finish="length")]
+    page.script("""
+        const data = new DataTransfer();
+        data.items.add(new File(["#!/bin/sh\\n"], "job.sh"));
+        document.querySelector("#main").dispatchEvent(new DragEvent("drop", { dataTransfer: data, cancelable: true }));
+    """)
+    page.wait_for("job.sh", "#attached")
+    screenshot(page, f"{name}-attached", tmp_path)
+    page.ask("Show me everything that you can write.")
+    screenshot(page, f"{name}-rich", tmp_path)
+    page.script("document.querySelector('#log').scrollTop = 0")
+    screenshot(page, f"{name}-rich-top", tmp_path)
+    page.button("Conversations").click() if name == "phone" else None
+    page.one("#search").send_keys("llama stella")
+    screenshot(page, f"{name}-search", tmp_path)
+    page.one("#search").send_keys(Keys.ESCAPE)
+    page.button("Close the list").click() if name == "phone" else None
     page.button("System prompt and sampling").click()
     screenshot(page, f"{name}-settings", tmp_path)
 

@@ -30,14 +30,14 @@ def html(text: str, growing: bool = False) -> str:
         ("**bold *and* more**, *em **and** more*", "<p><strong>bold <em>and</em> more</strong>, "
          "<em>em <strong>and</strong> more</em></p>"),
         ("`a*b*` and ``x ` y`` \\*no\\*", "<p><code>a*b*</code> and <code>x ` y</code> *no*</p>"),
-        ("one\ntwo\n\nthree", "<p>one\ntwo</p><p>three</p>"),
+        ("one\ntwo\n\nthree", "<p>one<br>two</p><p>three</p>"),
         ("# One #\n###### Six\n#hash", "<h3>One</h3><h6>Six</h6><p>#hash</p>"),
         ("One\n===\nTwo\n---", "<h3>One</h3><h4>Two</h4>"),
         ("- a\n  - b\n    - c\n- d", "<ul><li>a<ul><li>b<ul><li>c</li></ul></li></ul></li><li>d</li></ul>"),
-        ("3. a\n   b\n\n   c\n4. d", '<ol start="3"><li><p>a\nb</p><p>c</p></li><li><p>d</p></li></ol>'),
+        ("3. a\n   b\n\n   c\n4. d", '<ol start="3"><li><p>a<br>b</p><p>c</p></li><li><p>d</p></li></ol>'),
         ("text\n- a\n***\n> q\n> > r", "<p>text</p><ul><li>a</li></ul><hr>"
          "<blockquote><p>q</p><blockquote><p>r</p></blockquote></blockquote>"),
-        ("1 | 2\nno table", "<p>1 | 2\nno table</p>"),
+        ("1 | 2\nno table", "<p>1 | 2<br>no table</p>"),
         ("a|b\n-|-:\n\\||`c`<br>d", '<table><thead><tr><th>a</th><th class="end">b</th></tr></thead>'
          '<tbody><tr><td>|</td><td class="end"><code>c</code><br>d</td></tr></tbody></table>'),
         ("(see https://a.test/x_(y).)", '<p>(see <a href="https://a.test/x_(y)">https://a.test/x_(y)</a>.)</p>'),

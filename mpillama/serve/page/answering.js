@@ -1,15 +1,21 @@
 // One answer: the request, what comes, how it ends and how fast it was.
 
+import { withFiles } from "./attachments.js";
 import { LOCKED, check, completion, server } from "./server.js";
 
 const AT_ONCE = 50; // milliseconds
 
-/** Ask for the answer to a conversation and add it; `changed` is called whenever there is something to show. */
-export async function answer(conversation, changed) {
-  const body = requestBody(conversation);
-  const message = { role: "assistant", content: "" };
+/**
+ * Ask for the answer to a conversation and add it, or let the last answer go on if it is `continued`; `changed` is
+ * called whenever there is something to show.
+ */
+export async function answer(conversation, changed, continued = false) {
+  const body = requestBody(conversation, continued);
+  const message = continued ? conversation.messages.at(-1) : { role: "assistant", content: "" };
   const abort = new AbortController();
-  conversation.messages.push(message);
+  if (!continued) conversation.messages.push(message);
+  delete message.end;
+  delete message.error;
   conversation.running = abort;
   conversation.updated = Date.now();
   const wait = (why) => {
@@ -42,15 +48,19 @@ async function receive(message, chunks, changed) {
     const choice = chunk.choices?.[0];
     message.model = chunk.model ?? message.model;
     usage = chunk.usage ?? usage;
-    if (choice?.delta?.content) {
-      message.content += choice.delta.content;
+    const { content, reasoning_content: thought } = choice?.delta ?? {};
+    if (content || thought) {
+      if (thought) message.reasoning = (message.reasoning ?? "") + thought;
+      message.content += content ?? "";
       last = performance.now();
       first ||= last;
     }
     if (choice?.finish_reason) message.end = choice.finish_reason;
     changed();
   }
+  const before = message.stats?.tokens ?? 0; // of an answer that goes on
   if (usage) message.stats = stats(usage, asked, first, last);
+  if (usage) message.stats.tokens += before;
 }
 
 /** Tokens a second count from the first token on; where all came at once, through a proxy perhaps, from the request. */
@@ -63,23 +73,27 @@ function stats(usage, asked, first, last) {
 }
 
 /** The body of the request: settings that are not set are left to the server. */
-function requestBody({ messages, settings }) {
+function requestBody({ messages, settings }, continued) {
   const { system, ...sampling } = settings;
   return {
     ...(server.model && { model: server.model }),
-    messages: [...(system ? [{ role: "system", content: system }] : []), ...turns(messages)],
+    messages: [...(system ? [{ role: "system", content: system }] : []), ...turns(messages, continued)],
     stream: true,
     stream_options: { include_usage: true },
+    ...(continued && { continue_final_message: true, add_generation_prompt: false }),
     ...sampling,
   };
 }
 
 /** Roles and contents; templates of some models insist that user and assistant take turns. */
-function turns(messages) {
+function turns(messages, continued) {
   const taken = [];
-  for (const { role, content } of messages.filter((message) => message.content)) {
-    if (taken.at(-1)?.role === role) taken.at(-1).content += `\n\n${content}`;
-    else taken.push({ role, content });
+  for (const { role, content } of messages.map((one) => ({ role: one.role, content: withFiles(one) }))) {
+    if (content && taken.at(-1)?.role === role) taken.at(-1).content += `\n\n${content}`;
+    else if (content) taken.push({ role, content });
   }
+  // What was thought before is not needed for new answers, only for the rest of the same one.
+  const { reasoning } = messages.at(-1);
+  if (continued && reasoning) taken.at(-1).reasoning_content = reasoning;
   return taken;
 }

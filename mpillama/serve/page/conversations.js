@@ -71,7 +71,8 @@ export class Conversations {
 /** Take the title from the first message, unless it was given by hand. */
 export function nameIt(conversation) {
   if (conversation.named) return;
-  const line = conversation.messages[0]?.content.trim().split("\n")[0] || NEW_TITLE;
+  const [first] = conversation.messages;
+  const line = first?.content.trim().split("\n")[0] || first?.files?.[0]?.name || NEW_TITLE;
   conversation.title = line.length > TITLE_LENGTH ? `${line.slice(0, TITLE_LENGTH).trimEnd()}…` : line;
 }
 
@@ -89,11 +90,14 @@ function keep(name, value) {
 function parse(text) {
   try {
     const found = JSON.parse(text);
+    const isFile = (file) => typeof file?.name === "string" && typeof file.text === "string";
     const isMessage = (m) => ["user", "assistant"].includes(m.role) && typeof m.content === "string";
     const whole = [found.id, found.title].every((part) => typeof part === "string") && Number.isFinite(found.updated);
     if (!whole || !found.messages.length || !found.messages.every(isMessage)) return null;
     for (const message of found.messages) {
       if (typeof message.stats !== "object") delete message.stats;
+      if (typeof message.reasoning !== "string") delete message.reasoning;
+      if (!Array.isArray(message.files) || !message.files.every(isFile)) delete message.files;
       // A page that was closed in mid-answer.
       if (message.role === "assistant") message.end ??= "stopped";
     }

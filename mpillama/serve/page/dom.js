@@ -1,13 +1,16 @@
-// Making and finding elements. Text is only ever set as text, so nothing that a model or a user writes becomes HTML.
+// Making and finding elements. Text is only ever set as text, so nothing that a model or a user writes becomes HTML here;
+// rendering.js alone takes HTML, from the server.
 
 const SVG = "http://www.w3.org/2000/svg";
 
 // Strokes on a grid of 24, but for those that are filled.
 const FILLED = ["llama", "stop"];
 const ICONS = {
+  attach: "M19 11.500l-7.500 7.500a4.500 4.500 0 0 1-6.400-6.400l8-8a3 3 0 0 1 4.300 4.300l-7.900 7.900a1.500 1.500 0 0 1-2.200-2.200L14.500 8",
   check: "M5 13l4 4 10-10",
   close: "M6 6l12 12M18 6L6 18",
   contrast: "M12 3a9 9 0 1 0 0 18a9 9 0 0 0 0-18zM12 3v18M12 8h5.500M12 12h9M12 16h7.5",
+  continue: "M5 12h13M12 6l6 6-6 6M21 5v14",
   copy: "M9 9h11v11H9zM15 9V4H4v11h5",
   down: "M12 5v14M6 13l6 6 6-6",
   edit: "M4 20l1-4.500L16.5 4 20 7.5 8.5 19zM14 6.500L17.5 10",

@@ -1,11 +1,13 @@
 // The page: which conversation is shown, and what happens to it.
 
 import { answer } from "./answering.js";
+import { Attachments } from "./attachments.js";
 import { Conversations, exported, nameIt } from "./conversations.js";
 import { ask, editSettings } from "./dialogs.js";
 import { el, find, notice, setIcon } from "./dom.js";
 import { MessageView, isEnter } from "./message.js";
 import { Reading, grow } from "./reading.js";
+import { renderAgain } from "./rendering.js";
 import { check, hasKey, server, setKey, takeKey } from "./server.js";
 import { Sidebar } from "./sidebar.js";
 
@@ -27,19 +29,22 @@ const touch = matchMedia("(pointer: coarse)");
 const conversations = new Conversations((problem) => notice(problem, 15));
 const reading = new Reading(find("#log"), find("#newest"));
 const sidebar = new Sidebar({ open, rename, download, remove: removeConversation });
-const messageActions = { edit, retry, remove: removeMessage };
+const messageActions = { edit, proceed, retry, remove: removeMessage };
+const attachments = new Attachments(() => showState());
 let shown = null;
 let views = new Map();
 
 function show(conversation) {
   if (shown && shown !== conversation && !shown.messages.length) conversations.remove(shown);
   shown = conversation;
-  views = new Map(shown.messages.map((message) => [message, new MessageView(message, messageActions)]));
+  const viewOf = (message) => views.get(message)?.refreshed() ?? new MessageView(message, messageActions);
+  views = new Map(shown.messages.map((message) => [message, viewOf(message)]));
   find("#messages").replaceChildren(...[...views.values()].map((view) => view.node));
   find("#welcome").hidden = shown.messages.length > 0;
   history.replaceState({ shown: shown.id }, ""); // outlives a reload
   showState();
   reading.toEnd();
+  for (const view of views.values()) view.ready?.then(() => reading.follow());
 }
 
 /** Show everything but the messages. */
@@ -51,7 +56,12 @@ function showState() {
   find("#settings-button").classList.toggle("set", Object.keys(settings).length > 0);
   setIcon(send, running ? "stop" : "send");
   send.setAttribute("aria-label", running ? "Stop" : "Send");
-  send.disabled = !running && !text.value.trim();
+  send.disabled = !running && isEmpty();
+}
+
+/** Whether there is nothing to send. */
+function isEmpty() {
+  return !text.value.trim() && !attachments.files.length;
 }
 
 function showServer() {
@@ -59,12 +69,13 @@ function showServer() {
   find("#server span").textContent = server.state === "ok" ? server.model : server.state;
   find("#banner").textContent = BANNERS[server.state] ?? "";
   find("#key").hidden = !hasKey() && server.state !== "locked";
+  if (server.state === "ok") renderAgain().then(() => reading.follow());
 }
 
-/** Have the last message answered; by the end another conversation may be shown. */
-async function run(conversation) {
+/** Have the last message answered, or go on; by the end another conversation may be shown. */
+async function run(conversation, continued = false) {
   const changed = () => views.get(conversation.messages.at(-1))?.schedule(() => reading.follow());
-  const done = answer(conversation, changed);
+  const done = answer(conversation, changed, continued);
   nameIt(conversation);
   conversations.save(conversation);
   find("#spoken").textContent = "";
@@ -73,19 +84,19 @@ async function run(conversation) {
   await done;
   conversations.save(conversation);
   const view = views.get(conversation.messages.at(-1));
-  view?.update(true);
+  await view?.update(true);
   // Screen readers get an answer once, when it is whole.
   if (view) find("#spoken").textContent = view.spoken;
   reading.follow();
   showState();
 }
 
-function submit(content) {
-  if (shown.running || !content.trim()) return false;
+function submit(content, files = []) {
+  if (shown.running || !(content.trim() || files.length)) return false;
   // An answer that never began is no part of the conversation.
   const last = shown.messages.at(-1);
   if (last?.role === "assistant" && !last.content) shown.messages.pop();
-  shown.messages.push({ role: "user", content });
+  shown.messages.push({ role: "user", content, ...(files.length && { files }) });
   run(shown);
   return true;
 }
@@ -109,7 +120,11 @@ function isBusy(conversation) {
 function edit(message, content) {
   if (isBusy(shown)) return;
   shown.messages.length = shown.messages.indexOf(message);
-  submit(content);
+  submit(content, message.files);
+}
+
+function proceed() {
+  if (!isBusy(shown)) run(shown, true);
 }
 
 function retry(message) {
@@ -132,11 +147,17 @@ async function removeMessage(message) {
   focusText();
 }
 
-function open(conversation) {
+/** Show a conversation, and in it the message that was searched for. */
+async function open(conversation, message = null) {
   sidebar.close();
-  if (conversation === shown) return;
-  show(conversation);
+  if (conversation !== shown) show(conversation);
   focusText();
+  const view = views.get(message);
+  if (!view) return;
+  await Promise.all([...views.values()].map(({ ready }) => ready));
+  view.node.scrollIntoView({ block: "start" });
+  view.node.classList.add("found");
+  setTimeout(() => view.node.classList.remove("found"), 2000);
 }
 
 async function rename(conversation) {
@@ -199,7 +220,7 @@ function followOtherTab(event) {
 function listen() {
   text.addEventListener("input", () => {
     grow(text);
-    send.disabled = !shown.running && !text.value.trim();
+    send.disabled = !shown.running && isEmpty();
   });
   text.addEventListener("keydown", (event) => {
     if (!isEnter(event)) return;
@@ -212,7 +233,7 @@ function listen() {
     const content = text.value;
     text.value = "";
     grow(text);
-    submit(content);
+    submit(content, attachments.take());
   });
   document.addEventListener("keydown", (event) => {
     if (event.key !== "Escape" || find("dialog[open]")) return;

@@ -1,10 +1,12 @@
 // A message on the page.
 
+import { shownFile } from "./attachments.js";
 import { copyButton, el, find, iconButton } from "./dom.js";
-import { Markdown } from "./markdown.js";
 import { grow } from "./reading.js";
+import { RenderedText } from "./rendering.js";
+import { server } from "./server.js";
 
-/** Shows one message; `actions` are functions of the message: edit, retry, remove. */
+/** Shows one message; `actions` are functions of the message: edit, proceed, retry, remove. */
 export class MessageView {
   constructor(message, actions) {
     this.message = message;
@@ -21,7 +23,8 @@ export class MessageView {
 
   #showQuestion() {
     const { message, actions } = this;
-    this.body.replaceChildren(el("div", { class: "said", dir: "auto" }, message.content));
+    const said = message.content ? [el("div", { class: "said", dir: "auto" }, message.content)] : [];
+    this.body.replaceChildren(...(message.files ?? []).map(shownFile), ...said);
     this.below.replaceChildren(
       iconButton("edit", "Edit and send again", () => this.#edit()),
       copyButton("Copy message", () => message.content),
@@ -31,7 +34,7 @@ export class MessageView {
 
   #edit() {
     const text = el("textarea", { "aria-label": "Edit your message", dir: "auto", rows: "3" });
-    const send = () => text.value.trim() && this.actions.edit(this.message, text.value);
+    const send = () => (text.value.trim() || this.message.files?.length) && this.actions.edit(this.message, text.value);
     const cancel = () => {
       this.#showQuestion();
       find("button", this.below).focus();
@@ -61,48 +64,58 @@ export class MessageView {
     this.thought = el("div");
     this.thinking = el("details", { hidden: true }, el("summary", {}, "Thoughts"), this.thought);
     this.text = el("div", { class: "text" });
-    this.thoughtText = new Markdown(this.thought);
-    this.answerText = new Markdown(this.text);
+    this.thoughtText = new RenderedText(this.thought);
+    this.answerText = new RenderedText(this.text);
     this.status = el("p", { class: "waiting" });
     this.error = el("p", { class: "error", role: "alert" });
     this.body.append(this.thinking, this.text, this.status, this.error);
     this.stats = el("div", { class: "stats" });
+    this.proceed = iconButton("continue", "Continue this answer", () => actions.proceed(message), "proceed");
     this.buttons = el(
       "div",
       { class: "tools" },
+      this.proceed,
       copyButton("Copy answer", () => message.content),
       iconButton("retry", "Answer again", () => actions.retry(message), "retry"),
       iconButton("trash", "Delete with its question", () => actions.remove(message)),
     );
     this.below.append(this.buttons, this.stats);
-    this.update(Boolean(message.end));
+    this.ready = this.update(Boolean(message.end));
   }
 
   /** Show what came, soon; however much comes it is shown once a frame. `after` is called when it is shown. */
   schedule(after) {
     this.due ||= requestAnimationFrame(() => {
       this.due = 0;
-      this.update(false);
-      after();
+      this.update(false).then(after);
     });
   }
 
-  /** Show the answer as it is; `done` when no more will come. */
-  update(done) {
+  /** This view, with what has changed in its message. */
+  refreshed() {
+    if (this.message.role === "assistant") this.ready = this.update(Boolean(this.message.end));
+    return this;
+  }
+
+  /** Show the answer as it is; `done` when no more will come. Resolves when it is shown. */
+  async update(done) {
     cancelAnimationFrame(this.due);
     this.due = 0;
     const { message } = this;
-    const [thought, text] = parts(message.content);
-    this.thinking.hidden = !thought;
-    this.thoughtText.update(thought, !done);
-    this.answerText.update(text, !done);
-    this.node.setAttribute("aria-busy", String(!done));
+    const { content, reasoning = "" } = message;
+    if (!done) this.node.setAttribute("aria-busy", "true");
     this.status.hidden = done;
-    this.status.textContent = message.content ? "" : (message.waiting ?? "Waiting for the first token");
+    this.status.textContent = content || reasoning ? "" : (message.waiting ?? "Waiting for the first token");
     this.error.hidden = !message.error;
     this.error.textContent = message.error ?? "";
-    this.below.hidden = !done;
-    if (done) this.stats.replaceChildren(...statistics(message));
+    this.thinking.hidden = !reasoning;
+    this.thinking.classList.toggle("under-way", !done && !content);
+    await Promise.all([this.thoughtText.update(reasoning, !done), this.answerText.update(content, !done)]);
+    this.below.hidden = !message.end;
+    if (!done) return;
+    this.node.setAttribute("aria-busy", "false");
+    this.proceed.hidden = !canProceed(message);
+    this.stats.replaceChildren(...statistics(message));
   }
 
   /** What a screen reader says of it. */
@@ -115,15 +128,10 @@ export class MessageView {
 /** Whether a key event sends a text: not while an input method composes, whose Enter only takes its proposal. */
 export const isEnter = (event) => event.key === "Enter" && !event.shiftKey && !event.isComposing;
 
-/** What a reasoning model thought, and what it said. */
-function parts(content) {
-  const opened = /^\s*<think>\s*/.exec(content);
-  const close = content.indexOf("</think>");
-  // Some templates open the thought in the prompt, so that the text only has its end.
-  if (!opened && close < 0) return ["", content];
-  const from = opened ? opened[0].length : 0;
-  if (close < 0) return [content.slice(from), ""];
-  return [content.slice(from, close).trim(), content.slice(close + "</think>".length).trimStart()];
+/** Whether an answer was cut off and can go on. */
+function canProceed({ content, end, stats }) {
+  const full = end === "length" && stats?.used >= (stats?.context ?? server.context);
+  return Boolean(content) && ["length", "stopped", "error"].includes(end) && !full;
 }
 
 function statistics({ model, stats, end }) {

@@ -127,6 +127,19 @@ export async function* completion(body, signal, waiting) {
   throw new Error("The connection ended before the answer did.");
 }
 
+/** The blocks of texts in Markdown as HTML, or null if the server does not render them. */
+export async function rendered(texts) {
+  try {
+    const headers = { "Content-Type": "application/json", ...(key && { Authorization: `Bearer ${key}` }) };
+    const signal = AbortSignal.timeout(server.patience * 1000);
+    const init = { method: "POST", headers, body: JSON.stringify({ texts }), cache: "no-store", signal };
+    const response = await fetch(new URL("page/render", document.baseURI), init);
+    return response.ok ? (await response.json()).documents : null;
+  } catch {
+    return null; // it cannot be reached, which is told elsewhere
+  }
+}
+
 /** Why a refused request may succeed later, or "". */
 async function busy({ status }) {
   if (status === 429) return "Too many requests are waiting";

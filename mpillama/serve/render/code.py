@@ -13,7 +13,7 @@ from pygments.util import ClassNotFound
 
 MOST_CHARACTERS = 50_000
 """Longer code has no colours."""
-LIGHT, DARK = "default", "github-dark"
+LIGHT, DARK = "gruvbox-light", "gruvbox-dark"
 LIGHT_GROUND, DARK_GROUND = "f4f2ec", "1b2020"
 """What code stands on, as base.css has it (--sunken)."""
 CONTRAST = 4.6
@@ -32,11 +32,11 @@ def _coloured(code: str, language: str) -> str:
     if not language or len(code) > MOST_CHARACTERS:
         return escapeHtml(code)
     try:
-        lexer = get_lexer_by_name(language.lower().strip("{}."), stripnl=False, ensurenl=False)
+        lexer = get_lexer_by_name(language.lower().strip("{}."), stripnl=False)
     except ClassNotFound:
         return escapeHtml(code)
-    found = highlight(code, lexer, HtmlFormatter(nowrap=True))
-    return found if code.endswith("\n") else found.removesuffix("\n")  # which the formatter adds
+    # A line without an end is no comment to some lexers.
+    return highlight(f"{code}\n", lexer, HtmlFormatter(nowrap=True)).removesuffix("\n")
 
 
 @cache

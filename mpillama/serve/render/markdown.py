@@ -76,7 +76,7 @@ def _first_line(block: Sequence[Token]) -> int:
 
 @cache
 def _markdown() -> MarkdownIt:
-    markdown = _Markdown("commonmark", {"html": False, "linkify": True}, renderer_cls=_Renderer)
+    markdown = _Markdown("commonmark", {"html": False, "linkify": True, "breaks": True}, renderer_cls=_Renderer)
     markdown.enable(["table", "strikethrough", "linkify"])
     assert markdown.linkify is not None
     markdown.linkify.set({"fuzzy_link": False, "fuzzy_email": False, "fuzzy_ip": False})
