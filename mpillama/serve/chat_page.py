@@ -12,16 +12,13 @@ from pydantic import Field
 from mpillama.api.bodies import Body
 from mpillama.serve.errors import AsciiJson, Refused, Unprocessable
 from mpillama.serve.render.code import code_css
-from mpillama.serve.render.renderer import NotRendered
+from mpillama.serve.render.renderer import MOST_CHARACTERS, MOST_TEXTS, NotRendered
 from mpillama.serve.routes import StrictRoute
 
 LOG = logging.getLogger(__name__)
 PAGE = Path(__file__).parent / "page"
 FRESH = {"Cache-Control": "no-cache"}
 """The page's files belong together: after an upgrade a browser must not mix two versions."""
-MOST_TEXTS = 50
-MOST_CHARACTERS = 200_000
-"""Of the texts of one request together; the page shows longer ones as they are written."""
 
 page = APIRouter(route_class=StrictRoute, include_in_schema=False)
 

@@ -14,6 +14,9 @@ from typing import Any
 
 SECONDS = 5.0
 """What a list of texts may take; the model's process and its threads are not held up meanwhile."""
+MOST_TEXTS = 50
+MOST_CHARACTERS = 200_000
+"""Of the texts of one request together; the page shows longer ones as they are written."""
 PIECE = 1 << 16
 ROOT = Path(__file__).parents[3]
 
@@ -70,9 +73,11 @@ class Renderer:
         if self._process is None or self._process.poll() is not None:
             words = [sys.executable, "-m", "mpillama.serve.render.worker"]
             paths = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+            # The server's key may be among its variables, and is no business of the renderer.
+            env = {name: value for name, value in os.environ.items() if not name.startswith("MPILLAMA_")}
             # A session of its own: Ctrl-C is for the server, whose end also ends what it reads from.
             self._process = subprocess.Popen(
-                words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env={**os.environ, "PYTHONPATH": paths},
+                words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env={**env, "PYTHONPATH": paths},
                 start_new_session=True,
             )  # fmt: skip
             weakref.finalize(self, end, self._process)
