@@ -4,13 +4,14 @@ import os
 import pickle
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, TypeVar, cast
 
 import numpy as np
 from mpi4py import MPI
 
 from mpillama.comm.failure import out_of_memory
+from mpillama.comm.long_work import do_in_thread
 from mpillama.comm.shared_memory import SPINS, SharedReduction
 from mpillama.comm.watchdog import OthersFailedError, Watch
 from mpillama.errors import UserError
@@ -214,6 +215,15 @@ class Communicator:
     def attend(self) -> None:
         """Show the other ranks that this one is alive, in the midst of long work; from its main thread."""
         self.watch.attend()
+
+    def doing(self, what: str) -> AbstractContextManager[Callable[[str], None]]:
+        """Tell a person who watches rank 0 what takes long; gives the function that is told how far it is."""
+        return self.watch.display(what)
+
+    def busy(self, action: Callable[[], T], what: str = "") -> T:
+        """Do what may take long and uses no MPI: meanwhile this rank answers the others, and tells `what` it does."""
+        with self.doing(what) if what else nullcontext():
+            return do_in_thread(self.watch, action)
 
     def counting(self, on_bytes: Callable[[int], None]) -> Callable[[int], None]:
         """As `on_bytes`, and whoever waits for this rank sees that it gets on; for any thread."""

@@ -29,6 +29,7 @@ def split_world(world: "World", size: int) -> "World":
         mpi = cast(MPI.Intracomm, whole.mpi.Split(group, whole.rank))
         watch = Watch(whole.watch.aborter, whole.watch.timeout)
         watch.messages = Messages(mpi.Dup()) if size > 1 else None
+    watch.display = whole.watch.display
     watch.names = whole.watch.names[group * size : (group + 1) * size]
     comm = Communicator(mpi, whole.yields, watch)
     return replace(world, comm=comm, neighbours=comm.neighbours())

@@ -19,6 +19,8 @@ LONGEST_GAP = 1.0
 """A longer pause between two looks was this process's own (the job was suspended): it counts as this much."""
 GRACE = 5.0
 """Seconds that the others have for an answer."""
+MEGABYTE = 10**6
+"""Less work is not worth telling, and may not have been bytes."""
 
 
 class Kind(IntEnum):
@@ -38,7 +40,10 @@ class Kind(IntEnum):
 
 @dataclass(frozen=True)
 class State:
-    """How far a rank is: collectives entered, work done (bytes), and whether it waits in the last of them."""
+    """How far a rank is: collectives entered, work done, and whether it waits in the last of them.
+
+    Work is counted in bytes, and in looks at a thread that computes: only its growth matters.
+    """
 
     entered: int
     work: int
@@ -169,7 +174,7 @@ def describe(verdict: str, mates: Sequence[Mate], names: Sequence[str], place: s
 
 def _work_done(mates: Sequence[Mate]) -> str:
     work = mates[0].state.work if mates and mates[0].state else 0
-    return f" (after {work / 1e9:.3f} GB)" if work else ""
+    return f" (after {work / 1e9:.3f} GB)" if work > MEGABYTE else ""
 
 
 def monotonic() -> float:

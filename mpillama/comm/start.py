@@ -65,7 +65,8 @@ def mpi_library() -> str:
     """The MPI library's own name and version."""
     from mpi4py import MPI
 
-    return MPI.Get_library_version().strip().splitlines()[0]
+    first = MPI.Get_library_version().replace("\0", "").strip().splitlines()[0]
+    return " ".join(first.split())
 
 
 def _initialise(timeout: float) -> tuple["Communicator", Aborter]:

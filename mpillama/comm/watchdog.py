@@ -10,7 +10,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 from mpillama.comm.failure import Aborter
 from mpillama.comm.roll_call import Kind, Messages, RollCall, State, describe
@@ -23,6 +23,14 @@ MARGIN = 5.0
 """The thread leaves the main thread this much longer, since the main thread can say more."""
 SIGNAL_SECONDS = 2.5
 """How long the main thread may take to act upon a signal."""
+
+Display = Callable[[str], AbstractContextManager[Callable[[str], None]]]
+"""Tells a person, as long as it is open, what takes long; gives the function that is told how far it is."""
+
+
+def no_display(what: str) -> AbstractContextManager[Callable[[str], None]]:
+    """Where nobody is told."""
+    return nullcontext(lambda how_far: None)
 
 
 class OthersFailedError(Exception):
@@ -54,6 +62,7 @@ class Watch:
         self.roll_call: RollCall | None = None
         self.idle_at = -1
         self.failed_at = -1
+        self.display: Display = no_display
 
     # -- waits ---------------------------------------------------------------------------------------------------------
 
@@ -125,15 +134,16 @@ class Watch:
 
     # -- work, silence, MPI's own waits --------------------------------------------------------------------------------
 
-    def attend(self) -> None:
-        """Let a rank that is long at work answer the others (from its main thread only; else just the check).
-
-        Raises OthersFailedError if the work is in vain.
-        """
+    def answer(self) -> None:
+        """Let a rank that is long at work answer the others, from its main thread; elsewhere nothing happens."""
         now = self.clock()
         if now >= self.next_attention and threading.current_thread() is threading.main_thread():
             self.next_attention = now + LOOK_SECONDS
             self._listen()
+
+    def attend(self) -> None:
+        """Answer, and raise OthersFailedError if the work is in vain."""
+        self.answer()
         if self.failed_at == self.entered:
             raise OthersFailedError
 

@@ -6,12 +6,12 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, wait
 from dataclasses import dataclass
 from enum import IntEnum
+from typing import Protocol
 
 import numpy as np
 
 from mpillama.comm.communicator import Communicator
 from mpillama.comm.rounds import Rounds
-from mpillama.engine.model_file import SliceReader
 from mpillama.errors import UserError
 
 INTERVAL = 0.1
@@ -48,6 +48,17 @@ class LoadState:
         return f"rank {rank} on {self.hosts[rank]}, {100 * shares[rank]:.0f} %"
 
 
+class Source(Protocol):
+    """What a rank's weights come from: counts the bytes that have come, and can be told to stop."""
+
+    @property
+    def bytes_read(self) -> int:
+        """So far."""
+
+    def stop(self) -> None:
+        """Let what is under way end soon."""
+
+
 class AbandonedError(Exception):
     """Another rank failed: there is nothing to load for."""
 
@@ -56,7 +67,7 @@ class LoadWatch:
     """Attends the reading of one rank; `show` is told of every round on rank 0."""
 
     def __init__(
-        self, comm: Communicator, hosts: Sequence[str], reader: SliceReader, total: int,
+        self, comm: Communicator, hosts: Sequence[str], reader: Source, total: int,
         show: Callable[[LoadState], None],
     ):  # fmt: skip
         self.comm = comm

@@ -61,7 +61,8 @@ def load_model(options: RunOptions, world: World, target: Target, progress: Prog
     """Read the table on rank 0 and every rank's slices; UserError on all ranks if any cannot."""
     comm = world.comm
     start = time.perf_counter()
-    file = comm.on_root(lambda: open_model(model_path(options.model), options.weights, options.tokenizer))
+    open_file = lambda: open_model(model_path(options.model), options.weights, options.tokenizer)  # noqa: E731
+    file = comm.on_root(lambda: comm.busy(open_file, "reading the model's table"))
     if options.needs_head:
         refuse_headless(file.path, file.config.lm_head)
     _refuse_other_contents(file, world)

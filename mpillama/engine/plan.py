@@ -103,9 +103,14 @@ class Plan:
 
 def make_plan(request: Request) -> Plan:
     """Compute what every rank needs."""
-    parts = partition(request.config, request.ranks)
-    specs = request.specs
-    return Plan(request, tuple(_rank_plan(request, specs, rank, part) for rank, part in enumerate(parts)))
+    specs, known = request.specs, dict[tuple[int, ...], RankPlan]()
+    ranks = []
+    for rank, part in enumerate(partition(request.config, request.ranks)):
+        sizes = (int(rank == 0), *(len(units) for units in vars(part).values()))
+        if sizes not in known:  # of thousands of ranks most are alike
+            known[sizes] = _rank_plan(request, specs, rank, part)
+        ranks.append(replace(known[sizes], rank=rank))
+    return Plan(request, tuple(ranks))
 
 
 def _rank_plan(request: Request, specs: list[TensorSpec], rank: int, part: Partition) -> RankPlan:

@@ -1,6 +1,7 @@
 """One sequence: what `generate` and `chat` run."""
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -24,12 +25,16 @@ class Clock:
 
 
 class Session:
-    """The sequence in slot 0 of an executor, on rank 0; `length` counts its positions."""
+    """The sequence in slot 0 of an executor, on rank 0; `length` counts its positions.
+
+    `on_chunk` is told how many tokens of how many have been run.
+    """
 
     def __init__(self, executor: Executor):
         self.executor = executor
         self.length = 0
         self.prefill, self.decode = Clock(), Clock()
+        self.on_chunk: Callable[[int, int], None] = lambda done, tokens: None
 
     @property
     def max_seq_len(self) -> int:
@@ -59,6 +64,7 @@ class Session:
             segment = Segment(0, self.length, [*chunk, *guesses], (1 + len(guesses)) if is_last else 0)
             logits = self.executor.forward([segment])
             self.length += len(chunk)
+            self.on_chunk(first + len(chunk), len(ids))
         clock.seconds += time.perf_counter() - start
         clock.tokens += len(ids)
         return logits

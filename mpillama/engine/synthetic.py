@@ -16,10 +16,22 @@ class SyntheticWeights:
     def __init__(self, seed: int = 0):
         self.random = np.random.default_rng(seed)
         self.tile = self.random.integers(0, 256, TILE_BYTES, np.uint8)
+        self.bytes_read = 0
+        self.stopped = False
         self.floats = (self.random.standard_normal(TILE_BYTES // 4) * 0.02).astype(np.float32)
 
     def read(self, spec: TensorSpec, units: range, arrays: Sequence[np.ndarray]) -> None:
         """Fill the arrays of a tensor."""
+        if self.stopped:
+            return
+        self._fill(spec, arrays)
+        self.bytes_read += sum(array.nbytes for array in arrays)
+
+    def stop(self) -> None:
+        """Make nothing more: another rank has failed."""
+        self.stopped = True
+
+    def _fill(self, spec: TensorSpec, arrays: Sequence[np.ndarray]) -> None:
         if spec.vector:
             arrays[0][:] = 0.0 if spec.name.endswith(".bias") else 1.0
             return

@@ -28,11 +28,14 @@ TOKENS = 9
 def warm_up(config: ModelConfig, specs: Sequence[TensorSpec], world: World, target: Target, kv_type: str) -> None:
     """Run one-layer models like the real one, so that each kernel is compiled for just its types."""
     small, kinds = _small(config), layer_kinds(specs)
-    if world.neighbours.is_root:
-        _run_all(small, kinds, target.threads, kv_type)
-    world.neighbours.barrier()
-    if not world.neighbours.is_root:
-        _run_all(small, kinds, target.threads, kv_type)
+    run_all = lambda: _run_all(small, kinds, target.threads, kv_type)  # noqa: E731
+    with world.comm.doing("preparing kernels, which are compiled once and kept"):
+        if world.neighbours.is_root:
+            world.comm.busy(run_all)
+        world.neighbours.barrier()
+        if not world.neighbours.is_root:
+            world.comm.busy(run_all)
+        world.comm.barrier()  # what other hosts take is told, too
 
 
 def layer_kinds(specs: Sequence[TensorSpec]) -> list[WeightTypes]:

@@ -8,7 +8,7 @@ import numpy as np
 
 from mpillama.comm.start import World, start_mpi
 from mpillama.errors import UserError
-from mpillama.kernels.target import Target, prepare, requested_isa
+from mpillama.kernels.target import Target
 from mpillama.layout.weight_types import WEIGHT_TYPES
 from mpillama.model.config import ModelConfig
 from mpillama.model.partition import partition
@@ -16,13 +16,15 @@ from mpillama.model.shapes import shape_config
 from mpillama.model.tensors import WeightTypes, tensor_specs
 from mpillama.options import BenchOptions
 from mpillama.tools.bench_report import draw, print_report
-from mpillama.tools.display import load_progress
+from mpillama.tools.display import in_number, load_progress
 from mpillama.tools.output_file import refuse_unwritable
-from mpillama.tools.running import check_observed, observed
+from mpillama.tools.running import check_observed, choose_target, observed
 
 if TYPE_CHECKING:
     from mpillama.engine.measure import Stopwatch, Timing
     from mpillama.model.llama import LlamaModel
+    from mpillama.model.tensors import TensorSpec
+    from mpillama.model.weights import Weights
 
 
 def bench(options: BenchOptions) -> int:
@@ -32,7 +34,7 @@ def bench(options: BenchOptions) -> int:
         start_mpi(options.threads, timeout=options.timeout) as world,
         observed(options, world, options.json) as monitor,
     ):
-        target = world.comm.together(lambda: prepare(requested_isa(), world.threads, world.comm.yields))
+        target = choose_target(world)
         model, whole_layers = _load(options, world, target)
         monitor.watch(model)
         report = _measure(options, world, target, model, whole_layers)
@@ -56,11 +58,9 @@ def _check(options: BenchOptions) -> None:
 def _load(options: BenchOptions, world: World, target: Target) -> tuple["LlamaModel", int]:
     """The model with its first layers only if asked, and the number of layers of the whole model."""
     from mpillama.engine.loading import load_model
-    from mpillama.engine.synthetic import SyntheticWeights
     from mpillama.engine.trial import FirstLayers
     from mpillama.engine.warm_up import choose_reduction, warm_up
     from mpillama.model.llama import LlamaModel
-    from mpillama.model.weights import load_weights
 
     if options.model is not None:
         loaded = load_model(options, world, target, load_progress(world.comm.is_root, options.json))
@@ -72,9 +72,25 @@ def _load(options: BenchOptions, world: World, target: Target) -> tuple["LlamaMo
     warm_up(config, specs, world, target, options.kv_type)
     chunk = min(options.prefill_chunk, config.max_position_embeddings)
     choose_reduction(world.comm, world, config.padded_hidden_size, chunk)
-    part = partition(config, world.comm.size)[world.comm.rank]
-    weights = load_weights(config, specs, part, SyntheticWeights().read, threads=target.threads)
-    return LlamaModel(config, weights, world.comm, target.threads), whole.num_hidden_layers
+    model = LlamaModel(config, _made_weights(options, config, specs, world, target), world.comm, target.threads)
+    return model, whole.num_hidden_layers
+
+
+def _made_weights(
+    options: BenchOptions, config: ModelConfig, specs: "list[TensorSpec]", world: World, target: Target
+) -> "Weights":
+    """Fill this rank's memory, and tell how far all ranks are."""
+    from mpillama.engine.load_watch import LoadWatch
+    from mpillama.engine.synthetic import SyntheticWeights
+    from mpillama.model.weights import load_weights, slice_bytes
+
+    part, made = partition(config, world.comm.size)[world.comm.rank], SyntheticWeights()
+    total = slice_bytes(specs, part)
+    ranks = world.comm.gather((total, world.host))
+    progress = load_progress(world.comm.is_root, options.json, "making weights")
+    with progress(sum(size for size, _ in ranks)) as show:
+        watch = LoadWatch(world.comm, [host for _, host in ranks], made, total, show)
+        return load_weights(config, specs, part, made.read, threads=target.threads, attend=watch.attend)
 
 
 def weights_of_shape(weights: str) -> str:
@@ -96,7 +112,7 @@ def _measure(
     decode = [_decode(options, world, watch, batch, bandwidths, whole_layers) for batch in options.batch]
     return {
         "shape": options.shape or options.model,
-        "weights": options.weights if options.shape else "as stored",
+        "weights": weights_of_shape(options.weights) if options.shape else "as stored",
         "kv_type": options.kv_type,
         "layers": {"measured": model.config.num_hidden_layers, "model": whole_layers},
         "ranks": world.comm.size,
@@ -123,7 +139,8 @@ def _resident_bytes() -> int:
 def _prefill(options: BenchOptions, watch: "Stopwatch", tokens: int, whole_layers: int) -> dict[str, Any]:
     from mpillama.engine.plan import multiply_adds
 
-    timing = watch.prefill(tokens, options.repetitions)
+    with watch.model.comm.doing(f"measuring the prefill of {tokens} tokens"):
+        timing = watch.prefill(tokens, options.repetitions)
     result = {
         "tokens": tokens,
         **_spread(timing, tokens),
@@ -143,7 +160,8 @@ def _decode(
 
     # Other machines on the same host change what memory gives from second to second: measured before and after.
     before = read_bandwidth(world.comm, watch.model.threads)
-    timing = watch.decode(batch, options.context, options.decode)
+    with world.comm.doing(f"measuring {options.decode} steps of {in_number(batch, 'sequence')}"):
+        timing = watch.decode(batch, options.context, options.decode)
     bandwidths += [before, read_bandwidth(world.comm, watch.model.threads)]
     bandwidth = (bandwidths[-2] + bandwidths[-1]) / 2
     kv_bytes = sum(world.comm.gather(watch.kv_bytes(batch, options.context)))

@@ -3,27 +3,25 @@
 from typing import Any
 
 from mpillama.errors import UserError
-from mpillama.tools.display import in_units
+from mpillama.tools.display import in_number, in_units
+from mpillama.tools.terminal import print_sentence, print_table
 
 Report = dict[str, Any]
 
 
 def print_report(report: Report) -> None:
     """Print the tables."""
-    from rich.console import Console
-
-    console = Console()
-    console.print(_headline(report))
-    for table in (_prefill_table(report), _decode_table(report)):
-        console.print(table)
+    print_sentence(_headline(report))
+    _print_prefill(report)
+    _print_decode(report)
     slowest = report["slowest_rank"]
-    console.print(
+    print_sentence(
         f"slowest rank {slowest['rank']} on {slowest['host']} | "
-        f"memory per rank {in_units(max(report['rss_bytes_per_rank']))}, "
-        f"of it weights {in_units(max(report['weight_bytes_per_rank']))}"
+        f"weights per rank {in_units(max(report['weight_bytes_per_rank']))}, "
+        f"whole process {in_units(max(report['rss_bytes_per_rank']))}"
     )
     if report["layers"]["measured"] < report["layers"]["model"]:
-        console.print(
+        print_sentence(
             f"Only {report['layers']['measured']} of {report['layers']['model']} layers were run; "
             "the column «whole model» is extrapolated from them."
         )
@@ -31,29 +29,31 @@ def print_report(report: Report) -> None:
 
 def _headline(report: Report) -> str:
     return (
-        f"{report['shape']}, weights {report['weights']}, KV {report['kv_type']}, {report['ranks']} ranks x "
-        f"{report['threads']} threads, {report['isa']}, "
+        f"{report['shape']}, weights {report['weights']}, KV {report['kv_type']}, "
+        f"{in_number(report['ranks'], 'rank')} x {in_number(report['threads'], 'thread')}, {report['isa']}, "
         f"read bandwidth {report['read_bandwidth_bytes_per_second'] / 1e9:.1f} GB/s"
     )
 
 
-def _prefill_table(report: Report) -> Any:
-    from rich.table import Table
+def _print_prefill(report: Report) -> None:
+    header = ("prefill tokens", "tok/s", "slowest – fastest", "communication", *_whole_column(report))
+    rows = [
+        (
+            str(row["tokens"]),
+            f"{row['tokens_per_second']:.1f}",
+            _range(row),
+            f"{100 * row['communication_share']:.1f} %",
+            *_whole_cell(row),
+        )
+        for row in report["prefill"]
+    ]
+    print_table(header, rows)
 
-    table = Table("prefill tokens", "tok/s", "slowest – fastest", "communication", *_whole_column(report))
-    for row in report["prefill"]:
-        cells = [str(row["tokens"]), f"{row['tokens_per_second']:.1f}", _range(row)]
-        table.add_row(*cells, f"{100 * row['communication_share']:.1f} %", *_whole_cell(row))
-    return table
 
-
-def _decode_table(report: Report) -> Any:
-    from rich.table import Table
-
+def _print_decode(report: Report) -> None:
     columns = ("batch", "context", "tok/s", "slowest – fastest", "bytes per token", "of read bandwidth")
-    table = Table(*columns, "communication", "per all-reduce", *_whole_column(report))
-    for row in report["decode"]:
-        table.add_row(
+    rows = [
+        (
             str(row["batch"]),
             str(row["context"]),
             f"{row['tokens_per_second']:.2f}",
@@ -64,7 +64,9 @@ def _decode_table(report: Report) -> Any:
             f"{row['allreduce_microseconds']:.1f} µs",
             *_whole_cell(row),
         )
-    return table
+        for row in report["decode"]
+    ]
+    print_table((*columns, "communication", "per all-reduce", *_whole_column(report)), rows)
 
 
 def _range(row: Report) -> str:

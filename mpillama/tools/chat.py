@@ -10,7 +10,7 @@ from mpillama.errors import UserError
 from mpillama.options import ChatOptions
 from mpillama.text.sampler import Sampler
 from mpillama.tools.keyboard import Keyboard
-from mpillama.tools.running import Run, check_speculation, run_on_all_ranks, sampling_options
+from mpillama.tools.running import Run, after_prompt, check_speculation, run_on_all_ranks, sampling_options
 
 HELP = "/reset forgets the conversation, /system TEXT sets the system message, /quit leaves; Ctrl-C stops an answer."
 Message = dict[str, Any]
@@ -100,7 +100,7 @@ class Conversation:
         answer = Answer(run.tokenizer, Limits(options.max_tokens, options.stop))
         pieces = text_pieces(run.session, sampler, Generation(prompt_ids, answer), prompt_ids[keep:], self.drafter)
         self.cached = self.cached[:keep]
-        for piece in pieces:
+        for piece in after_prompt(run, pieces):
             run.write(piece)
             if self.keyboard.interrupted:
                 sys.stdout.write(" (stopped)")

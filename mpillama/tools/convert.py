@@ -6,7 +6,7 @@ from pathlib import Path
 
 from mpillama.comm.start import start_mpi
 from mpillama.options import ConvertOptions
-from mpillama.tools.display import bytes_progress, in_units
+from mpillama.tools.display import bytes_progress, in_units, stages
 from mpillama.tools.logs import logged
 from mpillama.tools.running import warn_of_requantised
 
@@ -18,8 +18,10 @@ def convert(options: ConvertOptions) -> int:
         from mpillama.engine.model_file import make_tokenizer, open_model
 
         comm = world.comm
+        comm.watch.display = stages(comm.is_root, options.json)
         comm.on_root(lambda: refuse_target(options.target, options.force))
-        model = comm.on_root(lambda: open_model(options.source, options.weights, options.tokenizer))
+        open_source = lambda: open_model(options.source, options.weights, options.tokenizer)  # noqa: E731
+        model = comm.on_root(lambda: comm.busy(open_source, "reading the model's table"))
         comm.on_root_only(lambda: make_tokenizer(model))  # without one that can be used nothing would run the new file
         if comm.is_root:
             warn_of_requantised(model)

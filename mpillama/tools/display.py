@@ -1,55 +1,74 @@
-"""Progress and numbers for people, on standard error; silent where nobody watches."""
+"""Progress for people, on standard error; silent where nobody watches."""
 
-import os
-import stat
-import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING
+
+from mpillama.comm.failure import print_error
+from mpillama.tools.terminal import STANDARD_ERROR, console, is_terminal
 
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.progress import Progress
 
+    from mpillama.comm.watchdog import Display
     from mpillama.engine.load_watch import LoadState
 
-LAUNCHERS = ("mpirun", "mpiexec", "prterun", "orterun")
+PATIENCE = 0.5
+"""Seconds that something may take on a terminal before its line appears."""
+LONG = 10.0
+"""Seconds after which it is told, once, where standard error is no terminal."""
 
 
 def watched(quiet: bool) -> bool:
     """Whether a person sees standard error."""
-    return not quiet and bool(sys.stderr.isatty() or _launchers_terminal())
-
-
-def _launchers_terminal() -> str:
-    """The terminal that mpirun passes standard error on to, if it runs on this host; "" for none."""
-    import psutil
-
-    if not stat.S_ISFIFO(os.fstat(2).st_mode) and not stat.S_ISSOCK(os.fstat(2).st_mode):
-        return ""  # to a file of this rank's own
-    try:
-        launcher = next((p for p in psutil.Process().parents() if p.name().startswith(LAUNCHERS)), None)
-        shown = os.readlink(f"/proc/{launcher.pid}/fd/2") if launcher else ""  # noqa: PTH115 - no file of ours
-    except (OSError, psutil.Error):
-        return ""
-    return shown if shown.startswith(("/dev/pts/", "/dev/tty")) else ""
+    return not quiet and is_terminal(STANDARD_ERROR)
 
 
 def terminal_console() -> "Console":
     """Standard error with the size of the terminal that it comes to."""
-    from rich.console import Console
+    return console(STANDARD_ERROR)
 
-    name = "" if sys.stderr.isatty() else _launchers_terminal()
-    if not name:
-        return Console(stderr=True)
-    try:
-        terminal = os.open(name, os.O_RDONLY | os.O_NOCTTY)
-    except OSError:
-        return Console(stderr=True, force_terminal=True)
-    try:
-        return Console(stderr=True, force_terminal=True, width=os.get_terminal_size(terminal).columns or None)
-    finally:
-        os.close(terminal)
+
+def stages(is_root: bool, quiet: bool) -> "Display":
+    """Return what tells of things that take long: a line with their seconds on rank 0's terminal, else one sentence."""
+    if quiet or not is_root:
+        from mpillama.comm.watchdog import no_display  # brings MPI, which `plan` and `inspect` do without
+
+        return no_display
+
+    @contextmanager
+    def display(what: str) -> Iterator[Callable[[str], None]]:
+        ended, notes = threading.Event(), [""]
+        tell = _show_line if watched(quiet) else _say_once
+        telling = threading.Thread(target=tell, args=(what, notes, ended), daemon=True, name="display")
+        telling.start()
+        try:
+            yield lambda how_far: notes.__setitem__(0, how_far)
+        finally:
+            ended.set()
+            telling.join()
+
+    return display
+
+
+def _show_line(what: str, notes: list[str], ended: threading.Event) -> None:
+    from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+    if ended.wait(PATIENCE):
+        return
+    columns = SpinnerColumn(), TextColumn(what), TextColumn("{task.fields[note]}"), TimeElapsedColumn()
+    # Drawn seldom: what is told of may be being measured.
+    with Progress(*columns, console=terminal_console(), transient=True, refresh_per_second=2) as progress:
+        task = progress.add_task("", total=None, note=notes[0])
+        while not ended.wait(PATIENCE):
+            progress.update(task, note=notes[0])
+
+
+def _say_once(what: str, notes: list[str], ended: threading.Event) -> None:
+    if not ended.wait(LONG):
+        print_error(f"mpillama: {what} …")
 
 
 def bytes_progress(
@@ -66,12 +85,14 @@ def bytes_progress(
     return bar if is_root and watched(quiet) else _silent
 
 
-def load_progress(is_root: bool, quiet: bool) -> Callable[[int], AbstractContextManager[Callable[["LoadState"], None]]]:
+def load_progress(
+    is_root: bool, quiet: bool, label: str = "loading"
+) -> Callable[[int], AbstractContextManager[Callable[["LoadState"], None]]]:
     """Return what opens a bar over the bytes of all ranks on rank 0's terminal, with GB/s and the slowest rank."""
 
     @contextmanager
     def bar(total: int) -> Iterator[Callable[["LoadState"], None]]:
-        with _bytes_bar("loading") as progress:
+        with _bytes_bar(label) as progress:
             task = progress.add_task("", total=total, note="")
 
             def show(state: "LoadState") -> None:
@@ -123,3 +144,8 @@ def in_units(count: float) -> str:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
         count /= 1000
     return f"{count:.1f} TB"
+
+
+def in_number(count: int, noun: str) -> str:
+    """A number of things: 1 rank, 2 ranks."""
+    return f"{count} {noun}{'' if count == 1 else 's'}"

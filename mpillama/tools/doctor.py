@@ -9,8 +9,10 @@ from typing import Any
 from mpillama import __version__
 from mpillama.comm.launcher import launched_size
 from mpillama.comm.start import World, mpi_library, start_mpi
-from mpillama.kernels.target import Target, prepare, requested_isa, start_threads
+from mpillama.kernels.target import Target, start_threads
 from mpillama.options import DoctorOptions
+from mpillama.tools.running import choose_target
+from mpillama.tools.terminal import print_sentence, print_table
 
 SLURM_VARIABLES = (
     "SLURM_JOB_ID",
@@ -25,7 +27,7 @@ SLURM_VARIABLES = (
 def doctor(options: DoctorOptions) -> int:
     """Print the report on rank 0; returns the exit status."""
     with start_mpi(options.threads, refuse=False) as world:
-        target = world.comm.together(lambda: prepare(requested_isa(), world.threads, world.comm.yields))
+        target = choose_target(world)
         ranks = world.comm.gather(_describe_rank(world, target))
         if world.comm.is_root:
             report = _report(world, ranks)
@@ -85,22 +87,14 @@ def _shares_cores(rank: dict[str, Any], ranks: list[dict[str, Any]]) -> bool:
 
 
 def _print(report: dict[str, Any]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    console, facts = Console(), Table(show_header=False, box=None)
-    for key in ("mpillama", "python", "mpi", "ranks"):
-        facts.add_row(key, str(report[key]))
-    for key, value in report["slurm"].items():
-        facts.add_row(key, value)
-    console.print(facts)
-    table = Table("rank", "host", "cores it may use", "threads", "threading", "instructions")
-    for r in report["per_rank"]:
-        row = (r["rank"], r["host"], core_list(r["cores"]), r["threads"], r["threading_layer"], r["isa"])
-        table.add_row(*map(str, row))
-    console.print(table)
+    facts = {key: str(report[key]) for key in ("mpillama", "python", "mpi", "ranks")}
+    print_table((), list({**facts, **report["slurm"]}.items()))
+    fields = ("rank", "host", "cores", "threads", "threading_layer", "isa")
+    ranks = [{**r, "cores": core_list(r["cores"])} for r in report["per_rank"]]
+    header = ("rank", "host", "cores it may use", "threads", "threading", "instructions")
+    print_table(header, [[str(r[field]) for field in fields] for r in ranks])
     for sentence in report["advice"] or ["All is well."]:
-        console.print(sentence)
+        print_sentence(sentence)
 
 
 def core_list(cores: list[int]) -> str:

@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from mpillama.errors import UserError
-from mpillama.options import GenerateOptions
+from mpillama.options import GenerateOptions, recorded
 from mpillama.text.sampler import Sampler
 from mpillama.tools.display import in_units
 from mpillama.tools.output_file import output_file, refuse_unwritable
 from mpillama.tools.running import (
     Run,
+    after_prompt,
     check_speculation,
     closing_line,
     communication_share,
@@ -24,6 +25,7 @@ from mpillama.tools.standard_input import read_standard_input
 
 if TYPE_CHECKING:
     from mpillama.engine.generate import Generation
+    from mpillama.engine.rank_memory import RankMemory
     from mpillama.engine.speculation import Drafter
     from mpillama.engine.trial import Extrapolation
 
@@ -50,11 +52,11 @@ def _generate(run: Run, options: GenerateOptions) -> int:
     generation = Generation(prompt_ids, answer, logits=[] if options.logits_out else None)
     drafter = Drafter(options.speculate)
     pieces = text_pieces(run.session, sampler, generation, prompt_ids, drafter)
-    if not (options.json or options.quiet or options.chat):
-        run.write(run.tokenizer.decode(prompt_ids))
-    for piece in pieces:
+    text = "" if options.quiet or options.chat else run.tokenizer.decode(prompt_ids)
+    for piece in after_prompt(run, pieces):
         if not options.json:
-            run.write(piece)
+            run.write(text + piece)
+        text = ""
     _finish(run, options, generation, sampler.seed, drafter)
     return 0
 
@@ -62,11 +64,7 @@ def _generate(run: Run, options: GenerateOptions) -> int:
 def _prompt_ids(run: Run, options: GenerateOptions) -> list[int]:
     """The prompt's token ids: as given, or of the text, in the chat template if asked."""
     given = _given_token_ids(options)
-    vocab_size = run.loaded.file.config.vocab_size
     if given is not None:
-        for token in given:
-            if not 0 <= token < vocab_size:
-                raise UserError(f"--prompt-token-ids has {token}, but the model's ids are 0 to {vocab_size - 1}.")
         return given
     with run.world.comm.idle():
         text = read_standard_input() if options.prompt == "-" else options.prompt
@@ -94,7 +92,7 @@ def _finish(run: Run, options: GenerateOptions, generation: "Generation", seed: 
     if options.logits_out:
         with output_file("--logits-out", options.logits_out) as file:
             np.save(file, np.array(generation.logits, np.float32))
-    memory = run.executor.memory_per_rank()
+    memory = _memory(run, options)
     if options.json:
         run.write(json.dumps(_result(run, options, generation, seed, memory, drafter)) + "\n")
         return
@@ -111,19 +109,28 @@ def _finish(run: Run, options: GenerateOptions, generation: "Generation", seed: 
             )
 
 
-def _trial(run: Run, options: GenerateOptions, memory: list[int]) -> "Extrapolation | None":
+def _memory(run: Run, options: GenerateOptions) -> "list[RankMemory]":
+    from mpillama.engine.rank_memory import memory_of_ranks
+
+    processes = run.executor.memory_per_rank()
+    return memory_of_ranks(run.executor, run.loaded.file.specs, options.kv_type, run.session.length, processes)
+
+
+def _trial(run: Run, options: GenerateOptions, memory: "list[RankMemory]") -> "Extrapolation | None":
     """What a trial with --layers says of the whole model."""
     from mpillama.engine.trial import FirstLayers, extrapolate
 
     file = run.loaded.file
     if not isinstance(file, FirstLayers):
         return None
-    return extrapolate(file, run.session, run.loaded.seconds, memory, options.kv_type)
+    processes = [m.process for m in memory]
+    return extrapolate(file, run.session, run.loaded.seconds, processes, options.kv_type)
 
 
 def _result(
-    run: Run, options: GenerateOptions, generation: "Generation", seed: int, memory: list[int], drafter: "Drafter"
-) -> dict[str, object]:
+    run: Run, options: GenerateOptions, generation: "Generation", seed: int, memory: "list[RankMemory]",
+    drafter: "Drafter",
+) -> dict[str, object]:  # fmt: skip
     trial = _trial(run, options, memory)
     return {
         "prompt_token_ids": generation.prompt_token_ids,
@@ -138,10 +145,11 @@ def _result(
         "communication_share": communication_share(run),
         "ranks": run.world.comm.size,
         "threads": run.target.threads,
-        "rss_bytes_per_rank": memory,
+        "rss_bytes_per_rank": [m.process for m in memory],
+        "memory_bytes_per_rank": [asdict(m) for m in memory],
         "trial": asdict(trial) if trial else None,
         "options": {
-            **asdict(options),
+            **recorded(options),
             "model": run.loaded.file.path,
             "max_seq_len": run.session.max_seq_len,
             "threads": run.target.threads,

@@ -53,7 +53,8 @@ def _perplexity(run: Run, options: PerplexityOptions) -> int:
 
     with run.world.comm.idle():
         text = read_text(options.file)
-    ids = run.tokenizer.encode(text, add_bos=False, parse_special=False)
+    encode = lambda: run.tokenizer.encode(text, add_bos=False, parse_special=False)  # noqa: E731
+    ids = run.world.comm.busy(encode, "tokenizing the text")
     context = run.executor.max_seq_len
     stride = min(options.stride or context, context)
     count = sum(1 for _ in windows(len(ids), context, stride))

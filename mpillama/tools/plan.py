@@ -13,10 +13,11 @@ from mpillama.model.config import ModelConfig
 from mpillama.model.shapes import shape_config
 from mpillama.model.tensors import WeightTypes
 from mpillama.options import PlanOptions
-from mpillama.tools.display import in_units
+from mpillama.tools.display import in_number, in_units, stages
 from mpillama.tools.job_script import job_script
 from mpillama.tools.output_file import output_file, refuse_unwritable
 from mpillama.tools.quantities import parse_bytes, parse_number
+from mpillama.tools.terminal import print_sentence, print_table
 
 if TYPE_CHECKING:
     from mpillama.engine.plan import Network, Node, Plan, Remedy, Request, Speed
@@ -29,7 +30,8 @@ def plan(options: PlanOptions) -> int:
     from mpillama.engine.plan import make_plan, predict, remedies
 
     refuse_unwritable("--sbatch", options.sbatch)
-    planned = make_plan(_request(options))
+    with stages(is_root=True, quiet=options.json)("planning"):
+        planned = make_plan(_request(options))
     speed = predict(planned, _node(options), _network(options.network))
     cures = remedies(planned)
     if options.json:
@@ -117,24 +119,21 @@ def _as_json(planned: "Plan", speed: "Speed", cures: list["Remedy"]) -> dict[str
 
 
 def _print(planned: "Plan", speed: "Speed", cures: list["Remedy"]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    request, console = planned.request, Console()
-    table = Table("rank", "weights", "embedding, head", "KV cache", "buffers", "Python", "total", "reads")
+    request, rows = planned.request, list[tuple[str, ...]]()
     fullest = max(planned.ranks, key=lambda r: r.total)
-    shown = planned.ranks if len(planned.ranks) <= 8 else (*planned.ranks[:3], planned.ranks[-1], fullest)
-    for r in shown:
+    shown = planned.ranks if len(planned.ranks) <= 8 else {*planned.ranks[:3], planned.ranks[-1], fullest}
+    for r in sorted(shown, key=lambda r: r.rank):
         mark = " (most)" if r is fullest and planned.inequality > 0 else ""
         row = (r.weights, r.embedding, r.kv_cache, r.buffers, r.python, r.total, r.reads)
-        table.add_row(f"{r.rank}{mark}", *map(in_units, row))
-    console.print(table)
-    console.print(
-        f"{request.nodes} nodes x {request.ranks_per_node} ranks: the fullest needs {in_units(max(planned.nodes))} "
-        f"of {in_units(request.memory_per_node)}; the fullest rank is {100 * planned.inequality:.1f} % above the mean."
+        rows.append((f"{r.rank}{mark}", *map(in_units, row)))
+    print_table(("rank", "weights", "embedding, head", "KV cache", "buffers", "Python", "total", "reads"), rows)
+    on = f"{in_number(request.nodes, 'node')} x {in_number(request.ranks_per_node, 'rank')}"
+    print_sentence(
+        f"{on}: the fullest needs {in_units(max(planned.nodes))} of {in_units(request.memory_per_node)}; "
+        f"the fullest rank is {100 * planned.inequality:.1f} % above the mean."
     )
     loads = f", loads in {speed.load_seconds:.0f} s" if speed.load_seconds else ""
-    console.print(
+    print_sentence(
         f"Predicted: decode {speed.decode_tokens_per_second:.2f} tok/s at the full context, "
         f"{100 * speed.communication_share:.0f} % of it communication "
         f"({speed.messages_per_step} messages, {in_units(speed.communication_bytes_per_step)} a rank and step); "

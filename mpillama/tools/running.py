@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from mpillama.comm.failure import USER_ERROR_STATUS, stop_printing
 from mpillama.comm.start import World, start_mpi
+from mpillama.engine.kernel_cache import refuse_unsafe_cache
 from mpillama.engine.model_file import ModelFile, make_tokenizer
 from mpillama.engine.monitor import Monitor
 from mpillama.errors import UserError
@@ -21,13 +22,14 @@ from mpillama.options import RunOptions, SamplingFlags, SpeculationFlags
 from mpillama.text.chat_template import ChatTemplate
 from mpillama.text.sampler import NonFiniteLogits, SamplingOptions
 from mpillama.text.tokenizer import Tokenizer
-from mpillama.tools.display import in_units, load_progress
+from mpillama.tools.display import in_number, in_units, load_progress, stages
 from mpillama.tools.logs import OF_RUN, logged
 from mpillama.tools.quantities import parse_bytes
 
 if TYPE_CHECKING:
     from mpillama.engine.executor import Executor
     from mpillama.engine.loading import LoadedModel
+    from mpillama.engine.rank_memory import RankMemory
     from mpillama.engine.session import Session
 
     OpenExecutor = Callable[[LoadedModel], Executor]
@@ -98,7 +100,12 @@ def run_on_all_ranks(
 
 def choose_target(world: World) -> Target:
     """The instruction set and threads for which all ranks compile."""
-    return world.comm.together(lambda: prepare(requested_isa(), world.threads, world.comm.yields))
+
+    def choose() -> Target:
+        refuse_unsafe_cache()
+        return prepare(requested_isa(), world.threads, world.comm.yields)
+
+    return world.comm.together(choose)
 
 
 def run_in_world(
@@ -116,7 +123,8 @@ def run_in_world(
         warn_of_requantised(loaded.file)
         tell_lowered_context(options, loaded, quiet)
     hosts = sorted(set(world.comm.gather(world.host)))
-    tokenizer = world.comm.on_root_only(lambda: make_tokenizer(loaded.file))
+    build = lambda: make_tokenizer(loaded.file)  # noqa: E731
+    tokenizer = world.comm.on_root_only(lambda: world.comm.busy(build, "building the tokenizer"))
     gc.freeze()  # what is loaded stays: the collector need not look at it again
     if tokenizer is None:
         status = executor.follow()
@@ -139,7 +147,8 @@ def _memory_floor(options: RunOptions) -> int | None:
 
 @contextmanager
 def observed(options: RunOptions, world: World, quiet: bool) -> Iterator[Monitor]:
-    """Log and monitor a run as its options say."""
+    """Log and monitor a run as its options say, and tell on rank 0 what takes long."""
+    world.comm.watch.display = stages(world.comm.is_root, quiet)
     with (
         logged(world, quiet, options.log_dir, options.log_level),
         Monitor(options.monitor, _memory_floor(options), world.neighbours.is_root) as monitor,
@@ -226,22 +235,29 @@ def _parse_bias(text: str) -> tuple[int, float]:
         raise UserError(f"--logit-bias {text!r} is not of the form ID=BIAS, for example 42=-1.5.") from error
 
 
-def closing_line(run: Run, memory: list[int]) -> str:
-    """Speed, communication and memory in one line."""
+def after_prompt(run: Run, pieces: Iterator[str]) -> Iterator[str]:
+    """The pieces of an answer; until the first one comes, whoever watches is told how much of the prompt is read."""
+    with run.world.comm.doing("reading the prompt") as tell:
+        run.session.on_chunk = lambda done, tokens: tell(f"{done:,} of {tokens:,} tokens")
+        first = next(pieces)
+    yield first
+    yield from pieces
+
+
+def closing_line(run: Run, memory: "list[RankMemory]") -> str:
+    """Speed, communication, and the fullest rank's memory in one line."""
     session, world = run.session, run.world
-    largest = max(range(len(memory)), key=memory.__getitem__)
-    most = f" (most: rank {largest})" if len(memory) > 1 else ""
+    fullest = max(range(len(memory)), key=lambda rank: memory[rank].process)
+    m = memory[fullest]
     return (
         f"prefill {session.prefill.tokens} tokens, {session.prefill.tokens_per_second:.0f} tok/s | "
         f"decode {session.decode.tokens} tokens, {session.decode.tokens_per_second:.1f} tok/s | "
         f"communication {100 * communication_share(run):.0f} % of the time | "
-        f"memory {in_units(memory[largest])} per rank{most} | "
-        f"{_count(world.comm.size, 'rank')} x {_count(run.target.threads, 'thread')}, {run.target.isa.name}"
+        f"memory{f' of rank {fullest}' if len(memory) > 1 else ''}: weights {in_units(m.weights)}, "
+        f"KV cache {in_units(m.kv_cache_filled)} of {in_units(m.kv_cache)}, buffers {in_units(m.buffers)}, "
+        f"whole process {in_units(m.process)} | "
+        f"{in_number(world.comm.size, 'rank')} x {in_number(run.target.threads, 'thread')}, {run.target.isa.name}"
     )
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 def communication_share(run: Run) -> float:

@@ -5,6 +5,7 @@ import sys
 
 from mpillama.engine.model_file import make_tokenizer, open_model
 from mpillama.options import TokenizeOptions
+from mpillama.tools.display import stages
 from mpillama.tools.standard_input import read_standard_input
 
 
@@ -12,9 +13,12 @@ def tokenize(options: TokenizeOptions) -> int:
     """Run the command; returns the exit status."""
     from mpillama.engine.loading import model_path
 
-    tokenizer = make_tokenizer(open_model(model_path(options.model), tokenizer=options.tokenizer))
+    display = stages(is_root=True, quiet=options.json)
+    with display("building the tokenizer"):
+        tokenizer = make_tokenizer(open_model(model_path(options.model), tokenizer=options.tokenizer))
     text = read_standard_input() if options.text == "-" else options.text
-    ids = tokenizer.encode(text, parse_special=not options.literal)
+    with display("tokenizing the text"):
+        ids = tokenizer.encode(text, parse_special=not options.literal)
     rows = [{"id": i, "piece": tokenizer.token_text(i)} for i in ids]
     if options.json:
         sys.stdout.write(json.dumps(rows, ensure_ascii=False) + "\n")

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -58,6 +59,8 @@ def test_no_arguments_tell_a_story(ranks: int | None, demo: Path, tmp_path: Path
     assert "\ufffd" not in result.stdout
     (line,) = result.stderr.splitlines()
     assert f"{ranks or 1} rank" in line
+    of_rank = "" if (ranks or 1) == 1 else r" of rank \d"
+    assert re.search(f"memory{of_rank}: weights .*B, KV cache .*B of .*B, buffers .*B, whole process .*MB", line)
     assert "tok/s" in line
     assert "seed" in line
 
@@ -88,6 +91,11 @@ def test_json_has_every_field(ranks: int | None, toy: Path, tokenizer: Tokenizer
     assert (found["ranks"], found["threads"]) == (ranks or 1, 1)
     assert len(found["rss_bytes_per_rank"]) == (ranks or 1)
     assert all(isinstance(size, int) and size > 10_000_000 for size in found["rss_bytes_per_rank"])
+    for memory, process in zip(found["memory_bytes_per_rank"], found["rss_bytes_per_rank"], strict=True):
+        assert memory["process"] == process
+        assert 0 <= memory["kv_cache_filled"] <= memory["kv_cache"]
+        assert sum(memory[kind] for kind in ("weights", "kv_cache", "buffers")) < process
+    assert sum(memory["weights"] for memory in found["memory_bytes_per_rank"]) >= 200_000
     effective = found["options"]
     assert (effective["model"], effective["prompt"]) == (str(toy), "a llama")
     assert (effective["seed"], effective["top_k"], effective["logit_bias"]) == (5, 40, [NO_EOS])

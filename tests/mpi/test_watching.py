@@ -76,6 +76,29 @@ def test_a_file_that_is_written_while_it_is_read(ranks: int, toy: Path, tmp_path
     assert f"{copy}: changed while it was read" in result.stderr
 
 
+# -- what takes long -------------------------------------------------------------------------------------------------
+
+
+def test_a_terminal_tells_what_takes_long(toy: Path, tmp_path: Path) -> None:
+    """Before and between the steps: nothing is silent for more than a few seconds."""
+    slow = (SCRIPTS / "sabotage.py", "none", "compile", "1", tmp_path, "--model", toy)
+    with on_terminal(2, *slow, "--max-tokens", "1") as terminal:
+        terminal.expect("preparing kernels")
+        terminal.expect("0:00:0")
+    prompt = ("--prompt-token-ids", ",".join(map(str, range(5, 255))), "--prefill-chunk", "2", "--max-tokens", "1")
+    with on_terminal(2, SABOTAGE, "slow", "all", tmp_path, "--model", toy, *prompt) as terminal:
+        terminal.expect("reading the prompt")
+        terminal.expect("of 250 tokens")
+
+
+def test_nothing_is_told_without_a_terminal(toy: Path, tmp_path: Path) -> None:
+    slow = (SCRIPTS / "sabotage.py", "none", "compile", "0", tmp_path, "--model", toy)
+    result = run(None, *slow, "--max-tokens", "1", "--temperature", "0")
+    assert result.status == 0
+    (line,) = result.stderr.splitlines()
+    assert "tok/s" in line
+
+
 # -- logs -------------------------------------------------------------------------------------------------------------
 
 

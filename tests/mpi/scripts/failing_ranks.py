@@ -22,7 +22,7 @@ def sabotage(ranks: list[int], steps: int, kind: str) -> None:
         found = prepare(*arguments)
         from mpillama.model.llama import LlamaModel
 
-        forward, calls = LlamaModel.forward, [0]
+        forward, calls = LlamaModel.advance, [0]
 
         def failing(self: LlamaModel, step: object, cache: object) -> object:
             calls[0] += 1
@@ -32,7 +32,7 @@ def sabotage(ranks: list[int], steps: int, kind: str) -> None:
                 time.sleep(SLOW_STEP)
             return forward(self, step, cache)
 
-        LlamaModel.forward = failing
+        LlamaModel.advance = failing
         return found
 
     import mpillama.tools.running

@@ -36,13 +36,13 @@ def slow() -> None:
     """Make each step of the model last long enough to be interrupted."""
     from mpillama.model.llama import LlamaModel
 
-    forward = LlamaModel.forward
+    forward = LlamaModel.advance
 
     def sleep_and_forward(self: LlamaModel, *arguments: Any) -> Any:
         time.sleep(SLOW_STEP)
         return forward(self, *arguments)
 
-    LlamaModel.forward = sleep_and_forward
+    LlamaModel.advance = sleep_and_forward
 
 
 def with_open(opened: Callable[[str], int]) -> Callable[[], None]:

@@ -1,8 +1,9 @@
 """Run the program with something wrong on one rank: sabotage.py FAULT PHASE RANK DIRECTORY [program's arguments].
 
-The phase (load, prefill or decode) is made slow on all ranks, loading for some faults on RANK only; each writes a
-file PHASE-RANK into DIRECTORY when it has entered it. FAULT happens in the midst of it on RANK, which touches the file
-`failed`; "none" leaves the fault to the caller. Each rank that ends by itself leaves its status in a file.
+The phase (compile, load, prefill or decode) is made slow on all ranks, compiling and for some faults loading on RANK
+only; each writes a file PHASE-RANK into DIRECTORY when it has entered it. FAULT happens in the midst of it on RANK,
+which touches the file `failed`; "none" leaves the fault to the caller. Each rank that ends by itself leaves its status
+in a file.
 """
 
 import os
@@ -27,6 +28,7 @@ FAULT, PHASE, RANK, DIRECTORY = sys.argv[1], sys.argv[2], sys.argv[3], Path(sys.
 ARGUMENTS = sys.argv[5:]
 SLOW_READ = 1.0
 SLOW_STEP = 0.03
+SLOW_COMPILE = 5.0
 REDUCTIONS = 3
 """The fault comes at this reduction of the second step of a phase, while the other ranks wait in it."""
 
@@ -42,6 +44,24 @@ def entered() -> None:
 def failing(action: Callable[[], None]) -> None:
     (DIRECTORY / "failed").touch()
     action()
+
+
+def in_compile(action: Callable[[], None] | None) -> None:
+    """Compile for longer than the time-out, on RANK only; or do something instead."""
+    from mpillama.engine import warm_up
+
+    run_all, is_slow = warm_up._run_all, RANK in ("all", str(launched_rank()))
+
+    def compile_slowly(*arguments: Any) -> None:
+        entered()
+        if action:
+            failing(action)
+        end = time.thread_time() + SLOW_COMPILE * is_slow
+        while time.thread_time() < end:
+            pass
+        run_all(*arguments)
+
+    warm_up._run_all = compile_slowly
 
 
 def in_load(action: Callable[[], None] | None) -> None:
@@ -70,7 +90,7 @@ def in_step(action: Callable[[], None] | None) -> None:
     from mpillama.comm.communicator import Communicator
     from mpillama.model.llama import LlamaModel
 
-    forward, all_reduce, steps, left = LlamaModel.forward, Communicator.all_reduce, [0], [REDUCTIONS]
+    forward, all_reduce, steps, left = LlamaModel.advance, Communicator.all_reduce, [0], [REDUCTIONS]
 
     def slow_forward(self: LlamaModel, step: Any, *arguments: Any) -> Any:
         is_phase = (len(step.token_ids) > 1) == (PHASE == "prefill")
@@ -88,7 +108,7 @@ def in_step(action: Callable[[], None] | None) -> None:
                 failing(action)
         return all_reduce(self, *arguments)
 
-    LlamaModel.forward, Communicator.all_reduce = slow_forward, reduce
+    LlamaModel.advance, Communicator.all_reduce = slow_forward, reduce
 
 
 def after_prepare(patch: Callable[[], None]) -> None:
@@ -257,7 +277,8 @@ if __name__ == "__main__":
         FROM_START[FAULT]()
     action = IN_PHASE.get(FAULT) if is_victim else None
     if PHASE != "any":
-        after_prepare(lambda: in_load(action) if PHASE == "load" else in_step(action))
+        patch = {"compile": in_compile, "load": in_load}.get(PHASE, in_step)
+        after_prepare(lambda: patch(action))
     status = main(ARGUMENTS)
     (DIRECTORY / f"status-{launched_rank()}").write_text(str(status))
     sys.exit(status)
