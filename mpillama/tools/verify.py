@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from mpillama.comm.start import start_mpi
 from mpillama.options import VerifyOptions
-from mpillama.tools.display import bytes_progress, in_units
+from mpillama.tools.display import bytes_progress, in_units, stages
 from mpillama.tools.logs import logged
 
 if TYPE_CHECKING:
@@ -24,7 +24,9 @@ def verify(options: VerifyOptions) -> int:
         from mpillama.engine.verification import checked_bytes, verify_file
 
         comm = world.comm
-        model = comm.on_root(lambda: open_model(options.file, tokenizer=options.tokenizer))
+        comm.watch.display = stages(comm.is_root, options.json)
+        open_file = lambda: open_model(options.file, tokenizer=options.tokenizer)  # noqa: E731
+        model = comm.on_root(lambda: comm.busy(open_file, "reading the model's table"))
         size = checked_bytes(model)
         with bytes_progress(comm.is_root, options.json, "checking rank 0's part")(size // comm.size) as on_bytes:
             check = verify_file(model, comm, on_bytes)
