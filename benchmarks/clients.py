@@ -286,7 +286,12 @@ def langchain_stream(server: Server) -> None:
 @check("langchain-openai", "tools")
 def langchain_tools(server: Server) -> None:
     """A forced call."""
-    call = langchain_model(server).bind_tools([weather], tool_choice="weather").invoke(QUESTION).tool_calls[0]
+    call = (
+        langchain_model(server)
+        .bind_tools([{"type": "function", "function": WEATHER}], tool_choice="weather")
+        .invoke(QUESTION)
+        .tool_calls[0]
+    )
     assert call["name"] == "weather", call
 
 
@@ -313,7 +318,11 @@ def langchain_responses(server: Server) -> None:
     """A text, its stream, and a forced call."""
     model = langchain_model(server, use_responses_api=True, temperature=0)
     assert "".join(part.text for part in model.stream(QUESTION)) == model.invoke(QUESTION).text
-    call = model.bind_tools([weather], tool_choice="weather").invoke(QUESTION).tool_calls[0]
+    call = (
+        model.bind_tools([{"type": "function", "function": WEATHER}], tool_choice="weather")
+        .invoke(QUESTION)
+        .tool_calls[0]
+    )
     assert call["name"] == "weather", call
 
 
