@@ -10,6 +10,7 @@ import tokenizers
 
 from mpillama.api.bodies import Message
 from mpillama.api.reasoning import PAIRS, ReasoningFormat, reasoning_format
+from mpillama.api.tool_calls import HERMES, ToolFormat
 from mpillama.engine.answer import Answer, Limits
 from mpillama.text.tokenizer import Tokenizer
 from tests import models
@@ -59,13 +60,15 @@ def answered(
     stops: Sequence[str] = (),
     sizes: random.Random | None = None,
     keep_special: bool = False,
+    tools: ToolFormat | None = None,
 ) -> "ChatChoice":
     """An answer of these tokens on its way through the engine's Answer to the message, a few tokens a step."""
     from mpillama.serve.choices import ChatChoice
     from mpillama.serve.tasks import Progress
 
     form = form_of(tokens)
-    choice = ChatChoice(0, tokens, None, False, thoughts=form.parser(is_open))
+    calls = tools.parser() if tools else None
+    choice = ChatChoice(0, tokens, calls, False, thoughts=form.parser(is_open))
     answer = Answer(tokens, Limits(1000, stops), keep_special, form.marking)
     step, text, told = [], "", 0
     entries = []
@@ -139,6 +142,32 @@ def test_text_that_a_stop_string_held_back_comes_to_its_part(special):
     assert parts(answered(tokens, [OPEN, THINKING, CLOSE, SAYING], stops=stops)) == ("Llamas are kind.", "Yes: always.")
     cut = answered(tokens, [OPEN, THINKING, CLOSE, SAYING], stops=["are"])
     assert parts(cut) == ("Llamas ", "")
+
+
+@pytest.mark.parametrize("special", [True, False, None])
+def test_a_call_is_found_behind_a_thought_and_not_within_it(special):
+    call = '<tool_call>{"name": "f", "arguments": {}}</tool_call>'
+    for seed in range(10):
+        pieces = [OPEN, f"I could {call} it.", CLOSE, f"\n{call}"]
+        choice = answered(tokenizer(special), pieces, sizes=random.Random(seed), keep_special=True, tools=HERMES)
+        message = choice.whole()["message"]
+        assert message["reasoning_content"] == f"I could {call} it."
+        assert (message["content"], [c["function"]["name"] for c in message["tool_calls"]]) == (None, ["f"])
+        assert choice.finish_reason == "tool_calls"
+
+
+def test_an_answer_that_begins_again_elsewhere_has_each_mark_once():
+    from mpillama.engine.answer import Mark
+    from mpillama.serve.dispatcher import _Active
+    from mpillama.serve.tasks import Progress, Task
+    from mpillama.text.sampler import SamplingOptions
+
+    active = _Active(Task(1, [0], SamplingOptions(seed=0), Limits(9)), None)  # type: ignore[arg-type]
+    first, second = Mark(0, 7, 0, 0), Mark(2, 8, 4, 4)
+    assert active.unseen(Progress(1, [7, 3], "a ", marks=[first])).marks == [first]
+    active.restart(None)  # type: ignore[arg-type]
+    again = active.unseen(Progress(1, [7, 3, 8], "a bc", marks=[first, second]))
+    assert (list(again.token_ids), again.text, list(again.marks)) == ([8], "bc", [second])
 
 
 def test_white_space_of_an_answer_without_thought_stays():

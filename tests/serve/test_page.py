@@ -1078,6 +1078,14 @@ def test_the_real_server_tells_a_story(browser: webdriver.Chrome, served: Any, t
         page.wait_for_end()
         assert page.answers() == [story], "temperature 0 gives the same answer again"
         screenshot(page, "real-server", tmp_path)
+        fill_settings(page, max_tokens="10")
+        page.button("Answer again").click()
+        page.wait_for_end()
+        assert story.startswith(page.answers()[0])
+        fill_settings(page, max_tokens="30")
+        page.button("Continue this answer").click()
+        page.wait_for_end()
+        assert page.answers() == [story], "an answer in two parts is the same answer"
         fill_settings(page, max_tokens="700")
         page.say("Another one, please.")
         until(lambda page=page: len(page.answers()) == 2 and len(page.answers()[1]) > 20, "some text")
