@@ -20,6 +20,7 @@ from mpillama.model.tensors import TensorSpec, WeightTypes
 from mpillama.text.dllama_vocabulary import tokenizer_json_of_dllama
 from mpillama.text.end_tokens import end_tokens
 from mpillama.text.gguf_vocabulary import tokenizer_json_of_gguf
+from mpillama.text.sentencepiece_model import added_by_id, tokenizer_json_of_sentencepiece
 from mpillama.text.tokenizer import Tokenizer
 from mpillama.text.vocabulary import TokenizerFiles
 
@@ -27,6 +28,9 @@ CONVERTERS: Mapping[str, Callable[[Mapping[str, Any]], TokenizerFiles]] = {
     "gguf_vocabulary.json": tokenizer_json_of_gguf,
     "dllama_vocabulary.json": tokenizer_json_of_dllama,
 }
+
+
+SENTENCEPIECE, ADDED, TOKENIZER_CONFIG = "tokenizer.model", "added_tokens.json", "tokenizer_config.json"
 
 
 class SliceReader(Protocol):
@@ -124,6 +128,8 @@ def is_native(path: str) -> bool:
 
 def with_tokenizer(checkpoint: Checkpoint) -> Checkpoint:
     """The checkpoint with its vocabulary turned into Hugging Face's files, if it came in another form."""
+    if SENTENCEPIECE in checkpoint.texts:
+        return _with_sentencepiece(checkpoint)
     name = next((name for name in CONVERTERS if name in checkpoint.texts), None)
     if name is None:
         return checkpoint
@@ -141,14 +147,29 @@ def with_tokenizer(checkpoint: Checkpoint) -> Checkpoint:
     return replace(checkpoint, texts=texts, config_json={**checkpoint.config_json, **ends})
 
 
+def _with_sentencepiece(checkpoint: Checkpoint) -> Checkpoint:
+    """With a tokenizer.json made of tokenizer.model; what it says of roles counts where the folder says nothing."""
+    texts = dict(checkpoint.texts)
+    content = texts.pop(SENTENCEPIECE)
+    settings = settings_in(texts, TOKENIZER_CONFIG, checkpoint.path)
+    by_name = settings_in({ADDED: texts.pop(ADDED, b"{}")}, ADDED, checkpoint.path)
+    added = added_by_id(by_name, settings.get("added_tokens_decoder"))
+    files = tokenizer_json_of_sentencepiece(content, str(Path(checkpoint.path) / SENTENCEPIECE), added)
+    texts["tokenizer.json"] = files.tokenizer_json
+    texts[TOKENIZER_CONFIG] = json.dumps({"add_bos_token": files.add_bos, **settings}).encode()
+    roles = {"bos_token_id": files.bos_token_id, "eos_token_id": list(files.eos_token_ids)}
+    known = {key: value for key, value in checkpoint.config_json.items() if value is not None}
+    return replace(checkpoint, texts=texts, config_json={**checkpoint.config_json, **roles, **known})
+
+
 def make_tokenizer(file: ModelFile) -> Tokenizer:
     """The tokenizer of a model, with the ids that its configuration names."""
     if "tokenizer.json" not in file.texts:
         raise UserError(f"{file.path}: the model has no tokenizer.json; write the file again with one.")
-    config, generation = file.config_json, _settings(file, "generation_config.json")
+    config, generation = file.config_json, settings_in(file.texts, "generation_config.json", file.path)
     bos = generation.get("bos_token_id", config.get("bos_token_id"))
     configured = (*_ids(generation.get("eos_token_id")), *_ids(config.get("eos_token_id")))
-    of_tokenizer = _settings(file, "tokenizer_config.json")
+    of_tokenizer = settings_in(file.texts, TOKENIZER_CONFIG, file.path)
     template = file.texts.get("chat_template.jinja", b"").decode(errors="replace")
     tokenizer = Tokenizer(
         file.texts["tokenizer.json"], bos_token_id=bos, eos_token_ids=configured,
@@ -163,9 +184,10 @@ def _ids(found: Any) -> tuple[int, ...]:
     return () if found is None else tuple(found) if isinstance(found, list) else (found,)
 
 
-def _settings(file: ModelFile, name: str) -> dict[str, Any]:
+def settings_in(texts: Mapping[str, bytes], name: str, path: str) -> dict[str, Any]:
+    """What one of a model's JSON files says, without nulls; nothing if it is not there."""
     try:
-        found = json.loads(file.texts.get(name, b"{}"))
+        found = json.loads(texts.get(name, b"{}"))
     except ValueError as error:
-        raise UserError(f"{file.path}: its {name} is no JSON ({error}): copy or convert the model again.") from error
+        raise UserError(f"{path}: its {name} is no JSON ({error}): copy or convert the model again.") from error
     return {key: value for key, value in found.items() if value is not None} if isinstance(found, dict) else {}

@@ -18,6 +18,8 @@ INDEX = "model.safetensors.index.json"
 TEMPLATE = "chat_template.jinja"
 TOKENIZER_CONFIG = "tokenizer_config.json"
 TEXTS = ("tokenizer.json", TEMPLATE, "generation_config.json", TOKENIZER_CONFIG)
+OLDER_TOKENIZER = ("tokenizer.model", "added_tokens.json")
+"""What stands for tokenizer.json in older folders: a model of SentencePiece, and ids of more tokens by their names."""
 SENTENCES = "modules.json"
 """Beside models that make embeddings of sentences (sentence-transformers)."""
 QUANTISED = ("quantization_config", "compression_config", "quantization")
@@ -125,6 +127,8 @@ def _canonical(path: str, tensor: StoredTensor) -> Iterator[StoredTensor]:
 def _texts(folder: Path) -> dict[str, bytes]:
     """The texts that are there; an older checkpoint's chat template is taken out of its tokenizer_config.json."""
     texts = {name: read_text(folder / name) for name in TEXTS if (folder / name).exists()}
+    if "tokenizer.json" not in texts:
+        texts |= {name: read_text(folder / name) for name in OLDER_TOKENIZER if (folder / name).exists()}
     if TEMPLATE not in texts and TOKENIZER_CONFIG in texts:
         template = _default_template(read_json(folder / TOKENIZER_CONFIG).get("chat_template"))
         if template:

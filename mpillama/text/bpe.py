@@ -27,7 +27,7 @@ def byte_level_json(
     tokenizer = tokenizers.Tokenizer(models.BPE(dict(ids), merges, ignore_merges=ignore_merges))
     tokenizer.pre_tokenizer = pre_tokenizer
     tokenizer.decoder = decoders.ByteLevel()
-    return _finished(tokenizer, added)
+    return finished(tokenizer, added)
 
 
 def sentencepiece_json(
@@ -47,7 +47,7 @@ def sentencepiece_json(
     tokenizer.decoder = decoders.Sequence(
         [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse(), *strip]
     )
-    return _finished(tokenizer, added)
+    return finished(tokenizer, added)
 
 
 def merges_by_score(ids: Mapping[str, int], scores: Sequence[float], mergeable: Container[int]) -> Merges:
@@ -91,6 +91,7 @@ def _splits(token: str) -> Iterator[tuple[str, str]]:
     return ((token[:at], token[at:]) for at in range(1, len(token)))
 
 
-def _finished(tokenizer: tokenizers.Tokenizer, added: Iterable[AddedToken]) -> bytes:
+def finished(tokenizer: tokenizers.Tokenizer, added: Iterable[AddedToken]) -> bytes:
+    """The `tokenizer.json`, with the tokens that are looked for in the text first."""
     tokenizer.add_tokens(list(added))
     return tokenizer.to_str().encode()
