@@ -1,0 +1,71 @@
+// What Python passes to the kernels: structs that are made once for a layer and once for a step.
+//
+// mpillama/kernels/arguments.py describes the same structs; a test compares sizes and offsets (MPILLAMA_STRUCTS).
+#pragma once
+#include "lanes.h"
+
+namespace mpillama {
+
+// A rank's slice of a weight matrix in row lanes. Column-parallel: panels is 1. With experts there is one such slice for
+// each, one after the other.
+struct Matrix {
+    const u8* values;
+    const u16* scales;
+    i64 type;
+    i64 experts;
+    i64 panels;
+    i64 groups;
+    i64 columns;  // of a panel
+};
+
+// float32 [tokens, columns] and the same in int8 blocks, as activations.h says.
+struct Activations {
+    float* x;
+    i8* values;
+    float* scales;
+    i32* starts;
+    i64 columns;
+};
+
+// One layer's KV cache: [blocks, kv_heads, …], as attention.h says.
+struct Cache {
+    u8* keys;
+    u16* key_scales;
+    u8* values;
+    u16* value_scales;
+    i64 type;
+};
+
+// Heads lie head_dim (a multiple of 32) apart, of which rotary_dim are turned; `head_start` [kv_heads + 1]: the query
+// heads of KV head i are head_start[i] : head_start[i + 1]. Biases and norms of heads may be null.
+struct AttentionLayer {
+    Matrix q, k, v, o;
+    Cache cache;
+    const float *norm, *q_bias, *k_bias, *v_bias, *q_norm, *k_norm;
+    const i64* head_start;
+    double eps, scale;
+    i64 hidden_size, heads, kv_heads, head_dim, window;
+};
+
+// SwiGLU, or experts of it chosen by a router.
+struct MlpLayer {
+    Matrix gate, up, down, router;
+    const float *norm, *gate_bias, *up_bias;
+    double eps;
+    i64 hidden_size, chosen, renormalise;
+};
+
+// The tokens that go through the model together; `segments` [segment_count, 3]: first token, tokens, first position of
+// each sequence; `tables` [segment_count, table_width]: its cache blocks; `slots`: where each token's key and value go.
+struct Step {
+    i64 tokens;
+    float* x;
+    Activations hidden, context, gate;
+    float *q, *k, *v, *up;
+    double* partial;
+    const float *cosines, *sines;
+    const i64 *slots, *segments, *tables;
+    i64 rotary_half, segment_count, table_width;
+};
+
+}  // namespace mpillama

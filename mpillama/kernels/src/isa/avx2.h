@@ -1,0 +1,111 @@
+// AVX2 with FMA and F16C: 16 lanes are two registers, and a product works on 8 rows at a time.
+#pragma once
+#include <immintrin.h>
+
+namespace mpillama {
+
+constexpr int W = 8;
+using Vf = __m256;
+using Vi = __m256i;
+using Vb = __m256i;
+struct Vm {
+    __m256 bits;
+};
+struct Vd {
+    __m256d low, high;
+};
+
+inline Vf load(const float* p) { return _mm256_loadu_ps(p); }
+inline void store(float* p, Vf x) { _mm256_storeu_ps(p, x); }
+inline Vf splat(float x) { return _mm256_set1_ps(x); }
+inline Vf add(Vf x, Vf y) { return _mm256_add_ps(x, y); }
+inline Vf sub(Vf x, Vf y) { return _mm256_sub_ps(x, y); }
+inline Vf mul(Vf x, Vf y) { return _mm256_mul_ps(x, y); }
+inline Vf div(Vf x, Vf y) { return _mm256_div_ps(x, y); }
+inline Vf fma(Vf x, Vf y, Vf z) { return _mm256_fmadd_ps(x, y, z); }
+inline Vm less(Vf x, Vf y) { return {_mm256_cmp_ps(x, y, _CMP_LT_OQ)}; }
+inline Vm not_less(Vf x, Vf y) { return {_mm256_cmp_ps(x, y, _CMP_NLT_UQ)}; }
+inline Vm is_nan(Vf x) { return {_mm256_cmp_ps(x, x, _CMP_UNORD_Q)}; }
+inline Vf select(Vm m, Vf x, Vf y) { return _mm256_blendv_ps(y, x, m.bits); }
+inline Vi as_int(Vf x) { return _mm256_castps_si256(x); }
+inline Vf as_float(Vi x) { return _mm256_castsi256_ps(x); }
+inline Vf to_float(Vi x) { return _mm256_cvtepi32_ps(x); }
+inline Vi truncate(Vf x) { return _mm256_cvttps_epi32(x); }
+
+inline Vi load(const i32* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
+inline void store(i32* p, Vi x) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), x); }
+inline Vi splat(i32 x) { return _mm256_set1_epi32(x); }
+inline Vi add(Vi x, Vi y) { return _mm256_add_epi32(x, y); }
+inline Vi sub(Vi x, Vi y) { return _mm256_sub_epi32(x, y); }
+inline Vi bit_and(Vi x, Vi y) { return _mm256_and_si256(x, y); }
+inline Vi bit_or(Vi x, Vi y) { return _mm256_or_si256(x, y); }
+inline Vi bit_xor(Vi x, Vi y) { return _mm256_xor_si256(x, y); }
+template <int N> inline Vi shift_left(Vi x) { return _mm256_slli_epi32(x, N); }
+template <int N> inline Vi shift_right(Vi x) { return _mm256_srli_epi32(x, N); }
+inline Vi max_unsigned(Vi x, Vi y) { return _mm256_max_epu32(x, y); }
+inline Vm less(Vi x, Vi y) { return {_mm256_castsi256_ps(_mm256_cmpgt_epi32(y, x))}; }
+inline Vm both(Vm x, Vm y) { return {_mm256_and_ps(x.bits, y.bits)}; }
+inline Vi load_i8(const i8* p) { return _mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))); }
+inline void store_i8(i8* p, Vi x) {
+    const __m128i words = _mm_packs_epi32(_mm256_castsi256_si128(x), _mm256_extracti128_si256(x, 1));
+    _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm_packs_epi16(words, words));
+}
+
+inline Vd load(const double* p) { return {_mm256_loadu_pd(p), _mm256_loadu_pd(p + 4)}; }
+inline void store(double* p, Vd x) {
+    _mm256_storeu_pd(p, x.low);
+    _mm256_storeu_pd(p + 4, x.high);
+}
+inline Vd splat(double x) { return {_mm256_set1_pd(x), _mm256_set1_pd(x)}; }
+inline Vd add(Vd x, Vd y) { return {_mm256_add_pd(x.low, y.low), _mm256_add_pd(x.high, y.high)}; }
+inline Vd sub(Vd x, Vd y) { return {_mm256_sub_pd(x.low, y.low), _mm256_sub_pd(x.high, y.high)}; }
+inline Vd fma(Vd x, Vd y, Vd z) {
+    return {_mm256_fmadd_pd(x.low, y.low, z.low), _mm256_fmadd_pd(x.high, y.high, z.high)};
+}
+inline Vd widen(Vf x) {
+    return {_mm256_cvtps_pd(_mm256_castps256_ps128(x)), _mm256_cvtps_pd(_mm256_extractf128_ps(x, 1))};
+}
+inline Vf narrow(Vd x) { return _mm256_set_m128(_mm256_cvtpd_ps(x.high), _mm256_cvtpd_ps(x.low)); }
+
+inline Vf load_half(const u16* p) { return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
+inline void store_half(u16* p, Vf x) {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT));
+}
+inline Vf load_bf16(const u16* p) {
+    const __m128i bits = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+    return as_float(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16));
+}
+
+inline Vb load_bytes(const u8* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
+inline Vb low_nibbles(Vb x) { return _mm256_and_si256(x, _mm256_set1_epi8(15)); }
+inline Vb high_nibbles(Vb x) { return _mm256_and_si256(_mm256_srli_epi16(x, 4), _mm256_set1_epi8(15)); }
+inline Vb signed_step(Vb x) { return x; }
+
+inline Vi splat_bytes(const i8* x, int step) { return _mm256_set1_epi32(load_i32(x + 4 * step)); }
+inline Vi word_pairs(Vi words) { return _mm256_madd_epi16(words, _mm256_set1_epi16(1)); }
+
+// Two nibbles times two bytes stay below 2 * 15 * 127 = 3,810: eight steps fit 16 bits, nothing saturates.
+// `start` is -8 times the sum of the activations: it takes back the 8 that is added to every nibble.
+inline Vi dot_nibbles(const Vb (&w)[STEPS], const i8* x, i32 start) {
+    Vi even = _mm256_maddubs_epi16(w[0], splat_bytes(x, 0)), odd = _mm256_maddubs_epi16(w[1], splat_bytes(x, 1));
+    for (int j = 2; j < STEPS; j += 2) {
+        even = _mm256_add_epi16(even, _mm256_maddubs_epi16(w[j], splat_bytes(x, j)));
+        odd = _mm256_add_epi16(odd, _mm256_maddubs_epi16(w[j + 1], splat_bytes(x, j + 1)));
+    }
+    return add(word_pairs(_mm256_add_epi16(even, odd)), splat(start));
+}
+
+// |w| <= 128 and |x| <= 127: a pair stays below 2 * 128 * 127 = 32,512, so moving w's sign to x cannot saturate.
+inline Vi dot_signed(const Vb (&w)[STEPS], const i8* x, i32) {
+    Vi sums[2] = {splat(0), splat(0)};
+    for (int j = 0; j < STEPS; j++) {
+        const Vi moved = _mm256_sign_epi8(splat_bytes(x, j), w[j]);
+        sums[j % 2] = add(sums[j % 2], word_pairs(_mm256_maddubs_epi16(_mm256_abs_epi8(w[j]), moved)));
+    }
+    return add(sums[0], sums[1]);
+}
+
+inline void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T1); }
+inline void pause() { _mm_pause(); }
+
+}  // namespace mpillama

@@ -1,0 +1,57 @@
+// Functions of numbers with the same bits on every processor.
+#pragma once
+#include "lanes.h"
+
+namespace mpillama {
+
+constexpr double GRID_SHIFT = 1.5 * 4194304.0;
+constexpr float ROUND_SHIFT = 1.5f * 8388608.0f;
+
+// float32 as float64 multiples of 2^-30 (52 - 30 = 22), whose sums below 2^22 are exact in any order.
+inline Vd round_to_grid(Vf x) {
+    const Vd shift = splat(GRID_SHIFT);
+    return sub(add(widen(x), shift), shift);
+}
+
+// Below 2^22 in magnitude, rounded to the nearest integer, ties to even.
+inline Vi round_to_int(Vf x) {
+    const Vf shift = splat(ROUND_SHIFT);
+    return truncate(sub(add(x, shift), shift));
+}
+
+inline Vf negate(Vf x) { return as_float(bit_xor(as_int(x), splat(INT32_MIN))); }
+
+// e^x with a relative error below 2e-7. exp(0) is exactly 1, anything below -87 is exactly 0, NaN stays NaN; above 88
+// the result is about 1.65e38.
+inline Vf exponential(Vf x) {
+    const Vf lowest = splat(-87.0f), highest = splat(88.0f);
+    Vf clamped = select(less(lowest, x), x, lowest);
+    clamped = select(less(clamped, highest), clamped, highest);
+    const Vi n = round_to_int(mul(clamped, splat(static_cast<float>(1.44269504088896341))));
+    const Vf negative_n = negate(to_float(n));
+    Vf r = fma(negative_n, splat(0.693359375f), clamped);
+    r = fma(negative_n, splat(static_cast<float>(-2.12194440e-4)), r);
+    constexpr float coefficients[] = {
+        static_cast<float>(1.0 / 720), static_cast<float>(1.0 / 120), static_cast<float>(1.0 / 24),
+        static_cast<float>(1.0 / 6),   static_cast<float>(1.0 / 2),   1.0f,
+        1.0f,
+    };
+    Vf p = splat(static_cast<float>(1.0 / 5040));
+    for (float coefficient : coefficients) p = fma(p, r, splat(coefficient));
+    const Vi power = shift_left<23>(add(n, splat(127)));
+    Vf result = mul(p, as_float(power));
+    result = select(less(x, lowest), splat(0.0f), result);
+    return select(is_nan(x), x, result);
+}
+
+inline F32x16 exponential(const F32x16& x) {
+    return lift<F32x16>([&](int i) { return exponential(x.part[i]); });
+}
+
+inline float exponential(float x) {
+    float lanes[W];
+    store(lanes, exponential(splat(x)));
+    return lanes[0];
+}
+
+}  // namespace mpillama
