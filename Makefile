@@ -1,13 +1,21 @@
-# Everything sets itself up in .venv from the package registries; no root is needed.
+# Everything sets itself up in .venv from the package registries; no root is needed, but a C++ compiler.
 PYTHON ?= python3
 RANKS ?= 4
 BIN := .venv/bin
 MPIRUN := $(BIN)/mpirun
+# The system's CMake where it is new enough, else one from the package registry.
+CMAKE := $(shell printf '3.16\n%s\n' "$$(cmake --version 2>/dev/null | sed -n 's/^cmake version //p')" | sort -VC \
+	&& command -v cmake || echo $(CURDIR)/$(BIN)/cmake)
+# `pip install` only writes down where the checkout lies: the kernels are there already.
+INSTALL := CMAKE_ARGS=-DMPILLAMA_BUILD_KERNELS=OFF CMAKE_EXECUTABLE=$(CMAKE) CMAKE_GENERATOR="Unix Makefiles" \
+	$(BIN)/python -m pip install --quiet --editable
 
-.PHONY: run test test-fast lint format clean demo
+.PHONY: run kernels test test-fast lint format clean demo
 
 run: .venv/run.stamp  ## tell a story on RANKS ranks
 	$(MPIRUN) -n $(RANKS) $(BIN)/python -m mpillama $(ARGS)
+
+kernels: build/kernels.stamp  ## compile the kernels, for all instruction sets that the compiler knows
 
 test: .venv/test.stamp lint  ## everything that CI runs
 	$(BIN)/python -m pytest
@@ -27,18 +35,31 @@ format: .venv/test.stamp
 demo: .venv/dev.stamp  ## rebuild data/demo.h5 (takes about an hour on 2 cores)
 	$(BIN)/python data/train_demo.py
 
-.venv/run.stamp: pyproject.toml
-	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --editable '.[mpich]'
+build/kernels.stamp: CMakeLists.txt $(shell find mpillama/kernels/src -type f) | $(CMAKE)
+	@for compiler in $$CXX c++ g++ clang++ icpx; do command -v $$compiler >/dev/null && exit 0; done; \
+		echo "The kernels are C++17 and there is no compiler: install g++ (Fedora, RHEL: gcc-c++; without root:" \
+		"conda install gxx; on a cluster: module load gcc), or name one with CXX=/path/to/g++." >&2; exit 1
+	@$(CMAKE) -S . -B build/kernels -G "Unix Makefiles" --log-level=NOTICE >/dev/null
+	@MAKEFLAGS=--no-print-directory $(CMAKE) --build build/kernels --parallel $$(nproc)
+	@touch $@
+
+$(CURDIR)/$(BIN)/cmake: | $(BIN)/python
+	$(BIN)/python -m pip install --quiet 'cmake>=3.16'
+
+$(BIN)/python:
+	$(PYTHON) -m venv .venv
+
+.venv/run.stamp: pyproject.toml CMakeLists.txt | build/kernels.stamp $(BIN)/python
+	$(INSTALL) '.[mpich]'
 	touch $@
 
 .venv/test.stamp: .venv/run.stamp
-	$(BIN)/python -m pip install --quiet --editable '.[mpich,test]'
+	$(INSTALL) '.[mpich,test]'
 	touch $@
 
 .venv/dev.stamp: .venv/test.stamp
-	$(BIN)/python -m pip install --quiet --editable '.[mpich,test,dev]'
+	$(INSTALL) '.[mpich,test,dev]'
 	touch $@
 
 clean:
-	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf .venv build mpillama/kernels/lib .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -4,7 +4,7 @@
 #   jobs/chat.sh --nodes 4 --ntasks-per-node 1 --time 02:00:00
 #   MODEL  model on the shared file system (default: data/demo.h5)
 #   ARGS   options of `mpillama chat`, separated by blanks
-#   VENV, MODULES, LAUNCH, MPILLAMA_CACHE_DIR: see jobs/README.md; srun needs --pty, e.g. LAUNCH="srun --pty --mpi=pmi2"
+#   VENV, MODULES, LAUNCH: see jobs/README.md; srun needs --pty, e.g. LAUNCH="srun --pty --mpi=pmi2"
 
 if [[ -z ${SLURM_JOB_ID:-} ]]; then
     exec salloc --job-name=mpillama-chat --time=01:00:00 "$@" bash "$(realpath "${BASH_SOURCE[0]}")"
@@ -22,7 +22,7 @@ unset SLURM_EXPORT_ENV # after `sbatch --export=...`, srun would start ranks wit
 if [[ -n ${VENV:-} || -d .venv ]]; then
     PATH=$(realpath --canonicalize-existing "${VENV:-.venv}/bin"):$PATH
 fi
-export PATH MPILLAMA_CACHE_DIR="${MPILLAMA_CACHE_DIR:-${SLURM_TMPDIR:-/tmp}/mpillama-$UID}"
+export PATH
 LAUNCH=${LAUNCH:-mpirun -n ${SLURM_NTASKS:-${SLURM_NNODES:-1}}}
 if [[ $LAUNCH != srun* ]]; then
     unset SRUN_CPUS_PER_TASK # mpirun's own srun would squeeze all ranks of a node into these cores

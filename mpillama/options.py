@@ -37,8 +37,7 @@ Run Llama-family language models over MPI: every rank loads its own slices from 
   mpirun -n 4 python -m mpillama doctor                            check MPI, threads and processors
 
 Without a command, `generate` runs. `python -m mpillama COMMAND --help` explains the command's options.
-Environment: MPILLAMA_ISA (amx, vnni512, avx2, portable) forces the instruction set, MPILLAMA_CACHE_DIR says where
-compiled kernels are kept (default: the node's temporary directory)."""
+Environment: MPILLAMA_ISA (amx, avx512_vnni, avx512, avx2, neon, generic) forces the instruction set."""
 
 
 def option(text: str, default: Any = None, **metadata: Any) -> Any:

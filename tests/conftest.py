@@ -1,7 +1,6 @@
 """What all tests share: the kernels' target, and small random model files."""
 
 import signal
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -25,11 +24,7 @@ def pytest_configure() -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def target() -> Target:
-    """Choose instruction set and threads once; test modules import what is compiled only in fixtures and tests.
-
-    The best instruction set, or the one in MPILLAMA_ISA.
-    """
-    assert "numba" not in sys.modules, "a test module imports Numba before the kernels' target is prepared"
+    """The kernels of this process: the best instruction set, or the one in MPILLAMA_ISA."""
     return prepare(requested_isa(), THREADS)
 
 

@@ -1,4 +1,4 @@
-"""The kernels' tests once more for each instruction set that is not this processor's best."""
+"""The kernels' tests once more for each instruction set that is not this processor's best; how a set is chosen."""
 
 import os
 import subprocess
@@ -8,16 +8,27 @@ from pathlib import Path
 import pytest
 
 from mpillama.errors import UserError
-from mpillama.kernels.isa import AMX_GRANTED, NAMES, OTHER_SETS, X86_SETS, choose_isa, host_features
+from mpillama.kernels.built import is_built, library_path
+from mpillama.kernels.isa import (
+    AMX_GRANTED,
+    ARM_SETS,
+    X86_SETS,
+    InstructionSet,
+    choose_isa,
+    cpu_flags,
+    host_features,
+    known_sets,
+    sets_of,
+)
 
-EVERYTHING = dict.fromkeys((feature for isa in X86_SETS for feature in isa.needs), True)
+EVERYTHING = frozenset[str]().union(*(isa.needs for isa in (*X86_SETS, *ARM_SETS)))
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [isa.name for isa in known_sets()])
 def test_kernels_of_another_instruction_set(target, name):
-    """A process has one instruction set, so this is another process; compiling takes most of the first run."""
+    """A process has one instruction set, so this is another process."""
     if name == target.isa.name:
         pytest.skip("the other tests run with this one")
     try:
@@ -35,43 +46,80 @@ def test_kernels_of_another_instruction_set(target, name):
     assert done.returncode == 0, done.stdout[-4000:]
 
 
-def without(*features: str) -> dict[str, bool]:
-    return {**EVERYTHING, **dict.fromkeys(features, False)}
+def on(monkeypatch: pytest.MonkeyPatch, machine: str) -> None:
+    monkeypatch.setattr("platform.machine", lambda: machine)
+
+
+def choose(requested: str, features: frozenset[str], *not_built: str) -> InstructionSet:
+    return choose_isa(requested, features, lambda name: name not in not_built)
 
 
 @pytest.mark.parametrize(
-    ("features", "best"),
+    ("lacking", "best"),
     [
-        (EVERYTHING, "amx"),
-        (without("amx-tile"), "vnni512"),
-        (without(AMX_GRANTED), "vnni512"),
-        (without("avx512vnni"), "avx2"),
-        (without("avx512bw"), "avx2"),
-        (without("avx512vnni", "f16c"), "portable"),
-        (without("avx512vnni", "fma"), "portable"),
-        ({}, "portable"),
+        ((), "amx"),
+        (("amx_tile",), "avx512_vnni"),
+        ((AMX_GRANTED,), "avx512_vnni"),
+        (("avx512_vnni",), "avx512"),
+        (("avx512bw",), "avx2"),
+        (("avx512_vnni", "f16c"), "generic"),
+        (("fma",), "generic"),
+        (EVERYTHING, "generic"),
     ],
 )
-def test_the_best_set_needs_all_its_features(monkeypatch, features, best):
-    monkeypatch.setattr("platform.machine", lambda: "x86_64")
-    assert choose_isa("", features).name == best
+def test_the_best_set_needs_all_its_features(monkeypatch, lacking, best):
+    on(monkeypatch, "x86_64")
+    assert choose("", EVERYTHING - set(lacking)).name == best
+
+
+@pytest.mark.parametrize(("features", "best"), [(EVERYTHING, "neon"), (EVERYTHING - {"asimddp"}, "generic")])
+def test_arm_processors_have_their_own_sets(monkeypatch, features, best):
+    on(monkeypatch, "aarch64")
+    assert choose("", features).name == best
+    with pytest.raises(UserError, match=r"MPILLAMA_ISA=avx2 is unknown \(there are neon, generic\)"):
+        choose("avx2", features)
+
+
+def test_other_processors_have_the_generic_set(monkeypatch):
+    on(monkeypatch, "riscv64")
+    assert [isa.name for isa in known_sets()] == ["generic"]
+    assert choose("", EVERYTHING).name == "generic"
+
+
+def test_a_set_that_was_not_built_is_not_chosen(monkeypatch):
+    on(monkeypatch, "x86_64")
+    assert choose("", EVERYTHING, "amx").name == "avx512_vnni"
+    with pytest.raises(UserError, match=r"MPILLAMA_ISA=amx was not built: choose one of avx512_vnni, "):
+        choose("amx", EVERYTHING, "amx")
+    with pytest.raises(UserError, match=r"no kernels .*make kernels"):
+        choose("", EVERYTHING, *(isa.name for isa in X86_SETS))
 
 
 def test_a_set_that_the_processor_lacks_is_refused_with_those_it_has(monkeypatch):
-    monkeypatch.setattr("platform.machine", lambda: "x86_64")
-    with pytest.raises(UserError, match=r"MPILLAMA_ISA=vnni512 .*avx2, portable"):
-        choose_isa("vnni512", without("avx512vnni"))
-    with pytest.raises(UserError, match=r"MPILLAMA_ISA=sse9 .*vnni512, avx2, portable"):
-        choose_isa("sse9", EVERYTHING)
+    on(monkeypatch, "x86_64")
+    without_vnni = EVERYTHING - {"avx512_vnni"}
+    with pytest.raises(UserError, match=r"MPILLAMA_ISA=avx512_vnni is not in .* lacks avx512_vnni: .*avx2, generic"):
+        choose("avx512_vnni", without_vnni)
+    with pytest.raises(UserError, match=r"MPILLAMA_ISA=sse9 is unknown .*choose one of amx, avx512_vnni, avx512, "):
+        choose("sse9", EVERYTHING)
 
 
 def test_a_weaker_set_may_be_asked_for(monkeypatch):
-    monkeypatch.setattr("platform.machine", lambda: "x86_64")
-    assert [choose_isa(name, EVERYTHING).name for name in NAMES] == list(NAMES)
+    on(monkeypatch, "x86_64")
+    assert [choose(isa.name, EVERYTHING) for isa in X86_SETS] == list(X86_SETS)
 
 
-def test_other_processors_have_the_portable_set(monkeypatch):
-    monkeypatch.setattr("platform.machine", lambda: "aarch64")
-    assert choose_isa("", {}) == OTHER_SETS[0]
-    with pytest.raises(UserError, match="MPILLAMA_ISA=avx2"):
-        choose_isa("avx2", EVERYTHING)
+def test_this_processor_has_its_best_library():
+    """All that the compiler knows was built, and every needed feature goes by the name that Linux gives it."""
+    assert is_built("generic")
+    best = choose_isa("", host_features())
+    assert library_path(best.name).exists()
+    assert best in sets_of(host_features())
+
+
+def test_flags_are_those_of_the_first_processor(tmp_path):
+    cpuinfo = tmp_path / "cpuinfo"
+    cpuinfo.write_text("processor\t: 0\nflags\t\t: fpu avx2\nbugs\t\t:\n\nprocessor\t: 1\nflags\t\t: fpu\n")
+    assert cpu_flags(cpuinfo) == {"fpu", "avx2"}
+    cpuinfo.write_text("processor\t: 0\nisa\t\t: rv64\n")
+    assert cpu_flags(cpuinfo) == frozenset()

@@ -124,7 +124,7 @@ def test_a_mistake_is_one_sentence_that_names_it(arguments, named, capsys):
     assert capsys.readouterr() == ("", "")
 
 
-HEAVY = ("numpy", "mpi4py", "numba", "llvmlite", "h5py", "tokenizers", "jinja2", "rich")
+HEAVY = ("numpy", "mpi4py", "h5py", "tokenizers", "jinja2", "rich")
 PROBE = f"""
 import sys
 from mpillama.__main__ import main

@@ -10,7 +10,7 @@ from mpillama.comm.watchdog import LOOK_SECONDS, Watch
 T = TypeVar("T")
 
 STACK_BYTES = 16 << 20
-"""For the compiler's recursion: where a job's stack is unlimited, a thread gets 2 MiB by itself."""
+"""For deep recursion: where a job's stack is unlimited, a thread gets 2 MiB by itself."""
 
 
 class _Worker(threading.Thread, Generic[T]):

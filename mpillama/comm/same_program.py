@@ -14,6 +14,8 @@ from mpillama.errors import UserError
 RECORD = "S32", "S64", "S64", "S352"
 """Version, digest of the sources, host, folder: bytes that every version must send first of all, in just this form."""
 
+SOURCES = (".py", ".cpp", ".h")
+
 
 @dataclass(frozen=True)
 class Program:
@@ -42,7 +44,7 @@ def this_program() -> Program:
     """What this process runs."""
     folder = Path(mpillama.__file__).parent
     digest = hashlib.sha256()
-    for path in sorted(folder.rglob("*.py")):
+    for path in sorted(p for p in folder.rglob("*") if p.suffix in SOURCES):
         digest.update(f"{path.relative_to(folder)} {path.stat().st_size}\n".encode())
         digest.update(path.read_bytes())
     return Program(mpillama.__version__, digest.hexdigest(), os.uname().nodename, str(folder))

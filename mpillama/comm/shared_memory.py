@@ -5,6 +5,9 @@ from collections.abc import Callable
 import numpy as np
 from mpi4py import MPI
 
+from mpillama.kernels.library import Library
+from mpillama.kernels.shared_sum import SharedWindow, window_bytes
+
 CAPACITY = 1 << 17
 """float64 values that a rank hands over at once (1 MiB); longer messages go in pieces."""
 SPINS = 4000
@@ -12,24 +15,20 @@ SPINS = 4000
 YIELDS = 2000
 """Times the core is given away before Python looks for signals."""
 
-SumShared = Callable[..., bool]
-
 
 class SharedReduction:
     """The window, and the number of the last exchange; the same calls must be made on all ranks."""
 
-    def __init__(self, mpi: MPI.Intracomm, sum_shared: SumShared, views: Callable[..., tuple[np.ndarray, np.ndarray]]):
-        size = 16 * mpi.size * CAPACITY + 64 * mpi.size
+    def __init__(self, mpi: MPI.Intracomm, library: Library):
+        size = window_bytes(mpi.size, CAPACITY)
         self.window = MPI.Win.Allocate_shared(size if mpi.rank == 0 else 0, 1, comm=mpi)
         buffer, _ = self.window.Shared_query(0)
         memory = np.asarray(buffer).view(np.uint8).reshape(-1)
-        self.flags, self.slots = views(memory, mpi.size, CAPACITY)
+        self.shared = SharedWindow(library, memory, mpi.size, mpi.rank, CAPACITY)
         if mpi.rank == 0:
-            self.flags[:] = 0
+            self.shared.flags[:] = 0
         mpi.Barrier()
-        self.rank = mpi.rank
         self.sequence = 0
-        self.sum_shared = sum_shared
 
     def all_reduce(self, partial: np.ndarray, spins: int = SPINS, look: Callable[[], None] = lambda: None) -> None:
         """Sum a contiguous float64 array over ranks, in place; `look` is called now and then while it waits."""
@@ -40,6 +39,6 @@ class SharedReduction:
     def _exchange(self, piece: np.ndarray, spins: int, look: Callable[[], None]) -> None:
         self.sequence += 1
         posted = False
-        while not self.sum_shared(piece, self.slots, self.flags, self.rank, self.sequence, posted, spins, YIELDS):
+        while not self.shared.sum(piece, self.sequence, posted, spins, YIELDS):
             posted = True  # back in Python, so that signals are seen; then wait on
             look()

@@ -13,13 +13,14 @@ from mpillama.engine.executor import Executor
 from mpillama.engine.load_watch import PLACE, AbandonedError, LoadState, LoadWatch
 from mpillama.engine.model_file import ModelFile, open_model
 from mpillama.engine.preflight import cache_room, choose_context, measure_host, refuse_no_room, warn_of_hosts
+from mpillama.engine.reduction import choose_reduction
 from mpillama.engine.replicated import ReplicatedTensors, is_read
 from mpillama.engine.trial import first_layers
-from mpillama.engine.warm_up import choose_reduction, warm_up
 from mpillama.errors import UserError
 from mpillama.files.contents import refuse_other_contents, sample_digests
 from mpillama.files.output_head import refuse_headless
 from mpillama.files.reading import changed, modified
+from mpillama.kernels.library import Team
 from mpillama.kernels.target import Target
 from mpillama.model.cache import blocks_for
 from mpillama.model.llama import LlamaModel
@@ -71,9 +72,8 @@ def load_model(options: RunOptions, world: World, target: Target, progress: Prog
     LOG.info("table of %s with %d tensors after %.1f s.", file.path, len(file.specs), time.perf_counter() - start)
     warn_of_hosts(world)
     comm.together(lambda: refuse_no_room(options.force))
-    warm_up(file.config, file.specs, world, target, options.kv_type)
     chunk = max(1, min(options.prefill_chunk, file.config.max_position_embeddings))
-    choose_reduction(comm, world, file.config.padded_hidden_size, chunk)
+    choose_reduction(comm, world, target.library, file.config.padded_hidden_size, chunk)
     LOG.info("kernels ready (%s) after %.1f s.", target.isa.name, time.perf_counter() - start)
     host = measure_host(file, world, options.kv_type, chunk)
     context = choose_context(file, world, options.max_seq_len, host, options.force)
@@ -83,10 +83,10 @@ def load_model(options: RunOptions, world: World, target: Target, progress: Prog
         host.need(context) / 1e9, context, host.available / 1e9,
     )  # fmt: skip
     start = time.perf_counter()
-    weights, bytes_read = _read_weights(options, file, world, target.threads, progress)
+    weights, bytes_read = _read_weights(options, file, world, target.team, progress)
     seconds = time.perf_counter() - start
     LOG.info("read %d bytes in %.1f s, %.2f GB/s.", bytes_read, seconds, bytes_read / seconds / 1e9)
-    model = LlamaModel(file.config, weights, comm, target.threads)
+    model = LlamaModel(file.config, weights, comm, target.team)
     return LoadedModel(file, model, bytes_read, time.perf_counter() - start, context, room)
 
 
@@ -98,12 +98,12 @@ def _refuse_other_contents(file: ModelFile, world: World) -> None:
 
 
 def _read_weights(
-    options: RunOptions, file: ModelFile, world: World, threads: int, progress: Progress
+    options: RunOptions, file: ModelFile, world: World, team: Team, progress: Progress
 ) -> tuple[Weights, int]:
     """This rank's slices, and the bytes read of the file; once a rank cannot read its own, all stop."""
     comm = world.comm
     stamps = _stamps(file) if comm.is_root else {}
-    reader = comm.together(lambda: file.reader(lambda count: None, threads, options.verify))
+    reader = comm.together(lambda: file.reader(lambda count: None, team.threads, options.verify))
     replicated = ReplicatedTensors(comm, reader.read)
     part = partition(file.config, comm.size)[comm.rank]
     total = sum(file.stored_bytes(spec, spec.units_of(part)) for spec in file.specs if is_read(spec, comm))
@@ -114,7 +114,7 @@ def _read_weights(
             with progress(sum(size for size, _ in sizes)) as show:
                 watch = LoadWatch(comm, [host for _, host in sizes], reader, total, show)
                 weights = load_weights(
-                    file.config, file.specs, part, replicated.read, reader.at_once, threads, watch.attend
+                    file.config, file.specs, part, replicated.read, reader.at_once, team, watch.attend
                 )
             reader.check_unchanged()
             _check_stamps(stamps)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from mpillama.comm.communicator import Communicator
-from mpillama.kernels import bandwidth
+from mpillama.kernels.library import Team
 from mpillama.model.cache import KVCache, blocks_for, cache_bytes, decode_step, single_sequence_step
 from mpillama.model.llama import LlamaModel
 
@@ -97,14 +97,14 @@ class Stopwatch:
         return whole * (context + 1) * sequences
 
 
-def read_bandwidth(comm: Communicator, threads: int, repetitions: int = 7) -> float:
+def read_bandwidth(comm: Communicator, team: Team, repetitions: int = 7) -> float:
     """Bytes per second that all ranks together read from memory, all at the same time; median of the repetitions."""
-    data, results = np.ones(BANDWIDTH_BYTES, np.uint8), bandwidth.new_results(threads)
-    seconds = []
+    data, results = np.ones(BANDWIDTH_BYTES, np.uint8), np.zeros(team.threads, np.int64)
+    seconds, size = [], 0
     for _ in range(repetitions + 1):
         comm.barrier()
         start = time.perf_counter()
-        bandwidth.read_memory(data, results, threads)
+        size = team.read_memory(data, results)
         seconds.append(time.perf_counter() - start)
     slowest = np.max(comm.gather(seconds[1:]), axis=0)
-    return comm.size * bandwidth.bytes_read(BANDWIDTH_BYTES, threads) / float(np.median(slowest))
+    return comm.size * size / float(np.median(slowest))

@@ -15,7 +15,7 @@ class RankMemory:
     """Bytes of one rank.
 
     `kv_cache` has room for the context, of which `kv_cache_filled` was written, and only that is resident. `process` is
-    all that is resident: Python, libraries and, after the first run, what the compiler left.
+    all that is resident, Python and libraries too.
     """
 
     weights: int

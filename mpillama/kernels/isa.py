@@ -1,71 +1,112 @@
-"""Which vector instructions the kernels are compiled for.
+"""Which vector instructions the kernels use: one library for each set of them, chosen once per process.
 
-The choice is made by CPU features, never by the CPU's name, which virtual machines report wrongly. It is made once
-per process, before the first kernel is compiled, and lives in Numba's own target settings.
+The choice is made by the features that the processor has and the operating system grants, never by the processor's
+name, which virtual machines report wrongly. CMakeLists.txt has the compiler's flags for each set.
 """
 
 import ctypes
 import platform
-from collections.abc import Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 from mpillama.errors import UserError
+from mpillama.kernels.built import REMEDY, is_built
 
 ARCH_PRCTL, ARCH_REQ_XCOMP_PERM, TILE_DATA = 158, 0x1023, 18
-AMX_GRANTED = "amx-granted"
+AT_HWCAP = 16
+HWCAP = {"fphp": 9, "asimdhp": 10, "asimddp": 20}
+"""Bits of Linux's arch/arm64/include/uapi/asm/hwcap.h."""
+AMX_GRANTED = "amx granted"
 """Not a processor's feature: the operating system lets this process use AMX's tiles."""
 
 
 @dataclass(frozen=True)
 class InstructionSet:
-    """A compilation target: LLVM's CPU level, extra features, and the CPU features it asks for."""
+    """A set that has a library, and the features that it needs, by the names of /proc/cpuinfo."""
 
     name: str
-    cpu_name: str
-    cpu_features: str
-    needs: tuple[str, ...]
+    needs: frozenset[str] = frozenset()
 
 
-AVX512 = ("avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512cd", "avx512vnni", "fma", "f16c", "bmi2")
+AVX2 = frozenset(("avx2", "fma", "f16c", "bmi1", "bmi2", "abm", "popcnt"))
+AVX512 = AVX2 | {"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512cd"}
+AVX512_VNNI = AVX512 | {"avx512_vnni"}
+AMX = AVX512_VNNI | {"amx_tile", "amx_int8", AMX_GRANTED}
+
+GENERIC = InstructionSet("generic")
 X86_SETS = (
-    InstructionSet(
-        "amx",
-        "x86-64-v4",
-        "+avx512vnni,-prefer-256-bit,+amx-tile,+amx-int8",
-        (*AVX512, "amx-tile", "amx-int8", AMX_GRANTED),
-    ),
-    InstructionSet("vnni512", "x86-64-v4", "+avx512vnni,-prefer-256-bit", AVX512),
-    InstructionSet("avx2", "x86-64-v3", "", ("avx2", "fma", "f16c", "bmi2")),
-    InstructionSet("portable", "x86-64", "", ()),
+    InstructionSet("amx", AMX),
+    InstructionSet("avx512_vnni", AVX512_VNNI),
+    InstructionSet("avx512", AVX512),
+    InstructionSet("avx2", AVX2),
+    GENERIC,
 )
-OTHER_SETS = (InstructionSet("portable", "", "", ()),)
-NAMES = tuple(s.name for s in X86_SETS)
+ARM_SETS = (InstructionSet("neon", frozenset(HWCAP)), GENERIC)
+"""The best first."""
 
 
-def choose_isa(requested: str, features: Mapping[str, bool]) -> InstructionSet:
-    """Return the best instruction set that `features` allow, or the requested one.
+def known_sets() -> tuple[InstructionSet, ...]:
+    """The sets that this kind of processor may have, the best first."""
+    return {"x86_64": X86_SETS, "aarch64": ARM_SETS}.get(platform.machine(), (GENERIC,))
 
-    `requested` is a name of NAMES, or "" for the best. UserError if the name is unknown or this CPU lacks it.
+
+def choose_isa(requested: str, features: frozenset[str], is_built: Callable[[str], bool] = is_built) -> InstructionSet:
+    """Return the best set that was built and that `features` allow, or the requested one.
+
+    `requested` is a name, or "" for the best. UserError if it is unknown, was not built, or this processor lacks it.
     """
-    known = X86_SETS if platform.machine() in ("x86_64", "AMD64") else OTHER_SETS
-    usable = [s for s in known if all(features.get(f, False) for f in s.needs)]
+    usable = [s for s in sets_of(features) if is_built(s.name)]
+    if not usable:
+        raise UserError(f"there are no kernels for this processor beside mpillama: {REMEDY}.")
     if not requested:
         return usable[0]
     for candidate in usable:
         if candidate.name == requested:
             return candidate
     raise UserError(
-        f"MPILLAMA_ISA={requested} cannot be used on this CPU: choose one of {', '.join(s.name for s in usable)}, "
-        "or unset MPILLAMA_ISA to let mpillama choose."
+        f"MPILLAMA_ISA={requested} {_reason(requested, features)}: choose one of "
+        f"{', '.join(s.name for s in usable)}, or unset MPILLAMA_ISA to let mpillama choose."
     )
 
 
-def host_features() -> Mapping[str, bool]:
-    """Return the CPU features that the processor has and the operating system grants, under LLVM's names."""
-    from llvmlite import binding
+def sets_of(features: frozenset[str]) -> list[InstructionSet]:
+    """The sets whose needs `features` meet, whether they were built or not; the best first."""
+    return [s for s in known_sets() if s.needs <= features]
 
-    features = dict(binding.get_host_cpu_features())
-    return {**features, AMX_GRANTED: features.get("amx-int8", False) and grant_amx()}
+
+def _reason(requested: str, features: frozenset[str]) -> str:
+    for known in known_sets():
+        if known.name == requested:
+            lacking = sorted(known.needs - features)
+            return f"is not in this processor, which lacks {', '.join(lacking)}" if lacking else "was not built"
+    return f"is unknown (there are {', '.join(s.name for s in known_sets())})"
+
+
+def host_features() -> frozenset[str]:
+    """The features of this processor that the operating system grants."""
+    if platform.machine() == "aarch64":
+        return _arm_features()
+    features = cpu_flags(Path("/proc/cpuinfo"))
+    return features | {AMX_GRANTED} if "amx_int8" in features and grant_amx() else features
+
+
+def cpu_flags(cpuinfo: Path) -> frozenset[str]:
+    """The flags of the first processor that Linux lists; none if it lists none."""
+    with cpuinfo.open() as lines:
+        for line in lines:
+            name, _, value = line.partition(":")
+            if name.strip() == "flags":
+                return frozenset(value.split())
+    return frozenset()
+
+
+def _arm_features() -> frozenset[str]:
+    """Ask the C library, since an emulator shows the host's /proc/cpuinfo."""
+    getauxval = ctypes.CDLL(None).getauxval
+    getauxval.restype, getauxval.argtypes = ctypes.c_ulong, [ctypes.c_ulong]
+    word = getauxval(AT_HWCAP)
+    return frozenset(name for name, bit in HWCAP.items() if word >> bit & 1)
 
 
 def grant_amx() -> bool:

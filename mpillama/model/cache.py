@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from mpillama.kernels import arguments
 from mpillama.layout.weight_types import BLOCK
 from mpillama.model.config import ModelConfig
 from mpillama.model.partition import Partition
@@ -32,7 +33,7 @@ def cache_bytes(config: ModelConfig, part: Partition, blocks: int, kv_type: str)
 
 
 class KVCache:
-    """The cache blocks of each layer: [blocks, kv_heads, …], as kernels/attention_tiles.py describes them."""
+    """The cache blocks of each layer: [blocks, kv_heads, …], as kernels/src/attention.h describes them."""
 
     def __init__(self, config: ModelConfig, part: Partition, blocks: int, kv_type: str):
         heads, head_dim, dtype = len(part.kv_heads), config.padded_head_dim, KV_DTYPES[kv_type]
@@ -48,6 +49,10 @@ class KVCache:
             )
 
         self.layers = [layer() for _ in range(config.num_hidden_layers)]
+        number = arguments.CACHE_TYPES[kv_type]
+        self.arguments = [
+            arguments.Cache(*(arguments.address(part) for part in layer), number) for layer in self.layers
+        ]
         self.blocks = blocks
 
 
@@ -67,6 +72,11 @@ class Step:
     tables: np.ndarray
     logit_rows: np.ndarray
 
+    def describe(self, step: arguments.Step) -> None:
+        """Write which tokens there are into a step's arguments; this object must outlive their use."""
+        step.slots, step.segments, step.tables = (a.ctypes.data for a in (self.slots, self.segments, self.tables))
+        step.segment_count, step.table_width = self.tables.shape
+
 
 def joint_step(
     token_ids: np.ndarray, starts: np.ndarray, counts: np.ndarray, logits: np.ndarray, tables: np.ndarray
@@ -85,9 +95,9 @@ def joint_step(
     return Step(
         token_ids=np.ascontiguousarray(token_ids, np.int32),
         positions=positions.astype(np.int32),
-        slots=blocks * BLOCK_POSITIONS + positions % BLOCK_POSITIONS,
-        segments=np.stack([firsts, counts, starts], axis=1),
-        tables=tables,
+        slots=np.ascontiguousarray(blocks * BLOCK_POSITIONS + positions % BLOCK_POSITIONS, np.int64),
+        segments=np.stack([firsts, counts, starts], axis=1).astype(np.int64),
+        tables=np.ascontiguousarray(tables, np.int64),
         logit_rows=np.flatnonzero(rows >= (ends - logits)[sequence]),
     )
 

@@ -1,11 +1,12 @@
 """Weight matrices in row lanes."""
 
 from dataclasses import dataclass
+from math import prod
 
 import numpy as np
 
-from mpillama.kernels import embedding
-from mpillama.layout.weight_types import LANES, WeightType
+from mpillama.kernels import arguments
+from mpillama.layout.weight_types import BLOCK, LANES, WeightType
 
 
 @dataclass(frozen=True)
@@ -21,9 +22,25 @@ class Matrix:
     scales: np.ndarray | None
 
     @property
-    def arrays(self) -> tuple[np.ndarray, np.ndarray | None]:
-        """In the order of the kernels' arguments."""
-        return self.values, self.scales
+    def columns(self) -> int:
+        """Columns, of a panel if it is row-parallel."""
+        units = self.values.shape[-2]
+        return units * BLOCK if self.weight_type.quantised else units
+
+    def column_parallel(self) -> arguments.Matrix:
+        """For kernels: rows are this rank's; [groups, …], with experts [experts, groups, …]."""
+        *experts, groups = self.values.shape[:-2]
+        return self._argument(prod(experts), 1, groups)
+
+    def row_parallel(self) -> arguments.Matrix:
+        """For kernels: columns are this rank's; [panels, groups, …], with experts [experts, panels, groups, …]."""
+        *experts, panels, groups = self.values.shape[:-2]
+        return self._argument(prod(experts), panels, groups)
+
+    def _argument(self, experts: int, panels: int, groups: int) -> arguments.Matrix:
+        number = arguments.WEIGHT_TYPES[self.weight_type.name]
+        values, scales = arguments.address(self.values), arguments.address(self.scales)
+        return arguments.Matrix(values, scales, number, experts, panels, groups, self.columns)
 
     @property
     def rows(self) -> int:
@@ -34,13 +51,6 @@ class Matrix:
     def bytes(self) -> int:
         """Bytes of the slice."""
         return self.values.nbytes + (0 if self.scales is None else self.scales.nbytes)
-
-    def embed(self, rows: np.ndarray, out: np.ndarray) -> None:
-        """Write rows of the matrix to `out` float64 [tokens, width], zeros where `rows` (int64, local) is negative."""
-        if self.scales is None:
-            embedding.embed_floats(self.values, rows, out)
-        else:
-            embedding.embed_blocks(self.values, self.scales, rows, out)
 
 
 def any_quantised(*matrices: Matrix) -> bool:

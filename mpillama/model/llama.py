@@ -5,17 +5,14 @@ import math
 import numpy as np
 
 from mpillama.comm.communicator import Communicator
-from mpillama.kernels import layer
-from mpillama.kernels.attention import attention
-from mpillama.kernels.rope import rope_angles
-from mpillama.kernels.vector import add_rounded, add_to_all, round_to_float
+from mpillama.kernels import arguments
+from mpillama.kernels.library import Team
 from mpillama.layout.weight_types import LANES
-from mpillama.model.cache import KVCache, LayerCache, Step
+from mpillama.model.cache import KVCache, Step
 from mpillama.model.config import ModelConfig
-from mpillama.model.experts import Experts
 from mpillama.model.linear import any_quantised
 from mpillama.model.partition import Partition, partition
-from mpillama.model.tuning import Tuning, tune
+from mpillama.model.tuning import choose_in_flight
 from mpillama.model.weights import LayerWeights, Weights
 from mpillama.model.workspace import Activations, StepArrays, Workspace
 
@@ -26,96 +23,81 @@ class DecoderLayer:
     """Pre-norm attention and MLP, each closed by one all-reduce."""
 
     def __init__(
-        self, config: ModelConfig, weights: LayerWeights, window: int, heads_of_kv: Array, comm: Communicator,
-        threads: int, tuning: Tuning,
-    ):  # fmt: skip
-        self.config = config
+        self, config: ModelConfig, weights: LayerWeights, window: int, heads_of_kv: Array, comm: Communicator, team: Team
+    ):
         self.weights = weights
-        self.heads_of_kv = heads_of_kv
         self.comm = comm
-        self.threads = threads
-        self.tuning = tuning
-        self.scale = 1.0 / math.sqrt(config.head_dim)
-        self.window = window
-        w = weights
-        self.biases = None if w.q_proj_bias is None else (w.q_proj_bias, w.k_proj_bias, w.v_proj_bias)
-        self.norms = None if w.q_norm is None else (w.q_norm, w.k_norm)
-        self.mlp_biases = None if w.gate_proj_bias is None else (w.gate_proj_bias, w.up_proj_bias)
-        self.experts = None if w.router is None else Experts(config, w, w.router)
-        self.attention_quantised = any_quantised(w.q_proj, w.k_proj, w.v_proj)
-        self.output_quantised = any_quantised(w.o_proj)
-        self.mlp_quantised = any_quantised(w.gate_proj, w.up_proj)
-        self.down_quantised = any_quantised(w.down_proj)
+        self.team = team
+        self.attention = _attention_layer(config, weights, window, heads_of_kv)
+        self.mlp = _mlp_layer(config, weights)
 
-    def forward(self, a: StepArrays, step: Step, cache: LayerCache) -> None:
+    def forward(self, a: StepArrays, cache: arguments.Cache) -> None:
         """Advance the residual stream a.x float32 [tokens, hidden], which every rank holds in full."""
-        add_rounded(a.x, self.comm.all_reduce(self._attention(a, step, cache)), self.threads)
-        self._add_bias(a.x, self.weights.o_proj_bias)
-        add_rounded(a.x, self.comm.all_reduce(self._mlp(a)), self.threads)
-        self._add_bias(a.x, self.weights.down_proj_bias)
+        w = self.weights
+        self.team.add_rounded(a.x, self.comm.all_reduce(self._attention(a, cache)), w.o_proj_bias)
+        self.team.add_rounded(a.x, self.comm.all_reduce(self._mlp(a)), w.down_proj_bias)
 
-    def _attention(self, a: StepArrays, step: Step, cache: LayerCache) -> Array:
+    def _attention(self, a: StepArrays, cache: arguments.Cache) -> Array:
         """Attend over this rank's heads; the sum over ranks is the attention output."""
-        w, c = self.weights, a.context
-        h = self._normalise(a, w.input_layernorm, self.attention_quantised)
-        layer.query_key_value(
-            *w.q_proj.arrays, *w.k_proj.arrays, *w.v_proj.arrays, *h, a.q_rows, a.k_rows, a.v_rows,
-            *self.tuning.arguments,
-        )  # fmt: skip
-        layer.rotate_and_store(
-            a.q, a.k, a.v, self.biases, self.norms, self.config.rms_norm_eps, a.cosines, a.sines, cache, step.slots,
-            self.threads,
-        )  # fmt: skip
-        attention(
-            a.q, cache, self.heads_of_kv, step.segments, step.tables, self.scale, self.window, a.context_heads,
-            self.output_quantised, c.values, c.scales, c.starts, self.threads,
-        )  # fmt: skip
-        layer.row_parallel(*w.o_proj.arrays, *c.arrays, a.partial, *self.tuning.arguments)
+        self.attention.cache = cache
+        self.team.attention_half(self.attention, a.argument)
         return a.partial
 
     def _mlp(self, a: StepArrays) -> Array:
-        """SwiGLU over this rank's panels; the sum over ranks is the MLP output."""
-        w, g = self.weights, a.gate
-        h = self._normalise(a, w.post_attention_layernorm, self.mlp_quantised)
-        if self.experts is not None:
-            return self.experts.forward(h, a.partial, self.tuning)
-        layer.gate_up(
-            *w.gate_proj.arrays, *w.up_proj.arrays, self.mlp_biases, None, *h, g.x, a.up, self.down_quantised,
-            g.values, g.scales, g.starts, *self.tuning.arguments,
-        )  # fmt: skip
-        layer.row_parallel(*w.down_proj.arrays, *g.arrays, a.partial, *self.tuning.arguments)
+        """SwiGLU over this rank's panels, or experts of it; the sum over ranks is the MLP output."""
+        self.team.mlp_half(self.mlp, a.argument)
         return a.partial
 
-    def _add_bias(self, x: Array, bias: Array | None) -> None:
-        if bias is not None:
-            add_to_all(x, bias)
 
-    def _normalise(self, a: StepArrays, weight: Array, quantised: bool) -> tuple[Array, Array, Array, Array]:
-        h, c = a.hidden, self.config
-        layer.normalise(
-            a.x, weight, c.hidden_size, c.rms_norm_eps, h.x, quantised, h.values, h.scales, h.starts, self.threads
-        )
-        return h.arrays
+def _attention_layer(
+    config: ModelConfig, w: LayerWeights, window: int, heads_of_kv: Array
+) -> arguments.AttentionLayer:
+    layer = arguments.AttentionLayer(
+        q=w.q_proj.column_parallel(), k=w.k_proj.column_parallel(), v=w.v_proj.column_parallel(),
+        o=w.o_proj.row_parallel(), eps=config.rms_norm_eps, scale=1.0 / math.sqrt(config.head_dim),
+        hidden_size=config.hidden_size, heads=int(heads_of_kv[-1]), kv_heads=len(heads_of_kv) - 1,
+        head_dim=config.padded_head_dim, window=window,
+    )  # fmt: skip
+    vectors = {
+        "norm": w.input_layernorm, "q_bias": w.q_proj_bias, "k_bias": w.k_proj_bias, "v_bias": w.v_proj_bias,
+        "q_norm": w.q_norm, "k_norm": w.k_norm, "head_start": heads_of_kv,
+    }  # fmt: skip
+    for name, vector in vectors.items():
+        setattr(layer, name, arguments.address(vector))
+    return layer
+
+
+def _mlp_layer(config: ModelConfig, w: LayerWeights) -> arguments.MlpLayer:
+    layer = arguments.MlpLayer(
+        gate=w.gate_proj.column_parallel(), up=w.up_proj.column_parallel(), down=w.down_proj.row_parallel(),
+        norm=arguments.address(w.post_attention_layernorm), gate_bias=arguments.address(w.gate_proj_bias),
+        up_bias=arguments.address(w.up_proj_bias), eps=config.rms_norm_eps, hidden_size=config.hidden_size,
+        chosen=config.num_experts_per_tok, renormalise=config.norm_topk_prob,
+    )  # fmt: skip
+    if w.router is not None:
+        layer.router = w.router.column_parallel()
+    return layer
 
 
 class LlamaModel:
     """A rank's part of the decoder."""
 
-    def __init__(self, config: ModelConfig, weights: Weights, comm: Communicator, threads: int):
+    def __init__(self, config: ModelConfig, weights: Weights, comm: Communicator, team: Team):
         parts = partition(config, comm.size)
         self.tokens_run = 0
         self.config = config
         self.weights = weights
         self.part = parts[comm.rank]
         self.comm = comm
-        self.threads = threads
+        self.team = team
         self.logit_widths = [len(p.vocab_groups) * LANES for p in parts]
         self.inverse_frequencies = np.array(config.inverse_frequencies(), np.float32)
-        self.tuning = tune(threads, weights.lm_head)
+        self.in_flight = choose_in_flight(team, weights.lm_head)
         self.workspace = Workspace(config, self.part)
-        heads_of_kv = query_heads_of_kv(config, self.part)
+        self.heads_of_kv = query_heads_of_kv(config, self.part)
+        self.embedding, self.head = weights.embed_tokens.column_parallel(), weights.lm_head.column_parallel()
         self.layers = [
-            DecoderLayer(config, w, window, heads_of_kv, comm, threads, self.tuning)
+            DecoderLayer(config, w, window, self.heads_of_kv, comm, team)
             for w, window in zip(weights.layers, config.windows, strict=True)
         ]
 
@@ -128,9 +110,13 @@ class LlamaModel:
         """Run the step's tokens; logits and hidden states of any of them can be had until the next step."""
         a = self.workspace.for_tokens(len(step.token_ids))
         self._embed(step.token_ids, a)
-        rope_angles(step.positions, self.inverse_frequencies, self.config.rope_factor, a.cosines, a.sines)
-        for index, decoder in enumerate(self.layers):
-            decoder.forward(a, step, cache.layers[index])
+        self.team.library.angles(
+            step.positions, self.inverse_frequencies, self.config.rope_factor, a.cosines, a.sines
+        )
+        step.describe(a.argument)
+        a.argument.in_flight = self.in_flight
+        for decoder, layer_cache in zip(self.layers, cache.arguments, strict=True):
+            decoder.forward(a, layer_cache)
         self.tokens_run += len(step.token_ids)
 
     def logits(self, rows: Array) -> Array:
@@ -147,8 +133,8 @@ class LlamaModel:
         """Each token's row, which one rank has, to a.x."""
         rows = token_ids.astype(np.int64) - self.part.vocab_rows.start
         rows[rows >= len(self.part.vocab_rows)] = -1
-        self.weights.embed_tokens.embed(rows, a.partial)
-        round_to_float(self.comm.all_reduce(a.partial), a.x, self.threads)
+        self.team.library.embed_rows(self.embedding, rows, a.partial)
+        self.team.round_to_float(self.comm.all_reduce(a.partial), a.x)
 
     def _logits(self, x: Array) -> Array:
         if not len(x):
@@ -157,16 +143,13 @@ class LlamaModel:
         h = Activations.empty(*x.shape)
         part = np.empty((len(x), self.logit_widths[self.comm.rank]), np.float32)
         self._normalise(x, h, any_quantised(head))
-        layer.column_parallel(*head.arrays, *h.arrays, part, *self.tuning.arguments)
+        self.team.column_parallel(self.head, h.argument(), part, self.in_flight)
         return self.comm.all_gather_columns(part, self.logit_widths)[:, : self.config.vocab_size]
 
     def _normalise(self, x: Array, h: Activations, quantised: bool) -> None:
         """The model's last norm, of x [tokens, padded hidden] to h."""
         c = self.config
-        layer.normalise(
-            x, self.weights.norm, c.hidden_size, c.rms_norm_eps, h.x, quantised, h.values, h.scales, h.starts,
-            self.threads,
-        )  # fmt: skip
+        self.team.normalise(x, self.weights.norm, c.hidden_size, c.rms_norm_eps, quantised, h.argument())
 
 
 def query_heads_of_kv(config: ModelConfig, part: Partition) -> Array:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mpillama.kernels.memory import touch_pages
+from mpillama.kernels.library import Team
 from mpillama.layout.weight_types import round_up
 from mpillama.model.config import ModelConfig
 from mpillama.model.linear import Matrix
@@ -119,17 +119,18 @@ def arena_bytes(specs: Sequence[TensorSpec], part: Partition) -> int:
 
 
 def load_weights(
-    config: ModelConfig, specs: Sequence[TensorSpec], part: Partition, read: Read, at_once: int = 1, threads: int = 1,
-    attend: Attend | None = None,
+    config: ModelConfig, specs: Sequence[TensorSpec], part: Partition, read: Read, at_once: int = 1,
+    team: Team | None = None, attend: Attend | None = None,
 ) -> Weights:  # fmt: skip
     """Allocate this rank's slices and fill them with `read`, up to `at_once` tensors at the same time.
 
-    The kernels' `threads` touch the memory first, so that it lies near them.
+    The kernels' threads, the `team`, touch the memory first, so that it lies near them.
     """
     arena = Arena(arena_bytes(specs, part))
     slices = [[arena.take(dtype, shape) for dtype, shape in slice_shapes(spec, part)] for spec in specs]
     for array in (a for arrays in slices for a in arrays):
-        touch_pages(array.reshape(-1).view(np.uint8), threads)
+        if team:
+            team.touch_pages(array.reshape(-1).view(np.uint8))
         if attend:
             attend([])
     with ThreadPoolExecutor(at_once) as pool:

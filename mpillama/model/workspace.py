@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 
+from mpillama.kernels import arguments
 from mpillama.kernels.activations import places
 from mpillama.layout.weight_types import BLOCK, LANES
 from mpillama.model.config import ModelConfig
@@ -22,10 +23,10 @@ class Activations:
     scales: Array
     starts: Array
 
-    @property
-    def arrays(self) -> tuple[Array, Array, Array, Array]:
-        """In the order of the kernels' arguments."""
-        return self.x, self.values, self.scales, self.starts
+    def argument(self) -> arguments.Activations:
+        """For kernels."""
+        parts = (arguments.address(part) for part in (self.x, self.values, self.scales, self.starts))
+        return arguments.Activations(*parts, self.x.shape[1])
 
     @classmethod
     def empty(cls, tokens: int, k: int) -> "Activations":
@@ -64,17 +65,15 @@ class StepArrays:
     partial: Array
     cosines: Array
     sines: Array
-    q_rows: Array = field(init=False)
-    k_rows: Array = field(init=False)
-    v_rows: Array = field(init=False)
-    context_heads: Array = field(init=False)
+    argument: arguments.Step = field(init=False)
+    """For kernels; which tokens a step has is written into it when it runs."""
 
     def __post_init__(self) -> None:
-        # Views made once: heads as rows of a matrix product, and its result as heads.
-        for name in ("q", "k", "v"):
-            heads = getattr(self, name)
-            object.__setattr__(self, name + "_rows", heads.reshape(len(heads), -1))
-        object.__setattr__(self, "context_heads", self.context.x.reshape(self.q.shape))
+        step = arguments.Step(tokens=len(self.x), rotary_half=self.cosines.shape[1])
+        for name in ("x", "q", "k", "v", "up", "partial", "cosines", "sines"):
+            setattr(step, name, arguments.address(getattr(self, name)))
+        step.hidden, step.context, step.gate = (a.argument() for a in (self.hidden, self.context, self.gate))
+        object.__setattr__(self, "argument", step)
 
     def first(self, tokens: int) -> "StepArrays":
         """The first tokens' arrays."""

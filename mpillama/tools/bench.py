@@ -58,8 +58,8 @@ def _check(options: BenchOptions) -> None:
 def _load(options: BenchOptions, world: World, target: Target) -> tuple["LlamaModel", int]:
     """The model with its first layers only if asked, and the number of layers of the whole model."""
     from mpillama.engine.loading import load_model
+    from mpillama.engine.reduction import choose_reduction
     from mpillama.engine.trial import FirstLayers
-    from mpillama.engine.warm_up import choose_reduction, warm_up
     from mpillama.model.llama import LlamaModel
 
     if options.model is not None:
@@ -69,10 +69,9 @@ def _load(options: BenchOptions, world: World, target: Target) -> tuple["LlamaMo
     whole = ModelConfig.from_hf(shape_config(options.shape or ""))
     config = whole.first_layers(options.layers or whole.num_hidden_layers)
     specs = tensor_specs(config, WeightTypes(WEIGHT_TYPES[weights_of_shape(options.weights)]))
-    warm_up(config, specs, world, target, options.kv_type)
     chunk = min(options.prefill_chunk, config.max_position_embeddings)
     choose_reduction(world.comm, world, config.padded_hidden_size, chunk)
-    model = LlamaModel(config, _made_weights(options, config, specs, world, target), world.comm, target.threads)
+    model = LlamaModel(config, _made_weights(options, config, specs, world, target), world.comm, target.team)
     return model, whole.num_hidden_layers
 
 
@@ -90,7 +89,7 @@ def _made_weights(
     progress = load_progress(world.comm.is_root, options.json, "making weights")
     with progress(sum(size for size, _ in ranks)) as show:
         watch = LoadWatch(world.comm, [host for _, host in ranks], made, total, show)
-        return load_weights(config, specs, part, made.read, threads=target.threads, attend=watch.attend)
+        return load_weights(config, specs, part, made.read, team=target.team, attend=watch.attend)
 
 
 def weights_of_shape(weights: str) -> str:
@@ -107,7 +106,7 @@ def _measure(
     if positions > model.config.max_position_embeddings:
         raise UserError(f"{positions} positions are asked for, the model has {model.config.max_position_embeddings}.")
     watch = Stopwatch(model, positions, max(options.batch), options.kv_type, options.prefill_chunk)
-    bandwidths = [read_bandwidth(world.comm, target.threads)]
+    bandwidths = [read_bandwidth(world.comm, target.team)]
     prefill = [_prefill(options, watch, tokens, whole_layers) for tokens in options.prefill]
     decode = [_decode(options, world, watch, batch, bandwidths, whole_layers) for batch in options.batch]
     return {
@@ -159,10 +158,10 @@ def _decode(
     from mpillama.engine.measure import read_bandwidth
 
     # Other machines on the same host change what memory gives from second to second: measured before and after.
-    before = read_bandwidth(world.comm, watch.model.threads)
+    before = read_bandwidth(world.comm, watch.model.team)
     with world.comm.doing(f"measuring {options.decode} steps of {in_number(batch, 'sequence')}"):
         timing = watch.decode(batch, options.context, options.decode)
-    bandwidths += [before, read_bandwidth(world.comm, watch.model.threads)]
+    bandwidths += [before, read_bandwidth(world.comm, watch.model.team)]
     bandwidth = (bandwidths[-2] + bandwidths[-1]) / 2
     kv_bytes = sum(world.comm.gather(watch.kv_bytes(batch, options.context)))
     weight_bytes = sum(world.comm.gather(watch.model.weights.bytes_per_step(batch)))

@@ -9,7 +9,9 @@ from typing import Any
 from mpillama import __version__
 from mpillama.comm.launcher import launched_size
 from mpillama.comm.start import World, mpi_library, start_mpi
-from mpillama.kernels.target import Target, start_threads
+from mpillama.kernels.built import is_built
+from mpillama.kernels.isa import host_features, sets_of
+from mpillama.kernels.target import Target
 from mpillama.options import DoctorOptions
 from mpillama.tools.running import choose_target
 from mpillama.tools.terminal import print_sentence, print_table
@@ -36,14 +38,15 @@ def doctor(options: DoctorOptions) -> int:
 
 
 def _describe_rank(world: World, target: Target) -> dict[str, Any]:
+    possible = [isa.name for isa in sets_of(host_features())]
     return {
         "rank": world.comm.rank,
         "host": os.uname().nodename,
         "cores": sorted(os.sched_getaffinity(0)),
         "threads": target.threads,
-        "threading_layer": start_threads(),
         "isa": target.isa.name,
-        "kernel_cache": target.cache_directory,
+        "isas": [name for name in possible if is_built(name)],
+        "isas_not_built": [name for name in possible if not is_built(name)],
         "oversubscribed": world.comm.yields,
     }
 
@@ -77,8 +80,10 @@ def advice(report: dict[str, Any]) -> list[str]:
         found.append(f"{idle} cores are not used: raise --threads.")
     if len({r["isa"] for r in ranks}) > 1:
         found.append("Hosts have different instruction sets: answers are the same, the slowest host sets the pace.")
-    if any(r["isa"] == "portable" for r in ranks):
-        found.append("The portable kernels are slow: a CPU with AVX2 or AVX-512 VNNI is much faster.")
+    if any(r["isa"] == "generic" for r in ranks):
+        found.append("The generic kernels are slow: a processor with AVX2, AVX-512 or NEON is much faster.")
+    if lacking := {name for r in ranks for name in r["isas_not_built"]}:
+        found.append(f"{', '.join(sorted(lacking))}: not built, although a processor has it; a newer compiler would.")
     return found
 
 
@@ -89,9 +94,9 @@ def _shares_cores(rank: dict[str, Any], ranks: list[dict[str, Any]]) -> bool:
 def _print(report: dict[str, Any]) -> None:
     facts = {key: str(report[key]) for key in ("mpillama", "python", "mpi", "ranks")}
     print_table((), list({**facts, **report["slurm"]}.items()))
-    fields = ("rank", "host", "cores", "threads", "threading_layer", "isa")
-    ranks = [{**r, "cores": core_list(r["cores"])} for r in report["per_rank"]]
-    header = ("rank", "host", "cores it may use", "threads", "threading", "instructions")
+    fields = ("rank", "host", "cores", "threads", "isa", "isas")
+    ranks = [{**r, "cores": core_list(r["cores"]), "isas": ", ".join(r["isas"])} for r in report["per_rank"]]
+    header = ("rank", "host", "cores it may use", "threads", "instructions", "of those that work here")
     print_table(header, [[str(r[field]) for field in fields] for r in ranks])
     for sentence in report["advice"] or ["All is well."]:
         print_sentence(sentence)

@@ -16,7 +16,7 @@ unset SLURM_EXPORT_ENV # after `sbatch --export=...`, srun would start ranks wit
 if [[ -n ${VENV:-} || -d .venv ]]; then
     PATH=$(realpath --canonicalize-existing "${VENV:-.venv}/bin"):$PATH
 fi
-export PATH MPILLAMA_CACHE_DIR="${MPILLAMA_CACHE_DIR:-${SLURM_TMPDIR:-/tmp}/mpillama-$UID}"
+export PATH
 LAUNCH=${LAUNCH:-mpirun -n ${SLURM_NTASKS:-${SLURM_NNODES:-1}}}
 if [[ $LAUNCH != srun* ]]; then
     unset SRUN_CPUS_PER_TASK # mpirun's own srun would squeeze all ranks of a node into these cores
@@ -45,7 +45,7 @@ def _head(options: PlanOptions) -> list[str]:
         '# Words after the script\'s name are passed on to `mpillama generate`, for example --prompt "Once".',
         "#   MODEL  model on the shared file system",
         "#   ARGS   more options, separated by blanks",
-        "#   VENV, MODULES, LAUNCH, MPILLAMA_CACHE_DIR: see jobs/README.md",
+        "#   VENV, MODULES, LAUNCH: see jobs/README.md",
     ]
 
 

@@ -17,7 +17,7 @@ from mpillama.errors import UserError
 from mpillama.redaction import hide, shown_arguments
 
 ROOT = "mpillama"
-LIBRARIES = ("numpy", "mpi4py", "numba", "h5py")
+LIBRARIES = ("numpy", "mpi4py", "h5py")
 MONITOR = "mpillama.engine.monitor"
 OF_RUN = {"of_run": True}
 """Extra of a warning that is about no rank in particular."""

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING
 
 from mpillama.comm.failure import USER_ERROR_STATUS, stop_printing
 from mpillama.comm.start import World, start_mpi
-from mpillama.engine.kernel_cache import refuse_unsafe_cache
 from mpillama.engine.model_file import ModelFile, make_tokenizer
 from mpillama.engine.monitor import Monitor
 from mpillama.errors import UserError
@@ -99,13 +98,8 @@ def run_on_all_ranks(
 
 
 def choose_target(world: World) -> Target:
-    """The instruction set and threads for which all ranks compile."""
-
-    def choose() -> Target:
-        refuse_unsafe_cache()
-        return prepare(requested_isa(), world.threads, world.comm.yields)
-
-    return world.comm.together(choose)
+    """This rank's kernels and threads; UserError on all ranks if one cannot have what is asked for."""
+    return world.comm.together(lambda: prepare(requested_isa(), world.threads, world.comm.yields))
 
 
 def run_in_world(
@@ -113,7 +107,7 @@ def run_in_world(
     target: Target, monitor: Monitor,
 ) -> int:  # fmt: skip
     """Load the model on the ranks of a world, let its rank 0 do `root` and the others follow; the exit status."""
-    from mpillama.engine.loading import load_model, open_executor  # compiles kernels for the target just prepared
+    from mpillama.engine.loading import load_model, open_executor
 
     loaded = load_model(options, world, target, load_progress(world.comm.is_root, quiet))
     monitor.watch(loaded.model)

@@ -64,25 +64,24 @@ def test_a_read_that_never_ends(victim: int, toy: Path, tmp_path: Path) -> None:
     assert "file system" in sentence
 
 
-@pytest.mark.parametrize("victim", [0, 1])
-def test_a_host_that_compiles_for_long_is_no_failure(victim: int, toy: Path, tmp_path: Path) -> None:
+def test_a_rank_that_computes_for_long_is_no_failure(toy: Path, tmp_path: Path) -> None:
     """The others wait for much longer than the time-out, but it computes."""
-    arguments = ("compile", str(victim), tmp_path, "--model", toy, *SHORT, "--timeout", str(WAIT))
+    arguments = ("table", "0", tmp_path, "--model", toy, *SHORT, "--timeout", str(WAIT))
     result = run(3, SCRIPTS / "sabotage.py", "none", *arguments)
     assert (result.status, result.stderr) == (0, "")
 
 
-def test_compiling_that_never_ends(toy: Path, tmp_path: Path) -> None:
-    """The rank itself answers, but waits for something that does not come, as a file system with the cache."""
-    result = sabotage("hang", 3, 0, "compile", toy, tmp_path, *SHORT, "--timeout", str(WAIT), limit=BOUND)
+def test_a_table_that_never_comes(toy: Path, tmp_path: Path) -> None:
+    """The rank itself answers, but waits for something that does not come, as a file system."""
+    result = sabotage("hang", 3, 0, "table", toy, tmp_path, *SHORT, "--timeout", str(WAIT), limit=BOUND)
     assert result.status != 0
     assert the_sentence(result.stderr).startswith(f"mpillama: {name(0, 3)} has got no further for {WAIT} s while ")
 
 
-def test_a_rank_that_was_stopped_while_it_compiles(toy: Path, tmp_path: Path) -> None:
-    arguments = ("compile", "0", tmp_path, "--model", toy, *SHORT, "--timeout", str(WAIT))
+def test_a_rank_that_was_stopped_while_it_computes(toy: Path, tmp_path: Path) -> None:
+    arguments = ("table", "0", tmp_path, "--model", toy, *SHORT, "--timeout", str(WAIT))
     with started(2, SCRIPTS / "sabotage.py", "none", *arguments) as launch:
-        wait_for(launch, [tmp_path / "compile-0"])
+        wait_for(launch, [tmp_path / "table-0"])
         launch.ranks()[0].suspend()
         assert f"{name(0, 2)} has not answered for {WAIT} s" in the_sentence(ends(launch, BOUND))
 

@@ -265,11 +265,10 @@ def test_prefill_chunk_changes_nothing(toy: Path) -> None:
 
 @pytest.fixture(scope="module")
 def without_mpi(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """An environment in which importing mpi4py or numba fails."""
+    """An environment in which importing mpi4py fails."""
     directory = tmp_path_factory.mktemp("without_mpi")
-    for package in ("mpi4py", "numba"):
-        (directory / package).mkdir()
-        (directory / package / "__init__.py").write_text(f"raise ImportError('{package} must not be needed')\n")
+    (directory / "mpi4py").mkdir()
+    (directory / "mpi4py" / "__init__.py").write_text("raise ImportError('mpi4py must not be needed')\n")
     return {"PYTHONPATH": str(directory)}
 
 
@@ -382,8 +381,8 @@ def test_doctor(threads: int) -> None:
         assert rank["host"] == os.uname().nodename
         assert set(rank["cores"]) <= set(cores)
         assert rank["threads"] == threads
-        assert rank["isa"] in ("vnni512", "avx2", "portable")
-        assert rank["threading_layer"]
+        assert rank["isa"] == rank["isas"][0]
+        assert rank["isas"][-1] == "generic"
     used = {core for rank in report["per_rank"] for core in rank["cores"]}
     oversubscribed = 2 * threads > len(used)
     assert [rank["oversubscribed"] for rank in report["per_rank"]] == [oversubscribed] * 2

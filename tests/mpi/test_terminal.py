@@ -15,7 +15,7 @@ COLOURS = {"FORCE_COLOR": "1", "CLICOLOR_FORCE": "1", "TTY_COMPATIBLE": "1", "CO
 PLAN = ("plan", "--shape", "llama-3.1-405b", "--nodes", "1000", "--ranks-per-node", "8")
 TABLES = {
     "plan": (None, PLAN, "rank embedding, head KV cache buffers Python total reads"),
-    "doctor": (2, ("doctor",), "rank host cores it may use threads threading instructions"),
+    "doctor": (2, ("doctor",), "rank host cores it may use threads instructions of those that work here"),
     "bench": (None, ("bench", "--decode", "1", "--repetitions", "1"), "batch context tok/s bytes per token all-reduce"),
 }
 
@@ -68,19 +68,3 @@ def test_a_plan_for_thousands_of_ranks_comes_at_once() -> None:
     result = run(None, *PROGRAM, *PLAN, "--memory-per-node", "0.2GB", timeout=60)
     assert result.status == 1
     assert "does not fit" in result.stdout
-
-
-@pytest.mark.parametrize("kind", ["others may write", "a file", "no folder can be made"])
-def test_a_folder_for_kernels_that_cannot_be_used(kind: str, tmp_path: Path) -> None:
-    folder = tmp_path / "kernels"
-    if kind == "others may write":
-        folder.mkdir()
-        folder.chmod(0o775)
-    else:
-        folder.write_text("")
-    given = folder / "below" if kind == "no folder can be made" else folder
-    result = run(2, *PROGRAM, "doctor", env={"MPILLAMA_CACHE_DIR": str(given)})
-    assert (result.status, result.stdout) == (2, "")
-    (line,) = result.stderr.splitlines()
-    assert f"the folder of compiled kernels {given}: " in line
-    assert "MPILLAMA_CACHE_DIR" in line

@@ -81,9 +81,9 @@ def test_a_file_that_is_written_while_it_is_read(ranks: int, toy: Path, tmp_path
 
 def test_a_terminal_tells_what_takes_long(toy: Path, tmp_path: Path) -> None:
     """Before and between the steps: nothing is silent for more than a few seconds."""
-    slow = (SCRIPTS / "sabotage.py", "none", "compile", "1", tmp_path, "--model", toy)
+    slow = (SCRIPTS / "sabotage.py", "none", "table", "0", tmp_path, "--model", toy)
     with on_terminal(2, *slow, "--max-tokens", "1") as terminal:
-        terminal.expect("preparing kernels")
+        terminal.expect("reading the model's table")
         terminal.expect("0:00:0")
     prompt = ("--prompt-token-ids", ",".join(map(str, range(5, 255))), "--prefill-chunk", "2", "--max-tokens", "1")
     with on_terminal(2, SABOTAGE, "slow", "all", tmp_path, "--model", toy, *prompt) as terminal:
@@ -92,7 +92,7 @@ def test_a_terminal_tells_what_takes_long(toy: Path, tmp_path: Path) -> None:
 
 
 def test_nothing_is_told_without_a_terminal(toy: Path, tmp_path: Path) -> None:
-    slow = (SCRIPTS / "sabotage.py", "none", "compile", "0", tmp_path, "--model", toy)
+    slow = (SCRIPTS / "sabotage.py", "none", "table", "0", tmp_path, "--model", toy)
     result = run(None, *slow, "--max-tokens", "1", "--temperature", "0")
     assert result.status == 0
     (line,) = result.stderr.splitlines()

@@ -66,6 +66,7 @@ struct Step {
     const float *cosines, *sines;
     const i64 *slots, *segments, *tables;
     i64 rotary_half, segment_count, table_width;
+    i64 in_flight;  // row groups that a single token goes through together: 1 or 2, whichever is faster
 };
 
 }  // namespace mpillama

@@ -1,9 +1,9 @@
 """Run the program with something wrong on one rank: sabotage.py FAULT PHASE RANK DIRECTORY [program's arguments].
 
-The phase (compile, load, prefill or decode) is made slow on all ranks, compiling and for some faults loading on RANK
-only; each writes a file PHASE-RANK into DIRECTORY when it has entered it. FAULT happens in the midst of it on RANK,
-which touches the file `failed`; "none" leaves the fault to the caller. Each rank that ends by itself leaves its status
-in a file.
+The phase (table, load, prefill or decode) is made slow on all ranks; the table, which only rank 0 reads, and for some
+faults loading on RANK only. Each writes a file PHASE-RANK into DIRECTORY when it has entered it. FAULT happens in the
+midst of it on RANK, which touches the file `failed`; "none" leaves the fault to the caller. Each rank that ends by
+itself leaves its status in a file.
 """
 
 import os
@@ -28,7 +28,7 @@ FAULT, PHASE, RANK, DIRECTORY = sys.argv[1], sys.argv[2], sys.argv[3], Path(sys.
 ARGUMENTS = sys.argv[5:]
 SLOW_READ = 1.0
 SLOW_STEP = 0.03
-SLOW_COMPILE = 5.0
+SLOW_TABLE = 5.0
 REDUCTIONS = 3
 """The fault comes at this reduction of the second step of a phase, while the other ranks wait in it."""
 
@@ -46,22 +46,22 @@ def failing(action: Callable[[], None]) -> None:
     action()
 
 
-def in_compile(action: Callable[[], None] | None) -> None:
-    """Compile for longer than the time-out, on RANK only; or do something instead."""
-    from mpillama.engine import warm_up
+def in_table(action: Callable[[], None] | None) -> None:
+    """Compute for longer than the time-out before the model's table is there; or do something instead."""
+    from mpillama.engine import loading
 
-    run_all, is_slow = warm_up._run_all, RANK in ("all", str(launched_rank()))
+    open_model, is_slow = loading.open_model, RANK in ("all", str(launched_rank()))
 
-    def compile_slowly(*arguments: Any) -> None:
+    def open_slowly(*arguments: Any) -> Any:
         entered()
         if action:
             failing(action)
-        end = time.thread_time() + SLOW_COMPILE * is_slow
+        end = time.thread_time() + SLOW_TABLE * is_slow
         while time.thread_time() < end:
             pass
-        run_all(*arguments)
+        return open_model(*arguments)
 
-    warm_up._run_all = compile_slowly
+    loading.open_model = open_slowly
 
 
 def in_load(action: Callable[[], None] | None) -> None:
@@ -277,7 +277,7 @@ if __name__ == "__main__":
         FROM_START[FAULT]()
     action = IN_PHASE.get(FAULT) if is_victim else None
     if PHASE != "any":
-        patch = {"compile": in_compile, "load": in_load}.get(PHASE, in_step)
+        patch = {"table": in_table, "load": in_load}.get(PHASE, in_step)
         after_prepare(lambda: patch(action))
     status = main(ARGUMENTS)
     (DIRECTORY / f"status-{launched_rank()}").write_text(str(status))

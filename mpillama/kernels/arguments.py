@@ -1,0 +1,107 @@
+"""The structs that kernels are called with, as kernels/src/arguments.h describes them; a test compares the two.
+
+They hold addresses only: whoever makes one keeps the arrays alive.
+"""
+
+import ctypes
+from typing import ClassVar
+
+import numpy as np
+
+Address = ctypes.c_void_p
+WEIGHT_TYPES = {"f32": 0, "f16": 1, "bf16": 2, "q8_0": 3, "q4_0": 4}
+"""The numbers of kernels/src/types."""
+CACHE_TYPES = {"f32": 0, "f16": 1, "q8": 3}
+"""The numbers of kernels/src/cache.h: those of the weight types with the same values."""
+
+
+def address(array: np.ndarray | None) -> int | None:
+    """Where an array's values lie, None for none."""
+    return None if array is None else array.ctypes.data
+
+
+class Matrix(ctypes.Structure):
+    """A rank's slice of a weight matrix."""
+
+    _fields_: ClassVar = [
+        ("values", Address),
+        ("scales", Address),
+        ("type", ctypes.c_int64),
+        ("experts", ctypes.c_int64),
+        ("panels", ctypes.c_int64),
+        ("groups", ctypes.c_int64),
+        ("columns", ctypes.c_int64),
+    ]
+
+
+class Activations(ctypes.Structure):
+    """Float32 [tokens, columns] and its int8 blocks."""
+
+    _fields_: ClassVar = [
+        ("x", Address),
+        ("values", Address),
+        ("scales", Address),
+        ("starts", Address),
+        ("columns", ctypes.c_int64),
+    ]
+
+
+class Cache(ctypes.Structure):
+    """One layer's keys and values."""
+
+    _fields_: ClassVar = [
+        ("keys", Address),
+        ("key_scales", Address),
+        ("values", Address),
+        ("value_scales", Address),
+        ("type", ctypes.c_int64),
+    ]
+
+
+class AttentionLayer(ctypes.Structure):
+    """The first half of a decoder layer."""
+
+    _fields_: ClassVar = [
+        *((name, Matrix) for name in ("q", "k", "v", "o")),
+        ("cache", Cache),
+        *((name, Address) for name in ("norm", "q_bias", "k_bias", "v_bias", "q_norm", "k_norm", "head_start")),
+        *((name, ctypes.c_double) for name in ("eps", "scale")),
+        *((name, ctypes.c_int64) for name in ("hidden_size", "heads", "kv_heads", "head_dim", "window")),
+    ]
+
+
+class MlpLayer(ctypes.Structure):
+    """The second half of a decoder layer."""
+
+    _fields_: ClassVar = [
+        *((name, Matrix) for name in ("gate", "up", "down", "router")),
+        *((name, Address) for name in ("norm", "gate_bias", "up_bias")),
+        ("eps", ctypes.c_double),
+        *((name, ctypes.c_int64) for name in ("hidden_size", "chosen", "renormalise")),
+    ]
+
+
+class Step(ctypes.Structure):
+    """The arrays of a step and which tokens it has."""
+
+    _fields_: ClassVar = [
+        ("tokens", ctypes.c_int64),
+        ("x", Address),
+        *((name, Activations) for name in ("hidden", "context", "gate")),
+        *((name, Address) for name in ("q", "k", "v", "up", "partial", "cosines", "sines")),
+        *((name, Address) for name in ("slots", "segments", "tables")),
+        *((name, ctypes.c_int64) for name in ("rotary_half", "segment_count", "table_width", "in_flight")),
+    ]
+
+
+class Window(ctypes.Structure):
+    """Memory that the ranks of a host share."""
+
+    _fields_: ClassVar = [
+        ("slots", Address),
+        ("flags", Address),
+        *((name, ctypes.c_int64) for name in ("ranks", "rank", "capacity")),
+    ]
+
+
+STRUCTS = (Matrix, Activations, Cache, AttentionLayer, MlpLayer, Step, Window)

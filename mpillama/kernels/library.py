@@ -1,0 +1,166 @@
+"""The compiled kernels (kernels/src/kernels.cpp), typed: structs and arrays in, arrays out.
+
+A call gives up the interpreter's lock while it runs. Arrays are contiguous and of the type that is named; nothing is
+copied and nothing is checked here.
+"""
+
+from ctypes import POINTER, byref, c_double, c_int32, c_int64, c_void_p
+from functools import cache
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+
+from mpillama.kernels import arguments
+from mpillama.kernels.built import open_library
+from mpillama.kernels.places import thread_places
+
+Array = np.ndarray
+SPINS = 4000
+"""How often a thread polls for its next work before it gives its core away: some 50 us, longer than a step's gaps."""
+
+_SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
+    "start_team": (c_void_p, [c_int64, c_int64, POINTER(c_int32)]),
+    "end_team": (None, [c_void_p]),
+    "attention_half": (c_int64, [c_void_p, POINTER(arguments.AttentionLayer), POINTER(arguments.Step)]),
+    "mlp_half": (c_int64, [c_void_p, POINTER(arguments.MlpLayer), POINTER(arguments.Step)]),
+    "add_rounded": (None, [c_void_p, c_void_p, c_void_p, c_void_p, c_int64, c_int64]),
+    "round_to_float": (None, [c_void_p, c_void_p, c_void_p, c_int64, c_int64]),
+    "rope_angles": (None, [c_void_p, c_int64, c_void_p, c_int64, c_double, c_void_p, c_void_p]),
+    "embed": (None, [POINTER(arguments.Matrix), c_void_p, c_int64, c_void_p]),
+    "normalise": (
+        None,
+        [c_void_p, c_void_p, c_int64, c_void_p, c_int64, c_double, c_int64, POINTER(arguments.Activations)],
+    ),
+    "column_parallel": (
+        None,
+        [c_void_p, POINTER(arguments.Matrix), POINTER(arguments.Activations), c_int64, c_void_p, c_int64],
+    ),
+    "row_parallel": (
+        c_int64,
+        [c_void_p, POINTER(arguments.Matrix), POINTER(arguments.Activations), c_int64, c_void_p, c_int64],
+    ),
+    "quantise": (None, [POINTER(arguments.Activations), c_int64]),
+    "sum_shared": (c_int64, [POINTER(arguments.Window), c_void_p, c_int64, c_int64, c_int64, c_int64, c_int64]),
+    "touch_pages": (None, [c_void_p, c_void_p, c_int64]),
+    "read_memory": (None, [c_void_p, c_void_p, c_int64, c_void_p]),
+    "barriers": (None, [c_void_p, c_int64]),
+    "offset": (c_int64, [c_int64]),
+}
+
+
+class Library:
+    """The kernels for one instruction set."""
+
+    def __init__(self, isa: str):
+        self.isa = isa
+        self.calls: Any = SimpleNamespace()
+        library = open_library(isa)
+        for name, (result, parameters) in _SIGNATURES.items():
+            function = getattr(library, f"mpillama_{name}")
+            function.restype, function.argtypes = result, parameters
+            setattr(self.calls, name, function)
+
+    def team(self, threads: int, yields: bool = False) -> "Team":
+        """Start the threads of a rank; `yields` if a host has more of them than cores."""
+        return Team(self, threads, yields)
+
+    def offsets(self) -> list[int]:
+        """Sizes and offsets of the structs of arguments.STRUCTS, as the compiler sees them."""
+        found: list[int] = []
+        while (offset := self.calls.offset(len(found))) >= 0:
+            found.append(offset)
+        return found
+
+    def embed_rows(self, matrix: arguments.Matrix, rows: Array, out: Array) -> None:
+        """out[t] = row rows[t] of a matrix, zeros where it is negative; int64 [tokens], float64 [tokens, columns]."""
+        self.calls.embed(byref(matrix), rows.ctypes.data, len(rows), out.ctypes.data)
+
+    def angles(self, positions: Array, inverse_frequencies: Array, factor: float, cosines: Array, sines: Array) -> None:
+        """cos and sin of position * frequency, times a factor; int32 [tokens], float32 [half], [tokens, half]."""
+        self.calls.rope_angles(
+            positions.ctypes.data, len(positions), inverse_frequencies.ctypes.data, len(inverse_frequencies), factor,
+            cosines.ctypes.data, sines.ctypes.data,
+        )  # fmt: skip
+
+
+@cache
+def load(isa: str) -> Library:
+    """The library for an instruction set; UserError if it was made of other sources."""
+    return Library(isa)
+
+
+class Team:
+    """The threads of a rank, and what they compute together."""
+
+    def __init__(self, library: Library, threads: int, yields: bool = False):
+        self.library = library
+        self._calls = library.calls
+        self.threads = threads
+        cpus = (c_int32 * threads)(*thread_places(threads))
+        self._handle = self._calls.start_team(threads, 0 if yields else SPINS, cpus)
+        if self._handle is None:
+            raise MemoryError(f"can't start new thread: {threads} are wanted")
+
+    def close(self) -> None:
+        """End the threads; the caller's own stays."""
+        handle, self._handle = self._handle, None
+        if handle is not None:
+            self._calls.end_team(handle)
+
+    def attention_half(self, layer: arguments.AttentionLayer, step: arguments.Step) -> None:
+        """Norm, q/k/v, RoPE and cache, attention, o_proj: this rank's part of the sum goes to step.partial."""
+        self._enough(self._calls.attention_half(self._handle, byref(layer), byref(step)))
+
+    def mlp_half(self, layer: arguments.MlpLayer, step: arguments.Step) -> None:
+        """Norm, SwiGLU or experts: this rank's part of the sum goes to step.partial."""
+        self._enough(self._calls.mlp_half(self._handle, byref(layer), byref(step)))
+
+    def add_rounded(self, x: Array, total: Array, bias: Array | None = None) -> None:
+        """x += total rounded to float32, then the bias; x float32, total float64 [tokens, width]."""
+        self._calls.add_rounded(
+            self._handle, x.ctypes.data, total.ctypes.data, arguments.address(bias), len(x), x.shape[1]
+        )
+
+    def round_to_float(self, total: Array, out: Array) -> None:
+        """out = total rounded to float32; [tokens, width]."""
+        self._calls.round_to_float(self._handle, total.ctypes.data, out.ctypes.data, len(out), out.shape[1])
+
+    def normalise(
+        self, x: Array, weight: Array, size: int, eps: float, quantised: bool, h: arguments.Activations
+    ) -> None:
+        """h = RMSNorm(x), with its int8 blocks if `quantised`; `size` is the width without the padding."""
+        self._calls.normalise(
+            self._handle, x.ctypes.data, len(x), weight.ctypes.data, size, eps, int(quantised), byref(h)
+        )
+
+    def column_parallel(
+        self, matrix: arguments.Matrix, h: arguments.Activations, out: Array, in_flight: int = 1
+    ) -> None:
+        """out = this rank's rows of a matrix times h; float32 [tokens, rows]."""
+        self._calls.column_parallel(self._handle, byref(matrix), byref(h), len(out), out.ctypes.data, in_flight)
+
+    def row_parallel(self, matrix: arguments.Matrix, h: arguments.Activations, out: Array, in_flight: int = 1) -> None:
+        """out = this rank's panels of a matrix times h, on the grid; float64 [tokens, rows]."""
+        enough = self._calls.row_parallel(
+            self._handle, byref(matrix), byref(h), len(out), out.ctypes.data, in_flight
+        )
+        self._enough(enough)
+
+    def touch_pages(self, memory: Array) -> None:
+        """Write to every page of fresh memory (uint8), so that it lies near the thread that will read it."""
+        self._calls.touch_pages(self._handle, memory.ctypes.data, memory.size)
+
+    def read_memory(self, memory: Array, results: Array) -> int:
+        """Read memory (uint8) once, all threads at the same time; results int64 [threads]. Returns the bytes read."""
+        self._calls.read_memory(self._handle, memory.ctypes.data, memory.size, results.ctypes.data)
+        return memory.size // self.threads // 512 * 512 * self.threads
+
+    def barriers(self, count: int) -> None:
+        """Let the threads meet so many times."""
+        self._calls.barriers(self._handle, count)
+
+    @staticmethod
+    def _enough(enough: int) -> None:
+        if not enough:
+            raise MemoryError("no memory is left for the kernels' scratch")

@@ -1,0 +1,227 @@
+// The mixture of experts: which experts each token takes, and their products.
+//
+// Each rank has a slice of every expert; only chosen experts are read. A token's sum over its experts is on the grid, so
+// it does not depend on the order of experts, threads or ranks.
+#pragma once
+#include "elementwise.h"
+#include "products.h"
+#include "team.h"
+
+namespace mpillama {
+
+// The first of the largest; a NaN counts as largest, so that it is seen in the result.
+inline i64 largest(const float* row, i64 count) {
+    i64 best = 0;
+    for (i64 i = 1; i < count; i++)
+        if (!(row[i] <= row[best])) best = i;
+    return best;
+}
+
+// A token's most probable experts and their shares of the result. The softmax is over all experts; with `renormalise` the
+// chosen shares add up to 1. `row` float32 [width] is overwritten.
+inline void choose_experts(float* row, i64 width, const MlpLayer& layer, i64* chosen, float* shares) {
+    const i64 experts = layer.gate.experts;
+    const Vf top = splat(row[largest(row, experts)]);
+    for (i64 i = 0; i < width; i += W) store(row + i, exponential(sub(load(row + i), top)));
+    double total = 0.0, taken = 0.0;
+    for (i64 i = 0; i < experts; i++) total += static_cast<double>(row[i]);
+    for (i64 j = 0; j < layer.chosen; j++) {
+        chosen[j] = largest(row, experts);
+        shares[j] = static_cast<float>(static_cast<double>(row[chosen[j]]) / total);
+        taken += static_cast<double>(shares[j]);
+        row[chosen[j]] = -1.0f;
+    }
+    for (i64 j = 0; j < layer.chosen && layer.renormalise; j++)
+        shares[j] = static_cast<float>(static_cast<double>(shares[j]) / taken);
+}
+
+// Hands out the team's shared memory; every thread computes the same addresses.
+struct Arena {
+    u8* at;
+
+    template <class Element> Element* take(i64 count) {
+        Element* taken = reinterpret_cast<Element*>(at);
+        at += (count * static_cast<i64>(sizeof(Element)) + 63) / 64 * 64;
+        return taken;
+    }
+
+    Activations activations(i64 tokens, i64 tiled, i64 columns, bool floats) {
+        const i64 blocks = tiled * (columns / BLOCK);
+        return {floats ? take<float>(tokens * columns) : nullptr, take<i8>(blocks * BLOCK), take<float>(blocks),
+                take<i32>(blocks), columns};
+    }
+};
+
+// The tokens of a step by the experts they chose: pairs of token and place, sorted by expert. An expert's tokens lie in
+// tiles of their own, which begin at tile places `tiles[expert]`.
+struct Routing {
+    i64 *chosen, *ends, *tiles, *tokens;
+    float *shares, *pair_shares;
+    float* logits;
+    Activations x, gate;
+    float* up;
+
+    // For `pairs` of tokens and experts in all.
+    static Routing in(Arena arena, const MlpLayer& layer, const Step& step) {
+        const i64 pairs = step.tokens * layer.chosen, experts = layer.gate.experts, inner = layer.gate.groups * LANES;
+        const i64 tiled = step.tokens == 1 ? pairs : pairs + (TILE_WIDTH - 1) * (experts < pairs ? experts : pairs);
+        Routing r;
+        r.chosen = arena.take<i64>(pairs);
+        r.ends = arena.take<i64>(experts + 1);
+        r.tiles = arena.take<i64>(experts + 1);
+        r.tokens = arena.take<i64>(pairs);
+        r.shares = arena.take<float>(pairs);
+        r.pair_shares = arena.take<float>(pairs);
+        r.logits = arena.take<float>(step.tokens * layer.router.groups * LANES);
+        r.x = arena.activations(pairs, tiled, step.hidden.columns, true);
+        r.gate = arena.activations(pairs, tiled, inner, true);
+        r.up = arena.take<float>(pairs * inner);
+        r.end = arena.at;
+        return r;
+    }
+
+    i64 count(i64 expert) const { return ends[expert + 1] - ends[expert]; }
+
+    // An expert's tokens in activations of all pairs.
+    Activations of(const Activations& all, i64 expert) const {
+        const i64 place = tiles[expert] * (all.columns / BLOCK);
+        return {all.x + ends[expert] * all.columns, all.values + place * BLOCK, all.scales + place, all.starts + place,
+                all.columns};
+    }
+
+    void sort(const MlpLayer& layer, i64 step_tokens) const {
+        const i64 experts = layer.gate.experts, pairs = step_tokens * layer.chosen;
+        for (i64 e = 0; e <= experts; e++) ends[e] = 0;
+        for (i64 pair = 0; pair < pairs; pair++) ends[chosen[pair] + 1]++;
+        tiles[0] = 0;
+        for (i64 e = 0; e < experts; e++) {
+            tiles[e + 1] = tiles[e] + places(ends[e + 1], 1) * (ends[e + 1] > 0);
+            ends[e + 1] += ends[e];
+        }
+        for (i64 pair = 0; pair < pairs; pair++) {
+            const i64 place = ends[chosen[pair]]++;
+            tokens[place] = pair / layer.chosen;
+            pair_shares[place] = shares[pair];
+        }
+        for (i64 e = experts; e > 0; e--) ends[e] = ends[e - 1];  // each was moved to its end, the next one's beginning
+        ends[0] = 0;
+    }
+
+    u8* end;
+};
+
+// SwiGLU of 32-row pairs first:last for some tokens of an expert, with its quantised form for the down projection.
+inline void gate_up_span(const MlpLayer& layer, i64 expert, const Activations& x, i64 tokens, const float* shares,
+                         const Activations& gate, float* up, i64 first, i64 last, i64 in_flight) {
+    if (last <= first) return;
+    column_span(layer.gate, expert, x, tokens, 2 * first, 2 * last, gate.x, gate.columns, in_flight);
+    column_span(layer.up, expert, x, tokens, 2 * first, 2 * last, up, gate.columns, in_flight);
+    const bool quantised = has_blocks(layer.down.type);
+    for (i64 t = 0; t < tokens; t++) {
+        float *g = gate.x + t * gate.columns, *u = up + t * gate.columns;
+        if (layer.gate_bias != nullptr) {
+            add_to(g, layer.gate_bias, BLOCK * first, BLOCK * last);
+            add_to(u, layer.up_bias, BLOCK * first, BLOCK * last);
+        }
+        silu_multiply(g, u, BLOCK * first, BLOCK * last);
+        if (shares != nullptr) multiply(g, shares[t], BLOCK * first, BLOCK * last);
+        if (quantised) quantise_blocks(g + BLOCK * first, last - first, gate, tokens, t, first);
+    }
+}
+
+// Copy the activations of a range of pairs beside those of their expert's other tokens.
+inline void gather(const MlpLayer& layer, const Step& step, const Routing& r, i64 first, i64 last) {
+    const bool quantised = has_blocks(layer.gate.type) || has_blocks(layer.up.type);
+    const i64 columns = step.hidden.columns, blocks = columns / BLOCK;
+    for (i64 e = 0; e < layer.gate.experts; e++) {
+        const Activations to = r.of(r.x, e);
+        for (i64 i = 0; i < r.count(e); i++) {
+            const i64 pair = r.ends[e] + i, token = r.tokens[pair];
+            if (pair < first || pair >= last) continue;
+            std::memcpy(to.x + i * columns, step.hidden.x + token * columns, columns * sizeof(float));
+            for (i64 b = 0; b < blocks && quantised; b++) {
+                const i64 here = block_place(r.count(e), blocks, i, b);
+                const i64 there = block_place(step.tokens, blocks, token, b);
+                std::memcpy(to.values + BLOCK * here, step.hidden.values + BLOCK * there, BLOCK);
+                to.scales[here] = step.hidden.scales[there];
+                to.starts[here] = step.hidden.starts[there];
+            }
+        }
+    }
+}
+
+inline void route(const Member& member, const MlpLayer& layer, const Step& step, const Routing& r) {
+    const i64 width = layer.router.groups * LANES;
+    column_span(layer.router, 0, step.hidden, step.tokens, member.first(layer.router.groups),
+                member.last(layer.router.groups), r.logits, width, step.in_flight);
+    member.barrier();
+    for (i64 t = member.first(step.tokens); t < member.last(step.tokens); t++)
+        choose_experts(r.logits + t * width, width, layer, r.chosen + t * layer.chosen, r.shares + t * layer.chosen);
+    member.barrier();
+}
+
+// A single token: the threads share what all its experts have to do.
+inline void mixture_of_one(const Member& member, const MlpLayer& layer, const Step& step, const Routing& r) {
+    const i64 pairs = layer.gate.groups / 2, panels = layer.down.panels, rows = layer.down.groups * LANES;
+    const i64 inner = r.gate.columns;
+    const auto expert_gate = [&](i64 j) {
+        return Activations{r.gate.x + j * inner, r.gate.values + j * inner, r.gate.scales + j * pairs,
+                           r.gate.starts + j * pairs, inner};
+    };
+    const i64 begin = member.first(layer.chosen * pairs), end = member.last(layer.chosen * pairs);
+    for (i64 j = 0; j < layer.chosen; j++) {
+        const i64 first = begin > j * pairs ? begin - j * pairs : 0;
+        const i64 last = end - j * pairs < pairs ? end - j * pairs : pairs;
+        gate_up_span(layer, r.chosen[j], step.hidden, 1, r.shares + j, expert_gate(j), r.up + j * inner, first, last,
+                     step.in_flight);
+    }
+    member.barrier();
+    double* sums = reinterpret_cast<double*>(r.end) + member.thread * rows;
+    for (i64 i = 0; i < rows; i++) sums[i] = 0.0;
+    const i64 begin_panel = member.first(layer.chosen * panels), end_panel = member.last(layer.chosen * panels);
+    for (i64 j = 0; j < layer.chosen; j++) {
+        const i64 first = begin_panel > j * panels ? begin_panel - j * panels : 0;
+        const i64 last = end_panel - j * panels < panels ? end_panel - j * panels : panels;
+        if (last > first)
+            add_panels(layer.down, r.chosen[j], expert_gate(j), first, last, 0, layer.down.groups, sums, step.in_flight);
+    }
+    member.barrier();
+    const double* all = reinterpret_cast<const double*>(r.end);
+    for (i64 i = member.first(rows); i < member.last(rows); i++) {  // multiples of the grid: any order gives the same sum
+        double total = 0.0;
+        for (i64 thread = 0; thread < member.threads; thread++) total += all[thread * rows + i];
+        step.partial[i] = total;
+    }
+}
+
+// step.partial = each token's chosen experts' SwiGLU of step.hidden, times their shares: float64 [tokens, hidden].
+inline void mixture(const Member& member, const MlpLayer& layer, const Step& step) {
+    const Routing r = Routing::in(Arena{member.shared}, layer, step);
+    route(member, layer, step, r);
+    if (step.tokens == 1) return mixture_of_one(member, layer, step, r);
+    if (member.thread == 0) r.sort(layer, step.tokens);
+    member.barrier();
+    gather(layer, step, r, member.first(step.tokens * layer.chosen), member.last(step.tokens * layer.chosen));
+    member.barrier();
+    const i64 pairs = layer.gate.groups / 2, rows = layer.down.groups * LANES;
+    for (i64 e = 0; e < layer.gate.experts; e++)
+        if (r.count(e) > 0)
+            gate_up_span(layer, e, r.of(r.x, e), r.count(e), r.pair_shares + r.ends[e], r.of(r.gate, e),
+                         r.up + r.ends[e] * r.gate.columns, member.first(pairs), member.last(pairs), step.in_flight);
+    member.barrier();
+    const i64 first = member.first(layer.down.groups), last = member.last(layer.down.groups);
+    for (i64 t = 0; t < step.tokens; t++)
+        std::memset(step.partial + t * rows + LANES * first, 0, (last - first) * LANES * sizeof(double));
+    for (i64 e = 0; e < layer.gate.experts; e++)
+        if (r.count(e) > 0)
+            add_rows(layer.down, e, r.of(r.gate, e), r.count(e), first, last,
+                     Output{step.partial, rows, r.tokens + r.ends[e]}, member.scratch);
+}
+
+inline i64 mixture_shared_bytes(const MlpLayer& layer, const Step& step, i64 threads) {
+    u8* const base = reinterpret_cast<u8*>(64);
+    const Routing r = Routing::in(Arena{base}, layer, step);
+    return r.end - base + threads * layer.down.groups * LANES * static_cast<i64>(sizeof(double));
+}
+
+}  // namespace mpillama

@@ -1,0 +1,206 @@
+// What Python calls (mpillama/kernels/library.py), compiled once for each instruction set.
+#include <new>
+
+#include "layers.h"
+#include "shared_sum.h"
+#include "threads.h"
+
+using namespace mpillama;
+
+#define MPILLAMA_API extern "C" __attribute__((visibility("default")))
+
+namespace {
+
+// Run `body` on all threads of a team.
+template <class Body> void run(Team* team, const Body& body) {
+    team->run([](const Member& member, const void* body) { (*static_cast<const Body*>(body))(member); }, &body);
+}
+
+constexpr i64 FEW_BYTES = 32 * 1024;
+
+// A team's own copy of small work is not worth waking the others: then thread 0 does it alone.
+template <class Body> void run_over(Team* team, i64 units, i64 bytes, const Body& body) {
+    if (bytes < FEW_BYTES)
+        body(0, units);
+    else
+        run(team, [&](const Member& member) { body(member.first(units), member.last(units)); });
+}
+
+}  // namespace
+
+MPILLAMA_API Team* mpillama_start_team(i64 threads, i64 spins, const i32* cpus) {
+    return start_team(threads, spins, cpus);
+}
+
+MPILLAMA_API void mpillama_end_team(Team* team) { end_team(team, team->threads - 1); }
+
+// The halves of a layer return 0 when there is not enough memory for their scratch, else 1.
+MPILLAMA_API i64 mpillama_attention_half(Team* team, const AttentionLayer* layer, const Step* step) {
+    const i64 each = larger(attention_scratch_bytes(*layer), row_scratch_bytes(layer->o));
+    const i64 common = larger(attention_shared_bytes(*layer, *step, team->threads),
+                              row_shared_bytes(layer->o, step->tokens, team->threads));
+    if (!team->reserve(each, common)) return 0;
+    run(team, [&](const Member& member) { attention_half(member, *layer, *step); });
+    return 1;
+}
+
+MPILLAMA_API i64 mpillama_mlp_half(Team* team, const MlpLayer* layer, const Step* step) {
+    const i64 common = layer->router.groups > 0 ? mixture_shared_bytes(*layer, *step, team->threads)
+                                                : row_shared_bytes(layer->down, step->tokens, team->threads);
+    if (!team->reserve(row_scratch_bytes(layer->down), common)) return 0;
+    run(team, [&](const Member& member) { mlp_half(member, *layer, *step); });
+    return 1;
+}
+
+// x += total rounded to float32, then the bias (or null); [tokens, width].
+MPILLAMA_API void mpillama_add_rounded(Team* team, float* x, const double* total, const float* bias, i64 tokens,
+                                       i64 width) {
+    run_over(team, tokens, tokens * width * 12, [&](i64 first, i64 last) {
+        for (i64 t = first; t < last; t++) add_rounded(x + t * width, total + t * width, bias, width);
+    });
+}
+
+// out = total rounded to float32; [tokens, width].
+MPILLAMA_API void mpillama_round_to_float(Team* team, const double* total, float* out, i64 tokens, i64 width) {
+    run_over(team, tokens, tokens * width * 12, [&](i64 first, i64 last) {
+        for (i64 i = first * width; i < last * width; i++) out[i] = static_cast<float>(total[i]);
+    });
+}
+
+MPILLAMA_API void mpillama_rope_angles(const i32* positions, i64 tokens, const float* inverse_frequencies, i64 half,
+                                       double factor, float* cosines, float* sines) {
+    rope_angles(positions, tokens, inverse_frequencies, half, factor, cosines, sines);
+}
+
+// out[t] = row rows[t] of a matrix, zeros where rows[t] is negative (another rank's row); float64 [tokens, columns].
+MPILLAMA_API void mpillama_embed(const Matrix* matrix, const i64* rows, i64 tokens, double* out) {
+    with_type(matrix->type, [&](auto type) {
+        using T = decltype(type);
+        const Slice w = slice<T>(*matrix, 0, 0);
+        for (i64 t = 0; t < tokens; t++) {
+            double* to = out + t * w.columns;
+            for (i64 i = 0; i < w.columns; i++) to[i] = 0.0;
+            if (rows[t] < 0) continue;
+            const i64 group = rows[t] / LANES;
+            const int lane = static_cast<int>(rows[t] % LANES);
+            if constexpr (T::BLOCKS) {
+                const i64 blocks = w.columns / BLOCK;
+                for (i64 b = 0; b < blocks; b++) {
+                    float row[BLOCK];
+                    const i64 place = group * blocks + b;
+                    T::row(w.values + place * T::bytes, w.scales + place * LANES, lane, row);
+                    for (int i = 0; i < BLOCK; i++) to[b * BLOCK + i] += static_cast<double>(row[i]);
+                }
+            } else {
+                for (i64 k = 0; k < w.columns; k++) {
+                    float lanes[W];
+                    store(lanes, T::load(w.values + (group * w.columns + k) * T::bytes, lane / W));
+                    to[k] += static_cast<double>(lanes[lane % W]);
+                }
+            }
+        }
+    });
+}
+
+// h = RMSNorm(x), with its quantised form if `quantised`; x float32 [tokens, h->columns].
+MPILLAMA_API void mpillama_normalise(Team* team, const float* x, i64 tokens, const float* weight, i64 size, double eps,
+                                     i64 quantised, const Activations* h) {
+    run(team, [&](const Member& member) { normalise(member, x, tokens, weight, size, eps, quantised != 0, *h); });
+}
+
+// out = a column-parallel matrix times h: float32 [tokens, rows].
+MPILLAMA_API void mpillama_column_parallel(Team* team, const Matrix* matrix, const Activations* h, i64 tokens, float* out,
+                                           i64 in_flight) {
+    run(team, [&](const Member& member) { column_part(member, *matrix, *h, tokens, out, in_flight); });
+}
+
+// out = a row-parallel matrix times h, on the grid: float64 [tokens, rows].
+MPILLAMA_API i64 mpillama_row_parallel(Team* team, const Matrix* matrix, const Activations* h, i64 tokens, double* out,
+                                       i64 in_flight) {
+    if (!team->reserve(row_scratch_bytes(*matrix), row_shared_bytes(*matrix, tokens, team->threads))) return 0;
+    run(team, [&](const Member& member) { row_parallel(member, *matrix, *h, tokens, out, in_flight); });
+    return 1;
+}
+
+// The int8 blocks of h->x, token by token.
+MPILLAMA_API void mpillama_quantise(const Activations* h, i64 tokens) {
+    for (i64 t = 0; t < tokens; t++) quantise_blocks(h->x + t * h->columns, h->columns / BLOCK, *h, tokens, t, 0);
+}
+
+MPILLAMA_API i64 mpillama_sum_shared(const Window* window, double* partial, i64 count, i64 sequence, i64 posted, i64 spins,
+                                     i64 yields) {
+    return sum_shared(*window, partial, count, sequence, posted != 0, spins, yields);
+}
+
+// Write to every page of fresh memory, each thread to the part of an array that it has in the products.
+MPILLAMA_API void mpillama_touch_pages(Team* team, u8* memory, i64 bytes) {
+    constexpr i64 page = 4096;
+    const i64 pages = (bytes + page - 1) / page;
+    run(team, [&](const Member& member) {
+        for (i64 p = member.first(pages); p < member.last(pages); p++) memory[p * page] = 0;
+    });
+}
+
+// Read memory once, each thread `bytes` / threads of it rounded down to 512; results i64 [threads].
+MPILLAMA_API void mpillama_read_memory(Team* team, const u8* memory, i64 bytes, i64* results) {
+    run(team, [&](const Member& member) {
+        constexpr int lines = 8;
+        const i64 share = bytes / member.threads / 512 * 512;
+        const u8* from = memory + member.thread * share;
+        Vi sums[lines] = {};
+        for (i64 i = 0; i < share; i += 64 * lines) {
+            for (int line = 0; line < lines; line++) {
+                prefetch(from + i + 64 * line + 4096);
+                for (int part = 0; part < PARTS; part++)
+                    sums[line] = bit_xor(sums[line],
+                                         load(reinterpret_cast<const i32*>(from + i + 64 * line) + W * part));
+            }
+        }
+        i32 lanes[W];
+        i64 total = 0;
+        for (const Vi& sum : sums) {
+            store(lanes, sum);
+            for (i32 lane : lanes) total ^= lane;
+        }
+        results[member.thread] = total;
+    });
+}
+
+// A region of `count` barriers, to be timed.
+MPILLAMA_API void mpillama_barriers(Team* team, i64 count) {
+    run(team, [&](const Member& member) {
+        for (i64 i = 0; i < count; i++) member.barrier();
+    });
+}
+
+// The sizes and offsets of the structs that Python describes too, one after the other; -1 behind the last.
+MPILLAMA_API i64 mpillama_offset(i64 index) {
+    static const i64 offsets[] = {
+        sizeof(Matrix), offsetof(Matrix, values), offsetof(Matrix, scales), offsetof(Matrix, type),
+        offsetof(Matrix, experts), offsetof(Matrix, panels), offsetof(Matrix, groups), offsetof(Matrix, columns),
+        sizeof(Activations), offsetof(Activations, x), offsetof(Activations, values), offsetof(Activations, scales),
+        offsetof(Activations, starts), offsetof(Activations, columns),
+        sizeof(Cache), offsetof(Cache, keys), offsetof(Cache, key_scales), offsetof(Cache, values),
+        offsetof(Cache, value_scales), offsetof(Cache, type),
+        sizeof(AttentionLayer), offsetof(AttentionLayer, q), offsetof(AttentionLayer, k), offsetof(AttentionLayer, v),
+        offsetof(AttentionLayer, o), offsetof(AttentionLayer, cache), offsetof(AttentionLayer, norm),
+        offsetof(AttentionLayer, q_bias), offsetof(AttentionLayer, k_bias), offsetof(AttentionLayer, v_bias),
+        offsetof(AttentionLayer, q_norm), offsetof(AttentionLayer, k_norm), offsetof(AttentionLayer, head_start),
+        offsetof(AttentionLayer, eps), offsetof(AttentionLayer, scale), offsetof(AttentionLayer, hidden_size),
+        offsetof(AttentionLayer, heads), offsetof(AttentionLayer, kv_heads), offsetof(AttentionLayer, head_dim),
+        offsetof(AttentionLayer, window),
+        sizeof(MlpLayer), offsetof(MlpLayer, gate), offsetof(MlpLayer, up), offsetof(MlpLayer, down),
+        offsetof(MlpLayer, router), offsetof(MlpLayer, norm), offsetof(MlpLayer, gate_bias),
+        offsetof(MlpLayer, up_bias), offsetof(MlpLayer, eps), offsetof(MlpLayer, hidden_size),
+        offsetof(MlpLayer, chosen), offsetof(MlpLayer, renormalise),
+        sizeof(Step), offsetof(Step, tokens), offsetof(Step, x), offsetof(Step, hidden), offsetof(Step, context),
+        offsetof(Step, gate), offsetof(Step, q), offsetof(Step, k), offsetof(Step, v), offsetof(Step, up),
+        offsetof(Step, partial), offsetof(Step, cosines), offsetof(Step, sines), offsetof(Step, slots),
+        offsetof(Step, segments), offsetof(Step, tables), offsetof(Step, rotary_half), offsetof(Step, segment_count),
+        offsetof(Step, table_width), offsetof(Step, in_flight),
+        sizeof(Window), offsetof(Window, slots), offsetof(Window, flags), offsetof(Window, ranks),
+        offsetof(Window, rank), offsetof(Window, capacity),
+    };
+    const i64 count = sizeof offsets / sizeof offsets[0];
+    return index < count ? offsets[index] : -1;
+}

@@ -1,0 +1,92 @@
+// Rotary position embedding, and what else happens to queries and keys before attention.
+//
+// Half-split convention: channel i turns with channel i + rotary_half (https://arxiv.org/abs/2104.09864, in the
+// arrangement of Hugging Face's Llama).
+#pragma once
+#include "cache.h"
+#include "norm.h"
+
+namespace mpillama {
+
+// pi/2 in three parts; the first two have 33 bits, so that their products with a quadrant count are exact.
+constexpr double HALF_PI_HIGH = 0x1.921fb544p+0, HALF_PI_MIDDLE = 0x1.0b4611a6p-34, HALF_PI_LOW = 0x1.3198a2e037073p-69;
+
+// sin and cos of an angle below 2^20 in magnitude: Taylor series after reduction to [-pi/4, pi/4], in nothing but
+// +, -, * and / in fixed order. The absolute error is below 1e-15.
+inline void sine_cosine(double angle, double* sine_out, double* cosine_out) {
+    const double quadrant = __builtin_floor(angle * 0.63661977236758138 + 0.5);
+    const double r = ((angle - quadrant * HALF_PI_HIGH) - quadrant * HALF_PI_MIDDLE) - quadrant * HALF_PI_LOW;
+    const double r2 = r * r;
+    double sine = r, cosine = 1.0, sine_term = r, cosine_term = 1.0;
+    for (int n = 1; n < 10; n++) {
+        cosine_term = cosine_term * -r2 / ((2 * n - 1) * (2 * n));
+        sine_term = sine_term * -r2 / ((2 * n) * (2 * n + 1));
+        cosine += cosine_term;
+        sine += sine_term;
+    }
+    switch (static_cast<i64>(quadrant) & 3) {
+        case 0: *sine_out = sine, *cosine_out = cosine; break;
+        case 1: *sine_out = cosine, *cosine_out = -sine; break;
+        case 2: *sine_out = -sine, *cosine_out = -cosine; break;
+        default: *sine_out = -cosine, *cosine_out = sine;
+    }
+}
+
+// cos and sin of position * frequency, times a factor: float32 [tokens, half]. The angle is a float32 product, as in the
+// reference implementation.
+inline void rope_angles(const i32* positions, i64 tokens, const float* inverse_frequencies, i64 half, double factor,
+                        float* cosines, float* sines) {
+    for (i64 t = 0; t < tokens; t++)
+        for (i64 i = 0; i < half; i++) {
+            const float angle = static_cast<float>(positions[t]) * inverse_frequencies[i];
+            double sine, cosine;
+            sine_cosine(angle, &sine, &cosine);
+            cosines[t * half + i] = static_cast<float>(cosine) * static_cast<float>(factor);
+            sines[t * half + i] = static_cast<float>(sine) * static_cast<float>(factor);
+        }
+}
+
+// Turn the first 2 * half channels of one head in place; products and their sum are rounded apart.
+inline void rotate_head(float* head, const float* cosines, const float* sines, i64 half) {
+    i64 i = 0;
+    for (; i + W <= half; i += W) {
+        const Vf low = load(head + i), high = load(head + half + i), cosine = load(cosines + i), sine = load(sines + i);
+        store(head + i, sub(mul(low, cosine), mul(high, sine)));
+        store(head + half + i, add(mul(high, cosine), mul(low, sine)));
+    }
+    for (; i < half; i++) {
+        const float low = head[i], high = head[half + i];
+        head[i] = low * cosines[i] - high * sines[i];
+        head[half + i] = high * cosines[i] + low * sines[i];
+    }
+}
+
+inline void add_bias(float* x, const float* bias, i64 count) {
+    for (i64 i = 0; i < count; i += W) store(x + i, add(load(x + i), load(bias + i)));
+}
+
+// Bias, norm and rotation of one token's heads; bias and norm may be null.
+inline void prepare_heads(const AttentionLayer& layer, const Step& step, i64 token, float* x, i64 heads,
+                          const float* bias, const float* norm) {
+    const i64 half = step.rotary_half;
+    if (bias) add_bias(x, bias, heads * layer.head_dim);
+    for (i64 h = 0; h < heads; h++) {
+        float* head = x + h * layer.head_dim;
+        if (norm) rms_norm_row(head, norm, layer.head_dim, 2 * half, layer.eps, head);
+        rotate_head(head, step.cosines + token * half, step.sines + token * half, half);
+    }
+}
+
+// Biases, norms of heads and RoPE in place, and keys and values into the cache, for tokens first : last.
+inline void rotate_and_store(const AttentionLayer& layer, const Step& step, i64 first_token, i64 last_token) {
+    const i64 width = layer.heads * layer.head_dim, kv_width = layer.kv_heads * layer.head_dim;
+    for (i64 t = first_token; t < last_token; t++) {
+        float *k = step.k + t * kv_width, *v = step.v + t * kv_width;
+        prepare_heads(layer, step, t, step.q + t * width, layer.heads, layer.q_bias, layer.q_norm);
+        prepare_heads(layer, step, t, k, layer.kv_heads, layer.k_bias, layer.k_norm);
+        if (layer.v_bias) add_bias(v, layer.v_bias, kv_width);
+        store_key_value(layer, k, v, step.slots[t]);
+    }
+}
+
+}  // namespace mpillama
