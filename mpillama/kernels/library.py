@@ -33,7 +33,7 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
         [c_void_p, c_void_p, c_int64, c_void_p, c_int64, c_double, c_int64, POINTER(arguments.Activations)],
     ),
     "column_parallel": (
-        None,
+        c_int64,
         [c_void_p, POINTER(arguments.Matrix), POINTER(arguments.Activations), c_int64, c_void_p, c_int64],
     ),
     "row_parallel": (
@@ -138,7 +138,10 @@ class Team:
         self, matrix: arguments.Matrix, h: arguments.Activations, out: Array, in_flight: int = 1
     ) -> None:
         """out = this rank's rows of a matrix times h; float32 [tokens, rows]."""
-        self._calls.column_parallel(self._handle, byref(matrix), byref(h), len(out), out.ctypes.data, in_flight)
+        enough = self._calls.column_parallel(
+            self._handle, byref(matrix), byref(h), len(out), out.ctypes.data, in_flight
+        )
+        self._enough(enough)
 
     def row_parallel(self, matrix: arguments.Matrix, h: arguments.Activations, out: Array, in_flight: int = 1) -> None:
         """out = this rank's panels of a matrix times h, on the grid; float64 [tokens, rows]."""

@@ -1,7 +1,7 @@
 // The pieces of attention: scores and weighted values of one cache block, online softmax, combination of spans.
 //
-// Positions are the lanes of a score, channels are the lanes of an output; cache.h says how a cache block lies. A row is
-// a query head of a token. Rows are handled 8, 4 or 1 together, which changes nothing in a row's arithmetic.
+// Positions are the lanes of a score, channels are the lanes of an output; cache.h says how a cache block lies. A row
+// is a query head of a token. Rows are handled 8, 4, 2 or 1 together, which changes nothing in a row's arithmetic.
 #pragma once
 #include "cache.h"
 
@@ -15,8 +15,8 @@ constexpr int REGISTERS = 32;
 constexpr int REGISTERS = 16;
 #endif
 
-// How many accumulators of each of `rows` rows are in flight: together half of the registers, which hides the latency of
-// the FMAs and leaves room for what they multiply.
+// How many accumulators of each of `rows` rows are in flight: together half of the registers, which hides the latency
+// of the FMAs and leaves room for what they multiply.
 constexpr int in_flight(int rows, int most) { return REGISTERS / 2 / rows < most ? REGISTERS / 2 / rows : most; }
 
 // Query rows, scaled: float32 [rows, head_dim] and, for q8, int8 blocks row after row.
@@ -77,7 +77,8 @@ inline void block_scores(const CacheBlock<Kv>& here, const CacheBlock<Kv>& next,
                 const i64 at = (group * blocks + i) * Q8_0::bytes, scales_at = POSITIONS * i + LANES * group;
                 prefetch_run(next.keys + at + Q8_0::bytes / PARTS * part, Q8_0::bytes / PARTS);
                 prefetch(next.key_scales + scales_at);
-                const auto keys = Q8_0::load(reinterpret_cast<const u8*>(here.keys) + at, here.key_scales + scales_at, part);
+                const u8* steps = reinterpret_cast<const u8*>(here.keys) + at;
+                const auto keys = Q8_0::load(steps, here.key_scales + scales_at, part);
                 for (int r = 0; r < ROWS; r++) {
                     const i64 place = r * blocks + i;
                     sums[r] = Q8_0::add(keys, q.values + BLOCK * place, q.scales[place], q.starts[place], sums[r]);
@@ -162,7 +163,8 @@ inline void softmax_block(float* scores, i64 hidden, i64 count, float* largest, 
     if (hidden > 0 || count < POSITIONS)
         for (i64 p = 0; p < POSITIONS; p += W) {
             const Vi place = add(load(numbers), splat(static_cast<i32>(p)));
-            const Vm seen = both(less(place, splat(static_cast<i32>(count))), less(splat(static_cast<i32>(hidden) - 1), place));
+            const Vm early = less(place, splat(static_cast<i32>(count)));
+            const Vm seen = both(early, less(splat(static_cast<i32>(hidden) - 1), place));
             store(scores + p, select(seen, load(scores + p), splat(-__builtin_inff())));
         }
     F32x16 top = splat16(FAR_BELOW);

@@ -1,8 +1,8 @@
 // The KV cache: how a block lies, and the write of keys and values into it.
 //
 // A cache block holds 64 positions of one KV head. f32, f16: keys [head_dim, 64], values [64, head_dim]. q8: keys
-// [4 groups of 16 positions][head_dim / 32][8 steps of 16 positions x 4 channels], as a q8_0 weight group whose rows are
-// positions; values [64, head_dim]; both with float16 scales [head_dim / 32, 64].
+// [4 groups of 16 positions][head_dim / 32][8 steps of 16 positions x 4 channels], as a q8_0 weight group whose rows
+// are positions; values [64, head_dim]; both with float16 scales [head_dim / 32, 64].
 #pragma once
 #include "activations.h"
 #include "types/types.h"

@@ -112,10 +112,11 @@ struct Routing {
 
 // SwiGLU of 32-row pairs first:last for some tokens of an expert, with its quantised form for the down projection.
 inline void gate_up_span(const MlpLayer& layer, i64 expert, const Activations& x, i64 tokens, const float* shares,
-                         const Activations& gate, float* up, i64 first, i64 last, i64 in_flight) {
+                         const Activations& gate, float* up, i64 first, i64 last, i64 in_flight, u8* scratch) {
     if (last <= first) return;
-    column_span(layer.gate, expert, x, tokens, 2 * first, 2 * last, gate.x, gate.columns, in_flight);
-    column_span(layer.up, expert, x, tokens, 2 * first, 2 * last, up, gate.columns, in_flight);
+    column_span(layer.gate, expert, x, tokens, 2 * first, 2 * last, gate.x, gate.columns, in_flight,
+                scratch);
+    column_span(layer.up, expert, x, tokens, 2 * first, 2 * last, up, gate.columns, in_flight, scratch);
     const bool quantised = has_blocks(layer.down.type);
     for (i64 t = 0; t < tokens; t++) {
         float *g = gate.x + t * gate.columns, *u = up + t * gate.columns;
@@ -153,7 +154,7 @@ inline void gather(const MlpLayer& layer, const Step& step, const Routing& r, i6
 inline void route(const Member& member, const MlpLayer& layer, const Step& step, const Routing& r) {
     const i64 width = layer.router.groups * LANES;
     column_span(layer.router, 0, step.hidden, step.tokens, member.first(layer.router.groups),
-                member.last(layer.router.groups), r.logits, width, step.in_flight);
+                member.last(layer.router.groups), r.logits, width, step.in_flight, member.scratch);
     member.barrier();
     for (i64 t = member.first(step.tokens); t < member.last(step.tokens); t++)
         choose_experts(r.logits + t * width, width, layer, r.chosen + t * layer.chosen, r.shares + t * layer.chosen);
@@ -173,7 +174,7 @@ inline void mixture_of_one(const Member& member, const MlpLayer& layer, const St
         const i64 first = begin > j * pairs ? begin - j * pairs : 0;
         const i64 last = end - j * pairs < pairs ? end - j * pairs : pairs;
         gate_up_span(layer, r.chosen[j], step.hidden, 1, r.shares + j, expert_gate(j), r.up + j * inner, first, last,
-                     step.in_flight);
+                     step.in_flight, member.scratch);
     }
     member.barrier();
     double* sums = reinterpret_cast<double*>(r.end) + member.thread * rows;
@@ -207,7 +208,8 @@ inline void mixture(const Member& member, const MlpLayer& layer, const Step& ste
     for (i64 e = 0; e < layer.gate.experts; e++)
         if (r.count(e) > 0)
             gate_up_span(layer, e, r.of(r.x, e), r.count(e), r.pair_shares + r.ends[e], r.of(r.gate, e),
-                         r.up + r.ends[e] * r.gate.columns, member.first(pairs), member.last(pairs), step.in_flight);
+                         r.up + r.ends[e] * r.gate.columns, member.first(pairs), member.last(pairs), step.in_flight,
+                         member.scratch);
     member.barrier();
     const i64 first = member.first(layer.down.groups), last = member.last(layer.down.groups);
     for (i64 t = 0; t < step.tokens; t++)

@@ -36,7 +36,7 @@ MPILLAMA_API void mpillama_end_team(Team* team) { end_team(team, team->threads -
 
 // The halves of a layer return 0 when there is not enough memory for their scratch, else 1.
 MPILLAMA_API i64 mpillama_attention_half(Team* team, const AttentionLayer* layer, const Step* step) {
-    const i64 each = larger(attention_scratch_bytes(*layer), row_scratch_bytes(layer->o));
+    const i64 each = attention_half_scratch_bytes(*layer);
     const i64 common = larger(attention_shared_bytes(*layer, *step, team->threads),
                               row_shared_bytes(layer->o, step->tokens, team->threads));
     if (!team->reserve(each, common)) return 0;
@@ -47,7 +47,7 @@ MPILLAMA_API i64 mpillama_attention_half(Team* team, const AttentionLayer* layer
 MPILLAMA_API i64 mpillama_mlp_half(Team* team, const MlpLayer* layer, const Step* step) {
     const i64 common = layer->router.groups > 0 ? mixture_shared_bytes(*layer, *step, team->threads)
                                                 : row_shared_bytes(layer->down, step->tokens, team->threads);
-    if (!team->reserve(row_scratch_bytes(layer->down), common)) return 0;
+    if (!team->reserve(mlp_half_scratch_bytes(*layer), common)) return 0;
     run(team, [&](const Member& member) { mlp_half(member, *layer, *step); });
     return 1;
 }
@@ -109,9 +109,11 @@ MPILLAMA_API void mpillama_normalise(Team* team, const float* x, i64 tokens, con
 }
 
 // out = a column-parallel matrix times h: float32 [tokens, rows].
-MPILLAMA_API void mpillama_column_parallel(Team* team, const Matrix* matrix, const Activations* h, i64 tokens, float* out,
-                                           i64 in_flight) {
+MPILLAMA_API i64 mpillama_column_parallel(Team* team, const Matrix* matrix, const Activations* h, i64 tokens, float* out,
+                                          i64 in_flight) {
+    if (!team->reserve(steps_bytes(*matrix), 0)) return 0;
     run(team, [&](const Member& member) { column_part(member, *matrix, *h, tokens, out, in_flight); });
+    return 1;
 }
 
 // out = a row-parallel matrix times h, on the grid: float64 [tokens, rows].

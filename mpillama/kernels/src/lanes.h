@@ -28,6 +28,9 @@ inline i32 load_i32(const void* p) {
 
 }  // namespace mpillama
 
+#if defined(__AMX_INT8__) || defined(MPILLAMA_AMX_IN_SOFTWARE)
+#define MPILLAMA_HAS_TILES
+#endif
 #if defined(__AVX512F__) && defined(__AVX512BW__)
 #include "isa/avx512.h"
 #elif defined(__AVX2__)

@@ -23,7 +23,8 @@ inline void normalise(const Member& member, const float* x, i64 tokens, const fl
 
 inline void column_part(const Member& member, const Matrix& m, const Activations& x, i64 tokens, float* out,
                         i64 in_flight) {
-    column_span(m, 0, x, tokens, member.first(m.groups), member.last(m.groups), out, m.groups * LANES, in_flight);
+    column_span(m, 0, x, tokens, member.first(m.groups), member.last(m.groups), out, m.groups * LANES, in_flight,
+                member.scratch);
 }
 
 constexpr i64 RUN_BYTES = 256 * 1024;  // the shortest run of weights that a thread should read of a panel before it jumps
@@ -66,6 +67,16 @@ inline void row_parallel(const Member& member, const Matrix& m, const Activation
     }
 }
 
+inline i64 attention_half_scratch_bytes(const AttentionLayer& layer) {
+    const i64 products = larger(larger(steps_bytes(layer.q), steps_bytes(layer.k)), steps_bytes(layer.v));
+    return larger(larger(products, row_scratch_bytes(layer.o)), attention_scratch_bytes(layer));
+}
+
+inline i64 mlp_half_scratch_bytes(const MlpLayer& layer) {
+    const i64 products = larger(larger(steps_bytes(layer.gate), steps_bytes(layer.up)), steps_bytes(layer.router));
+    return larger(products, row_scratch_bytes(layer.down));
+}
+
 // Norm, q/k/v, RoPE and cache, attention, o_proj: step.partial is this rank's part of the sum.
 inline void attention_half(const Member& member, const AttentionLayer& layer, const Step& step) {
     const bool quantised = has_blocks(layer.q.type) || has_blocks(layer.k.type) || has_blocks(layer.v.type);
@@ -91,7 +102,7 @@ inline void mlp_half(const Member& member, const MlpLayer& layer, const Step& st
     if (layer.router.groups > 0) return mixture(member, layer, step);
     const i64 pairs = layer.gate.groups / 2;  // a quantised block is two groups
     gate_up_span(layer, 0, step.hidden, step.tokens, nullptr, step.gate, step.up, member.first(pairs),
-                 member.last(pairs), step.in_flight);
+                 member.last(pairs), step.in_flight, member.scratch);
     member.barrier();
     row_parallel(member, layer.down, step.gate, step.tokens, step.partial, step.in_flight);
 }

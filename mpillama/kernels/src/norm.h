@@ -4,8 +4,8 @@
 
 namespace mpillama {
 
-// out = x / sqrt(mean of squares + eps) * weight over `width` numbers, a multiple of 32, of which `size` are no padding;
-// `out` may be `x`. The squares are summed in float64 in 16 lanes, the rest is float32 as in the reference.
+// out = x / sqrt(mean of squares + eps) * weight over `width` numbers, a multiple of 32, of which `size` are no
+// padding; `out` may be `x`. The squares are summed in float64 in 16 lanes, the rest is float32 as in the reference.
 inline void rms_norm_row(const float* x, const float* weight, i64 width, i64 size, double eps, float* out) {
     F64x16 squares = lift<F64x16>([](int) { return splat(0.0); });
     for (i64 i = 0; i < width; i += LANES)

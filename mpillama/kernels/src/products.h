@@ -8,6 +8,9 @@
 #pragma once
 #include "activations.h"
 #include "types/types.h"
+#ifdef MPILLAMA_HAS_TILES
+#include "isa/amx.h"
+#endif
 
 namespace mpillama {
 
@@ -138,8 +141,37 @@ inline void column_tile(const Slice& w, i64 group, const Input& in, i64 token, f
     }
 }
 
+// Whole tiles of tokens on AMX; returns the first token that is left.
 template <class T>
-inline void column_span(const Slice& w, const Input& in, i64 first, i64 last, float* out, i64 stride, i64 in_flight) {
+inline i64 column_tiles(const Slice& w, const Input& in, i64 first, i64 last, float* out, i64 stride, u8* scratch) {
+#ifdef MPILLAMA_HAS_TILES
+    const i64 blocks = w.columns / BLOCK, tokens = in.tokens / AMX_TOKENS * AMX_TOKENS;
+    if (!T::BLOCKS || tokens == 0) return 0;
+    if constexpr (T::BLOCKS) {
+        const Tiles tiles;
+        u8* const steps = scratch + AMX_PRODUCTS;
+        for (i64 group = first; group < last; group++) {
+            const i64 place = group * blocks;
+            for (i64 i = 0; i < blocks; i++) T::signed_steps(w.values + (place + i) * T::bytes, steps + 512 * i);
+            for (i64 token = 0; token < tokens; token += AMX_TOKENS) {
+                const i64 at = in.place(token);
+                Vf sums[AMX_TOKENS] = {};
+                amx_sums(steps, w.scales + place * LANES, blocks, in.from.values + BLOCK * at, in.from.scales + at,
+                         scratch, sums);
+                for (int t = 0; t < AMX_TOKENS; t++) store(out + (token + t) * stride + group * LANES, sums[t]);
+            }
+        }
+    }
+    return tokens;
+#else
+    (void)w, (void)in, (void)first, (void)last, (void)out, (void)stride, (void)scratch;
+    return 0;
+#endif
+}
+
+template <class T>
+inline void column_span(const Slice& w, const Input& in, i64 first, i64 last, float* out, i64 stride, i64 in_flight,
+                        u8* scratch) {
     if (in.tokens == 1) {
         i64 group = first;
         if constexpr (!T::BLOCKS) group = column_stream<T, 4>(w, in, group, last, out);
@@ -147,8 +179,9 @@ inline void column_span(const Slice& w, const Input& in, i64 first, i64 last, fl
         column_stream<T, 1>(w, in, group, last, out);
         return;
     }
+    const i64 begin = column_tiles<T>(w, in, first, last, out, stride, scratch);
     for (i64 group = first; group < last; group++) {
-        for (i64 token = 0, count; token < in.tokens; token += count) {
+        for (i64 token = begin, count; token < in.tokens; token += count) {
             count = in.together(token);
             switch (count) {
                 case 8: column_tile<T, 8>(w, group, in, token, out, stride); break;
@@ -162,11 +195,20 @@ inline void column_span(const Slice& w, const Input& in, i64 first, i64 last, fl
 
 // out[t, 16 first : 16 last] = the rows of groups first:last of an expert's matrix times x[t]; out float32 [tokens, stride].
 inline void column_span(const Matrix& m, i64 expert, const Activations& x, i64 tokens, i64 first, i64 last, float* out,
-                        i64 stride, i64 in_flight) {
+                        i64 stride, i64 in_flight, u8* scratch) {
     with_type(m.type, [&](auto type) {
         using T = decltype(type);
-        column_span<T>(slice<T>(m, expert, 0), Input{x, tokens, 0}, first, last, out, stride, in_flight);
+        column_span<T>(slice<T>(m, expert, 0), Input{x, tokens, 0}, first, last, out, stride, in_flight, scratch);
     });
+}
+
+// Bytes of a thread's scratch that a product with a group of this matrix needs on AMX: its signed steps.
+inline i64 steps_bytes([[maybe_unused]] const Matrix& m) {
+#ifdef MPILLAMA_HAS_TILES
+    return AMX_PRODUCTS + m.panels * (m.columns / BLOCK) * 512;
+#else
+    return 0;
+#endif
 }
 
 // -- row-parallel -------------------------------------------------------------------------------------------------------
@@ -226,9 +268,39 @@ inline void panel_tile(const Slice& w, i64 panels, const Input& in, i64 token, c
     }
 }
 
+// Whole tiles of tokens on AMX; returns the first token that is left.
+template <class T>
+inline i64 panel_tiles(const Slice& w, i64 panels, const Input& in, const Output& to, i64 group, u8* scratch) {
+#ifdef MPILLAMA_HAS_TILES
+    const i64 blocks = w.columns / BLOCK, tokens = in.tokens / AMX_TOKENS * AMX_TOKENS;
+    if (!T::BLOCKS || tokens == 0) return 0;
+    if constexpr (T::BLOCKS) {
+        const Tiles tiles;
+        u8* const steps = scratch + AMX_PRODUCTS;
+        for (i64 i = 0; i < panels * blocks; i++) T::signed_steps(w.values + i * T::bytes, steps + 512 * i);
+        for (i64 token = 0; token < tokens; token += AMX_TOKENS) {
+            for (i64 panel = 0; panel < panels; panel++) {
+                const i64 at = Input{in.from, in.tokens, panel * w.columns}.place(token);
+                Vf sums[AMX_TOKENS] = {};
+                amx_sums(steps + 512 * panel * blocks, w.scales + panel * blocks * LANES, blocks,
+                         in.from.values + BLOCK * at, in.from.scales + at, scratch, sums);
+                for (int t = 0; t < AMX_TOKENS; t++) {
+                    double* row = to.at(token + t) + group * LANES;
+                    store(row, add(load(row), round_to_grid(sums[t])));
+                }
+            }
+        }
+    }
+    return tokens;
+#else
+    (void)w, (void)panels, (void)in, (void)to, (void)group, (void)scratch;
+    return 0;
+#endif
+}
+
 // Bytes of a thread's scratch that add_rows needs: one group's panels.
 inline i64 row_scratch_bytes(const Matrix& m) {
-    return m.groups == 0 ? 0 : m.panels * (panel_bytes(m) / m.groups + (m.columns / BLOCK) * 2 * LANES) + 2 * AHEAD;
+    return m.groups == 0 ? 0 : steps_bytes(m) + m.panels * (panel_bytes(m) / m.groups + (m.columns / BLOCK) * 2 * LANES) + 2 * AHEAD;
 }
 
 // Add all panels of groups first:last times x[t]. A group's panels are brought together once, so that they stay in the
@@ -239,6 +311,7 @@ inline void add_rows(const Matrix& m, i64 expert, const Activations& x, i64 toke
         using T = decltype(type);
         const i64 units = T::BLOCKS ? m.columns / BLOCK : m.columns;
         u16* scales = reinterpret_cast<u16*>(scratch + m.panels * units * T::bytes + AHEAD);
+        u8* const steps = reinterpret_cast<u8*>(scales + (T::BLOCKS ? m.panels * units * LANES : 0));
         const Slice together{scratch, scales, m.columns};
         const Input in{x, tokens, 0};
         for (i64 group = first; group < last; group++) {
@@ -250,7 +323,8 @@ inline void add_rows(const Matrix& m, i64 expert, const Activations& x, i64 toke
                 if constexpr (T::BLOCKS)
                     std::memcpy(scales + panel * units * LANES, from.scales + group * units * LANES, units * 2 * LANES);
             }
-            for (i64 token = 0, count; token < tokens; token += count) {
+            const i64 begin = panel_tiles<T>(together, m.panels, in, to, group, steps);
+            for (i64 token = begin, count; token < tokens; token += count) {
                 count = in.together(token);
                 switch (count) {
                     case 8: panel_tile<T, 8>(together, m.panels, in, token, to, group); break;

@@ -32,8 +32,8 @@ inline void sine_cosine(double angle, double* sine_out, double* cosine_out) {
     }
 }
 
-// cos and sin of position * frequency, times a factor: float32 [tokens, half]. The angle is a float32 product, as in the
-// reference implementation.
+// cos and sin of position * frequency, times a factor: float32 [tokens, half]. The angle is a float32 product, as in
+// the reference implementation.
 inline void rope_angles(const i32* positions, i64 tokens, const float* inverse_frequencies, i64 half, double factor,
                         float* cosines, float* sines) {
     for (i64 t = 0; t < tokens; t++)

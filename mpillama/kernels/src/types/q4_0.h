@@ -30,6 +30,14 @@ struct Q4_0 {
         return fma(to_float(dot_nibbles(part.steps, x, start)), mul(part.scale, splat(scale)), sum);
     }
 
+    // A block as 8 steps of signed bytes.
+    static void signed_steps(const u8* values, u8* out) {
+        for (int i = 0; i < bytes; i++) {
+            out[i] = static_cast<u8>((values[i] & 15) - 8);
+            out[bytes + i] = static_cast<u8>((values[i] >> 4) - 8);
+        }
+    }
+
     static void row(const u8* values, const u16* scales, int lane, float* out) {
         float lanes[LANES];
         store16(lanes, load16_half(scales));

@@ -25,6 +25,9 @@ struct Q8_0 {
         return fma(to_float(dot_signed(part.steps, x, start)), mul(part.scale, splat(scale)), sum);
     }
 
+    // A block as 8 steps of signed bytes: as it is.
+    static void signed_steps(const u8* values, u8* out) { std::memcpy(out, values, bytes); }
+
     static void row(const u8* values, const u16* scales, int lane, float* out) {
         float lanes[LANES];
         store16(lanes, load16_half(scales));

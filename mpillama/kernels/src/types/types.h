@@ -4,6 +4,7 @@
 //     Part: W rows of a block, unpacked once for all tokens;
 //     load(values, scales, part): rows W * part and the following;
 //     add(part, x, scale, start, sum): sum + the product with 32 int8 activations, one FMA;
+//     signed_steps(values, out): 8 steps of 64 signed bytes, for tiles of AMX;
 //     row(values, scales, lane, out): one row's 32 values, as the file format defines them.
 // A type of floats has `bytes` for one k-value of 16 rows and load(values, part).
 #pragma once
