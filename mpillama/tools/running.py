@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from mpillama.comm.failure import USER_ERROR_STATUS, stop_printing
 from mpillama.comm.start import World, start_mpi
 from mpillama.engine.kernel_cache import refuse_unsafe_cache
-from mpillama.engine.model_file import ModelFile, make_tokenizer
+from mpillama.engine.model_file import ModelFile, make_chat_template, make_tokenizer
 from mpillama.engine.monitor import Monitor
 from mpillama.errors import UserError
 from mpillama.kernels.target import Target, prepare, requested_isa
@@ -77,10 +77,7 @@ class Run:
     @property
     def chat_template(self) -> ChatTemplate:
         """The model's own template; UserError if it has none."""
-        source = self.loaded.file.texts.get("chat_template.jinja")
-        if source is None:
-            raise UserError(f"{self.loaded.file.path}: the model has no chat template; use `generate` with --raw.")
-        return ChatTemplate(source.decode(), bos_token=self.tokenizer.bos_token, eos_token=self.tokenizer.eos_token)
+        return make_chat_template(self.loaded.file, self.tokenizer)
 
 
 def run_on_all_ranks(
