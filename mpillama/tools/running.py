@@ -81,17 +81,20 @@ class Run:
 
 
 def run_on_all_ranks(
-    options: RunOptions, quiet: bool, root: Callable[[Run], int], open_: "OpenExecutor | None" = None
-) -> int:
+    options: RunOptions, quiet: bool, root: Callable[[Run], int], open_: "OpenExecutor | None" = None,
+    check: Callable[[], None] = lambda: None,
+) -> int:  # fmt: skip
     """Start MPI, load the model, let rank 0 do `root` and the others follow; returns the exit status.
 
-    `open_` makes the executor; without it, one for a single sequence.
+    `open_` makes the executor; without it, one for a single sequence. `check` refuses on rank 0, before anything is
+    loaded, what only its host can tell.
     """
     check_observed(options)
     with (
         start_mpi(options.threads, timeout=options.timeout) as world,
         observed(options, world, quiet) as monitor,
     ):
+        world.comm.on_root_only(check)
         return run_in_world(options, quiet, root, open_, world, choose_target(world), monitor)
 
 
