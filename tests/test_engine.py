@@ -139,7 +139,7 @@ def test_logits_of_prompts_do_not_depend_on_chunks_and_company(running, model, t
     rng = np.random.default_rng(max_tokens)
     engine = new_engine(model, tokenizer, slots=4, blocks=5, max_tokens=max_tokens, speculate=3)
     engine.executor.piece = piece
-    requests = [random_request(rng, i) for i in range(16)]
+    requests = [random_request(rng, i) for i in range(10)]
     asked = [replace(r, on_prompt_logits=PromptRecorder()) for r in requests if r.key % 2]
     asked = [replace(r, limits=Limits(0)) if r.key % 3 == 0 else r for r in asked]
     others = [r for r in requests if not r.key % 2]

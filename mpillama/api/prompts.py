@@ -7,16 +7,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from mpillama.api.bodies import (
-    ANY_SEED,
-    NO_LIMIT,
-    BadRequest,
-    ChatBody,
-    CompletionBody,
-    Message,
-    SamplingBody,
-    TemplateFields,
-)
+from mpillama.api.bodies import ANY_SEED, NO_LIMIT, ChatBody, CompletionBody, SamplingBody
+from mpillama.api.body import BadRequest
+from mpillama.api.messages import Message, TemplateFields
 from mpillama.api.tool_calls import for_template
 from mpillama.engine.answer import Limits
 from mpillama.engine.sequence import Request

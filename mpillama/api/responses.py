@@ -8,7 +8,9 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Discriminator, Field, Tag, TypeAdapter
 from pydantic_core import PydanticCustomError
 
-from mpillama.api.bodies import Body, Effort, Ignored, MostTokens, SamplingBody, TemplateFields, refusing
+from mpillama.api.bodies import MostTokens, SamplingBody
+from mpillama.api.body import Body, Ignored, refusing
+from mpillama.api.messages import Effort, TemplateFields
 from mpillama.api.served import (
     MOST_LOGPROBS,
     FunctionTool,

@@ -4,16 +4,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field
 
-from mpillama.api.bodies import (
-    Body,
-    ChatFields,
-    CompletionFields,
-    Ignored,
-    Message,
-    Mixed,
-    TemplateFields,
-    Tokens,
-)
+from mpillama.api.bodies import ChatFields, CompletionFields, Mixed, Tokens
+from mpillama.api.body import Body, Ignored
+from mpillama.api.messages import Message, TemplateFields
 
 MOST_CHOICES = 16
 MOST_LOGPROBS = 20

@@ -7,7 +7,7 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
-from mpillama.api.bodies import BadRequest
+from mpillama.api.body import BadRequest
 from mpillama.batch.rows import CHAT_URL, Line, Row
 from mpillama.engine.sequence import EngineSequence
 

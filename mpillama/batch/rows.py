@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from mpillama.api.bodies import BadRequest, ChatBody, CompletionBody, parse_body
+from mpillama.api.bodies import ChatBody, CompletionBody
+from mpillama.api.body import BadRequest, parse_body
 from mpillama.errors import UserError
 
 CHAT_URL, COMPLETIONS_URL = "/v1/chat/completions", "/v1/completions"

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from mpillama.api.bodies import BadRequest
+from mpillama.api.body import BadRequest
 from mpillama.batch.journal import Journal
 from mpillama.batch.results import Result, error_line
 from mpillama.batch.rows import Line, row_id

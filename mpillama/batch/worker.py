@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from mpillama.api.bodies import BadRequest
+from mpillama.api.body import BadRequest
 from mpillama.api.prompts import Prompter, derived_seed
 from mpillama.batch.results import Provenance, Result, answer_line, error_line
 from mpillama.batch.rows import Line, Row, parse_row, row_id

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from mpillama.errors import UserError
+from mpillama.files.chat_templates import named_templates
 from mpillama.files.checkpoint import Checkpoint
 from mpillama.files.checkpoint_model import AS_STORED, checkpoint_model
 from mpillama.files.checkpoints import read_checkpoint
@@ -17,6 +18,7 @@ from mpillama.files.locate import locate_model
 from mpillama.files.native import HDF5_SIGNATURE, read_table
 from mpillama.model.config import ModelConfig
 from mpillama.model.tensors import TensorSpec, WeightTypes
+from mpillama.text.chat_template import ChatTemplate
 from mpillama.text.dllama_vocabulary import tokenizer_json_of_dllama
 from mpillama.text.end_tokens import end_tokens
 from mpillama.text.gguf_vocabulary import tokenizer_json_of_gguf
@@ -137,12 +139,13 @@ def with_tokenizer(checkpoint: Checkpoint) -> Checkpoint:
     if not vocabulary.get("tokens"):  # weights alone: they can be measured and converted
         return replace(checkpoint, texts={key: text for key, text in checkpoint.texts.items() if key != name})
     files = CONVERTERS[name](vocabulary | {"architecture": checkpoint.config_json.get("model_type")})
+    settings = settings_in(checkpoint.texts, TOKENIZER_CONFIG, checkpoint.path)
     ends = {"bos_token_id": files.bos_token_id, "eos_token_id": list(files.eos_token_ids)}
     texts = {
         **{key: text for key, text in checkpoint.texts.items() if key != name},
         "tokenizer.json": files.tokenizer_json,
         "generation_config.json": json.dumps(ends).encode(),
-        "tokenizer_config.json": json.dumps({"add_bos_token": files.add_bos}).encode(),
+        TOKENIZER_CONFIG: json.dumps({**settings, "add_bos_token": files.add_bos}).encode(),
     }
     return replace(checkpoint, texts=texts, config_json={**checkpoint.config_json, **ends})
 
@@ -182,6 +185,20 @@ def make_tokenizer(file: ModelFile) -> Tokenizer:
 def _ids(found: Any) -> tuple[int, ...]:
     """A configuration's token ids: none, one or a list."""
     return () if found is None else tuple(found) if isinstance(found, list) else (found,)
+
+
+def make_chat_template(file: ModelFile, tokenizer: Tokenizer) -> ChatTemplate:
+    """The model's own chat template; UserError if it has none, or several of which none is the default."""
+    source = file.texts.get("chat_template.jinja")
+    if source is not None:
+        return ChatTemplate(source.decode(), bos_token=tokenizer.bos_token, eos_token=tokenizer.eos_token)
+    names = named_templates(settings_in(file.texts, TOKENIZER_CONFIG, file.path).get("chat_template"))
+    if names:
+        raise UserError(
+            f"{file.path}: the model has chat templates named {', '.join(names)}, and none named default: put the one "
+            "you want into a file chat_template.jinja beside config.json."
+        )
+    raise UserError(f"{file.path}: the model has no chat template; use `generate` with --raw.")
 
 
 def settings_in(texts: Mapping[str, bytes], name: str, path: str) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from mpillama.errors import UserError
+from mpillama.files.chat_templates import DEFAULT, named_templates, only_template
 from mpillama.files.checkpoint import Checkpoint, StoredTensor
 from mpillama.files.foreign import by_name, check_extents, damaged, unreadable
 from mpillama.files.gguf_config import TOKENIZER, Metadata, hugging_face_config
@@ -19,6 +20,7 @@ from mpillama.files.reading import read_exactly
 PART = re.compile(r"(.*)-([0-9]{5})-of-([0-9]{5})\.gguf", re.DOTALL)
 VOCABULARY = "gguf_vocabulary.json"
 TEMPLATE = "chat_template.jinja"
+NAMED_TEMPLATE = "tokenizer.chat_template."
 
 
 def read_gguf(path: str) -> Checkpoint:
@@ -125,7 +127,12 @@ def _texts(values: Mapping[str, Any]) -> dict[str, bytes]:
     vocabulary = {key.removeprefix(TOKENIZER): value for key, value in values.items() if key.startswith(TOKENIZER)}
     if vocabulary:
         texts[VOCABULARY] = json.dumps(vocabulary, default=np.ndarray.tolist).encode()
-    template = values.get("tokenizer.chat_template")
-    if isinstance(template, str) and template:
+    named = {key.removeprefix(NAMED_TEMPLATE): value for key, value in values.items() if key.startswith(NAMED_TEMPLATE)}
+    templates = {DEFAULT: values.get(NAMED_TEMPLATE[:-1]), **named}
+    listed = [{"name": name, "template": text} for name, text in templates.items() if text]
+    template = only_template(named_templates(listed))
+    if template:
         texts[TEMPLATE] = template.encode(errors="surrogateescape")
+    elif listed:
+        texts["tokenizer_config.json"] = json.dumps({"chat_template": listed}, default=str).encode()
     return texts

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from mpillama.errors import UserError
+from mpillama.files.chat_templates import named_templates, only_template
 from mpillama.files.checkpoint import Checkpoint, StoredTensor
 from mpillama.files.foreign import by_name, check_extents, damaged, read_json, read_text, regular_size, split_experts
 from mpillama.files.output_head import TIED, settle_head, with_prefix
@@ -127,18 +128,10 @@ def _canonical(path: str, tensor: StoredTensor) -> Iterator[StoredTensor]:
 def _texts(folder: Path) -> dict[str, bytes]:
     """The texts that are there; an older checkpoint's chat template is taken out of its tokenizer_config.json."""
     texts = {name: read_text(folder / name) for name in TEXTS if (folder / name).exists()}
-    if "tokenizer.json" not in texts:
+    if "tokenizer.json" not in texts and (folder / OLDER_TOKENIZER[0]).exists():
         texts |= {name: read_text(folder / name) for name in OLDER_TOKENIZER if (folder / name).exists()}
     if TEMPLATE not in texts and TOKENIZER_CONFIG in texts:
-        template = _default_template(read_json(folder / TOKENIZER_CONFIG).get("chat_template"))
+        template = only_template(named_templates(read_json(folder / TOKENIZER_CONFIG).get("chat_template")))
         if template:
             texts[TEMPLATE] = template.encode(errors="replace")
     return texts
-
-
-def _default_template(found: Any) -> str:
-    """The template itself, or the one named default of several."""
-    if isinstance(found, list):
-        entries = [entry for entry in found if isinstance(entry, dict) and entry.get("name") == "default"]
-        found = entries[0].get("template") if entries else None
-    return found if isinstance(found, str) else ""

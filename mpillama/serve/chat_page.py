@@ -9,7 +9,7 @@ from fastapi import APIRouter, Request, Response
 from fastapi.responses import FileResponse
 from pydantic import Field
 
-from mpillama.api.bodies import Body
+from mpillama.api.body import Body
 from mpillama.serve.errors import AsciiJson, Refused, Unprocessable
 from mpillama.serve.render.code import code_css
 from mpillama.serve.render.renderer import MOST_CHARACTERS, MOST_TEXTS, NotRendered

@@ -10,7 +10,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
 
-from mpillama.api.bodies import BadRequest, bad_request
+from mpillama.api.body import BadRequest, bad_request
 from mpillama.serve.front import AnswerFailed, AnswerRefused, ClientGone, QueueFull, Unavailable
 
 LOG = logging.getLogger(__name__)

@@ -4,7 +4,7 @@ import json
 import math
 from typing import Any, NoReturn
 
-from mpillama.api.bodies import BadRequest
+from mpillama.api.body import BadRequest
 
 MOST_DIGITS = 400
 """Of a whole number: no field holds more, and Python takes quadratic time for them."""

@@ -4,7 +4,9 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from mpillama.api.bodies import BadRequest, CalledFunction, Message, SamplingBody, TemplateFields, ToolCall
+from mpillama.api.bodies import SamplingBody
+from mpillama.api.body import BadRequest
+from mpillama.api.messages import CalledFunction, Message, TemplateFields, ToolCall
 from mpillama.api.responses import (
     AllowedTools,
     CallItem,

@@ -10,7 +10,7 @@ from fastapi import Depends, HTTPException, Request, Response
 from fastapi.routing import APIRoute
 from pydantic import BaseModel
 
-from mpillama.api.bodies import BadRequest, Body
+from mpillama.api.body import BadRequest, Body
 from mpillama.serve import schemas
 from mpillama.serve.front import Front, Service
 from mpillama.serve.guard import ASKER, UNKNOWN

@@ -5,7 +5,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
-from mpillama.api.bodies import BadRequest, SamplingBody
+from mpillama.api.bodies import SamplingBody
+from mpillama.api.body import BadRequest
 from mpillama.api.prompts import derived_seed
 from mpillama.api.reasoning import ThoughtParser
 from mpillama.api.served import (

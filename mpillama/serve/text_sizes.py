@@ -4,7 +4,7 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from mpillama.api.bodies import Message
+from mpillama.api.messages import Message
 from mpillama.serve.errors import Refused
 from mpillama.serve.front import Service
 

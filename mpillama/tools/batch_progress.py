@@ -85,7 +85,7 @@ class Reporter:
     def line(self, counts: "Counts") -> str:
         """The same for people."""
         f = self.figures(counts)
-        eta = "" if f["eta_seconds"] is None else f", {f['eta_seconds']:.0f} s left"
+        eta = "" if not f["eta_seconds"] else f", {f['eta_seconds']:.0f} s left"
         return (
             f"{f['rows']} rows ({f['errors']} errors, {f['skipped']} done before), {100 * f['input_share']:.0f} % of "
             f"the input, {f['prompt_tokens_per_second']:.0f} tok/s in, {f['answer_tokens_per_second']:.0f} tok/s out, "

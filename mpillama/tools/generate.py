@@ -37,6 +37,8 @@ def generate(options: GenerateOptions) -> int:
     sampling_options(options)
     check_speculation(options)
     _given_token_ids(options)
+    if not options.prompt and options.prompt_token_ids is None:
+        raise UserError("the prompt is empty: give a text with --prompt, or - and a text on standard input.")
     refuse_unwritable("--logits-out", options.logits_out)
     return run_on_all_ranks(options, options.quiet or options.json, lambda run: _generate(run, options))
 

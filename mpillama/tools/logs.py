@@ -3,6 +3,7 @@
 import logging
 import os
 import platform
+import stat
 import sys
 import time
 from collections.abc import Iterator
@@ -53,7 +54,8 @@ class RankFile(logging.Handler):
         self.path = path
         self.comm = world.comm
         self.fd = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        os.fchmod(self.fd, 0o600)  # the file may be an older one
+        if stat.S_ISREG(os.fstat(self.fd).st_mode):
+            os.fchmod(self.fd, 0o600)  # the file may be an older one
         where = f"{self.comm.rank}/{self.comm.size}@{world.host}"
         self.setFormatter(logging.Formatter(f"%(asctime)s.%(msecs)03d {where} %(levelname)s %(message)s", "%FT%T"))
 

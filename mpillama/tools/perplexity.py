@@ -1,13 +1,14 @@
 """`perplexity`: how well a model predicts a text."""
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mpillama.errors import UserError
 from mpillama.options import PerplexityOptions
-from mpillama.tools.display import steps_progress
+from mpillama.tools.display import in_number, steps_progress
 from mpillama.tools.running import Run, run_on_all_ranks
 from mpillama.tools.standard_input import read_standard_input
 
@@ -21,8 +22,9 @@ def perplexity(options: PerplexityOptions) -> int:
     """Run the command; returns the exit status."""
     _check(options)
     return run_on_all_ranks(
-        options, options.json, lambda run: _perplexity(run, options), lambda loaded: _open_executor(options, loaded)
-    )
+        options, options.json, lambda run: _perplexity(run, options), lambda loaded: _open_executor(options, loaded),
+        lambda: refuse_unreadable(options.file),
+    )  # fmt: skip
 
 
 def _check(options: PerplexityOptions) -> None:
@@ -65,6 +67,17 @@ def _perplexity(run: Run, options: PerplexityOptions) -> int:
     return 0
 
 
+def refuse_unreadable(path: str) -> None:
+    """UserError if there is no such text to read; it is not opened, since a pipe can be read once."""
+    if path == "-":
+        return
+    file = Path(path)
+    if not file.exists():
+        raise UserError(f"--file {path}: no such file or directory: give a text file.")
+    if file.is_dir() or not os.access(file, os.R_OK):
+        raise UserError(f"--file {path}: {'is a folder' if file.is_dir() else 'permission denied'}: give a text file.")
+
+
 def read_text(path: str) -> str:
     """A whole file, or standard input for -; UserError if it cannot be read or is no text."""
     if path == "-":
@@ -92,5 +105,6 @@ def _report(options: PerplexityOptions, score: "Score", context: int, stride: in
     else:
         sys.stdout.write(
             f"perplexity {score.perplexity:.4f} +/- {score.standard_error:.4f} "
-            f"({score.mean:.5f} nats per token, {score.tokens} tokens of {count} windows of {context})\n"
+            f"({score.mean:.5f} nats per token, {in_number(score.tokens, 'token')} of "
+            f"{in_number(count, 'window')} of {context})\n"
         )

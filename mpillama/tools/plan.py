@@ -133,10 +133,13 @@ def _print(planned: "Plan", speed: "Speed", cures: list["Remedy"]) -> None:
         f"the fullest rank is {100 * planned.inequality:.1f} % above the mean."
     )
     loads = f", loads in {speed.load_seconds:.0f} s" if speed.load_seconds else ""
+    communication = (
+        f", {100 * speed.communication_share:.0f} % of it communication "
+        f"({speed.messages_per_step} messages, {in_units(speed.communication_bytes_per_step)} a rank and step)"
+    )
     print_sentence(
-        f"Predicted: decode {speed.decode_tokens_per_second:.2f} tok/s at the full context, "
-        f"{100 * speed.communication_share:.0f} % of it communication "
-        f"({speed.messages_per_step} messages, {in_units(speed.communication_bytes_per_step)} a rank and step); "
+        f"Predicted: decode {speed.decode_tokens_per_second:.2f} tok/s at the full context"
+        f"{communication if request.ranks > 1 else ''}; "
         f"prefill {speed.prefill_tokens_per_second:.0f} tok/s without attention{loads}."
     )
     _print_verdict(planned, cures)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from mpillama.comm.failure import USER_ERROR_STATUS, stop_printing
 from mpillama.comm.start import World, start_mpi
-from mpillama.engine.model_file import ModelFile, make_tokenizer
+from mpillama.engine.model_file import ModelFile, make_chat_template, make_tokenizer
 from mpillama.engine.monitor import Monitor
 from mpillama.errors import UserError
 from mpillama.kernels.target import Target, prepare, requested_isa
@@ -76,24 +76,24 @@ class Run:
     @property
     def chat_template(self) -> ChatTemplate:
         """The model's own template; UserError if it has none."""
-        source = self.loaded.file.texts.get("chat_template.jinja")
-        if source is None:
-            raise UserError(f"{self.loaded.file.path}: the model has no chat template; use `generate` with --raw.")
-        return ChatTemplate(source.decode(), bos_token=self.tokenizer.bos_token, eos_token=self.tokenizer.eos_token)
+        return make_chat_template(self.loaded.file, self.tokenizer)
 
 
 def run_on_all_ranks(
-    options: RunOptions, quiet: bool, root: Callable[[Run], int], open_: "OpenExecutor | None" = None
-) -> int:
+    options: RunOptions, quiet: bool, root: Callable[[Run], int], open_: "OpenExecutor | None" = None,
+    check: Callable[[], None] = lambda: None,
+) -> int:  # fmt: skip
     """Start MPI, load the model, let rank 0 do `root` and the others follow; returns the exit status.
 
-    `open_` makes the executor; without it, one for a single sequence.
+    `open_` makes the executor; without it, one for a single sequence. `check` refuses on rank 0, before anything is
+    loaded, what only its host can tell.
     """
     check_observed(options)
     with (
         start_mpi(options.threads, timeout=options.timeout) as world,
         observed(options, world, quiet) as monitor,
     ):
+        world.comm.on_root_only(check)
         return run_in_world(options, quiet, root, open_, world, choose_target(world), monitor)
 
 

@@ -4,7 +4,8 @@ from typing import Any
 
 import pytest
 
-from mpillama.api.bodies import BadRequest, ChatBody, CompletionBody, parse_body
+from mpillama.api.bodies import ChatBody, CompletionBody
+from mpillama.api.body import BadRequest, parse_body
 from mpillama.api.prompts import Defaults, Prompter
 from mpillama.engine.answer import Limits
 from mpillama.errors import UserError

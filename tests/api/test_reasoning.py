@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import pytest
 import tokenizers
 
-from mpillama.api.bodies import Message
+from mpillama.api.messages import Message
 from mpillama.api.reasoning import PAIRS, ReasoningFormat, reasoning_format
 from mpillama.api.tool_calls import HERMES, ToolFormat
 from mpillama.engine.answer import Answer, Limits

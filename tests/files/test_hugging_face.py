@@ -195,7 +195,8 @@ def test_texts(plain):
     [
         ("{{ ä }}", "{{ ä }}"),
         ([{"name": "tool_use", "template": "a"}, {"name": "default", "template": "b"}], "b"),
-        ([{"name": "tool_use", "template": "a"}], None),
+        ([{"name": "tool_use", "template": "a"}], "a"),
+        ([{"name": "tool_use", "template": "a"}, {"name": "rag", "template": "b"}], None),
         ([["default", "a"], {"name": ["x"]}, 7], None),
         (None, None),
         (7, None),

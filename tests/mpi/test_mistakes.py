@@ -52,6 +52,7 @@ MISTAKES: dict[str, tuple[tuple[str, ...], str]] = {
     "negative top_k": (("--top-k", "-1"), "top_k"),
     "negative seed": (("--seed", "-1"), "seed"),
     "ids that are no numbers": (("--prompt-token-ids", "1,two"), "1,two"),
+    "no prompt": (("--prompt", "", "--model", "none.h5"), "prompt is empty"),
 }
 
 
@@ -65,6 +66,15 @@ def test_command_line(mistake: str) -> None:
 def test_command_line_on_several_ranks(mistake: str) -> None:
     arguments, fragment = MISTAKES[mistake]
     check(run(3, *PROGRAM, *arguments), fragment)
+
+
+@RANKS
+@pytest.mark.parametrize("name", ["none.txt", ""])
+def test_a_text_that_cannot_be_read_is_told_before_the_model_is_loaded(
+    ranks: int | None, name: str, tmp_path: Path
+) -> None:
+    result = run(ranks, *PROGRAM, "perplexity", "--model", tmp_path / "none.h5", "--file", tmp_path / name)
+    check(result, f"--file {tmp_path / name}: ")
 
 
 @RANKS

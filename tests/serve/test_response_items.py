@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from mpillama.api.bodies import Message
+from mpillama.api.messages import Message
 from mpillama.api.responses import ITEM
 from mpillama.serve.responses_events import ResponseWriter
 

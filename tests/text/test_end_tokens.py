@@ -6,8 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from mpillama.engine.model_file import make_tokenizer, open_model, with_tokenizer
+from mpillama.engine.model_file import make_chat_template, make_tokenizer, open_model, with_tokenizer
+from mpillama.errors import UserError
 from mpillama.files.checkpoint import Checkpoint
+from mpillama.files.gguf_file import TEMPLATE
+from mpillama.files.gguf_file import _texts as texts_of
 from mpillama.text.end_tokens import end_of_turn, end_tokens
 
 from .chat_families import FAMILIES, tokenizer
@@ -92,3 +95,31 @@ def test_ids_outside_a_gguf_vocabulary_reach_no_configuration():
     made = with_tokenizer(Checkpoint("x.gguf", "gguf", config, texts, (), (), {}))
     tokens = make_tokenizer(made)
     assert (tokens.bos_token_id, tokens.eos_token_ids) == (None, (2,))
+
+
+@pytest.mark.parametrize(
+    ("templates", "source"),
+    [
+        ([{"name": "rag", "template": "one"}], b"one"),
+        ([{"name": "rag", "template": "one"}, {"name": "default", "template": "two"}], b"two"),
+        ([{"name": "rag", "template": "one"}, {"name": "tool_use", "template": "two"}], None),
+        ([{"name": "rag", "template": ""}, {"name": "tool_use"}, 3, {"name": "x", "template": "three"}], b"three"),
+        ("one", b"one"),
+        ([], None),
+    ],
+)
+def test_which_of_several_chat_templates_counts(folder, templates, source):
+    (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": templates}))
+    file = open_model(str(folder))
+    assert file.texts.get("chat_template.jinja") == source
+    if source is None:
+        sentence = "rag, tool_use, and none named default" if templates else "no chat template"
+        with pytest.raises(UserError, match=sentence):
+            make_chat_template(file, make_tokenizer(file))
+
+
+def test_which_of_several_chat_templates_of_a_gguf_file_counts():
+    assert texts_of({"tokenizer.chat_template": "one", "tokenizer.chat_template.rag": "two"}) == {TEMPLATE: b"one"}
+    assert texts_of({"tokenizer.chat_template.rag": "two"}) == {TEMPLATE: b"two"}
+    found = texts_of({"tokenizer.chat_template.rag": "two", "tokenizer.chat_template.x": "one"})
+    assert [entry["name"] for entry in json.loads(found["tokenizer_config.json"])["chat_template"]] == ["rag", "x"]
