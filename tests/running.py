@@ -1,5 +1,6 @@
-"""Running a model file in this process on one rank; imports what is compiled, so only after `prepare`."""
+"""Running a model file in this process on one rank."""
 
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -7,12 +8,20 @@ import numpy as np
 from mpillama.comm.communicator import Communicator
 from mpillama.engine.model_file import ModelFile
 from mpillama.files.native import NativeModel, read_table
+from mpillama.kernels.library import Team
+from mpillama.kernels.target import prepare, requested_isa
 from mpillama.model.cache import KVCache, Step, blocks_for, joint_step, single_sequence_step
 from mpillama.model.llama import LlamaModel
 from mpillama.model.partition import partition
 from mpillama.model.weights import load_weights
 
 Chunks = list[np.ndarray]
+
+
+@cache
+def team(threads: int) -> Team:
+    """So many threads, started once."""
+    return prepare(requested_isa(), threads).team
 
 
 def load(path: str | Path, threads: int) -> LlamaModel:
@@ -25,11 +34,11 @@ def load_file(file: ModelFile, threads: int) -> LlamaModel:
     part = partition(file.config, 1)[0]
     reader = file.reader(lambda count: None)
     try:
-        weights = load_weights(file.config, file.specs, part, reader.read)
+        weights = load_weights(file.config, file.specs, part, reader.read, team=team(threads))
     finally:
         reader.close()
     assert weights.bytes == reader.bytes_read or not isinstance(file, NativeModel)
-    return LlamaModel(file.config, weights, Communicator.alone(), threads)
+    return LlamaModel(file.config, weights, Communicator.alone(), team(threads))
 
 
 def new_cache(model: LlamaModel, blocks: int, kv_type: str) -> KVCache:

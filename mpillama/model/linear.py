@@ -24,7 +24,7 @@ class Matrix:
     @property
     def columns(self) -> int:
         """Columns, of a panel if it is row-parallel."""
-        units = self.values.shape[-2]
+        units = int(self.values.shape[-2])
         return units * BLOCK if self.weight_type.quantised else units
 
     def column_parallel(self) -> arguments.Matrix:

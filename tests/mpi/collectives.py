@@ -22,16 +22,8 @@ LIMIT = 2**52
 
 @pytest.fixture(scope="module")
 def shared() -> SharedReduction:
-    """The sum through shared memory; its kernel is compiled on rank 0 first."""
-    if "numba" not in sys.modules:
-        prepare("", 1)
-    from mpillama.kernels.shared_sum import sum_shared, views
-
-    for turn in (0, 1):
-        if min(MPI.COMM_WORLD.rank, 1) == turn:
-            SharedReduction(MPI.COMM_SELF, sum_shared, views).all_reduce(np.zeros((1, 1)))
-        MPI.COMM_WORLD.Barrier()
-    return SharedReduction(MPI.COMM_WORLD, sum_shared, views)
+    """The sum through shared memory."""
+    return SharedReduction(MPI.COMM_WORLD, prepare("", 1).library)
 
 
 @pytest.fixture(params=["blocking", "yielding", "in pieces", "shared memory", "shared memory, yielding"])

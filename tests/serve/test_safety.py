@@ -89,7 +89,7 @@ def authorized(server: Served) -> bytes:
 @pytest.fixture
 def check() -> Callable[[ServeOptions], Any]:
     """What the command checks before MPI starts."""
-    from mpillama.tools.serve import check  # imports Numba
+    from mpillama.tools.serve import check
 
     return check
 

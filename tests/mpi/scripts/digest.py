@@ -56,10 +56,10 @@ def main(threads: int, tokens: int, cases: list[dict[str, Any]]) -> None:
 
 def choose(loaded: "LoadedModel", way: int) -> None:
     """Fix what timing would choose."""
-    comm, tuning = loaded.model.comm, loaded.model.tuning
-    assert tuning.in_flight in (1, 2)
+    comm, model = loaded.model.comm, loaded.model
+    assert model.in_flight in (1, 2)
     assert (comm.shared is not None) == (comm.size > 1)
-    tuning.in_flight = 1 + (comm.rank + way) % 2
+    model.in_flight = 1 + (comm.rank + way) % 2
     comm.shared_limit = sys.maxsize if way else 0
 
 

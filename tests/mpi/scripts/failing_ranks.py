@@ -15,7 +15,7 @@ ERRORS = {"bug": RuntimeError("sabotage"), "memory": MemoryError("sabotage"), "d
 
 
 def sabotage(ranks: list[int], steps: int, kind: str) -> None:
-    """Let the model of these ranks fail; it may be imported only once the kernels' target is known."""
+    """Let the model of these ranks fail."""
     prepare = target.prepare
 
     def prepare_and_spoil(*arguments: object) -> object:

@@ -112,7 +112,7 @@ def in_step(action: Callable[[], None] | None) -> None:
 
 
 def after_prepare(patch: Callable[[], None]) -> None:
-    """Patch what may only be imported once the kernels' target is prepared."""
+    """Patch once the kernels' target is prepared: then the ranks have met."""
     prepare = running.prepare
 
     def prepare_and_patch(*arguments: Any) -> Any:

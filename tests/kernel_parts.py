@@ -1,0 +1,148 @@
+"""What the tests of kernels share: teams of threads of every instruction set here, matrices, activations."""
+
+from collections.abc import Callable
+from ctypes import byref
+from functools import cache
+from typing import TypeVar
+
+import numpy as np
+
+from mpillama.kernels.built import is_built
+from mpillama.kernels.isa import host_features, sets_of
+from mpillama.kernels.library import Library, Team, load
+from mpillama.layout import lanes
+from mpillama.layout.weight_types import BLOCK, LANES, WEIGHT_TYPES, WeightType
+from mpillama.model.linear import Matrix
+from mpillama.model.workspace import Activations
+
+Array = np.ndarray
+Result = TypeVar("Result")
+
+ISAS = [isa.name for isa in sets_of(host_features()) if is_built(isa.name)]
+"""The best first."""
+THREADS = (1, 2, 3)
+TYPES = list(WEIGHT_TYPES)
+TOKENS = (1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 31, 33, 70)
+"""At and around the widths of tiles."""
+GRID = 2.0**-30
+
+
+@cache
+def libraries() -> list[Library]:
+    """One for each instruction set."""
+    return [load(name) for name in ISAS]
+
+
+@cache
+def teams() -> list[Team]:
+    """Each library with each number of threads; three of them give their cores away at once."""
+    return [library.team(threads, yields=threads > 2) for library in libraries() for threads in THREADS]
+
+
+def everywhere(run: Callable[[Team], Result]) -> Result:
+    """What `run` computes (an array, or a tuple of them): the same bits with every team."""
+    first, *others = teams()
+    expected = run(first)
+    for team in others:
+        assert same_bits(run(team), expected), f"{team.library.isa} with {team.threads} threads"
+    return expected
+
+
+def same_bits(found: Result, expected: Result) -> bool:
+    """Whether two results are equal, the sign of zeros included; one NaN is like another."""
+    if isinstance(found, tuple):
+        return len(found) == len(expected) and all(map(same_bits, found, expected))
+    if found.dtype.kind != "f" or not found.size:
+        return found.shape == expected.shape and np.array_equal(found, expected)
+    nan = np.isnan(expected)
+    return np.array_equal(np.isnan(found), nan) and found[~nan].tobytes() == expected[~nan].tobytes()
+
+
+def random_matrix(rows: int, columns: int, seed: int = 0) -> Array:
+    """Standard normal, float32."""
+    return np.random.default_rng(seed).standard_normal((rows, columns)).astype(np.float32)
+
+
+def packed(x: Array, weight_type: WeightType | str, panel: int | None = None) -> tuple[Matrix, Array]:
+    """The matrix as the kernels take it, and the float64 values that it holds."""
+    kind = WEIGHT_TYPES[weight_type] if isinstance(weight_type, str) else weight_type
+    arrays = lanes.pack(x, kind, panel)
+    return matrix(kind, *arrays), lanes.unpack(arrays, kind).astype(np.float64)
+
+
+def matrix(kind: WeightType, values: Array, scales: Array | None = None) -> Matrix:
+    """From what layout.lanes makes."""
+    return Matrix(kind, kind.view(values), None if scales is None else scales.view(np.uint16))
+
+
+def part(of: Matrix, index: slice | Array) -> Matrix:
+    """Some groups of a column-parallel matrix, or some panels of a row-parallel one."""
+    taken = (a if a is None else np.ascontiguousarray(a[index]) for a in (of.values, of.scales))
+    return Matrix(of.weight_type, *taken)
+
+
+def stacked(matrices: list[Matrix]) -> Matrix:
+    """Experts."""
+    scales = None if matrices[0].scales is None else np.stack([m.scales for m in matrices])
+    return Matrix(matrices[0].weight_type, np.stack([m.values for m in matrices]), scales)
+
+
+def blank_activations(tokens: int, columns: int) -> Activations:
+    """NaN where floats are to be written, zeros where blocks are."""
+    h = Activations.empty(tokens, columns)
+    h.x[:] = np.nan
+    for array in (h.values, h.scales, h.starts):
+        array[:] = 0
+    return h
+
+
+def activations(library: Library, x: Array) -> Activations:
+    """Float32 [tokens, columns] with its blocks."""
+    h = blank_activations(*x.shape)
+    h.x[:] = x
+    library.calls.quantise(byref(h.argument()), len(x))
+    return h
+
+
+def blocks_of(h: Activations) -> tuple[Array, Array, Array]:
+    """Its blocks, scales and starts in memory's order."""
+    return h.values.copy(), h.scales.copy(), h.starts.copy()
+
+
+def by_token(h: Activations, array: Array) -> Array:
+    """[tokens, blocks, …] from tiles of 16 tokens, or of all if there are fewer: [tile, block, token, …]."""
+    tokens, blocks = len(h.x), h.x.shape[1] // BLOCK
+    width = min(tokens, 16)
+    tiles = array.reshape(-1, blocks, width, *array.shape[1:])
+    return tiles.swapaxes(1, 2).reshape(-1, blocks, *array.shape[1:])[:tokens]
+
+
+def quantised(x: Array) -> tuple[Array, Array]:
+    """int8 blocks [..., n, 32] and float32 scales [..., n] of finite numbers, as they are defined."""
+    blocks = np.ascontiguousarray(x, np.float32).reshape(*x.shape[:-1], -1, BLOCK)
+    largest = np.abs(blocks).max(axis=-1, initial=0)
+    largest[largest < 1e-30] = 0
+    inverse = np.divide(np.float32(127), largest, out=np.zeros_like(largest), where=largest > 0)
+    return np.rint(blocks * inverse[..., None]).astype(np.int8), largest / np.float32(127)
+
+
+def seen_by(weight_type: WeightType, x: Array) -> Array:
+    """What a matrix of this type multiplies, in float64."""
+    if not weight_type.quantised:
+        return x.astype(np.float64)
+    values, scales = quantised(x)
+    return (values * scales[..., None].astype(np.float64)).reshape(x.shape)
+
+
+def column_parallel(team: Team, w: Matrix, x: Array, in_flight: int = 1) -> Array:
+    """Rows times x."""
+    h, out = activations(team.library, x), np.full((len(x), w.rows), np.nan, np.float32)
+    team.column_parallel(w.column_parallel(), h.argument(), out, in_flight)
+    return out
+
+
+def row_parallel(team: Team, w: Matrix, x: Array, in_flight: int = 1) -> Array:
+    """Panels times x, on the grid."""
+    h, out = activations(team.library, x), np.full((len(x), w.values.shape[-3] * LANES), np.nan)
+    team.row_parallel(w.row_parallel(), h.argument(), out, in_flight)
+    return out
