@@ -1,4 +1,4 @@
-"""Chats of the server, of batch and of /tokenize go one way: what users and tools wrote there makes no control token."""
+"""Chats of server, batch and /tokenize go one way, and what users and tools wrote makes no control token there."""
 
 from mpillama.api.bodies import Message
 from mpillama.api.prompts import Defaults, Prompter
