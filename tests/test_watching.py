@@ -2,6 +2,7 @@
 
 import logging
 import threading
+import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
@@ -161,6 +162,28 @@ def test_the_slowest_rank_is_the_one_with_the_largest_share_to_read(target):
     state = LoadState(np.array([50, 30, 0]), np.array([100, 40, 0]), ["a", "b", "c"])
     assert state.slowest == "rank 0 on a, 50 %"
     assert LoadState(np.array([0, 0]), np.array([0, 0]), ["a", "b"]).slowest == "rank 0 on a, 100 %"
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize(
+    ("is_root", "quiet", "told"), [(True, False, True), (True, True, False), (False, False, False)]
+)
+def test_what_takes_long_is_said_once_in_a_log(is_root, quiet, told, monkeypatch, capfd):
+    from mpillama.tools import display
+
+    monkeypatch.setattr(display, "LONG", 0.0)
+    with display.stages(is_root, quiet)("reading the table") as tell:
+        tell("half of it")
+        time.sleep(0.2)
+    assert capfd.readouterr().err == ("mpillama: reading the table …\n" if told else "")
+
+
+def test_what_takes_a_moment_is_not_told(capfd):
+    from mpillama.tools import display
+
+    with display.stages(is_root=True, quiet=False)("reading the table"):
+        pass
+    assert capfd.readouterr().err == ""
 
 
 def test_names_of_logs_sort_as_ranks_do(tmp_path):

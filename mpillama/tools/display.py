@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 PATIENCE = 0.5
 """Seconds that something may take on a terminal before its line appears."""
-LONG = 10.0
+LONG = 20.0
 """Seconds after which it is told, once, where standard error is no terminal."""
 
 
