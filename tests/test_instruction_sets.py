@@ -1,9 +1,4 @@
-"""The kernels' tests once more for each instruction set that is not this processor's best; how a set is chosen."""
-
-import os
-import subprocess
-import sys
-from pathlib import Path
+"""How an instruction set is chosen; test_kernels.py compares all that this processor has."""
 
 import pytest
 
@@ -22,28 +17,6 @@ from mpillama.kernels.isa import (
 )
 
 EVERYTHING = frozenset[str]().union(*(isa.needs for isa in (*X86_SETS, *ARM_SETS)))
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(600)
-@pytest.mark.parametrize("name", [isa.name for isa in known_sets()])
-def test_kernels_of_another_instruction_set(target, name):
-    """A process has one instruction set, so this is another process."""
-    if name == target.isa.name:
-        pytest.skip("the other tests run with this one")
-    try:
-        choose_isa(name, host_features())
-    except UserError as error:
-        pytest.skip(str(error))
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "tests/test_kernels.py"],
-        cwd=Path(__file__).parents[1],
-        env={**os.environ, "MPILLAMA_ISA": name},
-        capture_output=True,
-        text=True,
-        timeout=580,
-    )
-    assert done.returncode == 0, done.stdout[-4000:]
 
 
 def on(monkeypatch: pytest.MonkeyPatch, machine: str) -> None:
