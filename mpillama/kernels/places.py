@@ -4,7 +4,8 @@ import os
 import re
 from collections.abc import Mapping
 
-PLACE = re.compile(r"\{(\d+)(?::(\d+))?(?::(\d+))?\}(?::(\d+))?(?::(\d+))?")
+PLACE = re.compile(r"\{(\d+)[^}]*\}(?::(\d+))?(?::(\d+))?")
+"""A place by its first processor, how many of its kind follow, and how far apart."""
 ANYWHERE = -1
 
 
@@ -26,6 +27,6 @@ def thread_places(threads: int, environment: Mapping[str, str] = os.environ) -> 
 def _listed(places: str) -> list[int]:
     """The first processor of each explicit place."""
     found = []
-    for first, _, _, count, stride in PLACE.findall(places):
+    for first, count, stride in PLACE.findall(places):
         found += [int(first) + i * int(stride or 1) for i in range(int(count or 1))]
     return found
