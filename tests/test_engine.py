@@ -10,21 +10,14 @@ from mpillama.engine.answer import Limits
 from mpillama.errors import UserError
 from mpillama.text.sampler import SamplingOptions
 from mpillama.text.tokenizer import Tokenizer
-from tests import models
+from tests import models, running
 from tests.conftest import THREADS, ModelFile
 
 LONGEST = 256
 
 
 @pytest.fixture(scope="module")
-def running(target):
-    from tests import running
-
-    return running
-
-
-@pytest.fixture(scope="module")
-def model(running, model_file: ModelFile):
+def model(model_file: ModelFile):
     return running.load(model_file("toy", "q8_0"), THREADS)
 
 
@@ -134,7 +127,7 @@ def run_to_the_end(engine):
 
 
 @pytest.mark.parametrize(("max_tokens", "piece"), [(48, 1000), (48, 5), (7, 1), (200, 64)])
-def test_logits_of_prompts_do_not_depend_on_chunks_and_company(running, model, tokenizer, max_tokens, piece):
+def test_logits_of_prompts_do_not_depend_on_chunks_and_company(model, tokenizer, max_tokens, piece):
     """All of them, once and in order, also of beginnings that the cache knows."""
     rng = np.random.default_rng(max_tokens)
     engine = new_engine(model, tokenizer, slots=4, blocks=5, max_tokens=max_tokens, speculate=3)
@@ -159,7 +152,7 @@ def test_logits_of_prompts_do_not_depend_on_chunks_and_company(running, model, t
         assert request.on_logits.digest.hexdigest() == alone(model, tokenizer, request)[1]
 
 
-def test_a_prompt_that_was_pushed_out_goes_on_where_it_was(running, model, tokenizer):
+def test_a_prompt_that_was_pushed_out_goes_on_where_it_was(model, tokenizer):
     """What was passed on of it is neither computed nor told again."""
     engine, recorder = new_engine(model, tokenizer, slots=2, blocks=4, max_tokens=16), PromptRecorder()
     old = engine.submit(make_request(0, [5 + i for i in range(55)], 60))

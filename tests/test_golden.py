@@ -12,7 +12,9 @@ from mpillama.engine.model_file import ModelFile, open_model
 from mpillama.files.row_bytes import row_bytes
 from mpillama.layout import lanes
 from mpillama.model.partition import partition
+from mpillama.model.weights import slice_shapes
 from tests import golden_models as g
+from tests import running
 from tests.conftest import THREADS
 
 F32_TOLERANCE = 1e-5  # of the largest logit; measured: 1e-6
@@ -23,14 +25,7 @@ IN_GGUF = tuple(f for f in g.FAMILIES if f not in ("llama_yarn", "llama_linear",
 IN_DLLAMA = ("llama", "qwen3", "qwen3_moe")
 
 
-@pytest.fixture(scope="module")
-def running(target):
-    from tests import running
-
-    return running
-
-
-def logits(running, model: ModelFile, family: str) -> np.ndarray:
+def logits(model: ModelFile, family: str) -> np.ndarray:
     return running.all_logits(running.load_file(model, THREADS), [g.golden(family)[0]])
 
 
@@ -40,58 +35,56 @@ def error(found: np.ndarray, family: str) -> float:
 
 
 @pytest.mark.parametrize("family", g.FAMILIES)
-def test_a_folder_gives_the_logits_of_transformers(running, family):
+def test_a_folder_gives_the_logits_of_transformers(family):
     model = open_model(str(g.FOLDER / family), "f32")
-    assert error(logits(running, model, family), family) < F32_TOLERANCE
+    assert error(logits(model, family), family) < F32_TOLERANCE
 
 
 @pytest.mark.parametrize("prefix", ["model.", ""])
-def test_a_head_of_its_own_is_used_though_the_configuration_ties_it(running, prefix, tmp_path):
+def test_a_head_of_its_own_is_used_though_the_configuration_ties_it(prefix, tmp_path):
     """Transformers gives these logits for such a folder, too."""
     config = json.loads((g.FOLDER / "llama" / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": True}))
     tensors = {name.replace("model.", prefix, 1): tensor for name, tensor in g.family_tensors("llama").items()}
     save_file(tensors, tmp_path / "model.safetensors")
-    assert error(logits(running, open_model(str(tmp_path), "f32"), "llama"), "llama") < F32_TOLERANCE
+    assert error(logits(open_model(str(tmp_path), "f32"), "llama"), "llama") < F32_TOLERANCE
 
 
 @pytest.mark.parametrize("weights", list(BOUNDS))
 @pytest.mark.parametrize("family", ["llama", "qwen2", "mixtral"])
-def test_weights_in_other_types_stay_near(running, family, weights):
-    assert error(logits(running, open_model(str(g.FOLDER / family), weights), family), family) < BOUNDS[weights]
+def test_weights_in_other_types_stay_near(family, weights):
+    assert error(logits(open_model(str(g.FOLDER / family), weights), family), family) < BOUNDS[weights]
 
 
 @pytest.mark.parametrize("family", g.FAMILIES)
-def test_tokens_one_by_one_give_the_same_bits(running, family):
+def test_tokens_one_by_one_give_the_same_bits(family):
     model, ids = running.load_file(open_model(str(g.FOLDER / family)), THREADS), g.golden(family)[0]
     assert np.array_equal(running.all_logits(model, [ids]), running.all_logits(model, running.cut(ids, 1)))
 
 
 @pytest.mark.parametrize("family", IN_GGUF)
-def test_a_gguf_gives_the_same_bits_as_the_folder(running, family, tmp_path):
+def test_a_gguf_gives_the_same_bits_as_the_folder(family, tmp_path):
     g.write_gguf(tmp_path / "model.gguf", family, g.as_float32)
-    found = logits(running, open_model(str(tmp_path / "model.gguf")), family)
+    found = logits(open_model(str(tmp_path / "model.gguf")), family)
     if family == "llama3":  # the frequencies come as float32 divisors
         assert error(found, family) < F32_TOLERANCE
     else:
-        assert np.array_equal(found, logits(running, open_model(str(g.FOLDER / family), "f32"), family))
+        assert np.array_equal(found, logits(open_model(str(g.FOLDER / family), "f32"), family))
 
 
 @pytest.mark.parametrize("kind", ["F16", "BF16"])
-def test_a_gguf_in_another_float_type_gives_the_same_bits_as_our_own_rounding(running, kind, tmp_path):
+def test_a_gguf_in_another_float_type_gives_the_same_bits_as_our_own_rounding(kind, tmp_path):
     g.write_gguf(tmp_path / "model.gguf", "mixtral", g.as_type(gguf.GGMLQuantizationType[kind]))
     model = open_model(str(tmp_path / "model.gguf"))
     assert model.weight_types.default.name == kind.lower()
-    ours = logits(running, open_model(str(g.FOLDER / "mixtral"), kind.lower()), "mixtral")
-    assert np.array_equal(logits(running, model, "mixtral"), ours)
+    ours = logits(open_model(str(g.FOLDER / "mixtral"), kind.lower()), "mixtral")
+    assert np.array_equal(logits(model, "mixtral"), ours)
 
 
 @pytest.mark.parametrize("size", [1, 3])
 @pytest.mark.parametrize("kind", ["Q8_0", "Q4_0"])
 def test_quantised_blocks_of_a_gguf_are_taken_as_they_are(kind, size, tmp_path):
     """Bit for bit what our own rounding of the same weights gives, but for o_proj: its blocks span several heads."""
-    from mpillama.model.weights import slice_shapes
-
     g.write_gguf(tmp_path / "model.gguf", "mixtral", g.as_type(gguf.GGMLQuantizationType[kind]))
     theirs, ours = open_model(str(tmp_path / "model.gguf")), open_model(str(g.FOLDER / "mixtral"), kind.lower())
     assert theirs.weight_types.default.name == kind.lower()
@@ -108,27 +101,25 @@ def test_quantised_blocks_of_a_gguf_are_taken_as_they_are(kind, size, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["Q4_1", "Q5_0", "Q5_1"])
-def test_a_gguf_in_a_type_without_kernels_becomes_q8_0(running, kind, tmp_path):
+def test_a_gguf_in_a_type_without_kernels_becomes_q8_0(kind, tmp_path):
     g.write_gguf(tmp_path / "model.gguf", "mixtral", g.as_type(gguf.GGMLQuantizationType[kind]))
     model = open_model(str(tmp_path / "model.gguf"))
     assert model.weight_types.default.name == "q8_0"
     assert set(model.requantised()) == {kind.lower()}
-    assert error(logits(running, model, "mixtral"), "mixtral") < 0.8
+    assert error(logits(model, "mixtral"), "mixtral") < 0.8
 
 
 @pytest.mark.parametrize("family", IN_DLLAMA)
-def test_a_dllama_file_gives_the_same_bits_as_the_folder(running, family, tmp_path):
+def test_a_dllama_file_gives_the_same_bits_as_the_folder(family, tmp_path):
     g.write_dllama(tmp_path / "model.m", family)
-    found = logits(running, open_model(str(tmp_path / "model.m")), family)
-    assert np.array_equal(found, logits(running, open_model(str(g.FOLDER / family), "f32"), family))
+    found = logits(open_model(str(tmp_path / "model.m")), family)
+    assert np.array_equal(found, logits(open_model(str(g.FOLDER / family), "f32"), family))
 
 
 @pytest.mark.parametrize("size", [2, 3, 5])
 @pytest.mark.parametrize("family", ["llama_bias", "qwen3_moe"])
 def test_slices_are_parts_of_the_whole(family, size):
     """What the ranks hold, put side by side, is what one rank holds; and a rank reads no more than its slices."""
-    from mpillama.model.weights import slice_shapes
-
     model = open_model(str(g.FOLDER / family), "bf16")
     for spec in model.specs:
         whole = read(model, spec, range(spec.units), slice_shapes(spec, partition(model.config, 1)[0]))

@@ -1,14 +1,16 @@
 """The whole model on one rank against a float64 reference, and against itself in other chunks and company."""
 
 from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 import pytest
 
+from mpillama.engine.executor import Executor
+from mpillama.engine.session import Session
 from mpillama.layout import lanes
 from mpillama.layout.weight_types import WEIGHT_TYPES
-from tests import models
+from mpillama.model.cache import single_sequence_step
+from tests import models, running
 from tests.conftest import THREADS, ModelFile
 from tests.reference import ReferenceLlama, Rounding, exact, float16, q8_0_activations
 
@@ -21,14 +23,6 @@ OTHER_ROUNDING = (
     0.025  # for one that saw an activation so near a tie that it was rounded the other way; measured: 0.011
 )
 WEIGHT_ERROR_FACTOR = 1.6  # quantised activations add to the error of quantised weights; measured: 1.3 for q8_0
-
-
-@pytest.fixture(scope="module")
-def running(target: object) -> ModuleType:
-    """tests.running, which imports what is compiled."""
-    from tests import running
-
-    return running
 
 
 def prompt(kind: str, count: int = TOKENS, seed: int = 1) -> np.ndarray:
@@ -55,7 +49,7 @@ def reference(kind: str, weight_type: str, rounding: Rounding = exact, cache: Ro
     return ReferenceLlama(CONFIGS[kind], rounded_tensors(kind, weight_type), rounding, cache).logits(prompt(kind))
 
 
-def ours(running: ModuleType, path: Path, tokens: np.ndarray, kv_type: str = "f32") -> np.ndarray:
+def ours(path: Path, tokens: np.ndarray, kv_type: str = "f32") -> np.ndarray:
     return running.all_logits(running.load(path, THREADS), [tokens], kv_type)
 
 
@@ -74,16 +68,16 @@ def rms(x: np.ndarray) -> float:
 
 @pytest.mark.parametrize("weight_type", ["f32", "f16", "bf16"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_float_weights_give_the_logits_of_the_rounded_weights(running, model_file: ModelFile, kind, weight_type):
-    found = ours(running, model_file(kind, weight_type), prompt(kind))
+def test_float_weights_give_the_logits_of_the_rounded_weights(model_file: ModelFile, kind, weight_type):
+    found = ours(model_file(kind, weight_type), prompt(kind))
     assert found.dtype == np.float32
     assert token_errors(found, reference(kind, weight_type)).max() < FLOAT_TOLERANCE
 
 
 @pytest.mark.parametrize("weight_type", ["q8_0", "q4_0"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_quantised_weights_give_the_logits_of_the_same_quantisation(running, model_file: ModelFile, kind, weight_type):
-    found = ours(running, model_file(kind, weight_type), prompt(kind))
+def test_quantised_weights_give_the_logits_of_the_same_quantisation(model_file: ModelFile, kind, weight_type):
+    found = ours(model_file(kind, weight_type), prompt(kind))
     errors = token_errors(found, reference(kind, weight_type, q8_0_activations))
     assert np.quantile(errors, 0.4) < SAME_ROUNDING
     assert errors.max() < OTHER_ROUNDING
@@ -91,16 +85,16 @@ def test_quantised_weights_give_the_logits_of_the_same_quantisation(running, mod
 
 @pytest.mark.parametrize("weight_type", list(WEIGHT_TYPES))
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_error_of_a_weight_type_is_that_of_its_rounding(running, model_file: ModelFile, kind, weight_type):
+def test_the_error_of_a_weight_type_is_that_of_its_rounding(model_file: ModelFile, kind, weight_type):
     true = reference(kind, "f32")
-    error = rms(ours(running, model_file(kind, weight_type), prompt(kind)) - true)
+    error = rms(ours(model_file(kind, weight_type), prompt(kind)) - true)
     of_weights = rms(reference(kind, weight_type) - true)
     assert error <= WEIGHT_ERROR_FACTOR * of_weights + FLOAT_TOLERANCE * np.abs(true).max()
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_float16_cache_rounds_keys_and_values_only(running, model_file: ModelFile, kind):
-    found = ours(running, model_file(kind, "f32"), prompt(kind), "f16")
+def test_a_float16_cache_rounds_keys_and_values_only(model_file: ModelFile, kind):
+    found = ours(model_file(kind, "f32"), prompt(kind), "f16")
     rounded, unrounded = reference(kind, "f32", cache=float16), reference(kind, "f32")
     assert token_errors(found, rounded).max() < 2e-4
     assert 2e-4 < token_errors(found, unrounded).max() < 5e-3
@@ -212,14 +206,14 @@ MUTANTS = [
 
 @pytest.mark.parametrize("mutant", MUTANTS)
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_wrong_model_is_far_from_ours(running, model_file: ModelFile, kind, mutant):
+def test_a_wrong_model_is_far_from_ours(model_file: ModelFile, kind, mutant):
     tokens, tensors = prompt(kind), models.random_tensors(CONFIGS[kind])
-    found = ours(running, model_file(kind, "f32"), tokens)
+    found = ours(model_file(kind, "f32"), tokens)
     assert token_errors(found, mutant(CONFIGS[kind], tensors).logits(tokens)).max() > 0.05
 
 
-def test_a_model_without_its_rope_scaling_is_far_from_ours(running, model_file: ModelFile):
-    found = ours(running, model_file("plain", "f32"), prompt("plain"))
+def test_a_model_without_its_rope_scaling_is_far_from_ours(model_file: ModelFile):
+    found = ours(model_file("plain", "f32"), prompt("plain"))
     wrong = NoScaling(models.PLAIN, models.random_tensors(models.PLAIN)).logits(prompt("plain"))
     assert token_errors(found, wrong).max() > 0.05
 
@@ -235,7 +229,7 @@ class LastSpan(ReferenceLlama):
         return super().visible(tokens) & (span[:, None] == span)
 
 
-def test_attention_reaches_over_more_than_1024_positions(running, model_file: ModelFile):
+def test_attention_reaches_over_more_than_1024_positions(model_file: ModelFile):
     tokens, tensors = prompt("plain", 1100), models.random_tensors(models.PLAIN)
     model = running.load(model_file("plain", "f32"), THREADS)
     found = running.all_logits(model, running.cut(tokens, 256))
@@ -249,14 +243,14 @@ def test_attention_reaches_over_more_than_1024_positions(running, model_file: Mo
 
 @pytest.mark.parametrize("kv_type", ["f16", "f32"])
 @pytest.mark.parametrize("weight_type", list(WEIGHT_TYPES))
-def test_prefill_in_chunks_gives_the_same_bits(running, model_file: ModelFile, weight_type, kv_type):
+def test_prefill_in_chunks_gives_the_same_bits(model_file: ModelFile, weight_type, kv_type):
     model, tokens = running.load(model_file("awkward", weight_type), THREADS), prompt("awkward", 75)
     whole = running.all_logits(model, [tokens], kv_type)
     for size in (1, 2, 7, 64):
         assert np.array_equal(running.all_logits(model, running.cut(tokens, size), kv_type), whole), size
 
 
-def test_chunks_give_the_same_bits_beyond_1024_positions(running, model_file: ModelFile):
+def test_chunks_give_the_same_bits_beyond_1024_positions(model_file: ModelFile):
     model, tokens = running.load(model_file("plain", "q4_0"), THREADS), prompt("plain", 1040)
     whole = running.all_logits(model, [tokens], "f16")
     assert np.array_equal(running.all_logits(model, running.cut(tokens, 100), "f16"), whole)
@@ -265,7 +259,7 @@ def test_chunks_give_the_same_bits_beyond_1024_positions(running, model_file: Mo
 
 
 @pytest.mark.parametrize("weight_type", ["f32", "q8_0", "q4_0"])
-def test_any_number_of_threads_gives_the_same_bits(running, model_file: ModelFile, weight_type):
+def test_any_number_of_threads_gives_the_same_bits(model_file: ModelFile, weight_type):
     path, tokens = model_file("awkward", weight_type), prompt("awkward", 40)
     one, *others = (running.all_logits(running.load(path, threads), [tokens]) for threads in (1, 2, 3, 7))
     assert all(np.array_equal(one, other) for other in others)
@@ -273,7 +267,7 @@ def test_any_number_of_threads_gives_the_same_bits(running, model_file: ModelFil
 
 @pytest.mark.parametrize("kv_type", ["f16", "f32"])
 @pytest.mark.parametrize("weight_type", ["f32", "q8_0", "q4_0"])
-def test_sequences_in_one_step_do_not_touch_each_other(running, model_file: ModelFile, weight_type, kv_type):
+def test_sequences_in_one_step_do_not_touch_each_other(model_file: ModelFile, weight_type, kv_type):
     """A prefill from 0, one that goes on inside a block, a single token, and one over three blocks."""
     model = running.load(model_file("awkward", weight_type), THREADS)
     blocks = np.random.default_rng(5).permutation(9)
@@ -290,9 +284,7 @@ def test_sequences_in_one_step_do_not_touch_each_other(running, model_file: Mode
     assert np.array_equal(together, np.concatenate(alone))
 
 
-def test_only_the_wanted_logits_are_computed(running, model_file: ModelFile):
-    from mpillama.model.cache import single_sequence_step
-
+def test_only_the_wanted_logits_are_computed(model_file: ModelFile):
     model, tokens = running.load(model_file("awkward", "q8_0"), THREADS), prompt("awkward", 6)
     whole = running.all_logits(model, [tokens])
     for count in (0, 1, 3):
@@ -302,10 +294,7 @@ def test_only_the_wanted_logits_are_computed(running, model_file: ModelFile):
         assert np.array_equal(found, whole[len(tokens) - count :])
 
 
-def test_a_session_gives_the_same_bits_and_truncates(running, model_file: ModelFile):
-    from mpillama.engine.executor import Executor
-    from mpillama.engine.session import Session
-
+def test_a_session_gives_the_same_bits_and_truncates(model_file: ModelFile):
     model, tokens = running.load(model_file("plain", "q8_0"), THREADS), prompt("plain", 80)
     whole = running.all_logits(model, [tokens], "f16")
     session = Session(Executor(model, 80, "f16", max_tokens=33))
@@ -317,7 +306,7 @@ def test_a_session_gives_the_same_bits_and_truncates(running, model_file: ModelF
 
 
 @pytest.mark.parametrize("weight_type", list(WEIGHT_TYPES))
-def test_a_nan_among_the_weights_reaches_the_logits(running, model_file: ModelFile, weight_type):
+def test_a_nan_among_the_weights_reaches_the_logits(model_file: ModelFile, weight_type):
     model = running.load(model_file("plain", weight_type), THREADS)
     model.weights.layers[1].input_layernorm[3] = np.nan
     logits = running.all_logits(model, [prompt("plain", 3)])

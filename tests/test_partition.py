@@ -1,7 +1,6 @@
 """Who owns what: every unit once, for any number of ranks, in exact whole numbers."""
 
 from itertools import pairwise
-from types import ModuleType
 
 import pytest
 from hypothesis import given, settings
@@ -14,17 +13,10 @@ from mpillama.model.config import ModelConfig
 from mpillama.model.partition import ffn_panel, most_busy_ranks, partition, split_units
 from mpillama.model.shapes import SHAPES
 from mpillama.model.tensors import Split, TensorSpec, WeightTypes, tensor_specs
+from mpillama.model.weights import arena_bytes, slice_bytes, slice_shapes
 from tests import models
 
 LLAMA_405B = SHAPES["llama-3.1-405b"]
-
-
-@pytest.fixture(scope="module")
-def weights(target: object) -> ModuleType:
-    """mpillama.model.weights, which imports what is compiled."""
-    from mpillama.model import weights
-
-    return weights
 
 
 def assert_covers(ranges: list[range], units: int) -> None:
@@ -139,7 +131,7 @@ def assert_extents_are_the_units(spec: TensorSpec, ranges: list[range]) -> None:
 
 @given(config=configs(), size=st.integers(1, 60), weight_type=st.sampled_from(list(WEIGHT_TYPES)))
 @settings(max_examples=50, deadline=None)
-def test_a_slice_is_what_the_ranks_arrays_hold(weights, config, size, weight_type):
+def test_a_slice_is_what_the_ranks_arrays_hold(config, size, weight_type):
     kind = WEIGHT_TYPES[weight_type]
     specs = tensor_specs(config, WeightTypes(kind))
     for part in partition(config, size):
@@ -148,8 +140,8 @@ def test_a_slice_is_what_the_ranks_arrays_hold(weights, config, size, weight_typ
             if spec.panel:
                 rows, columns = spec.rows, len(spec.units_of(part)) * spec.panel
             expected = 4 * rows if spec.vector else rows // LANES * kind.group_bytes(columns)
-            assert weights.slice_bytes([spec], part) == expected
-        assert 0 <= weights.arena_bytes(specs, part) - weights.slice_bytes(specs, part) < 4096 * 2 * len(specs)
+            assert slice_bytes([spec], part) == expected
+        assert 0 <= arena_bytes(specs, part) - slice_bytes(specs, part) < 4096 * 2 * len(specs)
 
 
 def test_two_ranks_hold_the_kv_head_at_their_border():
@@ -172,7 +164,7 @@ def is_exact(value: object) -> bool:
 
 @pytest.mark.parametrize("weight_type", list(WEIGHT_TYPES))
 @pytest.mark.parametrize("factor", [1, 10])
-def test_sizes_are_exact_whole_numbers_for_ten_times_llama_405b(weights, weight_type, factor):
+def test_sizes_are_exact_whole_numbers_for_ten_times_llama_405b(weight_type, factor):
     """Hidden and FFN sizes, layers and vocabulary times 10: tensors of up to 100 times the elements."""
     scaled = ("hidden_size", "intermediate_size", "num_hidden_layers", "vocab_size", "num_attention_heads")
     config = ModelConfig.from_hf({**LLAMA_405B, **{key: factor * LLAMA_405B[key] for key in scaled}})
@@ -190,11 +182,11 @@ def test_sizes_are_exact_whole_numbers_for_ten_times_llama_405b(weights, weight_
                 assert is_exact(count)
                 assert offset <= start <= start + count <= offset + entry.bytes
             offset += entry.bytes
-        assert all(is_exact(n) for part in parts for _, shape in weights.slice_shapes(spec, part) for n in shape)
+        assert all(is_exact(n) for part in parts for _, shape in slice_shapes(spec, part) for n in shape)
     bits = {"f32": 32, "f16": 16, "bf16": 16, "q8_0": 8.5, "q4_0": 4.5}[weight_type]
     norms = sum(s.rows for s in specs if s.vector)
     assert offset * 8 == (elements - norms) * bits + 32 * norms
     # Ranks at a border hold a KV head twice.
-    assert offset <= sum(weights.slice_bytes(specs, p) for p in parts) < 1.03 * offset + 7 * 4 * norms
+    assert offset <= sum(slice_bytes(specs, p) for p in parts) < 1.03 * offset + 7 * 4 * norms
     assert is_exact(cache_bytes(config, parts[0], 10**7, "f16"))
     assert elements > 4e11 * factor**3 * 0.9
