@@ -17,17 +17,17 @@ from mpillama.model.workspace import workspace_bytes
 RESERVE = 64 << 20
 """Bytes left to each rank for what Python makes on the way."""
 
-KERNEL_ROOM = 256_000_000
-"""Bytes that a process must be free to map before the compiled kernels are loaded: LLVM ends a process without them."""
+PROGRAM_ROOM = 128_000_000
+"""Bytes that a process must be free to map before it loads a model: the demo takes 40 MB, mostly stacks of threads."""
 
 
 def refuse_no_room(force: bool) -> None:
-    """UserError if a limit of this process leaves too little for the compiled kernels alone."""
+    """UserError if a limit of this process leaves too little for what a run maps besides the model."""
     room = process_room()
-    if room < KERNEL_ROOM and not force:
+    if room < PROGRAM_ROOM and not force:
         raise UserError(
-            f"a process may take only {room / 1e6:.0f} MB more (ulimit -v), but the compiled kernels alone need "
-            f"{KERNEL_ROOM / 1e6:.0f} MB: raise the limit (--force tries all the same)."
+            f"a process may take only {room / 1e6:.0f} MB more (ulimit -v), but threads and tables alone need "
+            f"{PROGRAM_ROOM / 1e6:.0f} MB: raise the limit (--force tries all the same)."
         )
 
 
