@@ -145,9 +145,7 @@ class Team:
 
     def row_parallel(self, matrix: arguments.Matrix, h: arguments.Activations, out: Array, in_flight: int = 1) -> None:
         """out = this rank's panels of a matrix times h, on the grid; float64 [tokens, rows]."""
-        enough = self._calls.row_parallel(
-            self._handle, byref(matrix), byref(h), len(out), out.ctypes.data, in_flight
-        )
+        enough = self._calls.row_parallel(self._handle, byref(matrix), byref(h), len(out), out.ctypes.data, in_flight)
         self._enough(enough)
 
     def touch_pages(self, memory: Array) -> None:

