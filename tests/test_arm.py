@@ -1,5 +1,6 @@
-"""ARM's kernels give the same bits as x86's: compiled here by Debian's cross compiler and run by its emulator, QEMU."""
+"""ARM has the bits of x86: compiled here by Debian's cross compiler and run by its emulator, QEMU."""
 
+import json
 import os
 import platform
 import shutil
@@ -12,11 +13,13 @@ import pytest
 
 from mpillama.kernels.built import SOURCES, is_built, library_path
 from mpillama.kernels.isa import AMX_GRANTED, ARM_SETS, host_features, sets_of
+from tests.arm_python import EMULATOR, ArmPython, CannotBeHadError
+from tests.mpi import launch
 from tests.packages import install, missing
 
 ROOT = Path(__file__).parents[1]
 DRIVER = ROOT / "tests/kernels_driver.cpp"
-COMPILER, EMULATOR = "aarch64-linux-gnu-g++", "qemu-aarch64"
+COMPILER = "aarch64-linux-gnu-g++"
 PACKAGES = ("g++-aarch64-linux-gnu", "qemu-user")
 EMULATED = (EMULATOR, "-L", "/usr/aarch64-linux-gnu")
 FLAGS = ("-std=c++17", "-O1", "-ffp-contract=off", "-pthread", "-Wall", "-Wextra", "-Wno-psabi", "-Werror")
@@ -86,3 +89,30 @@ def test_arm_has_the_same_bits(arm_libraries: Path, arm_driver: Path, expected: 
     assert len(found) == len(expected) == CASES
     different = [(x86, arm) for x86, arm in zip(expected, found, strict=True) if x86 != arm]
     assert not different
+
+
+@pytest.fixture(scope="module")
+def arm_python(arm_libraries: Path, tmp_path_factory: pytest.TempPathFactory) -> ArmPython:
+    try:
+        return ArmPython(tmp_path_factory.mktemp("python"))
+    except CannotBeHadError as error:
+        pytest.skip(f"no Python for ARM: {error}")
+
+
+def test_the_whole_program_has_the_same_bits(arm_libraries: Path, arm_python: ArmPython, tmp_path: Path) -> None:
+    """The demo on two ranks of an ARM machine, and on one of this machine."""
+    mpirun = launch.mpirun()
+    if not (Path(mpirun).resolve().parent / "mpiexec.hydra").exists():
+        pytest.skip("ARM's ranks have MPICH, which wants its own mpirun")
+    shutil.copytree(ROOT / "mpillama", tmp_path / "mpillama", ignore=shutil.ignore_patterns("lib", "__pycache__"))
+    shutil.copytree(arm_libraries, tmp_path / "mpillama/kernels/lib", ignore=shutil.ignore_patterns("driver"))
+    options = [*launch.PROGRAM, "--model", str(launch.DEMO_MODEL), "--seed", "1", "--max-tokens", "24", "--json"]
+    here = launch.run(None, *options)
+    assert here.status == 0, here.stderr
+    command = [mpirun, "-n", "2", *arm_python.command, *options, "--threads", "1"]
+    environment = {**launch.environment(), **arm_python.environment(tmp_path)}
+    there = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=280)
+    assert there.returncode == 0, there.stderr
+    x86, arm = json.loads(here.stdout), json.loads(there.stdout)
+    assert (arm["options"]["isa"], arm["ranks"]) == ("neon", 2)
+    assert [arm[k] for k in ("token_ids", "logits_sha256")] == [x86[k] for k in ("token_ids", "logits_sha256")]

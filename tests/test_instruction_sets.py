@@ -1,12 +1,19 @@
 """How an instruction set is chosen; test_kernels.py compares all that this processor has."""
 
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 
 from mpillama.errors import UserError
-from mpillama.kernels.built import is_built, library_path
+from mpillama.kernels.built import SOURCES, is_built, library_path
 from mpillama.kernels.isa import (
     AMX_GRANTED,
     ARM_SETS,
+    AVX512_VNNI,
     X86_SETS,
     InstructionSet,
     choose_isa,
@@ -15,7 +22,11 @@ from mpillama.kernels.isa import (
     known_sets,
     sets_of,
 )
+from tests.kernel_parts import LIBRARY_TOO
 
+VNNI_FLAGS = [
+    f"-m{name}" for name in ("avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512vnni")
+]
 EVERYTHING = frozenset[str]().union(*(isa.needs for isa in (*X86_SETS, *ARM_SETS)))
 
 
@@ -96,3 +107,28 @@ def test_flags_are_those_of_the_first_processor(tmp_path):
     assert cpu_flags(cpuinfo) == {"fpu", "avx2"}
     cpuinfo.write_text("processor\t: 0\nisa\t\t: rv64\n")
     assert cpu_flags(cpuinfo) == frozenset()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_amx_gives_the_same_bits_with_its_tiles_in_software(tmp_path):
+    """All of it but the instructions themselves, on a processor that has the rest; in another process."""
+    if lacking := AVX512_VNNI - host_features():
+        pytest.skip(f"the rest of AMX's kernels needs {', '.join(sorted(lacking))}")
+    if not (compiler := shutil.which(os.environ.get("CXX", "g++"))):
+        pytest.skip("no C++ compiler")
+    library = tmp_path / "libamx.so"
+    flags = ["-std=c++17", "-O1", "-fPIC", "-shared", "-pthread", "-ffp-contract=off", "-Wno-psabi", *VNNI_FLAGS]
+    source = ["-DMPILLAMA_AMX_IN_SOFTWARE", "-I", SOURCES, SOURCES / "kernels.cpp"]
+    compiled = subprocess.run([compiler, *flags, *source, "-o", library], capture_output=True, text=True, timeout=300)
+    assert compiled.returncode == 0, compiled.stderr[-4000:]
+    files = ["tests/test_kernels.py", "tests/test_half_layers.py"]
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *files],
+        cwd=Path(__file__).parents[1],
+        env={**os.environ, LIBRARY_TOO: str(library)},
+        capture_output=True,
+        text=True,
+        timeout=280,
+    )
+    assert done.returncode == 0, done.stdout[-4000:]

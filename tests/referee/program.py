@@ -5,13 +5,15 @@ What is compiled is imported in functions only, after `start`.
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from mpillama.errors import UserError
-from mpillama.kernels.isa import NAMES, choose_isa, host_features
+from mpillama.kernels.isa import choose_isa, host_features, known_sets
+from mpillama.kernels.library import Team
 from mpillama.kernels.target import prepare, requested_isa
 
 MakeTensor = Callable[[str, tuple[int, ...]], np.ndarray]
@@ -30,6 +32,11 @@ def start(threads: int) -> str:
     return prepare(requested_isa(), threads).isa.name
 
 
+@cache
+def _team(threads: int) -> Team:
+    return prepare(requested_isa(), threads).team
+
+
 def in_use(target: Any) -> str:
     """The name of the instruction set in the fixture `target` of tests/conftest.py."""
     return str(target.isa.name)
@@ -37,7 +44,7 @@ def in_use(target: Any) -> str:
 
 def instruction_sets() -> Mapping[str, str]:
     """Every instruction set, and why this machine cannot run it, "" if it can."""
-    return {name: _lacking(name) for name in NAMES}
+    return {name: _lacking(name) for name in (known.name for known in known_sets())}
 
 
 def _lacking(name: str) -> str:
@@ -103,7 +110,7 @@ def _made(config: Mapping[str, Any], weights: str, tensor: MakeTensor, threads: 
                 (array[part] if spec.experts else array)[...] = values
 
     loaded = load_weights(read_config, specs, partition(read_config, 1)[0], fill)
-    return LlamaModel(read_config, loaded, Communicator.alone(), threads)
+    return LlamaModel(read_config, loaded, Communicator.alone(), _team(threads))
 
 
 def _demo(threads: int) -> Any:
@@ -119,4 +126,4 @@ def _demo(threads: int) -> Any:
         weights = load_weights(file.config, file.specs, partition(file.config, 1)[0], reader.read)
     finally:
         reader.close()
-    return LlamaModel(file.config, weights, Communicator.alone(), threads)
+    return LlamaModel(file.config, weights, Communicator.alone(), _team(threads))

@@ -92,7 +92,7 @@ template <class T, int GROUPS> inline void stream(const Slice& w, i64 group, con
     }
 }
 
-// sums[t] += W rows of a group times some tokens.
+// sums[t] += W rows of a group times some tokens. Unrolled, so that the sums stay in registers where there are enough.
 template <class T, int TOKENS>
 inline void tile(const Slice& w, i64 group, int part, const Input& in, i64 token, Vf (&sums)[TOKENS]) {
     if constexpr (T::BLOCKS) {
@@ -105,6 +105,7 @@ inline void tile(const Slice& w, i64 group, int part, const Input& in, i64 token
         for (i64 i = 0; i < blocks; i++) {
             if (part == 0) prefetch_run(values + i * T::bytes + AHEAD, T::bytes);
             const typename T::Part rows = T::load(values + i * T::bytes, scales + i * LANES, part);
+#pragma GCC unroll 8
             for (int t = 0; t < TOKENS; t++)
                 sums[t] = T::add(rows, x + BLOCK * (i * width + t), x_scales[i * width + t], starts[i * width + t],
                                  sums[t]);
@@ -114,6 +115,7 @@ inline void tile(const Slice& w, i64 group, int part, const Input& in, i64 token
         const u8* values = w.values + group * w.columns * T::bytes;
         for (i64 k = 0; k < w.columns; k++) {
             const Vf rows = T::load(values + k * T::bytes, part);
+#pragma GCC unroll 8
             for (int t = 0; t < TOKENS; t++) sums[t] = fma(rows, splat(x[t * in.from.columns + k]), sums[t]);
         }
     }
