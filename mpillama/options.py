@@ -176,6 +176,7 @@ class BenchOptions(RunOptions):
     batch: list[int] = option("numbers of sequences decoded together (default: 1)", [1], nargs="*", metavar="COUNT")
     context: int = option("position at which decoding begins (default: 512)", 512, metavar="TOKENS")
     repetitions: int = option("times each prompt length is run (default: 5)", 5, metavar="COUNT")
+    where: bool = option("tell where a step's time goes, part by part", False)
     json: bool = option("print one JSON object", False)
     plot: Optional[str] = option("draw roofline and time split (needs matplotlib)", metavar="FILE.png")
 

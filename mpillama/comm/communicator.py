@@ -94,14 +94,15 @@ class Communicator:
         for size in sizes:
             message = np.zeros(size)
             self.shared, self.shared_limit = None, 0
-            seconds = self._median_seconds(message)
+            seconds = self.median_seconds(message)
             self.shared, self.shared_limit = shared, size
-            if self._median_seconds(message) < seconds:
+            if self.median_seconds(message) < seconds:
                 limit = size
         self.shared_limit = self.broadcast(limit)
         self.seconds, self.calls = 0.0, 0
 
-    def _median_seconds(self, message: np.ndarray, repetitions: int = 15) -> float:
+    def median_seconds(self, message: np.ndarray, repetitions: int = 15) -> float:
+        """Seconds of an all-reduce that all ranks begin together."""
         times = []
         for _ in range(repetitions):
             self.barrier()

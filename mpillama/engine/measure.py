@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from mpillama.comm.communicator import Communicator
-from mpillama.kernels.library import Team
+from mpillama.kernels.library import PARTS, Team
 from mpillama.model.cache import KVCache, blocks_for, cache_bytes, decode_step, single_sequence_step
 from mpillama.model.llama import LlamaModel
 
@@ -52,6 +52,9 @@ class Stopwatch:
         self.prefill_chunk = prefill_chunk
         self.cache = KVCache(model.config, model.part, blocks * sequences, kv_type)
         self.tables = np.arange(blocks * sequences, dtype=np.int64).reshape(sequences, blocks)
+        self.wants_parts = False
+        self.parts = np.zeros(len(PARTS))
+        """Seconds of the main thread in the timed steps, by kernels.library.PARTS, if `wants_parts`."""
 
     def prefill(self, tokens: int, repetitions: int) -> Timing:
         """Time a prompt of this many tokens from an empty cache, logits for its last token."""
@@ -82,11 +85,17 @@ class Stopwatch:
         for run in runs[:warm_up]:
             run()
         self.comm.seconds, self.comm.calls, seconds = 0.0, 0, []
+        team = self.model.team
+        if self.wants_parts:
+            team.watch(True)
         for run in runs:
             self.comm.barrier()
             start = time.perf_counter()
             run()
             seconds.append(time.perf_counter() - start)
+        if self.wants_parts:
+            self.parts = team.times()[0]
+            team.watch(False)
         slowest = np.max(self.comm.gather(seconds), axis=0)
         own = sum(seconds) - self.comm.seconds
         return Timing(slowest, self.comm.seconds, self.comm.calls, own)

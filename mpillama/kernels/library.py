@@ -19,6 +19,12 @@ Array = np.ndarray
 SPINS = 4000
 """How often a thread polls for its next work before it gives its core away: some 50 us, longer than a step's gaps."""
 
+PARTS = (
+    "norms and quantisation", "q/k/v", "RoPE and cache", "attention", "o_proj", "router", "gate/up", "down", "lm_head",
+    "residual", "barriers",
+)  # fmt: skip
+"""What threads' time goes to, in the order of kernels/src/team.h."""
+
 _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "start_team": (c_void_p, [c_int64, c_int64, POINTER(c_int32)]),
     "end_team": (None, [c_void_p]),
@@ -44,6 +50,8 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "sum_shared": (c_int64, [POINTER(arguments.Window), c_void_p, c_int64, c_int64, c_int64, c_int64, c_int64]),
     "touch_pages": (None, [c_void_p, c_void_p, c_int64]),
     "read_memory": (None, [c_void_p, c_void_p, c_int64, c_void_p]),
+    "watch": (c_int64, [c_void_p, c_int64]),
+    "times": (None, [c_void_p, c_void_p]),
     "barriers": (None, [c_void_p, c_int64]),
     "offset": (c_int64, [c_int64]),
 }
@@ -156,6 +164,16 @@ class Team:
         """Read memory (uint8) once, all threads at the same time; results int64 [threads]. Returns the bytes read."""
         self._calls.read_memory(self._handle, memory.ctypes.data, memory.size, results.ctypes.data)
         return memory.size // self.threads // 512 * 512 * self.threads
+
+    def watch(self, wanted: bool) -> None:
+        """Begin to count what the threads' time goes to, or end it."""
+        self._enough(self._calls.watch(self._handle, int(wanted)))
+
+    def times(self) -> Array:
+        """Seconds since the watch began: float64 [threads, PARTS]."""
+        nanoseconds = np.zeros((self.threads, len(PARTS)), np.int64)
+        self._calls.times(self._handle, nanoseconds.ctypes.data)
+        return nanoseconds * 1e-9
 
     def barriers(self, count: int) -> None:
         """Let the threads meet so many times."""

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -22,6 +23,7 @@ from mpillama.tools.running import check_observed, choose_target, observed
 
 if TYPE_CHECKING:
     from mpillama.engine.measure import Stopwatch, Timing
+    from mpillama.engine.where import Part
     from mpillama.model.llama import LlamaModel
     from mpillama.model.tensors import TensorSpec
     from mpillama.model.weights import Weights
@@ -109,6 +111,7 @@ def _measure(
     bandwidths = [read_bandwidth(world.comm, target.team)]
     prefill = [_prefill(options, watch, tokens, whole_layers) for tokens in options.prefill]
     decode = [_decode(options, world, watch, batch, bandwidths, whole_layers) for batch in options.batch]
+    where = {"where": _where(options, watch)} if options.where else {}
     return {
         "shape": options.shape or options.model,
         "weights": weights_of_shape(options.weights) if options.shape else "as stored",
@@ -126,7 +129,37 @@ def _measure(
         "allreduce_microseconds": decode[0]["allreduce_microseconds"],
         "slowest_rank": decode[0]["slowest_rank"],
         "rss_bytes_per_rank": world.comm.gather(_resident_bytes()),
+        **where,
     }
+
+
+def _where(options: BenchOptions, watch: "Stopwatch") -> list[dict[str, Any]]:
+    """The parts of a decode step of each batch and of a prefill chunk, on rank 0."""
+    from mpillama.engine.where import where_time_goes
+
+    chunk = min(options.prefill_chunk, max(options.prefill, default=options.prefill_chunk))
+    runs = [
+        (
+            f"decode, {in_number(batch, 'sequence')}",
+            batch,
+            partial(watch.decode, batch, options.context, options.decode),
+        )
+        for batch in options.batch
+    ]
+    runs.append(
+        (f"prefill, chunk of {in_number(chunk, 'token')}", chunk, partial(watch.prefill, chunk, options.repetitions))
+    )
+    found = []
+    for name, tokens, run in runs:
+        with watch.comm.doing(f"measuring the parts of {name}"):
+            parts = where_time_goes(watch, run, tokens)
+        found.append({"step": name, "parts": [_part(part) for part in parts if part.seconds > 0]})
+    return found
+
+
+def _part(part: "Part") -> dict[str, Any]:
+    speed = {"bytes": part.bytes, "bytes_per_second": part.bytes / part.seconds} if part.bytes else {}
+    return {"part": part.name, "seconds": part.seconds, **speed}
 
 
 def _resident_bytes() -> int:

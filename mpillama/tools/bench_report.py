@@ -14,6 +14,8 @@ def print_report(report: Report) -> None:
     print_sentence(_headline(report))
     _print_prefill(report)
     _print_decode(report)
+    for step in report.get("where", ()):
+        _print_where(step)
     slowest = report["slowest_rank"]
     print_sentence(
         f"slowest rank {slowest['rank']} on {slowest['host']} | "
@@ -67,6 +69,21 @@ def _print_decode(report: Report) -> None:
         for row in report["decode"]
     ]
     print_table((*columns, "communication", "per all-reduce", *_whole_column(report)), rows)
+
+
+def _print_where(step: Report) -> None:
+    total = sum(part["seconds"] for part in step["parts"])
+    rows = [
+        (
+            part["part"],
+            f"{1e6 * part['seconds']:.1f} µs",
+            f"{100 * part['seconds'] / total:.1f} %",
+            in_units(part["bytes"]) if "bytes" in part else "",
+            f"{part['bytes_per_second'] / 1e9:.1f} GB/s" if "bytes" in part else "",
+        )
+        for part in step["parts"]
+    ]
+    print_table((step["step"], f"of {1e6 * total:.0f} µs", "share", "weights", "speed"), rows)
 
 
 def _range(row: Report) -> str:

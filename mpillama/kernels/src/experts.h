@@ -155,9 +155,11 @@ inline void route(const Member& member, const MlpLayer& layer, const Step& step,
     const i64 width = layer.router.groups * LANES;
     column_span(layer.router, 0, step.hidden, step.tokens, member.first(layer.router.groups),
                 member.last(layer.router.groups), r.logits, width, step.in_flight, member.scratch);
+    member.did(Part::ROUTER);
     member.barrier();
     for (i64 t = member.first(step.tokens); t < member.last(step.tokens); t++)
         choose_experts(r.logits + t * width, width, layer, r.chosen + t * layer.chosen, r.shares + t * layer.chosen);
+    member.did(Part::ROUTER);
     member.barrier();
 }
 
@@ -176,6 +178,7 @@ inline void mixture_of_one(const Member& member, const MlpLayer& layer, const St
         gate_up_span(layer, r.chosen[j], step.hidden, 1, r.shares + j, expert_gate(j), r.up + j * inner, first, last,
                      step.in_flight, member.scratch);
     }
+    member.did(Part::GATE_UP);
     member.barrier();
     double* sums = reinterpret_cast<double*>(r.end) + member.thread * rows;
     for (i64 i = 0; i < rows; i++) sums[i] = 0.0;
@@ -186,6 +189,7 @@ inline void mixture_of_one(const Member& member, const MlpLayer& layer, const St
         if (last > first)
             add_panels(layer.down, r.chosen[j], expert_gate(j), first, last, 0, layer.down.groups, sums, step.in_flight);
     }
+    member.did(Part::DOWN);
     member.barrier();
     const double* all = reinterpret_cast<const double*>(r.end);
     for (i64 i = member.first(rows); i < member.last(rows); i++) {  // multiples of the grid: any order gives the same sum
@@ -201,8 +205,10 @@ inline void mixture(const Member& member, const MlpLayer& layer, const Step& ste
     route(member, layer, step, r);
     if (step.tokens == 1) return mixture_of_one(member, layer, step, r);
     if (member.thread == 0) r.sort(layer, step.tokens);
+    member.did(Part::ROUTER);
     member.barrier();
     gather(layer, step, r, member.first(step.tokens * layer.chosen), member.last(step.tokens * layer.chosen));
+    member.did(Part::ROUTER);
     member.barrier();
     const i64 pairs = layer.gate.groups / 2, rows = layer.down.groups * LANES;
     for (i64 e = 0; e < layer.gate.experts; e++)
@@ -210,6 +216,7 @@ inline void mixture(const Member& member, const MlpLayer& layer, const Step& ste
             gate_up_span(layer, e, r.of(r.x, e), r.count(e), r.pair_shares + r.ends[e], r.of(r.gate, e),
                          r.up + r.ends[e] * r.gate.columns, member.first(pairs), member.last(pairs), step.in_flight,
                          member.scratch);
+    member.did(Part::GATE_UP);
     member.barrier();
     const i64 first = member.first(layer.down.groups), last = member.last(layer.down.groups);
     for (i64 t = 0; t < step.tokens; t++)
@@ -218,6 +225,7 @@ inline void mixture(const Member& member, const MlpLayer& layer, const Step& ste
         if (r.count(e) > 0)
             add_rows(layer.down, e, r.of(r.gate, e), r.count(e), first, last,
                      Output{step.partial, rows, r.tokens + r.ends[e]}, member.scratch);
+    member.did(Part::DOWN);
 }
 
 inline i64 mixture_shared_bytes(const MlpLayer& layer, const Step& step, i64 threads) {

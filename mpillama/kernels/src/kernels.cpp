@@ -20,10 +20,17 @@ constexpr i64 FEW_BYTES = 32 * 1024;
 
 // A team's own copy of small work is not worth waking the others: then thread 0 does it alone.
 template <class Body> void run_over(Team* team, i64 units, i64 bytes, const Body& body) {
-    if (bytes < FEW_BYTES)
+    if (bytes < FEW_BYTES) {
+        const Member member = team->member(0);
+        member.begin();
         body(0, units);
-    else
-        run(team, [&](const Member& member) { body(member.first(units), member.last(units)); });
+        member.did(Part::RESIDUAL);
+    } else {
+        run(team, [&](const Member& member) {
+            body(member.first(units), member.last(units));
+            member.did(Part::RESIDUAL);
+        });
+    }
 }
 
 }  // namespace
@@ -105,14 +112,20 @@ MPILLAMA_API void mpillama_embed(const Matrix* matrix, const i64* rows, i64 toke
 // h = RMSNorm(x), with its quantised form if `quantised`; x float32 [tokens, h->columns].
 MPILLAMA_API void mpillama_normalise(Team* team, const float* x, i64 tokens, const float* weight, i64 size, double eps,
                                      i64 quantised, const Activations* h) {
-    run(team, [&](const Member& member) { normalise(member, x, tokens, weight, size, eps, quantised != 0, *h); });
+    run(team, [&](const Member& member) { 
+        normalise(member, x, tokens, weight, size, eps, quantised != 0, *h);
+        member.did(Part::NORM);
+    });
 }
 
 // out = a column-parallel matrix times h: float32 [tokens, rows].
 MPILLAMA_API i64 mpillama_column_parallel(Team* team, const Matrix* matrix, const Activations* h, i64 tokens, float* out,
                                           i64 in_flight) {
     if (!team->reserve(steps_bytes(*matrix), 0)) return 0;
-    run(team, [&](const Member& member) { column_part(member, *matrix, *h, tokens, out, in_flight); });
+    run(team, [&](const Member& member) {
+        column_part(member, *matrix, *h, tokens, out, in_flight);
+        member.did(Part::COLUMN);
+    });
     return 1;
 }
 
@@ -166,6 +179,17 @@ MPILLAMA_API void mpillama_read_memory(Team* team, const u8* memory, i64 bytes, 
         }
         results[member.thread] = total;
     });
+}
+
+// Begin (or end) to count what the threads' time goes to; 0 if there is no memory for it.
+MPILLAMA_API i64 mpillama_watch(Team* team, i64 wanted) { return team->watch(wanted != 0); }
+
+// Nanoseconds since then: i64 [threads, parts], in the order of Part.
+MPILLAMA_API void mpillama_times(Team* team, i64* nanoseconds) {
+    constexpr int count = static_cast<int>(Part::COUNT);
+    for (i64 thread = 0; thread < team->threads; thread++)
+        for (int part = 0; part < count; part++)
+            nanoseconds[thread * count + part] = team->clocks[thread].nanoseconds[part];
 }
 
 // A region of `count` barriers, to be timed.

@@ -81,16 +81,21 @@ inline i64 mlp_half_scratch_bytes(const MlpLayer& layer) {
 inline void attention_half(const Member& member, const AttentionLayer& layer, const Step& step) {
     const bool quantised = has_blocks(layer.q.type) || has_blocks(layer.k.type) || has_blocks(layer.v.type);
     normalise(member, step.x, step.tokens, layer.norm, layer.hidden_size, layer.eps, quantised, step.hidden);
+    member.did(Part::NORM);
     member.barrier();
     column_part(member, layer.q, step.hidden, step.tokens, step.q, step.in_flight);
     column_part(member, layer.k, step.hidden, step.tokens, step.k, step.in_flight);
     column_part(member, layer.v, step.hidden, step.tokens, step.v, step.in_flight);
+    member.did(Part::QKV);
     member.barrier();
     rotate_and_store(layer, step, member.first(step.tokens), member.last(step.tokens));
+    member.did(Part::ROPE);
     member.barrier();
     attend(member, layer, step);
+    member.did(Part::ATTENTION);
     member.barrier();
     row_parallel(member, layer.o, step.context, step.tokens, step.partial, step.in_flight);
+    member.did(Part::O_PROJ);
 }
 
 // Norm, then SwiGLU or experts: step.partial is this rank's part of the sum.
@@ -98,13 +103,16 @@ inline void mlp_half(const Member& member, const MlpLayer& layer, const Step& st
     const bool quantised = has_blocks(layer.gate.type) || has_blocks(layer.up.type) ||
                            (layer.router.groups > 0 && has_blocks(layer.router.type));
     normalise(member, step.x, step.tokens, layer.norm, layer.hidden_size, layer.eps, quantised, step.hidden);
+    member.did(Part::NORM);
     member.barrier();
     if (layer.router.groups > 0) return mixture(member, layer, step);
     const i64 pairs = layer.gate.groups / 2;  // a quantised block is two groups
     gate_up_span(layer, 0, step.hidden, step.tokens, nullptr, step.gate, step.up, member.first(pairs),
                  member.last(pairs), step.in_flight, member.scratch);
+    member.did(Part::GATE_UP);
     member.barrier();
     row_parallel(member, layer.down, step.gate, step.tokens, step.partial, step.in_flight);
+    member.did(Part::DOWN);
 }
 
 }  // namespace mpillama

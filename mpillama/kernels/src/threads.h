@@ -13,6 +13,7 @@
 #include <climits>
 #include <csignal>
 #include <cstdlib>
+#include <ctime>
 #include <new>
 
 #include "team.h"
@@ -57,10 +58,14 @@ struct Team {
     u8 *scratch, *shared;
     i64 scratch_bytes, shared_bytes;
     bool ending;
+    Clock* clocks;
     Bell begun, met;
     alignas(64) std::atomic<i64> arrived{0};
 
-    Member member(i64 thread) { return {this, thread, threads, scratch + thread * scratch_bytes, shared}; }
+    Member member(i64 thread) {
+        Clock* clock = clocks == nullptr ? nullptr : clocks + thread;
+        return {this, thread, threads, scratch + thread * scratch_bytes, shared, clock};
+    }
 
     void barrier() {
         if (threads == 1) return;
@@ -83,8 +88,27 @@ struct Team {
         region = what;
         arguments = with;
         if (threads > 1) begun.ring();
-        what(member(0), with);
-        barrier();
+        take_part(0);
+    }
+
+    void take_part(i64 thread) {
+        const Member own = member(thread);
+        own.begin();
+        region(own, arguments);
+        own.barrier();
+    }
+
+    // Begin or end to count what the threads' time goes to; returns whether there is memory for it.
+    bool watch(bool wanted) {
+        std::free(clocks);
+        clocks = nullptr;
+        if (!wanted) return true;
+        void* fresh = nullptr;
+        const std::size_t bytes = static_cast<std::size_t>(threads) * sizeof(Clock);
+        if (posix_memalign(&fresh, 64, bytes) != 0) return false;
+        std::memset(fresh, 0, bytes);
+        clocks = static_cast<Clock*>(fresh);
+        return true;
     }
 
   private:
@@ -102,7 +126,16 @@ struct Team {
     }
 };
 
-inline void Member::barrier() const { team->barrier(); }
+inline void Member::barrier() const {
+    team->barrier();
+    did(Part::WAITING);
+}
+
+inline i64 Member::now() {
+    timespec time;
+    clock_gettime(CLOCK_MONOTONIC, &time);
+    return time.tv_sec * 1000000000 + time.tv_nsec;
+}
 
 struct Start {
     Team* team;
@@ -118,8 +151,7 @@ inline void* work(void* given) {
         team.begun.wait(seen, team.spins);
         seen++;
         if (team.ending) return nullptr;
-        team.region(team.member(start.thread), team.arguments);
-        team.barrier();
+        team.take_part(start.thread);
     }
 }
 
@@ -130,6 +162,7 @@ inline void end_team(Team* team, i64 running) {
     std::free(team->handles);
     std::free(team->scratch);
     std::free(team->shared);
+    std::free(team->clocks);
     team->~Team();
     std::free(team);
 }
