@@ -10,6 +10,7 @@ import pytest
 
 from mpillama.errors import UserError
 from mpillama.kernels.built import SOURCES, is_built, library_path
+from mpillama.kernels.comparison import same_products
 from mpillama.kernels.isa import (
     AMX_GRANTED,
     ARM_SETS,
@@ -22,6 +23,7 @@ from mpillama.kernels.isa import (
     known_sets,
     sets_of,
 )
+from mpillama.kernels.library import load
 from tests.kernel_parts import LIBRARY_TOO
 
 VNNI_FLAGS = [
@@ -132,3 +134,8 @@ def test_amx_gives_the_same_bits_with_its_tiles_in_software(tmp_path):
         timeout=280,
     )
     assert done.returncode == 0, done.stdout[-4000:]
+
+
+def test_libraries_are_compared_before_one_is_trusted() -> None:
+    first, *others = [load(known.name) for known in sets_of(host_features()) if is_built(known.name)]
+    assert all(same_products(first, other) for other in others)

@@ -1,9 +1,11 @@
 """Sets up the kernels of this process: instruction set, library and team of threads."""
 
 import os
+import warnings
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from mpillama.errors import UserError
 from mpillama.kernels.isa import InstructionSet, choose_isa, host_features
 
 if TYPE_CHECKING:
@@ -34,5 +36,18 @@ def prepare(requested_isa: str, threads: int, yields: bool = False) -> Target:
     from mpillama.kernels.library import load
 
     isa = choose_isa(requested_isa, host_features())
+    if isa.name == "amx" and not _agrees_with_vnni():
+        if requested_isa:
+            raise UserError("AMX gives other results than VNNI on this processor: unset MPILLAMA_ISA.")
+        warnings.warn("AMX gives other results than VNNI on this processor and is not used.", stacklevel=2)
+        isa = choose_isa("avx512_vnni", host_features())
     library = load(isa.name)
     return Target(isa, threads, library, library.team(threads, yields))
+
+
+def _agrees_with_vnni() -> bool:
+    """AMX was only ever run in software: it is used where its bits are those of VNNI."""
+    from mpillama.kernels.comparison import same_products
+    from mpillama.kernels.library import load
+
+    return same_products(load("amx"), load("avx512_vnni"))
