@@ -81,7 +81,7 @@ def test_bad_rows_get_errors_and_the_job_goes_on(demo: Path, tmp_path: Path) -> 
     good = mixed_rows(3)
     bad = [b"\x00\x01\xff", b'{"id": "x"}', b'{"id": "long", "prompt": "' + b"a b " * 50_000 + b'"}',
            b'{"id": "r0", "prompt": "again"}',
-           b'{"id": "f", "prompt": "x", "colour": 1}', b'{"id": "t", "prompt": [99999]}',
+           b'{"id": "f", "prompt": "x", "stop": 1}', b'{"id": "t", "prompt": [99999]}',
            b"x" * (17 << 20)]  # fmt: skip
     lines = [*(json.dumps(row).encode() for row in good), *bad]
     source.write_bytes(b"\n".join(lines))
@@ -93,7 +93,7 @@ def test_bad_rows_get_errors_and_the_job_goes_on(demo: Path, tmp_path: Path) -> 
     assert (summary["rows"], summary["errors"]) == (10, 7)
     found = {number: json.loads(text) for number, text in results(target).items()}
     assert [found[i]["custom_id"] for i in range(1, 11)] == ["r0", "r1", "r2", None, "x", "long", "r0", "f", "t", None]
-    words = ["no JSON", "prompt or messages", "context", "line 1", "colour", "outside", "longer than"]
+    words = ["no JSON", "prompt or messages", "context", "line 1", "stop", "outside", "longer than"]
     for i, word in enumerate(words, 4):
         assert found[i]["response"]["status_code"] == 400
         assert word in found[i]["error"]["message"]
