@@ -4,7 +4,7 @@ import faulthandler
 import os
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -105,9 +105,7 @@ def _load_mpi() -> Any:
 def _no_longer_than(timeout: float) -> Iterator[None]:
     """A bound for what MPI does without letting any other Python run: its start and its end."""
     if timeout:
-        # A host that has no memory for one more thread ends without the bound: that it has none is told already.
-        with suppress(RuntimeError):
-            faulthandler.dump_traceback_later(timeout, exit=True)
+        faulthandler.dump_traceback_later(timeout, exit=True)
     yield
     faulthandler.cancel_dump_traceback_later()
 

@@ -4,6 +4,7 @@ Communicator's waits poll, and look here now and then: a RollCall finds out who 
 itself, and signals that come while no Python runs, are left to a thread.
 """
 
+import mmap
 import os
 import select
 import signal
@@ -41,6 +42,10 @@ class GroupFailedError(Exception):
     """A rank of this group has given up: the group does nothing more, but other groups may."""
 
 
+RESERVE_BYTES = 32 << 20
+"""Addresses, not memory, that are given back when something fails: MPI's end and a thread want some."""
+
+
 class Watch:
     """What this process is doing, for its own waits, for the other ranks, and for the thread.
 
@@ -63,6 +68,7 @@ class Watch:
         self.idle_at = -1
         self.failed_at = -1
         self.display: Display = no_display
+        self._reserve: mmap.mmap | None = mmap.mmap(-1, RESERVE_BYTES, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
 
     # -- waits ---------------------------------------------------------------------------------------------------------
 
@@ -148,7 +154,10 @@ class Watch:
             raise OthersFailedError
 
     def tell_failure(self) -> None:
-        """Let the other ranks leave off what this rank has failed at."""
+        """Let the other ranks leave off what this rank has failed at, if need be with the memory kept for it."""
+        if self._reserve is not None:
+            self._reserve.close()
+            self._reserve = None
         if self.messages is not None:
             self.messages.send_all(Kind.FAILED, self.state())
 
