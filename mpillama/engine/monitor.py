@@ -48,7 +48,7 @@ class Sample:
 
 
 class Monitor:
-    """Logs a line each `interval` seconds, and ends the job when the host has less than `floor` bytes left.
+    """Logs a line each `interval` seconds and at the end; ends the job when the host has less than `floor` bytes left.
 
     Either may be None. `leads` says whether this is the first rank of its host.
     """
@@ -82,9 +82,15 @@ class Monitor:
         while not self.ended.wait(self._pause(before.seconds)):
             self._check_floor()
             if self.interval is not None and time.monotonic() >= before.seconds + self.interval:
-                now = self._sample()
-                logging.getLogger(__name__).info("%s", now.line(before))
-                before = now
+                before = self._tell(before)
+        if self.interval is not None:
+            self._tell(before)
+
+    def _tell(self, before: Sample) -> Sample:
+        """Log what has changed since the last line."""
+        now = self._sample()
+        logging.getLogger(__name__).info("%s", now.line(before))
+        return now
 
     def _pause(self, last: float) -> float:
         """Seconds until there is something to do."""
