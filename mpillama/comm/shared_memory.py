@@ -1,12 +1,10 @@
 """All-reduce among ranks of one host through a window of shared memory."""
 
 from collections.abc import Callable
+from typing import Protocol
 
 import numpy as np
 from mpi4py import MPI
-
-from mpillama.kernels.library import Library
-from mpillama.kernels.shared_sum import SharedWindow, window_bytes
 
 CAPACITY = 1 << 17
 """float64 values that a rank hands over at once (1 MiB); longer messages go in pieces."""
@@ -16,15 +14,28 @@ YIELDS = 2000
 """Times the core is given away before Python looks for signals."""
 
 
+class Window(Protocol):
+    """What adds up in shared memory: kernels.shared_sum.SharedWindow."""
+
+    flags: np.ndarray
+
+    def sum(self, partial: np.ndarray, sequence: int, posted: bool, spins: int, yields: int) -> bool:
+        """Replace `partial` by its sum over ranks; returns whether all ranks arrived while it waited."""
+
+
+MakeWindow = Callable[[np.ndarray, int, int, int], Window]
+"""From memory (uint8), ranks, own rank and capacity."""
+
+
 class SharedReduction:
     """The window, and the number of the last exchange; the same calls must be made on all ranks."""
 
-    def __init__(self, mpi: MPI.Intracomm, library: Library):
+    def __init__(self, mpi: MPI.Intracomm, window_bytes: Callable[[int, int], int], make_window: MakeWindow):
         size = window_bytes(mpi.size, CAPACITY)
         self.window = MPI.Win.Allocate_shared(size if mpi.rank == 0 else 0, 1, comm=mpi)
         buffer, _ = self.window.Shared_query(0)
         memory = np.asarray(buffer).view(np.uint8).reshape(-1)
-        self.shared = SharedWindow(library, memory, mpi.size, mpi.rank, CAPACITY)
+        self.shared = make_window(memory, mpi.size, mpi.rank, CAPACITY)
         if mpi.rank == 0:
             self.shared.flags[:] = 0
         mpi.Barrier()

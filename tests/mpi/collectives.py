@@ -3,6 +3,7 @@
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from mpillama.comm.communicator import MESSAGE_BYTES, SPIN_SECONDS, Communicator
 from mpillama.comm.rounds import Rounds
 from mpillama.comm.shared_memory import CAPACITY, SharedReduction
 from mpillama.errors import UserError
+from mpillama.kernels.shared_sum import SharedWindow, window_bytes
 from mpillama.kernels.target import prepare
 
 GRID = 2.0**-30
@@ -23,7 +25,7 @@ LIMIT = 2**52
 @pytest.fixture(scope="module")
 def shared() -> SharedReduction:
     """The sum through shared memory."""
-    return SharedReduction(MPI.COMM_WORLD, prepare("", 1).library)
+    return SharedReduction(MPI.COMM_WORLD, window_bytes, partial(SharedWindow, prepare("", 1).library))
 
 
 @pytest.fixture(params=["blocking", "yielding", "in pieces", "shared memory", "shared memory, yielding"])
