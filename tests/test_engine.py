@@ -6,9 +6,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from mpillama.engine.answer import Limits
 from mpillama.errors import UserError
-from mpillama.text.sampler import SamplingOptions
+from mpillama.text.sampling_params import SamplingParams
 from mpillama.text.tokenizer import Tokenizer
 from tests import models, running
 from tests.conftest import THREADS, ModelFile
@@ -48,8 +47,11 @@ def make_request(seed: int, prompt: list[int], max_tokens: int, stops=()):
     from mpillama.engine.sequence import Request
 
     temperature = (0.0, 0.7, 1.3)[seed % 3]
-    options = SamplingOptions(temperature=temperature, seed=seed, repetition_penalty=1.0 + 0.1 * (seed % 2))
-    return Request(prompt, options, Limits(max_tokens, stops, ignore_eos=True), seed, Recorder())
+    params = SamplingParams(
+        temperature=temperature, top_p=1.0, seed=seed, repetition_penalty=1.0 + 0.1 * (seed % 2),
+        max_tokens=max_tokens, stop=stops, ignore_eos=True,
+    )  # fmt: skip
+    return Request(prompt, params, seed, Recorder())
 
 
 def random_request(rng: np.random.Generator, seed: int):
@@ -69,7 +71,7 @@ def alone(model, tokenizer, request):
 
     session, recorder = Session(Executor(model, LONGEST, "f16", 100)), Recorder()
     sampler = Sampler(request.sampling, models.TOY_VOCABULARY, request.prompt_ids)
-    answer, new = Answer(tokenizer, request.limits), request.prompt_ids
+    answer, new = Answer(tokenizer, request.sampling), request.prompt_ids
     while answer.finish_reason is None:
         logits = session.extend(new)
         token = sampler.sample(logits)
@@ -134,7 +136,7 @@ def test_logits_of_prompts_do_not_depend_on_chunks_and_company(model, tokenizer,
     engine.executor.piece = piece
     requests = [random_request(rng, i) for i in range(10)]
     asked = [replace(r, on_prompt_logits=PromptRecorder()) for r in requests if r.key % 2]
-    asked = [replace(r, limits=Limits(0)) if r.key % 3 == 0 else r for r in asked]
+    asked = [replace(r, sampling=replace(r.sampling, max_tokens=0)) if r.key % 3 == 0 else r for r in asked]
     others = [r for r in requests if not r.key % 2]
     for request, other in zip(asked, others, strict=True):
         engine.submit(request)
@@ -320,8 +322,8 @@ def test_a_constraint_decides_and_ends_the_answer(model, tokenizer, speculate):
 def embed(engine, prompts, pooling):
     from mpillama.engine.sequence import Request
 
-    limits, options = Limits(1), SamplingOptions(seed=1)
-    sequences = [engine.submit(Request(ids, options, limits, pooling=pooling)) for ids in prompts]
+    params = SamplingParams(seed=1, max_tokens=1)
+    sequences = [engine.submit(Request(ids, params, pooling=pooling)) for ids in prompts]
     while not engine.idle:
         engine.step()
     return [sequence.pooled for sequence in sequences]

@@ -6,12 +6,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mpillama.engine.answer import Answer, Limits
+from mpillama.engine.answer import Answer
 from mpillama.engine.block_pool import NO_TOKENS, BlockPool, prefix_digests, salt_digest
 from mpillama.engine.scheduler import Scheduler
 from mpillama.engine.sequence import EngineSequence, Request
 from mpillama.engine.speculation import Drafter, last_occurrence
-from mpillama.text.sampler import SamplingOptions
+from mpillama.text.sampling_params import SamplingParams
 from mpillama.text.tokenizer import Tokenizer
 from tests import models
 
@@ -30,8 +30,8 @@ class Simulation:
 
     def submit(self, prompt: int, answer: int, family: int, salt: str = "") -> EngineSequence:
         ids = [family * 1000 + i % 7 for i in range(prompt)]
-        request = Request(ids, SamplingOptions(), Limits(answer), cache_salt=salt)
-        sequence = EngineSequence(request, self.number, Answer(TOKENIZER, request.limits), list(ids))
+        request = Request(ids, SamplingParams(max_tokens=answer), cache_salt=salt)
+        sequence = EngineSequence(request, self.number, Answer(TOKENIZER, request.sampling), list(ids))
         self.number += 1
         self.scheduler.add(sequence)
         self.alive.append(sequence)
@@ -55,7 +55,7 @@ class Simulation:
                 sequence.tokens.append(len(sequence.tokens) % 7)
                 sequence.answer.token_ids.append(0)
             sequence.publish(self.pool)
-            if len(sequence.answer.token_ids) >= sequence.request.limits.max_tokens:
+            if len(sequence.answer.token_ids) >= sequence.request.sampling.max_tokens:
                 self.scheduler.remove(sequence)
                 self.alive.remove(sequence)
         return {share.sequence.number for share in shares}
@@ -98,7 +98,7 @@ def test_invariants_hold_and_everything_ends(events, drafts):
         else:
             for _ in range(values[0]):
                 simulation.step()
-    for _ in range(sum(len(s.tokens) + s.request.limits.max_tokens for s in simulation.alive) * 2 + 1):
+    for _ in range(sum(len(s.tokens) + s.request.sampling.max_tokens for s in simulation.alive) * 2 + 1):
         if not simulation.alive:
             break
         oldest = simulation.alive[0]

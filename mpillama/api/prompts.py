@@ -2,7 +2,6 @@
 
 import hashlib
 import secrets
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -11,11 +10,10 @@ from mpillama.api.bodies import ANY_SEED, NO_LIMIT, ChatBody, CompletionBody, Sa
 from mpillama.api.body import BadRequest
 from mpillama.api.messages import Message, TemplateFields
 from mpillama.api.tool_calls import for_template
-from mpillama.engine.answer import Limits
 from mpillama.engine.sequence import Request
 from mpillama.errors import UserError
 from mpillama.text.chat_template import ChatTemplate
-from mpillama.text.sampler import SamplingOptions
+from mpillama.text.sampling_params import SamplingParams
 from mpillama.text.tokenizer import Tokenizer
 
 ALL_TOKENS = -1
@@ -28,8 +26,7 @@ PLAINLY = TemplateFields()
 class Defaults:
     """What counts where a request says nothing."""
 
-    sampling: SamplingOptions
-    limits: Limits
+    sampling: SamplingParams
 
 
 @dataclass(frozen=True)
@@ -50,10 +47,9 @@ class Prompter:
             sampling = self.sampling(body, seed)
         except UserError as error:
             raise BadRequest(str(error)) from error
-        limits = self.limits(body)
         salt = body.cache_salt or ""
         return Request(
-            ids, sampling, limits, key, reuse_prefix=body.cache_prompt is not False, cache_salt=salt,
+            ids, sampling, key, reuse_prefix=body.cache_prompt is not False, cache_salt=salt,
             continues=isinstance(body, CompletionBody),
         )  # fmt: skip
 
@@ -101,7 +97,7 @@ class Prompter:
         bos = self.tokenizer.bos_token_id
         return [bos] if bos is not None else list(self.tokenizer.eos_token_ids[:1])
 
-    def sampling(self, body: SamplingBody, seed: int | None) -> SamplingOptions:
+    def sampling(self, body: SamplingBody, seed: int | None) -> SamplingParams:
         """How the answer is sampled; UserError or BadRequest for what cannot be."""
         given = {
             name: value
@@ -113,7 +109,13 @@ class Prompter:
             given["top_k"] = 0
         if body.seed is not None:
             given["seed"] = seed if body.seed == ANY_SEED else body.seed % 2**64
-        options = replace(self.defaults.sampling, **given)
+        if body.stops is not None:
+            given["stop"] = body.stops
+        if "" in given.get("stop", ()):
+            raise BadRequest("stop: an empty text would stop before the first token", "stop")
+        if body.most_tokens is not None:
+            given["max_tokens"] = None if body.most_tokens == NO_LIMIT else body.most_tokens
+        options = replace(self.defaults.sampling, ignore_eos=bool(body.ignore_eos), **given)
         if body.logit_bias is not None:
             options = replace(options, logit_bias=self._bias(body.logit_bias))
         return options if options.seed is not None else replace(options, seed=seed)
@@ -123,14 +125,6 @@ class Prompter:
             if not (token.isascii() and token.isdigit() and len(token) < 20 and int(token) < self.vocab_size):
                 raise BadRequest(f"logit_bias: {token!r} is no token id below {self.vocab_size}", "logit_bias")
         return {int(token): bias for token, bias in given.items()}
-
-    def limits(self, body: SamplingBody) -> Limits:
-        """When the answer ends."""
-        stops = self.defaults.limits.stops if body.stops is None else body.stops
-        if "" in stops:
-            raise BadRequest("stop: an empty text would stop before the first token", "stop")
-        most = self.defaults.limits.max_tokens if body.most_tokens is None else body.most_tokens
-        return Limits(sys.maxsize if most == NO_LIMIT else most, stops, bool(body.ignore_eos))
 
 
 def _check_continuation(messages: Sequence[Message], how: TemplateFields) -> None:

@@ -3,6 +3,7 @@
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
+from mpillama.text.sampling_params import SamplingParams
 from mpillama.text.stop import StopStrings
 from mpillama.text.tokenizer import Tokenizer
 
@@ -20,15 +21,6 @@ class Mark:
     end: int
 
 
-@dataclass(frozen=True)
-class Limits:
-    """When an answer ends: before one of the `stops`, after `max_tokens`, at an end-of-text token unless ignored."""
-
-    max_tokens: int
-    stops: Sequence[str] = ()
-    ignore_eos: bool = False
-
-
 @dataclass
 class Answer:
     """Tokens and text so far; finish_reason is None while it grows.
@@ -38,7 +30,7 @@ class Answer:
     """
 
     tokenizer: Tokenizer
-    limits: Limits
+    params: SamplingParams
     keep_special: bool = False
     marking: Collection[int] = ()
     token_ids: list[int] = field(default_factory=list)
@@ -51,7 +43,7 @@ class Answer:
 
     def __post_init__(self) -> None:
         self._stream = self.tokenizer.stream(skip_special=not self.keep_special, after=self.after)
-        self._stop = StopStrings(self.limits.stops)
+        self._stop = StopStrings(self.params.stops)
         self._decoded = 0
 
     def push(self, token: int, room: int) -> str:
@@ -60,7 +52,7 @@ class Answer:
         `room`: how many more tokens the context holds after this one; at 0 the answer ends.
         """
         self.token_ids.append(token)
-        if token in self.tokenizer.eos_token_ids and not self.limits.ignore_eos:
+        if token in self.tokenizer.eos_token_ids and not self.params.ignore_eos:
             return self.finish("stop")
         decoded = self._stream.push(token)
         self._decoded += len(decoded)
@@ -70,7 +62,7 @@ class Answer:
         self.text += piece
         if stopped:
             self.finish_reason = "stop"
-        elif len(self.token_ids) >= self.limits.max_tokens or room <= 0:
+        elif self.params.room_for(len(self.token_ids), room) <= 0:
             piece += self.finish("length")
         return piece
 

@@ -79,7 +79,7 @@ class Engine:
         """Queue a request; UserError for a prompt that is empty, too long or has ids outside the vocabulary."""
         self.check(request)
         after = request.prompt_ids if request.continues else ()
-        answer = Answer(self.tokenizer, request.limits, request.keep_special, request.marking, after=after)
+        answer = Answer(self.tokenizer, request.sampling, request.keep_special, request.marking, after=after)
         sequence = EngineSequence(request, self._number, answer, list(request.prompt_ids))
         self._number += 1
         self.scheduler.add(sequence)
@@ -87,10 +87,8 @@ class Engine:
 
     def check(self, request: Request) -> None:
         """UserError for what can never run."""
-        most = request.limits.max_tokens
-        check_prompt(request.prompt_ids, self.longest, self.executor.model.config.vocab_size, room=min(most, 1))
-        if most < 0:
-            raise UserError(f"max_tokens is {most}: ask for 0 tokens (the prompt only is computed) or more.")
+        room = request.sampling.room_for(0, 1)
+        check_prompt(request.prompt_ids, self.longest, self.executor.model.config.vocab_size, room)
 
     def cancel(self, sequence: EngineSequence, reason: str = "cancelled") -> None:
         """End a sequence before its time; nothing happens if it has ended."""
@@ -159,7 +157,7 @@ class Engine:
 
     def _answer(self, sequence: EngineSequence, logits: list[np.ndarray], drafts: list[int]) -> Update:
         """Sample, unless the prompt was all that was wanted, or is as much as can be had."""
-        if sequence.error is None and sequence.request.limits.max_tokens:
+        if sequence.error is None and sequence.request.sampling.max_tokens != 0:
             return self._sample(sequence, logits, drafts)
         self._end(sequence, "error" if sequence.error else "length")
         return Update(sequence)

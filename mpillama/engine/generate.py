@@ -60,4 +60,4 @@ def text_pieces(
             session.keep_draft()
             drafter.accepted += 1
         new, room = [token], session.max_seq_len - session.length - 1
-        drafts = drafter.draft(generation.tokens, min(room, answer.limits.max_tokens - len(answer.token_ids) - 1))
+        drafts = drafter.draft(generation.tokens, min(room, answer.params.room_for(len(answer.token_ids), room) - 1))

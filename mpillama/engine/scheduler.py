@@ -1,5 +1,6 @@
 """Which sequences' tokens make the next step: first come, first served, under a budget of tokens and cache blocks."""
 
+import sys
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -96,7 +97,7 @@ class Scheduler:
 
     def _draft_room(self, sequence: EngineSequence) -> int:
         """How many drafts can come true: the answer's last token is sampled, never computed."""
-        return sequence.request.limits.max_tokens - len(sequence.answer.token_ids) - 1
+        return sequence.request.sampling.room_for(len(sequence.answer.token_ids), sys.maxsize) - 1
 
     def _provide(self, sequence: EngineSequence, count: int) -> bool:
         """Make sure that blocks for `count` tokens are available; False if the sequence itself had to leave."""
@@ -128,7 +129,7 @@ class Scheduler:
         """Give the oldest waiting sequence a slot and what the cache knows of its text, if its tokens have room."""
         digests = sequence.prefix_digests()
         found = self.pool.find(digests)
-        room = min(1, sequence.request.limits.max_tokens)
+        room = sequence.request.sampling.room_for(0, 1)
         if blocks_for(len(sequence.tokens) + room) - len(found) > self.pool.available:
             self.pool.release(found)
             return False

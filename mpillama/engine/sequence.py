@@ -6,12 +6,13 @@ from typing import Any, Literal, Protocol
 
 import numpy as np
 
-from mpillama.engine.answer import Answer, Limits
+from mpillama.engine.answer import Answer
 from mpillama.engine.block_pool import BlockPool, block_digest, prefix_digests, salt_digest
 from mpillama.engine.step_plan import Segment
 from mpillama.errors import UserError
 from mpillama.model.cache import BLOCK_POSITIONS, blocks_for
-from mpillama.text.sampler import Sampler, SamplingOptions
+from mpillama.text.sampler import Sampler
+from mpillama.text.sampling_params import SamplingParams
 from mpillama.text.token_ids import check_token_ids
 
 Pooling = Literal["mean", "last"]
@@ -38,7 +39,7 @@ class Constraint(Protocol):
 
 @dataclass(frozen=True)
 class Request:
-    """What is asked of the engine: a prompt, how to sample, when to end.
+    """What is asked of the engine: a prompt, and how to sample (`n` and `logprobs` are left to the caller).
 
     `on_logits(logits, token)` is told of the float32 [vocab_size] logits that each token was chosen from. `key` is the
     caller's own. With `reuse_prefix` False the prompt is computed anew, whatever the cache holds of it. With `pooling`
@@ -49,8 +50,7 @@ class Request:
     """
 
     prompt_ids: list[int]
-    sampling: SamplingOptions
-    limits: Limits
+    sampling: SamplingParams
     key: Any = None
     on_logits: Callable[[np.ndarray, int], None] | None = None
     reuse_prefix: bool = True

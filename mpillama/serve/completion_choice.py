@@ -74,7 +74,7 @@ class CompletionChoice:
         ids, names = self.task.prompt_ids, TokenNames(self.tokenizer, keep_special=True)
         hidden = ids[:1] if self.tokenizer.adds_bos and ids[0] == self.tokenizer.bos_token_id else []
         tokens = [NamedToken(token, "", 0, 0) for token in hidden] + [names.name(i) for i in ids[len(hidden) :]]
-        text = names.text + ("" if self.task.limits.max_tokens else names.finish())
+        text = names.text + ("" if self.task.sampling.max_tokens != 0 else names.finish())
         if self.wishes.logprobs is None:
             return text, []
         return text, [tokens[0], *(token.of(one) for token, one in zip(tokens[1:], logprobs, strict=True))]

@@ -71,7 +71,7 @@ class EngineDesk:
         if task.prompt_logprobs is not None:
             prompt_recorder = self._prompt_recorders[task.number] = LogprobRecorder(task.prompt_logprobs)
         return Request(
-            task.prompt_ids, task.sampling, task.limits, task.number, recorder, task.reuse_prefix, constraint,
+            task.prompt_ids, task.sampling, task.number, recorder, task.reuse_prefix, constraint,
             task.pooling, task.keep_special, task.marking, on_prompt_logits=prompt_recorder,
             continues=task.continues,
             cache_salt=task.cache_salt,

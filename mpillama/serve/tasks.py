@@ -5,9 +5,9 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from mpillama.engine.answer import Limits, Mark
+from mpillama.engine.answer import Mark
 from mpillama.engine.sequence import Pooling
-from mpillama.text.sampler import SamplingOptions
+from mpillama.text.sampling_params import SamplingParams
 
 
 @dataclass(frozen=True)
@@ -20,8 +20,7 @@ class Task:
 
     number: int
     prompt_ids: list[int]
-    sampling: SamplingOptions
-    limits: Limits
+    sampling: SamplingParams
     reuse_prefix: bool = True
     keep_special: bool = False
     grammar: str | None = None

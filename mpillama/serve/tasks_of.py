@@ -19,7 +19,6 @@ from mpillama.api.served import (
     ServedCompletion,
 )
 from mpillama.api.tool_grammars import calls_or_json
-from mpillama.engine.answer import Limits
 from mpillama.engine.sequence import check_prompt
 from mpillama.errors import UserError
 from mpillama.serve.errors import Refused, Unprocessable
@@ -28,7 +27,7 @@ from mpillama.serve.tasks import Task
 from mpillama.serve.text_sizes import check_prompt_text, size, size_of_chat
 from mpillama.text.constraint import json_schema_grammar
 from mpillama.text.json_schema import rewritten
-from mpillama.text.sampler import SamplingOptions
+from mpillama.text.sampling_params import SamplingParams
 
 LONGEST_OPENING = 16
 """Tokens at a prompt's end among which a thought is opened."""
@@ -205,7 +204,7 @@ def embedding_tasks(service: Service, body: EmbeddingBody, pause: Callable[[], N
         ids = _ids(service, text, "input")
         _check(service, ids, "input")
         salt = service.salt(body.cache_salt)
-        tasks.append(Task(UNNUMBERED, ids, SamplingOptions(seed=0), Limits(1), pooling=pooling, cache_salt=salt))
+        tasks.append(Task(UNNUMBERED, ids, SamplingParams(seed=0, max_tokens=1), pooling=pooling, cache_salt=salt))
     return tasks
 
 
@@ -243,18 +242,17 @@ def _choices(
     """Tasks of one prompt, each with a seed of its own: given, or made up here so that it can be repeated."""
     if not service.generates:
         raise BadRequest("model: it has no output head (lm_head.weight), it answers POST /v1/embeddings only", "model")
-    limits = service.prompter.limits(body)
-    _check(service, ids, place, min(1, limits.max_tokens))
     try:
         sampling = service.prompter.sampling(body, secrets.randbits(53))
     except UserError as error:
         raise BadRequest(str(error)) from error
+    _check(service, ids, place, sampling.room_for(0, 1))
     seed = sampling.seed or 0
     seeds = [seed, *(derived_seed(seed, str(i)) for i in range(1, count))]
     marking = service.reasoning.marking if service.reasoning and isinstance(body, ServedChat) else frozenset()
     return [
         Task(
-            UNNUMBERED, ids, SamplingOptions(**{**vars(sampling), "seed": one}), limits, body.cache_prompt is not False,
+            UNNUMBERED, ids, replace(sampling, seed=one), body.cache_prompt is not False,
             keep_special, grammar, logprobs, marking=marking, cache_salt=service.salt(body.cache_salt),
         )
         for one in seeds

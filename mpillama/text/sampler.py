@@ -2,14 +2,13 @@
 
 import math
 import secrets
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import numpy.typing as npt
 
 from mpillama.errors import UserError
+from mpillama.text.sampling_params import SamplingParams
 from mpillama.text.token_ids import check_token_ids
 
 Floats = npt.NDArray[np.float64]
@@ -20,49 +19,8 @@ HEAD = 1024  # most likely tokens that usually decide, without an exact look at 
 TAIL_ERROR = 2e-5
 
 
-def _number(allowed: Callable[[float], bool]) -> Callable[[Any], bool]:
-    return lambda value: isinstance(value, int | float) and allowed(value)
-
-
-RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "temperature": (_number(lambda v: 0 <= v < math.inf), "0 (greedy) or more"),
-    "top_k": (lambda v: isinstance(v, int) and v >= 0, "a whole number, 0 (off) or more"),
-    "top_p": (_number(lambda v: 0 < v <= 1), "above 0, up to 1 (off)"),
-    "min_p": (_number(lambda v: 0 <= v <= 1), "0 (off) to 1"),
-    "repetition_penalty": (_number(lambda v: 0 < v < math.inf), "above 0; 1 is off"),
-    "presence_penalty": (_number(lambda v: -2 <= v <= 2), "-2 to 2; 0 is off"),
-    "frequency_penalty": (_number(lambda v: -2 <= v <= 2), "-2 to 2; 0 is off"),
-    "logit_bias": (lambda v: all(map(_number(math.isfinite), v.values())), "finite numbers by token id"),
-    "seed": (lambda v: v is None or (isinstance(v, int) and v >= 0), "a whole number, 0 or more"),
-}
-
-
 class NonFiniteLogits(Exception):  # noqa: N818 - names the condition, as the message does
     """The model returned logits from which no token can be chosen."""
-
-
-@dataclass(frozen=True)
-class SamplingOptions:
-    """How to choose a token: bias, penalties, temperature, top_k, top_p, min_p, applied in this order.
-
-    UserError for a value outside its range.
-    """
-
-    temperature: float = 0.8
-    top_k: int = 0
-    top_p: float = 1.0
-    min_p: float = 0.0
-    repetition_penalty: float = 1.0
-    presence_penalty: float = 0.0
-    frequency_penalty: float = 0.0
-    logit_bias: Mapping[int, float] = field(default_factory=dict)
-    seed: int | None = None
-
-    def __post_init__(self) -> None:
-        for name, (allowed, sentence) in RULES.items():
-            value = getattr(self, name)
-            if not allowed(value):
-                raise UserError(f"{name} is {value}, but must be {sentence}; correct this sampling option.")
 
 
 class Sampler:
@@ -73,12 +31,12 @@ class Sampler:
     last bit of np.exp may differ between processors, which all but never moves a choice.
     """
 
-    def __init__(self, options: SamplingOptions, vocab_size: int, prompt_ids: Sequence[int]) -> None:
-        self.seed = secrets.randbits(53) if options.seed is None else options.seed  # 53: exact in any JSON reader
-        self._options = options
-        self._lowest = math.log(options.min_p) if options.min_p else -math.inf  # of scores whose maximum is 0
+    def __init__(self, params: SamplingParams, vocab_size: int, prompt_ids: Sequence[int]) -> None:
+        self.seed = secrets.randbits(53) if params.seed is None else params.seed  # 53: exact in any JSON reader
+        self._params = params
+        self._lowest = math.log(params.min_p) if params.min_p else -math.inf  # of scores whose maximum is 0
         self._rng = np.random.Generator(np.random.PCG64(self.seed))
-        self._bias = _checked_bias(options.logit_bias, vocab_size)
+        self._bias = _checked_bias(params.logit_bias, vocab_size)
         check_token_ids(prompt_ids, vocab_size)
         self._seen = np.zeros(vocab_size, bool)
         self._seen[list(prompt_ids)] = True
@@ -92,7 +50,7 @@ class Sampler:
         scores = self._penalized(logits.astype(np.float64))
         if not np.isfinite(scores.max()):
             raise NonFiniteLogits("Bias and penalties leave no finite numbers to choose from: make them smaller.")
-        greedy = self._options.temperature == 0
+        greedy = self._params.temperature == 0
         token = int(scores.argmax()) if greedy else self._draw(scores)
         self._seen[token] = True
         self._counts[token] += 1
@@ -100,25 +58,23 @@ class Sampler:
 
     def _penalized(self, scores: Floats) -> Floats:
         """Add the bias and the penalties to `scores` [vocab_size], in place."""
-        options = self._options
+        params = self._params
         for token, bias in self._bias.items():
             scores[token] += bias
-        if options.repetition_penalty != 1:
+        if params.repetition_penalty != 1:
             seen = scores[self._seen]
-            scores[self._seen] = np.where(
-                seen < 0, seen * options.repetition_penalty, seen / options.repetition_penalty
-            )
-        if options.presence_penalty or options.frequency_penalty:
+            scores[self._seen] = np.where(seen < 0, seen * params.repetition_penalty, seen / params.repetition_penalty)
+        if params.presence_penalty or params.frequency_penalty:
             used = np.flatnonzero(self._counts)
-            scores[used] -= options.presence_penalty + options.frequency_penalty * self._counts[used]
+            scores[used] -= params.presence_penalty + params.frequency_penalty * self._counts[used]
         return scores
 
     def _draw(self, scores: Floats) -> int:
         """Token id drawn from the softmax of `scores` [vocab_size]."""
         with np.errstate(over="ignore"):  # a tiny temperature sends all but the best to -inf, as it should
-            scores = (scores - scores.max()) / self._options.temperature
+            scores = (scores - scores.max()) / self._params.temperature
         uniform = self._rng.random()
-        top_k = self._options.top_k if self._options.top_k < scores.size else 0
+        top_k = self._params.top_k if self._params.top_k < scores.size else 0
         head = largest(scores, min(top_k or HEAD, scores.size))
         cumulative = np.cumsum(np.exp(scores[head]))
         complete = top_k > 0 or head.size == scores.size
@@ -130,9 +86,9 @@ class Sampler:
 
     def _draw_exactly(self, scores: Floats, head: Ids, uniform: float) -> int:
         """As `_draw`, with the weight of every token; several times slower for large vocabularies."""
-        options = self._options
+        params = self._params
         weights = np.exp(scores)
-        if options.top_p == 1 and options.min_p == 0:
+        if params.top_p == 1 and params.min_p == 0:
             rest = np.ones(scores.size, bool)
             rest[head] = False
             order = np.concatenate([head, np.flatnonzero(rest)])
@@ -140,7 +96,7 @@ class Sampler:
         else:
             total = np.cumsum(weights)[-1]  # not sum(), whose order depends on the processor
             # All tokens below this weight together are less than 1 - top_p: none is kept, so none need be sorted.
-            needless = 0.999 * (1 - options.top_p) * total / scores.size
+            needless = 0.999 * (1 - params.top_p) * total / scores.size
             order = _descending(scores, np.flatnonzero((weights >= needless) & (scores >= self._lowest)))
         pick = self._pick(np.cumsum(weights[order]), scores[order], total, uniform, complete=True)
         assert pick is not None  # nothing lies beyond a complete order
@@ -148,13 +104,13 @@ class Sampler:
 
     def _pick(self, cumulative: Floats, scores: Floats, total: float, uniform: float, complete: bool) -> int | None:
         """Index drawn from likely-first `cumulative` weights, None if it lies beyond them."""
-        options, size = self._options, len(scores)
+        params, size = self._params, len(scores)
         kept = size if complete else size + 1
-        if options.top_p < 1:
-            kept = min(kept, int(np.searchsorted(cumulative, options.top_p * total)) + 1)
+        if params.top_p < 1:
+            kept = min(kept, int(np.searchsorted(cumulative, params.top_p * total)) + 1)
         above = int(np.count_nonzero(scores >= self._lowest))
         kept = min(kept, above) if above < size else kept
-        if kept > size and (options.top_p < 1 or options.min_p):
+        if kept > size and (params.top_p < 1 or params.min_p):
             return None
         mass = total if kept > size else cumulative[kept - 1]
         # The largest random number is 1 - 2**-53: the product rounds to less than the mass, so no token of weight 0

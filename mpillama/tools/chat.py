@@ -90,14 +90,14 @@ class Conversation:
 
     def _stream(self, prompt_ids: list[int]) -> str:
         """Run what the cache does not hold yet of the prompt, print the answer and return it."""
-        from mpillama.engine.answer import Answer, Limits
+        from mpillama.engine.answer import Answer
         from mpillama.engine.generate import Generation, text_pieces
 
         run, options = self.run_state, self.options
         keep = common_prefix(self.cached, prompt_ids[:-1])
         run.session.truncate(keep)
         sampler = Sampler(self._sampling(), run.loaded.file.config.vocab_size, prompt_ids)
-        answer = Answer(run.tokenizer, Limits(options.max_tokens, options.stop))
+        answer = Answer(run.tokenizer, sampling_options(options))
         pieces = text_pieces(run.session, sampler, Generation(prompt_ids, answer), prompt_ids[keep:], self.drafter)
         self.cached = self.cached[:keep]
         for piece in after_prompt(run, pieces):

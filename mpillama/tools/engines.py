@@ -65,8 +65,7 @@ def model_name(run: Run) -> str:
 def prompter(run: Run, options: Any) -> Any:
     """What turns bodies into requests, with the command's sampling options as defaults."""
     from mpillama.api.prompts import Defaults, Prompter
-    from mpillama.engine.answer import Limits
 
-    defaults = Defaults(sampling_options(options), Limits(options.max_tokens or run.executor.max_seq_len, options.stop))
+    defaults = Defaults(sampling_options(options))
     vocab_size = run.loaded.file.config.vocab_size
     return Prompter(run.tokenizer, run.cached_chat_template, vocab_size, defaults)

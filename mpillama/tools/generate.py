@@ -44,13 +44,13 @@ def generate(options: GenerateOptions) -> int:
 
 
 def _generate(run: Run, options: GenerateOptions) -> int:
-    from mpillama.engine.answer import Answer, Limits
+    from mpillama.engine.answer import Answer
     from mpillama.engine.generate import Generation, text_pieces
     from mpillama.engine.speculation import Drafter
 
     prompt_ids = _prompt_ids(run, options)
     sampler = Sampler(sampling_options(options), run.loaded.file.config.vocab_size, prompt_ids)
-    answer = Answer(run.tokenizer, Limits(options.max_tokens, options.stop), after=() if options.chat else prompt_ids)
+    answer = Answer(run.tokenizer, sampling_options(options), after=() if options.chat else prompt_ids)
     generation = Generation(prompt_ids, answer, logits=[] if options.logits_out else None)
     drafter = Drafter(options.speculate)
     pieces = text_pieces(run.session, sampler, generation, prompt_ids, drafter)

@@ -19,7 +19,8 @@ from mpillama.kernels.target import Target, prepare, requested_isa
 from mpillama.model.partition import most_busy_ranks, partition
 from mpillama.options import RunOptions, SamplingFlags, SpeculationFlags
 from mpillama.text.chat_template import ChatTemplate
-from mpillama.text.sampler import NonFiniteLogits, SamplingOptions
+from mpillama.text.sampler import NonFiniteLogits
+from mpillama.text.sampling_params import SamplingParams
 from mpillama.text.tokenizer import Tokenizer
 from mpillama.tools.display import in_number, in_units, load_progress, stages
 from mpillama.tools.logs import OF_RUN, logged
@@ -28,7 +29,7 @@ from mpillama.tools.quantities import parse_bytes
 if TYPE_CHECKING:
     from mpillama.engine.executor import Executor
     from mpillama.engine.loading import LoadedModel
-    from mpillama.engine.rank_memory import RankMemory
+    from mpillama.engine.memory import RankUsage
     from mpillama.engine.session import Session
 
     OpenExecutor = Callable[[LoadedModel], Executor]
@@ -198,11 +199,12 @@ def warn_of_requantised(file: ModelFile) -> None:
         )  # fmt: skip
 
 
-def sampling_options(flags: SamplingFlags) -> SamplingOptions:
+def sampling_options(flags: SamplingFlags) -> SamplingParams:
     """The sampler's options; UserError for a value out of range."""
     if flags.max_tokens is not None and flags.max_tokens < 1:
         raise UserError(f"--max-tokens is {flags.max_tokens}: ask for at least 1 token.")
-    return SamplingOptions(
+    return SamplingParams(
+        max_tokens=flags.max_tokens,
         temperature=flags.temperature,
         top_k=flags.top_k,
         top_p=flags.top_p,
@@ -212,6 +214,7 @@ def sampling_options(flags: SamplingFlags) -> SamplingOptions:
         frequency_penalty=flags.frequency_penalty,
         logit_bias=dict(_parse_bias(text) for text in flags.logit_bias),
         seed=flags.seed,
+        stop=flags.stop,
     )
 
 
@@ -238,7 +241,7 @@ def after_prompt(run: Run, pieces: Iterator[str]) -> Iterator[str]:
     yield from pieces
 
 
-def closing_line(run: Run, memory: "list[RankMemory]") -> str:
+def closing_line(run: Run, memory: "list[RankUsage]") -> str:
     """Speed, communication, and the fullest rank's memory in one line."""
     session, world = run.session, run.world
     fullest = max(range(len(memory)), key=lambda rank: memory[rank].process)

@@ -7,10 +7,9 @@ import pytest
 from mpillama.api.bodies import ChatBody, CompletionBody
 from mpillama.api.body import BadRequest, parse_body
 from mpillama.api.prompts import Defaults, Prompter
-from mpillama.engine.answer import Limits
 from mpillama.errors import UserError
 from mpillama.text.chat_template import ChatTemplate
-from mpillama.text.sampler import SamplingOptions
+from mpillama.text.sampling_params import SamplingParams
 from mpillama.text.tokenizer import Tokenizer
 from tests import models
 
@@ -34,7 +33,7 @@ STORY = [{"role": "user", "content": "Tell"}]
 def prompter(template: str = PLAIN, bos: int | None = models.BOS, ends: tuple[int, ...] = (models.EOS,)) -> Prompter:
     tokenizer = Tokenizer(models.toy_tokenizer(), bos_token_id=bos, eos_token_ids=ends, add_bos=bos is not None)
     recorded = ChatTemplate(template, bos_token="", eos_token="</s>")
-    return Prompter(tokenizer, lambda: recorded, 320, Defaults(SamplingOptions(), Limits(9)))
+    return Prompter(tokenizer, lambda: recorded, 320, Defaults(SamplingParams(max_tokens=9)))
 
 
 def text_of(asks: Prompter, messages: list[dict[str, Any]], **fields: Any) -> str:
@@ -128,8 +127,8 @@ def request(**fields: Any) -> Any:
 
 
 def test_minus_one_is_what_it_is_elsewhere():
-    assert request(max_tokens=-1).limits.max_tokens > 10**9
-    assert request().limits.max_tokens == 9
+    assert request(max_tokens=-1).sampling.max_tokens is None
+    assert request().sampling.max_tokens == 9
     assert request(top_k=-1).sampling == request(top_k=0).sampling
     assert request(seed=-1).sampling.seed == request(seed=None).sampling.seed == 5
     seeds = {request(seed=seed).sampling.seed for seed in (-2, -3, -(2**63), 0, 2**63 - 1)}
@@ -139,7 +138,7 @@ def test_minus_one_is_what_it_is_elsewhere():
 
 def test_a_seed_of_the_command_does_not_count_where_none_in_particular_is_wanted():
     asks = prompter()
-    fixed = Prompter(asks.tokenizer, asks.template, 320, Defaults(SamplingOptions(seed=3), Limits(9)))
+    fixed = Prompter(asks.tokenizer, asks.template, 320, Defaults(SamplingParams(seed=3, max_tokens=9)))
     body = parse_body(CompletionBody, {"prompt": "a", "seed": -1})
     assert fixed.request(body, None, seed=5).sampling.seed == 5
 

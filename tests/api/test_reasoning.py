@@ -11,7 +11,8 @@ import tokenizers
 from mpillama.api.messages import Message
 from mpillama.api.reasoning import PAIRS, ReasoningFormat, reasoning_format
 from mpillama.api.tool_calls import HERMES, ToolFormat
-from mpillama.engine.answer import Answer, Limits
+from mpillama.engine.answer import Answer
+from mpillama.text.sampling_params import SamplingParams
 from mpillama.text.tokenizer import Tokenizer
 from tests import models
 
@@ -69,7 +70,7 @@ def answered(
     form = form_of(tokens)
     calls = tools.parser() if tools else None
     choice = ChatChoice(0, tokens, calls, False, thoughts=form.parser(is_open))
-    answer = Answer(tokens, Limits(1000, stops), keep_special, form.marking)
+    answer = Answer(tokens, SamplingParams(max_tokens=1000, stop=stops), keep_special, form.marking)
     step, text, told = [], "", 0
     entries = []
     for token in [*ids_of(tokens, pieces), 1]:
@@ -160,9 +161,8 @@ def test_an_answer_that_begins_again_elsewhere_has_each_mark_once():
     from mpillama.engine.answer import Mark
     from mpillama.serve.dispatcher import _Active
     from mpillama.serve.tasks import Progress, Task
-    from mpillama.text.sampler import SamplingOptions
 
-    active = _Active(Task(1, [0], SamplingOptions(seed=0), Limits(9)), None)  # type: ignore[arg-type]
+    active = _Active(Task(1, [0], SamplingParams(seed=0, max_tokens=9)), None)  # type: ignore[arg-type]
     first, second = Mark(0, 7, 0, 0), Mark(2, 8, 4, 4)
     assert active.unseen(Progress(1, [7, 3], "a ", marks=[first])).marks == [first]
     active.restart(None)  # type: ignore[arg-type]

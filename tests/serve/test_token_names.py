@@ -6,9 +6,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mpillama.engine.answer import Answer, Limits
+from mpillama.engine.answer import Answer
 from mpillama.serve.tasks import TokenLogprob
 from mpillama.serve.token_names import NamedToken, TokenNames, alternatives, prompt_logprobs
+from mpillama.text.sampling_params import SamplingParams
 from mpillama.text.tokenizer import PART_OF_CHARACTER, Tokenizer
 from tests.text import vocabularies
 
@@ -47,7 +48,7 @@ def joined(tokens: list[NamedToken]) -> str:
 
 def answered(tokenizer: Tokenizer, ids: list[int], stops=(), after=(), keep_special=False):
     """The answer of these tokens, and their names as a stream gives them."""
-    answer = Answer(tokenizer, Limits(len(ids), stops), keep_special, after=after)
+    answer = Answer(tokenizer, SamplingParams(max_tokens=len(ids), stop=stops), keep_special, after=after)
     names, given = TokenNames(tokenizer, keep_special, after), []
     for token in ids:
         text = answer.push(token, 1)

@@ -7,13 +7,14 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from mpillama.text.sampler import NonFiniteLogits, Sampler, SamplingOptions
+from mpillama.text.sampler import NonFiniteLogits, Sampler
+from mpillama.text.sampling_params import SamplingParams
 
 from .test_sampler_draws import LOGITS, PLAIN, draws
 
 
 def test_greedy_takes_the_lowest_of_the_best():
-    greedy = SamplingOptions(temperature=0.0)
+    greedy = SamplingParams(temperature=0.0)
     assert draws(np.array([0, 5, 5, 1], np.float32), greedy, 3) == [1, 1, 1]
     assert Sampler(greedy, 4, []).sample(np.array([-math.inf, -3, -math.inf, -3], np.float32)) == 1
 
@@ -43,7 +44,7 @@ def test_filters_keep(changes, tokens):
 
 
 def test_repetition_penalty_looks_at_prompt_and_output():
-    options = SamplingOptions(temperature=0.0, repetition_penalty=2.0)
+    options = SamplingParams(temperature=0.0, repetition_penalty=2.0)
     logits = np.array([4.0, 3.0, 2.5, -1.0], np.float32)
     assert Sampler(options, 4, []).sample(logits) == 0
     assert Sampler(options, 4, [0]).sample(logits) == 1
@@ -55,31 +56,31 @@ def test_repetition_penalty_looks_at_prompt_and_output():
 def test_presence_and_frequency_penalties_look_at_output_only():
     logits = np.array([4.0, 2.5], np.float32)
     for options, expected in [
-        (SamplingOptions(temperature=0.0, presence_penalty=2.0), [0, 1, 0, 0]),
-        (SamplingOptions(temperature=0.0, presence_penalty=1.0), [0, 0, 0, 0]),
-        (SamplingOptions(temperature=0.0, frequency_penalty=1.0), [0, 0, 1, 0]),
+        (SamplingParams(temperature=0.0, presence_penalty=2.0), [0, 1, 0, 0]),
+        (SamplingParams(temperature=0.0, presence_penalty=1.0), [0, 0, 0, 0]),
+        (SamplingParams(temperature=0.0, frequency_penalty=1.0), [0, 0, 1, 0]),
     ]:
         sampler = Sampler(options, 2, [0, 0, 0])
         assert [sampler.sample(logits) for _ in range(4)] == expected
 
 
 def test_bias_comes_before_the_repetition_penalty():
-    options = SamplingOptions(temperature=0.0, logit_bias={0: 4.0}, repetition_penalty=4.0)
+    options = SamplingParams(temperature=0.0, logit_bias={0: 4.0}, repetition_penalty=4.0)
     # (1 + 4) / 4 = 1.25 is below 2; penalising first would give 1 / 4 + 4 = 4.25.
     assert Sampler(options, 2, [0]).sample(np.array([1.0, 2.0], np.float32)) == 1
 
 
 def test_same_seed_same_tokens_everywhere():
     logits = (((np.arange(5000) * 2654435761) % 1000) / 100).astype(np.float32)
-    assert draws(logits, SamplingOptions(seed=11), 4) == [908, 1904, 3766, 1477]
-    assert draws(logits, SamplingOptions(seed=12), 4) != [908, 1904, 3766, 1477]
+    assert draws(logits, SamplingParams(seed=11, top_p=1.0), 4) == [908, 1904, 3766, 1477]
+    assert draws(logits, SamplingParams(seed=12, top_p=1.0), 4) != [908, 1904, 3766, 1477]
 
 
 def test_seed_is_reported_and_reproduces():
-    first = Sampler(SamplingOptions(), 8, [])
-    again = Sampler(SamplingOptions(seed=first.seed), 8, [])
+    first = Sampler(SamplingParams(), 8, [])
+    again = Sampler(SamplingParams(seed=first.seed), 8, [])
     assert [first.sample(LOGITS) for _ in range(20)] == [again.sample(LOGITS) for _ in range(20)]
-    assert Sampler(SamplingOptions(), 8, []).seed != first.seed
+    assert Sampler(SamplingParams(), 8, []).seed != first.seed
 
 
 def test_input_is_left_alone():
@@ -94,7 +95,7 @@ def test_input_is_left_alone():
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_non_finite_logits(bad, temperature):
-    sampler = Sampler(SamplingOptions(temperature=temperature), 8, [])
+    sampler = Sampler(SamplingParams(temperature=temperature), 8, [])
     logits = LOGITS.copy()
     logits[3] = bad
     with pytest.raises(NonFiniteLogits, match=r"damaged|overflowed"):
@@ -108,7 +109,9 @@ def test_wrong_shape():
         Sampler(PLAIN, 8, []).sample(LOGITS[:7])
 
 
-@pytest.mark.parametrize("options", [SamplingOptions(), SamplingOptions(top_k=40), SamplingOptions(top_p=0.9)])
+@pytest.mark.parametrize(
+    "options", [SamplingParams(top_p=1.0), SamplingParams(top_p=1.0, top_k=40), SamplingParams(top_p=0.9)]
+)
 def test_large_vocabulary_is_not_sorted_whole(options):
     logits = (np.random.default_rng(0).normal(size=(15, 256_000)) * 5).astype(np.float32)
     sampler = Sampler(replace(options, seed=1), 256_000, [])

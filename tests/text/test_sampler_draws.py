@@ -8,10 +8,11 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from mpillama.text.sampler import HEAD, Sampler, SamplingOptions
+from mpillama.text.sampler import HEAD, Sampler
+from mpillama.text.sampling_params import SamplingParams
 
 LOGITS = np.array([1.0, 3.0, 2.5, -1.0, 2.5, 0.0, -math.inf, 2.0], np.float32)
-PLAIN = SamplingOptions(temperature=1.0, seed=7)
+PLAIN = SamplingParams(temperature=1.0, top_p=1.0, seed=7)
 
 
 def probabilities(logits, options, prompt=(), output=()):
@@ -47,7 +48,7 @@ def draws(logits, options, count, prompt=()):
 
 
 option_sets = st.builds(
-    SamplingOptions,
+    SamplingParams,
     temperature=st.sampled_from([0.3, 0.8, 1.0, 3.0]),
     top_k=st.sampled_from([0, 0, 1, 5, 300, 10**6]),
     top_p=st.sampled_from([1.0, 1.0, 0.2, 0.9, 0.999]),

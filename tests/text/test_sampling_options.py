@@ -1,11 +1,12 @@
-"""SamplingOptions and its bias refuse what has no meaning."""
+"""SamplingParams and its bias refuse what has no meaning."""
 
 import math
 
 import pytest
 
 from mpillama.errors import UserError
-from mpillama.text.sampler import Sampler, SamplingOptions
+from mpillama.text.sampler import Sampler
+from mpillama.text.sampling_params import SamplingParams
 
 
 @pytest.mark.parametrize(
@@ -31,7 +32,7 @@ from mpillama.text.sampler import Sampler, SamplingOptions
 )
 def test_option_out_of_range(name, value):
     with pytest.raises(UserError) as caught:
-        SamplingOptions(**{name: value})
+        SamplingParams(**{name: value})
     assert name in str(caught.value)
     assert str(value) in str(caught.value)
 
@@ -39,4 +40,4 @@ def test_option_out_of_range(name, value):
 @pytest.mark.parametrize("token", [-1, 8])
 def test_bias_outside_the_vocabulary(token):
     with pytest.raises(UserError, match=f"token {token}"):
-        Sampler(SamplingOptions(logit_bias={token: 1.0}), 8, [])
+        Sampler(SamplingParams(logit_bias={token: 1.0}), 8, [])
