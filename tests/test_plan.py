@@ -5,54 +5,73 @@ from dataclasses import replace
 
 import pytest
 
+from mpillama.engine import plan
+from mpillama.engine.memory import RESERVE
 from mpillama.errors import UserError
 from mpillama.layout.weight_types import WEIGHT_TYPES
+from mpillama.model.cache import blocks_for
 from mpillama.model.config import ModelConfig
+from mpillama.model.partition import partition
 from mpillama.model.shapes import shape_config
 from mpillama.model.tensors import WeightTypes
+from mpillama.tools.quantities import parse_bytes
 from tests.mpi.launch import PROGRAM, run
 
 GB = 10**9
 
 
-@pytest.fixture(scope="module")
-def plan(target):
-    from mpillama.engine import plan
-
-    return plan
-
-
-def request(plan, shape="llama-3.1-405b", nodes=4, memory=64 * GB, context=4096, weights="q4_0", **other):
+def request(shape="llama-3.1-405b", nodes=4, memory=64 * GB, context=4096, weights="q4_0", **other):
     config, types = ModelConfig.from_hf(shape_config(shape)), WeightTypes(WEIGHT_TYPES[weights])
     fields = {"ranks_per_node": 1, "batch": 1, "kv_type": "f16", **other}
-    return plan.Request(config, types, nodes, memory_per_node=memory, max_seq_len=context, **fields)
+    return plan.PlanRequest(config, types, nodes, memory_per_node=memory, max_seq_len=context, **fields)
 
 
-def test_405b_fits_on_four_nodes_of_64_gb(plan):
-    made = plan.make_plan(request(plan))
+def test_405b_fits_on_four_nodes_of_64_gb():
+    made = plan.make_plan(request())
     assert made.fits
     assert made.inequality < 0.02
     assert all(56 * GB < rank.weights < 58 * GB for rank in made.ranks)
     assert sum(rank.reads for rank in made.ranks) == pytest.approx(405.8e9 * 4.5 / 8, rel=0.01)
 
 
-def test_the_kv_cache_is_that_of_the_formula(plan):
+def test_the_kv_cache_is_that_of_the_formula():
     """126 layers, 8 KV heads of 128, keys and values of 2 bytes, 4096 positions of 3 sequences."""
-    made = plan.make_plan(request(plan, batch=3))
+    made = plan.make_plan(request(batch=3))
     assert sum(rank.kv_cache for rank in made.ranks) == 126 * 8 * 128 * 2 * 2 * 4096 * 3
 
 
-def test_nodes_add_up_their_ranks(plan):
-    made = plan.make_plan(request(plan, nodes=2, ranks_per_node=3))
-    totals = [rank.total for rank in made.ranks]
-    assert made.nodes == [sum(totals[:3]), sum(totals[3:])]
+@pytest.mark.parametrize("ranks", [1, 3])
+@pytest.mark.parametrize("kv_type", ["f16", "f32", "q8"])
+def test_the_check_before_loading_asks_for_what_is_planned(ranks, kv_type):
+    """It adds cache blocks to what a rank takes without any, to find the longest context that fits."""
+    asked = request("llama-3.2-1b", nodes=ranks, context=1000, kv_type=kv_type)
+    model = asked.memory_model
+    for rank, (part, planned) in enumerate(
+        zip(partition(asked.config, ranks), plan.make_plan(asked).ranks, strict=True)
+    ):
+        without_cache = model.of_rank(rank, part, context=0)
+        checked = without_cache.to_allocate + blocks_for(1000) * model.cache_block_bytes(part)
+        already_there = planned.python - planned.tokenizer
+        assert checked == planned.to_allocate == planned.total - already_there
+
+
+def test_only_rank_0_has_a_tokenizer():
+    found = [rank.tokenizer for rank in plan.make_plan(request(nodes=2)).ranks]
+    assert found[0] > 1000 * 128_256
+    assert found[1] == 0
+
+
+def test_nodes_add_up_their_ranks():
+    made = plan.make_plan(request(nodes=2, ranks_per_node=3))
+    needs = [rank.total + RESERVE for rank in made.ranks]
+    assert made.nodes == [sum(needs[:3]), sum(needs[3:])]
 
 
 @pytest.mark.parametrize(
     "change", [{"memory": 57_900_000_000}, {"weights": "q8_0"}, {"nodes": 3}, {"context": 131072, "memory": 60 * GB}]
 )
-def test_every_remedy_fits_and_the_fewest_nodes_are_the_fewest(plan, change):
-    made = plan.make_plan(request(plan, **change))
+def test_every_remedy_fits_and_the_fewest_nodes_are_the_fewest(change):
+    made = plan.make_plan(request(**change))
     assert not made.fits
     cures = plan.remedies(made)
     assert cures
@@ -66,12 +85,12 @@ def test_every_remedy_fits_and_the_fewest_nodes_are_the_fewest(plan, change):
             assert not plan.make_plan(longer).fits
 
 
-def test_what_fits_needs_no_remedy(plan):
-    assert plan.remedies(plan.make_plan(request(plan))) == []
+def test_what_fits_needs_no_remedy():
+    assert plan.remedies(plan.make_plan(request())) == []
 
 
-def test_prediction_is_bounded_by_the_memory(plan):
-    made = plan.make_plan(request(plan))
+def test_prediction_is_bounded_by_the_memory():
+    made = plan.make_plan(request())
     fast = plan.predict(made, plan.Node(200e9, 2e12), plan.Network(0.0, 1e15))
     assert fast.decode_tokens_per_second <= 200e9 / max(r.weights - r.embedding for r in made.ranks)
     assert fast.prefill_tokens_per_second == pytest.approx(4 * 2e12 / 403e9, rel=0.01)  # 405B without the head
@@ -86,15 +105,11 @@ def test_prediction_is_bounded_by_the_memory(plan):
     ("text", "expected"), [("64GB", 64 * GB), ("60GiB", 60 * 2**30), ("1.5TB", 15 * 10**11), ("7", 7)]
 )
 def test_bytes_as_people_write_them(text, expected):
-    from mpillama.tools.plan import parse_bytes
-
     assert parse_bytes("--x", text) == expected
 
 
 @pytest.mark.parametrize("text", ["", "64XB", "GB", "-3GB", "1e9"])
 def test_bytes_that_are_none(text):
-    from mpillama.tools.plan import parse_bytes
-
     with pytest.raises(UserError, match="--x"):
         parse_bytes("--x", text)
 

@@ -1,7 +1,6 @@
 """What a run will need of each rank and node, before it is queued: memory exactly, speed by the limits.
 
-Memory: this rank's slices, its KV cache and its step's arrays are computed by the code that allocates them; what Python
-and the libraries take is a constant that was measured. Speed: decode reads all of it once a token; the network adds a
+Memory is that of engine/memory.py. Speed: decode reads the weights and the KV cache once a token; the network adds a
 latency and the bytes of each all-reduce.
 """
 
@@ -9,28 +8,19 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from mpillama.layout.weight_types import WEIGHT_TYPES
-from mpillama.model.cache import blocks_for, cache_bytes
+from mpillama.engine.memory import RESERVE, MemoryModel, RankMemory
+from mpillama.quant import WEIGHT_TYPES
 from mpillama.model.config import ModelConfig
-from mpillama.model.partition import Partition, most_busy_ranks, partition
+from mpillama.model.partition import most_busy_ranks, partition
 from mpillama.model.tensors import EMBEDDING, LM_HEAD, TensorSpec, WeightTypes, tensor_specs
-from mpillama.model.weights import arena_bytes, slice_bytes
-from mpillama.model.workspace import workspace_bytes
+from mpillama.model.weights import slice_bytes
 
-PYTHON_BYTES = 73_000_000
-"""Resident bytes of a rank with kernels and MPI but without a model: 71 to 75 MB were measured."""
-ROOT_BYTES = 17_000_000
-"""What rank 0 has beyond that, for HDF5, tokenizer and templates: 12 to 19 MB were measured."""
-TOKENIZER_BYTES = 1500
-"""Resident bytes on rank 0 for each entry of the vocabulary: 191 MB for 127,000 were measured."""
-SHARED_WINDOW_BYTES = 16 * (1 << 17)
-"""A rank's part of the shared-memory reduction."""
 GOOD_EFFICIENCY = 0.85
 """The share of the read bandwidth that a decode step reaches."""
 
 
 @dataclass(frozen=True)
-class Request:
+class PlanRequest:
     """What the user wants to run, and on what."""
 
     config: ModelConfig
@@ -46,45 +36,31 @@ class Request:
 
     @property
     def ranks(self) -> int:
-        """All ranks of the job."""
         return self.nodes * self.ranks_per_node
 
     @property
     def specs(self) -> list[TensorSpec]:
-        """The model's tensors."""
         return tensor_specs(self.config, self.types)
 
-
-@dataclass(frozen=True)
-class RankPlan:
-    """Bytes that one rank needs."""
-
-    rank: int
-    weights: int
-    embedding: int
-    kv_cache: int
-    buffers: int
-    python: int
-    reads: int
-
     @property
-    def total(self) -> int:
-        """All of them; the embedding and the head are part of the weights."""
-        return self.weights + self.kv_cache + self.buffers + self.python
+    def memory_model(self) -> MemoryModel:
+        sizes = (self.ranks, self.kv_type, self.prefill_chunk, self.batch)
+        return MemoryModel(self.config, self.specs, *sizes, has_tokenizer=self.tokenizer)
 
 
 @dataclass(frozen=True)
 class Plan:
     """Every rank's needs, and the nodes'."""
 
-    request: Request
-    ranks: tuple[RankPlan, ...]
+    request: PlanRequest
+    ranks: tuple[RankMemory, ...]
 
     @property
     def nodes(self) -> list[int]:
-        """Bytes that each node needs; ranks fill node after node."""
+        """Bytes that each node needs, the ranks' reserve included; ranks fill node after node."""
         per_node = self.request.ranks_per_node
-        return [sum(r.total for r in self.ranks[i : i + per_node]) for i in range(0, len(self.ranks), per_node)]
+        needs = [rank.total + RESERVE for rank in self.ranks]
+        return [sum(needs[i : i + per_node]) for i in range(0, len(needs), per_node)]
 
     @property
     def headroom(self) -> int:
@@ -103,37 +79,9 @@ class Plan:
         return max(totals) / (sum(totals) / len(totals)) - 1
 
 
-def make_plan(request: Request) -> Plan:
+def make_plan(request: PlanRequest) -> Plan:
     """Compute what every rank needs."""
-    specs, known = request.specs, dict[tuple[int, ...], RankPlan]()
-    ranks = []
-    for rank, part in enumerate(partition(request.config, request.ranks)):
-        sizes = (int(rank == 0), *(len(units) for units in vars(part).values()))
-        if sizes not in known:  # of thousands of ranks most are alike
-            known[sizes] = _rank_plan(request, specs, rank, part)
-        ranks.append(replace(known[sizes], rank=rank))
-    return Plan(request, tuple(ranks))
-
-
-def _rank_plan(request: Request, specs: list[TensorSpec], rank: int, part: Partition) -> RankPlan:
-    blocks = blocks_for(request.max_seq_len) * request.batch
-    tokens = min(request.prefill_chunk, request.max_seq_len)
-    ends = [spec for spec in specs if spec.name in (EMBEDDING, LM_HEAD)]
-    window = SHARED_WINDOW_BYTES if request.ranks > 1 else 0
-    logits = 8 * request.config.vocab_size * request.batch
-    return RankPlan(
-        rank,
-        weights=arena_bytes(specs, part),
-        embedding=slice_bytes(ends, part),
-        kv_cache=cache_bytes(request.config, part, blocks, request.kv_type),
-        python=PYTHON_BYTES + (ROOT_BYTES + _tokenizer_bytes(request) if rank == 0 else 0),
-        buffers=workspace_bytes(request.config, part, tokens) + logits + window,
-        reads=slice_bytes(specs, part),
-    )
-
-
-def _tokenizer_bytes(request: Request) -> int:
-    return TOKENIZER_BYTES * request.config.vocab_size if request.tokenizer else 0
+    return Plan(request, tuple(request.memory_model.of_ranks(request.max_seq_len)))
 
 
 # -- remedies -------------------------------------------------------------------------------------------------------
@@ -172,7 +120,7 @@ def _remedies(plan: Plan) -> Iterator[Remedy]:
         yield Remedy(f"--nodes {more.request.nodes} instead of {request.nodes}", more)
 
 
-def _largest_context(request: Request) -> int:
+def _largest_context(request: PlanRequest) -> int:
     """The longest context, in steps of 64 positions, that fits; 0 if none does."""
     low, high = 0, request.max_seq_len // 64
     while low < high:
@@ -184,7 +132,7 @@ def _largest_context(request: Request) -> int:
     return 64 * low
 
 
-def _least_nodes(request: Request) -> Plan | None:
+def _least_nodes(request: PlanRequest) -> Plan | None:
     """The fewest nodes that fit; None if more ranks than the model has parts would be needed."""
     most = max(request.nodes, most_busy_ranks(request.config) // request.ranks_per_node)
     low, high = request.nodes, most
@@ -253,7 +201,7 @@ def predict(plan: Plan, node: Node, network: Network) -> Speed:
     )
 
 
-def _communication(request: Request, network: Network, tokens: int) -> float:
+def _communication(request: PlanRequest, network: Network, tokens: int) -> float:
     """Seconds of a step's all-reduces of so many tokens."""
     if request.ranks == 1:
         return 0.0
@@ -263,7 +211,7 @@ def _communication(request: Request, network: Network, tokens: int) -> float:
     return calls * (2 * rounds * network.latency + 2 * message / network.bandwidth)
 
 
-def _prefill(request: Request, node: Node, network: Network) -> float:
+def _prefill(request: PlanRequest, node: Node, network: Network) -> float:
     """Tokens per second of a prompt's full chunks: the rank with the largest share of the products decides."""
     tokens = request.prefill_chunk
     share = max(len(p.ffn_panels) for p in partition(request.config, request.ranks))
@@ -280,7 +228,7 @@ def multiply_adds(config: ModelConfig) -> int:
     return shared + config.num_experts_per_tok * sum(s.rows * s.columns for s in layers if s.experts)
 
 
-def _streamed(request: Request, rank: RankPlan) -> int:
+def _streamed(request: PlanRequest, rank: RankMemory) -> int:
     """Bytes that a rank reads in a decode step: its weights (without an untied embedding) and its KV cache."""
     config = request.config
     embedding = 0 if config.tie_word_embeddings else rank.embedding // 2
@@ -291,7 +239,7 @@ def _streamed(request: Request, rank: RankPlan) -> int:
     return weights + rank.kv_cache
 
 
-def _expert_share(request: Request) -> float:
+def _expert_share(request: PlanRequest) -> float:
     """The experts' share of all weights."""
     whole = partition(request.config, 1)[0]
     experts = [spec for spec in request.specs if spec.experts]

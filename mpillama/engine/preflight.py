@@ -7,15 +7,11 @@ import psutil
 
 from mpillama.comm.start import World
 from mpillama.engine.host_memory import available_bytes, memory_warnings, process_room
+from mpillama.engine.memory import RESERVE, MemoryModel
 from mpillama.engine.model_file import ModelFile
 from mpillama.errors import UserError
-from mpillama.model.cache import BLOCK_POSITIONS, blocks_for, cache_bytes
+from mpillama.model.cache import BLOCK_POSITIONS, blocks_for
 from mpillama.model.partition import partition
-from mpillama.model.weights import arena_bytes
-from mpillama.model.workspace import workspace_bytes
-
-RESERVE = 64 << 20
-"""Bytes left to each rank for what Python makes on the way."""
 
 PROGRAM_ROOM = 128_000_000
 """Bytes that a process must be free to map before it loads a model: the demo takes 40 MB, mostly stacks of threads."""
@@ -54,9 +50,11 @@ class Host:
 def measure_host(file: ModelFile, world: World, kv_type: str, prefill_chunk: int, size: int | None = None) -> Host:
     """What the ranks of this host need and have, if `size` ranks share a model; the same on each of them."""
     size = size or world.comm.size
-    part = partition(file.config, size)[world.comm.rank % size]
-    fixed = arena_bytes(file.specs, part) + workspace_bytes(file.config, part, prefill_chunk) + RESERVE
-    per_block = cache_bytes(file.config, part, 1, kv_type)
+    model = MemoryModel(file.config, file.specs, size, kv_type, prefill_chunk)
+    rank = world.comm.rank % size
+    part = partition(file.config, size)[rank]
+    fixed = model.of_rank(rank, part, context=0).to_allocate + RESERVE
+    per_block = model.cache_block_bytes(part)
     mates = world.neighbours.gather((fixed, per_block, process_room()))
     narrowest = min(room * len(mates) for _, _, room in mates)  # a limit on each process binds the fullest
     available = min(world.neighbours.broadcast(available_bytes()), narrowest)

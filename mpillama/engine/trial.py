@@ -4,15 +4,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from mpillama.comm.communicator import Communicator
+from mpillama.engine.memory import MemoryModel
 from mpillama.engine.model_file import ModelFile, SliceReader
 from mpillama.engine.session import Session
 from mpillama.errors import UserError
-from mpillama.model.cache import blocks_for, cache_bytes
 from mpillama.model.config import ModelConfig
-from mpillama.model.partition import partition
 from mpillama.model.tensors import TensorSpec, WeightTypes, tensor_specs
-from mpillama.model.weights import arena_bytes
 
 
 @dataclass(frozen=True)
@@ -102,8 +99,9 @@ def extrapolate(
 
     The trial's cache is resident as far as it was written, the whole model's is counted to the end of the context.
     """
-    small = _bytes_of_ranks(file, session.executor.comm, session.length, kv_type)
-    whole = _bytes_of_ranks(file.whole, session.executor.comm, session.max_seq_len, kv_type)
+    ranks = session.executor.comm.size
+    small = _bytes_of_ranks(file, ranks, session.length, kv_type)
+    whole = _bytes_of_ranks(file.whole, ranks, session.max_seq_len, kv_type)
     most = max(m - sum(s) + sum(w) for m, s, w in zip(memory, small, whole, strict=True))
     ratio = max(w[0] / s[0] for s, w in zip(small, whole, strict=True))
     speed = session.decode.tokens_per_second / ratio
@@ -111,8 +109,7 @@ def extrapolate(
     return Extrapolation(*layers, most, load_seconds * ratio, speed)
 
 
-def _bytes_of_ranks(file: ModelFile, comm: Communicator, context: int, kv_type: str) -> list[tuple[int, int]]:
+def _bytes_of_ranks(file: ModelFile, ranks: int, context: int, kv_type: str) -> list[tuple[int, int]]:
     """Each rank's weights, and the KV cache up to the positions of the context."""
-    blocks = blocks_for(context)
-    parts = partition(file.config, comm.size)
-    return [(arena_bytes(file.specs, p), cache_bytes(file.config, p, blocks, kv_type)) for p in parts]
+    model = MemoryModel(file.config, file.specs, ranks, kv_type, chunk=1)
+    return [(memory.weights, memory.kv_cache) for memory in model.of_ranks(context)]

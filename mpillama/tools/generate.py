@@ -25,7 +25,7 @@ from mpillama.tools.standard_input import read_standard_input
 
 if TYPE_CHECKING:
     from mpillama.engine.generate import Generation
-    from mpillama.engine.rank_memory import RankMemory
+    from mpillama.engine.memory import RankUsage
     from mpillama.engine.speculation import Drafter
     from mpillama.engine.trial import Extrapolation
 
@@ -111,14 +111,16 @@ def _finish(run: Run, options: GenerateOptions, generation: "Generation", seed: 
             )
 
 
-def _memory(run: Run, options: GenerateOptions) -> "list[RankMemory]":
-    from mpillama.engine.rank_memory import memory_of_ranks
+def _memory(run: Run, options: GenerateOptions) -> "list[RankUsage]":
+    from mpillama.engine.memory import MemoryModel, memory_of_ranks
 
-    processes = run.executor.memory_per_rank()
-    return memory_of_ranks(run.executor, run.loaded.file.specs, options.kv_type, run.session.length, processes)
+    executor, file = run.executor, run.loaded.file
+    chunk = executor.model.workspace.capacity
+    model = MemoryModel(file.config, file.specs, executor.comm.size, options.kv_type, chunk)
+    return memory_of_ranks(model, executor.blocks, run.session.length, executor.memory_per_rank())
 
 
-def _trial(run: Run, options: GenerateOptions, memory: "list[RankMemory]") -> "Extrapolation | None":
+def _trial(run: Run, options: GenerateOptions, memory: "list[RankUsage]") -> "Extrapolation | None":
     """What a trial with --layers says of the whole model."""
     from mpillama.engine.trial import FirstLayers, extrapolate
 
@@ -130,7 +132,7 @@ def _trial(run: Run, options: GenerateOptions, memory: "list[RankMemory]") -> "E
 
 
 def _result(
-    run: Run, options: GenerateOptions, generation: "Generation", seed: int, memory: "list[RankMemory]",
+    run: Run, options: GenerateOptions, generation: "Generation", seed: int, memory: "list[RankUsage]",
     drafter: "Drafter",
 ) -> dict[str, object]:  # fmt: skip
     trial = _trial(run, options, memory)

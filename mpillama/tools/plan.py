@@ -5,10 +5,13 @@ import re
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from mpillama.engine.memory import RESERVE
+from mpillama.engine.model_file import open_model
+from mpillama.engine.plan import Network, Node, Plan, PlanRequest, Remedy, Speed, make_plan, predict, remedies
 from mpillama.errors import UserError
-from mpillama.layout.weight_types import WEIGHT_TYPES
+from mpillama.quant import WEIGHT_TYPES
 from mpillama.model.config import ModelConfig
 from mpillama.model.shapes import shape_config
 from mpillama.model.tensors import WeightTypes
@@ -19,16 +22,11 @@ from mpillama.tools.output_file import output_file, refuse_unwritable
 from mpillama.tools.quantities import parse_bytes, parse_number
 from mpillama.tools.terminal import print_sentence, print_table
 
-if TYPE_CHECKING:
-    from mpillama.engine.plan import Network, Node, Plan, Remedy, Request, Speed
-
 DOES_NOT_FIT = 1
 
 
 def plan(options: PlanOptions) -> int:
     """Run the command; returns the exit status: 1 if it does not fit."""
-    from mpillama.engine.plan import make_plan, predict, remedies
-
     refuse_unwritable("--sbatch", options.sbatch)
     with stages(is_root=True, quiet=options.json)("planning"):
         planned = make_plan(_request(options))
@@ -43,9 +41,7 @@ def plan(options: PlanOptions) -> int:
     return 0 if planned.fits else DOES_NOT_FIT
 
 
-def _request(options: PlanOptions) -> "Request":
-    from mpillama.engine.plan import Request
-
+def _request(options: PlanOptions) -> PlanRequest:
     config, types = _model(options)
     counts = {"--nodes": options.nodes, "--ranks-per-node": options.ranks_per_node, "--batch": options.batch}
     for name, value in counts.items():
@@ -63,7 +59,7 @@ def _request(options: PlanOptions) -> "Request":
         config = config.first_layers(options.layers)
     bench_trial = options.shape is not None and options.layers is not None  # without texts
     sizes = (nodes, ranks, memory, context, options.batch, options.kv_type)
-    return Request(config, types, *sizes, tokenizer=not bench_trial)
+    return PlanRequest(config, types, *sizes, tokenizer=not bench_trial)
 
 
 def _model(options: PlanOptions) -> tuple[ModelConfig, WeightTypes]:
@@ -72,16 +68,12 @@ def _model(options: PlanOptions) -> tuple[ModelConfig, WeightTypes]:
     if options.shape is not None:
         name = "q4_0" if options.weights == "as-stored" else options.weights
         return ModelConfig.from_hf(shape_config(options.shape)), WeightTypes(WEIGHT_TYPES[name])
-    from mpillama.engine.model_file import open_model
-
     file = open_model(options.model or "", options.weights, options.tokenizer)
     return file.config, file.weight_types
 
 
-def _network(text: str) -> "Network":
+def _network(text: str) -> Network:
     """Read LATENCY,BANDWIDTH, for example 2us,12GB/s."""
-    from mpillama.engine.plan import Network
-
     latency, _, bandwidth = text.partition(",")
     match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*(us|ms|s)\s*", latency)
     if not match or not bandwidth:
@@ -90,10 +82,8 @@ def _network(text: str) -> "Network":
     return Network(seconds, parse_bytes("--network", bandwidth))
 
 
-def _node(options: PlanOptions) -> "Node":
+def _node(options: PlanOptions) -> Node:
     """As given, or as a saved `bench --json` measured it for all its ranks."""
-    from mpillama.engine.plan import Node
-
     read = parse_bytes("--read-bandwidth", options.read_bandwidth) if options.read_bandwidth else None
     if options.bench is None:
         compute = parse_number("--compute", options.compute, "MAC", "multiply-adds a second: write it like 2TMAC/s")
@@ -106,31 +96,31 @@ def _node(options: PlanOptions) -> "Node":
         raise UserError(f"--bench {options.bench}: is no output of `bench --json` ({error}).") from error
 
 
-def _as_json(planned: "Plan", speed: "Speed", cures: list["Remedy"]) -> dict[str, Any]:
+def _as_json(planned: Plan, speed: Speed, cures: list[Remedy]) -> dict[str, Any]:
     return {
         "fits": planned.fits,
         "headroom_bytes_per_node": planned.headroom,
         "inequality": planned.inequality,
         "bytes_per_node": planned.nodes,
-        "ranks": [{**asdict(rank), "total": rank.total} for rank in planned.ranks],
+        "ranks": [{"rank": rank, **asdict(memory), "total": memory.total} for rank, memory in enumerate(planned.ranks)],
         "speed": asdict(speed),
         "remedies": [{"change": cure.text, "headroom_bytes_per_node": cure.plan.headroom} for cure in cures],
     }
 
 
-def _print(planned: "Plan", speed: "Speed", cures: list["Remedy"]) -> None:
+def _print(planned: Plan, speed: Speed, cures: list[Remedy]) -> None:
     request, rows = planned.request, list[tuple[str, ...]]()
-    fullest = max(planned.ranks, key=lambda r: r.total)
-    shown = planned.ranks if len(planned.ranks) <= 8 else {*planned.ranks[:3], planned.ranks[-1], fullest}
-    for r in sorted(shown, key=lambda r: r.rank):
-        mark = " (most)" if r is fullest and planned.inequality > 0 else ""
+    count = len(planned.ranks)
+    fullest = max(range(count), key=lambda rank: planned.ranks[rank].total)
+    for rank in range(count) if count <= 8 else sorted({0, 1, 2, fullest, count - 1}):
+        r, mark = planned.ranks[rank], " (most)" if rank == fullest and planned.inequality > 0 else ""
         row = (r.weights, r.embedding, r.kv_cache, r.buffers, r.python, r.total, r.reads)
-        rows.append((f"{r.rank}{mark}", *map(in_units, row)))
+        rows.append((f"{rank}{mark}", *map(in_units, row)))
     print_table(("rank", "weights", "embedding, head", "KV cache", "buffers", "Python", "total", "reads"), rows)
     on = f"{in_number(request.nodes, 'node')} x {in_number(request.ranks_per_node, 'rank')}"
     print_sentence(
-        f"{on}: the fullest needs {in_units(max(planned.nodes))} of {in_units(request.memory_per_node)}; "
-        f"the fullest rank is {100 * planned.inequality:.1f} % above the mean."
+        f"{on}: the fullest needs {in_units(max(planned.nodes))} of {in_units(request.memory_per_node)}, "
+        f"{in_units(RESERVE)} a rank in reserve; the fullest rank is {100 * planned.inequality:.1f} % above the mean."
     )
     loads = f", loads in {speed.load_seconds:.0f} s" if speed.load_seconds else ""
     communication = (
@@ -145,7 +135,7 @@ def _print(planned: "Plan", speed: "Speed", cures: list["Remedy"]) -> None:
     _print_verdict(planned, cures)
 
 
-def _print_verdict(planned: "Plan", cures: list["Remedy"]) -> None:
+def _print_verdict(planned: Plan, cures: list[Remedy]) -> None:
     if planned.fits:
         sys.stdout.write(f"fits, {in_units(planned.headroom)} stay free on the fullest node\n")
         return

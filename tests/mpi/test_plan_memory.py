@@ -1,10 +1,12 @@
-"""What `plan` says a rank needs is what a run takes."""
+"""What `plan` says a rank needs is what a run takes, what it checks before loading, and what it logs and tells."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 
+from mpillama.engine.memory import RESERVE
 from mpillama.files.native_writer import create_file, seal_file
 from mpillama.layout.weight_types import WEIGHT_TYPES
 from mpillama.model.config import ModelConfig
@@ -24,6 +26,7 @@ HOLLOW = {
     "head_dim": 128,
 }
 CONTEXT = 1024
+SAME = ("weights", "kv_cache", "buffers")
 
 
 @pytest.fixture(scope="module")
@@ -37,11 +40,23 @@ def hollow(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3])
-def test_a_run_takes_what_was_planned(ranks: int, hollow: Path) -> None:
+def test_a_run_takes_what_was_planned(ranks: int, hollow: Path, tmp_path: Path) -> None:
     sizes = ("--model", hollow, "--max-seq-len", str(CONTEXT), "--kv-type", "f32", "--json")
     plan = json.loads(run(None, *PROGRAM, "plan", *sizes, "--ranks-per-node", str(ranks)).stdout)
     prompt = ",".join(["7"] * (CONTEXT - 2))
-    ran = run(ranks, *PROGRAM, *sizes, "--prompt-token-ids", prompt, "--max-tokens", "1", "--temperature", "0")
+    options = ("--max-tokens", "1", "--temperature", "0", "--log-dir", tmp_path)
+    ran = run(ranks, *PROGRAM, *sizes, "--prompt-token-ids", prompt, *options)
     assert ran.status == 0, ran.stderr
-    taken = json.loads(ran.stdout)["rss_bytes_per_rank"]
-    assert taken == [pytest.approx(rank["total"], rel=0.05) for rank in plan["ranks"]]
+    found, planned = json.loads(ran.stdout), plan["ranks"]
+    assert found["rss_bytes_per_rank"] == [pytest.approx(rank["total"], rel=0.05) for rank in planned]
+    for told, rank in zip(found["memory_bytes_per_rank"], planned, strict=True):
+        assert [told[name] for name in SAME] == [rank[name] for name in SAME]
+    needs = [sum(rank[name] for name in (*SAME, "tokenizer")) + RESERVE for rank in planned]
+    assert logged_need(tmp_path) == pytest.approx(sum(needs), abs=5e5)  # printed in MB
+
+
+def logged_need(folder: Path) -> float:
+    """The bytes that the check before loading asked for."""
+    texts = [path.read_text() for path in folder.iterdir()]
+    (need,) = {match[1] for text in texts if (match := re.search(r"ranks of this host need ([0-9.]+) GB", text))}
+    return 1e9 * float(need)

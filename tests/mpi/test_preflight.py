@@ -24,7 +24,7 @@ def test_too_little_memory_is_refused_with_the_remedy(ranks: int | None, toy: Pa
 
 
 def test_the_context_is_lowered_to_what_fits(toy: Path) -> None:
-    grant = {"SLURM_MEM_PER_NODE": "66"}  # 64 MiB are left to each rank
+    grant = {"SLURM_MEM_PER_NODE": "67"}  # 64 MiB are a reserve
     found = run(None, *PROGRAM, "--model", toy, *GREEDY, env=grant)
     assert found.status == 0, found.stderr
     context = json.loads(found.stdout)["options"]["max_seq_len"]

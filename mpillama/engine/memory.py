@@ -1,0 +1,127 @@
+"""How many bytes a rank takes: the one model of memory behind `plan`, the check before loading, the log and `generate`.
+
+Weights, KV cache and step buffers are computed by the functions that allocate them; what Python and the libraries take
+was measured.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from mpillama.model.cache import blocks_for, cache_bytes
+from mpillama.model.config import ModelConfig
+from mpillama.model.partition import Partition, partition
+from mpillama.model.tensors import EMBEDDING, LM_HEAD, TensorSpec
+from mpillama.model.weights import arena_bytes, slice_bytes
+from mpillama.model.workspace import workspace_bytes
+
+PYTHON_BYTES = 73_000_000
+"""Resident bytes of a rank with kernels and MPI but without a model: 71 to 75 MB were measured."""
+ROOT_BYTES = 17_000_000
+"""What rank 0 has beyond that, for HDF5, tokenizer and templates: 12 to 19 MB were measured."""
+TOKENIZER_BYTES = 1500
+"""Resident bytes on rank 0 for each entry of the vocabulary: 191 MB for 127,000 were measured."""
+SHARED_WINDOW_BYTES = 16 * (1 << 17)
+"""A rank's part of the shared-memory reduction."""
+RESERVE = 64 << 20
+"""Bytes that must stay free for each rank, for temporary objects."""
+
+
+@dataclass(frozen=True)
+class RankMemory:
+    """Bytes that one rank takes.
+
+    `embedding` (with the head) is a part of `weights`, `reads` what is read of the file; `tokenizer` is a part of
+    `python`, which else is there before a model is loaded.
+    """
+
+    weights: int
+    embedding: int
+    kv_cache: int
+    buffers: int
+    python: int
+    tokenizer: int
+    reads: int
+
+    @property
+    def total(self) -> int:
+        """Resident bytes once the whole context is used."""
+        return self.weights + self.kv_cache + self.buffers + self.python
+
+    @property
+    def to_allocate(self) -> int:
+        """Of these, what a process that has just started still takes."""
+        return self.weights + self.kv_cache + self.buffers + self.tokenizer
+
+
+@dataclass(frozen=True)
+class MemoryModel:
+    """A model on `ranks` ranks, up to `sequences` sequences at a time, steps of up to `chunk` prompt tokens."""
+
+    config: ModelConfig
+    specs: Sequence[TensorSpec]
+    ranks: int
+    kv_type: str
+    chunk: int
+    sequences: int = 1
+    has_tokenizer: bool = True
+
+    def of_rank(self, rank: int, part: Partition, context: int) -> RankMemory:
+        """What a rank takes if each sequence has a cache of `context` positions, which may be 0."""
+        config = self.config
+        window = SHARED_WINDOW_BYTES if self.ranks > 1 else 0
+        logits = 8 * config.vocab_size * self.sequences
+        tokenizer = TOKENIZER_BYTES * config.vocab_size if self.has_tokenizer and rank == 0 else 0
+        tokens = max(self.sequences, min(self.chunk, context or self.chunk))
+        return RankMemory(
+            weights=arena_bytes(self.specs, part),
+            embedding=slice_bytes([spec for spec in self.specs if spec.name in (EMBEDDING, LM_HEAD)], part),
+            kv_cache=blocks_for(context) * self.sequences * self.cache_block_bytes(part),
+            buffers=workspace_bytes(config, part, tokens) + logits + window,
+            python=PYTHON_BYTES + (ROOT_BYTES + tokenizer if rank == 0 else 0),
+            tokenizer=tokenizer,
+            reads=slice_bytes(self.specs, part),
+        )
+
+    def of_ranks(self, context: int) -> list[RankMemory]:
+        """What each rank takes; of thousands of ranks most are alike and computed once."""
+        known, found = dict[tuple[int, ...], RankMemory](), []
+        for rank, part in enumerate(partition(self.config, self.ranks)):
+            sizes = (int(rank == 0), *(len(units) for units in vars(part).values()))
+            if sizes not in known:
+                known[sizes] = self.of_rank(rank, part, context)
+            found.append(known[sizes])
+        return found
+
+    def cache_block_bytes(self, part: Partition) -> int:
+        """Bytes of a rank's keys and values of 64 positions."""
+        return cache_bytes(self.config, part, 1, self.kv_type)
+
+
+@dataclass(frozen=True)
+class RankUsage:
+    """What one rank's memory was used for, in bytes.
+
+    `kv_cache` has room for the context, of which `kv_cache_filled` was written, and only that is resident. `process` is
+    all that is resident, Python and libraries too.
+    """
+
+    weights: int
+    kv_cache: int
+    kv_cache_filled: int
+    buffers: int
+    process: int
+
+
+def memory_of_ranks(model: MemoryModel, blocks: int, positions: int, processes: Sequence[int]) -> list[RankUsage]:
+    """Each rank's memory with a cache of `blocks` blocks, `positions` of it filled; `processes` are resident bytes."""
+    parts, filled = partition(model.config, model.ranks), blocks_for(positions)
+    return [
+        RankUsage(
+            of_rank.weights,
+            blocks * model.cache_block_bytes(part),
+            filled * model.cache_block_bytes(part),
+            of_rank.buffers,
+            process,
+        )
+        for of_rank, part, process in zip(model.of_ranks(0), parts, processes, strict=True)
+    ]
