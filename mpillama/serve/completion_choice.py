@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from mpillama.api.served import ServedCompletion
-from mpillama.serve.tasks import Progress, Task, TokenLogprob
+from mpillama.engine.logprobs import TokenLogprob
+from mpillama.serve.tasks import Progress, Task
 from mpillama.serve.token_names import LOWEST, NamedToken, TokenNames, alternatives, prompt_logprobs
 from mpillama.text.tokenizer import Tokenizer
 

@@ -3,9 +3,9 @@
 from concurrent.futures import Future, ThreadPoolExecutor
 
 from mpillama.engine.engine import Engine, Update
+from mpillama.engine.logprobs import LogprobRecorder
 from mpillama.engine.sequence import EngineSequence, Request
 from mpillama.errors import UserError
-from mpillama.serve.logprobs import LogprobRecorder
 from mpillama.serve.tasks import Figures, Progress, Task
 from mpillama.text.constraint import Constraint, Grammars
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from mpillama.engine.answer import Mark
+from mpillama.engine.logprobs import TokenLogprob
 from mpillama.engine.sequence import Pooling
 from mpillama.text.sampling_params import SamplingParams
 
@@ -45,16 +46,6 @@ class Cancel:
 @dataclass(frozen=True)
 class AskMemory:
     """The wish to know the resident bytes of every rank."""
-
-
-@dataclass(frozen=True)
-class TokenLogprob:
-    """A token, its log-probability, the likeliest tokens with theirs, and its place among all of them, from 1 on."""
-
-    token: int
-    logprob: float
-    top: list[tuple[int, float]]
-    rank: int
 
 
 @dataclass(frozen=True)

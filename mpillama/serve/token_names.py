@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from mpillama.serve.tasks import TokenLogprob
+from mpillama.engine.logprobs import TokenLogprob
 from mpillama.text.tokenizer import REPLACEMENT, Tokenizer
 
 Json = dict[str, Any]

@@ -1,14 +1,24 @@
 """The log-probabilities of a request's tokens by the model: before temperature, penalties, bias and grammars."""
 
 import math
+from dataclasses import dataclass
 
 import numpy as np
 
-from mpillama.serve.tasks import TokenLogprob
 from mpillama.text.sampler import largest
 
 FEWEST = 16
 """To look for fewer of the likeliest tokens than this takes longer."""
+
+
+@dataclass(frozen=True)
+class TokenLogprob:
+    """A token, its log-probability, the likeliest tokens with theirs, and its place among all of them, from 1 on."""
+
+    token: int
+    logprob: float
+    top: list[tuple[int, float]]
+    rank: int
 
 
 class LogprobRecorder:
