@@ -1,13 +1,21 @@
-"""The program: `python -m mpillama [COMMAND] …`, a module of mpillama.tools for each command."""
+"""The program: `python -m mpillama [COMMAND] …`, a module of mpillama.tools for each command.
+
+What a command needs is imported once MPI runs, so that `--help` is there at once, and so that whatever fails on a rank
+ends them all.
+"""
 
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib import import_module
 
-from mpillama.comm.failure import USER_ERROR_STATUS, report_user_error, stop_printing
-from mpillama.comm.launcher import launched_rank
+from mpillama.comm.failure import USER_ERROR_STATUS, report_user_error, starting_mpi, stop_printing
+from mpillama.comm.launcher import DEFAULT_TIMEOUT, check_start, launched_rank
 from mpillama.errors import UserError
+from mpillama.options import OnRanks, parse
+
+OPTIONAL_PACKAGES = ("fastapi", "uvicorn", "prometheus_client", "httpx")
+"""Those without which some commands cannot even be imported."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -24,15 +32,38 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(arguments: Sequence[str]) -> int:
-    from mpillama.options import parse
-
     if launched_rank() != 0 and {"-h", "--help", "--version"} & set(arguments):
         return 0  # rank 0 prints it
-    command, options = parse(arguments)
+    name, options = parse(arguments)
     if logging.lastResort:  # for warnings of commands that set up no log
         logging.lastResort.setFormatter(logging.Formatter("mpillama: warning: %(message)s"))
-    status: int = getattr(import_module(f"mpillama.tools.{command}"), command)(options)
+    if isinstance(options, OnRanks):
+        return _run_on_ranks(name, options)
+    return import_command(name)(options)
+
+
+def _run_on_ranks(name: str, options: OnRanks) -> int:
+    """Start MPI, then run the command on every rank of the job."""
+    threads, timeout = getattr(options, "threads", None), getattr(options, "timeout", DEFAULT_TIMEOUT)
+    check_start(threads, timeout)
+    with starting_mpi(timeout) as aborter:
+        import_module("mpi4py.MPI")
+    start = import_module("mpillama.comm.start")
+    with start.start_mpi(threads, timeout, options.needs_one_job, options.busy_threads, aborter) as world:
+        command = world.comm.together(lambda: import_command(name))
+        status: int = command(options, world)
     return status
+
+
+def import_command(name: str) -> Callable[..., int]:
+    """The function of a command: of its options, and of the World if it runs on all ranks; returns the exit status."""
+    try:
+        command: Callable[..., int] = getattr(import_module(f"mpillama.tools.{name}"), name)
+    except ModuleNotFoundError as error:
+        if error.name not in OPTIONAL_PACKAGES:
+            raise
+        raise UserError(f"{name} needs the package {error.name}: pip install 'mpillama[serve]'.") from error
+    return command
 
 
 if __name__ == "__main__":

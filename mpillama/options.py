@@ -53,8 +53,22 @@ def positional(name: str, text: str) -> Any:
     return field(metadata={"args": [name], "help": text})
 
 
+class OnRanks:
+    """Marks the options of commands that run on all ranks of an MPI job."""
+
+    needs_one_job: ClassVar[bool] = True
+    """Whether several processes that MPI does not connect are refused."""
+    busy_threads: ClassVar[int] = 0
+    """Threads that rank 0 has busy besides those of its kernels."""
+
+    @property
+    def is_quiet(self) -> bool:
+        """Whether nobody wants to read of progress."""
+        return bool(getattr(self, "quiet", False) or getattr(self, "json", False))
+
+
 @dataclass(frozen=True, kw_only=True)
-class RunOptions:
+class RunOptions(OnRanks):
     """Options of every command that loads a model."""
 
     needs_head: ClassVar[bool] = True
@@ -234,6 +248,7 @@ class ServeOptions(EngineOptions, SamplingFlags):
     """Options of `serve`; those of sampling count where a request says nothing."""
 
     needs_head: ClassVar[bool] = False
+    busy_threads: ClassVar[int] = 1
 
     host: str = option("address to listen on (default: 127.0.0.1)", "127.0.0.1", metavar="ADDRESS")
     port: int = option("port to listen on, 0 for any that is free (default: 8000)", 8000, metavar="PORT")
@@ -336,7 +351,7 @@ class PlanOptions:
 
 
 @dataclass(frozen=True)
-class ConvertOptions:
+class ConvertOptions(OnRanks):
     """Options of `convert`."""
 
     source: str = positional("source", "Hugging Face folder, .gguf file or distributed-llama .m file")
@@ -356,7 +371,7 @@ class ConvertOptions:
 
 
 @dataclass(frozen=True)
-class VerifyOptions:
+class VerifyOptions(OnRanks):
     """Options of `verify`."""
 
     file: str = positional("file", "model in any format, as for --model")
@@ -385,8 +400,10 @@ class InspectOptions:
 
 
 @dataclass(frozen=True)
-class DoctorOptions:
+class DoctorOptions(OnRanks):
     """Options of `doctor`."""
+
+    needs_one_job: ClassVar[bool] = False
 
     threads: Optional[int] = option("threads of each rank, as for generate", metavar="COUNT")
     json: bool = option("print one JSON object", False)

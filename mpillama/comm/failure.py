@@ -8,11 +8,13 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import FrameType, TracebackType
 from typing import Any, NoReturn
 
-from mpillama.comm.launcher import launched_rank
+from mpillama.comm.launcher import launched_rank, launched_size
 from mpillama.errors import UserError
 from mpillama.redaction import hide
 
@@ -133,6 +135,30 @@ class Aborter:
         end_within(LAST_WORD_SECONDS)
         self.abort(status)
         os._exit(status)
+
+
+@contextmanager
+def starting_mpi(timeout: float) -> Iterator[Aborter]:
+    """Guard the import of `mpi4py.MPI`, which starts MPI; what escapes from here on ends all ranks.
+
+    MPI starts without letting any other Python run: a start that takes longer than `timeout` seconds ends the process.
+    """
+    aborter = Aborter(launched_rank(), launched_size()[1])
+    aborter.install()
+    os.environ.setdefault("MPI4PY_RC_THREAD_LEVEL", "funneled")
+    with no_longer_than(timeout), warnings.catch_warnings():
+        # mpi4py's word on a launcher of another MPI, once per rank: refuse_singletons and doctor say it once.
+        warnings.filterwarnings("ignore", "suspicious MPI execution environment", RuntimeWarning)
+        yield aborter
+
+
+@contextmanager
+def no_longer_than(timeout: float) -> Iterator[None]:
+    """End the process if the block takes longer than so many seconds, even if no Python runs any more; 0: for ever."""
+    if timeout:
+        faulthandler.dump_traceback_later(timeout, exit=True)
+    yield
+    faulthandler.cancel_dump_traceback_later()
 
 
 def end_within(seconds: float) -> None:

@@ -8,6 +8,8 @@ from mpillama.errors import UserError
 RANK_VARIABLES = ("PMI_RANK", "PMIX_RANK", "OMPI_COMM_WORLD_RANK", "MPI_LOCALRANKID", "SLURM_PROCID")
 SIZE_VARIABLES = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE")
 SLURM_STEP_SIZE = "SLURM_STEP_NUM_TASKS"
+DEFAULT_TIMEOUT = 600.0
+"""Seconds that a rank waits for another one."""
 
 
 def launched_rank(environment: Mapping[str, str] | None = None) -> int:
@@ -29,6 +31,14 @@ def launched_size(environment: Mapping[str, str] | None = None) -> tuple[str, in
         if environment.get(name, "").isdigit():
             return name, int(environment[name])
     return "", 1
+
+
+def check_start(threads: int | None, timeout: float) -> None:
+    """UserError for numbers of threads and seconds that no rank could start with."""
+    if threads is not None and threads < 1:
+        raise UserError(f"--threads is {threads}: give at least 1.")
+    if timeout != 0 and not timeout >= 1:
+        raise UserError(f"--timeout is {timeout:g}: give seconds, at least 1, or 0 to wait for ever.")
 
 
 def refuse_singletons(size: int, environment: Mapping[str, str] | None = None) -> None:

@@ -11,7 +11,7 @@ from typing import cast
 from mpillama.comm.start import World
 from mpillama.engine.executor import Executor
 from mpillama.engine.load_watch import PLACE, AbandonedError, LoadState, LoadWatch
-from mpillama.engine.model_file import ModelFile, open_model
+from mpillama.engine.model_file import ModelFile, model_path, open_model
 from mpillama.engine.preflight import cache_room, choose_context, measure_host, refuse_no_room, warn_of_hosts
 from mpillama.engine.reduction import choose_reduction
 from mpillama.engine.replicated import ReplicatedTensors, is_read
@@ -31,7 +31,6 @@ from mpillama.options import RunOptions
 Progress = Callable[[int], AbstractContextManager[Callable[[LoadState], None]]]
 """Opens a display for a number of bytes of all ranks; gives the function that is told how far they are."""
 
-DEMO_MODEL = Path("data") / "demo.h5"
 DEFAULT_BATCH_CONTEXT = 4096
 """Positions of a sequence that a group of ranks must have room for, if the user does not say how many."""
 LOG = logging.getLogger(__name__)
@@ -48,14 +47,6 @@ class LoadedModel:
     context: int
     cache_room: int
     """Cache blocks that fit every host."""
-
-
-def model_path(option: str | None) -> str:
-    """The model file: as given, or the demo model of the checkout."""
-    if option:
-        return option
-    checkout = Path(__file__).resolve().parents[2] / DEMO_MODEL
-    return str(DEMO_MODEL if DEMO_MODEL.exists() or not checkout.exists() else checkout)
 
 
 def load_model(options: RunOptions, world: World, target: Target, progress: Progress) -> LoadedModel:

@@ -26,6 +26,7 @@ from mpillama.text.sentencepiece_model import added_by_id, tokenizer_json_of_sen
 from mpillama.text.tokenizer import Tokenizer
 from mpillama.text.vocabulary import TokenizerFiles
 
+DEMO_MODEL = Path("data") / "demo.h5"
 CONVERTERS: Mapping[str, Callable[[Mapping[str, Any]], TokenizerFiles]] = {
     "gguf_vocabulary.json": tokenizer_json_of_gguf,
     "dllama_vocabulary.json": tokenizer_json_of_dllama,
@@ -97,6 +98,14 @@ class ModelFile(Protocol):
 
     def reader(self, on_bytes: Callable[[int], None], workers: int = 1, verify: bool = False) -> SliceReader:
         """Open the files for reading slices."""
+
+
+def model_path(option: str | None) -> str:
+    """The model file: as given, or the demo model of the checkout."""
+    if option:
+        return option
+    checkout = Path(__file__).resolve().parents[2] / DEMO_MODEL
+    return str(DEMO_MODEL if DEMO_MODEL.exists() or not checkout.exists() else checkout)
 
 
 def open_model(path: str, weights: str = AS_STORED, tokenizer: str | None = None) -> ModelFile:

@@ -3,33 +3,30 @@
 import json
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from mpillama import __version__
-from mpillama.comm.start import World, start_mpi
+from mpillama.batch.groups import LocalGroup, RemoteGroup, follow_rank_0
+from mpillama.batch.journal import Journal
+from mpillama.batch.results import Provenance
+from mpillama.batch.rows import read_lines
+from mpillama.batch.runs import last_options, options_digest, record
+from mpillama.batch.supervisor import Counts, Supervisor
+from mpillama.batch.supervisor import Group as AnyGroup
+from mpillama.batch.worker import Worker
+from mpillama.comm.retirement import Office
+from mpillama.comm.start import World
+from mpillama.engine.deadline import Deadline, StopRequest, ignore_stop_signals
+from mpillama.engine.engine import Engine
+from mpillama.engine.loading import DEFAULT_BATCH_CONTEXT
+from mpillama.engine.model_file import model_path, open_model
+from mpillama.engine.preflight import smallest_group
 from mpillama.errors import UserError
 from mpillama.options import BatchOptions
 from mpillama.tools.batch_progress import Reporter, shown
-from mpillama.tools.engines import check_engine_options, model_name, opener, prompter, run_in_groups
+from mpillama.tools.engines import Group, check_engine_options, grouped, model_name, opener, prompter
 from mpillama.tools.output_file import refuse_unwritable
-from mpillama.tools.running import (
-    Run,
-    check_observed,
-    choose_target,
-    observed,
-    run_in_world,
-    sampling_options,
-)
-
-if TYPE_CHECKING:
-    from mpillama.batch.groups import RemoteGroup
-    from mpillama.batch.journal import Journal
-    from mpillama.batch.results import Provenance
-    from mpillama.batch.supervisor import Counts, Group
-    from mpillama.batch.worker import Worker
-    from mpillama.comm.groups import Post
-    from mpillama.comm.watchdog import Watch
-    from mpillama.engine.deadline import Deadline, StopRequest
+from mpillama.tools.running import Run, loaded, running, sampling_options
 
 ANSWER_OPTIONS = (
     "max_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty",
@@ -38,31 +35,25 @@ ANSWER_OPTIONS = (
 """What an answer depends on besides row and model."""
 
 
-def batch(options: BatchOptions) -> int:
+def batch(options: BatchOptions, world: World) -> int:
     """Run the command; returns the exit status: 85 if it stopped before the end, 3 if a group of ranks failed."""
-    from mpillama.comm.launcher import launched_rank
-    from mpillama.engine.deadline import Deadline, StopRequest, ignore_stop_signals
-
-    _check(options)
-    stop = StopRequest()
-    stop.install() if launched_rank() == 0 else ignore_stop_signals()
-    job = BatchJob(options, stop, Deadline.of_run(options.time_limit))
-    quiet = options.quiet or options.json
-    with start_mpi(options.threads, timeout=options.timeout) as world, observed(options, world, quiet) as monitor:
-        target = choose_target(world)
-        size = group_size(options, world)
-        if size == world.comm.size:
-            return run_in_world(options, quiet, job.run, opener(options), world, target, monitor)
-        prepare = lambda post, group: job.gather_groups(post, world.comm.size, size, group)  # noqa: E731
-        return run_in_groups(options, quiet, world, size, target, monitor, prepare, job.run, job.lead)
+    world.comm.on_root_only(lambda: check(options))
+    stop, deadline = StopRequest(), Deadline.of_run(options.time_limit)
+    stop.install() if world.comm.is_root else ignore_stop_signals()
+    with (
+        running(options, world) as job,
+        grouped(job, group_size(options, world)) as group,
+        loaded(job, opener(options), group.world) as run,
+    ):
+        if world.comm.is_root:
+            job.status = BatchJob(options, stop, deadline, group, world.comm.size).run(run)
+        elif run.is_root and group.post:
+            job.status = follow_rank_0(group.post, make_worker(run, options))
+    return job.status
 
 
 def group_size(options: BatchOptions, world: World) -> int:
     """Ranks that share a model: as asked, or as few as the hosts have room for."""
-    from mpillama.engine.loading import DEFAULT_BATCH_CONTEXT, model_path
-    from mpillama.engine.model_file import open_model
-    from mpillama.engine.preflight import smallest_group
-
     if options.tensor_parallel is not None:
         return options.tensor_parallel
     if world.comm.size == 1:
@@ -73,11 +64,10 @@ def group_size(options: BatchOptions, world: World) -> int:
     return smallest_group(file, world, context, options.kv_type, options.prefill_chunk)
 
 
-def _check(options: BatchOptions) -> None:
-    """Raise UserError for what is wrong with the options, before MPI starts."""
+def check(options: BatchOptions) -> None:
+    """Raise UserError for what is wrong with the options."""
     sampling_options(options)
     check_engine_options(options)
-    check_observed(options)
     refuse_unwritable("OUTPUT", options.output)
     refuse_unwritable("--metrics", options.metrics)
     if not Path(options.input).is_file():
@@ -89,49 +79,18 @@ def _check(options: BatchOptions) -> None:
 class BatchJob:
     """What rank 0 does once the model is loaded; `groups` are those of other ranks."""
 
-    def __init__(self, options: BatchOptions, stop: "StopRequest", deadline: "Deadline"):
+    def __init__(self, options: BatchOptions, stop: StopRequest, deadline: Deadline, group: Group, ranks: int):
         self.options = options
         self.stop = stop
         self.deadline = deadline
-        self.groups: list[RemoteGroup] = []
-        self.own_watch: Watch | None = None
-        self.ranks = 1
-        self.post: Post | None = None
-
-    def gather_groups(self, post: "Post", ranks: int, size: int, own: World) -> None:
-        """Take the other groups of the job in; this process's own may then retire, too."""
-        from mpillama.batch.groups import RemoteGroup
-
-        self.post = post
-        self.groups = [RemoteGroup(post, range(first, first + size)) for first in range(size, ranks, size)]
-        self.own_watch = own.comm.watch
-        self.ranks = ranks
+        self.post, size = group.post, group.world.comm.size
+        self.own_watch = group.world.comm.watch if group.post else None
+        self.groups = [RemoteGroup(group.post, range(i, i + size)) for i in range(size, ranks, size) if group.post]
 
     def run(self, run: Run) -> int:
         """Answer the rows; returns the exit status."""
-        from mpillama.comm.failure import USER_ERROR_STATUS
-
-        status = USER_ERROR_STATUS
-        try:
-            status = self._run(run)
-        finally:
-            self._end(status)
-        return status
-
-    def _end(self, status: int) -> None:
-        """Let all ranks of several groups go: leaders, and those whose group has failed, maybe unheard of as yet."""
-        from mpillama.comm.retirement import End
-
-        if self.post:
-            for rank in range(1, self.ranks):
-                self.post.send(rank, End(status))
-
-    def _run(self, run: Run) -> int:
-        from mpillama.batch.journal import Journal
-        from mpillama.batch.runs import last_options, record
-
         used = answer_options(self.options, run)
-        journal = Journal(self.options.output, self._provenance(run, used), used, last_options(self.options.output))
+        journal = Journal(self.options.output, make_provenance(run, used), used, last_options(self.options.output))
         try:
             record(self.options.output, "start", {**self._facts(run), "options": used})
             status, counts = self._answer(run, journal)
@@ -140,13 +99,8 @@ class BatchJob:
             journal.close()
         return status
 
-    def _answer(self, run: Run, journal: "Journal") -> tuple[int, "Counts"]:
-        from mpillama.batch.groups import LocalGroup
-        from mpillama.batch.rows import read_lines
-        from mpillama.batch.supervisor import Supervisor
-        from mpillama.comm.retirement import Office
-
-        options, own = self.options, LocalGroup(self.worker(run), self.own_watch)
+    def _answer(self, run: Run, journal: Journal) -> tuple[int, Counts]:
+        options, own = self.options, LocalGroup(make_worker(run, self.options), self.own_watch)
         collect = Office(self.post, self.groups).collect if self.post else lambda: None
         with shown(options.quiet or options.json) as show:
             size = Path(options.input).stat().st_size
@@ -163,27 +117,6 @@ class BatchJob:
         self._close(reporter, supervisor.counts, status, [own, *self.groups])
         return status, supervisor.counts
 
-    def lead(self, run: Run, post: "Post") -> int:
-        """What the first rank of another group does; returns the exit status."""
-        from mpillama.batch.groups import follow_rank_0
-
-        return follow_rank_0(post, self.worker(run))
-
-    def worker(self, run: Run) -> "Worker":
-        """The engine of this process's group."""
-        from mpillama.batch.worker import Worker
-        from mpillama.engine.engine import Engine
-
-        engine = Engine(run.executor, run.tokenizer, self.options.speculate)
-        provenance = self._provenance(run, answer_options(self.options, run))
-        return Worker(engine, prompter(run, self.options), model_name(run), self.options.seed, provenance)
-
-    def _provenance(self, run: Run, used: dict[str, Any]) -> "Provenance":
-        from mpillama.batch.results import Provenance
-        from mpillama.batch.runs import options_digest
-
-        return Provenance(run.loaded.file.metadata_sha256, options_digest(used), __version__)
-
     def _facts(self, run: Run) -> dict[str, Any]:
         """What stays the same during a run."""
         return {
@@ -199,7 +132,7 @@ class BatchJob:
             "cache_tokens": run.executor.blocks * 64,
         }
 
-    def _close(self, reporter: Reporter, counts: "Counts", status: int, groups: "list[Group]") -> None:
+    def _close(self, reporter: Reporter, counts: Counts, status: int, groups: list[AnyGroup]) -> None:
         """Say how the run ended, and which groups did not see the end."""
         for failure in filter(None, [group.failure for group in groups]):
             sys.stderr.write(f"mpillama: warning: a group of ranks retired, others did its rows: {failure}\n")
@@ -209,6 +142,18 @@ class BatchJob:
             why = f"stopped by {self.stop.name}" if self.stop.name else "stopped in time"
             end = "finished" if status != 85 else f"{why}, start the same command again to go on"
             sys.stderr.write(f"mpillama: {end}: {reporter.line(counts)}\n")
+
+
+def make_worker(run: Run, options: BatchOptions) -> Worker:
+    """The engine of this process's group."""
+    engine = Engine(run.executor, run.tokenizer, options.speculate)
+    provenance = make_provenance(run, answer_options(options, run))
+    return Worker(engine, prompter(run, options), model_name(run), options.seed, provenance)
+
+
+def make_provenance(run: Run, used: dict[str, Any]) -> Provenance:
+    """What each result says of its origin."""
+    return Provenance(run.loaded.file.metadata_sha256, options_digest(used), __version__)
 
 
 def answer_options(options: BatchOptions, run: Run) -> dict[str, Any]:

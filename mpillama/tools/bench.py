@@ -3,49 +3,50 @@
 import json
 import sys
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+import psutil
 
-from mpillama.comm.start import World, start_mpi
+from mpillama.comm.start import World
+from mpillama.engine.load_watch import LoadWatch
+from mpillama.engine.loading import load_model
+from mpillama.engine.measure import Stopwatch, Timing, read_bandwidth
+from mpillama.engine.plan import multiply_adds
+from mpillama.engine.reduction import choose_reduction
+from mpillama.engine.synthetic import SyntheticWeights
+from mpillama.engine.trial import FirstLayers
+from mpillama.engine.where import Part, where_time_goes
 from mpillama.errors import UserError
 from mpillama.kernels.target import Target
-from mpillama.layout.weight_types import WEIGHT_TYPES
 from mpillama.model.config import ModelConfig
+from mpillama.model.llama import LlamaModel
 from mpillama.model.partition import partition
 from mpillama.model.shapes import shape_config
-from mpillama.model.tensors import WeightTypes, tensor_specs
+from mpillama.model.tensors import TensorSpec, WeightTypes, tensor_specs
+from mpillama.model.weights import Weights, load_weights, slice_bytes
 from mpillama.options import BenchOptions
+from mpillama.quant import WEIGHT_TYPES
 from mpillama.tools.bench_report import draw, print_report
 from mpillama.tools.display import in_number, load_progress
 from mpillama.tools.output_file import refuse_unwritable
-from mpillama.tools.running import check_observed, choose_target, observed
-
-if TYPE_CHECKING:
-    from mpillama.engine.measure import Stopwatch, Timing
-    from mpillama.engine.where import Part
-    from mpillama.model.llama import LlamaModel
-    from mpillama.model.tensors import TensorSpec
-    from mpillama.model.weights import Weights
+from mpillama.tools.running import running
 
 
-def bench(options: BenchOptions) -> int:
+def bench(options: BenchOptions, world: World) -> int:
     """Run the command; returns the exit status."""
-    _check(options)
-    with (
-        start_mpi(options.threads, timeout=options.timeout) as world,
-        observed(options, world, options.json) as monitor,
-    ):
-        target = choose_target(world)
-        model, whole_layers = _load(options, world, target)
-        monitor.watch(model)
-        report = _measure(options, world, target, model, whole_layers)
+    world.comm.on_root_only(lambda: check(options))
+    with running(options, world) as job:
+        model, whole_layers = _load(options, world, job.target)
+        job.monitor.watch(model)
+        report = _measure(options, world, job.target, model, whole_layers)
         if world.comm.is_root:
             _publish(options, report)
-    return 0
+    return job.status
 
 
-def _check(options: BenchOptions) -> None:
+def check(options: BenchOptions) -> None:
+    """UserError for what is wrong with the options."""
     if (options.shape is None) == (options.model is None):
         raise UserError("bench needs --shape NAME (weights made in memory) or --model FILE, one of them.")
     for name in ("decode", "repetitions", "prefill_chunk"):
@@ -54,16 +55,10 @@ def _check(options: BenchOptions) -> None:
     if min([*options.prefill, *options.batch, 1]) < 1:
         raise UserError("--prefill and --batch take numbers of at least 1.")
     refuse_unwritable("--plot", options.plot)
-    check_observed(options)
 
 
-def _load(options: BenchOptions, world: World, target: Target) -> tuple["LlamaModel", int]:
+def _load(options: BenchOptions, world: World, target: Target) -> tuple[LlamaModel, int]:
     """The model with its first layers only if asked, and the number of layers of the whole model."""
-    from mpillama.engine.loading import load_model
-    from mpillama.engine.reduction import choose_reduction
-    from mpillama.engine.trial import FirstLayers
-    from mpillama.model.llama import LlamaModel
-
     if options.model is not None:
         loaded = load_model(options, world, target, load_progress(world.comm.is_root, options.json))
         whole_file = loaded.file.whole if isinstance(loaded.file, FirstLayers) else loaded.file
@@ -78,13 +73,9 @@ def _load(options: BenchOptions, world: World, target: Target) -> tuple["LlamaMo
 
 
 def _made_weights(
-    options: BenchOptions, config: ModelConfig, specs: "list[TensorSpec]", world: World, target: Target
-) -> "Weights":
+    options: BenchOptions, config: ModelConfig, specs: list[TensorSpec], world: World, target: Target
+) -> Weights:
     """Fill this rank's memory, and tell how far all ranks are."""
-    from mpillama.engine.load_watch import LoadWatch
-    from mpillama.engine.synthetic import SyntheticWeights
-    from mpillama.model.weights import load_weights, slice_bytes
-
     part, made = partition(config, world.comm.size)[world.comm.rank], SyntheticWeights()
     total = slice_bytes(specs, part)
     ranks = world.comm.gather((total, world.host))
@@ -100,10 +91,8 @@ def weights_of_shape(weights: str) -> str:
 
 
 def _measure(
-    options: BenchOptions, world: World, target: Target, model: "LlamaModel", whole_layers: int
+    options: BenchOptions, world: World, target: Target, model: LlamaModel, whole_layers: int
 ) -> dict[str, Any]:
-    from mpillama.engine.measure import Stopwatch, read_bandwidth
-
     positions = max([*options.prefill, options.context + options.decode])
     if positions > model.config.max_position_embeddings:
         raise UserError(f"{positions} positions are asked for, the model has {model.config.max_position_embeddings}.")
@@ -133,10 +122,8 @@ def _measure(
     }
 
 
-def _where(options: BenchOptions, watch: "Stopwatch") -> list[dict[str, Any]]:
+def _where(options: BenchOptions, watch: Stopwatch) -> list[dict[str, Any]]:
     """The parts of a decode step of each batch and of a prefill chunk, on rank 0."""
-    from mpillama.engine.where import where_time_goes
-
     chunk = min(options.prefill_chunk, max(options.prefill, default=options.prefill_chunk))
     runs = [
         (
@@ -157,20 +144,16 @@ def _where(options: BenchOptions, watch: "Stopwatch") -> list[dict[str, Any]]:
     return found
 
 
-def _part(part: "Part") -> dict[str, Any]:
+def _part(part: Part) -> dict[str, Any]:
     speed = {"bytes": part.bytes, "bytes_per_second": part.bytes / part.seconds} if part.bytes else {}
     return {"part": part.name, "seconds": part.seconds, **speed}
 
 
 def _resident_bytes() -> int:
-    import psutil
-
     return int(psutil.Process().memory_info().rss)
 
 
-def _prefill(options: BenchOptions, watch: "Stopwatch", tokens: int, whole_layers: int) -> dict[str, Any]:
-    from mpillama.engine.plan import multiply_adds
-
+def _prefill(options: BenchOptions, watch: Stopwatch, tokens: int, whole_layers: int) -> dict[str, Any]:
     with watch.model.comm.doing(f"measuring the prefill of {tokens} tokens"):
         timing = watch.prefill(tokens, options.repetitions)
     result = {
@@ -186,10 +169,8 @@ def _prefill(options: BenchOptions, watch: "Stopwatch", tokens: int, whole_layer
 
 
 def _decode(
-    options: BenchOptions, world: World, watch: "Stopwatch", batch: int, bandwidths: list[float], whole_layers: int
+    options: BenchOptions, world: World, watch: Stopwatch, batch: int, bandwidths: list[float], whole_layers: int
 ) -> dict[str, Any]:
-    from mpillama.engine.measure import read_bandwidth
-
     # Other machines on the same host change what memory gives from second to second: measured before and after.
     before = read_bandwidth(world.comm, watch.model.team)
     with world.comm.doing(f"measuring {options.decode} steps of {in_number(batch, 'sequence')}"):
@@ -217,7 +198,7 @@ def _decode(
     return result
 
 
-def _spread(timing: "Timing", tokens: int) -> dict[str, float]:
+def _spread(timing: Timing, tokens: int) -> dict[str, float]:
     """Tokens per second of the median repetition, and its extremes."""
     return {
         "tokens_per_second": tokens / timing.median,
@@ -226,7 +207,7 @@ def _spread(timing: "Timing", tokens: int) -> dict[str, float]:
     }
 
 
-def _extrapolate(watch: "Stopwatch", median: float, whole_layers: int, again: Any) -> float:
+def _extrapolate(watch: Stopwatch, median: float, whole_layers: int, again: Any) -> float:
     """Seconds of the whole model: what the layers took, times their number, plus what a model without layers takes."""
     layers = watch.model.layers
     watch.model.layers = []

@@ -6,31 +6,36 @@ from typing import Any
 
 import numpy as np
 
+from mpillama.comm.start import World
+from mpillama.engine.answer import Answer
+from mpillama.engine.generate import Generation, text_pieces
+from mpillama.engine.speculation import Drafter
 from mpillama.errors import UserError
 from mpillama.options import ChatOptions
 from mpillama.text.sampler import Sampler
 from mpillama.tools.keyboard import Keyboard
-from mpillama.tools.running import Run, after_prompt, check_speculation, run_on_all_ranks, sampling_options
+from mpillama.tools.running import Run, after_prompt, check_speculation, loaded, running, sampling_options
 
 HELP = "/reset forgets the conversation, /system TEXT sets the system message, /quit leaves; Ctrl-C stops an answer."
 Message = dict[str, Any]
 
 
-def chat(options: ChatOptions) -> int:
+def chat(options: ChatOptions, world: World) -> int:
     """Run the command; returns the exit status."""
     sampling_options(options)
     check_speculation(options)
     # A launcher passes Ctrl-C on to every rank: only rank 0 acts on it, and not before it can answer.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    return run_on_all_ranks(options, options.quiet, lambda run: Conversation(run, options).run())
+    with running(options, world) as job, loaded(job) as run:
+        if run.is_root:
+            Conversation(run, options).run()
+    return job.status
 
 
 class Conversation:
     """Messages of a chat and the tokens that the cache holds of them."""
 
     def __init__(self, run: Run, options: ChatOptions):
-        from mpillama.engine.speculation import Drafter
-
         self.run_state = run
         self.drafter = Drafter(options.speculate)
         self.options = options
@@ -41,8 +46,8 @@ class Conversation:
         self.messages: list[Message] = []
         self._reset(options.system)
 
-    def run(self) -> int:
-        """Answer until the input ends; returns the exit status."""
+    def run(self) -> None:
+        """Answer until the input ends."""
         if not self.options.quiet:
             sys.stderr.write(HELP + "\n")
         with self.keyboard.listening():
@@ -54,7 +59,6 @@ class Conversation:
                     self._command(text)
                 elif text:
                     self._answer(text)
-        return 0
 
     def _line(self) -> str | None:
         with self.run_state.world.comm.idle():
@@ -90,9 +94,6 @@ class Conversation:
 
     def _stream(self, prompt_ids: list[int]) -> str:
         """Run what the cache does not hold yet of the prompt, print the answer and return it."""
-        from mpillama.engine.answer import Answer
-        from mpillama.engine.generate import Generation, text_pieces
-
         run, options = self.run_state, self.options
         keep = common_prefix(self.cached, prompt_ids[:-1])
         run.session.truncate(keep)

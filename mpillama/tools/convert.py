@@ -4,20 +4,21 @@ import json
 import sys
 from pathlib import Path
 
-from mpillama.comm.start import start_mpi
+import psutil
+
+from mpillama.comm.start import World
+from mpillama.engine.conversion import convert_model, refuse_target, target_bytes
+from mpillama.engine.model_file import make_tokenizer, open_model
 from mpillama.options import ConvertOptions
 from mpillama.tools.display import bytes_progress, in_units, stages
 from mpillama.tools.logs import logged
 from mpillama.tools.running import warn_of_requantised
 
 
-def convert(options: ConvertOptions) -> int:
+def convert(options: ConvertOptions, world: World) -> int:
     """Run the command; returns the exit status."""
-    with start_mpi(options.threads) as world, logged(world, quiet=False):
-        from mpillama.engine.conversion import convert_model, refuse_target, target_bytes
-        from mpillama.engine.model_file import make_tokenizer, open_model
-
-        comm = world.comm
+    comm = world.comm
+    with logged(world, quiet=False):
         comm.watch.display = stages(comm.is_root, options.json)
         comm.on_root(lambda: refuse_target(options.target, options.force))
         open_source = lambda: open_model(options.source, options.weights, options.tokenizer)  # noqa: E731
@@ -46,8 +47,6 @@ def _advise(target: str) -> None:
 
 def file_system(folder: Path) -> str:
     """The type of the file system that a folder lies on, "" if it cannot be told."""
-    import psutil
-
     mounts = [p for p in psutil.disk_partitions(all=True) if folder.is_relative_to(p.mountpoint)]
     return max(mounts, key=lambda p: len(p.mountpoint)).fstype if mounts else ""
 

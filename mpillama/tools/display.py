@@ -2,7 +2,7 @@
 
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING
 
 from mpillama.comm.failure import print_error
@@ -12,9 +12,10 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.progress import Progress
 
-    from mpillama.comm.watchdog import Display
     from mpillama.engine.load_watch import LoadState
 
+Display = Callable[[str], AbstractContextManager[Callable[[str], None]]]
+"""Tells a person, as long as it is open, what takes long; gives the function that is told how far it is."""
 PATIENCE = 0.5
 """Seconds that something may take on a terminal before its line appears."""
 LONG = 20.0
@@ -31,12 +32,10 @@ def terminal_console() -> "Console":
     return console(STANDARD_ERROR)
 
 
-def stages(is_root: bool, quiet: bool) -> "Display":
+def stages(is_root: bool, quiet: bool) -> Display:
     """Return what tells of things that take long: a line with their seconds on rank 0's terminal, else one sentence."""
     if quiet or not is_root:
-        from mpillama.comm.watchdog import no_display  # brings MPI, which `plan` and `inspect` do without
-
-        return no_display
+        return lambda what: nullcontext(lambda how_far: None)
 
     @contextmanager
     def display(what: str) -> Iterator[Callable[[str], None]]:

@@ -8,7 +8,7 @@ from typing import Any
 
 from mpillama import __version__
 from mpillama.comm.launcher import launched_size
-from mpillama.comm.start import World, mpi_library, start_mpi
+from mpillama.comm.start import World, mpi_library
 from mpillama.kernels.built import is_built
 from mpillama.kernels.isa import host_features, sets_of
 from mpillama.kernels.target import Target
@@ -26,14 +26,12 @@ SLURM_VARIABLES = (
 )
 
 
-def doctor(options: DoctorOptions) -> int:
+def doctor(options: DoctorOptions, world: World) -> int:
     """Print the report on rank 0; returns the exit status."""
-    with start_mpi(options.threads, refuse=False) as world:
-        target = choose_target(world)
-        ranks = world.comm.gather(_describe_rank(world, target))
-        if world.comm.is_root:
-            report = _report(world, ranks)
-            sys.stdout.write(json.dumps(report, indent=2) + "\n") if options.json else _print(report)
+    ranks = world.comm.gather(_describe_rank(world, choose_target(world)))
+    if world.comm.is_root:
+        report = _report(world, ranks)
+        sys.stdout.write(json.dumps(report, indent=2) + "\n") if options.json else _print(report)
     return 0
 
 

@@ -1,51 +1,65 @@
-"""What `batch` and `serve` share: the executor of many sequences, and requests with a command's options as defaults."""
+"""What `batch` and `serve` share: groups of ranks, the executor of many sequences, options as defaults of requests."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
+from mpillama.api.prompts import Defaults, Prompter
+from mpillama.comm.failure import USER_ERROR_STATUS
+from mpillama.comm.groups import Post, split_world
+from mpillama.comm.retirement import End, Failed, give_up, wait_for_end
 from mpillama.comm.start import World
-from mpillama.engine.monitor import Monitor
+from mpillama.comm.watchdog import GroupFailedError
+from mpillama.engine.executor import Executor
+from mpillama.engine.loading import LoadedModel, open_shared_executor
 from mpillama.errors import UserError
-from mpillama.kernels.target import Target
-from mpillama.options import EngineOptions
-from mpillama.tools.running import Run, check_speculation, run_in_world, sampling_options
-
-if TYPE_CHECKING:
-    from mpillama.comm.groups import Post
-    from mpillama.engine.executor import Executor
-    from mpillama.engine.loading import LoadedModel
+from mpillama.options import BatchOptions, EngineOptions, ServeOptions
+from mpillama.tools.running import Job, Run, check_speculation, sampling_options
 
 
-def opener(options: EngineOptions) -> "Callable[[LoadedModel], Executor]":
+def opener(options: EngineOptions) -> Callable[[LoadedModel], Executor]:
     """What makes the executor of many sequences."""
-
-    def open_(loaded: "LoadedModel") -> "Executor":
-        from mpillama.engine.loading import open_shared_executor
-
-        return open_shared_executor(options, loaded, options.sequences, options.speculate, options.cache_tokens)
-
-    return open_
+    return lambda model: open_shared_executor(
+        options, model, options.sequences, options.speculate, options.cache_tokens
+    )
 
 
-def run_in_groups(
-    options: EngineOptions, quiet: bool, world: World, size: int, target: Target, monitor: Monitor,
-    prepare: Callable[["Post", World], None], root: Callable[[Run], int], lead: Callable[[Run, "Post"], int],
-) -> int:  # fmt: skip
-    """Load the model in several groups of `size` ranks; returns the exit status.
+@dataclass(frozen=True)
+class Group:
+    """The ranks that share a model with this one, and the mail between several such groups."""
 
-    Rank 0 does `prepare` before and `root` after, the first ranks of the other groups `lead`.
+    world: World
+    post: Post | None
+
+
+@contextmanager
+def grouped(job: Job, size: int) -> Iterator[Group]:
+    """Divide the ranks of a job into groups of `size` that each load the model.
+
+    Rank 0 leaves the block when all is done, and lets the others go with `job.status`. A group that fails, but for
+    rank 0's, waits for that outside its block.
     """
-    from mpillama.comm.groups import Post, split_world
-    from mpillama.comm.retirement import in_group
-
-    group = split_world(world, size)
-    post, open_ = Post(world.comm), opener(options)
+    world, status = job.world, USER_ERROR_STATUS
+    if size == world.comm.size:
+        yield Group(world, None)
+        return
+    own, post = split_world(world, size), Post(world.comm)
     if world.comm.is_root:
-        prepare(post, group)
-        return run_in_world(options, quiet, root, open_, group, target, monitor)
-    work = lambda: run_in_world(options, True, lambda run: lead(run, post), open_, group, target, monitor)  # noqa: E731
-    return in_group(post, group.comm.watch, work)
+        try:
+            yield Group(own, post)
+            status = job.status
+        finally:
+            for rank in range(1, world.comm.size):
+                post.send(rank, End(status))
+        return
+    try:
+        yield Group(own, post)
+    except Exception as error:  # noqa: BLE001 - whatever it is, the group retires and rank 0 tells the user
+        sentence = give_up(error, own.comm.watch)
+        if not isinstance(error, GroupFailedError):
+            post.send(0, Failed(sentence))
+        job.status = wait_for_end(post)
 
 
 def check_engine_options(options: EngineOptions) -> None:
@@ -62,10 +76,7 @@ def model_name(run: Run) -> str:
     return Path(run.loaded.file.path).name
 
 
-def prompter(run: Run, options: Any) -> Any:
+def prompter(run: Run, options: BatchOptions | ServeOptions) -> Prompter:
     """What turns bodies into requests, with the command's sampling options as defaults."""
-    from mpillama.api.prompts import Defaults, Prompter
-
     defaults = Defaults(sampling_options(options))
-    vocab_size = run.loaded.file.config.vocab_size
-    return Prompter(run.tokenizer, run.cached_chat_template, vocab_size, defaults)
+    return Prompter(run.tokenizer, run.cached_chat_template, run.loaded.file.config.vocab_size, defaults)

@@ -3,10 +3,15 @@
 import json
 import sys
 from dataclasses import asdict
-from typing import TYPE_CHECKING
 
 import numpy as np
 
+from mpillama.comm.start import World
+from mpillama.engine.answer import Answer
+from mpillama.engine.generate import Generation, text_pieces
+from mpillama.engine.memory import MemoryModel, RankUsage, memory_of_ranks
+from mpillama.engine.speculation import Drafter
+from mpillama.engine.trial import Extrapolation, FirstLayers, extrapolate
 from mpillama.errors import UserError
 from mpillama.options import GenerateOptions, recorded
 from mpillama.text.sampler import Sampler
@@ -18,20 +23,24 @@ from mpillama.tools.running import (
     check_speculation,
     closing_line,
     communication_share,
-    run_on_all_ranks,
+    loaded,
+    running,
     sampling_options,
 )
 from mpillama.tools.standard_input import read_standard_input
 
-if TYPE_CHECKING:
-    from mpillama.engine.generate import Generation
-    from mpillama.engine.memory import RankUsage
-    from mpillama.engine.speculation import Drafter
-    from mpillama.engine.trial import Extrapolation
 
-
-def generate(options: GenerateOptions) -> int:
+def generate(options: GenerateOptions, world: World) -> int:
     """Run the command; returns the exit status."""
+    world.comm.on_root_only(lambda: check(options))
+    with running(options, world) as job, loaded(job) as run:
+        if run.is_root:
+            _generate(run, options)
+    return job.status
+
+
+def check(options: GenerateOptions) -> None:
+    """UserError for what is wrong with the options."""
     if options.chat and options.raw:
         raise UserError("--chat and --raw exclude each other: give one of them.")
     sampling_options(options)
@@ -40,14 +49,9 @@ def generate(options: GenerateOptions) -> int:
     if not options.prompt and options.prompt_token_ids is None:
         raise UserError("the prompt is empty: give a text with --prompt, or - and a text on standard input.")
     refuse_unwritable("--logits-out", options.logits_out)
-    return run_on_all_ranks(options, options.quiet or options.json, lambda run: _generate(run, options))
 
 
-def _generate(run: Run, options: GenerateOptions) -> int:
-    from mpillama.engine.answer import Answer
-    from mpillama.engine.generate import Generation, text_pieces
-    from mpillama.engine.speculation import Drafter
-
+def _generate(run: Run, options: GenerateOptions) -> None:
     prompt_ids = _prompt_ids(run, options)
     sampler = Sampler(sampling_options(options), run.loaded.file.config.vocab_size, prompt_ids)
     answer = Answer(run.tokenizer, sampling_options(options), after=() if options.chat else prompt_ids)
@@ -60,7 +64,6 @@ def _generate(run: Run, options: GenerateOptions) -> int:
             run.write(text + piece)
         text = ""
     _finish(run, options, generation, sampler.seed, drafter)
-    return 0
 
 
 def _prompt_ids(run: Run, options: GenerateOptions) -> list[int]:
@@ -89,7 +92,7 @@ def _given_token_ids(options: GenerateOptions) -> list[int] | None:
         ) from error
 
 
-def _finish(run: Run, options: GenerateOptions, generation: "Generation", seed: int, drafter: "Drafter") -> None:
+def _finish(run: Run, options: GenerateOptions, generation: Generation, seed: int, drafter: Drafter) -> None:
     """Print what is said after the text, and write the logits if asked."""
     if options.logits_out:
         with output_file("--logits-out", options.logits_out) as file:
@@ -111,19 +114,15 @@ def _finish(run: Run, options: GenerateOptions, generation: "Generation", seed: 
             )
 
 
-def _memory(run: Run, options: GenerateOptions) -> "list[RankUsage]":
-    from mpillama.engine.memory import MemoryModel, memory_of_ranks
-
+def _memory(run: Run, options: GenerateOptions) -> list[RankUsage]:
     executor, file = run.executor, run.loaded.file
     chunk = executor.model.workspace.capacity
     model = MemoryModel(file.config, file.specs, executor.comm.size, options.kv_type, chunk)
     return memory_of_ranks(model, executor.blocks, run.session.length, executor.memory_per_rank())
 
 
-def _trial(run: Run, options: GenerateOptions, memory: "list[RankUsage]") -> "Extrapolation | None":
+def _trial(run: Run, options: GenerateOptions, memory: list[RankUsage]) -> Extrapolation | None:
     """What a trial with --layers says of the whole model."""
-    from mpillama.engine.trial import FirstLayers, extrapolate
-
     file = run.loaded.file
     if not isinstance(file, FirstLayers):
         return None
@@ -132,8 +131,8 @@ def _trial(run: Run, options: GenerateOptions, memory: "list[RankUsage]") -> "Ex
 
 
 def _result(
-    run: Run, options: GenerateOptions, generation: "Generation", seed: int, memory: "list[RankUsage]",
-    drafter: "Drafter",
+    run: Run, options: GenerateOptions, generation: Generation, seed: int, memory: list[RankUsage],
+    drafter: Drafter,
 ) -> dict[str, object]:  # fmt: skip
     trial = _trial(run, options, memory)
     return {

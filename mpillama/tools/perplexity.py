@@ -3,28 +3,30 @@
 import json
 import os
 import sys
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+from mpillama.comm.start import World
+from mpillama.engine.engine import Engine
+from mpillama.engine.executor import Executor
+from mpillama.engine.loading import LoadedModel
+from mpillama.engine.perplexity import Score, text_perplexity, windows
 from mpillama.errors import UserError
 from mpillama.options import PerplexityOptions
 from mpillama.tools.display import in_number, steps_progress
-from mpillama.tools.running import Run, run_on_all_ranks
+from mpillama.tools.running import Run, loaded, running
 from mpillama.tools.standard_input import read_standard_input
 
-if TYPE_CHECKING:
-    from mpillama.engine.executor import Executor
-    from mpillama.engine.loading import LoadedModel
-    from mpillama.engine.perplexity import Score
 
-
-def perplexity(options: PerplexityOptions) -> int:
+def perplexity(options: PerplexityOptions, world: World) -> int:
     """Run the command; returns the exit status."""
     _check(options)
-    return run_on_all_ranks(
-        options, options.json, lambda run: _perplexity(run, options), lambda loaded: _open_executor(options, loaded),
-        lambda: refuse_unreadable(options.file),
-    )  # fmt: skip
+    with running(options, world) as job:
+        world.comm.on_root_only(lambda: refuse_unreadable(options.file))
+        with loaded(job, partial(_open_executor, options)) as run:
+            if run.is_root:
+                _perplexity(run, options)
+    return job.status
 
 
 def _check(options: PerplexityOptions) -> None:
@@ -35,14 +37,12 @@ def _check(options: PerplexityOptions) -> None:
         raise UserError(f"--stride is {options.stride}: give 1 to {options.context} tokens (--context).")
 
 
-def _open_executor(options: PerplexityOptions, loaded: "LoadedModel") -> "Executor":
+def _open_executor(options: PerplexityOptions, model: LoadedModel) -> Executor:
     """Room for as many windows as fill a step."""
-    from mpillama.engine.executor import Executor
-
-    context = _window(options, loaded.context)
+    context = _window(options, model.context)
     slots = max(1, options.prefill_chunk // context)
     tokens = min(options.prefill_chunk, slots * context)
-    return Executor(loaded.model, context, options.kv_type, tokens, slots)
+    return Executor(model.model, context, options.kv_type, tokens, slots)
 
 
 def _window(options: PerplexityOptions, longest: int) -> int:
@@ -50,9 +50,7 @@ def _window(options: PerplexityOptions, longest: int) -> int:
     return min(options.context, longest)
 
 
-def _perplexity(run: Run, options: PerplexityOptions) -> int:
-    from mpillama.engine.perplexity import text_perplexity, windows  # imports kernels: only once MPI has started
-
+def _perplexity(run: Run, options: PerplexityOptions) -> None:
     with run.world.comm.idle():
         text = read_text(options.file)
     encode = lambda: run.tokenizer.encode(text, add_bos=False, parse_special=False)  # noqa: E731
@@ -62,9 +60,8 @@ def _perplexity(run: Run, options: PerplexityOptions) -> int:
     count = sum(1 for _ in windows(len(ids), context, stride))
     bos = run.tokenizer.bos_token_id if run.tokenizer.adds_bos else None
     with steps_progress("windows", count, options.json) as on_window:
-        score = text_perplexity(run.executor, ids, bos, context, stride, on_window)
+        score = text_perplexity(Engine(run.executor, run.tokenizer), ids, bos, context, stride, on_window)
     _report(options, score, context, stride, count)
-    return 0
 
 
 def refuse_unreadable(path: str) -> None:
@@ -90,7 +87,7 @@ def read_text(path: str) -> str:
         raise UserError(f"--file {path}: is not UTF-8 text ({error}).") from error
 
 
-def _report(options: PerplexityOptions, score: "Score", context: int, stride: int, count: int) -> None:
+def _report(options: PerplexityOptions, score: Score, context: int, stride: int, count: int) -> None:
     facts = {
         "perplexity": score.perplexity,
         "standard_error": score.standard_error,

@@ -8,12 +8,16 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import cast
 
 from mpillama.comm.failure import USER_ERROR_STATUS, stop_printing
-from mpillama.comm.start import World, start_mpi
+from mpillama.comm.start import World
+from mpillama.engine.executor import Executor
+from mpillama.engine.loading import LoadedModel, load_model, open_executor
+from mpillama.engine.memory import RankUsage
 from mpillama.engine.model_file import ModelFile, make_chat_template, make_tokenizer
 from mpillama.engine.monitor import Monitor
+from mpillama.engine.session import Session
 from mpillama.errors import UserError
 from mpillama.kernels.target import Target, prepare, requested_isa
 from mpillama.model.partition import most_busy_ranks, partition
@@ -26,14 +30,7 @@ from mpillama.tools.display import in_number, in_units, load_progress, stages
 from mpillama.tools.logs import OF_RUN, logged
 from mpillama.tools.quantities import parse_bytes
 
-if TYPE_CHECKING:
-    from mpillama.engine.executor import Executor
-    from mpillama.engine.loading import LoadedModel
-    from mpillama.engine.memory import RankUsage
-    from mpillama.engine.session import Session
-
-    OpenExecutor = Callable[[LoadedModel], Executor]
-
+OpenExecutor = Callable[[LoadedModel], Executor]
 LOG = logging.getLogger(__name__)
 BUSY_READER_SECONDS = 1
 """How long rank 0 tries to print before it tells the others that it waits for whoever reads its output."""
@@ -41,20 +38,24 @@ BUSY_READER_SECONDS = 1
 
 @dataclass(frozen=True)
 class Run:
-    """Everything rank 0 needs to answer."""
+    """A loaded model and what rank 0 needs to answer; the other ranks just follow."""
 
     world: World
     target: Target
-    loaded: "LoadedModel"
-    executor: "Executor"
+    loaded: LoadedModel
+    executor: Executor
     tokenizer: Tokenizer
+    """On rank 0 only."""
     hosts: list[str]
 
-    @cached_property
-    def session(self) -> "Session":
-        """The one sequence of `generate` and `chat`."""
-        from mpillama.engine.session import Session
+    @property
+    def is_root(self) -> bool:
+        """Whether this rank leads those that share the model."""
+        return self.world.comm.is_root
 
+    @cached_property
+    def session(self) -> Session:
+        """The one sequence of `generate` and `chat`."""
         return Session(self.executor)
 
     @cached_property
@@ -80,22 +81,28 @@ class Run:
         return make_chat_template(self.loaded.file, self.tokenizer)
 
 
-def run_on_all_ranks(
-    options: RunOptions, quiet: bool, root: Callable[[Run], int], open_: "OpenExecutor | None" = None,
-    check: Callable[[], None] = lambda: None,
-) -> int:  # fmt: skip
-    """Start MPI, load the model, let rank 0 do `root` and the others follow; returns the exit status.
+@dataclass
+class Job:
+    """A rank of a run: its options, the ranks of the job, its kernels, and the status to exit with."""
 
-    `open_` makes the executor; without it, one for a single sequence. `check` refuses on rank 0, before anything is
-    loaded, what only its host can tell.
-    """
+    options: RunOptions
+    world: World
+    target: Target
+    monitor: Monitor
+    status: int = 0
+
+
+@contextmanager
+def running(options: RunOptions, world: World) -> Iterator[Job]:
+    """Log and monitor a run as its options say, tell on rank 0 what takes long, and set up the kernels."""
     check_observed(options)
+    quiet = options.is_quiet
+    world.comm.watch.display = stages(world.comm.is_root, quiet)
     with (
-        start_mpi(options.threads, timeout=options.timeout) as world,
-        observed(options, world, quiet) as monitor,
+        logged(world, quiet, options.log_dir, options.log_level),
+        Monitor(options.monitor, _memory_floor(options), world.neighbours.is_root) as monitor,
     ):
-        world.comm.on_root_only(check)
-        return run_in_world(options, quiet, root, open_, world, choose_target(world), monitor)
+        yield Job(options, world, choose_target(world), monitor)
 
 
 def choose_target(world: World) -> Target:
@@ -103,58 +110,41 @@ def choose_target(world: World) -> Target:
     return world.comm.together(lambda: prepare(requested_isa(), world.threads, world.comm.yields))
 
 
-def run_in_world(
-    options: RunOptions, quiet: bool, root: Callable[[Run], int], open_: "OpenExecutor | None", world: World,
-    target: Target, monitor: Monitor,
-) -> int:  # fmt: skip
-    """Load the model on the ranks of a world, let its rank 0 do `root` and the others follow; the exit status."""
-    from mpillama.engine.loading import load_model, open_executor
+@contextmanager
+def loaded(job: Job, open_: OpenExecutor | None = None, world: World | None = None) -> Iterator[Run]:
+    """Load the model on all ranks of the job, or of a part of it: the block is for their rank 0 (`run.is_root`).
 
-    loaded = load_model(options, world, target, load_progress(world.comm.is_root, quiet))
-    monitor.watch(loaded.model)
-    executor = world.comm.together(lambda: open_(loaded) if open_ else open_executor(options, loaded))
-    if world.comm.is_root:
-        warn_of_idle_ranks(loaded.file, world.comm.size)
-        warn_of_requantised(loaded.file)
-        tell_lowered_context(options, loaded, quiet)
-    hosts = sorted(set(world.comm.gather(world.host)))
-    build = lambda: make_tokenizer(loaded.file)  # noqa: E731
-    tokenizer = world.comm.on_root_only(lambda: world.comm.busy(build, "building the tokenizer"))
+    The others follow rank 0 when they leave the block, until it leaves its own, and take over its `job.status`.
+    `open_` makes the executor; without it, one for a single sequence.
+    """
+    world = world or job.world
+    comm, quiet = world.comm, job.options.is_quiet or not job.world.comm.is_root
+    model = load_model(job.options, world, job.target, load_progress(comm.is_root, quiet))
+    job.monitor.watch(model.model)
+    executor = comm.together(lambda: open_(model) if open_ else open_executor(job.options, model))
+    if comm.is_root:
+        warn_of_idle_ranks(model.file, comm.size)
+        warn_of_requantised(model.file)
+        tell_lowered_context(job.options, model, quiet)
+    hosts = sorted(set(comm.gather(world.host)))
+    build = lambda: make_tokenizer(model.file)  # noqa: E731
+    tokenizer = comm.on_root_only(lambda: comm.busy(build, "building the tokenizer"))
     gc.freeze()  # what is loaded stays: the collector need not look at it again
-    if tokenizer is None:
-        status = executor.follow()
+    run = Run(world, job.target, model, executor, cast(Tokenizer, tokenizer), hosts)
+    if comm.is_root:
+        with leading(run, job):
+            yield run
     else:
-        status = _lead(Run(world, target, loaded, executor, tokenizer, hosts), root)
-    LOG.info("status %d after %d tokens.", status, loaded.model.tokens_run)
-    return status
-
-
-def check_observed(options: RunOptions) -> None:
-    """UserError for what --monitor and --memory-floor cannot be, before MPI starts."""
-    if options.monitor is not None and not options.monitor > 0:
-        raise UserError(f"--monitor is {options.monitor}: give a number of seconds above 0.")
-    _memory_floor(options)
-
-
-def _memory_floor(options: RunOptions) -> int | None:
-    return None if options.memory_floor is None else parse_bytes("--memory-floor", options.memory_floor)
+        yield run
+        job.status = executor.follow()
+    LOG.info("status %d after %d tokens.", job.status, model.model.tokens_run)
 
 
 @contextmanager
-def observed(options: RunOptions, world: World, quiet: bool) -> Iterator[Monitor]:
-    """Log and monitor a run as its options say, and tell on rank 0 what takes long."""
-    world.comm.watch.display = stages(world.comm.is_root, quiet)
-    with (
-        logged(world, quiet, options.log_dir, options.log_level),
-        Monitor(options.monitor, _memory_floor(options), world.neighbours.is_root) as monitor,
-    ):
-        yield monitor
-
-
-def _lead(run: Run, root: Callable[[Run], int]) -> int:
-    """Do rank 0's work; however it ends short of a failure of the program, the other ranks are told."""
+def leading(run: Run, job: Job) -> Iterator[None]:
+    """Rank 0's work; however it ends short of a failure of the program, the other ranks are told."""
     try:
-        status = root(run)
+        yield
     except NonFiniteLogits as error:
         run.executor.end(USER_ERROR_STATUS)
         raise UserError(f"{run.loaded.file.path}: {error}") from error
@@ -162,9 +152,19 @@ def _lead(run: Run, root: Callable[[Run], int]) -> int:
         run.executor.end(USER_ERROR_STATUS)
         raise
     except BrokenPipeError:
-        status = stop_printing()
-    run.executor.end(status)
-    return status
+        job.status = stop_printing()
+    run.executor.end(job.status)
+
+
+def check_observed(options: RunOptions) -> None:
+    """UserError for what --monitor and --memory-floor cannot be."""
+    if options.monitor is not None and not options.monitor > 0:
+        raise UserError(f"--monitor is {options.monitor}: give a number of seconds above 0.")
+    _memory_floor(options)
+
+
+def _memory_floor(options: RunOptions) -> int | None:
+    return None if options.memory_floor is None else parse_bytes("--memory-floor", options.memory_floor)
 
 
 def warn_of_idle_ranks(file: ModelFile, size: int) -> None:
@@ -176,7 +176,7 @@ def warn_of_idle_ranks(file: ModelFile, size: int) -> None:
         )  # fmt: skip
 
 
-def tell_lowered_context(options: RunOptions, loaded: "LoadedModel", quiet: bool) -> None:
+def tell_lowered_context(options: RunOptions, loaded: LoadedModel, quiet: bool) -> None:
     """Say so if the model's own context does not fit and a shorter one was taken."""
     known = loaded.file.config.max_position_embeddings
     if options.max_seq_len is None and loaded.context < known:
@@ -241,7 +241,7 @@ def after_prompt(run: Run, pieces: Iterator[str]) -> Iterator[str]:
     yield from pieces
 
 
-def closing_line(run: Run, memory: "list[RankUsage]") -> str:
+def closing_line(run: Run, memory: list[RankUsage]) -> str:
     """Speed, communication, and the fullest rank's memory in one line."""
     session, world = run.session, run.world
     fullest = max(range(len(memory)), key=lambda rank: memory[rank].process)

@@ -1,4 +1,4 @@
-"""What the options of `serve` come to, checked before MPI starts."""
+"""What the options of `serve` come to."""
 
 import os
 import secrets
@@ -8,10 +8,11 @@ from pathlib import Path
 from mpillama.errors import UserError
 from mpillama.options import ServeOptions
 from mpillama.redaction import keep_secret
+from mpillama.serve.rendezvous import default_path, is_loopback
 from mpillama.tools.engines import check_engine_options
 from mpillama.tools.output_file import refuse_unwritable
 from mpillama.tools.quantities import parse_bytes
-from mpillama.tools.running import check_observed, sampling_options
+from mpillama.tools.running import sampling_options
 
 
 @dataclass(frozen=True)
@@ -25,13 +26,9 @@ class Settings:
 
 
 def check(options: ServeOptions) -> Settings:
-    """Raise UserError for what is wrong with the options, before MPI starts."""
-    from mpillama.serve.rendezvous import default_path, is_loopback
-
-    _require_packages()
+    """Raise UserError for what is wrong with the options."""
     sampling_options(options)
     check_engine_options(options)
-    check_observed(options)
     for name in ("queue", "connections", "body_timeout", "write_timeout", "request_timeout"):
         if getattr(options, name) < (0 if name == "queue" else 1):
             raise UserError(f"--{name.replace('_', '-')} is {getattr(options, name)}: give at least 1.")
@@ -49,14 +46,6 @@ def check(options: ServeOptions) -> Settings:
     path = Path(options.rendezvous) if options.rendezvous else default_path(os.environ)
     refuse_unwritable("--rendezvous", str(path))
     return Settings(key, made, parse_bytes("--body-limit", options.body_limit), path)
-
-
-def _require_packages() -> None:
-    try:
-        import fastapi  # noqa: F401, TID251 - only whether it is there
-        import uvicorn  # noqa: F401, TID251
-    except ImportError as error:
-        raise UserError(f"serve needs the package {error.name}: pip install 'mpillama[serve]'.") from error
 
 
 def _key(options: ServeOptions) -> tuple[str | None, bool]:

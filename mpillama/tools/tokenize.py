@@ -3,7 +3,7 @@
 import json
 import sys
 
-from mpillama.engine.model_file import make_tokenizer, open_model
+from mpillama.engine.model_file import make_tokenizer, model_path, open_model
 from mpillama.options import TokenizeOptions
 from mpillama.tools.display import stages
 from mpillama.tools.standard_input import read_standard_input
@@ -11,8 +11,6 @@ from mpillama.tools.standard_input import read_standard_input
 
 def tokenize(options: TokenizeOptions) -> int:
     """Run the command; returns the exit status."""
-    from mpillama.engine.loading import model_path
-
     display = stages(is_root=True, quiet=options.json)
     with display("building the tokenizer"):
         tokenizer = make_tokenizer(open_model(model_path(options.model), tokenizer=options.tokenizer))

@@ -3,27 +3,22 @@
 import json
 import sys
 from dataclasses import asdict
-from typing import TYPE_CHECKING
 
-from mpillama.comm.start import start_mpi
+from mpillama.comm.start import World
+from mpillama.engine.model_file import open_model
+from mpillama.engine.verification import Check, checked_bytes, verify_file
 from mpillama.options import VerifyOptions
 from mpillama.tools.display import bytes_progress, in_units, stages
 from mpillama.tools.logs import logged
-
-if TYPE_CHECKING:
-    from mpillama.engine.verification import Check
 
 DAMAGED = 1
 """The exit status for a file that differs."""
 
 
-def verify(options: VerifyOptions) -> int:
+def verify(options: VerifyOptions, world: World) -> int:
     """Run the command; returns the exit status."""
-    with start_mpi(None) as world, logged(world, quiet=False):
-        from mpillama.engine.model_file import open_model
-        from mpillama.engine.verification import checked_bytes, verify_file
-
-        comm = world.comm
+    comm = world.comm
+    with logged(world, quiet=False):
         comm.watch.display = stages(comm.is_root, options.json)
         open_file = lambda: open_model(options.file, tokenizer=options.tokenizer)  # noqa: E731
         model = comm.on_root(lambda: comm.busy(open_file, "reading the model's table"))
@@ -37,7 +32,7 @@ def verify(options: VerifyOptions) -> int:
     return DAMAGED if check.differences else 0
 
 
-def _report(path: str, check: "Check", several: bool) -> None:
+def _report(path: str, check: Check, several: bool) -> None:
     """Say what differs, or what was found right, and what could not be checked."""
     has_checksums = "checksums" in check.checked
     for d in check.differences:

@@ -35,9 +35,7 @@ def sabotage(ranks: list[int], steps: int, kind: str) -> None:
         LlamaModel.advance = failing
         return found
 
-    import mpillama.tools.running
-
-    mpillama.tools.running.prepare = prepare_and_spoil
+    target.prepare = prepare_and_spoil
 
 
 if __name__ == "__main__":

@@ -15,21 +15,21 @@ from mpillama.__main__ import main
 from mpillama.comm.launcher import launched_rank
 from mpillama.engine import monitor
 from mpillama.files import reading
-from mpillama.tools import running
+from mpillama.kernels import target
 
 SLOW_STEP = 0.02
 
 
 def after_prepare(patch: Callable[[], None]) -> None:
     """Patch once the kernels' target is prepared: then the ranks have met."""
-    prepare = running.prepare
+    prepare = target.prepare
 
     def prepare_and_patch(*arguments: Any) -> Any:
-        target = prepare(*arguments)
+        found = prepare(*arguments)
         patch()
-        return target
+        return found
 
-    running.prepare = prepare_and_patch
+    target.prepare = prepare_and_patch
 
 
 def slow() -> None:

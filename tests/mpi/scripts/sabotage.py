@@ -22,7 +22,7 @@ import psutil
 import mpillama
 from mpillama.__main__ import main
 from mpillama.comm.launcher import launched_rank, launched_size
-from mpillama.tools import running
+from mpillama.kernels import target
 
 FAULT, PHASE, RANK, DIRECTORY = sys.argv[1], sys.argv[2], sys.argv[3], Path(sys.argv[4])
 ARGUMENTS = sys.argv[5:]
@@ -113,14 +113,14 @@ def in_step(action: Callable[[], None] | None) -> None:
 
 def after_prepare(patch: Callable[[], None]) -> None:
     """Patch once the kernels' target is prepared: then the ranks have met."""
-    prepare = running.prepare
+    prepare = target.prepare
 
     def prepare_and_patch(*arguments: Any) -> Any:
-        target = prepare(*arguments)
+        found = prepare(*arguments)
         patch()
-        return target
+        return found
 
-    running.prepare = prepare_and_patch
+    target.prepare = prepare_and_patch
 
 
 # -- faults in the midst of a phase -----------------------------------------------------------------------------------
