@@ -11,6 +11,7 @@ from mpillama.text.sampling_params import SamplingParams
 from mpillama.text.tokenizer import Tokenizer
 from tests import models, running
 from tests.conftest import THREADS, ModelFile
+from tests.one_sequence import OneSequence
 
 LONGEST = 256
 
@@ -66,10 +67,9 @@ def alone(model, tokenizer, request):
     """The answer of a request without company."""
     from mpillama.engine.answer import Answer
     from mpillama.engine.executor import Executor
-    from mpillama.engine.session import Session
     from mpillama.text.sampler import Sampler
 
-    session, recorder = Session(Executor(model, LONGEST, "f16", 100)), Recorder()
+    session, recorder = OneSequence(Executor(model, LONGEST, "f16", 100)), Recorder()
     sampler = Sampler(request.sampling, models.TOY_VOCABULARY, request.prompt_ids)
     answer, new = Answer(tokenizer, request.sampling), request.prompt_ids
     while answer.finish_reason is None:
@@ -346,3 +346,75 @@ def test_embeddings_do_not_depend_on_chunks_company_or_preemption(model, tokeniz
     pooled = states.mean(axis=0) if pooling == "mean" else states[-1]
     assert np.dot(pooled / np.linalg.norm(pooled), single[1]) > 0.999  # q8_0 weights against float64
     assert crowded.scheduler.preemptions
+
+
+def test_drafts_stay_within_the_context(model, tokenizer):
+    """However many are guessed, the answer ends where the context does, with the bits of a run without guesses."""
+    prompt, texts = [5, 6, 7] * 12, []
+    bias = {token: 100.0 if token in (5, 6, 7) else 0.0 for token in (5, 6, 7)}
+    for speculate in (0, 7):
+        engine = new_engine(model, tokenizer, slots=2, blocks=8, max_tokens=48, speculate=speculate, longest=64)
+        request = make_request(0, prompt, 1)
+        request = replace(request, sampling=replace(request.sampling, max_tokens=None, logit_bias=bias))
+        sequence = engine.submit(request)
+        run_to_the_end(engine)
+        assert (len(sequence.tokens), sequence.answer.finish_reason) == (64, "length")
+        texts.append((sequence.tokens, request.on_logits.digest.hexdigest()))
+    assert texts[0] == texts[1]
+    assert engine.drafter.accepted > 0
+
+
+def test_sequences_that_are_run_take_turns_and_are_cancelled_when_left(model, tokenizer):
+    engine = new_engine(model, tokenizer, max_tokens=16)
+    requests = [make_request(i, [9 + i] * 20, 12) for i in range(3)]
+    first, second, third = (engine.run(engine.submit(request)) for request in requests)
+    found = [[], []]
+    for _ in range(40):
+        for tokens, updates in zip(found, (first, second), strict=True):
+            if (update := next(updates, None)) is not None:
+                tokens += update.token_ids
+    next(third)
+    third.close()
+    assert engine.idle
+    assert engine.pool.used == 0
+    for tokens, request in zip(found, requests, strict=False):
+        assert tokens == alone(model, tokenizer, request)[0].token_ids
+
+
+def test_tokens_of_prefill_and_decode_are_counted_apart(model, tokenizer):
+    engine = new_engine(model, tokenizer, max_tokens=16, speculate=3)
+    sequence = engine.submit(make_request(0, [5, 6] * 17, 20))
+    run_to_the_end(engine)
+    assert len(sequence.answer.token_ids) == 20
+    assert engine.counts.prefill.tokens == 34
+    assert 19 <= engine.counts.decode.tokens <= 20  # the last one's step may keep a token more than it computes
+    assert engine.counts.model_seconds == engine.counts.prefill.seconds + engine.counts.decode.seconds > 0
+
+
+def test_a_bias_outside_the_vocabulary_is_refused_at_once(model, tokenizer):
+    request = make_request(0, [5], 3)
+    with pytest.raises(UserError, match="logit_bias names token 9999"):
+        new_engine(model, tokenizer).submit(
+            replace(request, sampling=replace(request.sampling, logit_bias={9999: 1.0}))
+        )
+
+
+@pytest.mark.parametrize(
+    ("slots", "max_tokens", "context", "stride"), [(1, 48, 64, 64), (3, 200, 50, 20), (2, 30, 64, 9)]
+)
+def test_perplexity_does_not_depend_on_how_windows_are_computed(model, tokenizer, slots, max_tokens, context, stride):
+    """Each counted token's loss is that of a window which is computed by itself."""
+    from mpillama.engine.perplexity import Score, losses, text_perplexity, windows
+
+    rng = np.random.default_rng(context)
+    ids = rng.integers(5, models.TOY_VOCABULARY, 200).tolist()
+    told = []
+    engine = new_engine(model, tokenizer, slots=slots, max_tokens=max_tokens, longest=context)
+    found = text_perplexity(engine, ids, models.BOS, context, stride, lambda: told.append(1))
+    expected = Score()
+    for start, first in windows(len(ids), context, stride):
+        window = np.array([models.BOS, *ids[start + 1 : start + context]])
+        logits = running.all_logits(model, [window], "f16")
+        expected.add(losses(logits[first:-1], window[first + 1 :]))
+    assert (found.tokens, found.nll, found.squares) == (expected.tokens, expected.nll, expected.squares)
+    assert len(told) == len(list(windows(len(ids), context, stride)))

@@ -16,6 +16,7 @@ from mpillama.text.tokenizer import Tokenizer
 from tests import models
 
 SLOTS, BUDGET, BLOCKS = 4, 48, 8
+LONGEST = 64 * BLOCKS
 TOKENIZER = Tokenizer(models.toy_tokenizer(), bos_token_id=models.BOS, eos_token_ids=(), add_bos=True)
 
 
@@ -24,7 +25,7 @@ class Simulation:
 
     def __init__(self, drafts: int = 0):
         self.pool = BlockPool(BLOCKS)
-        self.scheduler = Scheduler(self.pool, SLOTS, BUDGET, Drafter(drafts) if drafts else None)
+        self.scheduler = Scheduler(self.pool, SLOTS, BUDGET, LONGEST, Drafter(drafts) if drafts else None)
         self.alive: list[EngineSequence] = []
         self.number = 0
 

@@ -1,7 +1,9 @@
 """Many requests at once on rank 0: each step is planned, run on all ranks, and its logits are sampled from."""
 
 import time
+from collections import deque
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import islice
 
@@ -14,13 +16,30 @@ from mpillama.engine.scheduler import Scheduler, Share
 from mpillama.engine.sequence import EngineSequence, Request, check_prompt
 from mpillama.engine.speculation import Drafter
 from mpillama.errors import UserError
-from mpillama.text.sampler import NonFiniteLogits, Sampler, check_finite
+from mpillama.text.sampler import NonFiniteLogits, Sampler, check_bias, check_finite
 from mpillama.text.tokenizer import Tokenizer
 
 
 @dataclass
+class Clock:
+    """Tokens and seconds of one kind of step."""
+
+    tokens: int = 0
+    seconds: float = 0.0
+
+    @property
+    def tokens_per_second(self) -> float:
+        """0 if nothing ran."""
+        return self.tokens / self.seconds if self.seconds else 0.0
+
+
+@dataclass
 class EngineCounts:
-    """What the engine did so far; seconds of rank 0 in steps, and within them in the model."""
+    """What the engine did so far; seconds of rank 0 in whole steps, and in the model.
+
+    `decode` is of steps in which every sequence goes on from a sampled token, `prefill` of all others; drafts that did
+    not come true do not count.
+    """
 
     steps: int = 0
     prompt_tokens: int = 0
@@ -29,7 +48,13 @@ class EngineCounts:
     sampled_tokens: int = 0
     finished: int = 0
     step_seconds: float = 0.0
-    model_seconds: float = 0.0
+    prefill: Clock = field(default_factory=Clock)
+    decode: Clock = field(default_factory=Clock)
+
+    @property
+    def model_seconds(self) -> float:
+        """Seconds in the model."""
+        return self.prefill.seconds + self.decode.seconds
 
 
 @dataclass(frozen=True)
@@ -56,9 +81,10 @@ class Engine:
         self.tokenizer = tokenizer
         self.pool = BlockPool(executor.blocks)
         self.drafter = Drafter(speculate) if speculate else None
-        self.scheduler = Scheduler(self.pool, executor.slots, executor.max_tokens, self.drafter)
+        self.scheduler = Scheduler(self.pool, executor.slots, executor.max_tokens, executor.max_seq_len, self.drafter)
         self.counts = EngineCounts()
         self._number = 0
+        self._inboxes: dict[int, deque[Update]] = {}
 
     @property
     def longest(self) -> int:
@@ -87,13 +113,29 @@ class Engine:
 
     def check(self, request: Request) -> None:
         """UserError for what can never run."""
-        room = request.sampling.room_for(0, 1)
-        check_prompt(request.prompt_ids, self.longest, self.executor.model.config.vocab_size, room)
+        vocab_size = self.executor.model.config.vocab_size
+        check_prompt(request.prompt_ids, self.longest, vocab_size, request.sampling.room_for(0, 1))
+        check_bias(request.sampling.logit_bias, vocab_size)
 
     def cancel(self, sequence: EngineSequence, reason: str = "cancelled") -> None:
         """End a sequence before its time; nothing happens if it has ended."""
         if not sequence.finished:
             self._end(sequence, reason)
+
+    def run(self, sequence: EngineSequence) -> Iterator[Update]:
+        """Step until a sequence has ended, and yield its updates: at least one a step, which may be empty.
+
+        Several such iterators may take turns. A sequence whose iterator is closed early is cancelled.
+        """
+        inbox = self._inboxes[sequence.number] = deque()
+        try:
+            while inbox or not sequence.finished:
+                if not inbox:
+                    self.step()
+                yield inbox.popleft() if inbox else Update(sequence)
+        finally:
+            del self._inboxes[sequence.number]
+            self.cancel(sequence)
 
     def step(self) -> list[Update]:
         """Run one step; returns the sequences that went on. Nothing happens if the engine is idle."""
@@ -101,21 +143,26 @@ class Engine:
         shares = self.scheduler.schedule()
         if not shares:
             return []
+        decodes = all(share.count == 1 and share.sequence.answer.token_ids for share in shares)
+        clock = self.counts.decode if decodes else self.counts.prefill
         segments = [share.sequence.segment(share.count, share.drafts) for share in shares]
-        before = time.perf_counter()
-        pieces = self.executor.forward_in_pieces(segments)
-        self.counts.model_seconds += time.perf_counter() - before
-        updates = list(self._take(shares, self._rows(pieces)))
+        clock.tokens += sum(share.count for share in shares)
+        with timed(clock):
+            pieces = self.executor.forward_in_pieces(segments)
+        updates = list(self._take(shares, self._rows(pieces, clock)))
+        for update in updates:
+            clock.tokens += max(0, len(update.token_ids) - 1)
+            if (inbox := self._inboxes.get(update.sequence.number)) is not None:
+                inbox.append(update)
         self.counts.steps += 1
         self.counts.step_seconds += time.perf_counter() - start
         return updates
 
-    def _rows(self, pieces: Iterator[np.ndarray]) -> Iterator[np.ndarray]:
+    def _rows(self, pieces: Iterator[np.ndarray], clock: Clock) -> Iterator[np.ndarray]:
         """One position's logits after the other, float32 [vocab_size]; no more than a piece of them is held."""
         while True:
-            before = time.perf_counter()
-            piece = next(pieces, None)
-            self.counts.model_seconds += time.perf_counter() - before
+            with timed(clock):
+                piece = next(pieces, None)
             if piece is None:
                 return
             yield from piece
@@ -220,6 +267,14 @@ class Engine:
         self.counts.finished += 1
         self.counts.prompt_tokens += len(sequence.request.prompt_ids)
         self.counts.cached_tokens += sequence.cached_tokens or 0
+
+
+@contextmanager
+def timed(clock: Clock) -> Iterator[None]:
+    """Add the time of what is done to a clock."""
+    start = time.perf_counter()
+    yield
+    clock.seconds += time.perf_counter() - start
 
 
 def pool(sequence: EngineSequence, states: np.ndarray) -> None:

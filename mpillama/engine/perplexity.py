@@ -6,15 +6,20 @@ definition of llama.cpp's perplexity tool, so that the figures compare.
 """
 
 import math
+from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from itertools import islice
 
 import numpy as np
 
-from mpillama.engine.executor import Executor
-from mpillama.engine.step_plan import Segment
+from mpillama.engine.engine import Engine
+from mpillama.engine.sequence import EngineSequence, Request
 from mpillama.errors import UserError
+from mpillama.text.sampling_params import SamplingParams
+
+NOTHING = SamplingParams(max_tokens=0)
+"""Sampling where only a prompt is to be computed."""
 
 
 @dataclass
@@ -55,56 +60,53 @@ def windows(tokens: int, context: int, stride: int) -> Iterator[tuple[int, int]]
 
 
 def text_perplexity(
-    executor: Executor, ids: list[int], bos: int | None, context: int, stride: int, on_window: Callable[[], None]
+    engine: Engine, ids: list[int], bos: int | None, context: int, stride: int, on_window: Callable[[], None]
 ) -> Score:
-    """Score `ids` (without BOS), as many windows at a time as the executor has slots.
+    """Score `ids` (without BOS), as many windows at a time as the engine has slots.
 
     UserError for a text shorter than a window.
     """
     if len(ids) < context:
         raise UserError(f"the text has {len(ids)} tokens, a window {context}: give more text or a smaller --context.")
     score, places = Score(), windows(len(ids), context, stride)
-    while batch := list(islice(places, executor.slots)):
-        texts = [window_ids(ids, start, context, bos) for start, _ in batch]
-        following = [np.array(ids[start + 1 : start + context]) for start, _ in batch]
-        for lost in _score(executor, texts, following, [first for _, first in batch]):
-            score.add(lost)
+    running = deque[EngineSequence]()
+    while True:
+        for start, first in islice(places, engine.executor.slots - len(running)):
+            request = Request(
+                window_ids(ids, start, context, bos), NOTHING, on_prompt_logits=Losses(), prompt_logits_from=first
+            )
+            running.append(engine.submit(request))
+        if not running:
+            return score
+        engine.step()
+        while running and running[0].finished:
+            score.add(losses_of(running.popleft()))
             on_window()
-    return score
 
 
-def window_ids(ids: list[int], start: int, context: int, bos: int | None) -> np.ndarray:
-    """The tokens of a window that predict others: all but its last, BOS in place of the first."""
-    window = np.array(ids[start : start + context - 1])
-    if bos is not None:
-        window[0] = bos
-    return window
+def window_ids(ids: list[int], start: int, context: int, bos: int | None) -> list[int]:
+    """The tokens of a window, BOS in place of the first."""
+    window = ids[start : start + context]
+    return window if bos is None else [bos, *window[1:]]
 
 
-def _score(
-    executor: Executor, texts: list[np.ndarray], following: list[np.ndarray], firsts: list[int]
-) -> list[np.ndarray]:
-    """Run sequences of one length side by side; the losses of what follows each token, from those at `firsts` on."""
-    found: list[list[np.ndarray]] = [[] for _ in texts]
-    share = max(1, executor.max_tokens // len(texts))
-    for start in range(0, len(texts[0]), share):
-        parts = [text[start : start + share] for text in texts]
-        wanted = [min(len(p), max(0, start + len(p) - f)) for p, f in zip(parts, firsts, strict=True)]
-        segments = [Segment(i, start, p, w) for i, (p, w) in enumerate(zip(parts, wanted, strict=True))]
-        targets = [f[start + len(p) - w : start + len(p)] for f, p, w in zip(following, parts, wanted, strict=True)]
-        lost = _losses_in_pieces(executor.forward_in_pieces(segments), np.concatenate(targets))
-        for rows, part in zip(found, np.split(lost, np.cumsum(wanted)[:-1]), strict=True):
-            rows.append(part)
-    return [np.concatenate(rows) for rows in found]
+class Losses:
+    """Notes the loss of each token of a prompt, in nats."""
+
+    def __init__(self) -> None:
+        self.found: list[float] = []
+
+    def __call__(self, logits: np.ndarray, token: int) -> None:
+        """A token stands where float32 [vocab_size] logits were computed."""
+        self.found.append(float(losses(logits[None], np.array([token]))[0]))
 
 
-def _losses_in_pieces(pieces: Iterator[np.ndarray], targets: np.ndarray) -> np.ndarray:
-    """The losses of all targets, without the logits of all of them at a time."""
-    lost, first = [np.empty(0)], 0
-    for logits in pieces:
-        lost.append(losses(logits, targets[first : first + len(logits)]))
-        first += len(logits)
-    return np.concatenate(lost)
+def losses_of(sequence: EngineSequence) -> np.ndarray:
+    """The losses of a sequence whose prompt's logits went to `Losses`, float64; UserError if it failed."""
+    if sequence.error is not None:
+        raise UserError(sequence.error)
+    assert isinstance(sequence.request.on_prompt_logits, Losses)
+    return np.array(sequence.request.on_prompt_logits.found)
 
 
 def losses(logits: np.ndarray, targets: np.ndarray) -> np.ndarray:

@@ -1,6 +1,5 @@
 """Which sequences' tokens make the next step: first come, first served, under a budget of tokens and cache blocks."""
 
-import sys
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -29,12 +28,14 @@ class Scheduler:
     """Sequences that wait, oldest first, and those that run, each in a slot.
 
     A step holds a token of every running sequence that decodes, then prompts in chunks, up to `max_tokens` together.
+    No sequence becomes longer than `longest` positions.
     When blocks run out the youngest running sequence gives its own back and is computed again later.
     """
 
-    def __init__(self, pool: BlockPool, slots: int, max_tokens: int, drafter: Drafter | None = None):
+    def __init__(self, pool: BlockPool, slots: int, max_tokens: int, longest: int, drafter: Drafter | None = None):
         self.pool = pool
         self.max_tokens = max_tokens
+        self.longest = longest
         self.drafter = drafter
         self.waiting: deque[EngineSequence] = deque()
         self.running: list[EngineSequence] = []
@@ -96,8 +97,9 @@ class Scheduler:
         return drafts
 
     def _draft_room(self, sequence: EngineSequence) -> int:
-        """How many drafts can come true: the answer's last token is sampled, never computed."""
-        return sequence.request.sampling.room_for(len(sequence.answer.token_ids), sys.maxsize) - 1
+        """How many drafts have a place in the context and can come true: the last token is sampled, never computed."""
+        left = self.longest - len(sequence.tokens)
+        return min(left, sequence.request.sampling.room_for(len(sequence.answer.token_ids), left + 1) - 1)
 
     def _provide(self, sequence: EngineSequence, count: int) -> bool:
         """Make sure that blocks for `count` tokens are available; False if the sequence itself had to leave."""

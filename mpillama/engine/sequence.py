@@ -44,9 +44,9 @@ class Request:
     `on_logits(logits, token)` is told of the float32 [vocab_size] logits that each token was chosen from. `key` is the
     caller's own. With `reuse_prefix` False the prompt is computed anew, whatever the cache holds of it. With `pooling`
     the prompt's embedding is wanted, and no answer. With `keep_special` the answer's text shows control tokens. The
-    places of tokens among `marking` are told. `on_prompt_logits(logits, token)` is told of each token of the prompt but
-    the first, once, in order. Cache blocks are shared with requests of the same `cache_salt` only. An
-    answer that `continues` the prompt is the rest of one text; else it is a text of its own.
+    places of tokens among `marking` are told. `on_prompt_logits(logits, token)` is told of each token of the prompt
+    behind position `prompt_logits_from`, once, in order. Cache blocks are shared with requests of the same `cache_salt`
+    only. An answer that `continues` the prompt is the rest of one text; else it is a text of its own.
     """
 
     prompt_ids: list[int]
@@ -59,6 +59,7 @@ class Request:
     keep_special: bool = False
     marking: frozenset[int] = frozenset()
     on_prompt_logits: Callable[[np.ndarray, int], None] | None = None
+    prompt_logits_from: int = 0
     cache_salt: str = ""
     continues: bool = False
 
@@ -94,6 +95,7 @@ class EngineSequence:
     def __post_init__(self) -> None:
         self._salt = salt_digest(self.request.cache_salt)
         self.last_digest = self._salt
+        self.told = self.request.prompt_logits_from
 
     @property
     def pending(self) -> int:

@@ -1,14 +1,13 @@
 """The next token from the logits of the last position."""
 
 import math
-import secrets
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 import numpy.typing as npt
 
 from mpillama.errors import UserError
-from mpillama.text.sampling_params import SamplingParams
+from mpillama.text.sampling_params import SamplingParams, new_seed
 from mpillama.text.token_ids import check_token_ids
 
 Floats = npt.NDArray[np.float64]
@@ -32,11 +31,12 @@ class Sampler:
     """
 
     def __init__(self, params: SamplingParams, vocab_size: int, prompt_ids: Sequence[int]) -> None:
-        self.seed = secrets.randbits(53) if params.seed is None else params.seed  # 53: exact in any JSON reader
+        self.seed = new_seed() if params.seed is None else params.seed
         self._params = params
         self._lowest = math.log(params.min_p) if params.min_p else -math.inf  # of scores whose maximum is 0
         self._rng = np.random.Generator(np.random.PCG64(self.seed))
-        self._bias = _checked_bias(params.logit_bias, vocab_size)
+        check_bias(params.logit_bias, vocab_size)
+        self._bias = params.logit_bias
         check_token_ids(prompt_ids, vocab_size)
         self._seen = np.zeros(vocab_size, bool)
         self._seen[list(prompt_ids)] = True
@@ -152,9 +152,8 @@ def _tail(scores: Floats, head: Ids) -> float:
     return float(np.exp(rest).sum(dtype=np.float64))
 
 
-def _checked_bias(bias: Mapping[int, float], vocab_size: int) -> dict[int, float]:
-    """A copy of `bias`; UserError for a token id outside the vocabulary."""
+def check_bias(bias: Mapping[int, float], vocab_size: int) -> None:
+    """UserError for a token id outside the vocabulary."""
     for token in bias:
         if not 0 <= token < vocab_size:
             raise UserError(f"logit_bias names token {token}, but the ids are 0 to {vocab_size - 1}; correct the id.")
-    return dict(bias)

@@ -1,33 +1,86 @@
-"""The one list of sampling fields: command-line options, bodies of the API, and `LLM` take theirs from here."""
+"""The one list of sampling fields.
+
+Command-line options, bodies of the API, the chat page's settings, `batch`'s check of what it continues, and `LLM` take
+theirs from here.
+"""
 
 import math
+import secrets
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
 from mpillama.errors import UserError
 
-Check = Callable[[Any], bool]
+
+@dataclass(frozen=True)
+class Number:
+    """Which numbers are allowed: from `ge` or above `gt`, up to `le` or below `lt`."""
+
+    kind: type[int] | type[float]
+    ge: float | None = None
+    gt: float | None = None
+    le: float | None = None
+    lt: float | None = None
+
+    def __contains__(self, value: object) -> bool:
+        if not isinstance(value, self.kind if self.kind is int else int | float):
+            return False
+        return (
+            (self.ge is None or value >= self.ge)
+            and (self.gt is None or value > self.gt)
+            and (self.le is None or value <= self.le)
+            and (self.lt is None or value < self.lt)
+        )
+
+    @property
+    def limits(self) -> dict[str, Any]:
+        """By the names that pydantic gives them."""
+        limits = {"ge": self.ge, "gt": self.gt, "le": self.le, "lt": self.lt}
+        return {name: limit for name, limit in limits.items() if limit is not None}
 
 
-def _param(default: Any, is_valid: Check, range_: str, option: str | None = None, metavar: str | None = None) -> Any:
-    """A field with its range as a check and in words; `option` is the help of the command-line option, if it is one."""
-    metadata = {"is_valid": is_valid, "range": range_, "option": option, "metavar": metavar}
+@dataclass(frozen=True)
+class About:
+    """What is known of a field beside its default.
+
+    `values` are those that it may have; `option` is the help of the command-line option (None: it is none) and
+    `when_none` how that help calls the default None. `asked` are the values that a request may have, `hint` is what the
+    chat page says of it (None: it is not among its settings).
+    """
+
+    values: Number | Callable[[Any], bool]
+    range: str
+    option: str | None = None
+    metavar: str | None = None
+    when_none: str | None = None
+    asked: Number | None = None
+    hint: str | None = None
+
+    def is_valid(self, value: Any, default: Any) -> bool:
+        """Whether the field may have a value."""
+        if value is None:
+            return default is None or self.when_none is not None
+        return value in self.values if isinstance(self.values, Number) else self.values(value)
+
+
+def _param(default: Any, values: Number | Callable[[Any], bool], range_: str, **about: Any) -> Any:
+    """A field; `about` are the others of About."""
+    metadata = {"about": About(values, range_, **about)}
     if isinstance(default, dict):
         return field(default_factory=dict, metadata=metadata)
     return field(default=default, metadata=metadata)
 
 
-def _number(is_valid: Callable[[float], bool]) -> Check:
-    return lambda value: isinstance(value, int | float) and is_valid(value)
+COUNT, SHARE, PENALTY = Number(int, ge=0), Number(float, ge=0, le=1), Number(float, ge=-2, le=2)
 
 
-def _whole(least: int) -> Check:
-    return lambda value: isinstance(value, int) and value >= least
+def _is_bias(value: Any) -> bool:
+    return all(isinstance(bias, int | float) and math.isfinite(bias) for bias in value.values())
 
 
-def _whole_or_none(least: int) -> Check:
-    return lambda value: value is None or _whole(least)(value)
+def _is_texts(value: Any) -> bool:
+    return all(isinstance(text, str) for text in value)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,61 +100,69 @@ class SamplingParams:
     UserError for a value outside its range.
     """
 
-    n: int = _param(1, _whole(1), "a whole number, 1 or more")
+    n: int = _param(1, Number(int, ge=1), "a whole number, 1 or more")
     max_tokens: int | None = _param(
-        256, _whole_or_none(0), "a whole number, 0 or more", "most tokens to generate", "TOKENS"
-    )
+        256, COUNT, "a whole number, 0 or more",
+        option="most tokens to generate", metavar="TOKENS", when_none="what the context holds",
+        asked=Number(int, ge=1), hint="Length of an answer",
+    )  # fmt: skip
     temperature: float = _param(
-        0.8,
-        _number(lambda v: 0 <= v < math.inf),
-        "0 (greedy) or more",
-        "randomness; 0 always takes the likeliest token",
-        "T",
-    )
-    top_k: int = _param(0, _whole(0), "a whole number, 0 (off) or more", "keep the K likeliest tokens, 0 for all", "K")
+        0.8, Number(float, ge=0, lt=math.inf), "0 (greedy) or more",
+        option="randomness; 0 always takes the likeliest token", metavar="T",
+        asked=Number(float, ge=0, le=2), hint="0 takes the likeliest token",
+    )  # fmt: skip
+    top_k: int = _param(
+        0, COUNT, "a whole number, 0 (off) or more",
+        option="keep the K likeliest tokens, 0 for all", metavar="K",
+        asked=Number(int, ge=0), hint="Number of the likeliest",
+    )  # fmt: skip
     top_p: float = _param(
-        0.95,
-        _number(lambda v: 0 < v <= 1),
-        "above 0, up to 1 (off)",
-        "keep the likeliest tokens up to this probability together",
-        "P",
-    )
+        0.95, Number(float, gt=0, le=1), "above 0, up to 1 (off)",
+        option="keep the likeliest tokens up to this probability together", metavar="P",
+        asked=Number(float, gt=0, le=1), hint="Share of the likeliest",
+    )  # fmt: skip
     min_p: float = _param(
-        0.0, _number(lambda v: 0 <= v <= 1), "0 (off) to 1", "drop tokens below this share of the likeliest one", "P"
-    )
+        0.0, SHARE, "0 (off) to 1",
+        option="drop tokens below this share of the likeliest one", metavar="P",
+        asked=SHARE, hint="Relative to the likeliest",
+    )  # fmt: skip
     repetition_penalty: float = _param(
-        1.0, _number(lambda v: 0 < v < math.inf), "above 0; 1 is off", "divide the logits of tokens seen before", "X"
-    )
+        1.0, Number(float, gt=0, lt=math.inf), "above 0; 1 is off",
+        option="divide the logits of tokens seen before", metavar="X",
+        asked=Number(float, ge=0.01, le=100), hint="1 is none",
+    )  # fmt: skip
     presence_penalty: float = _param(
-        0.0, _number(lambda v: -2 <= v <= 2), "-2 to 2; 0 is off", "subtract once from tokens generated before", "X"
-    )
+        0.0, PENALTY, "-2 to 2; 0 is off",
+        option="subtract once from tokens generated before", metavar="X", asked=PENALTY, hint="0 is none",
+    )  # fmt: skip
     frequency_penalty: float = _param(
-        0.0, _number(lambda v: -2 <= v <= 2), "-2 to 2; 0 is off", "subtract for each time a token was generated", "X"
-    )
+        0.0, PENALTY, "-2 to 2; 0 is off",
+        option="subtract for each time a token was generated", metavar="X", asked=PENALTY, hint="0 is none",
+    )  # fmt: skip
     logit_bias: Mapping[int, float] = _param(
-        {},
-        lambda v: all(map(_number(math.isfinite), v.values())),
-        "finite numbers by token id",
-        "add to the logits of tokens before anything else: ID=BIAS ...",
-        "ID=BIAS",
-    )
+        {}, _is_bias, "finite numbers by token id",
+        option="add to the logits of tokens before anything else: ID=BIAS ...", metavar="ID=BIAS",
+    )  # fmt: skip
     seed: int | None = _param(
-        None, _whole_or_none(0), "a whole number, 0 or more", "the same seed gives the same text", "N"
-    )
-    stop: str | Sequence[str] = _param(
-        (), lambda v: all(isinstance(text, str) for text in v), "texts", "end before any of these texts", "TEXT"
-    )
-    ignore_eos: bool = _param(False, lambda v: isinstance(v, bool), "true or false")
-    logprobs: int | None = _param(None, _whole_or_none(0), "a whole number, 0 or more")
-    prompt_logprobs: int | None = _param(None, _whole_or_none(0), "a whole number, 0 or more")
+        None, COUNT, "a whole number, 0 or more",
+        option="the same seed gives the same text", metavar="N", when_none="a new one, reported",
+        asked=Number(int, ge=0, le=2**53 - 1), hint="The same seed, the same answer",
+    )  # fmt: skip
+    stop: str | Sequence[str] = _param((), _is_texts, "texts", option="end before any of these texts", metavar="TEXT")
+    ignore_eos: bool = _param(False, lambda value: isinstance(value, bool), "true or false")
+    logprobs: int | None = _param(None, COUNT, "a whole number, 0 or more")
+    prompt_logprobs: int | None = _param(None, COUNT, "a whole number, 0 or more")
 
     def __post_init__(self) -> None:
-        for each in fields(self):
-            value = getattr(self, each.name)
-            if not each.metadata["is_valid"](value):
-                raise UserError(
-                    f"{each.name} is {value}, but must be {each.metadata['range']}; correct this sampling option."
-                )
+        for name, about in self.about().items():
+            value = getattr(self, name)
+            if not about.is_valid(value, self.__dataclass_fields__[name].default):
+                raise UserError(f"{name} is {value}, but must be {about.range}; correct this sampling option.")
+
+    @classmethod
+    def about(cls) -> dict[str, About]:
+        """What is known of each field, by its name."""
+        return {each.name: each.metadata["about"] for each in fields(cls)}
 
     @property
     def stops(self) -> tuple[str, ...]:
@@ -111,3 +172,8 @@ class SamplingParams:
     def room_for(self, sampled: int, context_left: int) -> int:
         """How many tokens may follow `sampled` ones, with room for `context_left` more in the context."""
         return context_left if self.max_tokens is None else min(context_left, self.max_tokens - sampled)
+
+
+def new_seed() -> int:
+    """A random seed below 2^53, exact in any JSON reader."""
+    return secrets.randbits(53)
