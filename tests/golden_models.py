@@ -13,7 +13,6 @@ import numpy as np
 from mpillama.engine.model_file import open_model
 from mpillama.files.checkpoint import Checkpoint, StoredTensor
 from mpillama.files.hugging_face import read_hugging_face
-from mpillama.files.row_bytes import decode_rows, row_bytes
 
 FOLDER = Path(__file__).parent / "golden"
 FAMILIES = (
@@ -36,10 +35,10 @@ def tensors(checkpoint: Checkpoint) -> dict[str, np.ndarray]:
 
 
 def _values(tensor: StoredTensor, raw: bytes) -> np.ndarray:
-    size = row_bytes(tensor.stored, tensor.shape[-1])
+    size = tensor.type.row_bytes(tensor.shape[-1])
     rows = int(np.prod(tensor.shape[:-1]))
     data = np.frombuffer(raw, np.uint8, rows * size, tensor.offset).reshape(rows, size)
-    return decode_rows(tensor.stored, data).reshape(tensor.shape)
+    return tensor.type.decode(data).reshape(tensor.shape)
 
 
 def family_tensors(family: str) -> dict[str, np.ndarray]:

@@ -12,10 +12,10 @@ import numpy as np
 from mpillama.kernels.built import is_built
 from mpillama.kernels.isa import host_features, sets_of
 from mpillama.kernels.library import Library, Team, load
-from mpillama.layout import lanes
-from mpillama.layout.weight_types import BLOCK, LANES, WEIGHT_TYPES, WeightType
 from mpillama.model.linear import Matrix
 from mpillama.model.workspace import Activations
+from mpillama.quant import WEIGHT_TYPES
+from mpillama.quant.weight_type import BLOCK, LANES, WeightType
 
 Array = np.ndarray
 Result = TypeVar("Result")
@@ -75,13 +75,13 @@ def random_matrix(rows: int, columns: int, seed: int = 0) -> Array:
 def packed(x: Array, weight_type: WeightType | str, panel: int | None = None) -> tuple[Matrix, Array]:
     """The matrix as the kernels take it, and the float64 values that it holds."""
     kind = WEIGHT_TYPES[weight_type] if isinstance(weight_type, str) else weight_type
-    arrays = lanes.pack(x, kind, panel)
-    return matrix(kind, *arrays), lanes.unpack(arrays, kind).astype(np.float64)
+    arrays = kind.pack(x, panel)
+    return matrix(kind, *arrays), kind.unpack(arrays).astype(np.float64)
 
 
 def matrix(kind: WeightType, values: Array, scales: Array | None = None) -> Matrix:
-    """From what layout.lanes makes."""
-    return Matrix(kind, kind.view(values), None if scales is None else scales.view(np.uint16))
+    """From arrays in row lanes."""
+    return Matrix(kind, values, scales)
 
 
 def part(of: Matrix, index: slice | Array) -> Matrix:

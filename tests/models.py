@@ -15,9 +15,9 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from mpillama.files.native_writer import write_model
-from mpillama.layout.weight_types import WEIGHT_TYPES
 from mpillama.model.config import ModelConfig
 from mpillama.model.tensors import Split, TensorSpec, WeightTypes, tensor_specs
+from mpillama.quant import WEIGHT_TYPES
 
 Tensors = dict[str, np.ndarray]
 

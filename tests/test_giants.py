@@ -16,13 +16,13 @@ from mpillama.files.dllama import read_dllama
 from mpillama.files.gguf_file import read_gguf
 from mpillama.files.native import read_table
 from mpillama.files.native_writer import create_file, seal_file
-from mpillama.files.row_bytes import row_bytes
-from mpillama.layout import lanes
-from mpillama.layout.weight_types import Q4_0, Q8_0
 from mpillama.model.config import ModelConfig
 from mpillama.model.partition import partition
 from mpillama.model.shapes import shape_config
 from mpillama.model.tensors import TensorSpec, WeightTypes, tensor_specs
+from mpillama.quant import STORED_TYPES
+from mpillama.quant.q4_0 import Q4_0
+from mpillama.quant.q8_0 import Q8_0
 
 CONFIG = {**shape_config("llama-3.1-405b"), "rope_scaling": None}
 RANKS = 4
@@ -108,7 +108,7 @@ def test_every_mark_of_a_native_file_is_found_by_its_owner(native: Path) -> None
 
 def stored_size(spec: TensorSpec, stored: str) -> int:
     rows = 1 if spec.vector else spec.source_shape[0]
-    return rows * row_bytes(stored, spec.source_shape[-1])
+    return rows * STORED_TYPES[stored].row_bytes(spec.source_shape[-1])
 
 
 def write_sparse_dllama(path: Path) -> None:
@@ -187,7 +187,7 @@ def test_every_mark_of_a_foreign_file_is_found_by_its_owner(foreign: Checkpoint)
         for spec in marked:
             tensor = foreign.tensors[spec.name]
             for unit in (0, spec.units - 1):
-                file.seek(tensor.offset + row_of(spec, unit) * row_bytes("q4_0", tensor.shape[1]))
+                file.seek(tensor.offset + row_of(spec, unit) * Q4_0.row_bytes(tensor.shape[1]))
                 file.write(struct.pack("<e", 1.0) + bytes([8 + 3]) + bytes([8]) * 15)
     assert small_on_disk(path)
     reader = model.reader(lambda count: None, 2)
@@ -196,7 +196,7 @@ def test_every_mark_of_a_foreign_file_is_found_by_its_owner(foreign: Checkpoint)
             assert owners(spec, unit)
             arrays = [np.empty(a.slice_shape(1), a.dtype) for a in spec.arrays()]
             reader.read(spec, range(unit, unit + 1), arrays)
-            values = lanes.unpack(arrays, spec.weight_type)
+            values = spec.weight_type.unpack(arrays)
             assert values[0, 0] == 3.0, spec.name
     reader.close()
 

@@ -9,8 +9,6 @@ import pytest
 from safetensors.numpy import save_file
 
 from mpillama.engine.model_file import ModelFile, open_model
-from mpillama.files.row_bytes import row_bytes
-from mpillama.layout import lanes
 from mpillama.model.partition import partition
 from mpillama.model.weights import slice_shapes
 from tests import golden_models as g
@@ -94,9 +92,7 @@ def test_quantised_blocks_of_a_gguf_are_taken_as_they_are(kind, size, tmp_path):
             if "o_proj" in spec.name:
                 continue
             if not spec.vector and spec.weight_type.quantised:  # padding has other bits, but the same value 0
-                pair = [
-                    [lanes.unpack(e, spec.weight_type) for e in by_expert(arrays, spec) if e[0].size] for arrays in pair
-                ]
+                pair = [[spec.weight_type.unpack(e) for e in by_expert(arrays, spec) if e[0].size] for arrays in pair]
             assert all(np.array_equal(a, b) for a, b in zip(*pair, strict=True)), spec.name
 
 
@@ -146,7 +142,7 @@ def read(model, spec, units, shapes) -> list[np.ndarray]:
         reader.close()
     if not spec.vector:
         values = math.prod(spec.source_shape) * max(1, spec.experts) * len(units) / spec.units
-        widest = max(row_bytes(model.checkpoint.tensors[name].stored, 32) / 32 for name in spec.source_names)
+        widest = max(model.checkpoint.tensors[name].type.row_bytes(32) / 32 for name in spec.source_names)
         # A column slice of blocks takes the whole blocks at its ends.
         assert reader.bytes_read <= values * widest + (2 * 34 * spec.rows if spec.panel else 0)
     return arrays

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 
 from mpillama.kernels import arguments
-from mpillama.layout import lanes
-from mpillama.layout.weight_types import LANES, WEIGHT_TYPES
 from mpillama.model.linear import Matrix
 from mpillama.model.workspace import StepArrays
+from mpillama.quant import WEIGHT_TYPES
+from mpillama.quant.weight_type import LANES
 from tests.kernel_parts import (
     GRID,
     TOKENS,
@@ -368,7 +368,7 @@ def first_columns(*columns: np.ndarray) -> Matrix:
     """float32, zero but for these columns."""
     dense = np.zeros((len(columns[0]), HIDDEN), np.float32)
     dense[:, : len(columns)] = np.stack(columns, axis=1)
-    return matrix(WEIGHT_TYPES["f32"], *lanes.pack(dense, WEIGHT_TYPES["f32"]))
+    return matrix(WEIGHT_TYPES["f32"], *WEIGHT_TYPES["f32"].pack(dense))
 
 
 def into_cache(x: np.ndarray, tokens: int = 1) -> np.ndarray:

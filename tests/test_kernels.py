@@ -17,8 +17,7 @@ from mpillama.errors import UserError
 from mpillama.kernels import arguments
 from mpillama.kernels.isa import choose_isa, host_features, known_sets
 from mpillama.kernels.shared_sum import SharedWindow, window_bytes
-from mpillama.layout import lanes
-from mpillama.layout.weight_types import WEIGHT_TYPES
+from mpillama.quant import WEIGHT_TYPES
 from tests.kernel_parts import (
     GRID,
     ISAS,
@@ -177,8 +176,8 @@ def test_integer_dot_products_do_not_saturate(weight_type, tokens):
     kind = WEIGHT_TYPES[weight_type]
     low, high = (-128, 127) if weight_type == "q8_0" else (0, 15)
     patterns = [np.full(32, low), np.full(32, high), np.tile([low, high], 16), np.r_[[low] * 16, [high] * 16]]
-    stored = np.stack([patterns[r % 4] for r in range(16)])[:, None].astype(kind.stored)
-    w = matrix(kind, *lanes.pack_blocks(stored, np.ones((16, 1), np.float16), kind))
+    stored = np.stack([patterns[r % 4] for r in range(16)])[:, None].astype(kind.lanes[0].dtype)
+    w = matrix(kind, *kind.pack_blocks((stored, np.ones((16, 1), np.float16))))
     for sign in (np.ones(32), -np.ones(32), np.tile([1, -1], 16), np.r_[-np.ones(16), np.ones(16)]):
         x = np.tile(127 * sign, (tokens, 1))
         found = each_way(column_parallel, w, x)
@@ -205,7 +204,7 @@ def test_a_bad_weight_shows_in_its_row_only(weight_type, tokens):
     for product, panel in ((column_parallel, None), (row_parallel, 32)):
         w, _ = packed(random_matrix(32, 64), weight_type, panel)
         bad = w.values if w.scales is None else w.scales
-        bad.reshape(-1, 16)[0, 5] = {"f32": np.nan, "bf16": 0x7FC0}.get(weight_type, 0x7E00)  # a quiet NaN
+        bad.reshape(-1, 16)[0, 5] = np.nan if bad.dtype.kind == "f" else 0x7FC0  # bfloat16's
         found = each_way(product, w, random_matrix(tokens, 64, seed=9))
         assert np.isnan(found[:, 5]).all()
         assert np.isfinite(np.delete(found, 5, axis=1)).all()
@@ -225,7 +224,7 @@ def first_column(x: np.ndarray, panel: int | None = None):
     """A float32 matrix whose product with (1, 0, 0, …) is `x`, a multiple of 16 numbers."""
     dense = np.zeros((len(x), 32), np.float32)
     dense[:, 0] = x
-    return matrix(WEIGHT_TYPES["f32"], *lanes.pack(dense, WEIGHT_TYPES["f32"], panel))
+    return matrix(WEIGHT_TYPES["f32"], *WEIGHT_TYPES["f32"].pack(dense, panel))
 
 
 # -- activations -----------------------------------------------------------------------------------------------------
@@ -344,7 +343,7 @@ def every_pattern(weight_type: str) -> np.ndarray:
     """What a float matrix of all 16-bit patterns holds, in their order."""
     kind = WEIGHT_TYPES[weight_type]
     patterns = EVERY_HALF.reshape(-1, 16, 32).swapaxes(1, 2)
-    w = matrix(kind, np.ascontiguousarray(patterns).view(kind.stored))
+    w = matrix(kind, np.ascontiguousarray(patterns).view(kind.lanes[0].dtype))
     return embed(w, np.arange(2**11)).reshape(-1)
 
 
@@ -363,8 +362,8 @@ def test_every_bfloat_becomes_its_float():
 def test_every_half_is_a_scale(weight_type):
     """In an embedding and in a product."""
     kind = WEIGHT_TYPES[weight_type]
-    stored = np.full((2**16, 1, 32), 1 if weight_type == "q8_0" else 9, kind.stored)  # ones
-    w = matrix(kind, *lanes.pack_blocks(stored, EVERY_HALF.view(np.float16)[:, None], kind))
+    stored = np.full((2**16, 1, 32), 1 if weight_type == "q8_0" else 9, kind.lanes[0].dtype)  # ones
+    w = matrix(kind, *kind.pack_blocks((stored, EVERY_HALF.view(np.float16)[:, None])))
     exact = EVERY_HALF.view(np.float16).astype(np.float64)
     assert np.array_equal(embed(w, np.arange(2**16))[:, 7], exact, equal_nan=True)
     x = np.zeros((1, 32), np.float32)

@@ -6,12 +6,11 @@ import numpy as np
 import pytest
 
 from mpillama.engine.executor import Executor
-from mpillama.engine.session import Session
-from mpillama.layout import lanes
-from mpillama.layout.weight_types import WEIGHT_TYPES
 from mpillama.model.cache import single_sequence_step
+from mpillama.quant import WEIGHT_TYPES
 from tests import models, running
 from tests.conftest import THREADS, ModelFile
+from tests.one_sequence import OneSequence
 from tests.reference import ReferenceLlama, Rounding, exact, float16, q8_0_activations
 
 CONFIGS = {"awkward": models.AWKWARD, "plain": models.PLAIN}
@@ -38,7 +37,7 @@ def rounded_tensors(kind: str, weight_type: str) -> models.Tensors:
 def round_tensor(spec, tensor: np.ndarray) -> np.ndarray:
     if tensor.ndim == 1:
         return tensor
-    padded = lanes.unpack(lanes.pack(spec.pad(tensor), spec.weight_type), spec.weight_type)
+    padded = spec.weight_type.unpack(spec.weight_type.pack(spec.pad(tensor)))
     rows, columns = spec.row_chunks, spec.column_chunks
     parts = padded.reshape(rows, spec.rows // rows, columns, spec.columns // columns)
     height, width = (n // chunks for n, chunks in zip(spec.source_shape, (rows, columns), strict=True))
@@ -294,10 +293,10 @@ def test_only_the_wanted_logits_are_computed(model_file: ModelFile):
         assert np.array_equal(found, whole[len(tokens) - count :])
 
 
-def test_a_session_gives_the_same_bits_and_truncates(model_file: ModelFile):
+def test_one_sequence_gives_the_same_bits_and_truncates(model_file: ModelFile):
     model, tokens = running.load(model_file("plain", "q8_0"), THREADS), prompt("plain", 80)
     whole = running.all_logits(model, [tokens], "f16")
-    session = Session(Executor(model, 80, "f16", max_tokens=33))
+    session = OneSequence(Executor(model, 80, "f16", max_tokens=33))
     assert np.array_equal(session.extend(tokens[:70]), whole[69])
     assert np.array_equal(session.extend(tokens[70:]), whole[79])
     session.truncate(66)

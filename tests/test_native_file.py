@@ -17,13 +17,15 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 from mpillama.errors import UserError
-from mpillama.files.native import ALIGNMENT, NativeModel, TableEntry, metadata_digest, read_table
-from mpillama.files.native_reader import NativeReader
-from mpillama.files.native_writer import create_file, pack_tensor, seal_file, types_json, unit_checksums, write_model
-from mpillama.layout.weight_types import F32, Q8_0, WEIGHT_TYPES
+from mpillama.files.native import ALIGNMENT, metadata_digest, read_table
+from mpillama.files.native_reader import NativeModel, NativeReader, TableEntry, unit_checksums
+from mpillama.files.native_writer import create_file, pack_tensor, seal_file, types_json, write_model
 from mpillama.model.config import ModelConfig
 from mpillama.model.partition import partition
 from mpillama.model.tensors import Split, TensorSpec, WeightTypes, tensor_specs
+from mpillama.quant import WEIGHT_TYPES
+from mpillama.quant.floats import F32
+from mpillama.quant.q8_0 import Q8_0
 from tests import models
 from tests.conftest import ModelFile
 from tests.table_worker import fingerprint
@@ -137,7 +139,7 @@ def test_matrices_may_have_types_of_their_own(tmp_path):
     checksums = {key: entry.checksums for key, entry in entries.items()}
     seal_file(str(path), TINY, types, entries, {}, checksums)
     model = read_table(str(path))
-    assert {s.name for s in model.specs if s.split is not Split.REPLICATED and s.weight_type is F32} == {name}
+    assert {s.name for s in model.specs if s.split is not Split.REPLICATED and s.weight_type == F32} == {name}
 
 
 def test_a_tensor_of_another_shape_is_refused_and_nothing_is_left(tmp_path):

@@ -6,14 +6,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mpillama.files.native import TableEntry
-from mpillama.layout.weight_types import LANES, WEIGHT_TYPES
+from mpillama.files.native_reader import TableEntry
 from mpillama.model.cache import cache_bytes
 from mpillama.model.config import ModelConfig
 from mpillama.model.partition import ffn_panel, most_busy_ranks, partition, split_units
 from mpillama.model.shapes import SHAPES
 from mpillama.model.tensors import Split, TensorSpec, WeightTypes, tensor_specs
 from mpillama.model.weights import arena_bytes, slice_bytes, slice_shapes
+from mpillama.quant import WEIGHT_TYPES
+from mpillama.quant.weight_type import LANES
 from tests import models
 
 LLAMA_405B = SHAPES["llama-3.1-405b"]

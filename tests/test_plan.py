@@ -8,12 +8,12 @@ import pytest
 from mpillama.engine import plan
 from mpillama.engine.memory import RESERVE
 from mpillama.errors import UserError
-from mpillama.layout.weight_types import WEIGHT_TYPES
 from mpillama.model.cache import blocks_for
 from mpillama.model.config import ModelConfig
 from mpillama.model.partition import partition
 from mpillama.model.shapes import shape_config
 from mpillama.model.tensors import WeightTypes
+from mpillama.quant import WEIGHT_TYPES
 from mpillama.tools.quantities import parse_bytes
 from tests.mpi.launch import PROGRAM, run
 

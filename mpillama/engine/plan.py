@@ -9,11 +9,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from mpillama.engine.memory import RESERVE, MemoryModel, RankMemory
-from mpillama.quant import WEIGHT_TYPES
 from mpillama.model.config import ModelConfig
 from mpillama.model.partition import most_busy_ranks, partition
 from mpillama.model.tensors import EMBEDDING, LM_HEAD, TensorSpec, WeightTypes, tensor_specs
 from mpillama.model.weights import slice_bytes
+from mpillama.quant import WEIGHT_TYPES
 
 GOOD_EFFICIENCY = 0.85
 """The share of the read bandwidth that a decode step reaches."""

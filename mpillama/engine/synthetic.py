@@ -5,20 +5,19 @@ from collections.abc import Sequence
 import numpy as np
 
 from mpillama.model.tensors import TensorSpec
+from mpillama.quant.weight_type import LANES, Arrays, WeightType
 
-TILE_BYTES = 1 << 20
-SCALE = 2.0**-9
+TILE_VALUES = 1 << 18
 
 
 class SyntheticWeights:
     """Fills slices like a reader would; the same for every unit, whatever the number of ranks."""
 
     def __init__(self, seed: int = 0):
-        self.random = np.random.default_rng(seed)
-        self.tile = self.random.integers(0, 256, TILE_BYTES, np.uint8)
         self.bytes_read = 0
         self.stopped = False
-        self.floats = (self.random.standard_normal(TILE_BYTES // 4) * 0.02).astype(np.float32)
+        self.values = (np.random.default_rng(seed).standard_normal((LANES, TILE_VALUES // LANES)) * 0.02).astype("f4")
+        self.tiles: dict[WeightType, Arrays] = {}
 
     def read(self, spec: TensorSpec, units: range, arrays: Sequence[np.ndarray]) -> None:
         """Fill the arrays of a tensor."""
@@ -35,18 +34,10 @@ class SyntheticWeights:
         if spec.vector:
             arrays[0][:] = 0.0 if spec.name.endswith(".bias") else 1.0
             return
-        self._fill_values(spec, arrays[0])
-        for scales in arrays[1:]:
-            scales[:] = SCALE
-
-    def _fill_values(self, spec: TensorSpec, array: np.ndarray) -> None:
-        flat = array.reshape(-1)
-        if spec.weight_type.quantised:
-            self._repeat(flat.view(np.uint8), self.tile)
-        elif spec.weight_type.name == "bf16":
-            self._repeat(flat, (self.floats.view(np.uint32) >> 16).astype(np.uint16))
-        else:
-            self._repeat(flat, self.floats.astype(array.dtype))
+        if spec.weight_type not in self.tiles:
+            self.tiles[spec.weight_type] = spec.weight_type.pack(self.values)
+        for array, tile in zip(arrays, self.tiles[spec.weight_type], strict=True):
+            self._repeat(array.reshape(-1), tile.reshape(-1))
 
     def _repeat(self, target: np.ndarray, tile: np.ndarray) -> None:
         for start in range(0, len(target), len(tile)):

@@ -10,10 +10,8 @@ from mpillama.comm.communicator import Communicator
 from mpillama.engine.model_file import ModelFile
 from mpillama.files.checkpoint import Checkpoint, StoredTensor
 from mpillama.files.checkpoint_model import CheckpointModel
-from mpillama.files.native import NativeModel, unit_checksums
-from mpillama.files.native_reader import NativeReader
+from mpillama.files.native_reader import NativeModel, NativeReader, unit_checksums
 from mpillama.files.reading import SourceFile
-from mpillama.files.row_bytes import decode_rows, row_bytes, stored_bytes
 from mpillama.model.partition import split_units
 
 RUN_BYTES = 64 << 20
@@ -47,7 +45,7 @@ def checked_bytes(model: ModelFile) -> int:
     """The bytes that a check reads, on all ranks together."""
     if isinstance(model, NativeModel):
         return sum(entry.bytes for entry in model.entries.values())
-    return sum(stored_bytes(t.stored, t.shape) for t in _checkpoint(model).tensors.values())
+    return sum(t.bytes for t in _checkpoint(model).tensors.values())
 
 
 def verify_file(model: ModelFile, comm: Communicator, on_bytes: Callable[[int], None]) -> Check:
@@ -107,8 +105,8 @@ def _rows_not_finite(
 ) -> Iterator[Difference]:
     """The rows of this rank's share that hold NaN or an infinity."""
     columns = tensor.shape[-1] if tensor.shape else 1
-    size = row_bytes(tensor.stored, columns)
-    rows = split_units(stored_bytes(tensor.stored, tensor.shape) // size, comm.size)[comm.rank]
+    size = tensor.type.row_bytes(columns)
+    rows = split_units(tensor.bytes // size, comm.size)[comm.rank]
     step = max(1, RUN_VALUES // columns)
     for start in range(rows.start, rows.stop, step):
         raw = np.empty((min(step, rows.stop - start), size), np.uint8)
@@ -117,7 +115,7 @@ def _rows_not_finite(
         file.drop(place, raw.nbytes)
         on_bytes(raw.nbytes)
         with np.errstate(all="ignore"):  # damage is what is looked for
-            finite = np.isfinite(decode_rows(tensor.stored, raw)).all(axis=1)
+            finite = np.isfinite(tensor.type.decode(raw)).all(axis=1)
         for i in np.flatnonzero(~finite):
             first = place + int(i) * size
             yield Difference(tensor.name, file.path, first, first + size - 1)

@@ -7,13 +7,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from mpillama.quant import STORED_TYPES
+from mpillama.quant.weight_type import StoredType
+
 
 @dataclass(frozen=True)
 class StoredTensor:
     """One tensor of a checkpoint: its shape as Hugging Face has it, and where its bytes lie.
 
-    `stored` names how the values are written: f32, f16, bf16, or a GGML type (q8_0, q4_0, q4_1, q5_0, q5_1, q2_k to
-    q6_k); rows follow each other without gaps. `offset` is the 64-bit byte offset in file number `file`.
+    `stored` names the type of the values, one of STORED_TYPES; rows follow each other without gaps. `offset` is the
+    64-bit byte offset in file number `file`.
     `interleaved` is head_dim where the rows of each head stand as rotary pairs (row 2i of the file is row i of the
     head, row 2i + 1 is row i + head_dim / 2), else 0.
     """
@@ -24,6 +27,15 @@ class StoredTensor:
     file: int
     offset: int
     interleaved: int = 0
+
+    @property
+    def type(self) -> StoredType:
+        return STORED_TYPES[self.stored]
+
+    @property
+    def bytes(self) -> int:
+        """ValueError if the shape is impossible, or rows are no whole number of blocks."""
+        return self.type.tensor_bytes(self.shape)
 
 
 @dataclass(frozen=True)

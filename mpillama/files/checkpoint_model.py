@@ -12,10 +12,10 @@ from typing import Any
 from mpillama.errors import UserError
 from mpillama.files.checkpoint import Checkpoint
 from mpillama.files.checkpoint_reader import CheckpointReader
-from mpillama.files.row_bytes import stored_bytes
-from mpillama.layout.weight_types import F32, Q8_0, WEIGHT_TYPES
 from mpillama.model.config import ModelConfig
 from mpillama.model.tensors import LM_HEAD, Split, TensorSpec, WeightTypes, tensor_specs
+from mpillama.quant import WEIGHT_TYPES
+from mpillama.quant.floats import F32
 
 AS_STORED = "as-stored"
 
@@ -71,7 +71,7 @@ class CheckpointModel:
     def stored_bytes(self, spec: TensorSpec, units: range) -> int:
         """The bytes of the files that these units of a tensor take, blocks that are shared left aside."""
         tensors = [self.checkpoint.tensors[name] for name in spec.source_names]
-        return sum(stored_bytes(t.stored, t.shape) for t in tensors) * len(units) // spec.units
+        return sum(t.bytes for t in tensors) * len(units) // spec.units
 
     def reader(self, on_bytes: Callable[[int], None], workers: int = 1, verify: bool = False) -> CheckpointReader:
         """Open the files for reading slices; UserError if they are to be verified."""
@@ -95,10 +95,10 @@ def checkpoint_model(checkpoint: Checkpoint, weights: str) -> CheckpointModel:
     _check_tensors(checkpoint, config, specs)
     if weights != AS_STORED:
         return CheckpointModel(checkpoint, WeightTypes(WEIGHT_TYPES[weights]))
-    stored = {s.name: checkpoint.tensors[s.source_names[0]].stored for s in specs if s.split is not Split.REPLICATED}
-    types = {name: WEIGHT_TYPES.get(kind, Q8_0) for name, kind in stored.items()}
-    default = WEIGHT_TYPES[Counter(t.name for t in types.values()).most_common(1)[0][0]]
-    others = {name: kind for name, kind in types.items() if kind is not default}
+    matrices = [s for s in specs if s.split is not Split.REPLICATED]
+    types = {s.name: checkpoint.tensors[s.source_names[0]].type.held_as() for s in matrices}
+    default = Counter(types.values()).most_common(1)[0][0]
+    others = {name: kind for name, kind in types.items() if kind != default}
     return CheckpointModel(checkpoint, WeightTypes(default, others or None))
 
 

@@ -4,16 +4,15 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from functools import partial
+from math import prod
 
 import numpy as np
 
 from mpillama.errors import UserError
 from mpillama.files.checkpoint import Checkpoint, StoredTensor
 from mpillama.files.reading import MAX_READ, SourceFile
-from mpillama.files.row_bytes import BLOCKS, blocks_of, decode_rows, row_bytes
-from mpillama.layout import lanes
-from mpillama.layout.weight_types import BLOCK, LANES
 from mpillama.model.tensors import TensorSpec
+from mpillama.quant.weight_type import BLOCK, LANES, Arrays
 
 PIECE = 1 << 19
 """Values that a worker turns into lanes at a time: what it needs besides is a few times this in float64."""
@@ -36,8 +35,8 @@ class Slice:
 
     @property
     def takes_blocks(self) -> bool:
-        """Whether quantised blocks go over as they are: the same type, and no block of 32 is cut or padded."""
-        same = self.tensor.stored == self.spec.weight_type.name and self.spec.weight_type.quantised
+        """Whether the stored numbers go over as they are: the same type, and no block of 32 is cut or padded."""
+        same = self.tensor.type == self.spec.weight_type
         return same and self.tensor.shape[1] // self.spec.column_chunks % BLOCK == 0
 
     @property
@@ -119,7 +118,7 @@ class CheckpointReader:
 
     def _read_vector(self, spec: TensorSpec, tensor: StoredTensor, units: range, out: np.ndarray) -> int:
         raw = self._rows(tensor, range(1), range(tensor.shape[0]))
-        values = decode_rows(tensor.stored, raw).reshape(-1, 1)
+        values = tensor.type.decode(raw).reshape(-1, 1)
         whole = spec.pad(_straightened(values, tensor.interleaved).reshape(-1))
         out[:] = whole[units.start * spec.unit : units.stop * spec.unit]
         return raw.nbytes
@@ -142,7 +141,7 @@ class CheckpointReader:
         """Read padded rows of a matrix and put them in lanes into their places, `step` rows at a time."""
         spec, tensor = wanted.spec, wanted.tensor
         stored = self._stored_rows(spec, tensor, rows)
-        block, columns = BLOCKS[tensor.stored][0], wanted.columns
+        block, columns = tensor.type.block, wanted.columns
         around = range(columns.start // block * block, -(-columns.stop // block) * block)
         raw = self._rows(tensor, stored, around)
         for start in range(rows.start, rows.stop, step):
@@ -168,25 +167,26 @@ class CheckpointReader:
         padded, true = spec.rows // spec.row_chunks, tensor.shape[0] // spec.row_chunks
         return range(rows.start // padded * true, rows.stop // padded * true)
 
-    def _pack(self, wanted: Slice, rows: range, raw: np.ndarray, around: range) -> lanes.Arrays:
+    def _pack(self, wanted: Slice, rows: range, raw: np.ndarray, around: range) -> Arrays:
         spec, columns = wanted.spec, wanted.columns
-        values = decode_rows(wanted.tensor.stored, raw) if raw.size else np.zeros((len(raw), len(around)), np.float32)
+        values = wanted.tensor.type.decode(raw) if raw.size else np.zeros((len(raw), len(around)), np.float32)
         values = _straightened(values, wanted.tensor.interleaved)
         values = values[:, columns.start - around.start : columns.stop - around.start]
         chunks = len(wanted.units) if spec.panel and spec.column_chunks > 1 else 1
         width = len(wanted.units) * spec.panel if spec.panel else spec.columns
         padded = _padded(values, len(rows), self._row_chunks(spec, rows), width, chunks)
-        return lanes.pack(padded, spec.weight_type, spec.panel)
+        return spec.weight_type.pack(padded, spec.panel)
 
-    def _pack_blocks(self, wanted: Slice, rows: range, raw: np.ndarray) -> lanes.Arrays:
-        """As _pack, but the quantised values stay as they are."""
-        spec = wanted.spec
-        values, scales = (_straightened(x, wanted.tensor.interleaved) for x in blocks_of(wanted.tensor.stored, raw))
-        chunks = self._row_chunks(spec, rows)
-        width = (len(wanted.units) * spec.panel if spec.panel else spec.columns) // BLOCK
-        values = _padded(values.reshape(len(raw), -1), len(rows), chunks, width * BLOCK, 1)
-        scales = _padded(scales, len(rows), chunks, width, 1)
-        return lanes.pack_blocks(values.reshape(len(rows), width, BLOCK), scales, spec.weight_type, spec.panel)
+    def _pack_blocks(self, wanted: Slice, rows: range, raw: np.ndarray) -> Arrays:
+        """As _pack, but the type's own numbers stay as they are."""
+        spec, chunks = wanted.spec, self._row_chunks(wanted.spec, rows)
+        width = (len(wanted.units) * spec.panel if spec.panel else spec.columns) // spec.weight_type.unit
+        blocks = []
+        for part in spec.weight_type.blocks_of(raw):
+            straight, size = _straightened(part, wanted.tensor.interleaved), prod(part.shape[2:])
+            padded = _padded(straight.reshape(len(raw), -1), len(rows), chunks, width * size, 1)
+            blocks.append(padded.reshape(len(rows), width, *part.shape[2:]))
+        return spec.weight_type.pack_blocks(tuple(blocks), spec.panel)
 
     def _row_chunks(self, spec: TensorSpec, rows: range) -> int:
         return len(rows) // (spec.rows // spec.row_chunks) if spec.row_chunks > 1 else 1
@@ -195,8 +195,8 @@ class CheckpointReader:
 
     def _rows(self, tensor: StoredTensor, rows: range, columns: range) -> np.ndarray:
         """The bytes of a range of columns (whole blocks) of a range of rows: uint8 [rows, bytes]."""
-        whole = row_bytes(tensor.stored, tensor.shape[-1])
-        first, last = (row_bytes(tensor.stored, c) for c in (columns.start, columns.stop))
+        whole = tensor.type.row_bytes(tensor.shape[-1])
+        first, last = (tensor.type.row_bytes(c) for c in (columns.start, columns.stop))
         raw = np.empty((len(rows), last - first), np.uint8)
         start = tensor.offset + rows.start * whole + first
         file = self.files[tensor.file]

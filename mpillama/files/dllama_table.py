@@ -5,7 +5,7 @@ from typing import Any
 
 from mpillama.files.checkpoint import StoredTensor
 from mpillama.files.foreign import damaged
-from mpillama.files.row_bytes import stored_bytes
+from mpillama.quant import STORED_TYPES
 
 Plan = list[tuple[str, tuple[int, ...], str]]
 """Name, shape and stored type of tensors that follow each other."""
@@ -16,7 +16,10 @@ def place_tensors(path: str, config: Mapping[str, Any], stored: str, start: int,
     before, layer, after = _plans(config, stored)
     layers = config["num_hidden_layers"]
     try:
-        sums = [sum(stored_bytes(stored, shape) for _, shape, stored in plan) for plan in (before, layer, after)]
+        sums = [
+            sum(STORED_TYPES[stored].tensor_bytes(shape) for _, shape, stored in plan)
+            for plan in (before, layer, after)
+        ]
     except ValueError as error:
         raise damaged(path, str(error)) from error
     total = start + sums[0] + layers * sums[1] + sums[2]
@@ -28,7 +31,7 @@ def place_tensors(path: str, config: Mapping[str, Any], stored: str, start: int,
 
 
 def _refuse_size(path: str, placed: Iterator[StoredTensor], size: int, total: int) -> None:
-    ends = (t.name for t in placed if t.offset + stored_bytes(t.stored, t.shape) > size)
+    ends = (t.name for t in placed if t.offset + t.bytes > size)
     name = next(ends, None)
     where = "goes on after the last tensor" if name is None else f"ends in tensor {name}"
     raise damaged(path, f"it has {size} bytes, expected {total} by its header: it {where}")
@@ -40,8 +43,9 @@ def _placed(before: Plan, layer: Plan, after: Plan, layers: int, place: int, pai
     for plan, prefix in plans:
         for name, shape, stored in plan:
             rotated = pairs if name in ("self_attn.q_proj.weight", "self_attn.k_proj.weight") else 0
-            yield StoredTensor(prefix + name, shape, stored, 0, place, rotated)
-            place += stored_bytes(stored, shape)
+            tensor = StoredTensor(prefix + name, shape, stored, 0, place, rotated)
+            yield tensor
+            place += tensor.bytes
 
 
 def _plans(config: Mapping[str, Any], stored: str) -> tuple[Plan, Plan, Plan]:

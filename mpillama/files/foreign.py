@@ -10,7 +10,6 @@ from typing import Any
 
 from mpillama.errors import UserError
 from mpillama.files.checkpoint import StoredTensor
-from mpillama.files.row_bytes import row_bytes, stored_bytes
 from mpillama.files.stand_ins import HEAD_BYTES, refuse_text_stand_in
 from mpillama.model.config import MOST_EXPERTS
 
@@ -78,7 +77,7 @@ def check_extents(files: Sequence[str], sizes: Sequence[int], tensors: Iterable[
     for tensor in tensors:
         path, size = files[tensor.file], sizes[tensor.file]
         try:
-            end = tensor.offset + stored_bytes(tensor.stored, tensor.shape)
+            end = tensor.offset + tensor.bytes
         except ValueError as error:
             raise damaged(path, f"tensor {tensor.name!r}: {error}") from error
         if tensor.offset < 0 or end > size:
@@ -105,7 +104,7 @@ def split_experts(path: str, prefix: str, tensor: StoredTensor, parts: Sequence[
         raise damaged(path, f"tensor {tensor.name!r} of stacked experts has shape {tensor.shape}")
     experts, rows, columns = tensor.shape
     rows //= len(parts)
-    step = rows * row_bytes(tensor.stored, columns)
+    step = rows * tensor.type.row_bytes(columns)
     for number in range(experts * len(parts)):
         name = f"{prefix}{number // len(parts)}.{parts[number % len(parts)]}.weight"
         yield replace(tensor, name=name, shape=(rows, columns), offset=tensor.offset + number * step)

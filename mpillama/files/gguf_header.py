@@ -16,8 +16,9 @@ from mpillama.errors import UserError
 from mpillama.files.checkpoint import StoredTensor
 from mpillama.files.cursor import Cursor
 from mpillama.files.foreign import damaged
-from mpillama.files.row_bytes import BLOCKS
-from mpillama.layout.weight_types import round_up
+from mpillama.quant import STORED_TYPES
+from mpillama.quant.ggml import UNREAD
+from mpillama.quant.weight_type import round_up
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
@@ -29,14 +30,7 @@ TEXT, ARRAY = 8, 9
 SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 """Value types of metadata, as letters of the struct module."""
 
-GGML_TYPES = {
-    **{0: "f32", 1: "f16", 2: "q4_0", 3: "q4_1", 6: "q5_0", 7: "q5_1", 8: "q8_0", 9: "q8_1"},
-    **{10: "q2_k", 11: "q3_k", 12: "q4_k", 13: "q5_k", 14: "q6_k", 15: "q8_k"},
-    **{16: "iq2_xxs", 17: "iq2_xs", 18: "iq3_xxs", 19: "iq1_s", 20: "iq4_nl", 21: "iq3_s", 22: "iq2_s", 23: "iq4_xs"},
-    **{24: "i8", 25: "i16", 26: "i32", 27: "i64", 28: "f64", 29: "iq1_m", 30: "bf16", 34: "tq1_0", 35: "tq2_0"},
-    **{39: "mxfp4", 40: "nvfp4", 41: "q1_0"},
-}
-"""What the numbers of tensor types mean; mpillama reads those of row_bytes.BLOCKS."""
+GGML_TYPES = {t.ggml: t.name for t in STORED_TYPES.values() if t.ggml is not None}
 
 
 @dataclass(frozen=True)
@@ -149,10 +143,10 @@ def _tensor(cursor: Cursor, number: int) -> StoredTensor:
 
 def _stored(path: str, name: str, kind: int) -> str:
     stored = GGML_TYPES.get(kind)
-    if stored not in BLOCKS:
-        shown = stored.upper() if stored else f"GGML's type {kind}, which this mpillama does not know"
+    if stored is None:
+        shown = UNREAD[kind].upper() if kind in UNREAD else f"GGML's type {kind}, which this mpillama does not know"
         raise UserError(
             f"{path}: tensor {name!r} is stored as {shown}: "
-            f"mpillama reads {', '.join(BLOCKS).upper()}, take the model in one of these."
+            f"mpillama reads {', '.join(GGML_TYPES.values()).upper()}, take the model in one of these."
         )
     return stored

@@ -7,117 +7,42 @@ under `text/`, and `checksums`: one XXH3-64 for each unit of each array (of each
 
 import hashlib
 import json
-import math
 import stat
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
-import xxhash
 
 from mpillama.errors import UserError
-from mpillama.layout.weight_types import WEIGHT_TYPES, WeightType
+from mpillama.files.native_reader import NativeModel, TableEntry
 from mpillama.model.config import ModelConfig
-from mpillama.model.tensors import ArraySpec, TensorSpec, WeightTypes, tensor_specs
-
-if TYPE_CHECKING:
-    import h5py
-
-    from mpillama.files.native_reader import NativeReader
+from mpillama.model.tensors import TensorSpec, WeightTypes, tensor_specs
+from mpillama.quant import WEIGHT_TYPES
+from mpillama.quant.weight_type import WeightType
 
 FORMAT = "mpillama"
 FORMAT_VERSION = 1
 ALIGNMENT = 4096
 TEXTS = ("tokenizer.json", "chat_template.jinja", "generation_config.json", "tokenizer_config.json")
 HDF5_SIGNATURE = b"\x89HDF\r\n\x1a\n"
+HdfFile = Any
+"""h5py.File"""
 
 
-@dataclass(frozen=True)
-class TableEntry:
-    """One stored array: where it lies (64-bit byte offset) and the checksums of its units."""
+def hdf5() -> Any:
+    """The package h5py, which rank 0 alone imports: thousands of ranks would look for its libraries at once."""
+    import h5py
 
-    spec: ArraySpec
-    offset: int
-    checksums: np.ndarray
-
-    @property
-    def entry_bytes(self) -> int:
-        """Bytes of one entry of the axis that is split."""
-        return int(np.dtype(self.spec.dtype).itemsize) * math.prod(self.spec.shape[2 if self.spec.experts else 1 :])
-
-    @property
-    def bytes(self) -> int:
-        """Bytes of the whole array."""
-        return int(np.dtype(self.spec.dtype).itemsize) * math.prod(self.spec.shape)
-
-    @property
-    def parts(self) -> int:
-        """The number of extents of a range of units: one, or one for each expert."""
-        return max(1, self.spec.experts)
-
-    def extent(self, units: range, part: int = 0) -> tuple[int, int]:
-        """File offset and byte count of a range of units, of one expert."""
-        unit_bytes = self.spec.entries * self.entry_bytes
-        start = self.offset + part * (self.bytes // self.parts)
-        return start + units.start * unit_bytes, len(units) * unit_bytes
-
-
-@dataclass(frozen=True)
-class NativeModel:
-    """What rank 0 reads of a model file and gives to the others: everything but the weights."""
-
-    path: str
-    file_size: int
-    config_json: Mapping[str, Any]
-    weight_types: WeightTypes
-    entries: Mapping[str, TableEntry]
-    texts: Mapping[str, bytes] = field(repr=False)
-    metadata_sha256: str = ""
-
-    @property
-    def files(self) -> Mapping[str, int]:
-        """The file and its size, as rank 0 sees it."""
-        return {self.path: self.file_size}
-
-    def stored_bytes(self, spec: TensorSpec, units: range) -> int:
-        """The bytes of the file that these units of a tensor take."""
-        entries = [self.entries[array.name] for array in spec.arrays()]
-        return sum(entry.extent(units)[1] * entry.parts for entry in entries)
-
-    def requantised(self) -> Mapping[str, int]:
-        """Nothing: what the file holds is what kernels take."""
-        return {}
-
-    def reader(self, on_bytes: Callable[[int], None], workers: int = 1, verify: bool = False) -> "NativeReader":
-        """Open the file for reading slices; one worker is enough, since nothing is computed."""
-        from mpillama.files.native_reader import NativeReader
-
-        return NativeReader(self, on_bytes, verify=verify)
-
-    @property
-    def config(self) -> ModelConfig:
-        """The model's shape."""
-        return ModelConfig.from_hf(self.config_json)
-
-    @property
-    def specs(self) -> list[TensorSpec]:
-        """The model's tensors in the order of the file."""
-        return tensor_specs(self.config, self.weight_types)
-
-
-# -- reading the table ----------------------------------------------------------------------------------------------
+    return h5py
 
 
 def read_table(path: str) -> NativeModel:
     """Read and check everything but the weights; UserError says what was found and what was expected."""
-    import h5py  # by rank 0 alone: thousands of ranks would look for its libraries at once
-
     size = _check_is_hdf5(path)
     try:
-        with h5py.File(path, "r", locking=False) as file:
+        with hdf5().File(path, "r", locking=False) as file:
             model = _read_open_file(file, path, size)
     except UserError:
         raise
@@ -161,7 +86,7 @@ def _check_is_hdf5(path: str) -> int:
     return status.st_size
 
 
-def _read_open_file(file: "h5py.File", path: str, size: int) -> NativeModel:
+def _read_open_file(file: HdfFile, path: str, size: int) -> NativeModel:
     _check_version(file, path)
     config_json, types_json = (json.loads(_text_attribute(file, name)) for name in ("config", "weight_types"))
     types = _weight_types(types_json, path)
@@ -177,7 +102,7 @@ def _read_open_file(file: "h5py.File", path: str, size: int) -> NativeModel:
     return NativeModel(str(path), size, config_json, types, entries, texts, digest)
 
 
-def _check_version(file: "h5py.File", path: str) -> None:
+def _check_version(file: HdfFile, path: str) -> None:
     if _text_attribute(file, "format", "") != FORMAT:
         raise UserError(f"{path}: an HDF5 file, but not a mpillama model: it has no attribute format='{FORMAT}'.")
     version = int(file.attrs.get("format_version", -1))
@@ -188,15 +113,13 @@ def _check_version(file: "h5py.File", path: str) -> None:
         raise UserError(f"{path}: the file was never finished (its writer was stopped): write it again.")
 
 
-def _text_attribute(file: "h5py.File", name: str, default: str | None = None) -> str:
+def _text_attribute(file: HdfFile, name: str, default: str | None = None) -> str:
     if name not in file.attrs:
         if default is None:
             raise ValueError(f"attribute {name!r} is missing")
         return default
-    import h5py
-
     kind = file.attrs.get_id(name).get_type()
-    if not isinstance(kind, h5py.h5t.TypeStringID) or kind.is_variable_str():
+    if not isinstance(kind, hdf5().h5t.TypeStringID) or kind.is_variable_str():
         raise ValueError(f"attribute {name!r} is not text")
     return bytes(file.attrs[name]).decode()
 
@@ -212,7 +135,7 @@ def _weight_types(types_json: Any, path: str) -> WeightTypes:
     return WeightTypes(known(types_json["default"]), {k: known(v) for k, v in types_json["by_name"].items()})
 
 
-def _read_entries(file: "h5py.File", specs: list[TensorSpec], size: int) -> dict[str, TableEntry]:
+def _read_entries(file: HdfFile, specs: list[TensorSpec], size: int) -> dict[str, TableEntry]:
     """Check every dataset against what the configuration says it must be."""
     arrays = [(spec, array) for spec in specs for array in spec.arrays()]
     checksums = file["checksums"][()]
@@ -257,9 +180,3 @@ def metadata_digest(
     for entry in entries.values():
         digest.update(np.ascontiguousarray(entry.checksums, "<u8").tobytes())
     return digest.hexdigest()
-
-
-def unit_checksums(values: np.ndarray, units: int) -> np.ndarray:
-    """XXH3-64 of each of `units` equal parts of a contiguous array."""
-    parts = values.reshape(units, -1).view(np.uint8)
-    return np.array([xxhash.xxh3_64_intdigest(p.data) for p in parts], np.uint64)

@@ -1,15 +1,90 @@
-"""Reading a rank's slices of a native file straight into place."""
+"""A native model: where its arrays lie in the file, and reading a rank's slices of them straight into place."""
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from threading import Lock
+from typing import Any
 
 import numpy as np
+import xxhash
 
 from mpillama.errors import UserError
-from mpillama.files.native import NativeModel, TableEntry, unit_checksums
 from mpillama.files.reading import MAX_READ, SourceFile, cut_extent
-from mpillama.model.tensors import TensorSpec
+from mpillama.model.config import ModelConfig
+from mpillama.model.tensors import ArraySpec, TensorSpec, WeightTypes, tensor_specs
+
+
+@dataclass(frozen=True)
+class TableEntry:
+    """One stored array: where it lies (64-bit byte offset) and the checksums of its units."""
+
+    spec: ArraySpec
+    offset: int
+    checksums: np.ndarray
+
+    @property
+    def entry_bytes(self) -> int:
+        """Bytes of one entry of the axis that is split."""
+        return int(np.dtype(self.spec.dtype).itemsize) * math.prod(self.spec.shape[2 if self.spec.experts else 1 :])
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of the whole array."""
+        return int(np.dtype(self.spec.dtype).itemsize) * math.prod(self.spec.shape)
+
+    @property
+    def parts(self) -> int:
+        """The number of extents of a range of units: one, or one for each expert."""
+        return max(1, self.spec.experts)
+
+    def extent(self, units: range, part: int = 0) -> tuple[int, int]:
+        """File offset and byte count of a range of units, of one expert."""
+        unit_bytes = self.spec.entries * self.entry_bytes
+        start = self.offset + part * (self.bytes // self.parts)
+        return start + units.start * unit_bytes, len(units) * unit_bytes
+
+
+@dataclass(frozen=True)
+class NativeModel:
+    """What rank 0 reads of a model file and gives to the others: everything but the weights."""
+
+    path: str
+    file_size: int
+    config_json: Mapping[str, Any]
+    weight_types: WeightTypes
+    entries: Mapping[str, TableEntry]
+    texts: Mapping[str, bytes] = field(repr=False)
+    metadata_sha256: str = ""
+
+    @property
+    def files(self) -> Mapping[str, int]:
+        """The file and its size, as rank 0 sees it."""
+        return {self.path: self.file_size}
+
+    def stored_bytes(self, spec: TensorSpec, units: range) -> int:
+        """The bytes of the file that these units of a tensor take."""
+        entries = [self.entries[array.name] for array in spec.arrays()]
+        return sum(entry.extent(units)[1] * entry.parts for entry in entries)
+
+    def requantised(self) -> Mapping[str, int]:
+        """Nothing: what the file holds is what kernels take."""
+        return {}
+
+    def reader(self, on_bytes: Callable[[int], None], workers: int = 1, verify: bool = False) -> "NativeReader":
+        """Open the file for reading slices; one worker is enough, since nothing is computed."""
+        return NativeReader(self, on_bytes, verify=verify)
+
+    @property
+    def config(self) -> ModelConfig:
+        """The model's shape."""
+        return ModelConfig.from_hf(self.config_json)
+
+    @property
+    def specs(self) -> list[TensorSpec]:
+        """The model's tensors in the order of the file."""
+        return tensor_specs(self.config, self.weight_types)
 
 
 class NativeReader:
@@ -87,3 +162,9 @@ class NativeReader:
         """Give the file back."""
         self.pool.shutdown(cancel_futures=True)
         self.file.close()
+
+
+def unit_checksums(values: np.ndarray, units: int) -> np.ndarray:
+    """XXH3-64 of each of `units` equal parts of a contiguous array."""
+    parts = values.reshape(units, -1).view(np.uint8)
+    return np.array([xxhash.xxh3_64_intdigest(p.data) for p in parts], np.uint64)

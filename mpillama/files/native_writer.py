@@ -6,23 +6,15 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import h5py
 import numpy as np
 
 from mpillama.errors import UserError
-from mpillama.files.native import (
-    ALIGNMENT,
-    FORMAT,
-    FORMAT_VERSION,
-    TableEntry,
-    metadata_digest,
-    unit_checksums,
-)
+from mpillama.files.native import ALIGNMENT, FORMAT, FORMAT_VERSION, HdfFile, hdf5, metadata_digest
+from mpillama.files.native_reader import TableEntry, unit_checksums
 from mpillama.files.reading import write_exactly
-from mpillama.layout import lanes
-from mpillama.layout.weight_types import WeightType
 from mpillama.model.config import ModelConfig
 from mpillama.model.tensors import ArraySpec, TensorSpec, WeightTypes, tensor_specs
+from mpillama.quant.weight_type import Arrays, WeightType
 
 
 def write_model(
@@ -57,7 +49,7 @@ def create_file(
         file.attrs["format"], file.attrs["format_version"] = np.bytes_(FORMAT), FORMAT_VERSION
         file.attrs["config"] = np.bytes_(json.dumps(config_json))
         file.attrs["weight_types"] = np.bytes_(json.dumps(types_json(types)))
-        h5py.h5g.create(file.id, b"text", gcpl=_timeless(h5py.h5p.GROUP_CREATE))
+        hdf5().h5g.create(file.id, b"text", gcpl=_timeless(hdf5().h5p.GROUP_CREATE))
         for name, text in sorted(texts.items()):
             file[f"text/{name}"] = np.frombuffer(text, np.uint8)
         total = 0
@@ -70,23 +62,26 @@ def create_file(
     return entries
 
 
-def _new_file(path: str) -> h5py.File:
+def _new_file(path: str) -> HdfFile:
     """An empty HDF5 file with aligned datasets and checksummed headers; the same contents give the same bytes."""
+    h5py = hdf5()
     access = h5py.h5p.create(h5py.h5p.FILE_ACCESS)
     access.set_libver_bounds(h5py.h5f.LIBVER_V110, h5py.h5f.LIBVER_V110)
     access.set_alignment(ALIGNMENT, ALIGNMENT)
     return h5py.File(h5py.h5f.create(path.encode(), h5py.h5f.ACC_TRUNC, _timeless(h5py.h5p.FILE_CREATE), access))
 
 
-def _timeless(kind: h5py.h5p.PropClassID) -> h5py.h5p.PropOCID:
+def _timeless(kind: Any) -> Any:
     """Properties of an object that does not remember when it was made."""
+    h5py = hdf5()
     properties = h5py.h5p.create(kind)
     properties.set_obj_track_times(False)
     return properties
 
 
-def _allocate(file: h5py.File, array: ArraySpec) -> int:
+def _allocate(file: HdfFile, array: ArraySpec) -> int:
     """Give a dataset its bytes at once, unfilled; returns their offset."""
+    h5py = hdf5()
     properties = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
     properties.set_layout(h5py.h5d.CONTIGUOUS)
     properties.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
@@ -120,14 +115,14 @@ def _write_tensors(
     return checksums
 
 
-def pack_tensor(spec: TensorSpec, source: np.ndarray) -> lanes.Arrays:
+def pack_tensor(spec: TensorSpec, source: np.ndarray) -> Arrays:
     """Pad a checkpoint's tensor and turn it into what the file stores; UserError if its shape is wrong."""
     if source.shape != spec.source_shape:
         raise UserError(f"tensor {spec.name} has shape {source.shape}, the configuration asks for {spec.source_shape}.")
     padded = spec.pad(source.astype(np.float32))
     if spec.vector:
         return (padded,)
-    return lanes.pack(padded, spec.weight_type, spec.panel)
+    return spec.weight_type.pack(padded, spec.panel)
 
 
 def types_json(types: WeightTypes) -> dict[str, Any]:
@@ -145,7 +140,7 @@ def seal_file(
 ) -> None:
     """Write the checksums and the digest that says that the file is whole."""
     sealed = {name: TableEntry(e.spec, e.offset, checksums[name]) for name, e in entries.items()}
-    with h5py.File(path, "r+", libver=("v110", "v110")) as file:
+    with hdf5().File(path, "r+", libver=("v110", "v110")) as file:
         file["checksums"][...] = np.concatenate([e.checksums for e in sealed.values()])
         file.attrs["metadata_sha256"] = np.bytes_(
             metadata_digest(json.loads(json.dumps(config_json)), types_json(types), sealed, texts)

@@ -11,7 +11,6 @@ from mpillama.errors import UserError
 from mpillama.files.checkpoint import StoredTensor
 from mpillama.files.foreign import unreadable
 from mpillama.files.reading import read_exactly
-from mpillama.files.row_bytes import decode_rows, row_bytes
 from mpillama.model.tensors import EMBEDDING, LM_HEAD
 
 TIED = "tie_word_embeddings"
@@ -62,13 +61,13 @@ def _equal(first: StoredTensor, second: StoredTensor, files: Sequence[str]) -> b
     runs = zip(_runs(first, files), _runs(second, files), strict=True)
     if first.stored == second.stored:
         return all(np.array_equal(a, b) for a, b in runs)
-    return all(np.array_equal(decode_rows(first.stored, a), decode_rows(second.stored, b)) for a, b in runs)
+    return all(np.array_equal(first.type.decode(a), second.type.decode(b)) for a, b in runs)
 
 
 def _runs(tensor: StoredTensor, files: Sequence[str]) -> Iterator[np.ndarray]:
     """The bytes of a matrix, some rows at a time: as many for any type of the same width."""
     rows, columns = tensor.shape
-    size, step = row_bytes(tensor.stored, columns), max(1, RUN_BYTES // (4 * columns))
+    size, step = tensor.type.row_bytes(columns), max(1, RUN_BYTES // (4 * columns))
     path = files[tensor.file]
     try:
         with Path(path).open("rb") as file:

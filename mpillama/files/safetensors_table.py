@@ -10,8 +10,9 @@ from mpillama.errors import UserError
 from mpillama.files.checkpoint import StoredTensor
 from mpillama.files.cursor import Cursor
 from mpillama.files.foreign import damaged, one_line
+from mpillama.quant import STORED_TYPES
 
-STORED = {"F32": "f32", "F16": "f16", "BF16": "bf16"}
+STORED = {t.safetensors: t.name for t in STORED_TYPES.values() if t.safetensors}
 MOST_HEADER = 100_000_000
 """Bytes that the safetensors package itself takes for a header at the most."""
 IGNORED = "rotary_emb.inv_freq"

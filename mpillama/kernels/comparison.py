@@ -7,25 +7,33 @@ import numpy as np
 from mpillama.kernels import arguments
 from mpillama.kernels.activations import places
 from mpillama.kernels.library import Library
+from mpillama.quant import WEIGHT_TYPES
+from mpillama.quant.weight_type import WeightType
 
 GROUPS, BLOCKS, PANELS, TOKENS = 8, 6, 3, 40
-BLOCK_BYTES = {"q8_0": 512, "q4_0": 256}
+QUANTISED = [kind for kind in WEIGHT_TYPES.values() if kind.quantised]
 
 
 def same_products(first: Library, second: Library) -> bool:
     """Whether column- and row-parallel products of each quantised type have the same bits."""
-    return all(np.array_equal(_products(first, kind), _products(second, kind)) for kind in BLOCK_BYTES)
+    return all(np.array_equal(_products(first, kind), _products(second, kind)) for kind in QUANTISED)
 
 
-def _products(library: Library, kind: str) -> np.ndarray:
+def _anything(random: np.random.Generator, dtype: str, size: int) -> np.ndarray:
+    """Integers of any bits; small floats as scales are."""
+    low, high = (0x1C00, 0x2000) if np.dtype(dtype).kind == "f" else (0, 256)
+    return random.integers(low, high, size).astype("u2" if low else "u1")
+
+
+def _products(library: Library, kind: WeightType) -> np.ndarray:
     """Some products of one token and of many, with one thread: the bits as int32."""
     random = np.random.default_rng(0)
     blocks, rows = BLOCKS * PANELS, 16 * GROUPS
-    values = random.integers(0, 256, (PANELS, GROUPS, BLOCKS, BLOCK_BYTES[kind]), dtype=np.uint8)
-    scales = random.integers(0x1C00, 0x2000, (PANELS, GROUPS, BLOCKS, 16), dtype=np.uint16)
-    number, at = arguments.WEIGHT_TYPES[kind], (values.ctypes.data, scales.ctypes.data)
-    column = arguments.Matrix(*at, number, 1, 1, GROUPS, 32 * blocks)
-    row = arguments.Matrix(*at, number, 1, PANELS, GROUPS, 32 * BLOCKS)
+    sizes = [PANELS * GROUPS * BLOCKS * 32 // kind.unit * lane.entry for lane in kind.lanes]
+    arrays = [_anything(random, lane.dtype, size) for lane, size in zip(kind.lanes, sizes, strict=True)]
+    at = [array.ctypes.data for array in arrays]
+    column = arguments.Matrix(*at, kind.number, 1, 1, GROUPS, 32 * blocks)
+    row = arguments.Matrix(*at, kind.number, 1, PANELS, GROUPS, 32 * BLOCKS)
     team, found = library.team(1), []
     for tokens in (1, TOKENS):
         count = places(tokens, blocks)

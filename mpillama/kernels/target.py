@@ -3,13 +3,11 @@
 import os
 import warnings
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from mpillama.errors import UserError
+from mpillama.kernels.comparison import same_products
 from mpillama.kernels.isa import InstructionSet, choose_isa, host_features
-
-if TYPE_CHECKING:
-    from mpillama.kernels.library import Library, Team
+from mpillama.kernels.library import Library, Team, load
 
 
 @dataclass(frozen=True)
@@ -18,8 +16,8 @@ class Target:
 
     isa: InstructionSet
     threads: int
-    library: "Library"
-    team: "Team"
+    library: Library
+    team: Team
 
 
 def requested_isa() -> str:
@@ -33,8 +31,6 @@ def prepare(requested_isa: str, threads: int, yields: bool = False) -> Target:
     `yields`: there are more threads than cores, so waiting threads must not spin. UserError if the requested
     instruction set cannot be used here.
     """
-    from mpillama.kernels.library import load
-
     isa = choose_isa(requested_isa, host_features())
     if isa.name == "amx" and not _agrees_with_vnni():
         if requested_isa:
@@ -47,7 +43,4 @@ def prepare(requested_isa: str, threads: int, yields: bool = False) -> Target:
 
 def _agrees_with_vnni() -> bool:
     """AMX was only ever run in software: it is used where its bits are those of VNNI."""
-    from mpillama.kernels.comparison import same_products
-    from mpillama.kernels.library import load
-
     return same_products(load("amx"), load("avx512_vnni"))

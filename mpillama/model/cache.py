@@ -5,11 +5,12 @@ from dataclasses import dataclass
 import numpy as np
 
 from mpillama.kernels import arguments
-from mpillama.layout.weight_types import BLOCK
 from mpillama.model.config import ModelConfig
 from mpillama.model.partition import Partition
+from mpillama.quant.weight_type import BLOCK
 
 BLOCK_POSITIONS = 64
+
 KV_DTYPES: dict[str, np.dtype[np.generic]] = {
     "f16": np.dtype(np.int16),
     "f32": np.dtype(np.float32),

@@ -5,12 +5,13 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from mpillama.errors import UserError
-from mpillama.layout.weight_types import BLOCK, round_up
 from mpillama.model.config_values import ConfigValues, Json
 from mpillama.model.families import FAMILIES, Family
 from mpillama.model.rope_scaling import RopeScaling, read_rope
+from mpillama.quant.weight_type import BLOCK, round_up
 
 MOST_LAYERS = 10_000
+
 """A damaged file may claim more; listing their tensors would take for ever."""
 MOST_EXPERTS, MOST_CHANNELS = 4096, 65536
 

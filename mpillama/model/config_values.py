@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from mpillama import __version__
 from mpillama.errors import UserError
 
 Json = Mapping[str, Any]
@@ -30,7 +31,7 @@ class ConfigValues:
         """One of the known values; a refusal offers those `shown`, or all of them."""
         value = self.get(key, default)
         if not isinstance(value, str) or value not in known:
-            raise self.refuse(key, f"mpillama {_version()} runs {', '.join(shown or known)} only")
+            raise self.refuse(key, f"mpillama {__version__} runs {', '.join(shown or known)} only")
         return value
 
     def flag(self, key: str, default: bool = False) -> bool:
@@ -57,9 +58,3 @@ class ConfigValues:
         if not isinstance(value, list):
             raise self.refuse(key, "it must be a list of numbers")
         return tuple(ConfigValues({key: item}).number(key) for item in value)
-
-
-def _version() -> str:
-    from mpillama import __version__
-
-    return __version__

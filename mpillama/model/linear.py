@@ -6,26 +6,24 @@ from math import prod
 import numpy as np
 
 from mpillama.kernels import arguments
-from mpillama.layout.weight_types import BLOCK, LANES, WeightType
+from mpillama.quant.weight_type import LANES, WeightType
 
 
 @dataclass(frozen=True)
 class Matrix:
-    """This rank's slice of a weight matrix, in the dtypes that kernels know the types by.
+    """This rank's slice of a weight matrix: the arrays that its type has in row lanes.
 
-    Column-parallel: values [groups, …]; row-parallel: [panels, groups, …]; `scales` (uint16, float16's bits) is None
-    for float types.
+    Column-parallel: values [groups, …]; row-parallel: [panels, groups, …]; `scales` is None for types of one array.
     """
 
     weight_type: WeightType
     values: np.ndarray
-    scales: np.ndarray | None
+    scales: np.ndarray | None = None
 
     @property
     def columns(self) -> int:
         """Columns, of a panel if it is row-parallel."""
-        units = int(self.values.shape[-2])
-        return units * BLOCK if self.weight_type.quantised else units
+        return int(self.values.shape[-2]) * self.weight_type.unit
 
     def column_parallel(self) -> arguments.Matrix:
         """For kernels: rows are this rank's; [groups, …], with experts [experts, groups, …]."""
@@ -38,9 +36,8 @@ class Matrix:
         return self._argument(prod(experts), panels, groups)
 
     def _argument(self, experts: int, panels: int, groups: int) -> arguments.Matrix:
-        number = arguments.WEIGHT_TYPES[self.weight_type.name]
         values, scales = arguments.address(self.values), arguments.address(self.scales)
-        return arguments.Matrix(values, scales, number, experts, panels, groups, self.columns)
+        return arguments.Matrix(values, scales, self.weight_type.number, experts, panels, groups, self.columns)
 
     @property
     def rows(self) -> int:
@@ -55,4 +52,4 @@ class Matrix:
 
 def any_quantised(*matrices: Matrix) -> bool:
     """Whether their activations must be quantised."""
-    return any(m.scales is not None for m in matrices)
+    return any(m.weight_type.quantised for m in matrices)

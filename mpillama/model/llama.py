@@ -7,7 +7,6 @@ import numpy as np
 from mpillama.comm.communicator import Communicator
 from mpillama.kernels import arguments
 from mpillama.kernels.library import Team
-from mpillama.layout.weight_types import LANES
 from mpillama.model.cache import KVCache, Step
 from mpillama.model.config import ModelConfig
 from mpillama.model.linear import any_quantised
@@ -15,6 +14,7 @@ from mpillama.model.partition import Partition, partition
 from mpillama.model.tuning import choose_in_flight
 from mpillama.model.weights import LayerWeights, Weights
 from mpillama.model.workspace import Activations, StepArrays, Workspace
+from mpillama.quant.weight_type import LANES
 
 Array = np.ndarray
 

@@ -7,8 +7,8 @@ import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from mpillama.layout.weight_types import LANES, round_up
 from mpillama.model.config import ModelConfig
+from mpillama.quant.weight_type import LANES, round_up
 
 
 def split_units(units: int, size: int, weights: Sequence[float] | None = None) -> list[range]:

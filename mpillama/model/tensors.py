@@ -10,14 +10,14 @@ from enum import Enum
 
 import numpy as np
 
-from mpillama.layout.weight_types import F32, LANES, SCALES_DTYPE, WeightType, round_up
 from mpillama.model.config import ModelConfig
 from mpillama.model.partition import Partition, ffn_panel
+from mpillama.quant.floats import F32
+from mpillama.quant.weight_type import LANES, WeightType, round_up
 
 EMBEDDING = "model.embed_tokens.weight"
 FINAL_NORM = "model.norm.weight"
 LM_HEAD = "lm_head.weight"
-SCALES_SUFFIX = ".scales"
 EXPERTS = "mlp.experts."
 
 
@@ -103,19 +103,18 @@ class TensorSpec:
         return self.units * max(1, self.experts)
 
     def arrays(self) -> tuple[ArraySpec, ...]:
-        """The stored arrays: values, and scales for quantised types."""
+        """The stored arrays: one for a vector, those of its weight type for a matrix."""
         if self.vector:
-            return (ArraySpec(self.name, self.weight_type.stored, (self.rows,), self.unit),)
+            return (ArraySpec(self.name, self.weight_type.lanes[0].dtype, (self.rows,), self.unit),)
         k, groups = self.panel or self.columns, self.rows // LANES
         lead: tuple[int, ...] = (self.experts,) if self.experts else ()
         lead += (self.columns // self.panel, groups) if self.panel else (groups,)
         unit = 1 if self.panel else self.unit // LANES
-        shape = lead + self.weight_type.value_shape(k)
-        values = ArraySpec(self.name, self.weight_type.stored, shape, unit, self.experts)
-        if not self.weight_type.quantised:
-            return (values,)
-        scales = ArraySpec(self.name + SCALES_SUFFIX, str(SCALES_DTYPE), (*lead, k // 32, LANES), unit, self.experts)
-        return values, scales
+        units = k // self.weight_type.unit
+        return tuple(
+            ArraySpec(self.name + a.suffix, a.dtype, (*lead, units, a.entry), unit, self.experts)
+            for a in self.weight_type.lanes
+        )
 
     def units_of(self, part: Partition) -> range:
         """The units that a rank with this partition owns."""

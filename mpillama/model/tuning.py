@@ -15,7 +15,7 @@ SMALLEST_TIMED = 64 << 20
 
 def choose_in_flight(team: Team, matrix: Matrix) -> int:
     """How many row groups a single token should go through together, 1 or 2: processors prefetch differently."""
-    if matrix.scales is None or matrix.bytes < SMALLEST_TIMED:
+    if not matrix.weight_type.quantised or matrix.bytes < SMALLEST_TIMED:
         return 1
     h = Activations.empty(1, matrix.columns)
     for array in (h.x, h.values, h.scales, h.starts):

@@ -8,13 +8,14 @@ from dataclasses import dataclass
 import numpy as np
 
 from mpillama.kernels.library import Team
-from mpillama.layout.weight_types import round_up
 from mpillama.model.config import ModelConfig
 from mpillama.model.linear import Matrix
 from mpillama.model.partition import Partition
 from mpillama.model.tensors import EMBEDDING, FINAL_NORM, LM_HEAD, TensorSpec, layer_prefix
+from mpillama.quant.weight_type import round_up
 
 Read = Callable[[TensorSpec, range, Sequence[np.ndarray]], None]
+
 """Fills the arrays of a tensor with a range of its units."""
 
 Attend = Callable[[Sequence[Future[None]]], None]
@@ -150,8 +151,7 @@ def _finish(tasks: Sequence[Future[None]]) -> None:
 
 
 def _matrix(spec: TensorSpec, arrays: Sequence[np.ndarray]) -> Matrix:
-    scales = arrays[1].view(np.uint16) if spec.weight_type.quantised else None
-    return Matrix(spec.weight_type, spec.weight_type.view(arrays[0]), scales)
+    return Matrix(spec.weight_type, *arrays)
 
 
 def _field(name: str) -> str:

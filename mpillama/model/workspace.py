@@ -7,9 +7,9 @@ import numpy as np
 
 from mpillama.kernels import arguments
 from mpillama.kernels.activations import places
-from mpillama.layout.weight_types import BLOCK, LANES
 from mpillama.model.config import ModelConfig
 from mpillama.model.partition import Partition, ffn_panel
+from mpillama.quant.weight_type import BLOCK, LANES
 
 Array = np.ndarray
 

@@ -11,11 +11,11 @@ from mpillama.engine.memory import RESERVE
 from mpillama.engine.model_file import open_model
 from mpillama.engine.plan import Network, Node, Plan, PlanRequest, Remedy, Speed, make_plan, predict, remedies
 from mpillama.errors import UserError
-from mpillama.quant import WEIGHT_TYPES
 from mpillama.model.config import ModelConfig
 from mpillama.model.shapes import shape_config
 from mpillama.model.tensors import WeightTypes
 from mpillama.options import PlanOptions
+from mpillama.quant import WEIGHT_TYPES
 from mpillama.tools.display import in_number, in_units, stages
 from mpillama.tools.job_script import job_script
 from mpillama.tools.output_file import output_file, refuse_unwritable

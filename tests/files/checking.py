@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 
 from mpillama.errors import UserError
 from mpillama.files.checkpoint import Checkpoint
-from mpillama.files.row_bytes import decode_rows, row_bytes
 
 MOST_MEMORY = 50_000_000
 MOST_SECONDS = 5
@@ -22,11 +21,11 @@ def values(checkpoint: Checkpoint, name: str) -> np.ndarray:
     """A tensor's values as Hugging Face has them: its bytes decoded, its heads' rows in their order."""
     tensor = checkpoint.tensors[name]
     columns = tensor.shape[-1]
-    count = int(np.prod(tensor.shape[:-1], dtype=int)) * row_bytes(tensor.stored, columns)
+    count = int(np.prod(tensor.shape[:-1], dtype=int)) * tensor.type.row_bytes(columns)
     with Path(checkpoint.files[tensor.file]).open("rb") as file:
         file.seek(tensor.offset)
         raw = np.frombuffer(file.read(count), np.uint8)
-    rows = decode_rows(tensor.stored, raw.reshape(-1, row_bytes(tensor.stored, columns))).reshape(tensor.shape)
+    rows = tensor.type.decode(raw.reshape(-1, tensor.type.row_bytes(columns))).reshape(tensor.shape)
     if not tensor.interleaved:
         return rows
     pairs = rows.reshape(-1, tensor.interleaved // 2, 2, *tensor.shape[1:])
@@ -77,7 +76,7 @@ def check_inside(checkpoint: Checkpoint) -> None:
     for tensor in sorted(checkpoint.tensors.values(), key=lambda t: (t.file, t.offset)):
         assert tensor.offset >= ends.get(tensor.file, 0)
         rows = int(np.prod(tensor.shape[:-1], dtype=object))
-        ends[tensor.file] = tensor.offset + rows * row_bytes(tensor.stored, tensor.shape[-1])
+        ends[tensor.file] = tensor.offset + rows * tensor.type.row_bytes(tensor.shape[-1])
     assert all(end <= checkpoint.file_sizes[file] for file, end in ends.items())
 
 

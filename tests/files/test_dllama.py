@@ -16,8 +16,9 @@ from mpillama.files.checkpoint import Checkpoint
 from mpillama.files.checkpoints import read_checkpoint
 from mpillama.files.dllama import read_dllama
 from mpillama.files.dllama_table import place_tensors
-from mpillama.layout.blocks import dequantise_q4_0, dequantise_q8_0, quantise_q4_0, quantise_q8_0
 from mpillama.model.config import ModelConfig
+from mpillama.quant.q4_0 import Q4_0
+from mpillama.quant.q8_0 import Q8_0
 from tests.files.checking import as_pairs, mangled, refusal, values, within_bounds
 
 LLAMA, QWEN3, QWEN3_MOE = 0xABCD00, 0xABCD01, 0xABCD02
@@ -75,7 +76,7 @@ def tensor_order(pairs: Mapping[str, int]) -> dict[str, tuple[tuple[int, ...], b
 def stored_bytes(tensor: np.ndarray, stored: str) -> bytes:
     if stored in ("f32", "f16"):
         return tensor.astype(stored.replace("f32", "<f4").replace("f16", "<f2")).tobytes()
-    quantised, scales = quantise_q4_0(tensor) if stored == "q4_0" else quantise_q8_0(tensor)
+    quantised, scales = (Q4_0 if stored == "q4_0" else Q8_0).quantise(tensor)
     if stored == "q4_0":
         quantised = quantised[:, :, :16] | quantised[:, :, 16:] << 4
     return np.concatenate([scales[:, :, None].view(np.uint8), quantised.view(np.uint8)], axis=2).tobytes()
@@ -84,9 +85,9 @@ def stored_bytes(tensor: np.ndarray, stored: str) -> bytes:
 def rounded(tensor: np.ndarray, stored: str) -> np.ndarray:
     """The tensor as it comes back."""
     if stored == "q4_0":
-        return dequantise_q4_0(*quantise_q4_0(tensor))
+        return Q4_0.dequantise(Q4_0.quantise(tensor))
     if stored == "q8_0":
-        return dequantise_q8_0(*quantise_q8_0(tensor))
+        return Q8_0.dequantise(Q8_0.quantise(tensor))
     return tensor.astype(stored.replace("f32", "f4").replace("f16", "f2")).astype(np.float32)
 
 

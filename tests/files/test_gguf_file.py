@@ -17,8 +17,9 @@ from mpillama.files.checkpoint import Checkpoint
 from mpillama.files.checkpoints import read_checkpoint
 from mpillama.files.gguf_file import read_gguf
 from mpillama.files.gguf_header import GGML_TYPES
-from mpillama.files.row_bytes import BLOCKS, row_bytes
 from mpillama.model.config import ModelConfig
+from mpillama.quant import STORED_TYPES
+from mpillama.quant.ggml import UNREAD
 from tests.files.checking import as_pairs, mangled, refusal, values, within_bounds
 
 HIDDEN, INNER, HEADS, KV_HEADS, HEAD, VOCAB, EXPERTS = 64, 96, 4, 2, 16, 40, 3
@@ -177,10 +178,10 @@ def test_every_tensor_of_every_architecture(tmp_path, arch):
     assert ModelConfig.from_hf(checkpoint.config_json).num_hidden_layers == 2
 
 
-@pytest.mark.parametrize("stored", list(BLOCKS))
+@pytest.mark.parametrize("stored", list(STORED_TYPES))
 def test_every_stored_type(tmp_path, stored):
     written, kind = Written(tmp_path / "m.gguf").metadata(), GGMLQuantizationType[stored.upper()]
-    raw = np.random.default_rng(4).integers(0, 60, (3, 5, row_bytes(stored, 512)), np.uint8)
+    raw = np.random.default_rng(4).integers(0, 60, (3, 5, STORED_TYPES[stored].row_bytes(512)), np.uint8)
     written.writer.add_tensor("blk.1.ffn_up_exps.weight", raw, raw_dtype=kind)
     written.writer.add_tensor("blk.1.ffn_up.weight", raw[0], raw_dtype=kind)
     checkpoint = read(written.finish())
@@ -211,7 +212,7 @@ def test_version_2_is_read_alike(tmp_path):
 
 
 def test_types_are_numbered_as_in_the_gguf_package():
-    assert {number: name.upper() for number, name in GGML_TYPES.items()} == {
+    assert {number: name.upper() for number, name in {**UNREAD, **GGML_TYPES}.items()} == {
         k.value: k.name for k in GGMLQuantizationType
     }
 
@@ -515,7 +516,7 @@ def test_a_single_part_may_be_named_as_one(tmp_path):
 # -- refusals -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", [kind for kind in GGMLQuantizationType if kind.name.lower() not in BLOCKS])
+@pytest.mark.parametrize("kind", [kind for kind in GGMLQuantizationType if kind.name.lower() not in STORED_TYPES])
 def test_other_stored_types_are_refused_by_name(tmp_path, kind):
     data = raw_gguf(metadata_pairs(), [("x", (256,), kind.value, 0)]) + bytes(4096)
     (tmp_path / "m.gguf").write_bytes(data)

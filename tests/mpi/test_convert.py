@@ -13,7 +13,6 @@ from safetensors.numpy import save_file
 from mpillama.errors import UserError
 from mpillama.files.checkpoints import read_checkpoint
 from mpillama.files.native import read_table
-from mpillama.files.row_bytes import row_bytes, stored_bytes
 from tests import golden_models, models
 from tests.mpi.launch import PROGRAM, SCRIPTS, TIMEOUT, run, started
 
@@ -192,7 +191,7 @@ def test_verify_checks_what_can_be_checked_of_other_formats(kind: str, ranks: in
     name = "model.layers.1.mlp.experts.2.up_proj.weight"
     checkpoint = read_checkpoint(str(path))
     tensor = checkpoint.tensors[name]
-    size = row_bytes(tensor.stored, tensor.shape[1])
+    size = tensor.type.row_bytes(tensor.shape[1])
     place = tensor.offset + 3 * size  # in the fourth row, its scale or its first value
     with Path(checkpoint.files[tensor.file]).open("r+b") as file:
         file.seek(place)
@@ -201,7 +200,7 @@ def test_verify_checks_what_can_be_checked_of_other_formats(kind: str, ranks: in
     assert found.status == 1
     report = json.loads(found.stdout)
     assert report["checked"] == ["sizes", "table", "finite values"]
-    assert report["bytes"] == sum(stored_bytes(t.stored, t.shape) for t in checkpoint.tensors.values())
+    assert report["bytes"] == sum(t.bytes for t in checkpoint.tensors.values())
     wanted = {"tensor": tensor.name, "file": checkpoint.files[tensor.file], "first_byte": place}
     assert report["differences"] == [{**wanted, "last_byte": place + size - 1}]
     told = run(ranks, *PROGRAM, "verify", path)

@@ -13,11 +13,11 @@ from mpillama.engine.model_file import open_model
 from mpillama.errors import UserError
 from mpillama.files.native_writer import write_model
 from mpillama.kernels.isa import choose_isa, host_features, known_sets
-from mpillama.layout.weight_types import WEIGHT_TYPES
+from mpillama.quant import WEIGHT_TYPES
 from tests import models
 from tests.conftest import ModelFile
 from tests.golden_models import FOLDER as GOLDEN
-from tests.mpi.launch import PROGRAM, SCRIPTS, run
+from tests.mpi.launch import PROGRAM, run
 
 PROMPT_TOKENS, TOKENS = 61, 12
 """Together they cross the border between two blocks of the KV cache."""
@@ -64,7 +64,7 @@ def measure() -> Measure:
         if isa:
             skip_without(isa)
         arguments = (str(threads), str(TOKENS), json.dumps(cases))
-        result = run(ranks, SCRIPTS / "digest.py", *arguments, env={"MPILLAMA_ISA": isa}, timeout=TIMEOUT)
+        result = run(ranks, "-m", "tests.mpi.scripts.digest", *arguments, env={"MPILLAMA_ISA": isa}, timeout=TIMEOUT)
         assert result.status == 0, result.stderr
         found: dict[str, set[str]] = {}
         for made, digest in zip(cases, json.loads(result.stdout), strict=True):

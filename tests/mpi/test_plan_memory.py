@@ -8,9 +8,9 @@ import pytest
 
 from mpillama.engine.memory import RESERVE
 from mpillama.files.native_writer import create_file, seal_file
-from mpillama.layout.weight_types import WEIGHT_TYPES
 from mpillama.model.config import ModelConfig
 from mpillama.model.tensors import WeightTypes, tensor_specs
+from mpillama.quant import WEIGHT_TYPES
 from tests import models
 from tests.mpi.launch import PROGRAM, TIMEOUT, run
 

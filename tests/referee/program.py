@@ -88,12 +88,12 @@ def opened(
 def _made(config: Mapping[str, Any], weights: str, tensor: MakeTensor, threads: int) -> Any:
     from mpillama.comm.communicator import Communicator
     from mpillama.files.native_writer import pack_tensor
-    from mpillama.layout.weight_types import WEIGHT_TYPES
     from mpillama.model.config import ModelConfig
     from mpillama.model.llama import LlamaModel
     from mpillama.model.partition import partition
     from mpillama.model.tensors import TensorSpec, WeightTypes, tensor_specs
     from mpillama.model.weights import load_weights
+    from mpillama.quant import WEIGHT_TYPES
 
     default, *own = weights.split()
     types = {module: WEIGHT_TYPES[name] for module, _, name in (part.partition("=") for part in own)}

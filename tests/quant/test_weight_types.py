@@ -8,8 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
-from mpillama.layout import blocks, lanes
-from mpillama.layout.weight_types import BF16, F16, F32, Q4_0, Q8_0, WEIGHT_TYPES, WeightType
+from mpillama.quant import WEIGHT_TYPES
+from mpillama.quant.floats import BF16, F16, F32, round_to_bfloat16
+from mpillama.quant.q4_0 import Q4_0
+from mpillama.quant.q8_0 import Q8_0
+from mpillama.quant.weight_type import WeightType
 
 GGML = {Q8_0: GGMLQuantizationType.Q8_0, Q4_0: GGMLQuantizationType.Q4_0}
 LEAST_DIVISOR = 2.0**-128  # below, 1 / scale is no float32 any more
@@ -29,14 +32,14 @@ def ggml_bytes(x: np.ndarray, weight_type: WeightType) -> np.ndarray:
 
 def as_ggml(values: np.ndarray, scales: np.ndarray, weight_type: WeightType) -> np.ndarray:
     """Our blocks in GGML's bytes: the scale, then int8s, or nibbles i and i + 16 in one byte."""
-    if weight_type is Q4_0:
+    if weight_type == Q4_0:
         values = values[..., :16] | values[..., 16:] << 4
     return np.concatenate([scales[..., None].view(np.uint8), values.view(np.uint8)], axis=2)
 
 
 def our_bytes(x: np.ndarray, weight_type: WeightType, panel: int | None) -> np.ndarray:
     """Through row lanes and back."""
-    return as_ggml(*lanes.unpack_blocks(lanes.pack(x, weight_type, panel), weight_type), weight_type)
+    return as_ggml(*weight_type.unpack_blocks(weight_type.pack(x, panel)), weight_type)
 
 
 FINITE = st.floats(width=32, allow_nan=False, allow_infinity=False)
@@ -52,7 +55,7 @@ def among_others(block: np.ndarray) -> np.ndarray:
 
 def ordinary(x: np.ndarray, weight_type: WeightType) -> np.ndarray:
     """Flush blocks to zero whose scale is too small for GGML's own arithmetic (see the test of tiny blocks)."""
-    largest = np.abs(x.reshape(len(x), -1, 32)).max(axis=2) / (127 if weight_type is Q8_0 else 8)
+    largest = np.abs(x.reshape(len(x), -1, 32)).max(axis=2) / (127 if weight_type == Q8_0 else 8)
     return np.where(np.repeat(largest < LEAST_DIVISOR, 32, axis=1), np.float32(0), x)
 
 
@@ -79,7 +82,7 @@ def test_quantised_bytes_are_those_of_gguf_at_every_size(weight_type, exponent):
 @settings(max_examples=100, deadline=None)
 def test_ties_are_rounded_as_in_gguf(weight_type, halves, size):
     """Halves of steps: the largest is an exact 127 (or 8) steps, so that every odd number is a tie."""
-    top, first = (254, 127.0) if weight_type is Q8_0 else (16, -8.0)
+    top, first = (254, 127.0) if weight_type == Q8_0 else (16, -8.0)
     block = np.r_[first, (halves % (2 * top + 1) - top) / 2]
     x = among_others(block * 2.0**size)
     assert np.array_equal(our_bytes(x, weight_type, None), ggml_bytes(x, weight_type))
@@ -90,7 +93,7 @@ def test_zeros_are_zeros(weight_type):
     for zero in (0.0, -0.0):
         x = np.full((16, 32), zero, np.float32)
         assert np.array_equal(our_bytes(x, weight_type, None), ggml_bytes(x, weight_type))
-        assert not lanes.unpack(lanes.pack(x, weight_type), weight_type).any()
+        assert not weight_type.unpack(weight_type.pack(x)).any()
 
 
 @pytest.mark.filterwarnings("error")
@@ -99,7 +102,7 @@ def test_zeros_are_zeros(weight_type):
 def test_tiny_blocks_become_zeros_without_undefined_conversions(weight_type, largest):
     """GGML divides by the scale, overflows and converts infinity to an integer; ours must do nothing undefined."""
     x = np.linspace(-largest, largest, 16 * 32).reshape(16, 32).astype(np.float32)
-    assert not lanes.unpack(lanes.pack(x, weight_type), weight_type).any()
+    assert not weight_type.unpack(weight_type.pack(x)).any()
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
@@ -108,7 +111,7 @@ def test_a_bad_weight_shows_in_its_block(weight_type, bad):
     x = np.ones((16, 64), np.float32)
     x[3, 40] = bad
     with np.errstate(invalid="ignore"):
-        back = lanes.unpack(lanes.pack(x, weight_type), weight_type)
+        back = weight_type.unpack(weight_type.pack(x))
     assert not np.isfinite(back[3, 32:]).any()
     assert np.isfinite(np.delete(back, 3, axis=0)).all()
 
@@ -117,7 +120,7 @@ def test_a_bad_weight_shows_in_its_block(weight_type, bad):
 def test_dequantised_values_are_those_of_gguf(weight_type):
     x = np.random.default_rng(0).standard_normal((32, 128)).astype(np.float32)
     expected = gguf.quants.dequantize(ggml_bytes(x, weight_type).reshape(32, -1), GGML[weight_type])
-    assert np.array_equal(lanes.unpack(lanes.pack(x, weight_type), weight_type), expected)
+    assert np.array_equal(weight_type.unpack(weight_type.pack(x)), expected)
 
 
 @pytest.mark.parametrize("panel", [None, 32, 64, 128])
@@ -125,17 +128,18 @@ def test_dequantised_values_are_those_of_gguf(weight_type):
 def test_pack_and_unpack_undo_each_other(weight_type, panel):
     """Rounding happens once: packing what was unpacked gives the same arrays, in the shapes that the table promises."""
     x = np.random.default_rng(1).standard_normal((48, 256)).astype(np.float32)
-    packed = lanes.pack(x, weight_type, panel)
-    back = lanes.unpack(packed, weight_type)
+    packed = weight_type.pack(x, panel)
+    back = weight_type.unpack(packed)
     groups = (256 // panel, 3) if panel else (3,)
-    assert packed[0].shape == (*groups, *weight_type.value_shape(panel or 256))
-    assert packed[0].dtype == np.dtype(weight_type.stored)
+    units = (panel or 256) // weight_type.unit
+    assert [a.shape for a in packed] == [(*groups, units, lane.entry) for lane in weight_type.lanes]
+    assert [a.dtype for a in packed] == [np.dtype(lane.dtype) for lane in weight_type.lanes]
     assert sum(a.nbytes for a in packed) == 3 * weight_type.group_bytes(256)
     assert all(a.flags.c_contiguous for a in packed)
-    if weight_type is F32:
+    if weight_type == F32:
         assert np.array_equal(back, x)
     if not weight_type.quantised:
-        assert all(np.array_equal(a, b) for a, b in zip(lanes.pack(back, weight_type, panel), packed, strict=True))
+        assert all(np.array_equal(a, b) for a, b in zip(weight_type.pack(back, panel), packed, strict=True))
     step = {F32: 0, F16: 2.0**-11, BF16: 2.0**-8}.get(weight_type)
     if step is not None:
         assert np.all(np.abs(back - x) <= step * np.abs(x))
@@ -147,10 +151,10 @@ def test_pack_and_unpack_undo_each_other(weight_type, panel):
 def test_blocks_survive_row_lanes(weight_type, panel, seed):
     """Any bytes, also values that our quantiser never makes."""
     rng = np.random.default_rng(seed)
-    low, high = (-128, 127) if weight_type is Q8_0 else (0, 15)
-    values = rng.integers(low, high, (32, 6, 32), weight_type.stored, endpoint=True)
+    low, high = (-128, 127) if weight_type == Q8_0 else (0, 15)
+    values = rng.integers(low, high, (32, 6, 32), weight_type.lanes[0].dtype, endpoint=True)
     bits = rng.integers(0, 2**16, (32, 6), np.uint16)
-    found = lanes.unpack_blocks(lanes.pack_blocks(values, bits.view(np.float16), weight_type, panel), weight_type)
+    found = weight_type.unpack_blocks(weight_type.pack_blocks((values, bits.view(np.float16)), panel))
     assert np.array_equal(found[0], values)
     assert np.array_equal(found[1].view(np.uint16), bits)
 
@@ -158,13 +162,13 @@ def test_blocks_survive_row_lanes(weight_type, panel, seed):
 def test_lanes_lie_where_the_format_says():
     """16 rows side by side; q8_0 in steps of 4 k-values, q4_0 with steps j and j + 4 in one byte."""
     x = np.arange(16 * 32, dtype=np.float32).reshape(16, 32)
-    assert lanes.pack(x, F32)[0][0, 7, 3] == x[3, 7]
+    assert F32.pack(x)[0][0, 7, 3] == x[3, 7]
     values = (np.arange(16 * 32) % 251 - 125).astype(np.int8).reshape(16, 1, 32)
-    q8, scales = lanes.pack_blocks(values, np.arange(16, dtype=np.float16)[:, None], Q8_0)
+    q8, scales = Q8_0.pack_blocks((values, np.arange(16, dtype=np.float16)[:, None]))
     assert q8[0, 0, 64 * 5 + 4 * 11 + 2] == values[11, 0, 4 * 5 + 2]
     assert list(scales[0, 0]) == list(range(16))
     nibbles = (np.arange(16 * 32) * 7 % 16).astype(np.uint8).reshape(16, 1, 32)
-    q4, _ = lanes.pack_blocks(nibbles, np.ones((16, 1), np.float16), Q4_0)
+    q4, _ = Q4_0.pack_blocks((nibbles, np.ones((16, 1), np.float16)))
     byte = q4[0, 0, 64 * 3 + 4 * 9 + 1]
     assert (byte & 15, byte >> 4) == (nibbles[9, 0, 4 * 3 + 1], nibbles[9, 0, 4 * 7 + 1])
 
@@ -174,7 +178,7 @@ def test_lanes_lie_where_the_format_says():
 def test_bfloat16_is_rounded_as_in_gguf(bits):
     x = bits.view(np.float32)
     expected = gguf.quants.quantize(x[None], GGMLQuantizationType.BF16).view(np.uint16)[0]
-    assert np.array_equal(lanes.round_to_bfloat16(x), expected)
+    assert np.array_equal(round_to_bfloat16(x), expected)
 
 
 def test_bfloat16_at_every_tie():
@@ -183,22 +187,19 @@ def test_bfloat16_at_every_tie():
     for low in (0x0000, 0x7FFF, 0x8000, 0x8001, 0xFFFF):
         x = (high | low).view(np.float32)
         expected = gguf.quants.quantize(x[None], GGMLQuantizationType.BF16).view(np.uint16)[0]
-        assert np.array_equal(lanes.round_to_bfloat16(x), expected)
+        assert np.array_equal(round_to_bfloat16(x), expected)
 
 
 @pytest.mark.filterwarnings("error")
 def test_float16_weights_beyond_its_range_become_infinite():
     x = np.full((16, 32), 70000, np.float32)
-    assert np.isinf(lanes.unpack(lanes.pack(x, F16), F16)).all()
+    assert np.isinf(F16.unpack(F16.pack(x))).all()
 
 
 def test_quantisation_errors_are_within_half_a_step():
     x = np.random.default_rng(2).standard_normal((16, 64)).astype(np.float32)
-    for quantise, dequantise, steps in (
-        (blocks.quantise_q8_0, blocks.dequantise_q8_0, 127),
-        (blocks.quantise_q4_0, blocks.dequantise_q4_0, 8),
-    ):
+    for weight_type, steps in ((Q8_0, 127), (Q4_0, 8)):
         step = np.repeat(np.abs(x.reshape(16, 2, 32)).max(axis=2) / steps, 32, axis=1)
         # One side of q4_0 ends at 7 steps: up to a whole step is lost there.
         limit = step * (0.5 if steps == 127 else 1.0) + np.abs(x) * 2.0**-10
-        assert np.all(np.abs(dequantise(*quantise(x)) - x) <= limit)
+        assert np.all(np.abs(weight_type.dequantise(weight_type.quantise(x)) - x) <= limit)

@@ -1,1 +1,0 @@
-"""How a weight matrix lies in file and memory: weight types, quantised blocks, row lanes."""
