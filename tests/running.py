@@ -7,7 +7,8 @@ import numpy as np
 
 from mpillama.comm.communicator import Communicator
 from mpillama.engine.model_file import ModelFile
-from mpillama.files.native import NativeModel, read_table
+from mpillama.files.native import read_table
+from mpillama.files.native_reader import NativeModel
 from mpillama.kernels.library import Team
 from mpillama.kernels.target import prepare, requested_isa
 from mpillama.model.cache import KVCache, Step, blocks_for, joint_step, single_sequence_step

@@ -11,7 +11,8 @@ import time
 from typing import Any
 
 from mpillama.errors import UserError
-from mpillama.files.native import NativeModel, read_table
+from mpillama.files.native import read_table
+from mpillama.files.native_reader import NativeModel
 
 
 def fingerprint(model: NativeModel) -> str:

@@ -13,11 +13,13 @@ import numpy as np
 from mpillama.comm.communicator import Communicator
 from mpillama.engine.model_file import ModelFile, SliceReader
 from mpillama.errors import UserError
-from mpillama.files.native import TEXTS, TableEntry, read_table, unit_checksums
+from mpillama.files.native import TEXTS, read_table
+from mpillama.files.native_reader import TableEntry, unit_checksums
+from mpillama.files.native_writer import create_file, seal_file
 from mpillama.files.reading import write_exactly
-from mpillama.layout.weight_types import round_up
 from mpillama.model.partition import split_units
 from mpillama.model.tensors import TensorSpec
+from mpillama.quant.weight_type import round_up
 
 RUN_BYTES = 64 << 20
 """About as much of a tensor is read, laned and written at a time."""
@@ -75,8 +77,6 @@ def refuse_target(path: str, force: bool) -> None:
 
 
 def _lay_out(model: ModelFile, path: str, force: bool) -> Target:
-    from mpillama.files.native_writer import create_file  # HDF5 is for rank 0 alone
-
     refuse_target(path, force)
     need, free = target_bytes(model), shutil.disk_usage(Path(path).absolute().parent).free
     if free < need:
@@ -100,8 +100,6 @@ def _texts(model: ModelFile) -> dict[str, bytes]:
 
 def _seal(model: ModelFile, target: Target, parts: list[Checksums]) -> None:
     """Put the ranks' checksums together, say that the file is whole, and give it its name."""
-    from mpillama.files.native_writer import seal_file
-
     with _system_errors(target.path):
         whole = {name: np.bitwise_or.reduce([part[name] for part in parts]) for name in target.entries}
         seal_file(target.temporary, model.config_json, model.weight_types, target.entries, _texts(model), whole)

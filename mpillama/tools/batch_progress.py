@@ -5,14 +5,12 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from mpillama.batch.run import Counts
+from mpillama.engine.engine import Engine
 from mpillama.errors import UserError
 from mpillama.tools.display import terminal_console, watched
-
-if TYPE_CHECKING:
-    from mpillama.batch.supervisor import Counts
-    from mpillama.engine.engine import Engine
 
 METRICS_SECONDS = 10.0
 SHOW_SECONDS = 0.5
@@ -21,14 +19,14 @@ SHOW_SECONDS = 0.5
 class Reporter:
     """Takes the counts after each step and tells of them from time to time."""
 
-    def __init__(self, engine: "Engine", input_bytes: int, metrics: str | None, show: Callable[[str], None]):
+    def __init__(self, engine: Engine, input_bytes: int, metrics: str | None, show: Callable[[str], None]):
         self.engine = engine
         self.input_bytes = input_bytes
         self.metrics = metrics
         self.show = show
         self._next_show = self._next_metrics = 0.0
 
-    def __call__(self, counts: "Counts") -> None:
+    def __call__(self, counts: Counts) -> None:
         """A step was done."""
         now = time.monotonic()
         if now >= self._next_show:
@@ -38,7 +36,7 @@ class Reporter:
             self._next_metrics = now + METRICS_SECONDS
             self.write_metrics(counts)
 
-    def write_metrics(self, counts: "Counts") -> None:
+    def write_metrics(self, counts: Counts) -> None:
         """Append the figures of now; UserError if they cannot be written."""
         if self.metrics is None:
             return
@@ -48,7 +46,7 @@ class Reporter:
         except OSError as error:
             raise UserError(f"--metrics {self.metrics}: cannot be written ({error.strerror}).") from error
 
-    def figures(self, counts: "Counts") -> dict[str, Any]:
+    def figures(self, counts: Counts) -> dict[str, Any]:
         """What a machine may want to know; the engine's are those of rank 0's group."""
         seconds, engine = time.monotonic() - counts.began, self.engine
         totals = engine.counts
@@ -76,13 +74,13 @@ class Reporter:
             "drafts_accepted": engine.drafter.accepted if engine.drafter else 0,
         }
 
-    def _eta(self, counts: "Counts", seconds: float) -> float | None:
+    def _eta(self, counts: Counts, seconds: float) -> float | None:
         """Seconds that the rest of the input will take at the speed so far; rows of earlier runs took none."""
         share = counts.rows / (counts.rows + counts.skipped) if counts.rows else 0.0
         done = counts.read_bytes * share
         return seconds * (self.input_bytes - counts.read_bytes) / done if done else None
 
-    def line(self, counts: "Counts") -> str:
+    def line(self, counts: Counts) -> str:
         """The same for people."""
         f = self.figures(counts)
         eta = "" if not f["eta_seconds"] else f", {f['eta_seconds']:.0f} s left"

@@ -6,21 +6,18 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import httpx
 
 from mpillama.errors import UserError
 from mpillama.options import ClientOptions
 from mpillama.redaction import keep_secret
+from mpillama.serve.rendezvous import Rendezvous, read_rendezvous
 from mpillama.tools.keyboard import Keyboard
 from mpillama.tools.standard_input import read_standard_input
 
-if TYPE_CHECKING:
-    import httpx
-
-    from mpillama.serve.rendezvous import Rendezvous
-
 HELP = "/reset forgets the conversation, /system TEXT sets the system message, /quit leaves; Ctrl-C stops an answer."
-SAMPLING = ("max_tokens", "temperature", "top_p", "seed")
 CONNECT_SECONDS = 20.0
 PATTERN = "mpillama-serve*.json"
 
@@ -28,8 +25,7 @@ PATTERN = "mpillama-serve*.json"
 def client(options: ClientOptions) -> int:
     """Run the command; returns the exit status."""
     where = Server.find(options)
-    sampling = {name: getattr(options, name) for name in SAMPLING if getattr(options, name) is not None}
-    talk = Talk(where, sampling, options.system)
+    talk = Talk(where, options.sampling, options.system)
     if options.prompt is not None:
         talk.ask(read_standard_input() if options.prompt == "-" else options.prompt, lambda: False)
         return 0
@@ -90,12 +86,8 @@ class Server:
         return cls(options.url or (found.url if found else ""), key, options.timeout, hint)
 
     @contextmanager
-    def _connected(self) -> "Iterator[httpx.Client]":
+    def _connected(self) -> Iterator[httpx.Client]:
         """A client whose failures are UserErrors."""
-        try:
-            import httpx
-        except ImportError as error:
-            raise UserError("client needs the package httpx: pip install 'mpillama[serve]'.") from error
         headers = {"Authorization": f"Bearer {self.key}"} if self.key else {}
         try:
             timeout = httpx.Timeout(self.timeout, connect=CONNECT_SECONDS)
@@ -134,9 +126,7 @@ def _message(text: str) -> str | None:
         return None
 
 
-def _rendezvous(options: ClientOptions) -> "Rendezvous":
-    from mpillama.serve.rendezvous import read_rendezvous
-
+def _rendezvous(options: ClientOptions) -> Rendezvous:
     if options.rendezvous:
         return read_rendezvous(Path(options.rendezvous))
     found = sorted(Path().glob(PATTERN), key=lambda path: path.stat().st_mtime)

@@ -1,9 +1,11 @@
 """Progress for people, on standard error; silent where nobody watches."""
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
 
 from mpillama.comm.failure import print_error
 from mpillama.tools.terminal import STANDARD_ERROR, console, is_terminal
@@ -12,7 +14,6 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.progress import Progress
 
-    from mpillama.engine.load_watch import LoadState
 
 Display = Callable[[str], AbstractContextManager[Callable[[str], None]]]
 """Tells a person, as long as it is open, what takes long; gives the function that is told how far it is."""
@@ -84,17 +85,28 @@ def bytes_progress(
     return bar if is_root and watched(quiet) else _silent
 
 
+class LoadState(Protocol):
+    """How far all ranks are: bytes read by each, their hosts, and the rank that is furthest behind."""
+
+    @property
+    def read(self) -> np.ndarray: ...
+    @property
+    def hosts(self) -> Sequence[str]: ...
+    @property
+    def slowest(self) -> str: ...
+
+
 def load_progress(
     is_root: bool, quiet: bool, label: str = "loading"
-) -> Callable[[int], AbstractContextManager[Callable[["LoadState"], None]]]:
+) -> Callable[[int], AbstractContextManager[Callable[[LoadState], None]]]:
     """Return what opens a bar over the bytes of all ranks on rank 0's terminal, with GB/s and the slowest rank."""
 
     @contextmanager
-    def bar(total: int) -> Iterator[Callable[["LoadState"], None]]:
+    def bar(total: int) -> Iterator[Callable[[LoadState], None]]:
         with _bytes_bar(label) as progress:
             task = progress.add_task("", total=total, note="")
 
-            def show(state: "LoadState") -> None:
+            def show(state: LoadState) -> None:
                 note = f"slowest: {state.slowest}" if len(state.hosts) > 1 else ""
                 progress.update(task, completed=min(int(state.read.sum()), total), note=note)
 

@@ -7,7 +7,8 @@ from typing import Any
 
 from mpillama.engine.model_file import ModelFile, open_model
 from mpillama.files.checkpoint_model import CheckpointModel
-from mpillama.files.native import FORMAT, FORMAT_VERSION, NativeModel
+from mpillama.files.native import FORMAT, FORMAT_VERSION
+from mpillama.files.native_reader import NativeModel
 from mpillama.model.tensors import TensorSpec
 from mpillama.options import InspectOptions
 from mpillama.tools.display import in_units

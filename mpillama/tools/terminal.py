@@ -6,8 +6,10 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+import psutil
+from psutil import Process
+
 if TYPE_CHECKING:
-    from psutil import Process
     from rich.console import Console
 
 STANDARD_OUTPUT, STANDARD_ERROR = 1, 2
@@ -38,10 +40,8 @@ def terminal_of(output: int) -> str:
     return shown if shown.startswith(("/dev/pts/", "/dev/tty")) else ""
 
 
-def _launcher_and_between() -> "list[Process]":
+def _launcher_and_between() -> list[Process]:
     """This process's ancestors up to the launcher; none without one on this host."""
-    import psutil
-
     found = []
     try:
         for process in psutil.Process().parents():
@@ -53,7 +53,7 @@ def _launcher_and_between() -> "list[Process]":
     return []
 
 
-def _is_read_by(processes: "list[Process]", pipe: int) -> bool:
+def _is_read_by(processes: list[Process], pipe: int) -> bool:
     """Whether one of them is at the other end of a pipe of this process; else it leads to another program."""
     mine = _link(os.getpid(), pipe)
     return any(_link(p.pid, int(fd)) == mine for p in processes for fd in _descriptors(p.pid))

@@ -14,7 +14,8 @@ import pytest
 from safetensors.numpy import save_file
 
 from mpillama.engine.model_file import make_tokenizer, open_model
-from mpillama.files.native import NativeModel, read_table
+from mpillama.files.native import read_table
+from mpillama.files.native_reader import NativeModel
 from mpillama.options import COMMANDS
 from mpillama.text.tokenizer import Tokenizer
 from tests import golden_models
