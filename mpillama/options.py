@@ -4,14 +4,15 @@ Defaults are written into the help by hand, because argparse-dataclass prints MI
 """
 
 import argparse
-from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields, make_dataclass
 from typing import Any, ClassVar, NoReturn, Optional
 
 import argparse_dataclass
 
 from mpillama import __version__
 from mpillama.errors import UserError
+from mpillama.text.sampling_params import About, Number, SamplingParams
 
 # argparse-dataclass evaluates the annotations itself and knows Optional[int], not int | None.
 # ruff: noqa: UP045
@@ -124,31 +125,73 @@ class SpeculationFlags:
     )
 
 
+def sampling(**changed: tuple[str, Any]) -> Any:
+    """A field for the options of SamplingParams; those in `changed` have another help text and default."""
+    params = SamplingParams(**{name: default for name, (_, default) in changed.items()})
+    return field(default=params, metadata={"changed": changed})
+
+
+def given_sampling() -> Any:
+    """A field for those options of SamplingParams that are given, by name; nothing is known of the others."""
+    return field(default_factory=dict, metadata={"changed": None})
+
+
+def options_of(command: type) -> list[tuple[str, Any, Any]]:
+    """Name, type and field of each of a command's options; those of sampling are in the place of their one field."""
+    found: list[tuple[str, Any, Any]] = []
+    for each in fields(command):
+        if "changed" in each.metadata:
+            found += _sampling_options(each.metadata["changed"])
+        else:
+            found.append((each.name, each.type, _copy(each)))
+    return found
+
+
+def _copy(each: Any) -> Any:
+    """A field like another one, for another dataclass."""
+    return field(default=each.default, default_factory=each.default_factory, metadata=each.metadata, repr=each.repr)
+
+
+def _sampling_options(changed: Mapping[str, tuple[str, Any]] | None) -> Iterator[tuple[str, Any, Any]]:
+    for each in fields(SamplingParams):
+        about: About = each.metadata["about"]
+        if about.option is None:
+            continue
+        if isinstance(about.values, Number):
+            kind: type = about.values.kind
+            default, more = each.default, dict[str, Any]()
+            text = f"{about.option} (default: {about.when_none if default is None else default})"
+        else:
+            default, kind, more, text = [], list, {"nargs": "*", "type": about.read}, about.option
+        if changed is None:
+            text, default = about.option, None
+        text, default = (changed or {}).get(each.name, (text, default))
+        yield each.name, kind, option(text, default, metavar=about.metavar, **more)
+
+
+def _assembled(command: type, values: dict[str, Any]) -> Any:
+    """A command's options from what was parsed; UserError for a sampling option out of range."""
+    for each in fields(command):
+        if "changed" in each.metadata:
+            only_given = each.metadata["changed"] is None
+            names = [name for name, about in SamplingParams.about().items() if about.option is not None]
+            found = {name: values.pop(name) for name in names}
+            given = {name: value for name, value in found.items() if value is not None or not only_given}
+            given |= {name: tuple(value) for name, value in given.items() if isinstance(value, list)}
+            if "logit_bias" in given:
+                given["logit_bias"] = dict(given["logit_bias"])
+            if (most := given.get("max_tokens")) is not None and most < 1:
+                raise UserError(f"--max-tokens is {most}: ask for at least 1 token.")
+            params = SamplingParams(**given)
+            values[each.name] = given if only_given else params
+    return command(**values)
+
+
 @dataclass(frozen=True, kw_only=True)
-class SamplingFlags:
-    """Options that choose the next token."""
-
-    max_tokens: int = option("most tokens to generate (default: 256)", 256, metavar="TOKENS")
-    temperature: float = option("randomness; 0 always takes the likeliest token (default: 0.8)", 0.8, metavar="T")
-    top_k: int = option("keep the K likeliest tokens, 0 for all (default: 0)", 0, metavar="K")
-    top_p: float = option(
-        "keep the likeliest tokens up to this probability together (default: 0.95)", 0.95, metavar="P"
-    )
-    min_p: float = option("drop tokens below this share of the likeliest one (default: 0.0)", 0.0, metavar="P")
-    repetition_penalty: float = option("divide the logits of tokens seen before (default: 1.0)", 1.0, metavar="X")
-    presence_penalty: float = option("subtract once from tokens generated before (default: 0.0)", 0.0, metavar="X")
-    frequency_penalty: float = option("subtract for each time a token was generated (default: 0.0)", 0.0, metavar="X")
-    logit_bias: list[str] = option(
-        "add to the logits of tokens before anything else: ID=BIAS ...", [], nargs="*", metavar="ID=BIAS"
-    )
-    seed: Optional[int] = option("the same seed gives the same text (default: a new one, reported)", metavar="N")
-    stop: list[str] = option("end before any of these texts", [], nargs="*", metavar="TEXT")
-
-
-@dataclass(frozen=True, kw_only=True)
-class GenerateOptions(RunOptions, SamplingFlags, SpeculationFlags):
+class GenerateOptions(RunOptions, SpeculationFlags):
     """Options of `generate`."""
 
+    sampling: SamplingParams = sampling()
     prompt: str = option(
         "text to continue, or - to read it from standard input (default: Once upon a time)",
         "Once upon a time",
@@ -165,9 +208,10 @@ class GenerateOptions(RunOptions, SamplingFlags, SpeculationFlags):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ChatOptions(RunOptions, SamplingFlags, SpeculationFlags):
+class ChatOptions(RunOptions, SpeculationFlags):
     """Options of `chat`."""
 
+    sampling: SamplingParams = sampling()
     system: Optional[str] = option("the system message to begin with", metavar="TEXT")
     quiet: bool = option("no progress and no closing lines", False)
 
@@ -224,12 +268,12 @@ class EngineOptions(RunOptions, SpeculationFlags):
 
 
 @dataclass(frozen=True, kw_only=True)
-class BatchOptions(EngineOptions, SamplingFlags):
+class BatchOptions(EngineOptions):
     """Options of `batch`."""
 
     input: str = positional("input", "JSON lines: OpenAI's batch form, or id with prompt or messages")
     output: str = positional("output", "JSON lines to append to; the same command again continues where it stopped")
-    seed: int = option("with a row's id the seed of its sampling (default: 0)", 0, metavar="N")
+    sampling: SamplingParams = sampling(seed=("with a row's id the seed of its sampling (default: 0)", 0))
     time_limit: Optional[str] = option(
         "stop in time with status 85: seconds, MM:SS, HH:MM:SS or D-HH:MM:SS (default: the Slurm job's end)",
         metavar="TIME",
@@ -244,7 +288,7 @@ class BatchOptions(EngineOptions, SamplingFlags):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ServeOptions(EngineOptions, SamplingFlags):
+class ServeOptions(EngineOptions):
     """Options of `serve`; those of sampling count where a request says nothing."""
 
     needs_head: ClassVar[bool] = False
@@ -266,9 +310,11 @@ class ServeOptions(EngineOptions, SamplingFlags):
         metavar="FILE",
     )
     model_name: Optional[str] = option("the model's name in the API (default: its file's)", metavar="NAME")
-    max_tokens: Optional[int] = option(  # type: ignore[assignment]
-        "most tokens of a chat's answer (default: what the context holds; completions: 16, as in OpenAI's API)",
-        metavar="TOKENS",
+    sampling: SamplingParams = sampling(
+        max_tokens=(
+            "most tokens of a chat's answer (default: what the context holds; completions: 16, as in OpenAI's API)",
+            None,
+        )
     )
     queue: int = option("answers that may wait, beside those computed together (default: 256)", 256, metavar="COUNT")
     connections: int = option("requests that may be open (default: 1000)", 1000, metavar="COUNT")
@@ -304,10 +350,7 @@ class ClientOptions:
     )
     prompt: Optional[str] = option("ask this, or - for standard input, and leave", metavar="TEXT")
     system: Optional[str] = option("the system message to begin with", metavar="TEXT")
-    max_tokens: Optional[int] = option("most tokens of an answer", metavar="TOKENS")
-    temperature: Optional[float] = option("randomness; 0 always takes the likeliest token", metavar="T")
-    top_p: Optional[float] = option("keep the likeliest tokens up to this probability together", metavar="P")
-    seed: Optional[int] = option("the same seed gives the same answer", metavar="N")
+    sampling: dict[str, Any] = given_sampling()
     timeout: float = option("longest silence of the server (default: 600.0)", 600.0, metavar="SECONDS")
     quiet: bool = option("no help and no prompts", False)
 
@@ -464,13 +507,28 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"mpillama {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", parser_class=_Parser)
     for name, (options_class, text) in COMMANDS.items():
-        commands.add_parser(name, options_class=options_class, help=text, description=text.capitalize() + ".")
+        flat = make_dataclass(options_class.__name__, options_of(options_class), frozen=True, kw_only=True)
+        commands.add_parser(name, options_class=flat, help=text, description=text.capitalize() + ".")
     return parser
 
 
 def recorded(options: Any) -> dict[str, Any]:
     """The options as results may tell them: without secrets."""
-    return {f.name: getattr(options, f.name) for f in fields(options) if not f.metadata.get("secret")}
+    found: dict[str, Any] = {}
+    for each in fields(options):
+        value = getattr(options, each.name)
+        if isinstance(value, SamplingParams):
+            found |= recorded_sampling(value)
+        elif not each.metadata.get("secret"):
+            found[each.name] = value
+    return found
+
+
+def recorded_sampling(params: SamplingParams) -> dict[str, Any]:
+    """The sampling options, as they are typed."""
+    found = {name: getattr(params, name) for name, about in SamplingParams.about().items() if about.option is not None}
+    bias = [f"{token}={bias:.15g}" for token, bias in params.logit_bias.items()]
+    return {**found, "logit_bias": bias, "stop": list(params.stops)}
 
 
 def parse(arguments: Sequence[str]) -> tuple[str, Any]:
@@ -482,4 +540,4 @@ def parse(arguments: Sequence[str]) -> tuple[str, Any]:
         arguments = ["generate", *arguments]
     values = vars(build_parser().parse_args(list(arguments)))
     command = values.pop("command")
-    return command, COMMANDS[command][0](**values)
+    return command, _assembled(COMMANDS[command][0], values)

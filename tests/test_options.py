@@ -9,7 +9,7 @@ from dataclasses import MISSING, fields
 import pytest
 
 from mpillama.errors import UserError
-from mpillama.options import COMMANDS, build_parser, parse
+from mpillama.options import COMMANDS, build_parser, options_of, parse, recorded
 
 DEFAULT = re.compile(r"\(default: (?P<value>.*)\)$")
 DESCRIBED = {
@@ -31,22 +31,22 @@ DESCRIBED = {
 """Defaults that are None and decided later: the help says how."""
 
 
-def options_of(command: str) -> dict[str, tuple[str, object]]:
+def described(command: str) -> dict[str, tuple[str, object]]:
     """Each optional option's help and default."""
     found = {}
-    for field in fields(COMMANDS[command][0]):
+    for name, _, field in options_of(COMMANDS[command][0]):
         if "args" not in field.metadata:
             default = field.default if field.default is not MISSING else field.default_factory()
-            found[field.name] = (field.metadata["help"], default)
+            found[name] = (field.metadata["help"], default)
     return found
 
 
-ALL_OPTIONS = [(command, name) for command in COMMANDS for name in options_of(command)]
+ALL_OPTIONS = [(command, name) for command in COMMANDS for name in described(command)]
 
 
 @pytest.mark.parametrize(("command", "name"), ALL_OPTIONS)
 def test_the_help_says_the_default(command, name):
-    text, default = options_of(command)[name]
+    text, default = described(command)[name]
     stated = DEFAULT.search(text)
     if default is None:
         assert stated is None or stated["value"] == DESCRIBED.get(f"{command} {name}", DESCRIBED.get(name))
@@ -63,9 +63,14 @@ def test_parsing_nothing_gives_the_defaults(command):
     required = [f.name for f in fields(COMMANDS[command][0]) if "args" in f.metadata]
     name, options = parse([command, *required])
     assert name == command
-    for key, (_, default) in options_of(command).items():
-        assert getattr(options, key) == default
-        assert type(getattr(options, key)) is type(default)
+    assert options == COMMANDS[command][0](**{field: field for field in required})
+    found = {**vars(options), **recorded(options)}
+    for key, (_, default) in described(command).items():
+        if key in found:  # a sampling option that is not given to `client` is the server's
+            assert found[key] == default
+            assert type(found[key]) is type(default)
+        else:
+            assert (command, default) == ("client", None)
 
 
 @pytest.mark.parametrize("command", list(COMMANDS))
@@ -74,7 +79,7 @@ def test_the_printed_help_holds_every_option_and_no_placeholder(command):
     text = " ".join(parsers.choices[command].format_help().split())
     assert "MISSING" not in text
     assert "dataclasses" not in text
-    for name, (help_text, _) in options_of(command).items():
+    for name, (help_text, _) in described(command).items():
         assert f"--{name.replace('_', '-')}" in text
         assert " ".join(help_text.split()) in text
 
@@ -82,21 +87,22 @@ def test_the_printed_help_holds_every_option_and_no_placeholder(command):
 def test_without_a_command_generate_runs():
     assert parse([])[0] == "generate"
     command, options = parse(["--prompt", "Hello", "--max-tokens", "3"])
-    assert (command, options.prompt, options.max_tokens) == ("generate", "Hello", 3)
+    assert (command, options.prompt, options.sampling.max_tokens) == ("generate", "Hello", 3)
 
 
 def test_values_have_their_types():
     text = "--max-tokens 3 --temperature 0.5 --seed 7 --threads 2 --stop a b --logit-bias 1=2 3=-4 --json --quiet"
     _, options = parse(["generate", *text.split(), "--model", "m.h5", "--kv-type", "f32"])
-    assert (options.max_tokens, options.temperature, options.seed, options.threads) == (3, 0.5, 7, 2)
-    assert (options.stop, options.logit_bias) == (["a", "b"], ["1=2", "3=-4"])
+    params = options.sampling
+    assert (params.max_tokens, params.temperature, params.seed, options.threads) == (3, 0.5, 7, 2)
+    assert (params.stop, params.logit_bias) == (("a", "b"), {1: 2, 3: -4})
     assert (options.json, options.quiet, options.chat) == (True, True, False)
     assert (options.model, options.kv_type) == ("m.h5", "f32")
 
 
 def test_lists_are_not_shared_between_runs():
-    first, second = parse([])[1], parse([])[1]
-    assert first.stop is not second.stop
+    first, second = parse(["serve"])[1], parse(["serve"])[1]
+    assert first.cors is not second.cors
 
 
 MISTAKES = [

@@ -8,14 +8,17 @@ concerns the chat template are not OpenAI's.
 
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, Field, create_model
 
 from mpillama.api.body import Body, Ignored, refusing
 from mpillama.api.messages import Message, TemplateFields
+from mpillama.text.sampling_params import Number, SamplingParams
 
 MAX_STOPS = 16
 NO_LIMIT = -1
 """As `max_tokens`: the answer may fill the context."""
+ALL_TOKENS = -1
+"""As `top_k`: another way to say 0."""
 ANY_SEED = -1
 """As `seed`: none in particular."""
 
@@ -23,21 +26,30 @@ Bias = Annotated[float, Field(ge=-100, le=100)]
 MostTokens = Annotated[int, Field(ge=0)] | Literal[-1]
 
 
-class SamplingBody(Body):
-    """How an answer is sampled and when it ends; None takes the server's or the job's own value."""
+def _number(asked: Number) -> Any:
+    """A field's type and default, for pydantic."""
+    kind: Any = asked.kind
+    return Annotated[kind, Field(**asked.limits)] | None, None
+
+
+ASKED = {name: about.asked for name, about in SamplingParams.about().items() if about.asked}
+"""Fields of SamplingParams that are numbers, and which ones a request may ask for."""
+
+Numbers: Any = create_model("Numbers", __base__=Body, **{name: _number(asked) for name, asked in ASKED.items()})
+
+
+class SamplingBody(Numbers):  # type: ignore[misc]
+    """How an answer is sampled and when it ends; None takes the server's or the job's own value.
+
+    Numbers that SamplingParams has come from there; here are those that a request spells otherwise.
+    """
 
     model: str | None = None
     max_tokens: MostTokens | None = None
-    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
-    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
-    top_k: Annotated[int, Field(ge=-1)] | None = None
-    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    top_k: Annotated[int, Field(ge=ALL_TOKENS)] | None = None
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
     stop: str | Annotated[list[str], Field(max_length=MAX_STOPS, fail_fast=True)] | None = None
     logit_bias: dict[str, Bias] | None = None
-    presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
-    frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
-    repetition_penalty: Annotated[float, Field(ge=0.01, le=100)] | None = None
     ignore_eos: bool | None = None
     cache_prompt: bool | None = None
     cache_salt: str | None = None

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from mpillama.api.bodies import ANY_SEED, NO_LIMIT, ChatBody, CompletionBody, SamplingBody
+from mpillama.api.bodies import ALL_TOKENS, ANY_SEED, ASKED, NO_LIMIT, ChatBody, CompletionBody, SamplingBody
 from mpillama.api.body import BadRequest
 from mpillama.api.messages import Message, TemplateFields
 from mpillama.api.tool_calls import for_template
@@ -16,8 +16,6 @@ from mpillama.text.chat_template import ChatTemplate
 from mpillama.text.sampling_params import SamplingParams
 from mpillama.text.tokenizer import Tokenizer
 
-ALL_TOKENS = -1
-"""As `top_k`: another way to say 0."""
 PLAINLY = TemplateFields()
 """A chat template is used as usual."""
 
@@ -99,12 +97,7 @@ class Prompter:
 
     def sampling(self, body: SamplingBody, seed: int | None) -> SamplingParams:
         """How the answer is sampled; UserError or BadRequest for what cannot be."""
-        given = {
-            name: value
-            for name in ("temperature", "top_p", "top_k", "min_p", "seed", "repetition_penalty", "presence_penalty",
-                         "frequency_penalty")
-            if (value := getattr(body, name)) is not None
-        }  # fmt: skip
+        given = {name: value for name in ASKED if (value := getattr(body, name)) is not None}
         if given.get("top_k") == ALL_TOKENS:
             given["top_k"] = 0
         if body.seed is not None:

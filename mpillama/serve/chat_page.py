@@ -1,5 +1,6 @@
 """The chat page's paths: its files, and the Markdown of answers as HTML."""
 
+import json
 import logging
 from functools import cache
 from pathlib import Path
@@ -9,16 +10,20 @@ from fastapi import APIRouter, Request, Response
 from fastapi.responses import FileResponse
 from pydantic import Field
 
+from mpillama.api.bodies import MAX_STOPS
 from mpillama.api.body import Body
 from mpillama.serve.errors import AsciiJson, Refused, Unprocessable
 from mpillama.serve.render.code import code_css
 from mpillama.serve.render.renderer import MOST_CHARACTERS, MOST_TEXTS, NotRendered
 from mpillama.serve.routes import StrictRoute
+from mpillama.text.sampling_params import SamplingParams
 
 LOG = logging.getLogger(__name__)
 PAGE = Path(__file__).parent / "page"
 FRESH = {"Cache-Control": "no-cache"}
 """The page's files belong together: after an upgrade a browser must not mix two versions."""
+LEAST_ABOVE = 1e-6
+"""How far above a limit a number must be that may not be the limit itself: browsers know no such limits."""
 
 page = APIRouter(route_class=StrictRoute, include_in_schema=False)
 
@@ -57,11 +62,34 @@ async def render(request: Request, body: PageTexts) -> Response:
 @page.get("/page/{name}")
 async def page_file(name: str) -> Response:
     """Give a file of the chat page."""
-    if name == "code.css":
-        return Response(code_css(), media_type="text/css", headers=FRESH)
+    if name in MADE:
+        make, kind = MADE[name]
+        return Response(make(), media_type=kind, headers=FRESH)
     if name not in _files():
         raise Refused(404, f"the page has no file {name!r}")
     return FileResponse(_files()[name], headers=FRESH)
+
+
+@cache
+def sampling_js() -> str:
+    """The sampling fields that the page lets its reader set, with the limits of the API."""
+    fields = [
+        {
+            "name": name,
+            "label": name.replace("_", " ").capitalize(),
+            "min": about.asked.ge if about.asked.gt is None else about.asked.gt + LEAST_ABOVE,
+            "max": about.asked.le,
+            "step": 1 if about.asked.kind is int else "any",
+            "hint": about.hint,
+        }
+        for name, about in SamplingParams.about().items()
+        if about.asked and about.hint
+    ]
+    return f"export const FIELDS = {json.dumps(fields)};\nexport const MAX_STOPS = {MAX_STOPS};\n"
+
+
+MADE = {"code.css": (code_css, "text/css"), "sampling.js": (sampling_js, "text/javascript")}
+"""Files of the page that are made, not kept: what makes them, and their type."""
 
 
 @cache

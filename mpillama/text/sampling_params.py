@@ -44,15 +44,17 @@ class Number:
 class About:
     """What is known of a field beside its default.
 
-    `values` are those that it may have; `option` is the help of the command-line option (None: it is none) and
-    `when_none` how that help calls the default None. `asked` are the values that a request may have, `hint` is what the
-    chat page says of it (None: it is not among its settings).
+    `values` are those that it may have. `option` is the help of the command-line option (None: there is none), in which
+    `when_none` describes the default None; where `values` are not a Number the option takes several texts, each made a
+    value by `read`. `asked` are the values that a request may have. `hint` is what the chat page says of it (None: it
+    is not among the page's settings).
     """
 
     values: Number | Callable[[Any], bool]
     range: str
     option: str | None = None
     metavar: str | None = None
+    read: Callable[[str], Any] = str
     when_none: str | None = None
     asked: Number | None = None
     hint: str | None = None
@@ -77,6 +79,14 @@ COUNT, SHARE, PENALTY = Number(int, ge=0), Number(float, ge=0, le=1), Number(flo
 
 def _is_bias(value: Any) -> bool:
     return all(isinstance(bias, int | float) and math.isfinite(bias) for bias in value.values())
+
+
+def _read_bias(text: str) -> tuple[int, float]:
+    token, _, bias = text.partition("=")
+    try:
+        return int(token), float(bias)
+    except ValueError as error:
+        raise UserError(f"--logit-bias {text!r} is not of the form ID=BIAS, for example 42=-1.5.") from error
 
 
 def _is_texts(value: Any) -> bool:
@@ -142,6 +152,7 @@ class SamplingParams:
     logit_bias: Mapping[int, float] = _param(
         {}, _is_bias, "finite numbers by token id",
         option="add to the logits of tokens before anything else: ID=BIAS ...", metavar="ID=BIAS",
+        read=_read_bias,
     )  # fmt: skip
     seed: int | None = _param(
         None, COUNT, "a whole number, 0 or more",

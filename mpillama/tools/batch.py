@@ -22,17 +22,14 @@ from mpillama.engine.loading import DEFAULT_BATCH_CONTEXT
 from mpillama.engine.model_file import model_path, open_model
 from mpillama.engine.preflight import smallest_group
 from mpillama.errors import UserError
-from mpillama.options import BatchOptions
+from mpillama.options import BatchOptions, recorded_sampling
 from mpillama.tools.batch_progress import Reporter, shown
 from mpillama.tools.engines import Group, check_engine_options, grouped, model_name, opener, prompter
 from mpillama.tools.output_file import refuse_unwritable
-from mpillama.tools.running import Run, loaded, running, sampling_options
+from mpillama.tools.running import Run, loaded, running
 
-ANSWER_OPTIONS = (
-    "max_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty",
-    "frequency_penalty", "logit_bias", "seed", "stop", "weights", "kv_type", "layers",
-)  # fmt: skip
-"""What an answer depends on besides row and model."""
+ANSWER_OPTIONS = ("weights", "kv_type", "layers")
+"""What an answer depends on besides row, model and sampling."""
 
 
 def batch(options: BatchOptions, world: World) -> int:
@@ -66,7 +63,6 @@ def group_size(options: BatchOptions, world: World) -> int:
 
 def check(options: BatchOptions) -> None:
     """Raise UserError for what is wrong with the options."""
-    sampling_options(options)
     check_engine_options(options)
     refuse_unwritable("OUTPUT", options.output)
     refuse_unwritable("--metrics", options.metrics)
@@ -148,7 +144,7 @@ def make_worker(run: Run, options: BatchOptions) -> Worker:
     """The engine of this process's group."""
     engine = Engine(run.executor, run.tokenizer, options.speculate)
     provenance = make_provenance(run, answer_options(options, run))
-    return Worker(engine, prompter(run, options), model_name(run), options.seed, provenance)
+    return Worker(engine, prompter(run, options), model_name(run), options.sampling.seed or 0, provenance)
 
 
 def make_provenance(run: Run, used: dict[str, Any]) -> Provenance:
@@ -158,4 +154,5 @@ def make_provenance(run: Run, used: dict[str, Any]) -> Provenance:
 
 def answer_options(options: BatchOptions, run: Run) -> dict[str, Any]:
     """The options that an answer depends on, as they are used."""
-    return {**{name: getattr(options, name) for name in ANSWER_OPTIONS}, "max_seq_len": run.executor.max_seq_len}
+    others = {name: getattr(options, name) for name in ANSWER_OPTIONS}
+    return {**recorded_sampling(options.sampling), **others, "max_seq_len": run.executor.max_seq_len}

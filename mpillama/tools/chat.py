@@ -14,7 +14,7 @@ from mpillama.errors import UserError
 from mpillama.options import ChatOptions
 from mpillama.text.sampler import Sampler
 from mpillama.tools.keyboard import Keyboard
-from mpillama.tools.running import Run, after_prompt, check_speculation, loaded, running, sampling_options
+from mpillama.tools.running import Run, after_prompt, check_speculation, loaded, running
 
 HELP = "/reset forgets the conversation, /system TEXT sets the system message, /quit leaves; Ctrl-C stops an answer."
 Message = dict[str, Any]
@@ -22,7 +22,6 @@ Message = dict[str, Any]
 
 def chat(options: ChatOptions, world: World) -> int:
     """Run the command; returns the exit status."""
-    sampling_options(options)
     check_speculation(options)
     # A launcher passes Ctrl-C on to every rank: only rank 0 acts on it, and not before it can answer.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -98,7 +97,7 @@ class Conversation:
         keep = common_prefix(self.cached, prompt_ids[:-1])
         run.session.truncate(keep)
         sampler = Sampler(self._sampling(), run.loaded.file.config.vocab_size, prompt_ids)
-        answer = Answer(run.tokenizer, sampling_options(options))
+        answer = Answer(run.tokenizer, options.sampling)
         pieces = text_pieces(run.session, sampler, Generation(prompt_ids, answer), prompt_ids[keep:], self.drafter)
         self.cached = self.cached[:keep]
         for piece in after_prompt(run, pieces):
@@ -112,7 +111,7 @@ class Conversation:
 
     def _sampling(self) -> Any:
         """The sampling options; a given seed gives each turn a seed of its own."""
-        options = sampling_options(self.options)
+        options = self.options.sampling
         if options.seed is None:
             return options
         self.turn += 1

@@ -15,7 +15,7 @@ from mpillama.engine.executor import Executor
 from mpillama.engine.loading import LoadedModel, open_shared_executor
 from mpillama.errors import UserError
 from mpillama.options import BatchOptions, EngineOptions, ServeOptions
-from mpillama.tools.running import Job, Run, check_speculation, sampling_options
+from mpillama.tools.running import Job, Run, check_speculation
 
 
 def opener(options: EngineOptions) -> Callable[[LoadedModel], Executor]:
@@ -78,5 +78,5 @@ def model_name(run: Run) -> str:
 
 def prompter(run: Run, options: BatchOptions | ServeOptions) -> Prompter:
     """What turns bodies into requests, with the command's sampling options as defaults."""
-    defaults = Defaults(sampling_options(options))
+    defaults = Defaults(options.sampling)
     return Prompter(run.tokenizer, run.cached_chat_template, run.loaded.file.config.vocab_size, defaults)

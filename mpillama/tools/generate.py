@@ -25,7 +25,6 @@ from mpillama.tools.running import (
     communication_share,
     loaded,
     running,
-    sampling_options,
 )
 from mpillama.tools.standard_input import read_standard_input
 
@@ -43,7 +42,6 @@ def check(options: GenerateOptions) -> None:
     """UserError for what is wrong with the options."""
     if options.chat and options.raw:
         raise UserError("--chat and --raw exclude each other: give one of them.")
-    sampling_options(options)
     check_speculation(options)
     _given_token_ids(options)
     if not options.prompt and options.prompt_token_ids is None:
@@ -53,8 +51,8 @@ def check(options: GenerateOptions) -> None:
 
 def _generate(run: Run, options: GenerateOptions) -> None:
     prompt_ids = _prompt_ids(run, options)
-    sampler = Sampler(sampling_options(options), run.loaded.file.config.vocab_size, prompt_ids)
-    answer = Answer(run.tokenizer, sampling_options(options), after=() if options.chat else prompt_ids)
+    sampler = Sampler(options.sampling, run.loaded.file.config.vocab_size, prompt_ids)
+    answer = Answer(run.tokenizer, options.sampling, after=() if options.chat else prompt_ids)
     generation = Generation(prompt_ids, answer, logits=[] if options.logits_out else None)
     drafter = Drafter(options.speculate)
     pieces = text_pieces(run.session, sampler, generation, prompt_ids, drafter)

@@ -21,10 +21,9 @@ from mpillama.engine.session import Session
 from mpillama.errors import UserError
 from mpillama.kernels.target import Target, prepare, requested_isa
 from mpillama.model.partition import most_busy_ranks, partition
-from mpillama.options import RunOptions, SamplingFlags, SpeculationFlags
+from mpillama.options import RunOptions, SpeculationFlags
 from mpillama.text.chat_template import ChatTemplate
 from mpillama.text.sampler import NonFiniteLogits
-from mpillama.text.sampling_params import SamplingParams
 from mpillama.text.tokenizer import Tokenizer
 from mpillama.tools.display import in_number, in_units, load_progress, stages
 from mpillama.tools.logs import OF_RUN, logged
@@ -199,37 +198,10 @@ def warn_of_requantised(file: ModelFile) -> None:
         )  # fmt: skip
 
 
-def sampling_options(flags: SamplingFlags) -> SamplingParams:
-    """The sampler's options; UserError for a value out of range."""
-    if flags.max_tokens is not None and flags.max_tokens < 1:
-        raise UserError(f"--max-tokens is {flags.max_tokens}: ask for at least 1 token.")
-    return SamplingParams(
-        max_tokens=flags.max_tokens,
-        temperature=flags.temperature,
-        top_k=flags.top_k,
-        top_p=flags.top_p,
-        min_p=flags.min_p,
-        repetition_penalty=flags.repetition_penalty,
-        presence_penalty=flags.presence_penalty,
-        frequency_penalty=flags.frequency_penalty,
-        logit_bias=dict(_parse_bias(text) for text in flags.logit_bias),
-        seed=flags.seed,
-        stop=flags.stop,
-    )
-
-
 def check_speculation(flags: SpeculationFlags) -> None:
     """UserError for a number of drafts that is none."""
     if flags.speculate < 0:
         raise UserError(f"--speculate is {flags.speculate}: give 0 (off) or more.")
-
-
-def _parse_bias(text: str) -> tuple[int, float]:
-    token, _, bias = text.partition("=")
-    try:
-        return int(token), float(bias)
-    except ValueError as error:
-        raise UserError(f"--logit-bias {text!r} is not of the form ID=BIAS, for example 42=-1.5.") from error
 
 
 def after_prompt(run: Run, pieces: Iterator[str]) -> Iterator[str]:

@@ -12,7 +12,6 @@ from mpillama.serve.rendezvous import default_path, is_loopback
 from mpillama.tools.engines import check_engine_options
 from mpillama.tools.output_file import refuse_unwritable
 from mpillama.tools.quantities import parse_bytes
-from mpillama.tools.running import sampling_options
 
 
 @dataclass(frozen=True)
@@ -27,7 +26,6 @@ class Settings:
 
 def check(options: ServeOptions) -> Settings:
     """Raise UserError for what is wrong with the options."""
-    sampling_options(options)
     check_engine_options(options)
     for name in ("queue", "connections", "body_timeout", "write_timeout", "request_timeout"):
         if getattr(options, name) < (0 if name == "queue" else 1):

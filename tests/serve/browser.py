@@ -19,7 +19,7 @@ from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.remote.webelement import WebElement
 
-from mpillama.serve.render.code import code_css
+from mpillama.serve.chat_page import MADE
 from mpillama.serve.render.markdown import render
 from tests.mpi.launch import ROOT
 from tests.packages import install, missing
@@ -265,8 +265,9 @@ def _handler(server: FakeServer) -> type[BaseHTTPRequestHandler]:
             self.send(status, json.dumps({"error": error}), *headers)
 
         def send_file(self, name: str) -> None:
-            if name == "code.css":
-                self.send(200, code_css(), kind="text/css")
+            if name in MADE:
+                make, kind = MADE[name]
+                self.send(200, make(), kind=kind)
                 return
             path = PAGE / name
             if path.parent != PAGE or not path.is_file():

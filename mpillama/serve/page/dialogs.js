@@ -1,22 +1,7 @@
 // The two dialogs: a question with an optional field, and the settings of a conversation.
 
 import { el, find } from "./dom.js";
-
-const MAX_STOPS = 16;
-
-// name, label, least, most, what it does; the limits are the server's.
-const NUMBERS = [
-  ["temperature", "Temperature", 0, 2, "0 takes the likeliest token"],
-  ["top_p", "Top p", 0.000001, 1, "Share of the likeliest"],
-  ["top_k", "Top k", 0, null, "Number of the likeliest"],
-  ["min_p", "Min p", 0, 1, "Relative to the likeliest"],
-  ["max_tokens", "Most tokens", 1, null, "Length of an answer"],
-  ["seed", "Seed", 0, Number.MAX_SAFE_INTEGER, "The same seed, the same answer"],
-  ["repetition_penalty", "Repetition", 0.01, 100, "Penalty, 1 is none"],
-  ["presence_penalty", "Presence", -2, 2, "Penalty, 0 is none"],
-  ["frequency_penalty", "Frequency", -2, 2, "Penalty, 0 is none"],
-];
-const WHOLE = ["top_k", "max_tokens", "seed"];
+import { FIELDS, MAX_STOPS } from "./sampling.js"; // which the server makes of its own list
 
 let before = Promise.resolve();
 
@@ -49,18 +34,18 @@ async function askNow({ title, text = "", label = null, value = "", type = "text
 export async function editSettings(settings) {
   const dialog = find("#settings");
   const form = find("form", dialog);
-  if (!find("#numbers").children.length) find("#numbers").append(...NUMBERS.map(numberField));
+  if (!find("#numbers").children.length) find("#numbers").append(...FIELDS.map(numberField));
   form.system.value = settings.system ?? "";
   form.stop.value = [settings.stop ?? []].flat().map(escaped).join("\n");
-  for (const [name] of NUMBERS) form[name].value = settings[name] ?? "";
+  for (const { name } of FIELDS) form[name].value = settings[name] ?? "";
   find("[value=clear]", dialog).onclick = () => form.querySelectorAll("input, textarea").forEach((f) => (f.value = ""));
   const done = closed(dialog);
   dialog.showModal();
   return (await done) ? given(form) : null;
 }
 
-function numberField([name, label, min, max, hint]) {
-  const limits = { min, max, step: WHOLE.includes(name) ? 1 : "any", inputmode: min < 0 ? "text" : "decimal" };
+function numberField({ name, label, min, max, step, hint }) {
+  const limits = { min, max, step, inputmode: min < 0 ? "text" : "decimal" };
   const input = el("input", { type: "number", name, placeholder: "default", ...limits });
   return el("label", {}, el("span", {}, label), input, el("small", {}, hint));
 }
@@ -69,7 +54,7 @@ function numberField([name, label, min, max, hint]) {
 function given(form) {
   const settings = {};
   if (form.system.value.trim()) settings.system = form.system.value;
-  for (const [name] of NUMBERS) if (form[name].value !== "") settings[name] = form[name].valueAsNumber;
+  for (const { name } of FIELDS) if (form[name].value !== "") settings[name] = form[name].valueAsNumber;
   const stops = form.stop.value.split("\n").filter(Boolean).slice(0, MAX_STOPS).map(unescaped);
   if (stops.length) settings.stop = stops;
   return settings;
