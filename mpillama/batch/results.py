@@ -1,15 +1,20 @@
-"""The lines of an output file, in the form of OpenAI's batch results.
+"""The results of a batch's rows: lines of the output file, in the form of OpenAI's batch results.
 
 A line depends on its row, the model and the options only: it has no times, and the same bytes whatever ran beside it.
 """
 
 import json
+import time
 from dataclasses import dataclass
 from typing import Any
 
 from mpillama.api.body import BadRequest
-from mpillama.batch.rows import CHAT_URL, Line, Row
-from mpillama.engine.sequence import EngineSequence
+from mpillama.api.prompts import Prompter, derived_seed
+from mpillama.batch.rows import CHAT_URL, Line, Row, parse_row, row_id
+from mpillama.engine.engine import Update
+from mpillama.engine.sequence import EngineSequence, Request
+from mpillama.errors import UserError
+from mpillama.replicas.runner import Adapter
 
 
 @dataclass(frozen=True)
@@ -27,7 +32,7 @@ class Provenance:
 
 @dataclass(frozen=True)
 class Result:
-    """A finished row: the output's line, and what it took."""
+    """A finished row: its number and id in the input, the output's line, and what it took."""
 
     line: int
     id: str | None
@@ -35,6 +40,53 @@ class Result:
     is_error: bool
     prompt_tokens: int = 0
     answer_tokens: int = 0
+    seconds: float = 0.0
+    """How long the engine had it."""
+    finished = True
+
+    @property
+    def key(self) -> int:
+        return self.line
+
+
+@dataclass(frozen=True)
+class _Begun:
+    line: Line
+    row: Row
+    at: float
+
+
+class RowAdapter(Adapter[Line, Result]):
+    """Lines of the input as an engine runs them; what is wrong with one becomes its result."""
+
+    def __init__(self, prompter: Prompter, model: str, seed: int, provenance: Provenance):
+        self.prompter = prompter
+        self.model = model
+        self.seed = seed
+        self.provenance = provenance
+        self._begun: dict[int, _Begun] = {}
+
+    def prepare(self, request: Line) -> Request:
+        row = parse_row(request)
+        self._begun[request.key] = _Begun(request, row, time.monotonic())
+        return self.prompter.request(row.body, request.key, derived_seed(self.seed, row.id))
+
+    def refuse(self, request: Line, error: UserError | BadRequest) -> Result:
+        self._begun.pop(request.key, None)
+        problem = error if isinstance(error, BadRequest) else BadRequest(str(error))
+        return error_result(request, problem, self.provenance)
+
+    def output(self, update: Update) -> Result | None:
+        sequence = update.sequence
+        if not sequence.finished:
+            return None
+        begun = self._begun.pop(sequence.request.key)
+        if sequence.error is not None:
+            return error_result(begun.line, BadRequest(sequence.error), self.provenance, 500)
+        text = answer_line(begun.line, begun.row, sequence, self.model, self.provenance)
+        prompt, answer = len(sequence.request.prompt_ids), len(sequence.answer.token_ids)
+        seconds = time.monotonic() - begun.at
+        return Result(begun.line.number, begun.row.id, text, False, prompt, answer, seconds)
 
 
 def answer_line(line: Line, row: Row, sequence: EngineSequence, model: str, provenance: Provenance) -> bytes:
@@ -68,12 +120,13 @@ def _completion_body(sequence: EngineSequence) -> dict[str, Any]:
     return {"index": 0, "text": sequence.answer.text, "logprobs": None, "finish_reason": reason}
 
 
-def error_line(line: Line, name: str | None, error: BadRequest, provenance: Provenance, status: int = 400) -> bytes:
+def error_result(line: Line, error: BadRequest, provenance: Provenance, status: int = 400) -> Result:
     """The result of a row that cannot be answered."""
-    code = "invalid_request" if status == 400 else "server_error"
+    name, code = row_id(line), "invalid_request" if status == 400 else "server_error"
     found = {"message": str(error), "type": f"{code}_error", "param": error.field, "code": code}
     response = {"status_code": status, "request_id": f"row-{line.number}", "body": {"error": found}}
-    return _encode(line, name, response, {"code": code, "message": str(error)}, provenance)
+    text = _encode(line, name, response, {"code": code, "message": str(error)}, provenance)
+    return Result(line.number, name, text, True)
 
 
 def _encode(

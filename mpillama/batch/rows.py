@@ -29,6 +29,10 @@ class Line:
     text: bytes | None
     end: int
 
+    @property
+    def key(self) -> int:
+        return self.number
+
 
 @dataclass(frozen=True)
 class Row:

@@ -3,7 +3,8 @@
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import cast
 
 import psutil
 from mpi4py import MPI
@@ -25,6 +26,21 @@ class World:
     neighbours: Communicator
     threads: int
     host: str
+
+    def split(self, size: int) -> "World":
+        """The world of this rank's group: ranks 0 to size - 1 are the first, and so on; UserError if a rest is left."""
+        whole = self.comm
+        if size < 1 or whole.size % size:
+            raise UserError(f"--tensor-parallel is {size}: {whole.size} ranks do not divide into groups of that size.")
+        group = whole.rank // size
+        with whole.watch.blocking("the start"):
+            mpi = cast(MPI.Intracomm, whole.mpi.Split(group, whole.rank))
+            watch = Watch(whole.watch.aborter, whole.watch.timeout)
+            watch.messages = Messages(mpi.Dup()) if size > 1 else None
+        watch.display = whole.watch.display
+        watch.names = whole.watch.names[group * size : (group + 1) * size]
+        comm = Communicator(mpi, whole.yields, watch)
+        return replace(self, comm=comm, neighbours=comm.neighbours())
 
 
 @contextmanager

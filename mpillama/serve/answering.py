@@ -9,10 +9,10 @@ from typing import Any, Protocol
 import numpy as np
 
 from mpillama import __version__
-from mpillama.serve.front import AnswerFailed, AnswerRefused, Answers, Front, Service
+from mpillama.serve.async_engine import AnswerFailed, AnswerRefused, Answers, AsyncEngine, ServerState
+from mpillama.serve.engine_requests import Output, ServerRequest
 from mpillama.serve.metrics import Metrics
 from mpillama.serve.streams import DONE, event
-from mpillama.serve.tasks import Progress, Task
 
 Json = dict[str, Any]
 
@@ -23,8 +23,8 @@ class Choice(Protocol):
     def begin(self) -> Json | None:
         """What a stream says of it first, if anything."""
 
-    def push(self, progress: Progress) -> list[Json]:
-        """Take progress; returns the `choices` entries of a stream that tell of it."""
+    def push(self, output: Output) -> list[Json]:
+        """Take an output; returns the `choices` entries of a stream that tell of it."""
 
     def whole(self) -> Json:
         """The entry of a response that is not streamed."""
@@ -44,26 +44,26 @@ class Choice(Protocol):
 class Reply:
     """A request's answers and what they are called; `kind` is the object's name, with ".chunk" in streams of chats."""
 
-    def __init__(self, service: Service, kind: str, chunk_kind: str, prefix: str, tasks: Sequence[Task]):
+    def __init__(self, state: ServerState, kind: str, chunk_kind: str, prefix: str, requests: Sequence[ServerRequest]):
         self.id = f"{prefix}-{secrets.token_hex(12)}"
         self.created = int(time.time())
-        self.service = service
+        self.state = state
         self.kind = kind
         self.chunk_kind = chunk_kind
-        self.tasks = tasks
+        self.requests = requests
         self.completion_tokens = 0
         self.cached_tokens: dict[int, int] = {}
 
-    def note(self, index: int, progress: Progress) -> None:
+    def note(self, index: int, output: Output) -> None:
         """Count, or raise AnswerFailed."""
-        if progress.error is not None:
-            raise (AnswerRefused if progress.refused else AnswerFailed)(progress.error)
-        self.completion_tokens += len(progress.token_ids)
-        self.cached_tokens[index] = progress.cached_tokens
+        if output.error is not None:
+            raise (AnswerRefused if output.refused else AnswerFailed)(output.error)
+        self.completion_tokens += len(output.token_ids)
+        self.cached_tokens[index] = output.cached_tokens
 
     def usage(self, choices: Sequence[Choice]) -> Json:
         """Tokens; the choices of one prompt share it."""
-        prompts = {id(task.prompt_ids): (len(task.prompt_ids), i) for i, task in reversed(list(enumerate(self.tasks)))}
+        prompts = {id(r.prompt_ids): (len(r.prompt_ids), i) for i, r in reversed(list(enumerate(self.requests)))}
         prompt = sum(length for length, _ in prompts.values())
         cached = sum(self.cached_tokens.get(first, 0) for _, first in prompts.values())
         thought = [choice.reasoning_tokens for choice in choices if choice.reasoning_tokens is not None]
@@ -81,47 +81,47 @@ class Reply:
             "id": self.id,
             "object": kind,
             "created": self.created,
-            "model": self.service.model,
+            "model": self.state.model,
             "system_fingerprint": f"mpillama-{__version__}",
             "choices": choices,
             **more,
         }
 
 
-async def _push(choice: Choice, progress: Progress) -> list[Json]:
-    """Let a choice take progress; other requests go on while a long prompt is written down."""
-    return await asyncio.to_thread(choice.push, progress) if choice.writes_prompt else choice.push(progress)
+async def _push(choice: Choice, output: Output) -> list[Json]:
+    """Let a choice take an output; other requests go on while a long prompt is written down."""
+    return await asyncio.to_thread(choice.push, output) if choice.writes_prompt else choice.push(output)
 
 
 class Answerer:
-    """Runs a request's tasks to their end; answers longer than `seconds` are cut."""
+    """Runs the engine's requests of one HTTP request to their end; answers longer than `seconds` are cut."""
 
-    def __init__(self, front: Front, metrics: Metrics, seconds: float):
-        self.front = front
+    def __init__(self, engine: AsyncEngine, metrics: Metrics, seconds: float):
+        self.engine = engine
         self.metrics = metrics
         self.seconds = seconds
 
-    async def whole(self, reply: Reply, make: Callable[[int, Task], Choice]) -> Json:
+    async def whole(self, reply: Reply, make: Callable[[int, ServerRequest], Choice]) -> Json:
         """The response when all answers are finished."""
-        choices = [make(i, task) for i, task in enumerate(reply.tasks)]
-        async with self.front.answers(reply.tasks) as answers:
-            async for index, progress in self.timed(answers):
-                reply.note(index, progress)
-                await _push(choices[index], progress)
+        choices = [make(i, request) for i, request in enumerate(reply.requests)]
+        async with self.engine.generate(reply.requests) as answers:
+            async for index, output in self.timed(answers):
+                reply.note(index, output)
+                await _push(choices[index], output)
         more = {name: value for choice in choices for name, value in choice.beside().items()}
         return reply.object(reply.kind, [choice.whole() for choice in choices], usage=reply.usage(choices), **more)
 
     async def pieces(
-        self, reply: Reply, make: Callable[[int, Task], Choice], include_usage: bool
+        self, reply: Reply, make: Callable[[int, ServerRequest], Choice], include_usage: bool
     ) -> AsyncGenerator[bytes]:
         """The events of a stream."""
-        choices = [make(i, task) for i, task in enumerate(reply.tasks)]
+        choices = [make(i, request) for i, request in enumerate(reply.requests)]
         more: Json = {"usage": None} if include_usage else {}
         begun: set[int] = set()
-        async with self.front.answers(reply.tasks) as answers:
-            async for index, progress in self.timed(answers):
-                reply.note(index, progress)
-                entries = await _push(choices[index], progress)
+        async with self.engine.generate(reply.requests) as answers:
+            async for index, output in self.timed(answers):
+                reply.note(index, output)
+                entries = await _push(choices[index], output)
                 first = choices[index].begin() if index not in begun else None
                 begun.add(index)
                 for entry in [first, *entries] if first else entries:
@@ -131,19 +131,19 @@ class Answerer:
         yield DONE
 
     async def embeddings(self, reply: Reply) -> list[np.ndarray]:
-        """The embedding of each task's text."""
+        """The embedding of each request's text."""
         found: dict[int, np.ndarray] = {}
-        async with self.front.answers(reply.tasks) as answers:
-            async for index, progress in self.timed(answers):
-                reply.note(index, progress)
-                if progress.embedding is None:
+        async with self.engine.generate(reply.requests) as answers:
+            async for index, output in self.timed(answers):
+                reply.note(index, output)
+                if output.embedding is None:
                     raise AnswerFailed("the embedding took too long")
-                found[index] = progress.embedding
-        return [found[index] for index in range(len(reply.tasks))]
+                found[index] = output.embedding
+        return [found[index] for index in range(len(reply.requests))]
 
-    async def timed(self, answers: Answers) -> AsyncGenerator[tuple[int, Progress]]:
-        """Progress, measured, and cut where it takes too long."""
+    async def timed(self, answers: Answers) -> AsyncGenerator[tuple[int, Output]]:
+        """Outputs, measured, and cut where they take too long."""
         watch = self.metrics.watch()
-        async for index, progress in answers.progress(self.seconds):
-            watch.note(index, progress)
-            yield index, progress
+        async for index, output in answers.outputs(self.seconds):
+            watch.note(index, output)
+            yield index, output

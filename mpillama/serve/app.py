@@ -12,37 +12,43 @@ from mpillama.api.served import DetokenizeBody, EmbeddingBody, ServedChat, Serve
 from mpillama.errors import UserError
 from mpillama.serve import errors, schemas
 from mpillama.serve.answering import Answerer, Reply
+from mpillama.serve.async_engine import SERVING, AsyncEngine, ServerState
 from mpillama.serve.chat_page import page
 from mpillama.serve.choices import chat_choices, embedding_entry, shortened
 from mpillama.serve.completion_choice import completion_choices
 from mpillama.serve.errors import AsciiJson, Refused
-from mpillama.serve.front import SERVING, Front, Service
 from mpillama.serve.metrics import Metrics
 from mpillama.serve.preparing import Preparation, prepared
 from mpillama.serve.render.renderer import Renderer
+from mpillama.serve.requests import (
+    chat_requests,
+    check_model,
+    completion_requests,
+    embedding_requests,
+    left_out_of_grammar,
+)
 from mpillama.serve.responses import responses
 from mpillama.serve.responses_store import ResponseStore
 from mpillama.serve.routes import (
     EVENTS,
     REFUSALS,
-    FrontOf,
-    ServiceOf,
+    EngineOf,
+    StateOf,
     StrictRoute,
     log_prompt,
     tell_ignored,
     tell_unknown,
 )
 from mpillama.serve.streams import stream, while_connected
-from mpillama.serve.tasks_of import chat_tasks, check_model, completion_tasks, embedding_tasks, left_out_of_grammar
 from mpillama.serve.tokenizing import detokenized, tokenized
 
 
-def create_app(front: Front, request_seconds: float, log_prompts: bool = False) -> FastAPI:
+def create_app(engine: AsyncEngine, request_seconds: float, log_prompts: bool = False) -> FastAPI:
     """The application, in front of engines that may still be loading; answers are cut after `request_seconds`."""
     app = FastAPI(title="mpillama", version=__version__, docs_url=None, redoc_url=None, redirect_slashes=False)
-    app.state.front = front
-    app.state.metrics = Metrics(front)
-    app.state.answerer = Answerer(front, app.state.metrics, request_seconds)
+    app.state.engine = engine
+    app.state.metrics = Metrics(engine)
+    app.state.answerer = Answerer(engine, app.state.metrics, request_seconds)
     app.state.log_prompts = log_prompts
     app.state.renderer = Renderer()
     app.state.preparation = Preparation()
@@ -83,13 +89,13 @@ api = APIRouter(route_class=StrictRoute)
     response_model=None,
     responses={200: {"model": schemas.ChatCompletion, "content": EVENTS}, **REFUSALS},
 )
-async def chat_completions(request: Request, body: ServedChat, service: ServiceOf) -> Response:
+async def chat_completions(request: Request, body: ServedChat, state: StateOf) -> Response:
     """Answer a conversation, whole or as a stream."""
     tell_unknown(request, body)
-    tasks, left_out = await prepared(request, lambda _: (chat_tasks(service, body), left_out_of_grammar(body)))
+    requests, left_out = await prepared(request, lambda _: (chat_requests(state, body), left_out_of_grammar(body)))
     tell_ignored(request, left_out)
-    reply = Reply(service, "chat.completion", "chat.completion.chunk", "chatcmpl", tasks)
-    return await _answer(request, reply, chat_choices(service, body), body)
+    reply = Reply(state, "chat.completion", "chat.completion.chunk", "chatcmpl", requests)
+    return await _answer(request, reply, chat_choices(state, body), body)
 
 
 @api.post(
@@ -97,17 +103,17 @@ async def chat_completions(request: Request, body: ServedChat, service: ServiceO
     response_model=None,
     responses={200: {"model": schemas.Completion, "content": EVENTS}, **REFUSALS},
 )
-async def completions(request: Request, body: ServedCompletion, service: ServiceOf) -> Response:
+async def completions(request: Request, body: ServedCompletion, state: StateOf) -> Response:
     """Continue a text, whole or as a stream."""
     tell_unknown(request, body)
-    tasks = await prepared(request, lambda pause: completion_tasks(service, body, pause))
-    reply = Reply(service, "text_completion", "text_completion", "cmpl", tasks)
-    return await _answer(request, reply, completion_choices(service.prompter.tokenizer, body), body)
+    requests = await prepared(request, lambda pause: completion_requests(state, body, pause))
+    reply = Reply(state, "text_completion", "text_completion", "cmpl", requests)
+    return await _answer(request, reply, completion_choices(state.prompter.tokenizer, body), body)
 
 
 async def _answer(request: Request, reply: Reply, choice: Any, body: ServedChat | ServedCompletion) -> Response:
     answerer: Answerer = request.app.state.answerer
-    answerer.front.check_room(len(reply.tasks))
+    answerer.engine.check_room(len(reply.requests))
     log_prompt(request, reply.id, body)
     if body.stream:
         usage = bool(body.stream_options and body.stream_options.include_usage)
@@ -116,71 +122,71 @@ async def _answer(request: Request, reply: Reply, choice: Any, body: ServedChat 
 
 
 @api.post("/v1/embeddings", response_model=None, responses={200: {"model": schemas.Embeddings}, **REFUSALS})
-async def embeddings(request: Request, body: EmbeddingBody, service: ServiceOf) -> Response:
+async def embeddings(request: Request, body: EmbeddingBody, state: StateOf) -> Response:
     """Give the direction of texts in the model's last hidden state: vectors of length 1."""
     tell_unknown(request, body)
-    tasks = await prepared(request, lambda pause: embedding_tasks(service, body, pause))
+    requests = await prepared(request, lambda pause: embedding_requests(state, body, pause))
     answerer: Answerer = request.app.state.answerer
-    reply = Reply(service, "list", "list", "embd", tasks)
+    reply = Reply(state, "list", "list", "embd", requests)
     vectors = await while_connected(request, answerer.embeddings(reply))
     shown = [shortened(vector, body.dimensions) for vector in vectors]
     entries = [embedding_entry(i, vector, body.encoding_format == "base64") for i, vector in enumerate(shown)]
-    tokens = sum(len(task.prompt_ids) for task in tasks)
+    tokens = sum(len(each.prompt_ids) for each in requests)
     usage = {"prompt_tokens": tokens, "total_tokens": tokens}
-    return AsciiJson({"object": "list", "data": entries, "model": service.model, "usage": usage})
+    return AsciiJson({"object": "list", "data": entries, "model": state.model, "usage": usage})
 
 
 @api.get("/v1/models", responses={200: {"model": schemas.Models}, **REFUSALS})
-async def models(service: ServiceOf) -> dict[str, Any]:
+async def models(state: StateOf) -> dict[str, Any]:
     """List the one model."""
-    return {"object": "list", "data": [_model(service)]}
+    return {"object": "list", "data": [_model(state)]}
 
 
 @api.get("/v1/models/{name}", responses={200: {"model": schemas.Model}, **REFUSALS})
-async def model(name: str, service: ServiceOf) -> dict[str, Any]:
+async def model(name: str, state: StateOf) -> dict[str, Any]:
     """Describe the model."""
-    check_model(service, name)
-    return _model(service)
+    check_model(state, name)
+    return _model(state)
 
 
-def _model(service: Service) -> dict[str, Any]:
+def _model(state: ServerState) -> dict[str, Any]:
     return {
-        "id": service.model,
+        "id": state.model,
         "object": "model",
-        "created": service.created,
+        "created": state.created,
         "owned_by": "mpillama",
-        "max_model_len": service.max_model_len,
+        "max_model_len": state.max_model_len,
     }
 
 
 @api.post("/tokenize", response_model=None, responses={200: {"model": schemas.Tokens}, **REFUSALS})
-async def tokenize(request: Request, body: TokenizeBody, service: ServiceOf) -> Response:
+async def tokenize(request: Request, body: TokenizeBody, state: StateOf) -> Response:
     """Give the token ids of a text, or of a conversation as the model sees it."""
     tell_unknown(request, body)
-    check_model(service, body.model)
+    check_model(state, body.model)
     if [body.content, body.prompt, body.messages].count(None) != 2:
         raise Refused(400, "content: give either content (or prompt, which is the same) or messages", "content")
-    return await prepared(request, lambda pause: tokenized(service, body, pause))
+    return await prepared(request, lambda pause: tokenized(state, body, pause))
 
 
 @api.post("/detokenize", response_model=None, responses={200: {"model": schemas.Text}, **REFUSALS})
-async def detokenize(request: Request, body: DetokenizeBody, service: ServiceOf) -> Response:
+async def detokenize(request: Request, body: DetokenizeBody, state: StateOf) -> Response:
     """Give the text of token ids."""
     tell_unknown(request, body)
-    check_model(service, body.model)
-    return await prepared(request, lambda _: detokenized(service, body))
+    check_model(state, body.model)
+    return await prepared(request, lambda _: detokenized(state, body))
 
 
 @api.get("/tokenizer_info", responses={200: {"model": schemas.TokenizerInfo}, **REFUSALS})
-async def tokenizer_info(service: ServiceOf) -> dict[str, Any]:
+async def tokenizer_info(state: StateOf) -> dict[str, Any]:
     """Tell what clients that count tokens must know, as vLLM does."""
-    prompter = service.prompter
+    prompter = state.prompter
     return {
         "bos_token": prompter.tokenizer.bos_token or None,
         "eos_token": prompter.tokenizer.eos_token or None,
         "chat_template": _template_source(prompter),
         "vocab_size": prompter.vocab_size,
-        "model_max_length": service.max_model_len,
+        "model_max_length": state.max_model_len,
     }
 
 
@@ -192,21 +198,18 @@ def _template_source(prompter: Prompter) -> str | None:
 
 
 @api.get("/health", response_model=None, responses={200: {"model": schemas.Health}, 503: {"model": schemas.Health}})
-async def health(front: FrontOf) -> Response:
+async def health(engine: EngineOf) -> Response:
     """Tell whether requests are taken."""
-    service = front.service
-    groups = [
-        {"ranks": list(r.ranks), "ready": r.ready, "failure": r.failure} for r in (service.replicas if service else ())
-    ]
-    state = {
-        "status": front.state,
-        "reason": front.reason,
-        "model": service.model if service else None,
+    replicas = engine.state.replicas if engine.state else ()
+    found = {
+        "status": engine.status,
+        "reason": engine.reason,
+        "model": engine.state.model if engine.state else None,
         "version": __version__,
-        "groups": groups,
+        "groups": [{"ranks": list(r.ranks), "ready": r.ready, "failure": r.failure} for r in replicas],
     }
-    status, headers = (200, None) if front.state == SERVING else (503, {"Retry-After": str(errors.RETRY_SECONDS)})
-    return AsciiJson(state, status, headers)
+    status, headers = (200, None) if engine.status == SERVING else (503, {"Retry-After": str(errors.RETRY_SECONDS)})
+    return AsciiJson(found, status, headers)
 
 
 @api.get("/metrics", response_model=None, responses={200: {"content": {"text/plain": {}}}, 401: REFUSALS[401]})

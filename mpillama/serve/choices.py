@@ -10,9 +10,9 @@ import numpy as np
 from mpillama.api.reasoning import Part, ThoughtParser
 from mpillama.api.served import ServedChat
 from mpillama.api.tool_calls import Delta, ToolCallParser
-from mpillama.serve.front import Service
-from mpillama.serve.tasks import Progress, Task
-from mpillama.serve.tasks_of import thought_parser, used_tools
+from mpillama.serve.async_engine import ServerState
+from mpillama.serve.engine_requests import Output, ServerRequest
+from mpillama.serve.requests import thought_parser, used_tools
 from mpillama.serve.token_names import LOWEST, NamedToken, TokenNames, alternatives, prompt_logprobs
 from mpillama.text.tokenizer import Tokenizer
 
@@ -27,7 +27,7 @@ class ChatChoice:
 
     def __init__(
         self, index: int, tokenizer: Tokenizer, parser: ToolCallParser | None, wants_logprobs: bool,
-        most_calls: float = math.inf, thoughts: ThoughtParser | None = None, task: Task | None = None,
+        most_calls: float = math.inf, thoughts: ThoughtParser | None = None, request: ServerRequest | None = None,
     ):  # fmt: skip
         self.most_calls = most_calls
         self.thoughts = thoughts
@@ -40,29 +40,29 @@ class ChatChoice:
         self._reasoning: list[str] = []
         self._calls: list[Json] = []
         self._logprobs: list[Json] = []
-        self._names = TokenNames(tokenizer, bool(task and task.keep_special), continued_text(task))
-        self._prompt_wished = task.prompt_logprobs if task else None
+        self._names = TokenNames(tokenizer, bool(request and request.keep_special), continued_text(request))
+        self._prompt_wished = request.sampling.prompt_logprobs if request else None
         self._prompt: list[Json | None] | None = None
 
     def begin(self) -> Json:
         """The entry that says who speaks."""
         return self._entry({"role": "assistant", "content": ""}, [])
 
-    def push(self, progress: Progress) -> list[Json]:
-        """Take progress; entries of a stream."""
+    def push(self, output: Output) -> list[Json]:
+        """Take output; entries of a stream."""
         if self._prompt_wished is not None and self._prompt is None:
-            self._prompt = prompt_logprobs(self.tokenizer, progress.prompt_logprobs, self._prompt_wished)
-        named = self._names.push(progress.logprobs, progress.text, progress.finish_reason is not None)
+            self._prompt = prompt_logprobs(self.tokenizer, output.prompt_logprobs, self._prompt_wished)
+        named = self._names.push(output.logprobs, output.text, output.finished)
         logprobs = [chat_logprob(self.tokenizer, one) for one in named]
         self._logprobs += logprobs
-        fields = [field for part in self._parts(progress) for field in self._fields(part)]
-        fields += self._end_of_calls() if progress.finish_reason is not None else []
+        fields = [field for part in self._parts(output) for field in self._fields(part)]
+        fields += self._end_of_calls() if output.finished else []
         entries = [self._entry(delta, logprobs if i == 0 else []) for i, delta in enumerate(fields)]
         if logprobs and not entries:
             entries = [self._entry({"content": ""}, logprobs)]
-        if progress.finish_reason is not None:
-            called = self._calls and progress.finish_reason == "stop"
-            self.finish_reason = "tool_calls" if called else progress.finish_reason
+        if output.finished:
+            called = self._calls and output.finish_reason == "stop"
+            self.finish_reason = "tool_calls" if called else output.finish_reason
             entries.append({**self._entry({}, []), "finish_reason": self.finish_reason})
         return entries
 
@@ -71,11 +71,11 @@ class ChatChoice:
         """Tokens of the thought so far."""
         return self.thoughts.tokens if self.thoughts else 0
 
-    def _parts(self, progress: Progress) -> list[Part]:
+    def _parts(self, output: Output) -> list[Part]:
         if self.thoughts is None:
-            return [Part(progress.text)] if progress.text else []
-        parts = self.thoughts.push(progress.text, len(progress.token_ids), progress.marks)
-        return parts + (self.thoughts.finish() if progress.finish_reason is not None else [])
+            return [Part(output.text)] if output.text else []
+        parts = self.thoughts.push(output.text, len(output.token_ids), output.marks)
+        return parts + (self.thoughts.finish() if output.finished else [])
 
     def _fields(self, part: Part) -> list[Json]:
         """The fields of `delta` that tell of a part of the answer."""
@@ -126,21 +126,21 @@ class ChatChoice:
         return {"index": self.index, "message": message, "logprobs": logprobs, "finish_reason": self.finish_reason}
 
 
-def continued_text(task: Task | None) -> Sequence[int]:
+def continued_text(request: ServerRequest | None) -> Sequence[int]:
     """The tokens whose text the answer goes on with."""
-    return task.prompt_ids if task and task.continues else ()
+    return request.prompt_ids if request and request.continues else ()
 
 
-def chat_choices(service: Service, body: ServedChat) -> Callable[[int, Task], ChatChoice]:
-    """What makes the answer to each of a chat's tasks."""
+def chat_choices(state: ServerState, body: ServedChat) -> Callable[[int, ServerRequest], ChatChoice]:
+    """What makes the answer to each of a chat's requests."""
     tools = used_tools(body)
     names = {tool["function"]["name"] for tool in tools or ()}
 
-    def choice(index: int, task: Task) -> ChatChoice:
-        parser = service.tools.parser(names=names) if tools and service.tools else None
+    def choice(index: int, request: ServerRequest) -> ChatChoice:
+        parser = state.tools.parser(names=names) if tools and state.tools else None
         most = 1 if body.parallel_tool_calls is False else math.inf
-        thoughts = thought_parser(service, body, task)
-        return ChatChoice(index, service.prompter.tokenizer, parser, bool(body.logprobs), most, thoughts, task)
+        thoughts = thought_parser(state, body, request)
+        return ChatChoice(index, state.prompter.tokenizer, parser, bool(body.logprobs), most, thoughts, request)
 
     return choice
 

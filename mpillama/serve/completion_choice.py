@@ -6,7 +6,7 @@ from typing import Any
 
 from mpillama.api.served import ServedCompletion
 from mpillama.engine.logprobs import TokenLogprob
-from mpillama.serve.tasks import Progress, Task
+from mpillama.serve.engine_requests import Output, ServerRequest
 from mpillama.serve.token_names import LOWEST, NamedToken, TokenNames, alternatives, prompt_logprobs
 from mpillama.text.tokenizer import Tokenizer
 
@@ -15,7 +15,7 @@ Json = dict[str, Any]
 
 @dataclass(frozen=True)
 class Wishes:
-    """What is wanted besides the text: the prompt in front of it, so many alternatives of each token."""
+    """What is wanted besides the text: the prompt in engine of it, so many alternatives of each token."""
 
     echo: bool = False
     logprobs: int | None = None
@@ -28,10 +28,10 @@ class CompletionChoice:
     reasoning_tokens = None
     """A text has no parts."""
 
-    def __init__(self, index: int, tokenizer: Tokenizer, task: Task, wishes: Wishes):
+    def __init__(self, index: int, tokenizer: Tokenizer, request: ServerRequest, wishes: Wishes):
         self.index = index
         self.tokenizer = tokenizer
-        self.task = task
+        self.request = request
         self.wishes = wishes
         self.finish_reason: str | None = None
         self._names: TokenNames | None = None
@@ -47,35 +47,33 @@ class CompletionChoice:
         """Whether the next push takes long, since the prompt may be."""
         return self._names is None and (self.wishes.echo or self.wishes.prompt_logprobs is not None)
 
-    def push(self, progress: Progress) -> list[Json]:
-        """Take progress; entries of a stream."""
-        text, tokens = self._begin(progress) if self._names is None else ("", [])
+    def push(self, output: Output) -> list[Json]:
+        """Take output; entries of a stream."""
+        text, tokens = self._begin(output) if self._names is None else ("", [])
         assert self._names is not None
-        text += progress.text
-        tokens += self._names.push(progress.logprobs, progress.text, progress.finish_reason is not None)
+        text += output.text
+        tokens += self._names.push(output.logprobs, output.text, output.finished)
         self._text.append(text)
         self._tokens += tokens
-        self.finish_reason = progress.finish_reason
-        if not (text or tokens or progress.finish_reason):
+        self.finish_reason = output.finish_reason
+        if not (text or tokens or output.finish_reason):
             return []
         return [self._entry(text, tokens)]
 
-    def _begin(self, progress: Progress) -> tuple[str, list[NamedToken]]:
+    def _begin(self, output: Output) -> tuple[str, list[NamedToken]]:
         """What comes before the answer."""
-        text, tokens = self._echo(progress.prompt_logprobs) if self.wishes.echo else ("", [])
-        self._names = TokenNames(self.tokenizer, self.task.keep_special, self.task.prompt_ids, len(text))
+        text, tokens = self._echo(output.prompt_logprobs) if self.wishes.echo else ("", [])
+        self._names = TokenNames(self.tokenizer, self.request.keep_special, self.request.prompt_ids, len(text))
         if self.wishes.prompt_logprobs is not None:
-            self._prompt_logprobs = prompt_logprobs(
-                self.tokenizer, progress.prompt_logprobs, self.wishes.prompt_logprobs
-            )
+            self._prompt_logprobs = prompt_logprobs(self.tokenizer, output.prompt_logprobs, self.wishes.prompt_logprobs)
         return text, tokens
 
     def _echo(self, logprobs: Sequence[TokenLogprob]) -> tuple[str, list[NamedToken]]:
         """The prompt's text and tokens; the BOS that begins the model's texts is no part of theirs."""
-        ids, names = self.task.prompt_ids, TokenNames(self.tokenizer, keep_special=True)
+        ids, names = self.request.prompt_ids, TokenNames(self.tokenizer, keep_special=True)
         hidden = ids[:1] if self.tokenizer.adds_bos and ids[0] == self.tokenizer.bos_token_id else []
         tokens = [NamedToken(token, "", 0, 0) for token in hidden] + [names.name(i) for i in ids[len(hidden) :]]
-        text = names.text + ("" if self.task.sampling.max_tokens != 0 else names.finish())
+        text = names.text + ("" if self.request.sampling.max_tokens != 0 else names.finish())
         if self.wishes.logprobs is None:
             return text, []
         return text, [tokens[0], *(token.of(one) for token, one in zip(tokens[1:], logprobs, strict=True))]
@@ -113,7 +111,9 @@ class CompletionChoice:
         return best
 
 
-def completion_choices(tokenizer: Tokenizer, body: ServedCompletion) -> Callable[[int, Task], CompletionChoice]:
-    """What makes the answer to each of a completion's tasks."""
+def completion_choices(
+    tokenizer: Tokenizer, body: ServedCompletion
+) -> Callable[[int, ServerRequest], CompletionChoice]:
+    """What makes the answer to each of a completion's requests."""
     wishes = Wishes(bool(body.echo), body.logprobs, body.prompt_logprobs)
-    return lambda index, task: CompletionChoice(index, tokenizer, task, wishes)
+    return lambda index, request: CompletionChoice(index, tokenizer, request, wishes)

@@ -11,7 +11,7 @@ from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
 
 from mpillama.api.body import BadRequest, bad_request
-from mpillama.serve.front import AnswerFailed, AnswerRefused, ClientGone, QueueFull, Unavailable
+from mpillama.serve.async_engine import AnswerFailed, AnswerRefused, ClientGone, QueueFull, Unavailable
 
 LOG = logging.getLogger(__name__)
 RETRY_SECONDS = 5

@@ -10,9 +10,9 @@ from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import quote
 
+from mpillama.serve.async_engine import ClientGone, QueueFull
 from mpillama.serve.compression import Unpacker
 from mpillama.serve.errors import Refused, response_to
-from mpillama.serve.front import ClientGone, QueueFull
 from mpillama.serve.http_server import ABORT
 
 LOG = logging.getLogger(__name__)

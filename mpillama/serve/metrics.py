@@ -7,12 +7,13 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, generate_la
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from mpillama.serve.front import Front
-from mpillama.serve.tasks import Figures, Progress
+from mpillama.replicas.runner import EngineStats
+from mpillama.serve.async_engine import AsyncEngine
+from mpillama.serve.engine_requests import Output
 
 SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
 MEMORY_SECONDS = 10.0
-"""How old the memory figures may be: every rank is asked for them."""
+"""How old the memory stats may be: every rank is asked for them."""
 GAUGES = {
     "running": "Sequences that are computed",
     "waiting": "Sequences that wait in the engine",
@@ -32,10 +33,10 @@ COUNTERS = {
 
 
 class Metrics:
-    """Counters and histograms of requests, and the engines' figures when asked for."""
+    """Counters and histograms of requests, and the engines' stats when asked for."""
 
-    def __init__(self, front: Front):
-        self.front = front
+    def __init__(self, engine: AsyncEngine):
+        self.engine = engine
         self.registry = CollectorRegistry()
         self.requests = Counter("mpillama_requests", "Requests answered", ["path", "status"], registry=self.registry)
         self.seconds = Histogram(
@@ -50,7 +51,7 @@ class Metrics:
             "mpillama_token_seconds", "Seconds from one token of an answer to the next", registry=self.registry,
             buckets=SECONDS,
         )  # fmt: skip
-        self.registry.register(EngineFigures(front))
+        self.registry.register(EngineCollector(engine))
         self._asked = 0.0
 
     def note(self, path: str, status: int, seconds: float) -> None:
@@ -67,7 +68,7 @@ class Metrics:
         now = time.monotonic()
         if now - self._asked > MEMORY_SECONDS:
             self._asked = now
-            self.front.ask_memory()
+            self.engine.ask_memory()
         return generate_latest(self.registry)
 
 
@@ -79,11 +80,11 @@ class TokenWatch:
         self._last: dict[int, float] = {}
         self._begin = time.monotonic()
 
-    def note(self, index: int, progress: Progress) -> None:
+    def note(self, index: int, output: Output) -> None:
         """An answer went on."""
-        if not progress.token_ids:
+        if not output.token_ids:
             return
-        now, count = time.monotonic(), len(progress.token_ids)
+        now, count = time.monotonic(), len(output.token_ids)
         last = self._last.get(index)
         self._last[index] = now
         if last is None:
@@ -93,42 +94,42 @@ class TokenWatch:
             self._metrics.token.observe((now - last) / count)
 
 
-class EngineFigures(Collector):
+class EngineCollector(Collector):
     """The engines' state, one time series for each group of ranks."""
 
-    def __init__(self, front: Front):
-        self.front = front
+    def __init__(self, engine: AsyncEngine):
+        self.engine = engine
 
     def collect(self) -> Iterable[Metric]:
         """What is known now."""
-        yield GaugeMetricFamily("mpillama_active_tasks", "Answers under way or waiting", self.front.active)
-        replicas = self.front.service.replicas if self.front.service else ()
-        known = [(str(r.ranks.start), r.figures) for r in replicas]
+        yield GaugeMetricFamily("mpillama_active_tasks", "Answers under way or waiting", self.engine.active)
+        replicas = self.engine.state.replicas if self.engine.state else ()
+        known = [(str(r.ranks.start), r.stats) for r in replicas]
         yield GaugeMetricFamily(
             "mpillama_groups_failed", "Groups of ranks that were taken out", sum(bool(r.failure) for r in replicas)
         )
         yield from (_gauge(name, text, known) for name, text in GAUGES.items())
         yield from (_counter(name, text, known) for name, text in COUNTERS.items())
-        yield _memory([(r.ranks, r.figures) for r in replicas])
+        yield _memory([(r.ranks, r.stats) for r in replicas])
 
 
-def _gauge(name: str, text: str, known: list[tuple[str, Figures]]) -> Metric:
+def _gauge(name: str, text: str, known: list[tuple[str, EngineStats]]) -> Metric:
     family = GaugeMetricFamily(f"mpillama_{name}", text, labels=["group"])
-    for group, figures in known:
-        family.add_metric([group], getattr(figures, name))
+    for group, stats in known:
+        family.add_metric([group], getattr(stats, name))
     return family
 
 
-def _counter(name: str, text: str, known: list[tuple[str, Figures]]) -> Metric:
+def _counter(name: str, text: str, known: list[tuple[str, EngineStats]]) -> Metric:
     family = CounterMetricFamily(f"mpillama_{name}", text, labels=["group"])
-    for group, figures in known:
-        family.add_metric([group], getattr(figures, name))
+    for group, stats in known:
+        family.add_metric([group], getattr(stats, name))
     return family
 
 
-def _memory(known: list[tuple[range, Figures]]) -> Metric:
+def _memory(known: list[tuple[range, EngineStats]]) -> Metric:
     family = GaugeMetricFamily("mpillama_memory_bytes", "Resident memory", labels=["rank"])
-    for ranks, figures in known:
-        for rank, resident in zip(ranks, figures.memory, strict=False):
+    for ranks, stats in known:
+        for rank, resident in zip(ranks, stats.memory, strict=False):
             family.add_metric([str(rank)], resident)
     return family

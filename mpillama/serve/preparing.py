@@ -10,8 +10,8 @@ from typing import TypeVar
 
 from fastapi import Request
 
+from mpillama.serve.async_engine import ClientGone, QueueFull
 from mpillama.serve.errors import Refused
-from mpillama.serve.front import ClientGone, QueueFull
 from mpillama.serve.streams import while_connected
 
 T = TypeVar("T")

@@ -11,17 +11,17 @@ from mpillama.api.responses import ITEM, ResponseBody
 from mpillama.api.served import ServedChat
 from mpillama.serve import responses_schemas as schemas
 from mpillama.serve.answering import Answerer, Reply
+from mpillama.serve.async_engine import AnswerFailed, AnswerRefused, ServerState
 from mpillama.serve.choices import chat_choices
 from mpillama.serve.errors import AsciiJson, Refused
-from mpillama.serve.front import AnswerFailed, AnswerRefused, Service
 from mpillama.serve.guard import ASKER
 from mpillama.serve.preparing import prepared
+from mpillama.serve.requests import chat_requests, left_out_of_grammar
 from mpillama.serve.responses_chat import chat_of, in_words_of_responses, input_items, with_references
 from mpillama.serve.responses_events import ResponseWriter, new_id
 from mpillama.serve.responses_store import Kept, ResponseStore, kept_items
-from mpillama.serve.routes import EVENTS, REFUSALS, ServiceOf, StrictRoute, log_prompt, tell_ignored, tell_unknown
+from mpillama.serve.routes import EVENTS, REFUSALS, StateOf, StrictRoute, log_prompt, tell_ignored, tell_unknown
 from mpillama.serve.streams import named_event, stream, while_connected
-from mpillama.serve.tasks_of import chat_tasks, left_out_of_grammar
 
 Json = dict[str, Any]
 
@@ -46,21 +46,21 @@ AskerOf = Annotated[str, Depends(the_asker)]
 class Asked:
     """A request for a response, understood."""
 
-    def __init__(self, service: Service, body: ResponseBody, items: Sequence[Any], earlier: Sequence[Kept]):
+    def __init__(self, state: ServerState, body: ResponseBody, items: Sequence[Any], earlier: Sequence[Kept]):
         """Look at everything; BadRequest or Refused in the words of this API."""
         before = [ITEM.validate_json(item) for kept in earlier for item in (*kept.input, *kept.output.values())]
-        self.service = service
+        self.state = state
         self.body = body
         self.kept_input = () if body.store is False else kept_items(items)
         with in_words_of_responses():
             self.chat: ServedChat = chat_of(body, [*before, *items])
-            (self.task,) = chat_tasks(service, self.chat)
+            (self.engine_request,) = chat_requests(state, self.chat)
             self.left_out = left_out_of_grammar(self.chat)
-        self.reply = Reply(service, "response", "response", "resp", [self.task])
+        self.reply = Reply(state, "response", "response", "resp", [self.engine_request])
 
     def response(self) -> Json:
         """The response before there is any of it: what was asked, and what counts where nothing was said."""
-        body, sampling = self.body, self.task.sampling
+        body, sampling = self.body, self.engine_request.sampling
         return {
             "id": new_id("resp"),
             "object": "response",
@@ -68,7 +68,7 @@ class Asked:
             "completed_at": None,
             "error": None,
             "incomplete_details": None,
-            "model": self.service.model,
+            "model": self.state.model,
             "instructions": body.instructions,
             "previous_response_id": body.previous_response_id,
             "store": body.store is not False,
@@ -92,16 +92,16 @@ def _dumped(value: Any) -> Any:
     return value if value is None or isinstance(value, str) else value.model_dump(by_alias=True, exclude_none=True)
 
 
-async def understood(request: Request, service: Service, store: ResponseStore, body: ResponseBody) -> Asked:
+async def understood(request: Request, state: ServerState, store: ResponseStore, body: ResponseBody) -> Asked:
     """The request with what it refers to."""
-    earlier = store.chain(service.asker, body.previous_response_id)
+    earlier = store.chain(state.asker, body.previous_response_id)
 
     def find(name: str) -> Any:
-        found = store.item(service.asker, name)
+        found = store.item(state.asker, name)
         return None if found is None else ITEM.validate_json(found)
 
     items = with_references(input_items(body), find)
-    asked = await prepared(request, lambda _: Asked(service, body, items, earlier))
+    asked = await prepared(request, lambda _: Asked(state, body, items, earlier))
     tell_ignored(request, asked.left_out)
     return asked
 
@@ -111,12 +111,12 @@ async def understood(request: Request, service: Service, store: ResponseStore, b
     response_model=None,
     responses={200: {"model": schemas.ModelResponse, "content": EVENTS}, **REFUSALS},
 )
-async def create_response(request: Request, body: ResponseBody, service: ServiceOf, store: StoreOf) -> Response:
+async def create_response(request: Request, body: ResponseBody, state: StateOf, store: StoreOf) -> Response:
     """Answer a conversation in items, whole or as a stream of events."""
     tell_unknown(request, body)
-    asked = await understood(request, service, store, body)
+    asked = await understood(request, state, store, body)
     answerer: Answerer = request.app.state.answerer
-    answerer.front.check_room(1)
+    answerer.engine.check_room(1)
     writer = ResponseWriter(asked.response())
     log_prompt(request, writer.response["id"], body)
     told = answer(answerer, asked, writer, store)
@@ -130,18 +130,18 @@ async def answer(
     answerer: Answerer, asked: Asked, writer: ResponseWriter, store: ResponseStore
 ) -> AsyncGenerator[Json]:
     """The events of an answer, at the end of which it is kept."""
-    choice = chat_choices(asked.service, asked.chat)(0, asked.task)
-    async with answerer.front.answers(asked.reply.tasks) as answers:
-        async for _, progress in answerer.timed(answers):
-            asked.reply.note(0, progress)
+    choice = chat_choices(asked.state, asked.chat)(0, asked.engine_request)
+    async with answerer.engine.generate(asked.reply.requests) as answers:
+        async for _, output in answerer.timed(answers):
+            asked.reply.note(0, output)
             for event in writer.begin():  # not before: what fails until now has a status of its own
                 yield event
-            for entry in choice.push(progress):
+            for entry in choice.push(output):
                 for event in writer.push(entry):
                     yield event
     last = list(writer.end(choice.finish_reason or "stop", _usage(asked.reply.usage([choice]))))
     if asked.body.store is not False:
-        store.put(asked.service.asker, writer.response, asked.kept_input)
+        store.put(asked.state.asker, writer.response, asked.kept_input)
     for event in last:
         yield event
 
@@ -181,10 +181,10 @@ def _usage(found: Json) -> Json:
 
 
 @responses.post("/v1/responses/input_tokens", responses={200: {"model": schemas.InputTokens}, **REFUSALS})
-async def count_input_tokens(request: Request, body: ResponseBody, service: ServiceOf, store: StoreOf) -> Json:
+async def count_input_tokens(request: Request, body: ResponseBody, state: StateOf, store: StoreOf) -> Json:
     """Count the tokens that a request would have."""
-    asked = await understood(request, service, store, body)
-    return {"object": "response.input_tokens", "input_tokens": len(asked.task.prompt_ids)}
+    asked = await understood(request, state, store, body)
+    return {"object": "response.input_tokens", "input_tokens": len(asked.engine_request.prompt_ids)}
 
 
 @responses.get(

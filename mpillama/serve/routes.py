@@ -12,7 +12,7 @@ from pydantic import BaseModel
 
 from mpillama.api.body import BadRequest, Body
 from mpillama.serve import schemas
-from mpillama.serve.front import Front, Service
+from mpillama.serve.async_engine import AsyncEngine, ServerState
 from mpillama.serve.guard import ASKER, UNKNOWN
 from mpillama.serve.json_body import load_json
 
@@ -66,16 +66,16 @@ class StrictRoute(APIRoute):
         return handle_strictly
 
 
-def the_front(request: Request) -> Front:
+def the_engine(request: Request) -> AsyncEngine:
     """What brings requests to the engines."""
-    front: Front = request.app.state.front
-    return front
+    engine: AsyncEngine = request.app.state.engine
+    return engine
 
 
-def the_service(request: Request) -> Service:
+def the_state(request: Request) -> ServerState:
     """What a request is answered with; 503 before it is loaded and when it is about to end."""
-    service = the_front(request).open_service()
-    return replace(service, asker=request.scope.get(ASKER, ""))
+    state = the_engine(request).open_state()
+    return replace(state, asker=request.scope.get(ASKER, ""))
 
 
 def tell_unknown(request: Request, body: Body) -> None:
@@ -94,5 +94,5 @@ def log_prompt(request: Request, name: str, body: BaseModel) -> None:
         LOG.info("%s: %s", name, json.dumps(body.model_dump(exclude_none=True)))
 
 
-FrontOf = Annotated[Front, Depends(the_front)]
-ServiceOf = Annotated[Service, Depends(the_service)]
+EngineOf = Annotated[AsyncEngine, Depends(the_engine)]
+StateOf = Annotated[ServerState, Depends(the_state)]

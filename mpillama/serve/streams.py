@@ -10,8 +10,8 @@ from fastapi import Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
+from mpillama.serve.async_engine import AnswerFailed, ClientGone
 from mpillama.serve.errors import error_object, status_of
-from mpillama.serve.front import AnswerFailed, ClientGone
 
 T = TypeVar("T")
 BEAT_SECONDS = 15.0

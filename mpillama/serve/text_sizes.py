@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from mpillama.api.messages import Message
+from mpillama.serve.async_engine import ServerState
 from mpillama.serve.errors import Refused
-from mpillama.serve.front import Service
 
 MOST_BYTES = 1 << 20
 BYTES_OF_TOKEN = 16
@@ -19,34 +19,34 @@ IDS_OF_BYTES = 4
 """Bytes of text, for each of which an id costs as much."""
 
 
-def most_bytes(service: Service) -> int:
+def most_bytes(state: ServerState) -> int:
     """Of a text, for every path."""
-    return max(MOST_BYTES, BYTES_OF_TOKEN * service.max_model_len)
+    return max(MOST_BYTES, BYTES_OF_TOKEN * state.max_model_len)
 
 
-def check_text(service: Service, text: str, place: str) -> None:
+def check_text(state: ServerState, text: str, place: str) -> None:
     """Refused if `text` is too large to be tokenized."""
-    check_bytes(service, size(text), place)
+    check_bytes(state, size(text), place)
 
 
-def check_bytes(service: Service, count: int, place: str) -> None:
+def check_bytes(state: ServerState, count: int, place: str) -> None:
     """Refused if so many bytes are too many to be tokenized."""
-    if count > most_bytes(service):
-        reason = f"{count} bytes of text are more than the {most_bytes(service)} that this server tokenizes at once"
+    if count > most_bytes(state):
+        reason = f"{count} bytes of text are more than the {most_bytes(state)} that this server tokenizes at once"
         raise Refused(400, f"{place}: {reason}: divide them", place, "context_length_exceeded")
 
 
-def check_prompt_text(service: Service, count: int, place: str) -> None:
+def check_prompt_text(state: ServerState, count: int, place: str) -> None:
     """Refused if so many bytes are too many for a prompt, whatever they say."""
-    check_bytes(service, count, place)
-    if count > service.max_model_len * LONGEST_TOKEN:
-        reason = f"{count} bytes are more than the context's {service.max_model_len} tokens can be"
+    check_bytes(state, count, place)
+    if count > state.max_model_len * LONGEST_TOKEN:
+        reason = f"{count} bytes are more than the context's {state.max_model_len} tokens can be"
         raise Refused(400, f"{place}: {reason}", place, "context_length_exceeded")
 
 
-def check_ids(service: Service, count: int, place: str) -> None:
+def check_ids(state: ServerState, count: int, place: str) -> None:
     """Refused if so many ids are too many to become a text."""
-    most = max(service.max_model_len, most_bytes(service) // IDS_OF_BYTES)
+    most = max(state.max_model_len, most_bytes(state) // IDS_OF_BYTES)
     if count > most:
         raise Refused(400, f"{place}: {count} ids are more than {most}: divide them", place)
 

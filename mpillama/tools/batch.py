@@ -6,15 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from mpillama import __version__
-from mpillama.batch.groups import LocalGroup, RemoteGroup, follow_rank_0
-from mpillama.batch.journal import Journal
-from mpillama.batch.results import Provenance
-from mpillama.batch.rows import read_lines
-from mpillama.batch.runs import last_options, options_digest, record
-from mpillama.batch.supervisor import Counts, Supervisor
-from mpillama.batch.supervisor import Group as AnyGroup
-from mpillama.batch.worker import Worker
-from mpillama.comm.retirement import Office
+from mpillama.batch.journal import Journal, last_options, options_digest, record
+from mpillama.batch.results import Provenance, Result, RowAdapter
+from mpillama.batch.rows import Line, read_lines
+from mpillama.batch.run import REQUEUE_STATUS, BatchRun, Counts
 from mpillama.comm.start import World
 from mpillama.engine.deadline import Deadline, StopRequest, ignore_stop_signals
 from mpillama.engine.engine import Engine
@@ -23,6 +18,8 @@ from mpillama.engine.model_file import model_path, open_model
 from mpillama.engine.preflight import smallest_group
 from mpillama.errors import UserError
 from mpillama.options import BatchOptions, recorded_sampling
+from mpillama.replicas.replica import follow_router
+from mpillama.replicas.runner import EngineRunner
 from mpillama.tools.batch_progress import Reporter, shown
 from mpillama.tools.engines import Group, check_engine_options, grouped, model_name, opener, prompter
 from mpillama.tools.output_file import refuse_unwritable
@@ -44,8 +41,8 @@ def batch(options: BatchOptions, world: World) -> int:
     ):
         if world.comm.is_root:
             job.status = BatchJob(options, stop, deadline, group, world.comm.size).run(run)
-        elif run.is_root and group.post:
-            job.status = follow_rank_0(group.post, make_worker(run, options))
+        elif run.is_root and group.mailbox:
+            job.status = follow_router(group.mailbox, make_runner(run, options))
     return job.status
 
 
@@ -73,15 +70,14 @@ def check(options: BatchOptions) -> None:
 
 
 class BatchJob:
-    """What rank 0 does once the model is loaded; `groups` are those of other ranks."""
+    """What rank 0 does once the model is loaded."""
 
     def __init__(self, options: BatchOptions, stop: StopRequest, deadline: Deadline, group: Group, ranks: int):
         self.options = options
         self.stop = stop
         self.deadline = deadline
-        self.post, size = group.post, group.world.comm.size
-        self.own_watch = group.world.comm.watch if group.post else None
-        self.groups = [RemoteGroup(group.post, range(i, i + size)) for i in range(size, ranks, size) if group.post]
+        self.group = group
+        self.ranks = ranks
 
     def run(self, run: Run) -> int:
         """Answer the rows; returns the exit status."""
@@ -96,22 +92,19 @@ class BatchJob:
         return status
 
     def _answer(self, run: Run, journal: Journal) -> tuple[int, Counts]:
-        options, own = self.options, LocalGroup(make_worker(run, self.options), self.own_watch)
-        collect = Office(self.post, self.groups).collect if self.post else lambda: None
+        options, runner = self.options, make_runner(run, self.options)
+        router = self.group.router(runner, "what was finished stays, start again.")
         with shown(options.quiet or options.json) as show:
             size = Path(options.input).stat().st_size
-            reporter = Reporter(own.worker.engine, size, options.metrics, show)
-            supervisor = Supervisor(
-                [own, *self.groups], read_lines(options.input), journal, self.deadline, self.stop, reporter, collect
-            )
+            reporter = Reporter(runner.engine, size, options.metrics, show)
+            batch_run = BatchRun(router, read_lines(options.input), journal, self.deadline, self.stop, reporter)
             try:
-                status = supervisor.run()
+                status = batch_run.run()
             finally:
-                own.rest.wake()
-                run.executor.abandoned = own.failure is not None
-        reporter.write_metrics(supervisor.counts)
-        self._close(reporter, supervisor.counts, status, [own, *self.groups])
-        return status, supervisor.counts
+                router.close()
+        reporter.write_metrics(batch_run.counts)
+        self._tell_end(reporter, batch_run.counts, status, router.failures)
+        return status, batch_run.counts
 
     def _facts(self, run: Run) -> dict[str, Any]:
         """What stays the same during a run."""
@@ -119,7 +112,7 @@ class BatchJob:
             "mpillama": __version__,
             "model": run.loaded.file.path,
             "model_sha256": run.loaded.file.metadata_sha256,
-            "ranks": (1 + len(self.groups)) * run.world.comm.size,
+            "ranks": self.ranks,
             "tensor_parallel": run.world.comm.size,
             "threads": run.target.threads,
             "isa": run.target.isa.name,
@@ -128,23 +121,25 @@ class BatchJob:
             "cache_tokens": run.executor.blocks * 64,
         }
 
-    def _close(self, reporter: Reporter, counts: Counts, status: int, groups: list[AnyGroup]) -> None:
+    def _tell_end(self, reporter: Reporter, counts: Counts, status: int, failures: list[str]) -> None:
         """Say how the run ended, and which groups did not see the end."""
-        for failure in filter(None, [group.failure for group in groups]):
+        for failure in failures:
             sys.stderr.write(f"mpillama: warning: a group of ranks retired, others did its rows: {failure}\n")
         if self.options.json:
             sys.stdout.write(json.dumps({"status": status, **reporter.figures(counts)}) + "\n")
         elif not self.options.quiet:
             why = f"stopped by {self.stop.name}" if self.stop.name else "stopped in time"
-            end = "finished" if status != 85 else f"{why}, start the same command again to go on"
+            end = "finished" if status != REQUEUE_STATUS else f"{why}, start the same command again to go on"
             sys.stderr.write(f"mpillama: {end}: {reporter.line(counts)}\n")
 
 
-def make_worker(run: Run, options: BatchOptions) -> Worker:
+def make_runner(run: Run, options: BatchOptions) -> EngineRunner[Line, Result]:
     """The engine of this process's group."""
     engine = Engine(run.executor, run.tokenizer, options.speculate)
     provenance = make_provenance(run, answer_options(options, run))
-    return Worker(engine, prompter(run, options), model_name(run), options.sampling.seed or 0, provenance)
+    return EngineRunner(
+        engine, RowAdapter(prompter(run, options), model_name(run), options.sampling.seed or 0, provenance)
+    )
 
 
 def make_provenance(run: Run, used: dict[str, Any]) -> Provenance:

@@ -7,14 +7,16 @@ from pathlib import Path
 
 from mpillama.api.prompts import Defaults, Prompter
 from mpillama.comm.failure import USER_ERROR_STATUS
-from mpillama.comm.groups import Post, split_world
-from mpillama.comm.retirement import End, Failed, give_up, wait_for_end
+from mpillama.comm.mailbox import Mailbox
 from mpillama.comm.start import World
-from mpillama.comm.watchdog import GroupFailedError
 from mpillama.engine.executor import Executor
 from mpillama.engine.loading import LoadedModel, open_shared_executor
 from mpillama.errors import UserError
 from mpillama.options import BatchOptions, EngineOptions, ServeOptions
+from mpillama.replicas.failover import end_job, wait_for_end
+from mpillama.replicas.replica import LocalReplica, RemoteReplica
+from mpillama.replicas.router import Router
+from mpillama.replicas.runner import EngineRunner, OutputT, RequestT
 from mpillama.tools.running import Job, Run, check_speculation
 
 
@@ -30,7 +32,14 @@ class Group:
     """The ranks that share a model with this one, and the mail between several such groups."""
 
     world: World
-    post: Post | None
+    mailbox: Mailbox | None
+
+    def router(self, runner: EngineRunner[RequestT, OutputT], advice: str) -> Router[RequestT, OutputT]:
+        """On rank 0: what gives requests to all groups; `advice` says what to do once all have failed."""
+        size, mailbox = self.world.comm.size, self.mailbox
+        own = LocalReplica(runner, range(size), self.world.comm.watch if mailbox else None)
+        firsts = range(size, mailbox.size, size) if mailbox else ()
+        return Router([own, *(RemoteReplica(mailbox, range(i, i + size)) for i in firsts if mailbox)], mailbox, advice)
 
 
 @contextmanager
@@ -44,22 +53,18 @@ def grouped(job: Job, size: int) -> Iterator[Group]:
     if size == world.comm.size:
         yield Group(world, None)
         return
-    own, post = split_world(world, size), Post(world.comm)
+    own, mailbox = world.split(size), Mailbox(world.comm)
     if world.comm.is_root:
         try:
-            yield Group(own, post)
+            yield Group(own, mailbox)
             status = job.status
         finally:
-            for rank in range(1, world.comm.size):
-                post.send(rank, End(status))
+            end_job(mailbox, status)
         return
     try:
-        yield Group(own, post)
-    except Exception as error:  # noqa: BLE001 - whatever it is, the group retires and rank 0 tells the user
-        sentence = give_up(error, own.comm.watch)
-        if not isinstance(error, GroupFailedError):
-            post.send(0, Failed(sentence))
-        job.status = wait_for_end(post)
+        yield Group(own, mailbox)
+    except Exception as error:  # noqa: BLE001 - whatever it is, the group fails and rank 0 tells the user
+        job.status = wait_for_end(mailbox, own.comm.watch, error)
 
 
 def check_engine_options(options: EngineOptions) -> None:

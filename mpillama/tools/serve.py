@@ -5,6 +5,7 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,22 +15,22 @@ from typing import NoReturn, Self, cast
 from mpillama.api.reasoning import reasoning_format
 from mpillama.api.tool_calls import tool_format
 from mpillama.comm.failure import Interrupted
-from mpillama.comm.retirement import Office
 from mpillama.comm.start import World
 from mpillama.engine.deadline import Deadline, StopRequest, ignore_stop_signals
 from mpillama.engine.engine import Engine
 from mpillama.engine.sequence import Pooling
 from mpillama.errors import UserError
 from mpillama.options import ServeOptions
+from mpillama.replicas.replica import Replica, follow_router
+from mpillama.replicas.runner import EngineRunner
 from mpillama.serve.app import create_app
+from mpillama.serve.async_engine import AsyncEngine, ServerState
 from mpillama.serve.connections import PLACES_KEPT, most_connections
-from mpillama.serve.desk import EngineDesk
-from mpillama.serve.dispatcher import Dispatcher, Inbox, Life
-from mpillama.serve.front import Front, Service
+from mpillama.serve.engine_loop import EngineLoop, Shutdown
+from mpillama.serve.engine_requests import Output, ServerAdapter, ServerRequest
 from mpillama.serve.guard import Guard, Rules
 from mpillama.serve.http_server import Address, HttpServer
 from mpillama.serve.rendezvous import Rendezvous, is_loopback, tunnel
-from mpillama.serve.replicas import LocalReplica, RemoteReplica, Replica, follow_rank_0
 from mpillama.text.constraint import Grammars, json_object_grammar
 from mpillama.tools.display import watched
 from mpillama.tools.engines import Group, grouped, opener, prompter
@@ -57,8 +58,8 @@ def serve(options: ServeOptions, world: World) -> int:
         with api or nullcontext(), grouped(job, size) as group, loaded(job, opener(options), group.world) as run:
             if api:
                 ServeJob(options, api, group, world.comm.size).run(run)
-            elif run.is_root and group.post:
-                job.status = follow_rank_0(group.post, make_desk(run, options))
+            elif run.is_root and group.mailbox:
+                job.status = follow_router(group.mailbox, make_runner(run, make_grammars(run), options))
     return job.status
 
 
@@ -79,8 +80,7 @@ class Listener:
     """The HTTP server, which says until the model is loaded that it is being loaded; leaving its block stops it."""
 
     settings: Settings
-    front: Front
-    inbox: Inbox
+    engine: AsyncEngine
     server: HttpServer
     port: int
 
@@ -94,15 +94,14 @@ class Listener:
 def listen(options: ServeOptions, settings: Settings) -> Listener:
     """Begin to answer; UserError if the address or the certificate cannot be had."""
     address = Address(options.host, options.port, options.tls_certificate, options.tls_key)
-    bound, inbox = address.bind(), Inbox()
-    front = Front(inbox)
-    app = create_app(front, options.request_timeout, options.log_prompts)
+    bound, engine = address.bind(), AsyncEngine()
+    app = create_app(engine, options.request_timeout, options.log_prompts)
     sys.setswitchinterval(SWITCH_SECONDS)
     most = most_connections(options.connections)
     guard = Guard(app, _rules(options, settings, most), app.state.metrics.note)
     server = HttpServer(guard, address, bound, options.write_timeout, most)
-    server.start(front.attach)
-    return Listener(settings, front, inbox, server, bound.getsockname()[1])
+    server.start(engine.attach)
+    return Listener(settings, engine, server, bound.getsockname()[1])
 
 
 def _rules(options: ServeOptions, settings: Settings, most_connections: int) -> Rules:
@@ -122,42 +121,29 @@ class ServeJob:
         self.options = options
         self.api = api
         self.settings = api.settings
+        self.group = group
         self.ranks = ranks
-        self.post, size = group.post, group.world.comm.size
-        self.own_watch = group.world.comm.watch if group.post else None
-        self.remote = [RemoteReplica(group.post, range(i, i + size)) for i in range(size, ranks, size) if group.post]
         self.stop = StopRequest(SIGNALS)
 
     def run(self, run: Run) -> None:
         """Serve until the end."""
-        options = self.options
-        desk = make_desk(run, options)
-        own = LocalReplica(desk, range(run.world.comm.size), self.own_watch)
-        replicas: list[Replica] = [own, *self.remote]
-        service, rendezvous = self._service(run, desk.grammars, replicas), self._rendezvous(run)
+        grammars = make_grammars(run)
+        router = self.group.router(make_runner(run, grammars, self.options), "start the server again.")
+        state, rendezvous = self._state(run, grammars, router.replicas), self._rendezvous(run)
+        shutdown = Shutdown(self.stop, Deadline.of_run(self.options.time_limit), self.options.grace)
         self.stop.install()
-        self.api.front.now_serving(service)
+        self.api.engine.now_serving(state)
         rendezvous.write(self.settings.rendezvous)
         try:
             self._announce(rendezvous)
-            self._dispatch(replicas, Deadline.of_run(options.time_limit))
+            EngineLoop(router, self.api.engine, shutdown, self._tell_end).run()
         finally:
             rendezvous.remove(self.settings.rendezvous)
-            run.executor.abandoned = own.failure is not None
-
-    def _dispatch(self, replicas: list[Replica], deadline: Deadline) -> None:
-        office = Office(self.post, self.remote) if self.post else None
-        dispatcher = Dispatcher(
-            replicas, self.api.inbox, self.api.front.now_delivered, self._tell_end, self.api.front.now_ended,
-            Life(self.stop, deadline, self.options.grace), office.collect if office else lambda: None,
-        )  # fmt: skip
-        dispatcher.run()
 
     def _tell_end(self, reason: str) -> None:
-        self.api.front.now_draining(reason)
         self._say(f"{reason}: no more requests, running answers have {self.options.grace:g} s to finish")
 
-    def _service(self, run: Run, grammars: Grammars, replicas: list[Replica]) -> Service:
+    def _state(self, run: Run, grammars: Grammars, replicas: Sequence[Replica[ServerRequest, Output]]) -> ServerState:
         options, file = self.options, run.loaded.file
         source = file.texts.get("chat_template.jinja")
         tools = tool_format(source.decode()) if source is not None else None
@@ -166,7 +152,7 @@ class ServeJob:
         asks = replace(asks, for_template=tools.for_template) if tools else asks
         path = Path(file.path)
         name = options.model_name or path.stem
-        return Service(
+        return ServerState(
             name, frozenset({name, path.name, path.stem}), int(time.time()), run.executor.max_seq_len, asks,
             grammars, tools, thoughts, cast(Pooling, options.pooling), replicas,
             options.queue + options.sequences * len(replicas), file.config.hidden_size,
@@ -198,16 +184,16 @@ class ServeJob:
             sys.stderr.flush()
 
 
-def make_desk(run: Run, options: ServeOptions) -> EngineDesk:
+def make_runner(run: Run, grammars: Grammars, options: ServeOptions) -> EngineRunner[ServerRequest, Output]:
     """The engine of this process's group."""
+    return EngineRunner(Engine(run.executor, run.tokenizer, options.speculate), ServerAdapter(grammars))
+
+
+def make_grammars(run: Run) -> Grammars:
+    """What builds grammars; the first takes a second for a large vocabulary, and not every tokenizer allows them."""
     grammars = Grammars(run.tokenizer, run.loaded.file.config.vocab_size)
-    prepare(grammars)
-    return EngineDesk(Engine(run.executor, run.tokenizer, options.speculate), grammars)
-
-
-def prepare(grammars: Grammars) -> None:
-    """Build what grammars need, which takes a second for a large vocabulary; not every tokenizer allows them."""
     try:
         grammars.check(json_object_grammar())
     except UserError as error:
         LOG.info("answers cannot be constrained: %s", error)
+    return grammars

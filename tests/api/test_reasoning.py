@@ -65,7 +65,7 @@ def answered(
 ) -> "ChatChoice":
     """An answer of these tokens on its way through the engine's Answer to the message, a few tokens a step."""
     from mpillama.serve.choices import ChatChoice
-    from mpillama.serve.tasks import Progress
+    from mpillama.serve.engine_requests import Output
 
     form = form_of(tokens)
     calls = tools.parser() if tools else None
@@ -78,7 +78,7 @@ def answered(
         text += answer.push(token, 1000)
         if answer.finish_reason is None and sizes is not None and sizes.random() < 0.5:
             continue
-        entries += choice.push(Progress(0, step, text, (), answer.finish_reason, marks=answer.marks[told:]))
+        entries += choice.push(Output(0, step, text, (), answer.finish_reason, marks=answer.marks[told:]))
         step, text, told = [], "", len(answer.marks)
         if answer.finish_reason is not None:
             break
@@ -155,19 +155,6 @@ def test_a_call_is_found_behind_a_thought_and_not_within_it(special):
         assert message["reasoning_content"] == f"I could {call} it."
         assert (message["content"], [c["function"]["name"] for c in message["tool_calls"]]) == (None, ["f"])
         assert choice.finish_reason == "tool_calls"
-
-
-def test_an_answer_that_begins_again_elsewhere_has_each_mark_once():
-    from mpillama.engine.answer import Mark
-    from mpillama.serve.dispatcher import _Active
-    from mpillama.serve.tasks import Progress, Task
-
-    active = _Active(Task(1, [0], SamplingParams(seed=0, max_tokens=9)), None)  # type: ignore[arg-type]
-    first, second = Mark(0, 7, 0, 0), Mark(2, 8, 4, 4)
-    assert active.unseen(Progress(1, [7, 3], "a ", marks=[first])).marks == [first]
-    active.restart(None)  # type: ignore[arg-type]
-    again = active.unseen(Progress(1, [7, 3, 8], "a bc", marks=[first, second]))
-    assert (list(again.token_ids), again.text, list(again.marks)) == ([8], "bc", [second])
 
 
 def test_white_space_of_an_answer_without_thought_stays():

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from mpillama.batch.supervisor import PARTIAL_STATUS, REQUEUE_STATUS
+from mpillama.batch.run import PARTIAL_STATUS, REQUEUE_STATUS
 from tests.mpi.launch import END_SECONDS, PROGRAM, SCRIPTS, TIMEOUT, Launch, run, started
 
 pytestmark = pytest.mark.timeout(TIMEOUT + 240)

@@ -8,9 +8,11 @@ import pytest
 from mpillama.batch.journal import Journal
 from mpillama.batch.results import Provenance, Result
 from mpillama.batch.rows import Line
-from mpillama.batch.supervisor import PARTIAL_STATUS, REQUEUE_STATUS, Supervisor
+from mpillama.batch.run import PARTIAL_STATUS, REQUEUE_STATUS, BatchRun
 from mpillama.engine.deadline import Deadline, StopRequest, parse_duration
 from mpillama.errors import UserError
+from mpillama.replicas.router import Router
+from tests.replicas.scripted import ScriptedReplica
 
 CAME_FROM = Provenance("m", "o", "1")
 
@@ -19,52 +21,24 @@ def line(number: int, name: str | None = None) -> Line:
     return Line(number, json.dumps({"id": name or f"r{number}", "prompt": "x"}).encode(), number)
 
 
-class FakeGroup:
-    """Finishes one line a step; fails at its `fails`-th line."""
-
-    is_local = True
+class Group(ScriptedReplica):
+    """A group of ranks that finishes one line a step; fails at its `fails`-th line."""
 
     def __init__(self, slots: int = 3, fails: int | None = None):
-        self.slots, self.fails = slots, fails
-        self.lines: list[Line] = []
-        self.taken: list[int] = []
-        self.failure: str | None = None
+        super().__init__(result, slots, fails)
 
-    @property
-    def room(self) -> int:
-        return 0 if self.failure else self.slots - len(self.lines)
 
-    @property
-    def idle(self) -> bool:
-        return not self.lines
-
-    def take(self, given: Line) -> None:
-        self.lines.append(given)
-        self.taken.append(given.number)
-        if self.fails is not None and len(self.taken) >= self.fails:
-            self.failure = "out of memory"
-
-    def step(self) -> list[Result]:
-        if self.failure or not self.lines:
-            return []
-        done = self.lines.pop(0)
-        fields = {"line": done.number, "custom_id": f"r{done.number}", "provenance": CAME_FROM.as_json()}
-        return [Result(done.number, f"r{done.number}", json.dumps(fields).encode() + b"\n", False, 1, 1)]
-
-    def abandoned(self) -> list[Line]:
-        if not self.failure:
-            return []
-        left, self.lines = self.lines, []
-        return left
+def result(line: Line) -> Result:
+    fields = {"line": line.number, "custom_id": f"r{line.number}", "provenance": CAME_FROM.as_json()}
+    return Result(line.number, f"r{line.number}", json.dumps(fields).encode() + b"\n", False, 1, 1)
 
 
 def run(tmp_path: Path, groups, lines, deadline=None, stop=None, on_progress=lambda counts: None):
     journal = Journal(str(tmp_path / "out.jsonl"), CAME_FROM, {}, {})
-    supervisor = Supervisor(
-        groups, iter(lines), journal, deadline or Deadline(None), stop or StopRequest(), on_progress
-    )
+    router = Router(groups, None, "what was finished stays, start again.")
+    batch = BatchRun(router, iter(lines), journal, deadline or Deadline(None), stop or StopRequest(), on_progress)
     try:
-        return supervisor.run(), supervisor.counts
+        return batch.run(), batch.counts
     finally:
         journal.close()
 
@@ -74,7 +48,7 @@ def done(tmp_path: Path) -> list[int]:
 
 
 def test_every_line_once_and_the_faster_group_does_more(tmp_path: Path):
-    wide, narrow = FakeGroup(8), FakeGroup(1)
+    wide, narrow = Group(8), Group(1)
     status, counts = run(tmp_path, [narrow, wide], [line(i) for i in range(1, 51)])
     assert status == 0
     assert sorted(done(tmp_path)) == list(range(1, 51))
@@ -84,29 +58,29 @@ def test_every_line_once_and_the_faster_group_does_more(tmp_path: Path):
 
 
 def test_a_second_run_does_the_rest(tmp_path: Path):
-    run(tmp_path, [FakeGroup()], [line(i) for i in (1, 2, 3)])
-    status, counts = run(tmp_path, [FakeGroup()], [line(i) for i in range(1, 8)])
+    run(tmp_path, [Group()], [line(i) for i in (1, 2, 3)])
+    status, counts = run(tmp_path, [Group()], [line(i) for i in range(1, 8)])
     assert (status, counts.rows, counts.skipped) == (0, 4, 3)
     assert sorted(done(tmp_path)) == list(range(1, 8))
 
 
 def test_another_input_is_refused(tmp_path: Path):
-    run(tmp_path, [FakeGroup()], [line(1)])
+    run(tmp_path, [Group()], [line(1)])
     with pytest.raises(UserError, match="the same input"):
-        run(tmp_path, [FakeGroup()], [line(1, "other")])
+        run(tmp_path, [Group()], [line(1, "other")])
 
 
 def test_a_second_row_of_an_id_is_an_error_also_after_a_restart(tmp_path: Path):
     rows = [line(1, "r1"), line(2, "r1"), line(3)]
-    _, counts = run(tmp_path, [FakeGroup()], rows)
+    _, counts = run(tmp_path, [Group()], rows)
     assert counts.errors == 1
-    status, counts = run(tmp_path, [FakeGroup()], [*rows, line(4, "r3")])
+    status, counts = run(tmp_path, [Group()], [*rows, line(4, "r3")])
     assert (status, counts.skipped, counts.errors) == (0, 3, 1)
     assert sorted(done(tmp_path)) == [1, 2, 3, 4]
 
 
 def test_lines_of_a_failed_group_go_to_the_others(tmp_path: Path):
-    good, bad = FakeGroup(2), FakeGroup(4, fails=6)
+    good, bad = Group(2), Group(4, fails=6)
     status, _ = run(tmp_path, [bad, good], [line(i) for i in range(1, 31)])
     assert status == PARTIAL_STATUS
     assert sorted(done(tmp_path)) == list(range(1, 31))
@@ -114,8 +88,9 @@ def test_lines_of_a_failed_group_go_to_the_others(tmp_path: Path):
 
 
 def test_no_group_left_is_told(tmp_path: Path):
-    with pytest.raises(UserError, match="out of memory"):
-        run(tmp_path, [FakeGroup(fails=2)], [line(i) for i in range(1, 9)])
+    with pytest.raises(UserError, match="out of memory; what was finished stays, start again"):
+        run(tmp_path, [Group(fails=5)], [line(i) for i in range(1, 9)])
+    assert done(tmp_path) == [1, 2]
 
 
 def test_a_signal_stops_after_the_step(tmp_path: Path):
@@ -124,7 +99,7 @@ def test_a_signal_stops_after_the_step(tmp_path: Path):
     def after_five(counts):
         stop.name = "SIGUSR1" if counts.rows >= 5 else ""
 
-    status, counts = run(tmp_path, [FakeGroup()], [line(i) for i in range(1, 100)], stop=stop, on_progress=after_five)
+    status, counts = run(tmp_path, [Group()], [line(i) for i in range(1, 100)], stop=stop, on_progress=after_five)
     assert (status, counts.rows) == (REQUEUE_STATUS, 5)
     assert len(done(tmp_path)) == 5
 
@@ -137,7 +112,7 @@ def test_nothing_begins_that_cannot_end(tmp_path: Path):
     def tick(counts):
         now[0] += 10
 
-    group = FakeGroup(1)
+    group = Group(1)
     status, counts = run(tmp_path, [group], [line(i) for i in range(1, 100)], deadline, on_progress=tick)
     assert status == REQUEUE_STATUS
     assert counts.rows == len(group.taken) == 7

@@ -1,0 +1,196 @@
+"""Ranks that hold a whole model, as rank 0 sees them, and the loop of their leaders."""
+
+import time
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any, Generic
+
+from mpillama.comm.mailbox import Mailbox
+from mpillama.comm.watchdog import Watch
+from mpillama.replicas.failover import End, Failed, give_up
+from mpillama.replicas.runner import EngineRunner, EngineStats, OutputT, RequestT
+
+REPORT_SECONDS = 0.1
+"""How old rank 0's statistics of a replica may be while it computes and has no output."""
+
+
+@dataclass(frozen=True)
+class Ready:
+    """A leader's model is loaded; it wants so many requests at once."""
+
+    capacity: int
+
+
+@dataclass(frozen=True)
+class Cancel:
+    """Nobody wants that request's output any more."""
+
+    key: int
+
+
+@dataclass(frozen=True)
+class AskMemory:
+    """The wish to know the resident bytes of every rank."""
+
+
+@dataclass(frozen=True)
+class Report(Generic[OutputT]):
+    """What a leader tells after a step."""
+
+    outputs: list[OutputT]
+    stats: EngineStats
+
+
+class Replica(ABC, Generic[RequestT, OutputT]):
+    """Ranks that hold a whole model; `requests` are under way there, `failure` says why it takes no more."""
+
+    def __init__(self, ranks: range, capacity: int = 0):
+        self.ranks = ranks
+        self.capacity = capacity
+        self.failure: str | None = None
+        self.stats = EngineStats()
+        self.requests: dict[int, RequestT] = {}
+
+    @property
+    def ready(self) -> bool:
+        return self.capacity > 0 and self.failure is None
+
+    @property
+    def room(self) -> int:
+        """Requests that it wants beside those under way; negative if it has more than that."""
+        return self.capacity - len(self.requests)
+
+    @property
+    def idle(self) -> bool:
+        """Whether a step would compute nothing in this process."""
+        return True
+
+    @abstractmethod
+    def submit(self, request: RequestT) -> None:
+        """Begin with a request."""
+
+    @abstractmethod
+    def cancel(self, key: int) -> None:
+        """Forget a request."""
+
+    @abstractmethod
+    def ask_memory(self) -> None:
+        """Bring the memory in `stats` up to date, now or soon."""
+
+    @abstractmethod
+    def step(self) -> list[OutputT]:
+        """Compute if that is for this process to do; the outputs since the last call."""
+
+    def close(self) -> None:
+        """Nothing more will be asked."""
+
+
+class LocalReplica(Replica[RequestT, OutputT]):
+    """The replica that this process leads; without the `watch` of its ranks an exception ends the job."""
+
+    def __init__(self, runner: EngineRunner[RequestT, OutputT], ranks: range, watch: Watch | None = None):
+        super().__init__(ranks, runner.capacity)
+        self.runner = runner
+        self.watch = watch
+        self.stats = runner.stats()
+
+    @property
+    def idle(self) -> bool:
+        return self.failure is not None or self.runner.idle
+
+    def submit(self, request: RequestT) -> None:
+        self.runner.submit(request)
+
+    def cancel(self, key: int) -> None:
+        self.runner.cancel(key)
+        self.stats = self.runner.stats()
+
+    def ask_memory(self) -> None:
+        self.runner.ask_memory()
+        self.stats = self.runner.stats()
+
+    def step(self) -> list[OutputT]:
+        if self.failure:
+            return []
+        try:
+            outputs = self.runner.step()
+        except Exception as error:
+            if self.watch is None:
+                raise
+            self.failure = give_up(error, self.watch)
+            self.runner.engine.executor.abandoned = True
+            return []
+        self.stats = self.runner.stats()
+        return outputs
+
+    def close(self) -> None:
+        self.runner.wake()
+
+
+class RemoteReplica(Replica[RequestT, OutputT]):
+    """A replica that another process leads: the first of its ranks."""
+
+    def __init__(self, mailbox: Mailbox, ranks: range):
+        super().__init__(ranks)
+        self.mailbox = mailbox
+        self.leader = ranks.start
+        self._outputs: list[OutputT] = []
+
+    def submit(self, request: RequestT) -> None:
+        self.mailbox.send(self.leader, request)
+
+    def cancel(self, key: int) -> None:
+        self.mailbox.send(self.leader, Cancel(key))
+
+    def ask_memory(self) -> None:
+        self.mailbox.send(self.leader, AskMemory())
+
+    def hear(self, message: Any) -> None:
+        """Take a message from one of its ranks."""
+        if isinstance(message, Failed):
+            self.failure = self.failure or message.sentence
+            self.mailbox.unwatch(self.leader)
+        elif isinstance(message, Ready):
+            self.capacity = message.capacity
+            self.mailbox.beat_to(self.leader)
+            self.mailbox.watch(self.leader)
+        elif self.failure is None:
+            self._outputs += message.outputs
+            self.stats = message.stats
+
+    def step(self) -> list[OutputT]:
+        outputs, self._outputs = self._outputs, []
+        return outputs
+
+
+def follow_router(mailbox: Mailbox, runner: EngineRunner[Any, Any]) -> int:
+    """A leader's loop: requests from rank 0 to the engine, outputs back; returns the exit status that rank 0 sends."""
+    mailbox.send(0, Ready(runner.capacity))
+    mailbox.beat_to(0)
+    reported = time.monotonic()
+    while True:
+        for _, message in mailbox.receive():
+            mailbox.watch(0)
+            if isinstance(message, End):
+                runner.wake()
+                return message.status
+            _obey(mailbox, runner, message)
+        is_idle, outputs = runner.idle, runner.step()
+        if is_idle:
+            mailbox.wait()
+            continue
+        if outputs or time.monotonic() - reported >= REPORT_SECONDS:
+            mailbox.send(0, Report(outputs, runner.stats()))
+            reported = time.monotonic()
+        mailbox.beat()
+
+
+def _obey(mailbox: Mailbox, runner: EngineRunner[Any, Any], message: Any) -> None:
+    if isinstance(message, Cancel):
+        runner.cancel(message.key)
+    elif isinstance(message, AskMemory):
+        runner.ask_memory()
+    else:
+        runner.submit(message)
+        return
+    mailbox.send(0, Report([], runner.stats()))
