@@ -40,7 +40,7 @@ Serving = Callable[..., AbstractContextManager[Served]]
 
 @contextmanager
 def serving(
-    model: Path, folder: Path, ranks: int, *options: str, env: dict[str, str] | None = None
+    model: Path, folder: Path, ranks: int | None, *options: str, env: dict[str, str] | None = None
 ) -> Iterator[Served]:
     """Run `serve` until the end of the block; `rendezvous` is written when it answers."""
     file = folder / f"server-{time.monotonic_ns()}.json"
