@@ -4,7 +4,7 @@ Defaults are written into the help by hand, because argparse-dataclass prints MI
 """
 
 import argparse
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, make_dataclass
 from typing import Any, ClassVar, NoReturn, Optional
 
@@ -499,16 +499,17 @@ class _CommandParser(argparse.ArgumentParser):
         raise UserError(f"{message}; `{self.prog} --help` shows the commands.")
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """Return the parser of the whole program."""
+def build_parser(commands: Collection[str] = tuple(COMMANDS)) -> argparse.ArgumentParser:
+    """Return the parser of the whole program, which knows the options of these commands, and of others the names."""
     parser = _CommandParser(
         prog="mpillama", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--version", action="version", version=f"mpillama {__version__}")
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND", parser_class=_Parser)
+    parsers = parser.add_subparsers(dest="command", metavar="COMMAND", parser_class=_Parser)
     for name, (options_class, text) in COMMANDS.items():
-        flat = make_dataclass(options_class.__name__, options_of(options_class), frozen=True, kw_only=True)
-        commands.add_parser(name, options_class=flat, help=text, description=text.capitalize() + ".")
+        options = options_of(options_class) if name in commands else []
+        flat = make_dataclass(options_class.__name__, options, repr=False, eq=False, kw_only=True)
+        parsers.add_parser(name, options_class=flat, help=text, description=text.capitalize() + ".")
     return parser
 
 
@@ -538,6 +539,6 @@ def parse(arguments: Sequence[str]) -> tuple[str, Any]:
         if first and not first.startswith("-"):
             raise UserError(f"unknown command {first!r}: choose one of {', '.join(COMMANDS)}, or begin with an option.")
         arguments = ["generate", *arguments]
-    values = vars(build_parser().parse_args(list(arguments)))
+    values = vars(build_parser(arguments[:1]).parse_args(list(arguments)))
     command = values.pop("command")
     return command, _assembled(COMMANDS[command][0], values)

@@ -5,7 +5,7 @@ theirs from here.
 """
 
 import math
-import secrets
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
@@ -187,4 +187,4 @@ class SamplingParams:
 
 def new_seed() -> int:
     """A random seed below 2^53, exact in any JSON reader."""
-    return secrets.randbits(53)
+    return int.from_bytes(os.urandom(7)) >> 3
