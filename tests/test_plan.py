@@ -14,7 +14,7 @@ from mpillama.model.partition import partition
 from mpillama.model.shapes import shape_config
 from mpillama.model.tensors import WeightTypes
 from mpillama.quant import WEIGHT_TYPES
-from mpillama.tools.quantities import parse_bytes
+from mpillama.tools.values import parse_bytes
 from tests.mpi.launch import PROGRAM, run
 
 GB = 10**9

@@ -22,8 +22,8 @@ from mpillama.replicas.replica import follow_router
 from mpillama.replicas.runner import EngineRunner
 from mpillama.tools.batch_progress import Reporter, shown
 from mpillama.tools.engines import Group, check_engine_options, grouped, model_name, opener, prompter
-from mpillama.tools.output_file import refuse_unwritable
 from mpillama.tools.running import Run, loaded, running
+from mpillama.tools.values import refuse_unwritable
 
 ANSWER_OPTIONS = ("weights", "kv_type", "layers")
 """What an answer depends on besides row, model and sampling."""

@@ -29,8 +29,8 @@ from mpillama.options import BenchOptions
 from mpillama.quant import WEIGHT_TYPES
 from mpillama.tools.bench_report import draw, print_report
 from mpillama.tools.display import in_number, load_progress
-from mpillama.tools.output_file import refuse_unwritable
 from mpillama.tools.running import running
+from mpillama.tools.values import refuse_unwritable
 
 
 def bench(options: BenchOptions, world: World) -> int:

@@ -15,7 +15,7 @@ from mpillama.options import ClientOptions
 from mpillama.redaction import keep_secret
 from mpillama.serve.rendezvous import Rendezvous, read_rendezvous
 from mpillama.tools.keyboard import Keyboard
-from mpillama.tools.standard_input import read_standard_input
+from mpillama.tools.values import read_standard_input
 
 HELP = "/reset forgets the conversation, /system TEXT sets the system message, /quit leaves; Ctrl-C stops an answer."
 CONNECT_SECONDS = 20.0
@@ -35,8 +35,9 @@ def client(options: ClientOptions) -> int:
 def converse(talk: "Talk", quiet: bool) -> int:
     """Ask what a person types until the input ends; returns the exit status."""
     keyboard = Keyboard()
+    quiet = quiet or not sys.stdin.isatty()
     if not quiet:
-        sys.stderr.write(f"{talk.server.url}\n{HELP}\n")
+        keyboard.tell(f"{talk.server.url}\n{HELP}")
     with keyboard.listening():
         while (line := keyboard.line("" if quiet else "> ")) is not None:
             text = line.strip()
@@ -48,7 +49,7 @@ def converse(talk: "Talk", quiet: bool) -> int:
             elif name == "/system" and argument:
                 talk.reset(argument)
             elif text.startswith("/"):
-                sys.stderr.write(HELP + "\n")
+                keyboard.tell(HELP)
             elif text:
                 _ask_kindly(talk, text, keyboard)
     return 0
@@ -59,7 +60,7 @@ def _ask_kindly(talk: "Talk", text: str, keyboard: Keyboard) -> None:
     try:
         talk.ask(text, lambda: keyboard.interrupted)
     except UserError as error:
-        sys.stderr.write(f"mpillama: {error}\n")
+        keyboard.tell(f"mpillama: {error}")
 
 
 class Server:

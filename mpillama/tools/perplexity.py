@@ -15,7 +15,7 @@ from mpillama.errors import UserError
 from mpillama.options import PerplexityOptions
 from mpillama.tools.display import in_number, steps_progress
 from mpillama.tools.running import Run, loaded, running
-from mpillama.tools.standard_input import read_standard_input
+from mpillama.tools.values import read_standard_input
 
 
 def perplexity(options: PerplexityOptions, world: World) -> int:

@@ -18,9 +18,8 @@ from mpillama.options import PlanOptions
 from mpillama.quant import WEIGHT_TYPES
 from mpillama.tools.display import in_number, in_units, stages
 from mpillama.tools.job_script import job_script
-from mpillama.tools.output_file import output_file, refuse_unwritable
-from mpillama.tools.quantities import parse_bytes, parse_number
 from mpillama.tools.terminal import print_sentence, print_table
+from mpillama.tools.values import output_file, parse_bytes, parse_number, refuse_unwritable
 
 DOES_NOT_FIT = 1
 

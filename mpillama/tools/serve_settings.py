@@ -10,8 +10,7 @@ from mpillama.options import ServeOptions
 from mpillama.redaction import keep_secret
 from mpillama.serve.rendezvous import default_path, is_loopback
 from mpillama.tools.engines import check_engine_options
-from mpillama.tools.output_file import refuse_unwritable
-from mpillama.tools.quantities import parse_bytes
+from mpillama.tools.values import parse_bytes, refuse_unwritable
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ import sys
 from mpillama.engine.model_file import make_tokenizer, model_path, open_model
 from mpillama.options import TokenizeOptions
 from mpillama.tools.display import stages
-from mpillama.tools.standard_input import read_standard_input
+from mpillama.tools.values import read_standard_input
 
 
 def tokenize(options: TokenizeOptions) -> int:
