@@ -168,5 +168,7 @@ def check_prompt(ids: Sequence[int], longest: int, vocab_size: int, room: int = 
     if not ids:
         raise UserError("the prompt is empty: give at least one token.")
     if len(ids) + room > longest:
-        raise UserError(f"the prompt has {len(ids)} tokens, but the context holds {longest}: shorten it.")
+        raise UserError(
+            f"the prompt has {len(ids)} tokens, but the context holds {longest}: shorten it or raise --max-seq-len."
+        )
     check_token_ids(ids, vocab_size)

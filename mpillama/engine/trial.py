@@ -4,9 +4,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from mpillama.engine.engine import Engine
 from mpillama.engine.memory import MemoryModel
 from mpillama.engine.model_file import ModelFile, SliceReader
-from mpillama.engine.session import Session
 from mpillama.errors import UserError
 from mpillama.model.config import ModelConfig
 from mpillama.model.tensors import TensorSpec, WeightTypes, tensor_specs
@@ -93,18 +93,19 @@ class Extrapolation:
 
 
 def extrapolate(
-    file: FirstLayers, session: Session, load_seconds: float, memory: list[int], kv_type: str
+    file: FirstLayers, engine: Engine, positions: int, load_seconds: float, memory: list[int], kv_type: str
 ) -> Extrapolation:
     """Scale measured figures by the bytes that the whole model has more; `memory` is each rank's resident bytes.
 
-    The trial's cache is resident as far as it was written, the whole model's is counted to the end of the context.
+    The trial's cache is resident for the `positions` that were written, the whole model's is counted to the end of the
+    context.
     """
-    ranks = session.executor.comm.size
-    small = _bytes_of_ranks(file, ranks, session.length, kv_type)
-    whole = _bytes_of_ranks(file.whole, ranks, session.max_seq_len, kv_type)
+    ranks = engine.executor.comm.size
+    small = _bytes_of_ranks(file, ranks, positions, kv_type)
+    whole = _bytes_of_ranks(file.whole, ranks, engine.longest, kv_type)
     most = max(m - sum(s) + sum(w) for m, s, w in zip(memory, small, whole, strict=True))
     ratio = max(w[0] / s[0] for s, w in zip(small, whole, strict=True))
-    speed = session.decode.tokens_per_second / ratio
+    speed = engine.counts.decode.tokens_per_second / ratio
     layers = file.config.num_hidden_layers, file.whole.config.num_hidden_layers
     return Extrapolation(*layers, most, load_seconds * ratio, speed)
 

@@ -2,19 +2,20 @@
 
 import signal
 import sys
+from contextlib import closing
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
 from mpillama.comm.start import World
-from mpillama.engine.answer import Answer
-from mpillama.engine.generate import Generation, text_pieces
-from mpillama.engine.speculation import Drafter
+from mpillama.engine.engine import Engine
+from mpillama.engine.sequence import Request
 from mpillama.errors import UserError
 from mpillama.options import ChatOptions
-from mpillama.text.sampler import Sampler
+from mpillama.text.sampling_params import SamplingParams
 from mpillama.tools.keyboard import Keyboard
-from mpillama.tools.running import Run, after_prompt, check_speculation, loaded, running
+from mpillama.tools.running import Run, check_speculation, loaded, pieces_of, running
 
 HELP = "/reset forgets the conversation, /system TEXT sets the system message, /quit leaves; Ctrl-C stops an answer."
 Message = dict[str, Any]
@@ -32,15 +33,14 @@ def chat(options: ChatOptions, world: World) -> int:
 
 
 class Conversation:
-    """Messages of a chat and the tokens that the cache holds of them."""
+    """Messages of a chat, and the engine whose cache knows what was said before."""
 
     def __init__(self, run: Run, options: ChatOptions):
         self.run_state = run
-        self.drafter = Drafter(options.speculate)
+        self.engine = Engine(run.executor, run.tokenizer, options.speculate)
         self.options = options
         self.template = run.chat_template
         self.keyboard = Keyboard()
-        self.cached: list[int] = []
         self.turn = 0
         self.messages: list[Message] = []
         self._reset(options.system)
@@ -48,7 +48,7 @@ class Conversation:
     def run(self) -> None:
         """Answer until the input ends."""
         if not self.options.quiet:
-            sys.stderr.write(HELP + "\n")
+            self.keyboard.tell(HELP)
         with self.keyboard.listening():
             while (line := self._line()) is not None:
                 text = line.strip()
@@ -70,7 +70,7 @@ class Conversation:
         elif name == "/system" and argument:
             self._reset(argument)
         else:
-            sys.stderr.write(HELP + "\n")
+            self.keyboard.tell(HELP)
 
     def _reset(self, system: str | None) -> None:
         """Begin anew; what the cache shares with the next prompt is kept by itself."""
@@ -87,43 +87,28 @@ class Conversation:
             answer = self._stream(self.run_state.tokenizer.encode_marked(self.template.render_marked(self.messages)))
         except UserError as error:
             self.messages.pop()
-            sys.stderr.write(f"mpillama: {error} /reset begins a new conversation.\n")
+            self.keyboard.tell(f"mpillama: {error} /reset begins a new conversation.")
             return
         self.messages.append({"role": "assistant", "content": answer})
 
     def _stream(self, prompt_ids: list[int]) -> str:
-        """Run what the cache does not hold yet of the prompt, print the answer and return it."""
-        run, options = self.run_state, self.options
-        keep = common_prefix(self.cached, prompt_ids[:-1])
-        run.session.truncate(keep)
-        sampler = Sampler(self._sampling(), run.loaded.file.config.vocab_size, prompt_ids)
-        answer = Answer(run.tokenizer, options.sampling)
-        pieces = text_pieces(run.session, sampler, Generation(prompt_ids, answer), prompt_ids[keep:], self.drafter)
-        self.cached = self.cached[:keep]
-        for piece in after_prompt(run, pieces):
-            run.write(piece)
-            if self.keyboard.interrupted:
-                sys.stdout.write(" (stopped)")
-                break
+        """Print the answer as it comes and return it; what the cache knows of the prompt is not computed again."""
+        sequence = self.engine.submit(Request(prompt_ids, self._sampling()))
+        with closing(pieces_of(self.run_state, self.engine, sequence)) as pieces:
+            answer = ""
+            for piece in pieces:
+                self.run_state.write(piece)
+                answer += piece
+                if self.keyboard.interrupted:
+                    sys.stdout.write(" (stopped)")
+                    break
         sys.stdout.write("\n")
-        self.cached = (prompt_ids + answer.token_ids)[: run.session.length]
-        return answer.text
+        return answer
 
-    def _sampling(self) -> Any:
+    def _sampling(self) -> SamplingParams:
         """The sampling options; a given seed gives each turn a seed of its own."""
-        options = self.options.sampling
-        if options.seed is None:
-            return options
+        params = self.options.sampling
+        if params.seed is None:
+            return params
         self.turn += 1
-        fields = {**vars(options), "seed": int(np.random.SeedSequence([options.seed, self.turn]).generate_state(1)[0])}
-        return type(options)(**fields)
-
-
-def common_prefix(a: list[int], b: list[int]) -> int:
-    """How many first elements two lists share."""
-    shared = 0
-    for x, y in zip(a, b, strict=False):
-        if x != y:
-            break
-        shared += 1
-    return shared
+        return replace(params, seed=int(np.random.SeedSequence([params.seed, self.turn]).generate_state(1)[0]))

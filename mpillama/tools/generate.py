@@ -1,32 +1,31 @@
 """`generate`: continue a text."""
 
+import hashlib
 import json
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, replace
 
 import numpy as np
 
 from mpillama.comm.start import World
-from mpillama.engine.answer import Answer
-from mpillama.engine.generate import Generation, text_pieces
+from mpillama.engine.engine import Engine
 from mpillama.engine.memory import MemoryModel, RankUsage, memory_of_ranks
-from mpillama.engine.speculation import Drafter
+from mpillama.engine.sequence import EngineSequence, Request
 from mpillama.engine.trial import Extrapolation, FirstLayers, extrapolate
 from mpillama.errors import UserError
 from mpillama.options import GenerateOptions, recorded
-from mpillama.text.sampler import Sampler
+from mpillama.text.sampling_params import new_seed
 from mpillama.tools.display import in_units
-from mpillama.tools.output_file import output_file, refuse_unwritable
 from mpillama.tools.running import (
     Run,
-    after_prompt,
     check_speculation,
     closing_line,
     communication_share,
     loaded,
+    pieces_of,
     running,
 )
-from mpillama.tools.standard_input import read_standard_input
+from mpillama.tools.values import output_file, read_standard_input, refuse_unwritable
 
 
 def generate(options: GenerateOptions, world: World) -> int:
@@ -49,19 +48,51 @@ def check(options: GenerateOptions) -> None:
     refuse_unwritable("--logits-out", options.logits_out)
 
 
+class SampledLogits:
+    """The digest of the logits that each token was sampled from; keeps them if asked."""
+
+    def __init__(self, keep: bool):
+        self.digest = hashlib.sha256()
+        self.kept: list[np.ndarray] | None = [] if keep else None
+
+    def __call__(self, logits: np.ndarray, token: int) -> None:
+        """A token was sampled from float32 [vocab_size]."""
+        self.digest.update(np.ascontiguousarray(logits, "<f4").tobytes())
+        if self.kept is not None:
+            self.kept.append(logits.copy())
+
+
+@dataclass(frozen=True)
+class Generation:
+    """What has come of the command."""
+
+    engine: Engine
+    sequence: EngineSequence
+    logits: SampledLogits
+    memory: list[RankUsage]
+
+    @property
+    def positions(self) -> int:
+        """Those that were computed: the last token was sampled only."""
+        return len(self.sequence.tokens) - 1
+
+
 def _generate(run: Run, options: GenerateOptions) -> None:
-    prompt_ids = _prompt_ids(run, options)
-    sampler = Sampler(options.sampling, run.loaded.file.config.vocab_size, prompt_ids)
-    answer = Answer(run.tokenizer, options.sampling, after=() if options.chat else prompt_ids)
-    generation = Generation(prompt_ids, answer, logits=[] if options.logits_out else None)
-    drafter = Drafter(options.speculate)
-    pieces = text_pieces(run.session, sampler, generation, prompt_ids, drafter)
+    prompt_ids, params = _prompt_ids(run, options), options.sampling
+    if params.seed is None:
+        params = replace(params, seed=new_seed())
+    engine, logits = Engine(run.executor, run.tokenizer, options.speculate), SampledLogits(bool(options.logits_out))
+    sequence = engine.submit(Request(prompt_ids, params, on_logits=logits, continues=not options.chat))
     text = "" if options.quiet or options.chat else run.tokenizer.decode(prompt_ids)
-    for piece in after_prompt(run, pieces):
+    for piece in pieces_of(run, engine, sequence):
         if not options.json:
             run.write(text + piece)
         text = ""
-    _finish(run, options, generation, sampler.seed, drafter)
+    if options.logits_out:
+        with output_file("--logits-out", options.logits_out) as file:
+            np.save(file, np.array(logits.kept, np.float32))
+    memory = _memory(run, options, len(sequence.tokens) - 1)
+    _finish(run, options, Generation(engine, sequence, logits, memory))
 
 
 def _prompt_ids(run: Run, options: GenerateOptions) -> list[int]:
@@ -90,20 +121,17 @@ def _given_token_ids(options: GenerateOptions) -> list[int] | None:
         ) from error
 
 
-def _finish(run: Run, options: GenerateOptions, generation: Generation, seed: int, drafter: Drafter) -> None:
-    """Print what is said after the text, and write the logits if asked."""
-    if options.logits_out:
-        with output_file("--logits-out", options.logits_out) as file:
-            np.save(file, np.array(generation.logits, np.float32))
-    memory = _memory(run, options)
+def _finish(run: Run, options: GenerateOptions, done: Generation) -> None:
+    """Print what is said after the text."""
     if options.json:
-        run.write(json.dumps(_result(run, options, generation, seed, memory, drafter)) + "\n")
+        run.write(json.dumps(_result(run, options, done)) + "\n")
         return
     run.write("\n")
     if not options.quiet:
-        guesses = f" | drafts {100 * drafter.acceptance:.0f} % true" if options.speculate else ""
-        sys.stderr.write(closing_line(run, memory) + f"{guesses} | seed {seed}\n")
-        if trial := _trial(run, options, memory):
+        drafter, seed = done.engine.drafter, done.sequence.request.sampling.seed
+        guesses = f" | drafts {100 * drafter.acceptance:.0f} % true" if drafter else ""
+        sys.stderr.write(closing_line(run, done.engine.counts, done.memory) + f"{guesses} | seed {seed}\n")
+        if trial := _trial(run, options, done):
             sys.stderr.write(
                 f"mpillama: trial of {trial.layers} of {trial.whole_layers} layers: the whole model needs "
                 f"{in_units(trial.memory_bytes_per_rank)} per rank at the full context, loads in "
@@ -112,49 +140,47 @@ def _finish(run: Run, options: GenerateOptions, generation: Generation, seed: in
             )
 
 
-def _memory(run: Run, options: GenerateOptions) -> list[RankUsage]:
+def _memory(run: Run, options: GenerateOptions, positions: int) -> list[RankUsage]:
     executor, file = run.executor, run.loaded.file
     chunk = executor.model.workspace.capacity
     model = MemoryModel(file.config, file.specs, executor.comm.size, options.kv_type, chunk)
-    return memory_of_ranks(model, executor.blocks, run.session.length, executor.memory_per_rank())
+    return memory_of_ranks(model, executor.blocks, positions, executor.memory_per_rank())
 
 
-def _trial(run: Run, options: GenerateOptions, memory: list[RankUsage]) -> Extrapolation | None:
+def _trial(run: Run, options: GenerateOptions, done: Generation) -> Extrapolation | None:
     """What a trial with --layers says of the whole model."""
     file = run.loaded.file
     if not isinstance(file, FirstLayers):
         return None
-    processes = [m.process for m in memory]
-    return extrapolate(file, run.session, run.loaded.seconds, processes, options.kv_type)
+    processes = [m.process for m in done.memory]
+    return extrapolate(file, done.engine, done.positions, run.loaded.seconds, processes, options.kv_type)
 
 
-def _result(
-    run: Run, options: GenerateOptions, generation: Generation, seed: int, memory: list[RankUsage],
-    drafter: Drafter,
-) -> dict[str, object]:  # fmt: skip
-    trial = _trial(run, options, memory)
+def _result(run: Run, options: GenerateOptions, done: Generation) -> dict[str, object]:
+    trial = _trial(run, options, done)
+    answer, counts, drafter = done.sequence.answer, done.engine.counts, done.engine.drafter
     return {
-        "prompt_token_ids": generation.prompt_token_ids,
-        "token_ids": generation.answer.token_ids,
-        "text": generation.answer.text,
-        "finish_reason": generation.answer.finish_reason,
-        "logits_sha256": generation.digest.hexdigest(),
-        "prefill_tokens_per_second": run.session.prefill.tokens_per_second,
-        "decode_tokens_per_second": run.session.decode.tokens_per_second,
-        "drafts_proposed": drafter.proposed,
-        "drafts_accepted": drafter.accepted,
-        "communication_share": communication_share(run),
+        "prompt_token_ids": done.sequence.request.prompt_ids,
+        "token_ids": answer.token_ids,
+        "text": answer.text,
+        "finish_reason": answer.finish_reason,
+        "logits_sha256": done.logits.digest.hexdigest(),
+        "prefill_tokens_per_second": counts.prefill.tokens_per_second,
+        "decode_tokens_per_second": counts.decode.tokens_per_second,
+        "drafts_proposed": drafter.proposed if drafter else 0,
+        "drafts_accepted": drafter.accepted if drafter else 0,
+        "communication_share": communication_share(run, counts),
         "ranks": run.world.comm.size,
         "threads": run.target.threads,
-        "rss_bytes_per_rank": [m.process for m in memory],
-        "memory_bytes_per_rank": [asdict(m) for m in memory],
+        "rss_bytes_per_rank": [m.process for m in done.memory],
+        "memory_bytes_per_rank": [asdict(m) for m in done.memory],
         "trial": asdict(trial) if trial else None,
         "options": {
             **recorded(options),
             "model": run.loaded.file.path,
-            "max_seq_len": run.session.max_seq_len,
+            "max_seq_len": done.engine.longest,
             "threads": run.target.threads,
-            "seed": seed,
+            "seed": done.sequence.request.sampling.seed,
             "isa": run.target.isa.name,
         },
     }

@@ -4,7 +4,7 @@ import gc
 import logging
 import select
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
@@ -12,12 +12,13 @@ from typing import cast
 
 from mpillama.comm.failure import USER_ERROR_STATUS, stop_printing
 from mpillama.comm.start import World
+from mpillama.engine.engine import Engine, EngineCounts
 from mpillama.engine.executor import Executor
 from mpillama.engine.loading import LoadedModel, load_model, open_executor
 from mpillama.engine.memory import RankUsage
 from mpillama.engine.model_file import ModelFile, make_chat_template, make_tokenizer
 from mpillama.engine.monitor import Monitor
-from mpillama.engine.session import Session
+from mpillama.engine.sequence import EngineSequence
 from mpillama.errors import UserError
 from mpillama.kernels.target import Target, prepare, requested_isa
 from mpillama.model.partition import most_busy_ranks, partition
@@ -27,7 +28,7 @@ from mpillama.text.sampler import NonFiniteLogits
 from mpillama.text.tokenizer import Tokenizer
 from mpillama.tools.display import in_number, in_units, load_progress, stages
 from mpillama.tools.logs import OF_RUN, logged
-from mpillama.tools.quantities import parse_bytes
+from mpillama.tools.values import parse_bytes
 
 OpenExecutor = Callable[[LoadedModel], Executor]
 LOG = logging.getLogger(__name__)
@@ -51,11 +52,6 @@ class Run:
     def is_root(self) -> bool:
         """Whether this rank leads those that share the model."""
         return self.world.comm.is_root
-
-    @cached_property
-    def session(self) -> Session:
-        """The one sequence of `generate` and `chat`."""
-        return Session(self.executor)
 
     @cached_property
     def _chat_template(self) -> ChatTemplate:
@@ -199,37 +195,44 @@ def warn_of_requantised(file: ModelFile) -> None:
 
 
 def check_speculation(flags: SpeculationFlags) -> None:
-    """UserError for a number of drafts that is none."""
+    """UserError for fewer than 0 drafts."""
     if flags.speculate < 0:
         raise UserError(f"--speculate is {flags.speculate}: give 0 (off) or more.")
 
 
-def after_prompt(run: Run, pieces: Iterator[str]) -> Iterator[str]:
-    """The pieces of an answer; until the first one comes, whoever watches is told how much of the prompt is read."""
+def pieces_of(run: Run, engine: Engine, sequence: EngineSequence) -> Generator[str, None, None]:
+    """The text of an answer as it comes; until it begins, whoever watches is told how much of the prompt is read.
+
+    NonFiniteLogits if the answer cannot be sampled. If the iterator is closed early, the answer is cancelled.
+    """
+    updates = engine.run(sequence)
     with run.world.comm.doing("reading the prompt") as tell:
-        run.session.on_chunk = lambda done, tokens: tell(f"{done:,} of {tokens:,} tokens")
-        first = next(pieces)
-    yield first
-    yield from pieces
+        for update in updates:
+            if update.token_ids or sequence.finished:
+                break
+            tell(f"{sequence.computed:,} of {len(sequence.request.prompt_ids):,} tokens")
+    yield update.text
+    for update in updates:
+        yield update.text
+    if sequence.error is not None:
+        raise NonFiniteLogits(sequence.error)
 
 
-def closing_line(run: Run, memory: list[RankUsage]) -> str:
+def closing_line(run: Run, counts: EngineCounts, memory: list[RankUsage]) -> str:
     """Speed, communication, and the fullest rank's memory in one line."""
-    session, world = run.session, run.world
     fullest = max(range(len(memory)), key=lambda rank: memory[rank].process)
     m = memory[fullest]
     return (
-        f"prefill {session.prefill.tokens} tokens, {session.prefill.tokens_per_second:.0f} tok/s | "
-        f"decode {session.decode.tokens} tokens, {session.decode.tokens_per_second:.1f} tok/s | "
-        f"communication {100 * communication_share(run):.0f} % of the time | "
+        f"prefill {counts.prefill.tokens} tokens, {counts.prefill.tokens_per_second:.0f} tok/s | "
+        f"decode {counts.decode.tokens} tokens, {counts.decode.tokens_per_second:.1f} tok/s | "
+        f"communication {100 * communication_share(run, counts):.0f} % of the time | "
         f"memory{f' of rank {fullest}' if len(memory) > 1 else ''}: weights {in_units(m.weights)}, "
         f"KV cache {in_units(m.kv_cache_filled)} of {in_units(m.kv_cache)}, buffers {in_units(m.buffers)}, "
         f"whole process {in_units(m.process)} | "
-        f"{in_number(world.comm.size, 'rank')} x {in_number(run.target.threads, 'thread')}, {run.target.isa.name}"
+        f"{in_number(run.world.comm.size, 'rank')} x {in_number(run.target.threads, 'thread')}, {run.target.isa.name}"
     )
 
 
-def communication_share(run: Run) -> float:
+def communication_share(run: Run, counts: EngineCounts) -> float:
     """The share of rank 0's step time that went into collectives, waiting for other ranks included."""
-    seconds = run.session.prefill.seconds + run.session.decode.seconds
-    return run.world.comm.seconds / seconds if seconds else 0.0
+    return run.world.comm.seconds / counts.model_seconds if counts.model_seconds else 0.0

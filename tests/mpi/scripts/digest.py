@@ -6,30 +6,22 @@ chosen by timing: 0 takes MPI's reduction, 1 that in shared memory; one or two r
 turn.
 """
 
-import hashlib
 import json
 import sys
-from typing import TYPE_CHECKING, Any
-
-import numpy as np
+from typing import Any
 
 from mpillama.comm.start import start_mpi
+from mpillama.engine.loading import LoadedModel, load_model, open_executor
 from mpillama.kernels.target import prepare, requested_isa
 from mpillama.options import RunOptions
 from mpillama.tools.display import load_progress
-
-if TYPE_CHECKING:
-    from mpillama.engine.loading import LoadedModel
-    from mpillama.engine.session import Session
+from tests.one_sequence import OneSequence
 
 
 def main(threads: int, tokens: int, cases: list[dict[str, Any]]) -> None:
     """Run all cases in this process."""
     with start_mpi(threads) as world:
         target = world.comm.together(lambda: prepare(requested_isa(), threads, world.comm.yields))
-        from mpillama.engine.loading import load_model, open_executor
-        from mpillama.engine.session import Session
-
         digests, loaded, previous = [], None, None
         for case in cases:
             options = RunOptions(
@@ -46,7 +38,7 @@ def main(threads: int, tokens: int, cases: list[dict[str, Any]]) -> None:
             choose(loaded, case["way"])
             executor = open_executor(options, loaded)
             if world.comm.is_root:
-                digests.append(generate(Session(executor), case["prompt"], tokens, case["banned"]))
+                digests.append(OneSequence(executor).greedy_digest(case["prompt"], tokens, case["banned"]))
                 executor.end(0)
             else:
                 executor.follow()
@@ -54,25 +46,13 @@ def main(threads: int, tokens: int, cases: list[dict[str, Any]]) -> None:
             print(json.dumps(digests))
 
 
-def choose(loaded: "LoadedModel", way: int) -> None:
+def choose(loaded: LoadedModel, way: int) -> None:
     """Fix what timing would choose."""
     comm, model = loaded.model.comm, loaded.model
     assert model.in_flight in (1, 2)
     assert (comm.shared is not None) == (comm.size > 1)
     model.in_flight = 1 + (comm.rank + way) % 2
     comm.shared_limit = sys.maxsize if way else 0
-
-
-def generate(session: "Session", prompt: list[int], tokens: int, banned: int) -> str:
-    """The digest of the logits that each token is chosen from."""
-    digest, new = hashlib.sha256(), prompt
-    for _ in range(tokens):
-        logits = session.extend(new)
-        digest.update(np.ascontiguousarray(logits, "<f4").tobytes())
-        allowed = logits.copy()
-        allowed[banned] = -np.inf
-        new = [int(allowed.argmax())]
-    return digest.hexdigest()
 
 
 if __name__ == "__main__":
