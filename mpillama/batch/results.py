@@ -49,13 +49,6 @@ class Result:
         return self.line
 
 
-@dataclass(frozen=True)
-class _Begun:
-    line: Line
-    row: Row
-    at: float
-
-
 class RowAdapter(Adapter[Line, Result]):
     """Lines of the input as an engine runs them; what is wrong with one becomes its result."""
 
@@ -64,11 +57,11 @@ class RowAdapter(Adapter[Line, Result]):
         self.model = model
         self.seed = seed
         self.provenance = provenance
-        self._begun: dict[int, _Begun] = {}
+        self._begun: dict[int, tuple[Line, Row, float]] = {}
 
     def prepare(self, request: Line) -> Request:
         row = parse_row(request)
-        self._begun[request.key] = _Begun(request, row, time.monotonic())
+        self._begun[request.key] = request, row, time.monotonic()
         return self.prompter.request(row.body, request.key, derived_seed(self.seed, row.id))
 
     def refuse(self, request: Line, error: UserError | BadRequest) -> Result:
@@ -80,13 +73,12 @@ class RowAdapter(Adapter[Line, Result]):
         sequence = update.sequence
         if not sequence.finished:
             return None
-        begun = self._begun.pop(sequence.request.key)
+        line, row, began = self._begun.pop(sequence.request.key)
         if sequence.error is not None:
-            return error_result(begun.line, BadRequest(sequence.error), self.provenance, 500)
-        text = answer_line(begun.line, begun.row, sequence, self.model, self.provenance)
+            return error_result(line, BadRequest(sequence.error), self.provenance, 500)
+        text = answer_line(line, row, sequence, self.model, self.provenance)
         prompt, answer = len(sequence.request.prompt_ids), len(sequence.answer.token_ids)
-        seconds = time.monotonic() - begun.at
-        return Result(begun.line.number, begun.row.id, text, False, prompt, answer, seconds)
+        return Result(line.number, row.id, text, False, prompt, answer, time.monotonic() - began)
 
 
 def answer_line(line: Line, row: Row, sequence: EngineSequence, model: str, provenance: Provenance) -> bytes:

@@ -66,23 +66,12 @@ class Replica(ABC, Generic[RequestT, OutputT]):
         return True
 
     @abstractmethod
-    def submit(self, request: RequestT) -> None:
-        """Begin with a request."""
-
-    @abstractmethod
-    def cancel(self, key: int) -> None:
-        """Forget a request."""
-
-    @abstractmethod
-    def ask_memory(self) -> None:
-        """Bring the memory in `stats` up to date, now or soon."""
+    def send(self, message: RequestT | Cancel | AskMemory) -> None:
+        """Tell its leader to begin with a request, to forget one, or to bring the memory in `stats` up to date."""
 
     @abstractmethod
     def step(self) -> list[OutputT]:
         """Compute if that is for this process to do; the outputs since the last call."""
-
-    def close(self) -> None:
-        """Nothing more will be asked."""
 
 
 class LocalReplica(Replica[RequestT, OutputT]):
@@ -92,22 +81,13 @@ class LocalReplica(Replica[RequestT, OutputT]):
         super().__init__(ranks, runner.capacity)
         self.runner = runner
         self.watch = watch
-        self.stats = runner.stats()
 
     @property
     def idle(self) -> bool:
         return self.failure is not None or self.runner.idle
 
-    def submit(self, request: RequestT) -> None:
-        self.runner.submit(request)
-
-    def cancel(self, key: int) -> None:
-        self.runner.cancel(key)
-        self.stats = self.runner.stats()
-
-    def ask_memory(self) -> None:
-        self.runner.ask_memory()
-        self.stats = self.runner.stats()
+    def send(self, message: RequestT | Cancel | AskMemory) -> None:
+        _obey(self.runner, message)
 
     def step(self) -> list[OutputT]:
         if self.failure:
@@ -123,9 +103,6 @@ class LocalReplica(Replica[RequestT, OutputT]):
         self.stats = self.runner.stats()
         return outputs
 
-    def close(self) -> None:
-        self.runner.wake()
-
 
 class RemoteReplica(Replica[RequestT, OutputT]):
     """A replica that another process leads: the first of its ranks."""
@@ -136,14 +113,8 @@ class RemoteReplica(Replica[RequestT, OutputT]):
         self.leader = ranks.start
         self._outputs: list[OutputT] = []
 
-    def submit(self, request: RequestT) -> None:
-        self.mailbox.send(self.leader, request)
-
-    def cancel(self, key: int) -> None:
-        self.mailbox.send(self.leader, Cancel(key))
-
-    def ask_memory(self) -> None:
-        self.mailbox.send(self.leader, AskMemory())
+    def send(self, message: RequestT | Cancel | AskMemory) -> None:
+        self.mailbox.send(self.leader, message)
 
     def hear(self, message: Any) -> None:
         """Take a message from one of its ranks."""
@@ -169,28 +140,25 @@ def follow_router(mailbox: Mailbox, runner: EngineRunner[Any, Any]) -> int:
     mailbox.beat_to(0)
     reported = time.monotonic()
     while True:
-        for _, message in mailbox.receive():
+        messages = mailbox.receive()
+        for _, message in messages:
             mailbox.watch(0)
             if isinstance(message, End):
                 runner.wake()
                 return message.status
-            _obey(mailbox, runner, message)
+            _obey(runner, message)
         is_idle, outputs = runner.idle, runner.step()
-        if is_idle:
-            mailbox.wait()
-            continue
-        if outputs or time.monotonic() - reported >= REPORT_SECONDS:
+        is_due = not is_idle and time.monotonic() - reported >= REPORT_SECONDS
+        if outputs or messages or is_due:
             mailbox.send(0, Report(outputs, runner.stats()))
             reported = time.monotonic()
-        mailbox.beat()
+        mailbox.wait() if is_idle else mailbox.beat()
 
 
-def _obey(mailbox: Mailbox, runner: EngineRunner[Any, Any], message: Any) -> None:
+def _obey(runner: EngineRunner[Any, Any], message: Any) -> None:
     if isinstance(message, Cancel):
         runner.cancel(message.key)
     elif isinstance(message, AskMemory):
         runner.ask_memory()
     else:
         runner.submit(message)
-        return
-    mailbox.send(0, Report([], runner.stats()))

@@ -5,7 +5,7 @@ from typing import Generic
 
 from mpillama.comm.mailbox import Mailbox
 from mpillama.errors import UserError
-from mpillama.replicas.replica import RemoteReplica, Replica
+from mpillama.replicas.replica import AskMemory, Cancel, LocalReplica, RemoteReplica, Replica
 from mpillama.replicas.runner import OutputT, RequestT
 
 
@@ -52,18 +52,18 @@ class Router(Generic[RequestT, OutputT]):
             self._waiting[request.key] = request
             return
         replica.requests[request.key] = request
-        replica.submit(request)
+        replica.send(request)
 
     def cancel(self, key: int) -> None:
         """Forget a request; nothing happens if it is over."""
         self._waiting.pop(key, None)
         for replica in self.replicas:
             if replica.requests.pop(key, None) is not None and not replica.failure:
-                replica.cancel(key)
+                replica.send(Cancel(key))
 
     def ask_memory(self) -> None:
         for replica in self._ready():
-            replica.ask_memory()
+            replica.send(AskMemory())
 
     def step(self) -> list[OutputT]:
         """Run a step and return the outputs of all replicas; UserError once all have failed."""
@@ -107,6 +107,7 @@ class Router(Generic[RequestT, OutputT]):
                 yield output
 
     def close(self) -> None:
-        """Nothing more will be asked."""
+        """No more steps will come: let the ranks of this process's replica know."""
         for replica in self.replicas:
-            replica.close()
+            if isinstance(replica, LocalReplica):
+                replica.runner.wake()

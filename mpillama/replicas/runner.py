@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Generic, Protocol, TypeVar
 
 from mpillama.api.body import BadRequest
-from mpillama.engine.engine import Engine, Update
+from mpillama.engine.engine import Engine, EngineCounts, Update
 from mpillama.engine.sequence import EngineSequence, Request
 from mpillama.errors import UserError
 
@@ -53,22 +53,16 @@ class Adapter(ABC, Generic[RequestT, OutputT]):
         """What to tell of an update; None if nothing."""
 
 
-@dataclass(frozen=True)
-class EngineStats:
-    """The state of an engine, for /metrics."""
+@dataclass
+class EngineStats(EngineCounts):
+    """What an engine did so far, and its state, for /metrics."""
 
+    preemptions: int = 0
+    communication_seconds: float = 0.0
     running: int = 0
     waiting: int = 0
     blocks: int = 0
     blocks_used: int = 0
-    prompt_tokens: int = 0
-    cached_tokens: int = 0
-    sampled_tokens: int = 0
-    steps: int = 0
-    preemptions: int = 0
-    step_seconds: float = 0.0
-    model_seconds: float = 0.0
-    communication_seconds: float = 0.0
     memory: list[int] = field(default_factory=list)
     """Resident bytes of each rank, when last asked for."""
 
@@ -157,19 +151,14 @@ class EngineRunner(Generic[RequestT, OutputT]):
         self._memory = self.engine.executor.memory_per_rank()
 
     def stats(self) -> EngineStats:
-        engine, counts = self.engine, self.engine.counts
+        engine, scheduler = self.engine, self.engine.scheduler
         return EngineStats(
-            running=len(engine.scheduler.running),
-            waiting=len(engine.scheduler.waiting),
+            **vars(engine.counts),
+            preemptions=scheduler.preemptions,
+            communication_seconds=engine.executor.comm.seconds,
+            running=len(scheduler.running),
+            waiting=len(scheduler.waiting),
             blocks=engine.pool.blocks,
             blocks_used=engine.pool.used,
-            prompt_tokens=counts.prompt_tokens,
-            cached_tokens=counts.cached_tokens,
-            sampled_tokens=counts.sampled_tokens,
-            steps=counts.steps,
-            preemptions=engine.scheduler.preemptions,
-            step_seconds=counts.step_seconds,
-            model_seconds=counts.model_seconds,
-            communication_seconds=engine.executor.comm.seconds,
             memory=self._memory,
         )

@@ -3,7 +3,7 @@
 import asyncio
 import itertools
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from queue import SimpleQueue
@@ -12,8 +12,8 @@ from mpillama.api.prompts import Prompter
 from mpillama.api.reasoning import ReasoningFormat
 from mpillama.api.tool_calls import ToolFormat
 from mpillama.engine.sequence import Pooling
-from mpillama.replicas.replica import AskMemory, Cancel, Replica
-from mpillama.serve.engine_requests import Output, ServerRequest
+from mpillama.replicas.replica import Replica
+from mpillama.serve.engine_requests import EngineRouter, Output, ServerRequest
 from mpillama.text.constraint import Grammars
 
 LOADING, SERVING, DRAINING = "loading", "ok", "draining"
@@ -85,11 +85,11 @@ class _Waiting:
 class AsyncEngine:
     """Brings requests to the engine's thread and outputs to whoever waits for them; lives in the server's event loop.
 
-    Methods named `now_…` are for the engine's thread, which takes what is in `inbox`.
+    Methods named `now_…` are for the engine's thread, which calls what is in `inbox` with its router.
     """
 
     def __init__(self) -> None:
-        self.inbox: SimpleQueue[ServerRequest | Cancel | AskMemory] = SimpleQueue()
+        self.inbox: SimpleQueue[Callable[[EngineRouter], None]] = SimpleQueue()
         self.status = LOADING
         self.reason = "the model is being loaded"
         self.state: ServerState | None = None
@@ -154,16 +154,16 @@ class AsyncEngine:
     def submit(self, request: ServerRequest, queue: "asyncio.Queue[Output]") -> None:
         """Bring a request to the engine's thread; its outputs come into the queue."""
         self._waiting[request.key] = _Waiting(queue)
-        self.inbox.put(request)
+        self.inbox.put(lambda router: router.submit(request))
 
     def cancel(self, key: int) -> None:
         """Nobody waits for that request any more."""
         if self._waiting.pop(key, None) is not None:
-            self.inbox.put(Cancel(key))
+            self.inbox.put(lambda router: router.cancel(key))
 
     def ask_memory(self) -> None:
         """Let the replicas report their memory."""
-        self.inbox.put(AskMemory())
+        self.inbox.put(lambda router: router.ask_memory())
 
     def _cut(self) -> None:
         reason = "the server ends before this answer is finished"

@@ -10,10 +10,8 @@ from dataclasses import dataclass
 from queue import Empty
 
 from mpillama.engine.deadline import Deadline, StopRequest
-from mpillama.replicas.replica import AskMemory, Cancel
-from mpillama.replicas.router import Router
 from mpillama.serve.async_engine import AsyncEngine
-from mpillama.serve.engine_requests import Output, ServerRequest
+from mpillama.serve.engine_requests import EngineRouter
 
 NAP = 0.002
 """Seconds between two looks at the mail of other replicas, and at grammars that are built."""
@@ -40,10 +38,7 @@ class Shutdown:
 class EngineLoop:
     """Runs the router for the server's thread; `on_drain(reason)` is called once, when the end comes near."""
 
-    def __init__(
-        self, router: Router[ServerRequest, Output], engine: AsyncEngine, shutdown: Shutdown,
-        on_drain: Callable[[str], None],
-    ):  # fmt: skip
+    def __init__(self, router: EngineRouter, engine: AsyncEngine, shutdown: Shutdown, on_drain: Callable[[str], None]):
         self.router = router
         self.engine = engine
         self.shutdown = shutdown
@@ -56,7 +51,7 @@ class EngineLoop:
         try:
             while not self._finished():
                 while not inbox.empty():
-                    self._obey(inbox.get())
+                    inbox.get()(self.router)
                 if outputs := self.router.step():
                     self.engine.now_delivered(outputs)
                 if self.router.idle:
@@ -68,15 +63,7 @@ class EngineLoop:
     def _wait(self) -> None:
         """Sleep for a moment, which a message ends at once."""
         with suppress(Empty):
-            self._obey(self.engine.inbox.get(timeout=NAP if self.router.active else LOOK))
-
-    def _obey(self, message: ServerRequest | Cancel | AskMemory) -> None:
-        if isinstance(message, ServerRequest):
-            self.router.submit(message)
-        elif isinstance(message, Cancel):
-            self.router.cancel(message.key)
-        else:
-            self.router.ask_memory()
+            self.engine.inbox.get(timeout=NAP if self.router.active else LOOK)(self.router)
 
     def _finished(self) -> bool:
         """Whether to leave; announces the end when it comes near."""

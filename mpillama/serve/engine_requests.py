@@ -12,6 +12,7 @@ from mpillama.engine.engine import Update
 from mpillama.engine.logprobs import LogprobRecorder, TokenLogprob
 from mpillama.engine.sequence import Request
 from mpillama.errors import UserError
+from mpillama.replicas.router import Router
 from mpillama.replicas.runner import Adapter
 from mpillama.text.constraint import Constraint, Grammars
 
@@ -69,6 +70,9 @@ class Output:
             self, token_ids=self.token_ids[skipped:], logprobs=self.logprobs[skipped:], text=self.text[skipped_text:],
             marks=[mark for mark in self.marks if mark.index >= tokens], prompt_logprobs=(),
         )  # fmt: skip
+
+
+EngineRouter = Router[ServerRequest, Output]
 
 
 class ServerAdapter(Adapter[ServerRequest, Output]):

@@ -256,3 +256,13 @@ def test_a_group_without_rows_waits_for_the_others(demo: Path, tmp_path: Path) -
     ran = run(4, *slowly(source, target, demo), "--tensor-parallel", "2", "--timeout", "8")
     assert ran.status == 0, ran.stderr
     assert len(results(target)) == 1
+
+
+def test_ranks_of_a_failed_group_wait_for_the_others(demo: Path, tmp_path: Path) -> None:
+    """Longer than ranks wait for one another: also those of rank 0's own group."""
+    row = {"id": "a", "prompt": "Once", "max_tokens": 500, "temperature": 0, "ignore_eos": True}
+    source, target = write_rows(tmp_path / "in.jsonl", [row, {**row, "id": "b"}]), tmp_path / "out.jsonl"
+    script = (SCRIPTS / "failing_ranks.py", "1", "10", "bug/slow", *arguments(source, target, demo)[2:])
+    ran = run(4, *script, "--tensor-parallel", "2", "--timeout", "4", timeout=120)
+    assert ran.status == PARTIAL_STATUS, ran.stderr
+    assert len(results(target)) == 2

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
-from mpillama.replicas.replica import Replica
+from mpillama.replicas.replica import Cancel, Replica
 
 
 class ScriptedReplica(Replica[Any, Any]):
@@ -20,17 +20,14 @@ class ScriptedReplica(Replica[Any, Any]):
     def idle(self) -> bool:
         return self.failure is not None or not self.queue
 
-    def submit(self, request: Any) -> None:
-        self.queue.append(request)
-        self.taken.append(request.key)
+    def send(self, message: Any) -> None:
+        if isinstance(message, Cancel):
+            self.cancelled.append(message.key)
+            return
+        self.queue.append(message)
+        self.taken.append(message.key)
         if self.fails is not None and len(self.taken) >= self.fails:
             self.failure = "out of memory"
-
-    def cancel(self, key: int) -> None:
-        self.cancelled.append(key)
-
-    def ask_memory(self) -> None:
-        pass
 
     def step(self) -> list[Any]:
         return [] if self.idle else [self.answer(self.queue.pop(0))]

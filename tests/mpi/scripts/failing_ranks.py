@@ -1,6 +1,6 @@
 """The program, with an exception on some ranks after some steps: failing_ranks.py RANK[,RANK…] STEPS KIND ARGUMENTS…
 
-The kind "slow" is no exception: each further step takes a moment longer.
+The kind "slow" is no exception: each further step takes a moment longer. KIND/KIND says what other ranks do, too.
 """
 
 import sys
@@ -17,6 +17,8 @@ ERRORS = {"bug": RuntimeError("sabotage"), "memory": MemoryError("sabotage"), "d
 def sabotage(ranks: list[int], steps: int, kind: str) -> None:
     """Let the model of these ranks fail."""
     prepare = target.prepare
+    of_these, _, of_others = kind.partition("/")
+    deed = of_these if launched_rank() in ranks else of_others
 
     def prepare_and_spoil(*arguments: object) -> object:
         found = prepare(*arguments)
@@ -26,9 +28,9 @@ def sabotage(ranks: list[int], steps: int, kind: str) -> None:
 
         def failing(self: LlamaModel, step: object, cache: object) -> object:
             calls[0] += 1
-            if launched_rank() in ranks and calls[0] > steps:
-                if kind != "slow":
-                    raise ERRORS[kind]
+            if deed and calls[0] > steps:
+                if deed != "slow":
+                    raise ERRORS[deed]
                 time.sleep(SLOW_STEP)
             return forward(self, step, cache)
 
