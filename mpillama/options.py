@@ -11,13 +11,12 @@ from typing import Any, ClassVar, NoReturn, Optional
 import argparse_dataclass
 
 from mpillama import __version__
+from mpillama.engine.settings import WEIGHT_TYPE_NAMES, EngineSettings, ModelSettings, SpeculationSettings, option
 from mpillama.errors import UserError
 from mpillama.text.sampling_params import About, Number, SamplingParams
 
 # argparse-dataclass evaluates the annotations itself and knows Optional[int], not int | None.
 # ruff: noqa: UP045
-
-WEIGHT_TYPE_NAMES = ("f32", "f16", "bf16", "q8_0", "q4_0")
 
 DESCRIPTION = """\
 Run Llama-family language models over MPI: every rank loads its own slices from one shared file.
@@ -41,14 +40,6 @@ Without a command, `generate` runs. `python -m mpillama COMMAND --help` explains
 Environment: MPILLAMA_ISA (amx, avx512_vnni, avx512, avx2, neon, generic) forces the instruction set."""
 
 
-def option(text: str, default: Any = None, **metadata: Any) -> Any:
-    """A field with its help text; one that is `secret` is neither shown nor recorded."""
-    shown = not metadata.get("secret", False)
-    if isinstance(default, list):
-        return field(default_factory=lambda: list(default), metadata={"help": text, **metadata}, repr=shown)
-    return field(default=default, metadata={"help": text, **metadata}, repr=shown)
-
-
 def positional(name: str, text: str) -> Any:
     """A required field that is given without a flag."""
     return field(metadata={"args": [name], "help": text})
@@ -69,41 +60,9 @@ class OnRanks:
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunOptions(OnRanks):
+class RunOptions(OnRanks, ModelSettings):
     """Options of every command that loads a model."""
 
-    needs_head: ClassVar[bool] = True
-    """Whether the command tells which token comes next, which a model of embeddings cannot."""
-
-    model: Optional[str] = option(
-        "mpillama's .h5, a Hugging Face folder, a .gguf, or a distributed-llama .m file (default: data/demo.h5)",
-        metavar="PATH",
-    )
-    weights: str = option(
-        "weight type in memory, for models in other formats than mpillama's own (default: as-stored)",
-        "as-stored",
-        choices=["as-stored", *WEIGHT_TYPE_NAMES],
-    )
-    tokenizer: Optional[str] = option(
-        "the .t file of a distributed-llama model (default: the one beside it)", metavar="PATH"
-    )
-    layers: Optional[int] = option("run the first N layers only and extrapolate to the whole model", metavar="N")
-    force: bool = option("load even if the memory of a host does not suffice", False)
-    verify: bool = option("check what is read against the file's checksums", False)
-    max_seq_len: Optional[int] = option(
-        "most tokens of prompt and answer together (default: the model's own context)", metavar="TOKENS"
-    )
-    kv_type: str = option("type of the KV cache (default: f16)", "f16", choices=["f16", "f32", "q8"])
-    threads: Optional[int] = option(
-        "threads of each rank (default: the cores this rank may use, shared fairly with the ranks on them)",
-        metavar="COUNT",
-    )
-    prefill_chunk: int = option("prompt tokens computed together (default: 256)", 256, metavar="TOKENS")
-    timeout: float = option(
-        "end the job if a rank keeps the others waiting and gets no further for so long, 0 for never (default: 600.0)",
-        600.0,
-        metavar="SECONDS",
-    )
     monitor: Optional[float] = option(
         "each rank logs its memory, page faults and speed every so many seconds", metavar="SECONDS"
     )
@@ -113,15 +72,6 @@ class RunOptions(OnRanks):
     log_dir: Optional[str] = option("each rank writes a log file of its own in this folder", metavar="FOLDER")
     log_level: str = option(
         "least that goes into the log files (default: info)", "info", choices=["debug", "info", "warning"]
-    )
-
-
-@dataclass(frozen=True, kw_only=True)
-class SpeculationFlags:
-    """Options of every command that generates."""
-
-    speculate: int = option(
-        "guess up to N next tokens from the text so far; the answers stay the same (default: 0)", 0, metavar="N"
     )
 
 
@@ -188,7 +138,7 @@ def _assembled(command: type, values: dict[str, Any]) -> Any:
 
 
 @dataclass(frozen=True, kw_only=True)
-class GenerateOptions(RunOptions, SpeculationFlags):
+class GenerateOptions(RunOptions, SpeculationSettings):
     """Options of `generate`."""
 
     sampling: SamplingParams = sampling()
@@ -206,14 +156,24 @@ class GenerateOptions(RunOptions, SpeculationFlags):
         "write the logits each sampled token came from, float32 [steps, vocab]", metavar="FILE.npy"
     )
 
+    @property
+    def needs_template(self) -> bool:
+        """See ModelSettings."""
+        return self.chat
+
 
 @dataclass(frozen=True, kw_only=True)
-class ChatOptions(RunOptions, SpeculationFlags):
+class ChatOptions(RunOptions, SpeculationSettings):
     """Options of `chat`."""
 
     sampling: SamplingParams = sampling()
     system: Optional[str] = option("the system message to begin with", metavar="TEXT")
     quiet: bool = option("no progress and no closing lines", False)
+
+    @property
+    def needs_template(self) -> bool:
+        """See ModelSettings."""
+        return True
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -256,15 +216,8 @@ class PerplexityOptions(RunOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class EngineOptions(RunOptions, SpeculationFlags):
+class EngineOptions(RunOptions, EngineSettings):
     """Options of commands that run many sequences at once."""
-
-    sequences: int = option("sequences computed together (default: 32)", 32, metavar="COUNT")
-    cache_tokens: Optional[int] = option(
-        "positions that all sequences' KV caches hold together "
-        "(default: what they can need, up to nine tenths of the memory)",
-        metavar="TOKENS",
-    )
 
 
 @dataclass(frozen=True, kw_only=True)

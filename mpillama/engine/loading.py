@@ -1,4 +1,4 @@
-"""From options to a model that is ready to run on every rank."""
+"""From settings to a model that is ready to run on every rank."""
 
 import logging
 import time
@@ -11,10 +11,11 @@ from typing import cast
 from mpillama.comm.start import World
 from mpillama.engine.executor import Executor
 from mpillama.engine.load_watch import PLACE, AbandonedError, LoadState, LoadWatch
-from mpillama.engine.model_file import ModelFile, model_path, open_model
+from mpillama.engine.model_file import ModelFile, chat_template_source, model_path, open_model
 from mpillama.engine.preflight import cache_room, choose_context, measure_host, refuse_no_room, warn_of_hosts
 from mpillama.engine.reduction import choose_reduction
 from mpillama.engine.replicated import ReplicatedTensors, is_read
+from mpillama.engine.settings import EngineSettings, ModelSettings
 from mpillama.engine.trial import first_layers
 from mpillama.errors import UserError
 from mpillama.files.contents import refuse_other_contents, sample_digests
@@ -26,7 +27,6 @@ from mpillama.model.cache import blocks_for
 from mpillama.model.llama import LlamaModel
 from mpillama.model.partition import partition
 from mpillama.model.weights import Weights, load_weights
-from mpillama.options import RunOptions
 
 Progress = Callable[[int], AbstractContextManager[Callable[[LoadState], None]]]
 """Opens a display for a number of bytes of all ranks; gives the function that is told how far they are."""
@@ -49,32 +49,34 @@ class LoadedModel:
     """Cache blocks that fit every host."""
 
 
-def load_model(options: RunOptions, world: World, target: Target, progress: Progress) -> LoadedModel:
+def load_model(settings: ModelSettings, world: World, target: Target, progress: Progress) -> LoadedModel:
     """Read the table on rank 0 and every rank's slices; UserError on all ranks if any cannot."""
     comm = world.comm
     start = time.perf_counter()
-    open_file = lambda: open_model(model_path(options.model), options.weights, options.tokenizer)  # noqa: E731
+    open_file = lambda: open_model(model_path(settings.model), settings.weights, settings.tokenizer)  # noqa: E731
     file = comm.on_root(lambda: comm.busy(open_file, "reading the model's table"))
-    if options.needs_head:
+    if settings.needs_head:
         refuse_headless(file.path, file.config.lm_head)
+    if settings.needs_template:
+        chat_template_source(file)
     _refuse_other_contents(file, world)
-    file = first_layers(file, options.layers)
-    _check_sizes(options, file)
+    file = first_layers(file, settings.layers)
+    _check_sizes(settings, file)
     LOG.info("table of %s with %d tensors after %.1f s.", file.path, len(file.specs), time.perf_counter() - start)
     warn_of_hosts(world)
-    comm.together(lambda: refuse_no_room(options.force))
-    chunk = max(1, min(options.prefill_chunk, options.max_seq_len or file.config.max_position_embeddings))
+    comm.together(lambda: refuse_no_room(settings.force))
+    chunk = max(1, min(settings.prefill_chunk, settings.max_seq_len or file.config.max_position_embeddings))
     choose_reduction(comm, world, target.library, file.config.padded_hidden_size, chunk)
     LOG.info("kernels ready (%s) after %.1f s.", target.isa.name, time.perf_counter() - start)
-    host = measure_host(file, world, options.kv_type, chunk)
-    context = choose_context(file, world, options.max_seq_len, host, options.force)
+    host = measure_host(file, world, settings.kv_type, chunk)
+    context = choose_context(file, world, settings.max_seq_len, host, settings.force)
     room = cache_room(world, host)
     LOG.info(
         "the ranks of this host need %.3f GB for a context of %d tokens, %.3f GB are available.",
         host.need(context) / 1e9, context, host.available / 1e9,
     )  # fmt: skip
     start = time.perf_counter()
-    weights, bytes_read = _read_weights(options, file, world, target.team, progress)
+    weights, bytes_read = _read_weights(settings, file, world, target.team, progress)
     seconds = time.perf_counter() - start
     LOG.info("read %d bytes in %.1f s, %.2f GB/s.", bytes_read, seconds, bytes_read / seconds / 1e9)
     model = LlamaModel(file.config, weights, comm, target.team)
@@ -89,12 +91,12 @@ def _refuse_other_contents(file: ModelFile, world: World) -> None:
 
 
 def _read_weights(
-    options: RunOptions, file: ModelFile, world: World, team: Team, progress: Progress
+    settings: ModelSettings, file: ModelFile, world: World, team: Team, progress: Progress
 ) -> tuple[Weights, int]:
     """This rank's slices, and the bytes read of the file; once a rank cannot read its own, all stop."""
     comm = world.comm
     stamps = _stamps(file) if comm.is_root else {}
-    reader = comm.together(lambda: file.reader(lambda count: None, team.threads, options.verify))
+    reader = comm.together(lambda: file.reader(lambda count: None, team.threads, settings.verify))
     replicated = ReplicatedTensors(comm, reader.read)
     part = partition(file.config, comm.size)[comm.rank]
     total = sum(file.stored_bytes(spec, spec.units_of(part)) for spec in file.specs if is_read(spec, comm))
@@ -132,30 +134,30 @@ def _check_stamps(stamps: Mapping[str, tuple[int, int]]) -> None:
             raise changed(path)
 
 
-def _check_sizes(options: RunOptions, file: ModelFile) -> None:
+def _check_sizes(settings: ModelSettings, file: ModelFile) -> None:
     """UserError for a context that the model does not have, and for chunks of nothing."""
     known = file.config.max_position_embeddings
-    if options.max_seq_len is not None and not 1 <= options.max_seq_len <= known:
-        raise UserError(f"--max-seq-len is {options.max_seq_len}: this model's context holds 1 to {known} tokens.")
-    if options.prefill_chunk < 1:
-        raise UserError(f"--prefill-chunk is {options.prefill_chunk}: it must be at least 1.")
+    if settings.max_seq_len is not None and not 1 <= settings.max_seq_len <= known:
+        raise UserError(f"--max-seq-len is {settings.max_seq_len}: this model's context holds 1 to {known} tokens.")
+    if settings.prefill_chunk < 1:
+        raise UserError(f"--prefill-chunk is {settings.prefill_chunk}: it must be at least 1.")
 
 
-def open_executor(options: RunOptions, loaded: LoadedModel) -> Executor:
+def open_executor(settings: ModelSettings, loaded: LoadedModel) -> Executor:
     """Allocate the KV cache of one sequence, for the context that was found to fit."""
-    return Executor(loaded.model, loaded.context, options.kv_type, min(options.prefill_chunk, loaded.context))
+    return Executor(loaded.model, loaded.context, settings.kv_type, min(settings.prefill_chunk, loaded.context))
 
 
-def open_shared_executor(
-    options: RunOptions, loaded: LoadedModel, sequences: int, drafts: int, cache_tokens: int | None
-) -> Executor:
-    """Allocate a cache that up to `sequences` sequences share, each of up to the whole context.
+def open_shared_executor(settings: EngineSettings, loaded: LoadedModel) -> Executor:
+    """Allocate a cache that all sequences share, each of up to the whole context.
 
     It holds `cache_tokens` positions, or as many as they can need and the hosts have room for.
     """
     longest = blocks_for(loaded.context)
-    wanted = sequences * longest if cache_tokens is None else blocks_for(cache_tokens)
-    room = wanted if cache_tokens is not None else min(wanted, loaded.cache_room)
-    tokens = max(options.prefill_chunk, sequences * (1 + drafts))
+    if settings.cache_tokens is None:
+        room = min(settings.sequences * longest, loaded.cache_room)
+    else:
+        room = blocks_for(settings.cache_tokens)
+    tokens = max(settings.prefill_chunk, settings.sequences * (1 + settings.speculate))
     blocks = max(longest, room)
-    return Executor(loaded.model, loaded.context, options.kv_type, tokens, sequences, blocks)
+    return Executor(loaded.model, loaded.context, settings.kv_type, tokens, settings.sequences, blocks)

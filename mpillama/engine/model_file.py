@@ -198,9 +198,14 @@ def _ids(found: Any) -> tuple[int, ...]:
 
 def make_chat_template(file: ModelFile, tokenizer: Tokenizer) -> ChatTemplate:
     """The model's own chat template; UserError if it has none, or several of which none is the default."""
+    return ChatTemplate(chat_template_source(file), bos_token=tokenizer.bos_token, eos_token=tokenizer.eos_token)
+
+
+def chat_template_source(file: ModelFile) -> str:
+    """The text of the model's own chat template; UserError as above."""
     source = file.texts.get("chat_template.jinja")
     if source is not None:
-        return ChatTemplate(source.decode(), bos_token=tokenizer.bos_token, eos_token=tokenizer.eos_token)
+        return source.decode()
     names = named_templates(settings_in(file.texts, TOKENIZER_CONFIG, file.path).get("chat_template"))
     if names:
         raise UserError(

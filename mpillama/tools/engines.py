@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from mpillama.api.prompts import Defaults, Prompter
@@ -22,9 +23,7 @@ from mpillama.tools.running import Job, Run, check_speculation
 
 def opener(options: EngineOptions) -> Callable[[LoadedModel], Executor]:
     """What makes the executor of many sequences."""
-    return lambda model: open_shared_executor(
-        options, model, options.sequences, options.speculate, options.cache_tokens
-    )
+    return partial(open_shared_executor, options)
 
 
 @dataclass(frozen=True)

@@ -19,10 +19,11 @@ from mpillama.engine.memory import RankUsage
 from mpillama.engine.model_file import ModelFile, make_chat_template, make_tokenizer
 from mpillama.engine.monitor import Monitor
 from mpillama.engine.sequence import EngineSequence
+from mpillama.engine.settings import SpeculationSettings
 from mpillama.errors import UserError
 from mpillama.kernels.target import Target, prepare, requested_isa
 from mpillama.model.partition import most_busy_ranks, partition
-from mpillama.options import RunOptions, SpeculationFlags
+from mpillama.options import RunOptions
 from mpillama.text.chat_template import ChatTemplate
 from mpillama.text.sampler import NonFiniteLogits
 from mpillama.text.tokenizer import Tokenizer
@@ -194,7 +195,7 @@ def warn_of_requantised(file: ModelFile) -> None:
         )  # fmt: skip
 
 
-def check_speculation(flags: SpeculationFlags) -> None:
+def check_speculation(flags: SpeculationSettings) -> None:
     """UserError for fewer than 0 drafts."""
     if flags.speculate < 0:
         raise UserError(f"--speculate is {flags.speculate}: give 0 (off) or more.")

@@ -1,0 +1,83 @@
+"""How a model is loaded and run: the one list of these settings, for command-line options and `LLM` alike."""
+
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Optional
+
+from mpillama.comm.launcher import DEFAULT_TIMEOUT
+
+# argparse-dataclass evaluates the annotations itself and knows Optional[int], not int | None.
+# ruff: noqa: UP045
+
+WEIGHT_TYPE_NAMES = ("f32", "f16", "bf16", "q8_0", "q4_0")
+
+
+def option(text: str, default: Any = None, **metadata: Any) -> Any:
+    """A field with its help text; one that is `secret` is neither shown nor recorded."""
+    shown = not metadata.get("secret", False)
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata={"help": text, **metadata}, repr=shown)
+    return field(default=default, metadata={"help": text, **metadata}, repr=shown)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSettings:
+    """Which model, in which types, and what its ranks may use."""
+
+    needs_head: ClassVar[bool] = True
+    """Whether the program tells which token comes next, which a model of embeddings cannot."""
+
+    model: Optional[str] = option(
+        "mpillama's .h5, a Hugging Face folder, a .gguf, or a distributed-llama .m file (default: data/demo.h5)",
+        metavar="PATH",
+    )
+    weights: str = option(
+        "weight type in memory, for models in other formats than mpillama's own (default: as-stored)",
+        "as-stored",
+        choices=["as-stored", *WEIGHT_TYPE_NAMES],
+    )
+    tokenizer: Optional[str] = option(
+        "the .t file of a distributed-llama model (default: the one beside it)", metavar="PATH"
+    )
+    layers: Optional[int] = option("run the first N layers only and extrapolate to the whole model", metavar="N")
+    force: bool = option("load even if the memory of a host does not suffice", False)
+    verify: bool = option("check what is read against the file's checksums", False)
+    max_seq_len: Optional[int] = option(
+        "most tokens of prompt and answer together (default: the model's own context)", metavar="TOKENS"
+    )
+    kv_type: str = option("type of the KV cache (default: f16)", "f16", choices=["f16", "f32", "q8"])
+    threads: Optional[int] = option(
+        "threads of each rank (default: the cores this rank may use, shared fairly with the ranks on them)",
+        metavar="COUNT",
+    )
+    prefill_chunk: int = option("prompt tokens computed together (default: 256)", 256, metavar="TOKENS")
+    timeout: float = option(
+        "end the job if a rank keeps the others waiting and gets no further for so long, 0 for never (default: 600.0)",
+        DEFAULT_TIMEOUT,
+        metavar="SECONDS",
+    )
+
+    @property
+    def needs_template(self) -> bool:
+        """Whether the model must have a chat template."""
+        return False
+
+
+@dataclass(frozen=True, kw_only=True)
+class SpeculationSettings:
+    """Of everything that generates."""
+
+    speculate: int = option(
+        "guess up to N next tokens from the text so far; the answers stay the same (default: 0)", 0, metavar="N"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineSettings(ModelSettings, SpeculationSettings):
+    """How many sequences run at once."""
+
+    sequences: int = option("sequences computed together (default: 32)", 32, metavar="COUNT")
+    cache_tokens: Optional[int] = option(
+        "positions that all sequences' KV caches hold together "
+        "(default: what they can need, up to nine tenths of the memory)",
+        metavar="TOKENS",
+    )
