@@ -67,8 +67,8 @@ class Router(Generic[RequestT, OutputT]):
 
     def step(self) -> list[OutputT]:
         """Run a step and return the outputs of all replicas; UserError once all have failed."""
+        self._fail_over()  # first, so that what a replica finished before it failed is delivered
         self._receive()
-        self._fail_over()
         return [output for replica in self.replicas for output in self._outputs(replica)]
 
     def _receive(self) -> None:

@@ -5,7 +5,10 @@ from dataclasses import dataclass
 import pytest
 
 from mpillama.errors import UserError
+from mpillama.replicas.failover import Failed
+from mpillama.replicas.replica import AskMemory, Cancel, Ready, RemoteReplica, Report
 from mpillama.replicas.router import Router
+from mpillama.replicas.runner import EngineStats
 from tests.replicas.scripted import ScriptedReplica
 
 
@@ -80,6 +83,51 @@ def test_what_a_failed_replica_did_not_finish_begins_again_elsewhere():
     assert routing.failures == ["out of memory"]
     routing.submit(Request(5))
     assert good.taken[-1] == 5
+
+
+class ScriptedMailbox:
+    """Brings what is put into `arrived`, and notes what is sent."""
+
+    def __init__(self):
+        self.arrived: list[tuple[int, object]] = []
+        self.sent: list[tuple[int, object]] = []
+        self.beats_to: set[int] = set()
+        self.watched: set[int] = set()
+        self.beat_to, self.watch, self.unwatch = self.beats_to.add, self.watched.add, self.watched.discard
+
+    def send(self, to: int, value: object) -> None:
+        self.sent.append((to, value))
+
+    def receive(self) -> list[tuple[int, object]]:
+        arrived, self.arrived = self.arrived, []
+        return arrived
+
+    def beat(self) -> None:
+        pass
+
+
+def test_a_remote_replica_takes_part_from_its_word_that_it_is_ready_to_its_failure():
+    mailbox, own = ScriptedMailbox(), scripted(0)
+    remote = RemoteReplica(mailbox, range(2, 4))
+    routing = Router([own, remote], mailbox, "start again.")
+    for key in range(3):
+        routing.submit(Request(key))
+    assert (finished(routing, 2), mailbox.sent, mailbox.watched) == ([], [], set())
+    mailbox.arrived = [(2, Ready(3))]
+    finished(routing, 2)
+    assert mailbox.sent == [(2, Request(key)) for key in range(3)]
+    assert (mailbox.beats_to, mailbox.watched) == ({2}, {2})
+    routing.cancel(1)
+    routing.ask_memory()
+    assert mailbox.sent[3:] == [(2, Cancel(1)), (2, AskMemory())]
+    own.capacity = 3
+    report = Report([Output(0), Output(1)], EngineStats(steps=7))
+    mailbox.arrived = [(2, report), (3, Failed("rank 3: disk")), (2, Report([Output(2)], EngineStats()))]
+    assert finished(routing, 1) == [0]  # what it finished before, but not what was cancelled or came too late
+    assert (remote.failure, remote.ready, remote.stats.steps) == ("rank 3: disk", False, 7)
+    assert finished(routing, 2) == [2]
+    assert own.taken == [2]
+    assert (mailbox.beats_to, mailbox.watched) == ({2, 3}, set())
 
 
 def test_a_cancelled_request_does_not_begin_again():
