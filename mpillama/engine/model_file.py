@@ -100,10 +100,10 @@ class ModelFile(Protocol):
         """Open the files for reading slices."""
 
 
-def model_path(option: str | None) -> str:
+def model_path(given: str | Path | None) -> str:
     """The model file: as given, or the demo model of the checkout."""
-    if option:
-        return option
+    if given:
+        return str(given)
     checkout = Path(__file__).resolve().parents[2] / DEMO_MODEL
     return str(DEMO_MODEL if DEMO_MODEL.exists() or not checkout.exists() else checkout)
 

@@ -9,6 +9,9 @@ from pathlib import Path
 
 from mpillama.errors import UserError
 
+OF_ALL = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}
+"""What a node calls itself where a server listens on all addresses."""
+
 
 @dataclass(frozen=True)
 class Rendezvous:
@@ -63,8 +66,11 @@ def is_loopback(host: str) -> bool:
         return host == "localhost"
 
 
-def tunnel(host: str, port: int, node: str, login: str) -> str:
-    """The command that brings the server's port to another machine."""
+def tunnel(host: str, port: int, node: str, login: str | None) -> str:
+    """The command that brings the server's port to another machine, by way of a login node if there is one."""
+    if login is None:
+        target = OF_ALL.get(host, f"[{host}]" if ":" in host else host)
+        return f"ssh -N -L {port}:{target}:{port} {node}"
     if is_loopback(host):
         return f"ssh -N -L {port}:127.0.0.1:{port} -J {login} {node}"
     return f"ssh -N -L {port}:{node}:{port} {login}"

@@ -20,6 +20,8 @@ from types import FrameType
 
 import psutil
 
+from mpillama.tools.terminal import STANDARD_OUTPUT, is_terminal
+
 CTRL_C = b"\x03"
 LEAVE_SECONDS = 1.0
 """Two Ctrl-C within this time leave the program even if it answers nothing."""
@@ -64,6 +66,14 @@ class Keyboard:
             return ""
         finally:
             self.asking = False
+
+    def tell(self, text: str) -> None:
+        """Print a line for whoever types.
+
+        On a terminal it goes where the prompts go: a launcher forwards the two outputs in any order.
+        """
+        stream = sys.stdout if is_terminal(STANDARD_OUTPUT) else sys.stderr
+        stream.write(text + "\n")
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if self.asking and sys.stdin.isatty():

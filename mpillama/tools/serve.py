@@ -164,7 +164,7 @@ class ServeJob:
         reached = host if is_loopback(host) else node
         shown = f"[{reached}]" if ":" in reached else reached
         url = f"{'https' if self.options.tls_certificate else 'http'}://{shown}:{self.api.port}"
-        ssh = tunnel(host, self.api.port, node, environment.get("SLURM_SUBMIT_HOST", "LOGIN-NODE"))
+        ssh = tunnel(host, self.api.port, node, environment.get("SLURM_SUBMIT_HOST"))
         model, job = self.options.model_name or Path(run.loaded.file.path).stem, environment.get("SLURM_JOB_ID")
         return Rendezvous(url, self.settings.key, model, node, self.api.port, ssh, job)
 

@@ -17,6 +17,9 @@ LAUNCHERS = ("mpirun", "mpiexec", "prterun", "orterun")
 DAEMONS = ("orted", "prted")
 """Open MPI's processes on other hosts: they make terminals for their ranks, whatever mpirun's own output is."""
 
+LONG_CELL = 24
+"""Longer texts in a table may be broken between words."""
+
 
 def is_terminal(output: int) -> bool:
     """Whether a person sees what is written to this file descriptor."""
@@ -93,17 +96,36 @@ def _columns(name: str) -> int | None:
 
 
 def print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Print a table, perhaps without a header: in a frame on a terminal, else as plain lines in full width."""
+    """Print a table, perhaps without a header: plain lines in full width, but on a terminal one that fits its width."""
     if not is_terminal(STANDARD_OUTPUT):
         _print_plain([header, *rows] if header else rows)
         return
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(*header) if header else Table(show_header=False, box=None)
+    screen = console(STANDARD_OUTPUT)
+    widths = [
+        max(_least_width(name, 0), *(_least_width(cell, LONG_CELL) for cell in cells))
+        for name, *cells in zip(header or [""] * len(rows[0]), *rows, strict=True)
+    ]
+    spare = screen.width - sum(widths)
+    if header and spare < len(widths) - 1:
+        _print_folded([header, *rows])
+        return
+    table = Table(show_header=bool(header))
+    if not header or spare < 3 * len(widths) + 1:
+        gap = 2 if not header or spare >= 2 * (len(widths) - 1) else 1
+        table.box, table.padding, table.pad_edge = None, (0, gap, 0, 0), False
+    for name, width in zip(header or [""] * len(widths), widths, strict=True):
+        table.add_column(name, min_width=width if header else None)
     for row in rows:
         table.add_row(*map(Text, row))
-    console(STANDARD_OUTPUT).print(table)
+    screen.print(table)
+
+
+def _least_width(text: str, kept_whole: int) -> int:
+    """Columns that a text needs if it is broken between words; one of up to `kept_whole` characters is not."""
+    return len(text) if len(text) <= kept_whole else max(map(len, text.split()), default=0)
 
 
 def _print_plain(rows: Sequence[Sequence[str]]) -> None:
@@ -111,6 +133,14 @@ def _print_plain(rows: Sequence[Sequence[str]]) -> None:
     for row in rows:
         cells = (cell.ljust(width) for cell, width in zip(row, widths, strict=True))
         sys.stdout.write("  ".join(cells).rstrip() + "\n")
+
+
+def _print_folded(rows: Sequence[Sequence[str]]) -> None:
+    """Print rows that are too wide: the first cell, and the others in columns below it."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for first, *others in rows:
+        cells = (cell.ljust(width) for cell, width in zip(others, widths[1:], strict=True))
+        sys.stdout.write(f"{first}\n  {'  '.join(cells).rstrip()}\n")
 
 
 def print_sentence(text: str) -> None:

@@ -144,11 +144,15 @@ def test_prompts_and_help_unless_quiet(toy: Path, reply: Reply) -> None:
 def test_model_without_chat_template(ranks: int | None, tmp_path: Path) -> None:
     path = tmp_path / "plain.h5"
     models.write_random(path, models.TOY, "q8_0", {"tokenizer.json": models.toy_tokenizer()})
-    result = run(ranks, *PROGRAM, "chat", "--model", path, "--quiet", stdin=b"hello\n")
+    logs = tmp_path / "logs"
+    result = run(ranks, *PROGRAM, "chat", "--model", path, "--quiet", "--log-dir", logs, stdin=b"hello\n")
     assert result.status == 2
     (line,) = result.stderr.splitlines()
     assert line.startswith("mpillama: ")
     assert "chat template" in line
+    texts = [log.read_text() for log in logs.iterdir()]
+    assert len(texts) == (ranks or 1)
+    assert not any("bytes in" in text for text in texts), "the table says it, before the weights are read"
 
 
 # -- on a terminal ----------------------------------------------------------------------------------------------------
@@ -199,7 +203,7 @@ def test_ctrl_c_at_the_prompt_asks_again(ranks: int | None, endless: tuple[str |
 @ON_TERMINAL
 def test_ctrl_d_ends_the_chat(ranks: int | None, endless: tuple[str | Path, ...]) -> None:
     with on_terminal(ranks, *endless) as terminal:
-        terminal.expect("> ")
+        assert "/quit leaves" in terminal.expect("> "), "the help comes before the first prompt"
         terminal.type(CTRL_D)
         assert terminal.launch.gone_within(END_SECONDS)
         assert terminal.launch.process.returncode == 0

@@ -68,3 +68,34 @@ def test_a_plan_for_thousands_of_ranks_comes_at_once() -> None:
     result = run(None, *PROGRAM, *PLAN, "--memory-per-node", "0.2GB", timeout=60)
     assert result.status == 1
     assert "does not fit" in result.stdout
+
+
+NAMES = ("rank", "embedding, head", "KV cache", "per all-reduce")
+CELLS = ("1 (most)", "197.0 MB", "264.2 MB", "1205.3 µs")
+TENSOR = ("model.layers.10.post_attention_layernorm.weight", "8192", "q4_0", "1,024")
+
+
+@pytest.mark.parametrize(
+    ("columns", "cells", "line"),
+    [
+        (60, CELLS, "┃ rank     ┃ embedding, head ┃ KV cache ┃ per all-reduce ┃"),
+        (50, CELLS, r"│ 1 \(most\) │ 197.0 MB *│ 264.2 MB │ 1205.3 µs *│"),
+        (45, CELLS, r"1 \(most\)  197.0 MB +264.2 MB  1205.3 µs *"),
+        (40, CELLS, r"1 \(most\) 197.0 MB +264.2 MB 1205.3 µs *"),
+        (30, CELLS, "  197.0 MB +264.2 MB +1205.3 µs"),
+        (50, TENSOR, "model.layers.10.post_attention_layernorm.weight"),
+    ],
+)
+def test_a_table_fits_a_narrow_terminal(columns: int, cells: tuple[str, ...], line: str) -> None:
+    """Headers are broken between words, then there is no frame, then two lines for each row; no value is cut."""
+    script = (
+        "import fcntl, struct, sys, termios\n"
+        f"fcntl.ioctl(1, termios.TIOCSWINSZ, struct.pack('HHHH', 24, {columns}, 0, 0))\n"
+        "from mpillama.tools.terminal import print_table\n"
+        f"print_table({NAMES!r}, [{cells!r}])\n"
+        "print('end')\n"
+    )
+    with on_terminal(None, "-c", script) as terminal:
+        shown = re.sub(r"\x1b\[[0-9;]*m", "", terminal.expect("end")).replace("\r", "")
+    assert any(re.fullmatch(line, one) for one in shown.splitlines()), shown
+    assert columns == 30 or all(len(one) <= columns for one in shown.splitlines()), shown
