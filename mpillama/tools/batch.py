@@ -21,7 +21,7 @@ from mpillama.options import BatchOptions, recorded_sampling
 from mpillama.replicas.replica import follow_router
 from mpillama.replicas.runner import EngineRunner
 from mpillama.tools.batch_progress import Reporter, shown
-from mpillama.tools.engines import Group, check_engine_options, grouped, model_name, opener, prompter
+from mpillama.tools.engines import ReplicaWorld, check_engine_options, model_name, opener, prompter, replicated
 from mpillama.tools.running import Run, loaded, running
 from mpillama.tools.values import refuse_unwritable
 
@@ -36,13 +36,13 @@ def batch(options: BatchOptions, world: World) -> int:
     stop.install() if world.comm.is_root else ignore_stop_signals()
     with (
         running(options, world) as job,
-        grouped(job, group_size(options, world)) as group,
-        loaded(job, opener(options), group.world) as run,
+        replicated(job, group_size(options, world)) as replica,
+        loaded(job, opener(options), replica.world) as run,
     ):
         if world.comm.is_root:
-            job.status = BatchJob(options, stop, deadline, group, world.comm.size).run(run)
-        elif run.is_root and group.mailbox:
-            job.status = follow_router(group.mailbox, make_runner(run, options))
+            job.status = BatchJob(options, stop, deadline, replica, world.comm.size).run(run)
+        elif run.is_root and replica.mailbox:
+            job.status = follow_router(replica.mailbox, make_runner(run, options))
     return job.status
 
 
@@ -72,11 +72,11 @@ def check(options: BatchOptions) -> None:
 class BatchJob:
     """What rank 0 does once the model is loaded."""
 
-    def __init__(self, options: BatchOptions, stop: StopRequest, deadline: Deadline, group: Group, ranks: int):
+    def __init__(self, options: BatchOptions, stop: StopRequest, deadline: Deadline, replica: ReplicaWorld, ranks: int):
         self.options = options
         self.stop = stop
         self.deadline = deadline
-        self.group = group
+        self.replica = replica
         self.ranks = ranks
 
     def run(self, run: Run) -> int:
@@ -93,7 +93,7 @@ class BatchJob:
 
     def _answer(self, run: Run, journal: Journal) -> tuple[int, Counts]:
         options, runner = self.options, make_runner(run, self.options)
-        router = self.group.router(runner, "what was finished stays, start again.")
+        router = self.replica.router(runner, "what was finished stays, start again.")
         with shown(options.quiet or options.json) as show:
             size = Path(options.input).stat().st_size
             reporter = Reporter(runner.engine, size, options.metrics, show)
@@ -134,7 +134,7 @@ class BatchJob:
 
 
 def make_runner(run: Run, options: BatchOptions) -> EngineRunner[Line, Result]:
-    """The engine of this process's group."""
+    """The engine of this process's replica."""
     engine = Engine(run.executor, run.tokenizer, options.speculate)
     provenance = make_provenance(run, answer_options(options, run))
     return EngineRunner(

@@ -1,4 +1,4 @@
-"""What `batch` and `serve` share: groups of ranks, the executor of many sequences, options as defaults of requests."""
+"""What `batch` and `serve` share: replicas, the executor of many sequences, options as defaults of requests."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -27,14 +27,14 @@ def opener(options: EngineOptions) -> Callable[[LoadedModel], Executor]:
 
 
 @dataclass(frozen=True)
-class Group:
-    """The ranks that share a model with this one, and the mail between several such groups."""
+class ReplicaWorld:
+    """The ranks that share a model with this one, and the mailbox between several such replicas."""
 
     world: World
     mailbox: Mailbox | None
 
     def router(self, runner: EngineRunner[RequestT, OutputT], advice: str) -> Router[RequestT, OutputT]:
-        """On rank 0: what gives requests to all groups; `advice` says what to do once all have failed."""
+        """On rank 0: what gives requests to all replicas; `advice` says what to do once all have failed."""
         size, mailbox = self.world.comm.size, self.mailbox
         own = LocalReplica(runner, range(size), self.world.comm.watch if mailbox else None)
         firsts = range(size, mailbox.size, size) if mailbox else ()
@@ -42,27 +42,27 @@ class Group:
 
 
 @contextmanager
-def grouped(job: Job, size: int) -> Iterator[Group]:
-    """Divide the ranks of a job into groups of `size` that each load the model.
+def replicated(job: Job, size: int) -> Iterator[ReplicaWorld]:
+    """Divide the ranks of a job into replicas of `size` ranks, each of which loads the model.
 
-    Rank 0 leaves the block when all is done, and lets the others go with `job.status`. A group that fails, but for
+    Rank 0 leaves the block when all is done, and lets the others go with `job.status`. A replica that fails, but for
     rank 0's, waits for that outside its block.
     """
     world, status = job.world, USER_ERROR_STATUS
     if size == world.comm.size:
-        yield Group(world, None)
+        yield ReplicaWorld(world, None)
         return
     own, mailbox = world.split(size), Mailbox(world.comm)
     if world.comm.is_root:
         try:
-            yield Group(own, mailbox)
+            yield ReplicaWorld(own, mailbox)
             status = job.status
         finally:
             end_job(mailbox, status)
         return
     try:
-        yield Group(own, mailbox)
-    except Exception as error:  # noqa: BLE001 - whatever it is, the group fails and rank 0 tells the user
+        yield ReplicaWorld(own, mailbox)
+    except Exception as error:  # noqa: BLE001 - whatever it is, the replica fails and rank 0 tells the user
         job.status = wait_for_end(mailbox, own.comm.watch, error)
 
 

@@ -33,7 +33,7 @@ from mpillama.serve.http_server import Address, HttpServer
 from mpillama.serve.rendezvous import Rendezvous, is_loopback, tunnel
 from mpillama.text.constraint import Grammars, json_object_grammar
 from mpillama.tools.display import watched
-from mpillama.tools.engines import Group, grouped, opener, prompter
+from mpillama.tools.engines import ReplicaWorld, opener, prompter, replicated
 from mpillama.tools.running import Run, loaded, running
 from mpillama.tools.serve_settings import Settings, check
 
@@ -55,11 +55,11 @@ def serve(options: ServeOptions, world: World) -> int:
     with running(options, world) as job:
         size = replica_size(options, world)
         api = world.comm.on_root_only(lambda: listen(options, cast(Settings, settings)))
-        with api or nullcontext(), grouped(job, size) as group, loaded(job, opener(options), group.world) as run:
+        with api or nullcontext(), replicated(job, size) as replica, loaded(job, opener(options), replica.world) as run:
             if api:
-                ServeJob(options, api, group, world.comm.size).run(run)
-            elif run.is_root and group.mailbox:
-                job.status = follow_router(group.mailbox, make_runner(run, make_grammars(run), options))
+                ServeJob(options, api, replica, world.comm.size).run(run)
+            elif run.is_root and replica.mailbox:
+                job.status = follow_router(replica.mailbox, make_runner(run, make_grammars(run), options))
     return job.status
 
 
@@ -117,18 +117,18 @@ def _rules(options: ServeOptions, settings: Settings, most_connections: int) -> 
 class ServeJob:
     """What rank 0 does once the model is loaded."""
 
-    def __init__(self, options: ServeOptions, api: Listener, group: Group, ranks: int):
+    def __init__(self, options: ServeOptions, api: Listener, replica: ReplicaWorld, ranks: int):
         self.options = options
         self.api = api
         self.settings = api.settings
-        self.group = group
+        self.replica = replica
         self.ranks = ranks
         self.stop = StopRequest(SIGNALS)
 
     def run(self, run: Run) -> None:
         """Serve until the end."""
         grammars = make_grammars(run)
-        router = self.group.router(make_runner(run, grammars, self.options), "start the server again.")
+        router = self.replica.router(make_runner(run, grammars, self.options), "start the server again.")
         state, rendezvous = self._state(run, grammars, router.replicas), self._rendezvous(run)
         shutdown = Shutdown(self.stop, Deadline.of_run(self.options.time_limit), self.options.grace)
         self.stop.install()
@@ -185,7 +185,7 @@ class ServeJob:
 
 
 def make_runner(run: Run, grammars: Grammars, options: ServeOptions) -> EngineRunner[ServerRequest, Output]:
-    """The engine of this process's group."""
+    """The engine of this process's replica."""
     return EngineRunner(Engine(run.executor, run.tokenizer, options.speculate), ServerAdapter(grammars))
 
 
