@@ -100,7 +100,6 @@ class AsyncEngine:
     # -- the engine's thread ---------------------------------------------------------------------------------------
 
     def now_serving(self, state: ServerState) -> None:
-        """The model is loaded."""
         self.state, self.status, self.reason = state, SERVING, ""
 
     def now_draining(self, reason: str) -> None:
@@ -109,19 +108,20 @@ class AsyncEngine:
             self.status, self.reason = DRAINING, f"the server is about to end ({reason})"
 
     def now_delivered(self, outputs: list[Output]) -> None:
-        if self._loop is not None and not self._loop.is_closed():
-            self._loop.call_soon_threadsafe(self._deliver, outputs)
+        self._in_loop(lambda: self._deliver(outputs))
 
     def now_ended(self) -> None:
         """Nothing more will be delivered: who still waits is told."""
         self.now_draining(self.reason or "its engines have failed")
+        self._in_loop(self._cut)
+
+    def _in_loop(self, action: Callable[[], None]) -> None:
         if self._loop is not None and not self._loop.is_closed():
-            self._loop.call_soon_threadsafe(self._cut)
+            self._loop.call_soon_threadsafe(action)
 
     # -- the server's thread ---------------------------------------------------------------------------------------
 
     def attach(self, loop: asyncio.AbstractEventLoop) -> None:
-        """The server has begun."""
         self._loop = loop
 
     @property
@@ -162,7 +162,6 @@ class AsyncEngine:
             self.inbox.put(lambda router: router.cancel(key))
 
     def ask_memory(self) -> None:
-        """Let the replicas report their memory."""
         self.inbox.put(lambda router: router.ask_memory())
 
     def _cut(self) -> None:

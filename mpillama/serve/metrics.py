@@ -108,20 +108,16 @@ class EngineCollector(Collector):
         yield GaugeMetricFamily(
             "mpillama_groups_failed", "Groups of ranks that were taken out", sum(bool(r.failure) for r in replicas)
         )
-        yield from (_gauge(name, text, known) for name, text in GAUGES.items())
-        yield from (_counter(name, text, known) for name, text in COUNTERS.items())
+        yield from (_series(GaugeMetricFamily, name, text, known) for name, text in GAUGES.items())
+        yield from (_series(CounterMetricFamily, name, text, known) for name, text in COUNTERS.items())
         yield _memory([(r.ranks, r.stats) for r in replicas])
 
 
-def _gauge(name: str, text: str, known: list[tuple[str, EngineStats]]) -> Metric:
-    family = GaugeMetricFamily(f"mpillama_{name}", text, labels=["group"])
-    for group, stats in known:
-        family.add_metric([group], getattr(stats, name))
-    return family
-
-
-def _counter(name: str, text: str, known: list[tuple[str, EngineStats]]) -> Metric:
-    family = CounterMetricFamily(f"mpillama_{name}", text, labels=["group"])
+def _series(
+    kind: type[GaugeMetricFamily] | type[CounterMetricFamily], name: str, text: str,
+    known: list[tuple[str, EngineStats]],
+) -> Metric:  # fmt: skip
+    family = kind(f"mpillama_{name}", text, labels=["group"])
     for group, stats in known:
         family.add_metric([group], getattr(stats, name))
     return family
