@@ -20,7 +20,7 @@ OPTIONAL = {"gguf", "llguidance", "matplotlib", "safetensors"}
 LATE = {"h5py", "rich"}
 """Imported where they are needed too: HDF5 by rank 0 alone, rich where a person watches; all ranks start sooner so."""
 ENTRANCES = {"mpillama", "mpillama.__main__"}
-"""Modules that import others by their names, so that `--help` is there at once."""
+"""Modules that import others by their names, so that `--help` is there at once, and at the top for their types only."""
 MOST_PARAMETERS = 8
 FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)
 
@@ -38,6 +38,10 @@ def imported(node: ast.AST, module: str) -> Iterator[str]:
 
 def is_for_types_only(node: ast.AST) -> bool:
     return isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"
+
+
+for entrance in ENTRANCES:
+    SOURCES[entrance].body = [node for node in SOURCES[entrance].body if not is_for_types_only(node)]
 
 
 def hidden_imports(module: str) -> Iterator[str]:
