@@ -13,6 +13,7 @@ import numpy as np
 from mpillama.engine.model_file import open_model
 from mpillama.files.checkpoint import Checkpoint, StoredTensor
 from mpillama.files.hugging_face import read_hugging_face
+from mpillama.model.config import ModelConfig
 
 FOLDER = Path(__file__).parent / "golden"
 FAMILIES = (
@@ -66,15 +67,17 @@ EXPERT_NAMES = {"gate_proj": "ffn_gate_exps", "up_proj": "ffn_up_exps", "down_pr
 
 
 def write_gguf(
-    path: Path, family: str, quantise: Callable[[np.ndarray], tuple[np.ndarray, Any]], pre: str = "llama-bpe"
-) -> None:
+    path: Path, family: str, quantise: Callable[[np.ndarray], tuple[np.ndarray, Any]], pre: str = "llama-bpe",
+    part_tensors: int = 0,
+) -> None:  # fmt: skip
     """Write a golden model (or any folder, by its path) as llama.cpp's converter does.
 
-    `quantise` gives a matrix's data and GGML type, `pre` is the name of the pre-tokenizer.
+    `quantise` gives a matrix's data and GGML type, `pre` is the name of the pre-tokenizer; with `part_tensors` the file
+    is split into parts of so many tensors.
     """
     config = open_model(str(FOLDER / family)).config
     architecture = ARCHITECTURES[config.model_type]
-    writer = gguf.GGUFWriter(path, architecture)
+    writer = gguf.GGUFWriter(path, architecture, split_max_tensors=part_tensors)
     _write_metadata(writer, family, config)
     _write_vocabulary(writer, family, pre)
     for name, tensor in _gguf_tensors(family, architecture, config).items():
@@ -89,21 +92,34 @@ def write_gguf(
     writer.close()
 
 
-def _write_metadata(writer: gguf.GGUFWriter, family: str, config: Any) -> None:
+def attention(config: ModelConfig) -> Any:
+    """That of the first layer."""
+    return config.blocks[0].attention
+
+
+def mlp(config: ModelConfig) -> Any:
+    return config.blocks[0].mlp
+
+
+def experts(config: ModelConfig) -> int:
+    return getattr(mlp(config), "count", 0)
+
+
+def _write_metadata(writer: gguf.GGUFWriter, family: str, config: ModelConfig) -> None:
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
     writer.add_block_count(config.num_hidden_layers)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_key_length(config.head_dim)
-    writer.add_value_length(config.head_dim)
+    writer.add_feed_forward_length(mlp(config).intermediate_size)
+    writer.add_head_count(attention(config).heads)
+    writer.add_head_count_kv(attention(config).kv_heads)
+    writer.add_key_length(attention(config).head_dim)
+    writer.add_value_length(attention(config).head_dim)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_rope_freq_base(config.rope_theta)
-    if config.num_experts:
-        writer.add_expert_count(config.num_experts)
-        writer.add_expert_used_count(config.num_experts_per_tok)
-        writer.add_expert_feed_forward_length(config.intermediate_size)
+    writer.add_rope_freq_base(config.rope.theta)
+    if experts(config):
+        writer.add_expert_count(experts(config))
+        writer.add_expert_used_count(getattr(mlp(config), "chosen", 0))
+        writer.add_expert_feed_forward_length(mlp(config).intermediate_size)
 
 
 def _write_vocabulary(writer: gguf.GGUFWriter, family: str, pre: str) -> None:
@@ -123,27 +139,27 @@ def _write_vocabulary(writer: gguf.GGUFWriter, family: str, pre: str) -> None:
     writer.add_eos_token_id(eos[0] if isinstance(eos, list) else eos)
 
 
-def _gguf_tensors(family: str, architecture: str, config: Any) -> Tensors:
+def _gguf_tensors(family: str, architecture: str, config: ModelConfig) -> Tensors:
     found: dict[str, np.ndarray] = {}
-    experts: dict[str, list[np.ndarray]] = {}
+    stacked: dict[str, list[np.ndarray]] = {}
     for name, tensor in family_tensors(family).items():
         *_, layer, module, kind = ["", "", *_parts(name)]
         if ".experts." in name:
-            experts.setdefault(f"blk.{layer}.{EXPERT_NAMES[module.split('.')[-1]]}.weight", []).append(tensor)
+            stacked.setdefault(f"blk.{layer}.{EXPERT_NAMES[module.split('.')[-1]]}.weight", []).append(tensor)
         elif layer:
             straight = architecture != "llama" or module not in ("self_attn.q_proj", "self_attn.k_proj")
             found[f"blk.{layer}.{GGUF_NAMES[module]}.{kind}"] = (
-                tensor if straight else interleaved(tensor, config.head_dim)
+                tensor if straight else interleaved(tensor, attention(config).head_dim)
             )
         else:
             found[
                 {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}[module]
                 + ".weight"
             ] = tensor
-    if config.rope_scaling is not None:
-        plain = config.rope_theta ** -(np.arange(0, config.head_dim, 2) / config.head_dim)
+    if config.rope.scaling is not None:
+        plain = config.rope.theta ** -(np.arange(0, attention(config).head_dim, 2) / attention(config).head_dim)
         found["rope_freqs.weight"] = (plain / np.array(config.inverse_frequencies())).astype(np.float32)
-    return {**found, **{name: np.stack(parts) for name, parts in experts.items()}}
+    return {**found, **{name: np.stack(parts) for name, parts in stacked.items()}}
 
 
 def _parts(name: str) -> tuple[str, str, str]:
@@ -173,10 +189,10 @@ def write_dllama(path: Path, family: str) -> None:
     config = open_model(str(FOLDER / family)).config
     architecture = {"llama": 0xABCD00, "qwen3": 0xABCD01, "qwen3_moe": 0xABCD02}[config.model_type]
     pairs = {
-        0: 0, 1: architecture, 2: config.hidden_size, 3: config.intermediate_size, 4: config.num_hidden_layers,
-        5: config.num_attention_heads, 6: config.num_key_value_heads, 7: config.num_experts,
-        8: config.num_experts_per_tok, 9: config.vocab_size, 10: config.max_position_embeddings, 11: 1,
-        12: int(config.rope_theta), 13: 0, 19: config.head_dim, 20: 5, 21: config.intermediate_size,
+        0: 0, 1: architecture, 2: config.hidden_size, 3: mlp(config).intermediate_size, 4: config.num_hidden_layers,
+        5: attention(config).heads, 6: attention(config).kv_heads, 7: experts(config),
+        8: getattr(mlp(config), "chosen", 0), 9: config.vocab_size, 10: config.max_position_embeddings, 11: 1,
+        12: int(config.rope.theta), 13: 0, 19: attention(config).head_dim, 20: 5, 21: mlp(config).intermediate_size,
     }  # fmt: skip
     assert config.rms_norm_eps == 1e-5
     numbers = [n for pair in pairs.items() for n in pair]
@@ -186,19 +202,19 @@ def write_dllama(path: Path, family: str) -> None:
     _write_dllama_tokenizer(path.with_suffix(".t"), family)
 
 
-def _dllama_tensors(family: str, config: Any) -> list[np.ndarray]:
+def _dllama_tensors(family: str, config: ModelConfig) -> list[np.ndarray]:
     all_tensors, found = family_tensors(family), []
     found.append(all_tensors["model.embed_tokens.weight"])
     for layer in range(config.num_hidden_layers):
         part = {n.removeprefix(f"model.layers.{layer}."): t for n, t in all_tensors.items() if f"layers.{layer}." in n}
         for letter in "qk":
             rows = part[f"self_attn.{letter}_proj.weight"]
-            found.append(interleaved(rows, config.head_dim) if config.model_type == "llama" else rows)
+            found.append(interleaved(rows, attention(config).head_dim) if config.model_type == "llama" else rows)
         found += [part["self_attn.v_proj.weight"], part["self_attn.o_proj.weight"]]
-        prefixes = [f"mlp.experts.{e}." for e in range(config.num_experts)] or ["mlp."]
-        found += [part["mlp.gate.weight"]] if config.num_experts else []
+        prefixes = [f"mlp.experts.{e}." for e in range(experts(config))] or ["mlp."]
+        found += [part["mlp.gate.weight"]] if experts(config) else []
         found += [part[f"{prefix}{name}_proj.weight"] for prefix in prefixes for name in ("gate", "down", "up")]
-        found += [part[f"self_attn.{letter}_norm.weight"] for letter in "qk"] if config.qk_norm else []
+        found += [part[f"self_attn.{letter}_norm.weight"] for letter in "qk"] if attention(config).qk_norm else []
         found += [part["input_layernorm.weight"], part["post_attention_layernorm.weight"]]
     head = all_tensors.get("lm_head.weight", all_tensors["model.embed_tokens.weight"])
     return [*found, all_tensors["model.norm.weight"], head]

@@ -333,13 +333,37 @@ def test_inspect_takes_what_can_be_run(kind: str, without_mpi: dict[str, str], t
     assert found["parameters"] == weights + head
     assert found["config"]["model_type"] == "qwen3_moe"
     experts = next(t for t in found["tensors"] if t["name"] == "model.layers.0.mlp.experts.up_proj.weight")
-    assert experts["shape"][0] == len(experts["arrays"]) == model.config.num_experts
+    assert experts["shape"][0] == len(experts["arrays"]) == model.config.blocks[0].mlp.count
     stored, run_as = {"gguf": ("q5_0", "q8_0"), "folder": ("bf16", "bf16"), "dllama": ("f32", "f32")}[kind]
     assert (experts["arrays"][0]["stored"], experts["weight_type"]) == (stored, run_as)
     shown = run(None, *PROGRAM, "inspect", path, env=without_mpi)
     assert (shown.status, shown.stderr) == (0, "")
     assert "num_experts" in shown.stdout
     assert ("q5_0, run as q8_0" in shown.stdout) == (kind == "gguf")
+
+
+@pytest.mark.parametrize("part", [0, 2])
+def test_inspect_takes_any_part_of_a_split_file(part: int, without_mpi: dict[str, str], tmp_path: Path) -> None:
+    whole = golden_models.as_type(gguf.GGMLQuantizationType.F32)
+    golden_models.write_gguf(tmp_path / "m.gguf", "llama", whole, part_tensors=8)
+    parts = sorted(tmp_path.glob("*.gguf"))
+    result = run(None, *PROGRAM, "inspect", parts[part], "--json", env=without_mpi)
+    assert (result.status, result.stderr) == (0, "")
+    found = json.loads(result.stdout)
+    assert found["files"] == {str(path): path.stat().st_size for path in parts}
+    assert {array["file"] for tensor in found["tensors"] for array in tensor["arrays"]} == set(map(str, parts))
+    assert found["parameters"] == sum(tensor.size for tensor in golden_models.family_tensors("llama").values())
+    shown = run(None, *PROGRAM, "inspect", parts[part], env=without_mpi)
+    assert f"in {len(parts)} files" in shown.stdout
+
+
+def test_inspect_takes_a_tokenizer_from_elsewhere(without_mpi: dict[str, str], tmp_path: Path) -> None:
+    golden_models.write_dllama(tmp_path / "m.m", "qwen3_moe")
+    beside = next(tmp_path.glob("*.t"))
+    tokenizer = beside.rename(tmp_path.parent / f"{tmp_path.name}-elsewhere.t")
+    result = run(None, *PROGRAM, "inspect", tmp_path / "m.m", "--tokenizer", tokenizer, "--json", env=without_mpi)
+    assert (result.status, result.stderr) == (0, "")
+    assert "tokenizer.json" in json.loads(result.stdout)["texts"]
 
 
 def test_a_model_of_embeddings_continues_no_text(tmp_path: Path) -> None:
