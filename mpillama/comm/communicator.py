@@ -56,6 +56,16 @@ class Communicator:
         """The communicator of this process only."""
         return cls(MPI.COMM_SELF)
 
+    def free(self) -> None:
+        """Give back what this communicator holds of MPI; all ranks must call this, with nothing under way."""
+        if self.shared is not None:
+            self.shared.window.Free()
+            self.shared = None
+        if self.watch.messages is not None:
+            self.watch.messages.mpi.Free()
+            self.watch.messages = None
+        self.mpi.Free()
+
     @property
     def is_root(self) -> bool:
         """Whether this is rank 0."""

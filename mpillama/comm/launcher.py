@@ -8,6 +8,7 @@ from mpillama.errors import UserError
 RANK_VARIABLES = ("PMI_RANK", "PMIX_RANK", "OMPI_COMM_WORLD_RANK", "MPI_LOCALRANKID", "SLURM_PROCID")
 SIZE_VARIABLES = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE")
 SLURM_STEP_SIZE = "SLURM_STEP_NUM_TASKS"
+HOST_SIZE_VARIABLES = ("MPI_LOCALNRANKS", "OMPI_COMM_WORLD_LOCAL_SIZE")
 DEFAULT_TIMEOUT = 600.0
 """Seconds that a rank waits for another one."""
 
@@ -31,6 +32,13 @@ def launched_size(environment: Mapping[str, str] | None = None) -> tuple[str, in
         if environment.get(name, "").isdigit():
             return name, int(environment[name])
     return "", 1
+
+
+def launched_here(environment: Mapping[str, str] | None = None) -> int:
+    """How many processes were launched together on this host, 1 if the launcher does not say."""
+    environment = os.environ if environment is None else environment
+    found = [environment[name] for name in HOST_SIZE_VARIABLES if environment.get(name, "").isdigit()]
+    return int(found[0]) if found else 1
 
 
 def check_start(threads: int | None, timeout: float) -> None:

@@ -11,11 +11,14 @@ from mpi4py import MPI
 
 from mpillama.comm.communicator import Communicator
 from mpillama.comm.failure import FAILURE_STATUS, Aborter, describe_rank, no_longer_than
-from mpillama.comm.launcher import DEFAULT_TIMEOUT, launched_rank, launched_size, refuse_singletons
+from mpillama.comm.launcher import DEFAULT_TIMEOUT, launched_here, launched_rank, launched_size, refuse_singletons
 from mpillama.comm.roll_call import Messages
 from mpillama.comm.same_program import refuse_other_programs
 from mpillama.comm.watchdog import Guard, Watch
 from mpillama.errors import UserError
+
+Intracomm = MPI.Intracomm
+"""Ranks that a program has chosen."""
 
 
 @dataclass(frozen=True)
@@ -26,6 +29,11 @@ class World:
     neighbours: Communicator
     threads: int
     host: str
+
+    def free(self) -> None:
+        """Give back what `join` took of MPI; all ranks must call this, and none may use this World any more."""
+        self.neighbours.mpi.Free()
+        self.comm.free()
 
     def split(self, size: int) -> "World":
         """The world of this rank's group: ranks 0 to size - 1 are the first, and so on; UserError if a rest is left."""
@@ -58,7 +66,7 @@ def start_mpi(
     if aborter is None:
         aborter = Aborter(launched_rank(), launched_size()[1])
         aborter.install()
-    comm = _meet(aborter, timeout)
+    comm = _meet(MPI.COMM_WORLD, aborter, timeout, guarded=True)
     if refuse:
         refuse_singletons(comm.size)
     try:
@@ -78,11 +86,23 @@ def mpi_library() -> str:
     return " ".join(first.split())
 
 
-def _meet(aborter: Aborter, timeout: float) -> Communicator:
-    mpi = MPI.COMM_WORLD
+def join(mpi: Intracomm | None, threads: int | None, timeout: float) -> World:
+    """The World of a program that starts MPI by itself; all of `mpi` (None: all ranks) must call this.
+
+    Nothing of the process is changed: no signal handler, no excepthook, no thread, and MPI stays the program's own.
+    """
+    if mpi is None:
+        refuse_singletons(MPI.COMM_WORLD.size)
+        mpi = MPI.COMM_WORLD
+    own = mpi.Dup()
+    return _measure(_meet(own, Aborter(own.rank, own.size), timeout, guarded=False), threads, 0)
+
+
+def _meet(mpi: MPI.Intracomm, aborter: Aborter, timeout: float, guarded: bool) -> Communicator:
     aborter.abort, aborter.rank, aborter.where = mpi.Abort, mpi.rank, describe_rank(mpi.rank, mpi.size)
     watch = Watch(aborter, timeout)
-    Guard(watch, aborter).start()
+    if guarded:
+        Guard(watch, aborter).start()
     with watch.blocking("the start"):
         hosts = refuse_other_programs(mpi)
         watch.messages = Messages(mpi.Dup()) if mpi.size > 1 else None
@@ -102,10 +122,12 @@ def _measure(comm: Communicator, threads: int | None, beside: int) -> World:
     neighbours = comm.neighbours()
     cores = sorted(os.sched_getaffinity(0))
     mates = neighbours.gather((cores, threads))
+    # Ranks of the job that are not in this communicator: they share the cores too, unless each is bound to its own.
+    strangers = max(0, launched_here() - neighbours.size) if len(cores) == os.cpu_count() else 0
     if threads is None:
-        sharing = sum(bool(set(cores) & set(others)) for others, _ in mates)
+        sharing = strangers + sum(bool(set(cores) & set(others)) for others, _ in mates)
         threads = max(1, int(min(len(cores), _cgroup_cores()) / sharing))
-    wanted = sum(neighbours.gather(threads + (beside if comm.is_root else 0)))
+    wanted = strangers * threads + sum(neighbours.gather(threads + (beside if comm.is_root else 0)))
     comm.yields = neighbours.yields = wanted > len({c for others, _ in mates for c in others})
     return World(comm, neighbours, threads, os.uname().nodename)
 

@@ -178,6 +178,10 @@ class Watch:
         finally:
             self.messages.send_all(Kind.BACK, self.state())
 
+    def allow_silence(self) -> None:
+        """Rank 0 may be busy with anything before the next wait, which so may last as long as it takes."""
+        self.idle_at = self.entered
+
     @contextmanager
     def blocking(self, place: str) -> Iterator[None]:
         """A wait inside MPI, in which nobody can be asked: the thread looks after it."""

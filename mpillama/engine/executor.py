@@ -9,7 +9,7 @@ import psutil
 from mpillama.comm.communicator import Communicator
 from mpillama.engine.step_plan import Order, Segment, StepPlan
 from mpillama.model.cache import KVCache
-from mpillama.model.llama import LlamaModel
+from mpillama.model.decoder import Decoder
 from mpillama.text.token_ids import check_token_ids
 
 LOGIT_BYTES = 32 << 20
@@ -25,7 +25,7 @@ class Executor:
     """
 
     def __init__(
-        self, model: LlamaModel, max_seq_len: int, kv_type: str, max_tokens: int, slots: int = 1,
+        self, model: Decoder, max_seq_len: int, kv_type: str, max_tokens: int, slots: int = 1,
         blocks: int | None = None,
     ):  # fmt: skip
         self.model = model
@@ -89,9 +89,11 @@ class Executor:
 
     # -- all ranks -------------------------------------------------------------------------------------------------
 
-    def follow(self) -> int:
-        """Execute rank 0's plans until it ends; returns the exit status."""
+    def follow(self, patient: bool = False) -> int:
+        """Execute rank 0's plans until it ends; returns the exit status. The `patient` wait for each for ever."""
         while True:
+            if patient:
+                self.comm.watch.allow_silence()
             self.comm.broadcast_plan(self.plan.buffer)
             if self.plan.order == Order.END:
                 return self.plan.status

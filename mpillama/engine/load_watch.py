@@ -108,6 +108,7 @@ class LoadWatch:
                     self.reader.stop()
                     raise failure or AbandonedError
                 if (heard[:, 0] == State.DONE).all():
+                    self.rounds.mpi.Free()
                     return
             elif not pending:
                 time.sleep(nap)

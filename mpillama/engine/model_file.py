@@ -17,6 +17,7 @@ from mpillama.files.foreign import regular_size, unreadable
 from mpillama.files.locate import locate_model
 from mpillama.files.native import HDF5_SIGNATURE, read_table
 from mpillama.model.config import ModelConfig
+from mpillama.model.families import FAMILIES
 from mpillama.model.tensors import TensorSpec, WeightTypes
 from mpillama.text.chat_template import ChatTemplate
 from mpillama.text.dllama_vocabulary import tokenizer_json_of_dllama
@@ -147,7 +148,8 @@ def with_tokenizer(checkpoint: Checkpoint) -> Checkpoint:
     vocabulary = json.loads(checkpoint.texts[name])
     if not vocabulary.get("tokens"):  # weights alone: they can be measured and converted
         return replace(checkpoint, texts={key: text for key, text in checkpoint.texts.items() if key != name})
-    files = CONVERTERS[name](vocabulary | {"architecture": checkpoint.config_json.get("model_type")})
+    family = FAMILIES.get(checkpoint.config_json["model_type"])
+    files = CONVERTERS[name](vocabulary | {"pre_of_family": family.pre_tokenizer if family else ""})
     settings = settings_in(checkpoint.texts, TOKENIZER_CONFIG, checkpoint.path)
     ends = {"bos_token_id": files.bos_token_id, "eos_token_id": list(files.eos_token_ids)}
     texts = {

@@ -1,0 +1,440 @@
+"""`LLM`: a model in a program of one's own, on all ranks of an MPI communicator or in a single process."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from types import TracebackType
+from typing import Any, ClassVar, Self, cast
+
+import numpy as np
+
+from mpillama.api.prompts import derived_seed
+from mpillama.comm.launcher import check_start
+from mpillama.comm.start import Intracomm, World, join
+from mpillama.comm.watchdog import GroupFailedError
+from mpillama.engine.engine import Engine
+from mpillama.engine.executor import Executor
+from mpillama.engine.loading import LoadedModel, load_model, open_shared_executor
+from mpillama.engine.logprobs import LogprobRecorder, TokenLogprob
+from mpillama.engine.model_file import make_chat_template, make_tokenizer
+from mpillama.engine.perplexity import NOTHING, Losses, losses_of
+from mpillama.engine.sequence import EngineSequence, Pooling, Request
+from mpillama.engine.settings import EngineSettings
+from mpillama.errors import UserError
+from mpillama.files.output_head import refuse_headless
+from mpillama.kernels.target import Target, prepare, requested_isa
+from mpillama.text.chat_template import ChatTemplate
+from mpillama.text.sampling_params import SamplingParams, new_seed
+from mpillama.text.tokenizer import Tokenizer
+
+Prompt = str | Sequence[int]
+"""A text, or its token ids."""
+Messages = Sequence[Mapping[str, Any]]
+"""A conversation: messages with `role` and `content`, as in OpenAI's API."""
+DEFAULT_PARAMS = SamplingParams()
+
+
+@dataclass(frozen=True)
+class Completion:
+    """An answer. `finish_reason` is "stop" (an end-of-text token or a stop string) or "length".
+
+    `logprobs` (None unless asked for) has an entry for each of `token_ids`: the log-probability by the model itself,
+    before temperature, penalties, bias and filters. `seed` repeats the answer.
+    """
+
+    text: str
+    token_ids: list[int]
+    finish_reason: str
+    seed: int
+    logprobs: list[TokenLogprob] | None = None
+
+    @property
+    def cumulative_logprob(self) -> float | None:
+        """The log-probability of the whole answer; None without `logprobs`."""
+        return None if self.logprobs is None else sum(found.logprob for found in self.logprobs)
+
+
+@dataclass(frozen=True)
+class RequestOutput:
+    """A prompt and its `n` answers; what is said of an answer directly is said of the first.
+
+    `prompt_logprobs` (None unless asked for) has an entry for each token of the prompt but the first.
+    `num_cached_tokens` of the prompt were known from earlier requests and not computed again.
+    """
+
+    prompt_token_ids: list[int]
+    outputs: list[Completion]
+    prompt_logprobs: list[TokenLogprob] | None = None
+    num_cached_tokens: int = 0
+
+    @property
+    def text(self) -> str:
+        """The first answer's."""
+        return self.outputs[0].text
+
+    @property
+    def token_ids(self) -> list[int]:
+        """The first answer's."""
+        return self.outputs[0].token_ids
+
+    @property
+    def finish_reason(self) -> str:
+        """The first answer's."""
+        return self.outputs[0].finish_reason
+
+    @property
+    def logprobs(self) -> list[TokenLogprob] | None:
+        """The first answer's."""
+        return self.outputs[0].logprobs
+
+    @property
+    def cumulative_logprob(self) -> float | None:
+        """The first answer's."""
+        return self.outputs[0].cumulative_logprob
+
+
+@dataclass
+class _Loaded:
+    """What an LLM holds until it is closed; the engine is rank 0's."""
+
+    world: World
+    target: Target
+    model: LoadedModel
+    executor: Executor
+    engine: Engine | None
+    failed: bool = False
+
+    def renew(self) -> None:
+        """Forget all requests: their state is unknown."""
+        assert self.engine is not None
+        for sequence in [*self.engine.scheduler.running, *self.engine.scheduler.waiting]:
+            sequence.error, sequence.answer.finish_reason = "it was interrupted.", "error"
+        drafts = self.engine.drafter.most if self.engine.drafter else 0
+        self.engine = Engine(self.executor, self.engine.tokenizer, drafts)
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """A sequence on its way, and what is noted of it."""
+
+    sequence: EngineSequence
+    logprobs: LogprobRecorder | None
+    prompt_logprobs: LogprobRecorder | None
+
+    def completion(self) -> Completion:
+        """Its answer, once it has ended."""
+        answer, seed = self.sequence.answer, self.sequence.request.sampling.seed
+        assert answer.finish_reason is not None
+        assert seed is not None
+        found = None if self.logprobs is None else self.logprobs.take()
+        return Completion(answer.text, answer.token_ids, answer.finish_reason, seed, found)
+
+
+@dataclass(frozen=True, eq=False)
+class LLM(EngineSettings):
+    """A model that all ranks of a communicator hold together; rank 0 asks, the others compute along.
+
+    Every rank creates the object, which loads the model. Without a launcher there is one rank, and `with` may be left
+    out. Else rank 0 must leave its `with` block (or call `close`); the others wait for that at the end of theirs:
+
+        with LLM("model.gguf") as llm:  # comm=MPI.COMM_WORLD
+            if llm.is_root:
+                print(llm.generate("Hello", SamplingParams(max_tokens=64))[0].text)
+
+    `model` is a path in any format that `--model` takes, `comm` any intracommunicator: MPI.COMM_WORLD, a part of it, or
+    MPI.COMM_SELF for a model of this process alone. The other settings are the command line's, with its defaults;
+    `max_seq_len` and `kv_type` are vLLM's max_model_len and kv_cache_dtype. Room for the caches of `sequences` requests
+    at a time is reserved, and used once it is needed: give `cache_tokens` where several models share a host.
+
+    Errors: UserError, a sentence for a person, on every rank if the model cannot be loaded, and on rank 0 for what
+    cannot be asked. Whatever is raised on rank 0 reaches its caller, and no rank waits for ever: the others leave
+    `with` when rank 0 does. Only if it struck in the midst of a step of several ranks (KeyboardInterrupt, say) the
+    object can but be closed, and the others leave with a RuntimeError. What is raised on another rank or while loading,
+    and a rank that hangs for `timeout` seconds in a step, end all processes by MPI_Abort, with a message on standard
+    error, since the others could not go on.
+
+    Nothing of the process is changed: no signal handler, no excepthook, nothing printed but those last words; warnings
+    go to `logging`. MPI is neither started nor finished here: mpi4py does both, and any thread level will do. Only the
+    main thread may use the object. The others wait for rank 0 as long as it is busy with something else.
+    """
+
+    needs_head: ClassVar[bool] = False
+
+    model: str | Path | None = field(default=None, kw_only=False)  # type: ignore[assignment]
+    comm: Intracomm | None = field(default=None, kw_only=False)
+    _held: _Loaded | None = field(default=None, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        check_start(self.threads, self.timeout)
+        if self.sequences < 1 or self.speculate < 0 or (self.cache_tokens is not None and self.cache_tokens < 1):
+            raise UserError("sequences and cache_tokens must be at least 1, speculate at least 0.")
+        world = join(self.comm, self.threads, self.timeout)
+        with _aborting(world):
+            try:
+                self._hold(self._load(world))
+            except UserError:  # on all ranks
+                world.free()
+                raise
+
+    def _load(self, world: World) -> _Loaded:
+        comm = world.comm
+        target = comm.together(lambda: prepare(requested_isa(), world.threads, comm.yields))
+        model = load_model(self, world, target, lambda total: nullcontext(lambda state: None))
+        executor = comm.together(lambda: open_shared_executor(self, model))
+        tokenizer = comm.on_root_only(lambda: comm.busy(lambda: make_tokenizer(model.file)))
+        engine = Engine(executor, tokenizer, self.speculate) if tokenizer else None
+        return _Loaded(world, target, model, executor, engine)
+
+    def _hold(self, loaded: _Loaded | None) -> None:
+        object.__setattr__(self, "_held", loaded)  # the settings do not change, so this class is frozen
+
+    # -- the ranks -----------------------------------------------------------------------------------------------------
+
+    @property
+    def is_root(self) -> bool:
+        """Whether this is the rank that asks."""
+        return self._loaded.world.comm.is_root
+
+    @property
+    def _loaded(self) -> _Loaded:
+        if self._held is None:
+            raise RuntimeError("this LLM is closed")
+        return self._held
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._held is not None and error is not None and not self.is_root:
+            with _aborting(self._held.world, all_errors=True):
+                raise error
+        self.close()
+
+    def close(self) -> None:
+        """Give memory and threads back; on other ranks than 0, compute along until rank 0 calls this."""
+        held = self._held
+        if held is None:
+            return
+        comm = held.world.comm
+        if not comm.is_root:
+            self._follow(held)
+        self._hold(None)
+        if not held.failed:
+            if comm.is_root:
+                held.executor.end(0)
+            held.world.free()
+        held.target.team.close()
+
+    def _follow(self, held: _Loaded) -> None:
+        try:
+            with _aborting(held.world, GroupFailedError):
+                held.executor.follow(patient=True)
+        except GroupFailedError as error:
+            self._hold(None)
+            raise RuntimeError(f"{error} failed in the midst of a step") from None
+
+    # -- rank 0 --------------------------------------------------------------------------------------------------------
+
+    @property
+    def engine(self) -> Engine:
+        """What runs the requests, for what this class has no method for; rank 0 only."""
+        held = self._loaded
+        if held.engine is None:
+            raise RuntimeError("rank 0 alone asks: write `if llm.is_root:` before it")
+        if held.failed:
+            raise RuntimeError("an earlier step was interrupted: close this LLM and load it again")
+        return held.engine
+
+    def get_tokenizer(self) -> Tokenizer:
+        """The model's tokenizer; rank 0 only."""
+        return self.engine.tokenizer
+
+    @property
+    def context_length(self) -> int:
+        """The most tokens of a prompt and its answer together."""
+        return self._loaded.executor.max_seq_len
+
+    @cached_property
+    def _template(self) -> ChatTemplate:
+        return make_chat_template(self._loaded.model.file, self.get_tokenizer())
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] = DEFAULT_PARAMS,
+    ) -> list[RequestOutput]:
+        """Continue prompts, all of them at once; the outputs have their order.
+
+        `sampling_params` are for all prompts, or a list has those of each. No answer depends on the others' company.
+        """
+        each = [prompts] if _is_one(prompts) else prompts
+        ids = [self._prompt_ids(cast(Prompt, prompt)) for prompt in each]
+        params = [sampling_params] * len(ids) if isinstance(sampling_params, SamplingParams) else sampling_params
+        if len(params) != len(ids):
+            raise ValueError(f"{len(ids)} prompts have {len(params)} sampling_params")
+        return self._outputs([(one, p) for one, p in zip(ids, params, strict=True)], continues=True)
+
+    def chat(
+        self, messages: Messages, sampling_params: SamplingParams = DEFAULT_PARAMS, **template_variables: Any
+    ) -> RequestOutput:
+        """The next message of a conversation, by the model's chat template; UserError if it has none.
+
+        `template_variables` are the template's own, such as `tools` or `enable_thinking`.
+        """
+        ids = self._chat_ids(messages, template_variables)
+        return self._outputs([(ids, sampling_params)], continues=False)[0]
+
+    def stream(self, prompt: Prompt | Messages, sampling_params: SamplingParams = DEFAULT_PARAMS) -> Iterator[str]:
+        """The text of an answer as it comes; messages are a conversation, as for `chat`.
+
+        Several streams may take turns. One that is left early (`break`) is cancelled.
+        """
+        if sampling_params.n != 1:
+            raise UserError(f"n is {sampling_params.n}: a stream has one answer.")
+        is_chat = not isinstance(prompt, str) and len(prompt) > 0 and isinstance(prompt[0], Mapping)
+        ids = self._chat_ids(cast(Messages, prompt), {}) if is_chat else self._prompt_ids(cast(Prompt, prompt))
+        (asked,) = self._submit([self._request(ids, sampling_params, 0, not is_chat)])
+        return self._pieces(asked)
+
+    def _pieces(self, asked: _Asked) -> Iterator[str]:
+        updates = self.engine.run(asked.sequence)
+        while True:
+            with self._stepping():
+                update = next(updates, None)
+            if update is None:
+                return self._check(asked)
+            if update.text:
+                yield update.text
+
+    def embed(self, texts: Prompt | Sequence[Prompt], pooling: Pooling = "mean") -> np.ndarray:
+        """Embeddings of length 1, float64 [texts, hidden_size]: the mean of all positions' last hidden states, or the
+        last position's.
+        """
+        each = [texts] if _is_one(texts) else texts
+        ids = [self._prompt_ids(cast(Prompt, text)) for text in each]
+        asked = self._submit([_Asking(Request(one, NOTHING, pooling=pooling)) for one in ids])
+        self._run(asked)
+        vectors = [one.sequence.pooled for one in asked]
+        return np.array(vectors, np.float64).reshape(len(ids), self._loaded.model.file.config.hidden_size)
+
+    def score(self, text: Prompt) -> np.ndarray:
+        """The log-probability of each token but the first, given those before it: float64 [tokens - 1], in nats.
+
+        A text begins with BOS if the model wants one, so that all of its own tokens have one.
+        """
+        self._check_head()
+        (asked,) = self._submit([_Asking(Request(self._prompt_ids(text), NOTHING, on_prompt_logits=Losses()))])
+        self._run([asked])
+        return -losses_of(asked.sequence)
+
+    # -- requests ------------------------------------------------------------------------------------------------------
+
+    def _prompt_ids(self, prompt: Prompt) -> list[int]:
+        return self.get_tokenizer().encode(prompt) if isinstance(prompt, str) else [int(token) for token in prompt]
+
+    def _chat_ids(self, messages: Messages, variables: Mapping[str, Any]) -> list[int]:
+        rendered = self._template.render_marked([dict(message) for message in messages], **variables)
+        return self.get_tokenizer().encode_marked(rendered)
+
+    def _check_head(self) -> None:
+        file = self._loaded.model.file
+        refuse_headless(file.path, file.config.lm_head)
+
+    def _outputs(self, prompts: list[tuple[list[int], SamplingParams]], continues: bool) -> list[RequestOutput]:
+        self._check_head()
+        asking = [self._request(ids, params, i, continues) for ids, params in prompts for i in range(params.n)]
+        asked = self._submit(asking)
+        self._run(asked)
+        outputs, rest = [], iter(asked)
+        for ids, params in prompts:
+            own = [next(rest) for _ in range(params.n)]
+            noted = own[0].prompt_logprobs
+            cached = own[0].sequence.cached_tokens or 0
+            outputs.append(RequestOutput(ids, [o.completion() for o in own], noted.take() if noted else None, cached))
+        return outputs
+
+    def _request(self, ids: list[int], params: SamplingParams, number: int, continues: bool) -> "_Asking":
+        """The `number`-th answer of a prompt has a seed of its own."""
+        seed = new_seed() if params.seed is None else params.seed
+        if number:
+            seed = derived_seed(seed, str(number))
+        logprobs = None if params.logprobs is None else LogprobRecorder(params.logprobs)
+        wants_prompt = params.prompt_logprobs is not None and number == 0
+        prompt_logprobs = LogprobRecorder(params.prompt_logprobs or 0) if wants_prompt else None
+        request = Request(
+            ids, replace(params, seed=seed), on_logits=logprobs, on_prompt_logits=prompt_logprobs, continues=continues
+        )
+        return _Asking(request, logprobs, prompt_logprobs)
+
+    def _submit(self, asking: "Sequence[_Asking]") -> list[_Asked]:
+        """Queue all requests, or none if one is refused."""
+        engine = self.engine
+        for one in asking:
+            engine.check(one.request)
+        return [_Asked(engine.submit(one.request), one.logprobs, one.prompt_logprobs) for one in asking]
+
+    def _run(self, asked: Sequence[_Asked]) -> None:
+        """Until all have ended; UserError if one failed."""
+        engine, left = self.engine, [one.sequence for one in asked]
+        try:
+            while left:
+                if left[-1].finished:
+                    left.pop()
+                else:
+                    with self._stepping():
+                        engine.step()
+        finally:
+            for sequence in left:
+                if not self._loaded.failed:
+                    engine.cancel(sequence)
+        for one in asked:
+            self._check(one)
+
+    def _check(self, asked: _Asked) -> None:
+        if asked.sequence.error is not None:
+            raise UserError(f"{self._loaded.model.file.path}: {asked.sequence.error}")
+
+    @contextmanager
+    def _stepping(self) -> Iterator[None]:
+        """A step, which all ranks take together: if it fails here, the others must not wait for its rest."""
+        held = self._loaded
+        try:
+            yield
+        except BaseException:
+            if held.world.comm.size == 1:
+                held.renew()
+            else:
+                held.failed = True
+                held.world.comm.watch.tell_gone()
+            raise
+
+
+@dataclass(frozen=True)
+class _Asking:
+    """A request, and what is to be noted of it."""
+
+    request: Request
+    logprobs: LogprobRecorder | None = None
+    prompt_logprobs: LogprobRecorder | None = None
+
+
+def _is_one(prompts: Prompt | Sequence[Prompt]) -> bool:
+    """Whether it is a text or a list of token ids."""
+    return isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], int | np.integer))
+
+
+@contextmanager
+def _aborting(world: World, *harmless: type[BaseException], all_errors: bool = False) -> Iterator[None]:
+    """End all processes if something is raised that the other ranks do not know of: they would wait for ever."""
+    aborter = world.comm.watch.aborter
+    try:
+        yield
+    except BaseException as error:
+        known = isinstance(error, (UserError, *harmless)) and not all_errors
+        if known or world.comm.size == 1 or aborter is None:
+            raise
+        aborter.on_exception(type(error), error, error.__traceback__)
