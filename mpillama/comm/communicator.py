@@ -70,15 +70,30 @@ class Communicator:
         """
         if self.size > 1:
             start = time.perf_counter()
-            if self.shared is not None and partial.size <= self.shared_limit:
+            if shared := self.shared_for(partial.size):
                 self.watch.enter(ALL_REDUCE)
-                self.shared.all_reduce(partial, 0 if self.yields else SPINS, self.watch.look)
+                shared.all_reduce(partial, 0 if self.yields else SPINS, self.watch.look)
                 self.watch.leave()
             else:
                 self._all_reduce_by_mpi(partial.reshape(-1))
             self.seconds += time.perf_counter() - start
             self.calls += 1
         return partial
+
+    def shared_for(self, count: int) -> SharedReduction | None:
+        """The memory through which the ranks add up so many float64, if they do it so."""
+        return self.shared if self.shared is not None and count <= self.shared_limit else None
+
+    def finish_all_reduce(self, done: bool, waited: float, go_on: Callable[[], bool]) -> None:
+        """Wait for an all-reduce that began in the kernels and waited there for so many seconds; `go_on` ends it."""
+        start = time.perf_counter()
+        self.watch.enter(ALL_REDUCE)
+        while not done:
+            self.watch.look()
+            done = go_on()
+        self.watch.leave()
+        self.seconds += waited + time.perf_counter() - start
+        self.calls += 1
 
     def _all_reduce_by_mpi(self, flat: np.ndarray) -> None:
         for first in range(0, len(flat), self.largest_count):

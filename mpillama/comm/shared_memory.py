@@ -17,7 +17,8 @@ YIELDS = 2000
 class Window(Protocol):
     """What adds up in shared memory: kernels.shared_sum.SharedWindow."""
 
-    flags: np.ndarray
+    def clear(self) -> None:
+        """Begin: once for this rank, before any rank adds up."""
 
     def sum(self, partial: np.ndarray, sequence: int, posted: bool, spins: int, yields: int) -> bool:
         """Replace `partial` by its sum over ranks; returns whether all ranks arrived while it waited."""
@@ -36,8 +37,7 @@ class SharedReduction:
         buffer, _ = self.window.Shared_query(0)
         memory = np.asarray(buffer).view(np.uint8).reshape(-1)
         self.shared = make_window(memory, mpi.size, mpi.rank, CAPACITY)
-        if mpi.rank == 0:
-            self.shared.flags[:] = 0
+        self.shared.clear()
         mpi.Barrier()
         self.sequence = 0
 
@@ -47,9 +47,14 @@ class SharedReduction:
         for first in range(0, len(flat), CAPACITY):
             self._exchange(flat[first : first + CAPACITY], spins, look)
 
+    def next_sequence(self, exchanges: int = 1) -> int:
+        """The number of the next exchange, of which so many follow."""
+        first = self.sequence + 1
+        self.sequence += exchanges
+        return first
+
     def _exchange(self, piece: np.ndarray, spins: int, look: Callable[[], None]) -> None:
-        self.sequence += 1
-        posted = False
-        while not self.shared.sum(piece, self.sequence, posted, spins, YIELDS):
+        sequence, posted = self.next_sequence(), False
+        while not self.shared.sum(piece, sequence, posted, spins, YIELDS):
             posted = True  # back in Python, so that signals are seen; then wait on
             look()

@@ -73,7 +73,7 @@ def load_model(options: RunOptions, world: World, target: Target, progress: Prog
     warn_of_hosts(world)
     comm.together(lambda: refuse_no_room(options.force))
     chunk = max(1, min(options.prefill_chunk, file.config.max_position_embeddings))
-    choose_reduction(comm, world, target.library, file.config.padded_hidden_size, chunk)
+    choose_reduction(comm, world, target.team, file.config.padded_hidden_size, chunk)
     LOG.info("kernels ready (%s) after %.1f s.", target.isa.name, time.perf_counter() - start)
     host = measure_host(file, world, options.kv_type, chunk)
     context = choose_context(file, world, options.max_seq_len, host, options.force)

@@ -25,7 +25,7 @@ LIMIT = 2**52
 @pytest.fixture(scope="module")
 def shared() -> SharedReduction:
     """The sum through shared memory."""
-    return SharedReduction(MPI.COMM_WORLD, window_bytes, partial(SharedWindow, prepare("", 1).library))
+    return SharedReduction(MPI.COMM_WORLD, window_bytes, partial(SharedWindow, prepare("", 1).team))
 
 
 @pytest.fixture(params=["blocking", "yielding", "in pieces", "shared memory", "shared memory, yielding"])
