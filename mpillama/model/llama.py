@@ -7,8 +7,9 @@ from typing import cast
 
 import numpy as np
 
+from mpillama.comm.backoff import Backoff
 from mpillama.comm.communicator import Communicator
-from mpillama.comm.shared_memory import SPINS, YIELDS
+from mpillama.comm.shared_memory import YIELDS
 from mpillama.kernels import arguments
 from mpillama.kernels.library import Team
 from mpillama.kernels.shared_sum import PROGRESS_STRIDE, SharedWindow
@@ -35,7 +36,7 @@ class ResidualSum:
         self.team = team
         self._progress = np.zeros((team.threads, PROGRESS_STRIDE), np.int64)
         self._sum = arguments.Sum(
-            progress=arguments.address(self._progress), spins=0 if comm.yields else SPINS, yields=YIELDS
+            progress=arguments.address(self._progress), spins=Backoff(comm.yields).spins, yields=YIELDS
         )
 
     def __call__(self, half: Callable[..., bool], layer: object, a: StepArrays, bias: Array | None) -> None:
