@@ -12,6 +12,7 @@ import numpy as np
 from mpillama.kernels.built import is_built
 from mpillama.kernels.isa import host_features, sets_of
 from mpillama.kernels.library import Library, Team, load
+from mpillama.kernels.shared_sum import SharedWindow, window_bytes
 from mpillama.model.linear import Matrix
 from mpillama.model.workspace import Activations
 from mpillama.quant import WEIGHT_TYPES
@@ -155,3 +156,13 @@ def row_parallel(team: Team, w: Matrix, x: Array, in_flight: int = 1) -> Array:
     h, out = activations(team.library, x), np.full((len(x), w.values.shape[-3] * LANES), np.nan)
     team.row_parallel(w.row_parallel(), h.argument(), out, in_flight)
     return out
+
+
+def windows_of(teams: list[Team], capacity: int) -> list[SharedWindow]:
+    """The window in which ranks add up, as each of them sees it; a rank has one of the teams."""
+    memory = np.zeros(window_bytes(len(teams), capacity) + 64, np.uint8)
+    aligned = memory[-memory.ctypes.data % 64 :]
+    found = [SharedWindow(team, aligned, len(teams), rank, capacity) for rank, team in enumerate(teams)]
+    for window in found:
+        window.clear()
+    return found

@@ -338,7 +338,7 @@ void attention(const char* cache_name, i64 cache_type, i64 weights, bool with_ev
         step.tables = sequences.tables;
         step.segment_count = Sequences::count;
         step.table_width = Sequences::width;
-        if (!find<i64(Team*, const AttentionLayer*, const Step*)>("attention_half")(team, &layer, &step)) std::abort();
+        if (!find<i64(Team*, const AttentionLayer*, const Step*, Sum*)>("attention_half")(team, &layer, &step, nullptr)) std::abort();
         const i64 bytes = cached * (cache_type == F32::NUMBER ? 4 : cache_type == F16::NUMBER ? 2 : 1);
         digest.add(layer.cache.keys, bytes);
         digest.add(layer.cache.values, bytes);
@@ -370,7 +370,7 @@ void mlp(i64 weights, i64 tokens, i64 experts) {
         layer.chosen = experts > 0 ? 3 : 0;
         layer.renormalise = tokens % 2;
         const Step step = step_of(random, tokens, HIDDEN, inner, 2);
-        if (!find<i64(Team*, const MlpLayer*, const Step*)>("mlp_half")(team, &layer, &step)) std::abort();
+        if (!find<i64(Team*, const MlpLayer*, const Step*, Sum*)>("mlp_half")(team, &layer, &step, nullptr)) std::abort();
         digest.add(step.partial, tokens * HIDDEN);
     });
 }

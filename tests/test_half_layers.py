@@ -4,12 +4,16 @@ As in test_kernels.py, everything is computed with every instruction set that th
 threads, and the bits must be the same.
 """
 
+import time
+from ctypes import addressof
+from threading import Thread
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from mpillama.kernels import arguments
+from mpillama.kernels.shared_sum import PROGRESS_STRIDE, SharedWindow
 from mpillama.model.linear import Matrix
 from mpillama.model.workspace import StepArrays
 from mpillama.quant import WEIGHT_TYPES
@@ -32,6 +36,7 @@ from tests.kernel_parts import (
     seen_by,
     stacked,
     teams,
+    windows_of,
 )
 
 KV_TYPES = ("f32", "f16", "q8")
@@ -464,7 +469,7 @@ class MlpCase:
         down = packed(random_matrix(HIDDEN, inner or 32, seed=3 * e + 2) * scale, self.down_kind, panel)
         return [(m if inner else part(m, slice(0)), dense) for m, dense in (gate, up, down)]
 
-    def run(self, team, in_flight: int = 1) -> StepArrays:
+    def prepare(self, in_flight: int = 1) -> tuple[arguments.MlpLayer, StepArrays]:
         a = blank_step(self.x, 0, 0, 32, self.inner)
         layer = arguments.MlpLayer(
             gate=self.gate.column_parallel(), up=self.up.column_parallel(), down=self.down.row_parallel(), eps=EPS,
@@ -475,6 +480,10 @@ class MlpCase:
         for name, vector in zip(("norm", "gate_bias", "up_bias"), [self.norm, *self.biases], strict=True):
             setattr(layer, name, arguments.address(vector))
         a.argument.in_flight = in_flight
+        return layer, a
+
+    def run(self, team, in_flight: int = 1) -> StepArrays:
+        layer, a = self.prepare(in_flight)
         team.mlp_half(layer, a.argument)
         return a
 
@@ -632,3 +641,86 @@ def test_a_product_alone_is_that_within_a_layer():
     case = MlpCase(9, 160, "q4_0")
     found = case.everywhere()
     assert same_bits(row_parallel(teams()[0], case.down, found.gate), found.partial)
+
+
+# -- the sum over ranks ------------------------------------------------------------------------------------------------
+
+
+class SummingRank:
+    """A rank that adds what its experts or its MLP compute to the residual stream, through a window or alone."""
+
+    def __init__(self, case: MlpCase, team, window: SharedWindow | None, bias: np.ndarray | None):
+        self.team, self.window, self.bias = team, window, bias
+        self.layer, self.a = case.prepare()
+        self.progress = np.zeros((team.threads, PROGRESS_STRIDE), np.int64)
+
+    def begin(self, sequence: int) -> bool:
+        self.total = arguments.Sum(
+            progress=arguments.address(self.progress), bias=arguments.address(self.bias), sequence=sequence,
+            spins=20, yields=20,
+        )  # fmt: skip
+        if self.window:
+            self.total.window = addressof(self.window.argument)
+        return self.team.mlp_half(self.layer, self.a.argument, self.total)
+
+    def finish(self) -> bool:
+        return self.team.finish_sum(self.a.argument, self.total)
+
+    def run(self, sequence: int) -> None:
+        done = self.begin(sequence)
+        while not done:
+            done = self.finish()
+
+
+def case_of(tokens: int, rank: int, experts: int) -> MlpCase:
+    case = MlpCase(tokens, 96, "q8_0", experts=experts, chosen=min(experts, 2))
+    for expert in case.made:
+        expert[2][0].values.reshape(-1)[:] = np.roll(expert[2][0].values.reshape(-1), rank)
+    if experts:
+        case.down = stacked([expert[2][0] for expert in case.made])
+    return case
+
+
+@pytest.mark.parametrize("experts", [0, 3])
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+@pytest.mark.parametrize("tokens", [1, 2, 9, 23])
+def test_ranks_add_up_inside_the_region(tokens, ranks, experts):
+    """Teams of one, two and three threads; a slot holds four tokens, so that most steps take several exchanges."""
+    bias = np.random.default_rng(5).standard_normal(HIDDEN).astype(np.float32)
+    cases = [case_of(tokens, rank, experts) for rank in range(ranks)]
+    partials = [case.run(teams()[0]).partial.copy() for case in cases]
+    assert ranks == 1 or not np.array_equal(partials[0], partials[1])
+    expected = (cases[0].x + sum(partials[1:], start=partials[0]).astype(np.float32)) + bias
+    for library in libraries():
+        found = [library.team(1 + rank, yields=True) for rank in range(ranks)]
+        windows = windows_of(found, 4 * HIDDEN) if ranks > 1 else [None]
+        members = [SummingRank(*both, bias) for both in zip(cases, found, windows, strict=True)]
+        threads = [Thread(target=member.run, args=(1,)) for member in members]
+        for thread in threads:
+            thread.start()
+            time.sleep(0.002)  # so that the others give up for a while
+        for thread in threads:
+            thread.join()
+        for member in members:
+            assert same_bits(member.a.x, expected)
+            member.team.close()
+
+
+def test_a_rank_that_is_late_is_waited_for_without_adding_twice():
+    cases = [case_of(9, rank, 0) for rank in range(2)]
+    found = [libraries()[0].team(2, yields=True) for _ in range(2)]
+    first, second = (SummingRank(*both, None) for both in zip(cases, found, windows_of(found, 4 * HIDDEN), strict=True))
+    before = first.a.x.copy()
+    assert not first.begin(1)
+    assert not first.finish()
+    assert np.array_equal(first.a.x, before)
+    assert not second.begin(1)  # its first exchange is through, for the second it waits
+    assert not np.array_equal(second.a.x[:4], before[:4])
+    assert np.array_equal(second.a.x[4:], before[4:])
+    while not (first.finish() & second.finish()):
+        pass
+    total = sum(case.run(found[0]).partial for case in cases)
+    assert same_bits(first.a.x, before + total.astype(np.float32))
+    assert same_bits(second.a.x, first.a.x)
+    for team in found:
+        team.close()

@@ -16,7 +16,6 @@ import pytest
 from mpillama.errors import UserError
 from mpillama.kernels import arguments
 from mpillama.kernels.isa import choose_isa, host_features, known_sets
-from mpillama.kernels.shared_sum import SharedWindow, window_bytes
 from mpillama.quant import WEIGHT_TYPES
 from tests.kernel_parts import (
     GRID,
@@ -41,6 +40,7 @@ from tests.kernel_parts import (
     same_bits,
     seen_by,
     teams,
+    windows_of,
 )
 
 GROUPS = (1, 2, 3, 4, 5)
@@ -485,18 +485,12 @@ def test_reading_memory_reads_all_of_it():
 # -- the sum over ranks ----------------------------------------------------------------------------------------------
 
 
-def windows(library, ranks: int, capacity: int) -> list[SharedWindow]:
-    memory = np.zeros(window_bytes(ranks, capacity) + 64, np.uint8)
-    aligned = memory[-memory.ctypes.data % 64 :]
-    return [SharedWindow(library, aligned, ranks, rank, capacity) for rank in range(ranks)]
-
-
 @pytest.mark.parametrize("ranks", [1, 2, 3, 5])
 def test_ranks_add_up_in_shared_memory(ranks):
     """Many sums one after the other, the ranks at different speeds; the order of the sum is that of the ranks."""
     addends = np.random.default_rng(ranks).standard_normal((60, ranks, 37))
-    for library in libraries():
-        shared, found = windows(library, ranks, 40), np.full_like(addends, np.nan)
+    for team in teams():
+        shared, found = windows_of([team] * ranks, 40), np.full_like(addends, np.nan)
 
         def rank(number: int, shared=shared, found=found) -> None:
             for turn, mine in enumerate(addends[:, number]):
@@ -519,8 +513,8 @@ def test_ranks_add_up_in_shared_memory(ranks):
 
 
 def test_a_rank_that_waits_in_vain_gets_its_turn_back():
-    for library in libraries():
-        first, second = windows(library, 2, 4)
+    for team in teams():
+        first, second = windows_of([team] * 2, 4)
         mine, theirs = np.array([1.0, 2.0]), np.array([10.0, 20.0])
         assert not first.sum(mine, 1, False, 10, 10)
         assert list(mine) == [1.0, 2.0]

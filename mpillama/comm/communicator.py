@@ -10,20 +10,17 @@ from typing import Any, TypeVar, cast
 import numpy as np
 from mpi4py import MPI
 
+from mpillama.comm.backoff import Backoff
 from mpillama.comm.failure import out_of_memory
 from mpillama.comm.long_work import do_in_thread
-from mpillama.comm.shared_memory import SPINS, SharedReduction
+from mpillama.comm.shared_memory import SharedReduction
 from mpillama.comm.watchdog import OthersFailedError, Watch
 from mpillama.errors import UserError
 
 T = TypeVar("T")
 
-SPIN_SECONDS = 0.02
-"""How long an idle rank polls for the next step before it begins to sleep."""
 MESSAGE_BYTES = 16 << 20
 """Of a large broadcast: well below what MPI counts in 32 bits."""
-LONGEST_SLEEP = 0.005
-"""The longest nap of an idle rank: what it adds to the first token after a pause."""
 ALL_REDUCE = "the sum over ranks (all-reduce) of a step"
 LARGEST_COUNT = 1 << 30
 """Numbers that one message holds: counts of MPI before version 4 have 32 bits."""
@@ -80,15 +77,32 @@ class Communicator:
         """
         if self.size > 1:
             start = time.perf_counter()
-            if self.shared is not None and partial.size <= self.shared_limit:
+            if shared := self.shared_for(partial.size):
                 self.watch.enter(ALL_REDUCE)
-                self.shared.all_reduce(partial, 0 if self.yields else SPINS, self.watch.look)
+                shared.all_reduce(partial, Backoff(self.yields), self.watch.look)
                 self.watch.leave()
             else:
                 self._all_reduce_by_mpi(partial.reshape(-1))
             self.seconds += time.perf_counter() - start
             self.calls += 1
         return partial
+
+    def shared_for(self, count: int) -> SharedReduction | None:
+        """The memory through which the ranks add up so many float64, if they do it so."""
+        return self.shared if self.shared is not None and count <= self.shared_limit else None
+
+    def finish_all_reduce(self, done: bool, waited: float, go_on: Callable[[], bool]) -> None:
+        """Wait for an all-reduce that began in the kernels and waited there for so many seconds; `go_on` ends it."""
+        start = time.perf_counter()
+        self.watch.enter(ALL_REDUCE)
+        backoff = Backoff(self.yields)
+        while not done:
+            self.watch.look()
+            backoff.pause()
+            done = go_on()
+        self.watch.leave()
+        self.seconds += waited + time.perf_counter() - start
+        self.calls += 1
 
     def _all_reduce_by_mpi(self, flat: np.ndarray) -> None:
         for first in range(0, len(flat), self.largest_count):
@@ -145,26 +159,18 @@ class Communicator:
             return
         self.watch.enter(PLAN)
         request = self.mpi.Ibcast(plan)
-        start, nap = time.perf_counter(), 1e-5
+        backoff = Backoff(self.yields)
         while not request.Test():
             self.watch.look()
-            if time.perf_counter() - start < SPIN_SECONDS:
-                self._pause()
-            else:
-                time.sleep(nap)
-                nap = min(2 * nap, LONGEST_SLEEP)
+            backoff.pause()
         self.watch.leave()
-
-    def _pause(self) -> None:
-        if self.yields:
-            os.sched_yield()
 
     def _complete(self, place: str, start: Callable[..., MPI.Request], *buffers: Any) -> None:
         """Run a collective to its end; `place` names it for whoever waits in vain."""
         self.watch.enter(place, self.is_of_all)
-        request = start(*buffers)
+        request, backoff = start(*buffers), Backoff(self.yields)
         while not request.Test():
-            self._pause()
+            backoff.pause()
             self.watch.look()
         self.watch.leave()
 

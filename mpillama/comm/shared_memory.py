@@ -6,18 +6,19 @@ from typing import Protocol
 import numpy as np
 from mpi4py import MPI
 
+from mpillama.comm.backoff import Backoff
+
 CAPACITY = 1 << 17
 """float64 values that a rank hands over at once (1 MiB); longer messages go in pieces."""
-SPINS = 4000
-"""Polls before the core is given away: some 100 microseconds."""
-YIELDS = 2000
+YIELDS = 200
 """Times the core is given away before Python looks for signals."""
 
 
 class Window(Protocol):
     """What adds up in shared memory: kernels.shared_sum.SharedWindow."""
 
-    flags: np.ndarray
+    def clear(self) -> None:
+        """Begin: once for this rank, before any rank adds up."""
 
     def sum(self, partial: np.ndarray, sequence: int, posted: bool, spins: int, yields: int) -> bool:
         """Replace `partial` by its sum over ranks; returns whether all ranks arrived while it waited."""
@@ -36,20 +37,27 @@ class SharedReduction:
         buffer, _ = self.window.Shared_query(0)
         memory = np.asarray(buffer).view(np.uint8).reshape(-1)
         self.shared = make_window(memory, mpi.size, mpi.rank, CAPACITY)
-        if mpi.rank == 0:
-            self.shared.flags[:] = 0
+        self.shared.clear()
         mpi.Barrier()
         self.sequence = 0
 
-    def all_reduce(self, partial: np.ndarray, spins: int = SPINS, look: Callable[[], None] = lambda: None) -> None:
+    def all_reduce(
+        self, partial: np.ndarray, backoff: Backoff | None = None, look: Callable[[], None] = lambda: None
+    ) -> None:
         """Sum a contiguous float64 array over ranks, in place; `look` is called now and then while it waits."""
         flat = partial.reshape(-1)
         for first in range(0, len(flat), CAPACITY):
-            self._exchange(flat[first : first + CAPACITY], spins, look)
+            self._exchange(flat[first : first + CAPACITY], backoff or Backoff(), look)
 
-    def _exchange(self, piece: np.ndarray, spins: int, look: Callable[[], None]) -> None:
-        self.sequence += 1
-        posted = False
-        while not self.shared.sum(piece, self.sequence, posted, spins, YIELDS):
+    def next_sequence(self, exchanges: int = 1) -> int:
+        """The number of the next exchange, of which so many follow."""
+        first = self.sequence + 1
+        self.sequence += exchanges
+        return first
+
+    def _exchange(self, piece: np.ndarray, backoff: Backoff, look: Callable[[], None]) -> None:
+        sequence, posted = self.next_sequence(), False
+        while not self.shared.sum(piece, sequence, posted, backoff.spins, YIELDS):
             posted = True  # back in Python, so that signals are seen; then wait on
             look()
+            backoff.pause()

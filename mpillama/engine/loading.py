@@ -66,7 +66,7 @@ def load_model(settings: ModelSettings, world: World, target: Target, progress: 
     warn_of_hosts(world)
     comm.together(lambda: refuse_no_room(settings.force))
     chunk = max(1, min(settings.prefill_chunk, settings.max_seq_len or file.config.max_position_embeddings))
-    choose_reduction(comm, world, target.library, file.config.padded_hidden_size, chunk)
+    choose_reduction(comm, world, target.team, file.config.padded_hidden_size, chunk)
     LOG.info("kernels ready (%s) after %.1f s.", target.isa.name, time.perf_counter() - start)
     host = measure_host(file, world, settings.kv_type, chunk)
     context = choose_context(file, world, settings.max_seq_len, host, settings.force)

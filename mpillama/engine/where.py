@@ -10,7 +10,7 @@ from mpillama.kernels.library import PARTS
 from mpillama.model.llama import LlamaModel
 from mpillama.model.weights import LayerWeights
 
-REDUCTION, LATE, REST = "sum over ranks", "waiting for other ranks", "Python and the rest"
+SUM, LATE, REST = "residual and sum over ranks", "waiting for other ranks", "Python and the rest"
 PRODUCTS: dict[str, Callable[[LayerWeights], int]] = {
     "q/k/v": lambda w: w.q_proj.bytes + w.k_proj.bytes + w.v_proj.bytes,
     "o_proj": lambda w: w.o_proj.bytes,
@@ -44,15 +44,17 @@ def where_time_goes(watch: Stopwatch, run: Callable[[], Timing], tokens: int) ->
     steps = len(timing.seconds)
     parts = dict(zip(PARTS, (watch.parts / steps).tolist(), strict=True))
     communication = timing.communication_seconds / steps
-    reduction = min(communication, _sum_alone(watch, tokens))
-    parts |= {REDUCTION: reduction, LATE: communication - reduction}
+    outside = max(0.0, communication - parts[LATE])  # what is not in the kernels' regions
+    reduction = min(outside, _sums_alone(watch, tokens))
+    parts[SUM] += reduction
+    parts[LATE] += outside - reduction
     parts[REST] = max(0.0, timing.own_seconds / steps + communication - sum(parts.values()))
     sizes = _bytes(watch.model, tokens)
     return [Part(name, seconds, sizes.get(name, 0)) for name, seconds in parts.items()]
 
 
-def _sum_alone(watch: Stopwatch, tokens: int) -> float:
-    """Seconds of a step's sums over ranks that all begin at the same time."""
+def _sums_alone(watch: Stopwatch, tokens: int) -> float:
+    """Seconds of a step's sums outside the kernels, were all ranks to begin at the same time."""
     comm, config = watch.comm, watch.model.config
     if comm.size == 1:
         return 0.0
@@ -60,7 +62,8 @@ def _sum_alone(watch: Stopwatch, tokens: int) -> float:
     before = comm.seconds, comm.calls
     alone = comm.median_seconds(message)
     comm.seconds, comm.calls = before
-    return alone * (1 + 2 * len(watch.model.layers))
+    embedding, halves = 1, 2 * len(watch.model.layers)
+    return alone * (embedding if comm.shared_for(message.size) else embedding + halves)
 
 
 def _bytes(model: LlamaModel, tokens: int) -> dict[str, int]:

@@ -102,4 +102,13 @@ class Window(ctypes.Structure):
     ]
 
 
-STRUCTS = (Matrix, Activations, Cache, AttentionLayer, MlpLayer, Step, Window)
+class Sum(ctypes.Structure):
+    """How a half layer's results are added up over ranks and to the residual stream."""
+
+    _fields_: ClassVar = [
+        *((name, Address) for name in ("window", "bias", "progress")),
+        *((name, ctypes.c_int64) for name in ("sequence", "spins", "yields", "waited")),
+    ]
+
+
+STRUCTS = (Matrix, Activations, Cache, AttentionLayer, MlpLayer, Step, Sum, Window)

@@ -4,6 +4,7 @@ A call gives up the interpreter's lock while it runs. Arrays are contiguous and 
 copied and nothing is checked here.
 """
 
+import ctypes
 from ctypes import POINTER, byref, c_double, c_int32, c_int64, c_void_p
 from functools import cache
 from types import SimpleNamespace
@@ -19,17 +20,26 @@ Array = np.ndarray
 SPINS = 4000
 """How often a thread polls for its next work before it gives its core away: some 50 us, longer than a step's gaps."""
 
+DONE = 1
+"""What the halves of a layer return when nothing is left to do."""
 PARTS = (
     "norms and quantisation", "q/k/v", "RoPE and cache", "attention", "o_proj", "router", "gate/up", "down", "lm_head",
-    "residual", "barriers",
+    "residual and sum over ranks", "waiting for other ranks", "barriers",
 )  # fmt: skip
 """What threads' time goes to, in the order of kernels/src/team.h."""
 
 _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "start_team": (c_void_p, [c_int64, c_int64, POINTER(c_int32)]),
     "end_team": (None, [c_void_p]),
-    "attention_half": (c_int64, [c_void_p, POINTER(arguments.AttentionLayer), POINTER(arguments.Step)]),
-    "mlp_half": (c_int64, [c_void_p, POINTER(arguments.MlpLayer), POINTER(arguments.Step)]),
+    "attention_half": (
+        c_int64,
+        [c_void_p, POINTER(arguments.AttentionLayer), POINTER(arguments.Step), POINTER(arguments.Sum)],
+    ),
+    "mlp_half": (
+        c_int64,
+        [c_void_p, POINTER(arguments.MlpLayer), POINTER(arguments.Step), POINTER(arguments.Sum)],
+    ),
+    "finish_sum": (c_int64, [c_void_p, POINTER(arguments.Step), POINTER(arguments.Sum)]),
     "add_rounded": (None, [c_void_p, c_void_p, c_void_p, c_void_p, c_int64, c_int64]),
     "round_to_float": (None, [c_void_p, c_void_p, c_void_p, c_int64, c_int64]),
     "rope_angles": (None, [c_void_p, c_int64, c_void_p, c_int64, c_double, c_void_p, c_void_p]),
@@ -116,13 +126,22 @@ class Team:
         if handle is not None:
             self._calls.end_team(handle)
 
-    def attention_half(self, layer: arguments.AttentionLayer, step: arguments.Step) -> None:
-        """Norm, q/k/v, RoPE and cache, attention, o_proj: this rank's part of the sum goes to step.partial."""
-        self._enough(self._calls.attention_half(self._handle, byref(layer), byref(step)))
+    def attention_half(
+        self, layer: arguments.AttentionLayer, step: arguments.Step, total: arguments.Sum | None = None
+    ) -> bool:
+        """Norm, q/k/v, RoPE and cache, attention, o_proj; then `total` adds up over ranks and to step.x.
 
-    def mlp_half(self, layer: arguments.MlpLayer, step: arguments.Step) -> None:
-        """Norm, SwiGLU or experts: this rank's part of the sum goes to step.partial."""
-        self._enough(self._calls.mlp_half(self._handle, byref(layer), byref(step)))
+        Returns whether that is done: False if other ranks are late. Without `total` the result stays in step.partial.
+        """
+        return self._done(self._calls.attention_half(self._handle, byref(layer), byref(step), _optional(total)))
+
+    def mlp_half(self, layer: arguments.MlpLayer, step: arguments.Step, total: arguments.Sum | None = None) -> bool:
+        """Norm, SwiGLU or experts; `total` and the result are those of attention_half."""
+        return self._done(self._calls.mlp_half(self._handle, byref(layer), byref(step), _optional(total)))
+
+    def finish_sum(self, step: arguments.Step, total: arguments.Sum) -> bool:
+        """Go on to add up with ranks that were late; returns whether it is done."""
+        return self._done(self._calls.finish_sum(self._handle, byref(step), byref(total)))
 
     def add_rounded(self, x: Array, total: Array, bias: Array | None = None) -> None:
         """x += total rounded to float32, then the bias; x float32, total float64 [tokens, width]."""
@@ -179,7 +198,16 @@ class Team:
         """Let the threads meet so many times."""
         self._calls.barriers(self._handle, count)
 
+    @classmethod
+    def _done(cls, status: int) -> bool:
+        cls._enough(status)
+        return status == DONE
+
     @staticmethod
     def _enough(enough: int) -> None:
         if not enough:
             raise MemoryError("no memory is left for the kernels' scratch")
+
+
+def _optional(struct: ctypes.Structure | None) -> object:
+    return None if struct is None else byref(struct)

@@ -1,12 +1,18 @@
 """The Llama decoder, split over ranks: two all-reduces a layer, one all-gather of the logits."""
 
+import ctypes
 import math
+from collections.abc import Callable
+from typing import cast
 
 import numpy as np
 
+from mpillama.comm.backoff import Backoff
 from mpillama.comm.communicator import Communicator
+from mpillama.comm.shared_memory import YIELDS
 from mpillama.kernels import arguments
 from mpillama.kernels.library import Team
+from mpillama.kernels.shared_sum import PROGRESS_STRIDE, SharedWindow
 from mpillama.model.cache import KVCache, Step
 from mpillama.model.config import ModelConfig
 from mpillama.model.linear import any_quantised
@@ -19,6 +25,39 @@ from mpillama.quant.weight_type import LANES
 Array = np.ndarray
 
 
+class ResidualSum:
+    """Adds the sum over ranks of what half a layer computes to the residual stream.
+
+    Where the ranks share memory, threads add up in the half's own region, each its columns as soon as they are ready.
+    """
+
+    def __init__(self, comm: Communicator, team: Team):
+        self.comm = comm
+        self.team = team
+        self._progress = np.zeros((team.threads, PROGRESS_STRIDE), np.int64)
+        self._sum = arguments.Sum(
+            progress=arguments.address(self._progress), spins=Backoff(comm.yields).spins, yields=YIELDS
+        )
+
+    def __call__(self, half: Callable[..., bool], layer: object, a: StepArrays, bias: Array | None) -> None:
+        """Run a half layer and add its sum, then the bias, to a.x."""
+        shared = self.comm.shared_for(a.partial.size)
+        if self.comm.size > 1 and shared is None:
+            half(layer, a.argument)
+            self.team.add_rounded(a.x, self.comm.all_reduce(a.partial), bias)
+            return
+        total = self._sum
+        total.bias, total.waited = arguments.address(bias), 0
+        if shared is not None:
+            window = cast(SharedWindow, shared.shared)
+            total.window = ctypes.addressof(window.argument)
+            total.sequence = shared.next_sequence(window.exchanges(*a.partial.shape))
+        done = half(layer, a.argument, total)
+        if shared is not None:
+            go_on = lambda: self.team.finish_sum(a.argument, total)  # noqa: E731
+            self.comm.finish_all_reduce(done, total.waited * 1e-9, go_on)
+
+
 class DecoderLayer:
     """Pre-norm attention and MLP, each closed by one all-reduce."""
 
@@ -28,31 +67,19 @@ class DecoderLayer:
         weights: LayerWeights,
         window: int,
         heads_of_kv: Array,
-        comm: Communicator,
-        team: Team,
+        all_reduce: "ResidualSum",
     ):
         self.weights = weights
-        self.comm = comm
-        self.team = team
+        self.team = all_reduce.team
+        self.all_reduce = all_reduce
         self.attention = _attention_layer(config, weights, window, heads_of_kv)
         self.mlp = _mlp_layer(config, weights)
 
     def forward(self, a: StepArrays, cache: arguments.Cache) -> None:
         """Advance the residual stream a.x float32 [tokens, hidden], which every rank holds in full."""
-        w = self.weights
-        self.team.add_rounded(a.x, self.comm.all_reduce(self._attention(a, cache)), w.o_proj_bias)
-        self.team.add_rounded(a.x, self.comm.all_reduce(self._mlp(a)), w.down_proj_bias)
-
-    def _attention(self, a: StepArrays, cache: arguments.Cache) -> Array:
-        """Attend over this rank's heads; the sum over ranks is the attention output."""
         self.attention.cache = cache
-        self.team.attention_half(self.attention, a.argument)
-        return a.partial
-
-    def _mlp(self, a: StepArrays) -> Array:
-        """SwiGLU over this rank's panels, or experts of it; the sum over ranks is the MLP output."""
-        self.team.mlp_half(self.mlp, a.argument)
-        return a.partial
+        self.all_reduce(self.team.attention_half, self.attention, a, self.weights.o_proj_bias)
+        self.all_reduce(self.team.mlp_half, self.mlp, a, self.weights.down_proj_bias)
 
 
 def _attention_layer(config: ModelConfig, w: LayerWeights, window: int, heads_of_kv: Array) -> arguments.AttentionLayer:
@@ -100,8 +127,9 @@ class LlamaModel:
         self.workspace = Workspace(config, self.part)
         self.heads_of_kv = query_heads_of_kv(config, self.part)
         self.embedding, self.head = weights.embed_tokens.column_parallel(), weights.lm_head.column_parallel()
+        all_reduce = ResidualSum(comm, team)
         self.layers = [
-            DecoderLayer(config, w, window, self.heads_of_kv, comm, team)
+            DecoderLayer(config, w, window, self.heads_of_kv, all_reduce)
             for w, window in zip(weights.layers, config.windows, strict=True)
         ]
 

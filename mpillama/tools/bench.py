@@ -67,7 +67,7 @@ def _load(options: BenchOptions, world: World, target: Target) -> tuple[LlamaMod
     config = whole.first_layers(options.layers or whole.num_hidden_layers)
     specs = tensor_specs(config, WeightTypes(WEIGHT_TYPES[weights_of_shape(options.weights)]))
     chunk = min(options.prefill_chunk, config.max_position_embeddings)
-    choose_reduction(world.comm, world, target.library, config.padded_hidden_size, chunk)
+    choose_reduction(world.comm, world, target.team, config.padded_hidden_size, chunk)
     model = LlamaModel(config, _made_weights(options, config, specs, world, target), world.comm, target.team)
     return model, whole.num_hidden_layers
 

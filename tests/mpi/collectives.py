@@ -10,7 +10,8 @@ import pytest
 from mpi4py import MPI
 
 from mpillama.comm import communicator
-from mpillama.comm.communicator import MESSAGE_BYTES, SPIN_SECONDS, Communicator
+from mpillama.comm.backoff import POLLING_SECONDS
+from mpillama.comm.communicator import MESSAGE_BYTES, Communicator
 from mpillama.comm.rounds import Rounds
 from mpillama.comm.shared_memory import CAPACITY, SharedReduction
 from mpillama.errors import UserError
@@ -25,7 +26,7 @@ LIMIT = 2**52
 @pytest.fixture(scope="module")
 def shared() -> SharedReduction:
     """The sum through shared memory."""
-    return SharedReduction(MPI.COMM_WORLD, window_bytes, partial(SharedWindow, prepare("", 1).library))
+    return SharedReduction(MPI.COMM_WORLD, window_bytes, partial(SharedWindow, prepare("", 1).team))
 
 
 @pytest.fixture(params=["blocking", "yielding", "in pieces", "shared memory", "shared memory, yielding"])
@@ -113,6 +114,18 @@ def test_time_in_collectives_includes_waiting_for_other_ranks(comm: Communicator
     assert comm.is_root or comm.seconds > 0.03
 
 
+def test_a_long_wait_takes_little_of_a_core(comm: Communicator) -> None:
+    """Where ranks share cores, those that wait leave them to those that work."""
+    comm.barrier()
+    if comm.is_root:
+        time.sleep(0.6)
+        comm.barrier()
+    else:
+        before = time.process_time()
+        comm.barrier()
+        assert time.process_time() - before < 0.3
+
+
 # -- all_gather_columns ---------------------------------------------------------------------------------------------
 
 
@@ -166,7 +179,7 @@ def test_broadcast_plan_gives_each_of_many_plans(comm: Communicator) -> None:
 def test_broadcast_plan_arrives_while_the_others_sleep(comm: Communicator) -> None:
     plan = np.zeros(4, np.int64)
     if comm.is_root:
-        time.sleep(5 * SPIN_SECONDS)
+        time.sleep(5 * POLLING_SECONDS)
         plan[:] = 1, 2, 3, 4
     comm.broadcast_plan(plan)
     assert plan.tolist() == [1, 2, 3, 4]

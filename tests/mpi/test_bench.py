@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from mpillama.engine.where import LATE, REDUCTION, REST
+from mpillama.engine.where import LATE, REST, SUM
 from mpillama.kernels.library import PARTS
 from tests.mpi.launch import PROGRAM, TIMEOUT, run
 
@@ -21,9 +21,10 @@ def test_the_parts_of_a_step(ranks: int | None, toy: Path) -> None:
     assert list(steps) == ["decode, 1 sequence", "decode, 3 sequences", "prefill, chunk of 8 tokens"]
     for parts in steps.values():
         names = [part["part"] for part in parts]
-        everywhere = set(PARTS) - {"router"}  # which only experts have
-        assert everywhere <= set(names) <= everywhere | {REDUCTION, LATE, REST}
-        assert (REDUCTION in names) == (ranks is not None)
+        everywhere = set(PARTS) - {"router", LATE}  # the first is of experts, the second of several ranks
+        assert everywhere <= set(names) <= everywhere | {LATE, REST}
+        assert SUM in names
+        assert (LATE in names) == (ranks is not None)
         assert all(part["seconds"] > 0 for part in parts)
         streamed = {part["part"]: part["bytes"] for part in parts if "bytes" in part}
         assert set(streamed) == {"q/k/v", "o_proj", "gate/up", "down", "lm_head"}

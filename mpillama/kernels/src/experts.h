@@ -192,7 +192,8 @@ inline void mixture_of_one(const Member& member, const MlpLayer& layer, const St
     member.did(Part::DOWN);
     member.barrier();
     const double* all = reinterpret_cast<const double*>(r.end);
-    for (i64 i = member.first(rows); i < member.last(rows); i++) {  // multiples of the grid: any order gives the same sum
+    const i64 begin_row = LANES * member.first(layer.down.groups), end_row = LANES * member.last(layer.down.groups);
+    for (i64 i = begin_row; i < end_row; i++) {  // multiples of the grid: any order gives the same sum
         double total = 0.0;
         for (i64 thread = 0; thread < member.threads; thread++) total += all[thread * rows + i];
         step.partial[i] = total;

@@ -33,6 +33,19 @@ template <class Body> void run_over(Team* team, i64 units, i64 bytes, const Body
     }
 }
 
+constexpr i64 NO_MEMORY = 0, DONE = 1, LATE = 2;
+
+template <class Half> i64 run_half(Team* team, const Step& step, Sum* sum, const Half& half) {
+    Step own = step;
+    own.partial = addends(sum, own);
+    restart(sum, team->threads);
+    run(team, [&](const Member& member) {
+        half(member, own);
+        if (sum != nullptr) add_up(member, *sum, own);
+    });
+    return sum == nullptr || finished(*sum, own, team->threads) ? DONE : LATE;
+}
+
 }  // namespace
 
 MPILLAMA_API Team* mpillama_start_team(i64 threads, i64 spins, const i32* cpus) {
@@ -41,22 +54,29 @@ MPILLAMA_API Team* mpillama_start_team(i64 threads, i64 spins, const i32* cpus) 
 
 MPILLAMA_API void mpillama_end_team(Team* team) { end_team(team, team->threads - 1); }
 
-// The halves of a layer return 0 when there is not enough memory for their scratch, else 1.
-MPILLAMA_API i64 mpillama_attention_half(Team* team, const AttentionLayer* layer, const Step* step) {
+// The halves of a layer: with a sum their result goes to the residual stream, without one it is left in step->partial.
+// They return 0 when there is not enough memory for their scratch, 2 when other ranks are late, else 1.
+MPILLAMA_API i64 mpillama_attention_half(Team* team, const AttentionLayer* layer, const Step* step, Sum* sum) {
     const i64 each = attention_half_scratch_bytes(*layer);
     const i64 common = larger(attention_shared_bytes(*layer, *step, team->threads),
                               row_shared_bytes(layer->o, step->tokens, team->threads));
-    if (!team->reserve(each, common)) return 0;
-    run(team, [&](const Member& member) { attention_half(member, *layer, *step); });
-    return 1;
+    if (!team->reserve(each, common)) return NO_MEMORY;
+    return run_half(team, *step, sum, [&](const Member& member, const Step& own) { attention_half(member, *layer, own); });
 }
 
-MPILLAMA_API i64 mpillama_mlp_half(Team* team, const MlpLayer* layer, const Step* step) {
+MPILLAMA_API i64 mpillama_mlp_half(Team* team, const MlpLayer* layer, const Step* step, Sum* sum) {
     const i64 common = layer->router.groups > 0 ? mixture_shared_bytes(*layer, *step, team->threads)
                                                 : row_shared_bytes(layer->down, step->tokens, team->threads);
-    if (!team->reserve(mlp_half_scratch_bytes(*layer), common)) return 0;
-    run(team, [&](const Member& member) { mlp_half(member, *layer, *step); });
-    return 1;
+    if (!team->reserve(mlp_half_scratch_bytes(*layer), common)) return NO_MEMORY;
+    return run_half(team, *step, sum, [&](const Member& member, const Step& own) { mlp_half(member, *layer, own); });
+}
+
+// Wait on for ranks that were late.
+MPILLAMA_API i64 mpillama_finish_sum(Team* team, const Step* step, Sum* sum) {
+    Step own = *step;
+    own.partial = addends(sum, own);
+    run(team, [&](const Member& member) { add_up(member, *sum, own); });
+    return finished(*sum, own, team->threads) ? DONE : LATE;
 }
 
 // x += total rounded to float32, then the bias (or null); [tokens, width].
@@ -224,6 +244,8 @@ MPILLAMA_API i64 mpillama_offset(i64 index) {
         offsetof(Step, partial), offsetof(Step, cosines), offsetof(Step, sines), offsetof(Step, slots),
         offsetof(Step, segments), offsetof(Step, tables), offsetof(Step, rotary_half), offsetof(Step, segment_count),
         offsetof(Step, table_width), offsetof(Step, in_flight),
+        sizeof(Sum), offsetof(Sum, window), offsetof(Sum, bias), offsetof(Sum, progress), offsetof(Sum, sequence),
+        offsetof(Sum, spins), offsetof(Sum, yields), offsetof(Sum, waited),
         sizeof(Window), offsetof(Window, slots), offsetof(Window, flags), offsetof(Window, ranks),
         offsetof(Window, rank), offsetof(Window, capacity),
     };

@@ -60,7 +60,7 @@ inline void row_parallel(const Member& member, const Matrix& m, const Activation
     add_panels(m, 0, x, m.panels * part / panel_parts, m.panels * (part + 1) / panel_parts, first, last, sums, in_flight);
     if (panel_parts == 1) return;
     member.barrier();
-    for (i64 i = member.first(rows); i < member.last(rows); i++) {  // multiples of the grid: any order gives the same sum
+    for (i64 i = LANES * member.first(m.groups); i < LANES * member.last(m.groups); i++) {  // on the grid: any order is exact
         double total = 0.0;
         for (i64 p = 0; p < panel_parts; p++) total += reinterpret_cast<const double*>(member.shared)[p * rows + i];
         out[i] = total;

@@ -1,53 +1,153 @@
 // The sum over ranks of one host through memory that they share.
 //
-// Every rank writes its addends into a slot of its own, raises its flag to the number of the exchange, waits until all
-// flags have reached it, and adds the slots up in order of rank. Slots alternate between two halves: a rank can only be
-// writing into a half when all ranks have finished reading it, because they have raised their flags for the exchange
-// between; so no second wait is needed.
+// Every rank writes its addends into a slot of its own; every thread of it counts itself in when its part is there, waits
+// until all threads of all ranks have arrived, and adds the slots up in order of rank. Slots alternate between two
+// halves: a thread can only be writing into a half when all threads have finished reading it, because they have arrived
+// at the exchange between; so no second wait is needed.
 #pragma once
 #include <sched.h>
 
 #include <atomic>
 #include <cstring>
 
-#include "lanes.h"
+#include "arguments.h"
+#include "elementwise.h"
+#include "team.h"
 
 namespace mpillama {
 
-constexpr i64 FLAG_STRIDE = 8;  // flags lie a cache line apart
+constexpr i64 FLAG_STRIDE = 8;      // counters lie a cache line apart
+constexpr i64 PROGRESS_STRIDE = 8;  // and so does each thread's progress
 
 struct Window {
     double* slots;           // [2, ranks, capacity]
-    std::atomic<i64>* flags;  // [ranks, FLAG_STRIDE]
+    std::atomic<i64>* flags;  // [ranks, FLAG_STRIDE]: arrivals of a rank's threads, then their number
     i64 ranks, rank, capacity;
+
+    double* slot(i64 sequence, i64 of) const { return slots + (sequence % 2 * ranks + of) * capacity; }
+
+    void arrive(i64 arrivals) const { flags[rank * FLAG_STRIDE].fetch_add(arrivals, std::memory_order_acq_rel); }
+
+    bool all_arrived(i64 sequence) const {
+        for (i64 other = 0; other < ranks; other++) {
+            const std::atomic<i64>* of = flags + other * FLAG_STRIDE;
+            if (of[0].load(std::memory_order_acquire) < sequence * of[1].load(std::memory_order_relaxed)) return false;
+        }
+        return true;
+    }
+
+    // Polls `spins` times, then gives the core away up to `yields` times; returns whether all have arrived.
+    bool wait(i64 sequence, i64 spins, i64 yields) const {
+        for (i64 tries = 0; !all_arrived(sequence);) {
+            if (++tries > spins + yields) return false;
+            if (tries > spins)
+                sched_yield();
+            else
+                pause();
+        }
+        return true;
+    }
+
+    // W numbers' sum, in order of rank.
+    Vd total(i64 sequence, i64 i) const {
+        Vd sum = load(slot(sequence, 0) + i);
+        for (i64 other = 1; other < ranks; other++) sum = add(sum, load(slot(sequence, other) + i));
+        return sum;
+    }
 };
 
-inline bool all_arrived(const Window& window, i64 sequence) {
-    for (i64 other = 0; other < window.ranks; other++)
-        if (window.flags[other * FLAG_STRIDE].load(std::memory_order_acquire) < sequence) return false;
+// Replace `partial` by its sum over ranks, one thread for all of this rank's; returns whether all ranks arrived while it
+// waited. If it returns false, call again with `posted`: the addends are in place.
+inline bool sum_shared(const Window& window, double* partial, i64 count, i64 sequence, bool posted, i64 spins,
+                       i64 yields) {
+    if (!posted) {
+        std::memcpy(window.slot(sequence, window.rank), partial, static_cast<std::size_t>(count) * sizeof(double));
+        window.arrive(window.flags[window.rank * FLAG_STRIDE + 1].load(std::memory_order_relaxed));
+    }
+    if (!window.wait(sequence, spins, yields)) return false;
+    std::memcpy(partial, window.slot(sequence, 0), static_cast<std::size_t>(count) * sizeof(double));
+    for (i64 other = 1; other < window.ranks; other++) {
+        const double* addends = window.slot(sequence, other);
+        for (i64 i = 0; i < count; i++) partial[i] += addends[i];
+    }
     return true;
 }
 
-// Replace `partial` by its sum over ranks; returns whether all ranks arrived while it waited. Polls `spins` times, then
-// gives the core away up to `yields` times. If it returns false, call again with `posted`: the addends are in place.
-inline bool sum_shared(const Window& window, double* partial, i64 count, i64 sequence, bool posted, i64 spins,
-                       i64 yields) {
-    double* half = window.slots + sequence % 2 * window.ranks * window.capacity;
-    if (!posted) {
-        std::memcpy(half + window.rank * window.capacity, partial, static_cast<std::size_t>(count) * sizeof(double));
-        window.flags[window.rank * FLAG_STRIDE].store(sequence, std::memory_order_release);
-    }
-    for (i64 tries = 0; !all_arrived(window, sequence);) {
-        if (++tries > spins + yields) return false;
-        if (tries > spins)
-            sched_yield();
-        else
-            pause();
-    }
-    for (i64 i = 0; i < count; i++) partial[i] = half[i];
-    for (i64 other = 1; other < window.ranks; other++)
-        for (i64 i = 0; i < count; i++) partial[i] += half[other * window.capacity + i];
+// How a half layer's results become part of the residual stream. Without a window this rank is alone. `sequence` is the
+// number of the first exchange: there is one for as many tokens as fit a slot. `progress` i64 [threads, stride]: twice
+// the exchanges that a thread is through with, and 1 if its addends of the next are in place. `waited` adds up the
+// nanoseconds for which the first thread waited.
+struct Sum {
+    const Window* window;
+    const float* bias;
+    i64* progress;
+    i64 sequence, spins, yields, waited;
+};
+
+inline i64 tokens_at_once(const Sum& sum, const Step& step) {
+    return sum.window == nullptr ? step.tokens : sum.window->capacity / step.hidden.columns;
+}
+
+inline i64 exchanges(const Sum& sum, const Step& step) {
+    const i64 at_once = tokens_at_once(sum, step);
+    return (step.tokens + at_once - 1) / at_once;
+}
+
+// Where a half layer should put its results: at once into the slot, if one exchange does for all of them.
+inline double* addends(const Sum* sum, const Step& step) {
+    if (sum == nullptr || sum->window == nullptr || exchanges(*sum, step) > 1) return step.partial;
+    return sum->window->slot(sum->sequence, sum->window->rank);
+}
+
+inline void restart(Sum* sum, i64 threads) {
+    for (i64 thread = 0; sum != nullptr && thread < threads; thread++) sum->progress[thread * PROGRESS_STRIDE] = 0;
+}
+
+inline bool finished(const Sum& sum, const Step& step, i64 threads) {
+    for (i64 thread = 0; thread < threads; thread++)
+        if (sum.progress[thread * PROGRESS_STRIDE] < 2 * exchanges(sum, step)) return false;
     return true;
+}
+
+// x += the sum over ranks of step.partial rounded to float32, then the bias: this thread's columns of all tokens, which
+// are those that it computed. Leaves off when others do not come; the next call goes on from there.
+inline void add_up(const Member& member, Sum& sum, const Step& step) {
+    const i64 width = step.hidden.columns, groups = width / LANES, at_once = tokens_at_once(sum, step);
+    const i64 begin = LANES * member.first(groups), end = LANES * member.last(groups);
+    i64& progress = sum.progress[member.thread * PROGRESS_STRIDE];
+    for (; progress < 2 * exchanges(sum, step); progress++) {
+        const i64 number = progress / 2, first = number * at_once, sequence = sum.sequence + number;
+        const i64 tokens = step.tokens - first < at_once ? step.tokens - first : at_once;
+        if (sum.window != nullptr) {
+            const Window& window = *sum.window;
+            double* slot = window.slot(sequence, window.rank);
+            if (progress % 2 == 0) {
+                const double* from = step.partial + first * width;
+                for (i64 t = 0; t < tokens && from != slot; t++)
+                    std::memcpy(slot + t * width + begin, from + t * width + begin, (end - begin) * sizeof(double));
+                window.arrive(1);
+                progress++;
+            }
+            member.did(Part::RESIDUAL);
+            const i64 start = member.thread == 0 ? Member::now() : 0;
+            const bool arrived = window.wait(sequence, sum.spins, sum.yields);
+            if (member.thread == 0) sum.waited += Member::now() - start;
+            member.did(Part::OTHERS);
+            if (!arrived) return;
+        } else {
+            progress++;
+        }
+        for (i64 t = 0; t < tokens; t++) {
+            float* x = step.x + (first + t) * width;
+            const double* alone = step.partial + (first + t) * width;
+            for (i64 i = begin; i < end; i += W) {
+                const Vd total = sum.window == nullptr ? load(alone + i) : sum.window->total(sequence, t * width + i);
+                store(x + i, add(load(x + i), narrow(total)));
+            }
+            if (sum.bias != nullptr) add_to(x, sum.bias, begin, end);
+        }
+        member.did(Part::RESIDUAL);
+    }
 }
 
 }  // namespace mpillama

@@ -7,7 +7,7 @@ namespace mpillama {
 struct Team;
 
 // What a thread's time goes to, if somebody asks; mpillama/kernels/library.py has the same names in the same order.
-enum class Part { NORM, QKV, ROPE, ATTENTION, O_PROJ, ROUTER, GATE_UP, DOWN, COLUMN, RESIDUAL, WAITING, COUNT };
+enum class Part { NORM, QKV, ROPE, ATTENTION, O_PROJ, ROUTER, GATE_UP, DOWN, COLUMN, RESIDUAL, OTHERS, WAITING, COUNT };
 
 struct alignas(64) Clock {
     i64 last;

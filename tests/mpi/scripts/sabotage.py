@@ -90,7 +90,7 @@ def in_step(action: Callable[[], None] | None) -> None:
     from mpillama.comm.communicator import Communicator
     from mpillama.model.llama import LlamaModel
 
-    forward, all_reduce, steps, left = LlamaModel.advance, Communicator.all_reduce, [0], [REDUCTIONS]
+    forward, shared_for, steps, left = LlamaModel.advance, Communicator.shared_for, [0], [REDUCTIONS]
 
     def slow_forward(self: LlamaModel, step: Any, *arguments: Any) -> Any:
         is_phase = (len(step.token_ids) > 1) == (PHASE == "prefill")
@@ -101,14 +101,14 @@ def in_step(action: Callable[[], None] | None) -> None:
             time.sleep(SLOW_STEP)
         return forward(self, step, *arguments)
 
-    def reduce(self: Communicator, *arguments: Any) -> Any:
+    def about_to_reduce(self: Communicator, *arguments: Any) -> Any:
         if action and steps[0] > 1:
             left[0] -= 1
             if not left[0]:
                 failing(action)
-        return all_reduce(self, *arguments)
+        return shared_for(self, *arguments)
 
-    LlamaModel.advance, Communicator.all_reduce = slow_forward, reduce
+    LlamaModel.advance, Communicator.shared_for = slow_forward, about_to_reduce
 
 
 def after_prepare(patch: Callable[[], None]) -> None:
