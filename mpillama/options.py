@@ -19,21 +19,21 @@ from mpillama.text.sampling_params import About, Number, SamplingParams
 # ruff: noqa: UP045
 
 DESCRIPTION = """\
-Run Llama-family language models over MPI: every rank loads its own slices from one shared file.
+Run Llama-family language models over MPI: each rank loads only its own slices of one shared file.
 
-  mpirun -n 4 python -m mpillama                                   a story from the demo model
+  mpirun -n 4 python -m mpillama                                   tell a story with the demo model
   mpirun -n 4 python -m mpillama --model M.h5 --prompt "Hello"     continue a text
   mpirun -n 4 python -m mpillama chat --model M.h5                 talk to a model
   mpirun -n 4 python -m mpillama bench --shape llama-3.1-8b        measure without a file
-  mpirun -n 4 python -m mpillama batch IN.jsonl OUT.jsonl --model M.h5   many requests, continued after a kill
-  mpirun -n 4 python -m mpillama serve --model M.h5                OpenAI's API and a chat page
+  mpirun -n 4 python -m mpillama batch IN.jsonl OUT.jsonl --model M.h5   answer many requests, resuming after a kill
+  mpirun -n 4 python -m mpillama serve --model M.h5                serve OpenAI's API and a chat page
   python -m mpillama client                                        talk to that server (needs no MPI)
-  python -m mpillama plan --shape llama-3.1-405b --nodes 4         whether a run fits (needs no MPI)
-  mpirun -n 4 python -m mpillama convert FOLDER M.h5 --weights q4_0   make a native file, in parallel
+  python -m mpillama plan --shape llama-3.1-405b --nodes 4         see whether a run fits (needs no MPI)
+  mpirun -n 4 python -m mpillama convert FOLDER M.h5 --weights q4_0   write a native file, in parallel
   mpirun -n 4 python -m mpillama verify M.h5                       check its bytes
-  mpirun -n 4 python -m mpillama perplexity --model M --file T     how well a model predicts a text
-  python -m mpillama tokenize "Hello"                              ids and pieces of a text (needs no MPI)
-  python -m mpillama inspect M.h5                                  what is in a file (needs no MPI)
+  mpirun -n 4 python -m mpillama perplexity --model M --file T     measure how well a model predicts a text
+  python -m mpillama tokenize "Hello"                              show ids and pieces of a text (needs no MPI)
+  python -m mpillama inspect M.h5                                  show what is in a file (needs no MPI)
   mpirun -n 4 python -m mpillama doctor                            check MPI, threads and processors
 
 Without a command, `generate` runs. `python -m mpillama COMMAND --help` explains the command's options.
@@ -64,14 +64,15 @@ class RunOptions(OnRanks, ModelSettings):
     """Options of every command that loads a model."""
 
     monitor: Optional[float] = option(
-        "each rank logs its memory, page faults and speed every so many seconds", metavar="SECONDS"
+        "log each rank's memory, page faults and speed at this interval", metavar="SECONDS"
     )
     memory_floor: Optional[str] = option(
-        "end the job when a host has less memory left, e.g. 2GB, before the system kills a rank", metavar="BYTES"
+        "end the job when a host has less free memory than this, e.g. 2GB, before the system kills a rank",
+        metavar="BYTES",
     )
-    log_dir: Optional[str] = option("each rank writes a log file of its own in this folder", metavar="FOLDER")
+    log_dir: Optional[str] = option("write a log file per rank into this folder", metavar="FOLDER")
     log_level: str = option(
-        "least that goes into the log files (default: info)", "info", choices=["debug", "info", "warning"]
+        "lowest level in the log files (default: info)", "info", choices=["debug", "info", "warning"]
     )
 
 
@@ -148,12 +149,12 @@ class GenerateOptions(RunOptions, SpeculationSettings):
         metavar="TEXT",
     )
     prompt_token_ids: Optional[str] = option("token ids to continue instead of a text", metavar="1,2,3")
-    chat: bool = option("put the prompt into the model's chat template as a user's message", False)
-    raw: bool = option("continue the prompt as it is; this is what happens without --chat", False)
-    quiet: bool = option("print the generated text only: no prompt, no progress, no closing line", False)
+    chat: bool = option("put the prompt into the model's chat template as a user message", False)
+    raw: bool = option("continue the prompt as it is; the default without --chat", False)
+    quiet: bool = option("print only the generated text: no prompt, no progress, no closing line", False)
     json: bool = option("print one JSON object instead of streaming text", False)
     logits_out: Optional[str] = option(
-        "write the logits each sampled token came from, float32 [steps, vocab]", metavar="FILE.npy"
+        "write the logits that each token was sampled from, float32 [steps, vocab]", metavar="FILE.npy"
     )
 
     @property
@@ -181,7 +182,7 @@ class BenchOptions(RunOptions):
     """Options of `bench`."""
 
     shape: Optional[str] = option(
-        "make weights of a known shape in memory instead of reading a file, e.g. llama-3.2-1b, llama-3.1-405b",
+        "generate weights of a known shape in memory instead of reading a file, e.g. llama-3.2-1b, llama-3.1-405b",
         metavar="NAME",
     )
     weights: str = option(
@@ -193,10 +194,10 @@ class BenchOptions(RunOptions):
     decode: int = option("decode steps to time (default: 64)", 64, metavar="STEPS")
     batch: list[int] = option("numbers of sequences decoded together (default: 1)", [1], nargs="*", metavar="COUNT")
     context: int = option("position at which decoding begins (default: 512)", 512, metavar="TOKENS")
-    repetitions: int = option("times each prompt length is run (default: 5)", 5, metavar="COUNT")
-    where: bool = option("tell where a step's time goes, part by part", False)
+    repetitions: int = option("runs of each prompt length (default: 5)", 5, metavar="COUNT")
+    where: bool = option("break down a step's time, part by part", False)
     json: bool = option("print one JSON object", False)
-    plot: Optional[str] = option("draw roofline and time split (needs matplotlib)", metavar="FILE.png")
+    plot: Optional[str] = option("plot the roofline and the breakdown of time (needs matplotlib)", metavar="FILE.png")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -205,7 +206,7 @@ class PerplexityOptions(RunOptions):
 
     file: str = option("text file, or - for standard input (default: -)", "-", metavar="PATH")
     context: int = option(
-        "tokens of a window; as many windows as --prefill-chunk holds are computed together (default: 512)",
+        "tokens in a window; as many windows as --prefill-chunk holds are computed together (default: 512)",
         512,
         metavar="TOKENS",
     )
@@ -224,18 +225,20 @@ class EngineOptions(RunOptions, EngineSettings):
 class BatchOptions(EngineOptions):
     """Options of `batch`."""
 
-    input: str = positional("input", "JSON lines: OpenAI's batch form, or id with prompt or messages")
-    output: str = positional("output", "JSON lines to append to; the same command again continues where it stopped")
-    sampling: SamplingParams = sampling(seed=("with a row's id the seed of its sampling (default: 0)", 0))
+    input: str = positional("input", "JSON lines: OpenAI's batch format, or id with prompt or messages")
+    output: str = positional("output", "JSON lines to append to; run the same command again to continue")
+    sampling: SamplingParams = sampling(
+        seed=("seed of the job; with a row's id it gives the row's seed (default: 0)", 0)
+    )
     time_limit: Optional[str] = option(
-        "stop in time with status 85: seconds, MM:SS, HH:MM:SS or D-HH:MM:SS (default: the Slurm job's end)",
+        "stop before this time, with status 85: seconds, MM:SS, HH:MM:SS or D-HH:MM:SS (default: the Slurm job's end)",
         metavar="TIME",
     )
     tensor_parallel: Optional[int] = option(
         "ranks that share a model; several such groups share the rows (default: the fewest ranks that fit the memory)",
         metavar="RANKS",
     )
-    metrics: Optional[str] = option("append a JSON line of counts every ten seconds", metavar="FILE")
+    metrics: Optional[str] = option("append a JSON line of metrics every ten seconds", metavar="FILE")
     quiet: bool = option("no progress and no closing lines", False)
     json: bool = option("print the summary as one JSON object", False)
 
@@ -250,44 +253,47 @@ class ServeOptions(EngineOptions):
     host: str = option("address to listen on (default: 127.0.0.1)", "127.0.0.1", metavar="ADDRESS")
     port: int = option("port to listen on, 0 for any that is free (default: 8000)", 8000, metavar="PORT")
     api_key: Optional[str] = option(
-        "key that clients must give; auto makes one (visible in `ps`: --api-key-file or MPILLAMA_API_KEY are not)",
+        "key that clients must send; auto generates one (visible in `ps`, unlike --api-key-file and MPILLAMA_API_KEY)",
         metavar="KEY",
         secret=True,
     )
     api_key_file: Optional[str] = option("file whose first line is the key", metavar="FILE")
-    no_auth: bool = option("let everybody who reaches the address ask, without a key", False)
-    tls_certificate: Optional[str] = option("certificate (chain) in PEM form: serve HTTPS", metavar="FILE")
-    tls_key: Optional[str] = option("the certificate's private key in PEM form", metavar="FILE")
+    no_auth: bool = option("require no key: anyone who reaches the address may ask", False)
+    tls_certificate: Optional[str] = option("certificate (chain) in PEM format: serve HTTPS", metavar="FILE")
+    tls_key: Optional[str] = option("the certificate's private key in PEM format", metavar="FILE")
     rendezvous: Optional[str] = option(
-        "file to write URL, key and tunnel into, for `client` (default: in this folder, named after the job)",
+        "file for URL, key and tunnel, read by `client` (default: in this folder, named after the job)",
         metavar="FILE",
     )
     model_name: Optional[str] = option("the model's name in the API (default: its file's)", metavar="NAME")
     sampling: SamplingParams = sampling(
         max_tokens=(
-            "most tokens of a chat's answer (default: what the context holds; completions: 16, as in OpenAI's API)",
+            "limit of a chat answer, in tokens (default: what the context holds; completions: 16, as in OpenAI's API)",
             None,
         )
     )
-    queue: int = option("answers that may wait, beside those computed together (default: 256)", 256, metavar="COUNT")
-    connections: int = option("requests that may be open (default: 1000)", 1000, metavar="COUNT")
-    body_limit: str = option("largest body of a request (default: 16MB)", "16MB", metavar="BYTES")
-    body_timeout: float = option("time for a body to come (default: 60.0)", 60.0, metavar="SECONDS")
-    write_timeout: float = option("time for a client to take what is sent (default: 60.0)", 60.0, metavar="SECONDS")
-    request_timeout: float = option("an answer that takes longer is cut (default: 3600.0)", 3600.0, metavar="SECONDS")
-    cors: list[str] = option("origins whose pages may ask, e.g. https://example.org", [], nargs="*", metavar="ORIGIN")
+    queue: int = option("answers that may wait, beyond those being computed (default: 256)", 256, metavar="COUNT")
+    connections: int = option("requests that may be open at once (default: 1000)", 1000, metavar="COUNT")
+    body_limit: str = option("limit of a request body (default: 16MB)", "16MB", metavar="BYTES")
+    body_timeout: float = option("time for a request body to arrive (default: 60.0)", 60.0, metavar="SECONDS")
+    write_timeout: float = option("time for a client to accept what is sent (default: 60.0)", 60.0, metavar="SECONDS")
+    request_timeout: float = option("answers that take longer are cut off (default: 3600.0)", 3600.0, metavar="SECONDS")
+    cors: list[str] = option(
+        "origins whose web pages may send requests, e.g. https://example.org", [], nargs="*", metavar="ORIGIN"
+    )
     pooling: str = option(
-        "embeddings: mean of all positions or the last one (default: mean)", "mean", choices=["mean", "last"]
+        "embeddings: the mean over all positions, or the last one (default: mean)", "mean", choices=["mean", "last"]
     )
     replicas: int = option(
         "groups that the ranks divide into, each with the whole model (default: 1)", 1, metavar="COUNT"
     )
     time_limit: Optional[str] = option(
-        "end in time: seconds, MM:SS, HH:MM:SS or D-HH:MM:SS (default: the Slurm job's end)", metavar="TIME"
+        "shut down before this time: seconds, MM:SS, HH:MM:SS or D-HH:MM:SS (default: the Slurm job's end)",
+        metavar="TIME",
     )
-    grace: float = option("time for running answers to finish at the end (default: 60.0)", 60.0, metavar="SECONDS")
+    grace: float = option("time for running answers to finish at shutdown (default: 60.0)", 60.0, metavar="SECONDS")
     log_prompts: bool = option("write prompts into the log files (--log-dir)", False)
-    quiet: bool = option("no progress and no lines", False)
+    quiet: bool = option("no progress and no messages", False)
 
 
 @dataclass(frozen=True)
@@ -297,15 +303,17 @@ class ClientOptions:
     rendezvous: Optional[str] = option(
         "the server's rendezvous file (default: the newest one in this folder)", metavar="FILE"
     )
-    url: Optional[str] = option("the server's URL, instead of that file's", metavar="URL")
+    url: Optional[str] = option("the server's URL, instead of the one in that file", metavar="URL")
     api_key_file: Optional[str] = option(
         "file whose first line is the key (default: that of the rendezvous file, or MPILLAMA_API_KEY)", metavar="FILE"
     )
-    prompt: Optional[str] = option("ask this, or - for standard input, and leave", metavar="TEXT")
+    prompt: Optional[str] = option("ask this (- for standard input) and exit", metavar="TEXT")
     system: Optional[str] = option("the system message to begin with", metavar="TEXT")
     sampling: dict[str, Any] = given_sampling()
-    timeout: float = option("longest silence of the server (default: 600.0)", 600.0, metavar="SECONDS")
-    quiet: bool = option("no help and no prompts", False)
+    timeout: float = option(
+        "give up when the server is silent for this long (default: 600.0)", 600.0, metavar="SECONDS"
+    )
+    quiet: bool = option("no help text and no prompts", False)
 
 
 @dataclass(frozen=True)
@@ -327,22 +335,22 @@ class PlanOptions:
         "plan a trial of the first N layers; with --shape as `bench` runs it, which has no tokenizer", metavar="N"
     )
     max_seq_len: Optional[int] = option(
-        "most tokens of prompt and answer together (default: the model's own context)", metavar="TOKENS"
+        "limit of prompt and answer together, in tokens (default: the model's own context)", metavar="TOKENS"
     )
-    batch: int = option("sequences at the same time (default: 1)", 1, metavar="COUNT")
+    batch: int = option("sequences computed together (default: 1)", 1, metavar="COUNT")
     kv_type: str = option("type of the KV cache (default: f16)", "f16", choices=["f16", "f32", "q8"])
-    memory_bandwidth: str = option("what a node reads from memory (default: 200GB/s)", "200GB/s", metavar="BYTES/s")
+    memory_bandwidth: str = option("memory bandwidth of a node (default: 200GB/s)", "200GB/s", metavar="BYTES/s")
     compute: str = option(
-        "multiply-adds of a node in a second, 150 GMAC/s for each core with VNNI (default: 2TMAC/s)",
+        "multiply-adds per second of a node, 150 GMAC/s for each core with VNNI (default: 2TMAC/s)",
         "2TMAC/s",
         metavar="MAC/s",
     )
-    bench: Optional[str] = option(
-        "take the node's bandwidth and multiply-adds from a saved `bench --json`", metavar="FILE"
-    )
+    bench: Optional[str] = option("take the node's bandwidth and compute from a saved `bench --json`", metavar="FILE")
     network: str = option("latency and bandwidth between nodes (default: 5us,10GB/s)", "5us,10GB/s", metavar="L,B")
-    read_bandwidth: Optional[str] = option("what a node reads from the file system, e.g. 5GB/s", metavar="BYTES/s")
-    sbatch: Optional[str] = option("write a job script for what was planned", metavar="FILE")
+    read_bandwidth: Optional[str] = option(
+        "read bandwidth of a node from the file system, e.g. 5GB/s", metavar="BYTES/s"
+    )
+    sbatch: Optional[str] = option("write a job script for this plan", metavar="FILE")
     json: bool = option("print one JSON object", False)
 
 
@@ -382,7 +390,7 @@ class TokenizeOptions:
     text: str = positional("text", "text, or - for standard input")
     model: Optional[str] = option("model in any format (default: data/demo.h5)", metavar="PATH")
     tokenizer: Optional[str] = option("the .t file of a distributed-llama model", metavar="PATH")
-    literal: bool = option("take the names of special tokens as ordinary text", False)
+    literal: bool = option("treat the names of special tokens as ordinary text", False)
     json: bool = option("print one JSON object", False)
 
 
@@ -408,12 +416,12 @@ class DoctorOptions(OnRanks):
 COMMANDS: dict[str, tuple[type, str]] = {
     "generate": (GenerateOptions, "continue a text (the default command)"),
     "chat": (ChatOptions, "talk to a model"),
-    "bench": (BenchOptions, "measure speed, and how near the machine's limit it is"),
+    "bench": (BenchOptions, "measure speed, and how close it is to the machine's limit"),
     "batch": (BatchOptions, "answer a file of requests, surviving kills"),
     "serve": (ServeOptions, "serve OpenAI's API and a chat page"),
     "client": (ClientOptions, "talk to a server that `serve` runs (needs no MPI)"),
-    "plan": (PlanOptions, "tell whether a run fits, and what it needs, before it is queued"),
-    "convert": (ConvertOptions, "write a model of any format into a native file"),
+    "plan": (PlanOptions, "see whether a run fits, and what it needs, before it is queued"),
+    "convert": (ConvertOptions, "convert a model of any format to a native file"),
     "verify": (VerifyOptions, "check a model's bytes"),
     "perplexity": (PerplexityOptions, "measure how well a model predicts a text"),
     "tokenize": (TokenizeOptions, "show the ids and pieces of a text"),
@@ -462,7 +470,7 @@ def build_parser(commands: Collection[str] = tuple(COMMANDS)) -> argparse.Argume
     for name, (options_class, text) in COMMANDS.items():
         options = options_of(options_class) if name in commands else []
         flat = make_dataclass(options_class.__name__, options, repr=False, eq=False, kw_only=True)
-        parsers.add_parser(name, options_class=flat, help=text, description=text.capitalize() + ".")
+        parsers.add_parser(name, options_class=flat, help=text, description=f"{text[0].upper()}{text[1:]}.")
     return parser
 
 

@@ -73,7 +73,7 @@ def test_the_page_has_all_fields_with_a_hint():
     assert list(fields) == [name for name, about in SamplingParams.about().items() if about.hint]
     assert fields["temperature"] == {
         "name": "temperature", "label": "Temperature", "min": 0, "max": 2, "step": "any",
-        "hint": "0 takes the likeliest token",
+        "hint": "0 takes the most likely token",
     }  # fmt: skip
     assert (fields["top_p"]["min"] > 0, fields["seed"]["max"], fields["seed"]["step"]) == (True, 2**53 - 1, 1)
 

@@ -31,18 +31,18 @@ class ModelSettings:
         metavar="PATH",
     )
     weights: str = option(
-        "weight type in memory, for models in other formats than mpillama's own (default: as-stored)",
+        "weight type in memory, for models not in mpillama's own format (default: as-stored)",
         "as-stored",
         choices=["as-stored", *WEIGHT_TYPE_NAMES],
     )
     tokenizer: Optional[str] = option(
         "the .t file of a distributed-llama model (default: the one beside it)", metavar="PATH"
     )
-    layers: Optional[int] = option("run the first N layers only and extrapolate to the whole model", metavar="N")
-    force: bool = option("load even if the memory of a host does not suffice", False)
-    verify: bool = option("check what is read against the file's checksums", False)
+    layers: Optional[int] = option("run only the first N layers and extrapolate to the whole model", metavar="N")
+    force: bool = option("load even if a host does not have enough memory", False)
+    verify: bool = option("check the bytes that are read against the file's checksums", False)
     max_seq_len: Optional[int] = option(
-        "most tokens of prompt and answer together (default: the model's own context)", metavar="TOKENS"
+        "limit of prompt and answer together, in tokens (default: the model's own context)", metavar="TOKENS"
     )
     kv_type: str = option("type of the KV cache (default: f16)", "f16", choices=["f16", "f32", "q8"])
     threads: Optional[int] = option(
@@ -51,7 +51,7 @@ class ModelSettings:
     )
     prefill_chunk: int = option("prompt tokens computed together (default: 256)", 256, metavar="TOKENS")
     timeout: float = option(
-        "end the job if a rank keeps the others waiting and gets no further for so long, 0 for never (default: 600.0)",
+        "end the job if a rank keeps the others waiting this long without progress, 0 for never (default: 600.0)",
         DEFAULT_TIMEOUT,
         metavar="SECONDS",
     )
@@ -67,7 +67,7 @@ class SpeculationSettings:
     """Of everything that generates."""
 
     speculate: int = option(
-        "guess up to N next tokens from the text so far; the answers stay the same (default: 0)", 0, metavar="N"
+        "guess up to N tokens ahead from the text so far; answers stay the same (default: 0)", 0, metavar="N"
     )
 
 
@@ -77,7 +77,7 @@ class EngineSettings(ModelSettings, SpeculationSettings):
 
     sequences: int = option("sequences computed together (default: 32)", 32, metavar="COUNT")
     cache_tokens: Optional[int] = option(
-        "positions that all sequences' KV caches hold together "
+        "total positions in the KV cache, for all sequences together "
         "(default: what they can need, up to nine tenths of the memory)",
         metavar="TOKENS",
     )

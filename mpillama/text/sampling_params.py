@@ -113,45 +113,45 @@ class SamplingParams:
     n: int = _param(1, Number(int, ge=1), "a whole number, 1 or more")
     max_tokens: int | None = _param(
         256, COUNT, "a whole number, 0 or more",
-        option="most tokens to generate", metavar="TOKENS", when_none="what the context holds",
+        option="limit of the answer, in tokens", metavar="TOKENS", when_none="what the context holds",
         asked=Number(int, ge=1), hint="Length of an answer",
     )  # fmt: skip
     temperature: float = _param(
         0.8, Number(float, ge=0, lt=math.inf), "0 (greedy) or more",
-        option="randomness; 0 always takes the likeliest token", metavar="T",
-        asked=Number(float, ge=0, le=2), hint="0 takes the likeliest token",
+        option="randomness; 0 always takes the most likely token", metavar="T",
+        asked=Number(float, ge=0, le=2), hint="0 takes the most likely token",
     )  # fmt: skip
     top_k: int = _param(
         0, COUNT, "a whole number, 0 (off) or more",
-        option="keep the K likeliest tokens, 0 for all", metavar="K",
-        asked=Number(int, ge=0), hint="Number of the likeliest",
+        option="keep the K most likely tokens, 0 for all", metavar="K",
+        asked=Number(int, ge=0), hint="Number of tokens kept",
     )  # fmt: skip
     top_p: float = _param(
         0.95, Number(float, gt=0, le=1), "above 0, up to 1 (off)",
-        option="keep the likeliest tokens up to this probability together", metavar="P",
-        asked=Number(float, gt=0, le=1), hint="Share of the likeliest",
+        option="keep the most likely tokens up to this total probability", metavar="P",
+        asked=Number(float, gt=0, le=1), hint="Total probability kept",
     )  # fmt: skip
     min_p: float = _param(
         0.0, SHARE, "0 (off) to 1",
-        option="drop tokens below this share of the likeliest one", metavar="P",
-        asked=SHARE, hint="Relative to the likeliest",
+        option="drop tokens less likely than this share of the most likely one", metavar="P",
+        asked=SHARE, hint="Relative to the most likely",
     )  # fmt: skip
     repetition_penalty: float = _param(
         1.0, Number(float, gt=0, lt=math.inf), "above 0; 1 is off",
-        option="divide the logits of tokens seen before", metavar="X",
+        option="divide the logits of tokens already in prompt or answer", metavar="X",
         asked=Number(float, ge=0.01, le=100), hint="1 is none",
     )  # fmt: skip
     presence_penalty: float = _param(
         0.0, PENALTY, "-2 to 2; 0 is off",
-        option="subtract once from tokens generated before", metavar="X", asked=PENALTY, hint="0 is none",
+        option="subtract from the logits of tokens already in the answer", metavar="X", asked=PENALTY, hint="0 is none",
     )  # fmt: skip
     frequency_penalty: float = _param(
         0.0, PENALTY, "-2 to 2; 0 is off",
-        option="subtract for each time a token was generated", metavar="X", asked=PENALTY, hint="0 is none",
+        option="subtract from logits, once for each time in the answer", metavar="X", asked=PENALTY, hint="0 is none",
     )  # fmt: skip
     logit_bias: Mapping[int, float] = _param(
         {}, _is_bias, "finite numbers by token id",
-        option="add to the logits of tokens before anything else: ID=BIAS ...", metavar="ID=BIAS",
+        option="add to the logits of these tokens, before anything else: ID=BIAS ...", metavar="ID=BIAS",
         read=_read_bias,
     )  # fmt: skip
     seed: int | None = _param(
@@ -159,7 +159,7 @@ class SamplingParams:
         option="the same seed gives the same text", metavar="N", when_none="a new one, reported",
         asked=Number(int, ge=0, le=2**53 - 1), hint="The same seed, the same answer",
     )  # fmt: skip
-    stop: str | Sequence[str] = _param((), _is_texts, "texts", option="end before any of these texts", metavar="TEXT")
+    stop: str | Sequence[str] = _param((), _is_texts, "texts", option="stop before any of these texts", metavar="TEXT")
     ignore_eos: bool = _param(False, lambda value: isinstance(value, bool), "true or false")
     logprobs: int | None = _param(None, COUNT, "a whole number, 0 or more")
     prompt_logprobs: int | None = _param(None, COUNT, "a whole number, 0 or more")
