@@ -16,7 +16,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from mpillama.files.native_writer import write_model
 from mpillama.model.config import ModelConfig
-from mpillama.model.tensors import Split, TensorSpec, WeightTypes, tensor_specs
+from mpillama.model.tensors import EMBEDDING, LM_HEAD, TensorSpec, WeightTypes
 from mpillama.quant import WEIGHT_TYPES
 
 Tensors = dict[str, np.ndarray]
@@ -118,7 +118,7 @@ def write_random(
 
 def specs_of(config: Mapping[str, Any], weight_type: str = "f32") -> list[TensorSpec]:
     """The tensors of a model in one weight type."""
-    return tensor_specs(ModelConfig.from_hf(config), WeightTypes(WEIGHT_TYPES[weight_type]))
+    return ModelConfig.from_hf(config).tensors(WeightTypes(WEIGHT_TYPES[weight_type]))
 
 
 def random_tensors(config: Mapping[str, Any], seed: int = 7) -> Tensors:
@@ -135,7 +135,7 @@ def _random_tensor(spec: TensorSpec, rng: np.random.Generator) -> np.ndarray:
 
 def _gain(spec: TensorSpec) -> float:
     """Standard deviation of a matrix: inputs of size 1 give outputs of size 1, queries and keys 1.6."""
-    if spec.split is Split.VOCAB:
+    if spec.name in (EMBEDDING, LM_HEAD):
         return 2.0 / spec.source_shape[1] ** 0.5
     sharp = "q_proj" in spec.name or "k_proj" in spec.name
     return float((1.6 if sharp else 1.0) / spec.source_shape[1] ** 0.5)

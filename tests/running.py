@@ -12,8 +12,7 @@ from mpillama.files.native_reader import NativeModel
 from mpillama.kernels.library import Team
 from mpillama.kernels.target import prepare, requested_isa
 from mpillama.model.cache import KVCache, Step, blocks_for, joint_step, single_sequence_step
-from mpillama.model.llama import LlamaModel
-from mpillama.model.partition import partition
+from mpillama.model.decoder import Decoder
 from mpillama.model.weights import load_weights
 
 Chunks = list[np.ndarray]
@@ -25,24 +24,24 @@ def team(threads: int) -> Team:
     return prepare(requested_isa(), threads).team
 
 
-def load(path: str | Path, threads: int) -> LlamaModel:
+def load(path: str | Path, threads: int) -> Decoder:
     """The whole model of a native file on one rank."""
     return load_file(read_table(str(path)), threads)
 
 
-def load_file(file: ModelFile, threads: int) -> LlamaModel:
+def load_file(file: ModelFile, threads: int) -> Decoder:
     """The whole model on one rank."""
-    part = partition(file.config, 1)[0]
+    part = file.config.partition(1)[0]
     reader = file.reader(lambda count: None)
     try:
         weights = load_weights(file.config, file.specs, part, reader.read, team=team(threads))
     finally:
         reader.close()
     assert weights.bytes == reader.bytes_read or not isinstance(file, NativeModel)
-    return LlamaModel(file.config, weights, Communicator.alone(), team(threads))
+    return Decoder(file.config, weights, Communicator.alone(), team(threads))
 
 
-def new_cache(model: LlamaModel, blocks: int, kv_type: str) -> KVCache:
+def new_cache(model: Decoder, blocks: int, kv_type: str) -> KVCache:
     """A cache that holds NaN wherever nothing was written: reading too far shows."""
     cache = KVCache(model.config, model.part, blocks, kv_type)
     for keys, _, values, _ in cache.layers:
@@ -50,7 +49,7 @@ def new_cache(model: LlamaModel, blocks: int, kv_type: str) -> KVCache:
     return cache
 
 
-def all_logits(model: LlamaModel, chunks: Chunks, kv_type: str = "f32") -> np.ndarray:
+def all_logits(model: Decoder, chunks: Chunks, kv_type: str = "f32") -> np.ndarray:
     """Logits of every token of a sequence that goes through the model in chunks: [tokens, vocab_size]."""
     blocks = blocks_for(sum(map(len, chunks)))
     cache, table, start, logits = new_cache(model, blocks, kv_type), np.arange(blocks)[::-1].copy(), 0, []

@@ -7,7 +7,9 @@ import numpy as np
 import pytest
 
 from mpillama.errors import UserError
+from mpillama.model.attention import GroupedQueryAttention
 from mpillama.model.config import ModelConfig
+from mpillama.model.mlp import Experts
 from mpillama.model.shapes import SHAPES, shape_config
 from tests.reference import llama3_frequencies
 
@@ -32,14 +34,27 @@ def read(**changes: Any) -> ModelConfig:
     return ModelConfig.from_hf({**BASE, **changes})
 
 
+def attention(config: ModelConfig) -> Any:
+    """That of the first layer."""
+    return config.blocks[0].attention
+
+
+def mlp(config: ModelConfig) -> Any:
+    return config.blocks[0].mlp
+
+
+def windows(config: ModelConfig) -> tuple[int, ...]:
+    return tuple(block.attention.window for block in config.blocks)
+
+
 def without(key: str) -> dict[str, Any]:
     return {k: v for k, v in BASE.items() if k != key}
 
 
 def test_what_is_left_out_has_transformers_defaults():
     config = read()
-    assert (config.num_key_value_heads, config.head_dim, config.max_position_embeddings) == (4, 16, 2048)
-    assert (config.rms_norm_eps, config.rope_theta, config.rope_scaling) == (1e-6, 10000.0, None)
+    assert (attention(config).kv_heads, attention(config).head_dim, config.max_position_embeddings) == (4, 16, 2048)
+    assert (config.rms_norm_eps, config.rope.theta, config.rope.scaling) == (1e-6, 10000.0, None)
     assert config.tie_word_embeddings is False
 
 
@@ -50,22 +65,22 @@ def test_null_means_left_out():
 
 def test_what_is_given_is_taken():
     config = read(num_key_value_heads=2, head_dim=32, max_position_embeddings=7, rms_norm_eps=1e-5, rope_theta=5e5)
-    assert (config.num_key_value_heads, config.head_dim, config.max_position_embeddings) == (2, 32, 7)
-    assert (config.rms_norm_eps, config.rope_theta) == (1e-5, 5e5)
+    assert (attention(config).kv_heads, attention(config).head_dim, config.max_position_embeddings) == (2, 32, 7)
+    assert (config.rms_norm_eps, config.rope.theta) == (1e-5, 5e5)
     assert read(tie_word_embeddings=True).tie_word_embeddings is True
 
 
 def test_sizes_are_padded_to_blocks_of_32():
     config = read(hidden_size=200, intermediate_size=344, head_dim=20)
-    assert (config.padded_hidden_size, config.padded_intermediate_size, config.padded_head_dim) == (224, 352, 32)
+    assert (config.padded_hidden_size, mlp(config).padded_size, attention(config).padded_head_dim) == (224, 352, 32)
 
 
 def test_transformers_5_spells_rope_as_4():
     old = read(rope_theta=5e5, rope_scaling=LLAMA3)
     new = read(rope_parameters={**LLAMA3, "rope_theta": 5e5})
     assert old == new
-    assert old.rope_theta == 5e5
-    assert old.rope_scaling is not None
+    assert old.rope.theta == 5e5
+    assert old.rope.scaling is not None
 
 
 @pytest.mark.parametrize("plain", [{}, {"rope_type": "default"}, {"type": "default"}, {"rope_type": None}])
@@ -81,9 +96,9 @@ def test_the_first_spelling_of_the_rope_type_is_understood():
 
 
 def test_rope_theta_inside_and_outside():
-    assert read(rope_parameters={"rope_type": "default", "rope_theta": 123.0}).rope_theta == 123.0
-    assert read(rope_theta=99.0, rope_parameters={"rope_type": "default"}).rope_theta == 99.0
-    assert read(rope_theta=99.0, rope_parameters={"rope_theta": 123.0}).rope_theta == 123.0
+    assert read(rope_parameters={"rope_type": "default", "rope_theta": 123.0}).rope.theta == 123.0
+    assert read(rope_theta=99.0, rope_parameters={"rope_type": "default"}).rope.theta == 99.0
+    assert read(rope_theta=99.0, rope_parameters={"rope_theta": 123.0}).rope.theta == 123.0
 
 
 def test_plain_frequencies():
@@ -108,7 +123,7 @@ def test_llama3_frequencies(original, factor):
 
 def test_llama3_frequencies_at_the_ends_of_the_ramp():
     """A wavelength of exactly original / high is kept, of original / low divided."""
-    scaling = read(rope_scaling=LLAMA3).rope_scaling
+    scaling = read(rope_scaling=LLAMA3).rope.scaling
     for turns, kept in ((4.0, 1.0), (1.0, 0.0), (2.5, 0.5)):
         frequency = turns * 2 * math.pi / 8192
         assert scaling.apply([frequency], 1e4)[0] == pytest.approx(frequency * (kept + (1 - kept) / 8))
@@ -117,8 +132,8 @@ def test_llama3_frequencies_at_the_ends_of_the_ramp():
 @pytest.mark.parametrize("name", list(SHAPES))
 def test_known_shapes_are_configurations(name):
     config = ModelConfig.from_hf(shape_config(name))
-    assert (config.rope_scaling is not None) == name.startswith("llama-3")
-    assert (config.num_experts > 0) == (config.model_type in ("mixtral", "qwen3_moe"))
+    assert (config.rope.scaling is not None) == name.startswith("llama-3")
+    assert isinstance(mlp(config), Experts) == (config.model_type in ("mixtral", "qwen3_moe"))
 
 
 def test_an_unknown_shape_is_refused_with_the_known_ones():
@@ -216,12 +231,12 @@ def test_biases_that_a_family_lacks_are_refused_by_name(key):
 
 def test_biases_of_llama():
     plain, biased = read(), read(attention_bias=True, mlp_bias=True)
-    assert not (plain.qkv_bias)
-    assert not (plain.output_bias)
-    assert not (plain.mlp_bias)
-    assert biased.qkv_bias
-    assert biased.output_bias
-    assert biased.mlp_bias
+    assert not attention(plain).qkv_bias
+    assert not attention(plain).output_bias
+    assert not mlp(plain).bias
+    assert attention(biased).qkv_bias
+    assert attention(biased).output_bias
+    assert mlp(biased).bias
 
 
 # -- families ------------------------------------------------------------------------------------------------------
@@ -229,17 +244,18 @@ def test_biases_of_llama():
 
 def test_qwen2_has_biases_on_queries_keys_and_values():
     config = read(model_type="qwen2", num_key_value_heads=2)
-    assert (config.qkv_bias, config.output_bias, config.mlp_bias, config.qk_norm) == (True, False, False, False)
+    assert attention(config) == GroupedQueryAttention(4, 2, 16, qkv_bias=True)
+    assert not mlp(config).bias
 
 
 def test_sliding_windows():
-    assert read(sliding_window=7).windows == (0, 0)  # Llama has none
-    assert read(model_type="mistral", num_key_value_heads=2).windows == (4096, 4096)
-    assert read(model_type="mistral", num_key_value_heads=2, sliding_window=None).windows == (0, 0)
+    assert windows(read(sliding_window=7)) == (0, 0)  # Llama has none
+    assert windows(read(model_type="mistral", num_key_value_heads=2)) == (4096, 4096)
+    assert windows(read(model_type="mistral", num_key_value_heads=2, sliding_window=None)) == (0, 0)
     qwen = {"model_type": "qwen2", "num_key_value_heads": 2, "sliding_window": 8, "use_sliding_window": True}
-    assert read(**qwen, max_window_layers=1).windows == (0, 8)
-    assert read(**qwen, layer_types=["sliding_attention", "full_attention"]).windows == (8, 0)
-    assert read(**{**qwen, "use_sliding_window": False}).windows == (0, 0)
+    assert windows(read(**qwen, max_window_layers=1)) == (0, 8)
+    assert windows(read(**qwen, layer_types=["sliding_attention", "full_attention"])) == (8, 0)
+    assert windows(read(**{**qwen, "use_sliding_window": False})) == (0, 0)
     with pytest.raises(UserError, match="layer_types"):
         read(**qwen, layer_types=["linear_attention"] * 2)
 
@@ -249,8 +265,7 @@ def test_experts(key):
     config = read(
         model_type="qwen3_moe", num_key_value_heads=2, **{key: 8}, num_experts_per_tok=2, moe_intermediate_size=48
     )
-    assert (config.num_experts, config.num_experts_per_tok, config.intermediate_size) == (8, 2, 48)
-    assert config.norm_topk_prob is False
+    assert mlp(config) == Experts(48, count=8, chosen=2, renormalise=False)
     with pytest.raises(UserError, match="num_experts_per_tok=9"):
         read(model_type="qwen3_moe", num_key_value_heads=2, **{key: 8}, num_experts_per_tok=9, moe_intermediate_size=48)
     for other in ({"mlp_only_layers": [0]}, {"decoder_sparse_step": 2}):
@@ -274,8 +289,8 @@ def test_yarn_and_linear_frequencies():
     found = np.array(yarn.inverse_frequencies())
     assert found[0] == plain[0]
     assert found[-1] == pytest.approx(plain[-1] / 4)
-    assert yarn.rope_factor == pytest.approx(0.1 * math.log(4) + 1)
-    assert linear.rope_factor == 1.0
+    assert yarn.rope.factor == pytest.approx(0.1 * math.log(4) + 1)
+    assert linear.rope.factor == 1.0
 
 
 # -- RoPE as transformers 5.24 reads it ----------------------------------------------------------------------------
@@ -288,9 +303,9 @@ def test_a_rope_scaling_stands_in_the_place_of_rope_parameters():
     plain = {"rope_type": "default", "rope_theta": 5e5}
     assert read(rope_parameters=plain, rope_scaling=LINEAR) == read(rope_scaling=LINEAR)  # its rope_theta goes as well
     assert read(rope_parameters=plain, rope_scaling=LINEAR, rope_theta=7e3) == read(rope_scaling=LINEAR, rope_theta=7e3)
-    assert read(rope_parameters=plain, rope_scaling={**LINEAR, "rope_theta": 3e3}).rope_theta == 3e3
-    assert read(rope_parameters={**LINEAR, "rope_theta": 5e5}, rope_scaling={}).rope_theta == 5e5
-    assert read(rope_parameters={**LINEAR, "rope_theta": 5e5}, rope_scaling=None).rope_scaling is not None
+    assert read(rope_parameters=plain, rope_scaling={**LINEAR, "rope_theta": 3e3}).rope.theta == 3e3
+    assert read(rope_parameters={**LINEAR, "rope_theta": 5e5}, rope_scaling={}).rope.theta == 5e5
+    assert read(rope_parameters={**LINEAR, "rope_theta": 5e5}, rope_scaling=None).rope.scaling is not None
 
 
 def test_the_constants_of_yarn_that_may_be_left_out():
@@ -310,12 +325,12 @@ def test_an_original_context_beside_the_rule_is_the_one_that_counts(scaling):
 
 def test_the_attention_factor_of_yarn():
     own = 0.1 * math.log(4) + 1
-    assert read(rope_scaling=YARN).rope_factor == pytest.approx(own)
-    assert read(rope_scaling={**YARN, "attention_factor": 1.0}).rope_factor == 1.0
-    assert read(rope_scaling={**YARN, "attention_factor": 1.25, "mscale": 2.0}).rope_factor == 1.25
-    assert read(rope_scaling={**YARN, "mscale": 0.7}).rope_factor == pytest.approx(own)
+    assert read(rope_scaling=YARN).rope.factor == pytest.approx(own)
+    assert read(rope_scaling={**YARN, "attention_factor": 1.0}).rope.factor == 1.0
+    assert read(rope_scaling={**YARN, "attention_factor": 1.25, "mscale": 2.0}).rope.factor == 1.25
+    assert read(rope_scaling={**YARN, "mscale": 0.7}).rope.factor == pytest.approx(own)
     both = read(rope_scaling={**YARN, "mscale": 0.7, "mscale_all_dim": 1.0})
-    assert both.rope_factor == pytest.approx((0.07 * math.log(4) + 1) / own)
+    assert both.rope.factor == pytest.approx((0.07 * math.log(4) + 1) / own)
 
 
 @pytest.mark.parametrize("key", ["rope_parameters", "rope_scaling"])

@@ -17,9 +17,8 @@ from mpillama.files.gguf_file import read_gguf
 from mpillama.files.native import read_table
 from mpillama.files.native_writer import create_file, seal_file
 from mpillama.model.config import ModelConfig
-from mpillama.model.partition import partition
 from mpillama.model.shapes import shape_config
-from mpillama.model.tensors import TensorSpec, WeightTypes, tensor_specs
+from mpillama.model.tensors import TensorSpec, WeightTypes
 from mpillama.quant import STORED_TYPES
 from mpillama.quant.q4_0 import Q4_0
 from mpillama.quant.q8_0 import Q8_0
@@ -37,7 +36,7 @@ def small_on_disk(path: Path) -> bool:
 
 def owners(spec: TensorSpec, unit: int) -> list[int]:
     """The ranks that hold a unit."""
-    parts = partition(ModelConfig.from_hf(CONFIG), RANKS)
+    parts = ModelConfig.from_hf(CONFIG).partition(RANKS)
     return [rank for rank, part in enumerate(parts) if unit in spec.units_of(part)]
 
 
@@ -55,7 +54,7 @@ def near_borders(offset: int, size: int, step: int) -> set[int]:
 @pytest.fixture(scope="module")
 def native(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path, types = tmp_path_factory.mktemp("giants") / "405b.h5", WeightTypes(Q8_0)
-    specs = tensor_specs(ModelConfig.from_hf(CONFIG), types)
+    specs = ModelConfig.from_hf(CONFIG).tensors(types)
     entries = create_file(str(path), CONFIG, types, specs, {})
     seal_file(str(path), CONFIG, types, entries, {}, {name: e.checksums for name, e in entries.items()})
     return path
@@ -63,7 +62,7 @@ def native(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def native_marks(model) -> dict[tuple[str, int], int]:
     """(array, unit) -> file offset of every mark; slices of the ranks begin at some of these units."""
-    parts, found = partition(model.config, RANKS), {}
+    parts, found = model.config.partition(RANKS), {}
     for spec in model.specs:
         for array in spec.arrays():
             entry = model.entries[array.name]
@@ -117,7 +116,7 @@ def write_sparse_dllama(path: Path) -> None:
     pairs += [5, c["num_attention_heads"], 6, c["num_key_value_heads"], 7, 0, 8, 0, 9, c["vocab_size"], 10, 131072]
     pairs += [11, 1, 12, 500000, 13, 2, 19, c["head_dim"]]
     head = struct.pack(f"<Ii{len(pairs)}i", 0x0A00ABCD, 8 + 4 * len(pairs), *pairs)
-    specs = tensor_specs(ModelConfig.from_hf(c), WeightTypes(Q4_0))
+    specs = ModelConfig.from_hf(c).tensors(WeightTypes(Q4_0))
     size = sum(stored_size(s, "f32" if s.vector or "embed" in s.name else "q4_0") for s in specs)
     with path.open("wb") as file:
         file.write(head)
@@ -148,7 +147,7 @@ def write_sparse_gguf(path: Path) -> None:
     names |= {"post_attention_layernorm": "ffn_norm", "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down"}
     names |= {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
     infos, offset = [], 0
-    for spec in tensor_specs(ModelConfig.from_hf(c), WeightTypes(Q4_0)):
+    for spec in ModelConfig.from_hf(c).tensors(WeightTypes(Q4_0)):
         module = spec.name.removesuffix(".weight")
         layer, _, rest = module.removeprefix("model.layers.").partition(".")
         inside = module.startswith("model.layers.")

@@ -9,7 +9,6 @@ import pytest
 from safetensors.numpy import save_file
 
 from mpillama.engine.model_file import ModelFile, open_model
-from mpillama.model.partition import partition
 from mpillama.model.weights import slice_shapes
 from tests import golden_models as g
 from tests import running
@@ -86,7 +85,7 @@ def test_quantised_blocks_of_a_gguf_are_taken_as_they_are(kind, size, tmp_path):
     g.write_gguf(tmp_path / "model.gguf", "mixtral", g.as_type(gguf.GGMLQuantizationType[kind]))
     theirs, ours = open_model(str(tmp_path / "model.gguf")), open_model(str(g.FOLDER / "mixtral"), kind.lower())
     assert theirs.weight_types.default.name == kind.lower()
-    for part in partition(ours.config, size):
+    for part in ours.config.partition(size):
         for spec in ours.specs:
             pair = [read(m, spec, spec.units_of(part), slice_shapes(spec, part)) for m in (theirs, ours)]
             if "o_proj" in spec.name:
@@ -118,8 +117,8 @@ def test_slices_are_parts_of_the_whole(family, size):
     """What the ranks hold, put side by side, is what one rank holds; and a rank reads no more than its slices."""
     model = open_model(str(g.FOLDER / family), "bf16")
     for spec in model.specs:
-        whole = read(model, spec, range(spec.units), slice_shapes(spec, partition(model.config, 1)[0]))
-        for part in partition(model.config, size):
+        whole = read(model, spec, range(spec.units), slice_shapes(spec, model.config.partition(1)[0]))
+        for part in model.config.partition(size):
             units = spec.units_of(part)
             for array, all_units, stored in zip(
                 read(model, spec, units, slice_shapes(spec, part)), whole, spec.arrays(), strict=True

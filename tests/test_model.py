@@ -307,6 +307,6 @@ def test_one_sequence_gives_the_same_bits_and_truncates(model_file: ModelFile):
 @pytest.mark.parametrize("weight_type", list(WEIGHT_TYPES))
 def test_a_nan_among_the_weights_reaches_the_logits(model_file: ModelFile, weight_type):
     model = running.load(model_file("plain", weight_type), THREADS)
-    model.weights.layers[1].input_layernorm[3] = np.nan
+    model.weights.layers[1].vector("input_layernorm.weight")[3] = np.nan
     logits = running.all_logits(model, [prompt("plain", 3)])
     assert np.isnan(logits).all()

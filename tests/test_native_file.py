@@ -21,8 +21,7 @@ from mpillama.files.native import ALIGNMENT, metadata_digest, read_table
 from mpillama.files.native_reader import NativeModel, NativeReader, TableEntry, unit_checksums
 from mpillama.files.native_writer import create_file, pack_tensor, seal_file, types_json, write_model
 from mpillama.model.config import ModelConfig
-from mpillama.model.partition import partition
-from mpillama.model.tensors import Split, TensorSpec, WeightTypes, tensor_specs
+from mpillama.model.tensors import TensorSpec, WeightTypes
 from mpillama.quant import WEIGHT_TYPES
 from mpillama.quant.floats import F32
 from mpillama.quant.q8_0 import Q8_0
@@ -80,7 +79,7 @@ def test_every_slice_of_every_rank_is_what_was_written(model_file: ModelFile, ki
     for spec in models.specs_of(config, weight_type):
         packed = pack_tensor(spec, tensors[spec.name])
         for size in (1, 3, 7):
-            for part in partition(model.config, size):
+            for part in model.config.partition(size):
                 units = spec.units_of(part)
                 for found, whole in zip(read_slice(model, spec, units), packed, strict=True):
                     per_unit = len(whole) // spec.units
@@ -134,12 +133,12 @@ def test_matrices_may_have_types_of_their_own(tmp_path):
     """The digest covers them, and the reader takes each tensor by its own."""
     path, name = tmp_path / "m.h5", "model.layers.0.mlp.down_proj.weight"
     types = WeightTypes(Q8_0, {name: F32})
-    specs = tensor_specs(ModelConfig.from_hf(TINY), types)
+    specs = ModelConfig.from_hf(TINY).tensors(types)
     entries = create_file(str(path), TINY, types, specs, {})
     checksums = {key: entry.checksums for key, entry in entries.items()}
     seal_file(str(path), TINY, types, entries, {}, checksums)
     model = read_table(str(path))
-    assert {s.name for s in model.specs if s.split is not Split.REPLICATED and s.weight_type == F32} == {name}
+    assert {s.name for s in model.specs if s.split is not None and s.weight_type == F32} == {name}
 
 
 def test_a_tensor_of_another_shape_is_refused_and_nothing_is_left(tmp_path):
@@ -244,7 +243,7 @@ def test_an_unfinished_file(tiny):
 
 def test_a_file_whose_writer_is_still_at_work(tmp_path):
     types = WeightTypes(Q8_0)
-    create_file(str(tmp_path / "m.h5"), TINY, types, tensor_specs(ModelConfig.from_hf(TINY), types), {})
+    create_file(str(tmp_path / "m.h5"), TINY, types, ModelConfig.from_hf(TINY).tensors(types), {})
     assert "never finished" in refusal(tmp_path / "m.h5")
 
 
@@ -332,7 +331,7 @@ def test_a_changed_text_is_seen(tiny):
 def test_two_tensors_at_one_place_are_refused(tmp_path):
     """A file with a right digest whose table puts two tensors over each other."""
     path, types = tmp_path / "m.h5", WeightTypes(Q8_0)
-    specs = tensor_specs(ModelConfig.from_hf(TINY), types)
+    specs = ModelConfig.from_hf(TINY).tensors(types)
     entries = create_file(str(path), TINY, types, specs, {})
     up, gate = (entries[f"model.layers.0.mlp.{name}_proj.weight"] for name in ("up", "gate"))
     forged = {**entries, up.spec.name: TableEntry(up.spec, gate.offset, up.checksums)}
@@ -503,7 +502,7 @@ def sparse(tmp_path_factory) -> NativeModel:
     """A model of more than 8 GiB whose file holds nothing but a few marks; the head lies beyond 2^32."""
     path, types = tmp_path_factory.mktemp("sparse") / "wide.h5", WeightTypes(F32)
     config = {**WIDE, "tie_word_embeddings": False}
-    specs = tensor_specs(ModelConfig.from_hf(config), types)
+    specs = ModelConfig.from_hf(config).tensors(types)
     entries = create_file(str(path), config, types, specs, {})
     seal_file(str(path), config, types, entries, {}, {k: e.checksums for k, e in entries.items()})
     model = read_table(str(path))
@@ -580,7 +579,7 @@ def test_calls_that_return_less_than_asked_are_continued(tiny, monkeypatch):
 def test_an_idle_rank_reads_nothing(tiny):
     model = read_table(str(tiny))
     for spec in model.specs:
-        if spec.split is not Split.REPLICATED:
+        if spec.split is not None:
             assert all(a.size == 0 for a in read_slice(model, spec, range(spec.units, spec.units)))
 
 

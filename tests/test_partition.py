@@ -9,9 +9,10 @@ from hypothesis import strategies as st
 from mpillama.files.native_reader import TableEntry
 from mpillama.model.cache import cache_bytes
 from mpillama.model.config import ModelConfig
-from mpillama.model.partition import ffn_panel, most_busy_ranks, partition, split_units
+from mpillama.model.mlp import ffn_panel
+from mpillama.model.partition import Split, split_units
 from mpillama.model.shapes import SHAPES
-from mpillama.model.tensors import Split, TensorSpec, WeightTypes, tensor_specs
+from mpillama.model.tensors import TensorSpec, WeightTypes
 from mpillama.model.weights import arena_bytes, slice_bytes, slice_shapes
 from mpillama.quant import WEIGHT_TYPES
 from mpillama.quant.weight_type import LANES
@@ -82,34 +83,39 @@ def configs(draw: st.DrawFn) -> ModelConfig:
     return ModelConfig.from_hf(source)
 
 
+def splits_of(config: ModelConfig) -> tuple[Split, ...]:
+    """By query heads and by KV heads."""
+    return config.blocks[0].attention.splits
+
+
 @given(config=configs(), size=st.integers(1, 100))
 @settings(max_examples=100, deadline=None)
 def test_a_rank_has_the_kv_heads_of_its_query_heads_and_no_others(config, size):
-    parts = partition(config, size)
-    group = config.num_attention_heads // config.num_key_value_heads
-    assert_covers([p.heads for p in parts], config.num_attention_heads)
+    parts = config.partition(size)
+    queries, keys = splits_of(config)
+    assert_covers([part[queries] for part in parts], queries.count)
     for part in parts:
-        assert set(part.kv_heads) == {head // group for head in part.heads}
-    for a, b in pairwise([p for p in parts if p.heads]):
-        assert b.kv_heads.start in (a.kv_heads.stop, a.kv_heads.stop - 1)
+        assert set(part[keys]) == {head // (queries.count // keys.count) for head in part[queries]}
+    for a, b in pairwise([part[keys] for part in parts if part[queries]]):
+        assert b.start in (a.stop, a.stop - 1)
 
 
 @given(config=configs(), size=st.integers(1, 600))
 @settings(max_examples=50, deadline=None)
 def test_ranks_are_idle_only_where_there_are_more_ranks_than_units(config, size):
-    parts, busy = partition(config, size), most_busy_ranks(config)
+    parts, busy = config.partition(size), config.most_busy_ranks
     assert any(p.is_idle() for p in parts) == (size > busy)
 
 
 @given(config=configs(), size=st.integers(1, 60), weight_type=st.sampled_from(list(WEIGHT_TYPES)))
 @settings(max_examples=100, deadline=None)
 def test_the_slices_of_all_ranks_cover_every_tensor_once(config, size, weight_type):
-    parts = partition(config, size)
-    for spec in tensor_specs(config, WeightTypes(WEIGHT_TYPES[weight_type])):
+    parts = config.partition(size)
+    for spec in config.tensors(WeightTypes(WEIGHT_TYPES[weight_type])):
         ranges = [spec.units_of(p) for p in parts]
-        if spec.split is Split.REPLICATED:
+        if spec.split is None:
             assert all(r == range(1) for r in ranges)
-        elif spec.split is Split.KV_HEADS:
+        elif spec.split.group > 1:
             assert {u for r in ranges for u in r} == set(range(spec.units))
         else:
             assert_covers(ranges, spec.units)
@@ -134,8 +140,8 @@ def assert_extents_are_the_units(spec: TensorSpec, ranges: list[range]) -> None:
 @settings(max_examples=50, deadline=None)
 def test_a_slice_is_what_the_ranks_arrays_hold(config, size, weight_type):
     kind = WEIGHT_TYPES[weight_type]
-    specs = tensor_specs(config, WeightTypes(kind))
-    for part in partition(config, size):
+    specs = config.tensors(WeightTypes(kind))
+    for part in config.partition(size):
         for spec in specs:
             rows, columns = len(spec.units_of(part)) * spec.unit, spec.columns
             if spec.panel:
@@ -147,15 +153,16 @@ def test_a_slice_is_what_the_ranks_arrays_hold(config, size, weight_type):
 
 def test_two_ranks_hold_the_kv_head_at_their_border():
     """10 heads in 5 groups of 2 over 3 ranks: 4, 3, 3; heads 6 and 7 share KV head 3."""
-    parts = partition(ModelConfig.from_hf(models.AWKWARD), 3)
-    assert [p.kv_heads for p in parts] == [range(2), range(2, 4), range(3, 5)]
+    config = ModelConfig.from_hf(models.AWKWARD)
+    assert [part[splits_of(config)[1]] for part in config.partition(3)] == [range(2), range(2, 4), range(3, 5)]
 
 
 def test_more_ranks_than_units_leave_the_last_ones_idle():
-    parts = partition(ModelConfig.from_hf(models.AWKWARD), 12)
-    assert [len(p.heads) for p in parts] == [1] * 10 + [0] * 2
-    assert [len(p.ffn_panels) for p in parts] == [1] * 11 + [0]
-    assert [p.kv_heads for p in parts[-2:]] == [range(0)] * 2
+    config = ModelConfig.from_hf(models.AWKWARD)
+    parts, (queries, keys) = config.partition(12), splits_of(config)
+    assert [len(part[queries]) for part in parts] == [1] * 10 + [0] * 2
+    assert [len(part[config.blocks[0].mlp.split]) for part in parts] == [1] * 11 + [0]
+    assert [part[keys] for part in parts[-2:]] == [range(0)] * 2
 
 
 def is_exact(value: object) -> bool:
@@ -169,8 +176,8 @@ def test_sizes_are_exact_whole_numbers_for_ten_times_llama_405b(weight_type, fac
     """Hidden and FFN sizes, layers and vocabulary times 10: tensors of up to 100 times the elements."""
     scaled = ("hidden_size", "intermediate_size", "num_hidden_layers", "vocab_size", "num_attention_heads")
     config = ModelConfig.from_hf({**LLAMA_405B, **{key: factor * LLAMA_405B[key] for key in scaled}})
-    specs, offset, elements = tensor_specs(config, WeightTypes(WEIGHT_TYPES[weight_type])), 0, 0
-    parts = partition(config, 7)
+    specs, offset, elements = config.tensors(WeightTypes(WEIGHT_TYPES[weight_type])), 0, 0
+    parts = config.partition(7)
     for spec in specs:
         rows, columns = spec.rows, spec.columns
         elements += rows * columns

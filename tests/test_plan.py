@@ -10,7 +10,6 @@ from mpillama.engine.memory import RESERVE
 from mpillama.errors import UserError
 from mpillama.model.cache import blocks_for
 from mpillama.model.config import ModelConfig
-from mpillama.model.partition import partition
 from mpillama.model.shapes import shape_config
 from mpillama.model.tensors import WeightTypes
 from mpillama.quant import WEIGHT_TYPES
@@ -47,7 +46,7 @@ def test_the_check_before_loading_asks_for_what_is_planned(ranks, kv_type):
     asked = request("llama-3.2-1b", nodes=ranks, context=1000, kv_type=kv_type)
     model = asked.memory_model
     for rank, (part, planned) in enumerate(
-        zip(partition(asked.config, ranks), plan.make_plan(asked).ranks, strict=True)
+        zip(asked.config.partition(ranks), plan.make_plan(asked).ranks, strict=True)
     ):
         without_cache = model.of_rank(rank, part, context=0)
         checked = without_cache.to_allocate + blocks_for(1000) * model.cache_block_bytes(part)

@@ -24,8 +24,7 @@ from mpillama.files.reading import changed, modified
 from mpillama.kernels.library import Team
 from mpillama.kernels.target import Target
 from mpillama.model.cache import blocks_for
-from mpillama.model.llama import LlamaModel
-from mpillama.model.partition import partition
+from mpillama.model.decoder import Decoder
 from mpillama.model.weights import Weights, load_weights
 
 Progress = Callable[[int], AbstractContextManager[Callable[[LoadState], None]]]
@@ -41,7 +40,7 @@ class LoadedModel:
     """A rank's part of a model, and what the file says of it."""
 
     file: ModelFile
-    model: LlamaModel
+    model: Decoder
     bytes_read: int
     seconds: float
     context: int
@@ -79,7 +78,7 @@ def load_model(settings: ModelSettings, world: World, target: Target, progress: 
     weights, bytes_read = _read_weights(settings, file, world, target.team, progress)
     seconds = time.perf_counter() - start
     LOG.info("read %d bytes in %.1f s, %.2f GB/s.", bytes_read, seconds, bytes_read / seconds / 1e9)
-    model = LlamaModel(file.config, weights, comm, target.team)
+    model = Decoder(file.config, weights, comm, target.team)
     return LoadedModel(file, model, bytes_read, time.perf_counter() - start, context, room)
 
 
@@ -98,7 +97,7 @@ def _read_weights(
     stamps = _stamps(file) if comm.is_root else {}
     reader = comm.together(lambda: file.reader(lambda count: None, team.threads, settings.verify))
     replicated = ReplicatedTensors(comm, reader.read)
-    part = partition(file.config, comm.size)[comm.rank]
+    part = file.config.partition(comm.size)[comm.rank]
     total = sum(file.stored_bytes(spec, spec.units_of(part)) for spec in file.specs if is_read(spec, comm))
     sizes = comm.gather((total, world.host))
 

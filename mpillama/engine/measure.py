@@ -9,7 +9,7 @@ import numpy as np
 from mpillama.comm.communicator import Communicator
 from mpillama.kernels.library import PARTS, Team
 from mpillama.model.cache import KVCache, blocks_for, cache_bytes, decode_step, single_sequence_step
-from mpillama.model.llama import LlamaModel
+from mpillama.model.decoder import Decoder
 
 WARM_UP_STEPS = 3
 BANDWIDTH_BYTES = 512 << 20
@@ -44,7 +44,7 @@ class Timing:
 class Stopwatch:
     """Measures a model with a cache of its own."""
 
-    def __init__(self, model: LlamaModel, positions: int, sequences: int, kv_type: str, prefill_chunk: int):
+    def __init__(self, model: Decoder, positions: int, sequences: int, kv_type: str, prefill_chunk: int):
         blocks = blocks_for(positions)
         self.model = model
         self.comm: Communicator = model.comm

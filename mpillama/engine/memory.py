@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from mpillama.model.cache import blocks_for, cache_bytes
 from mpillama.model.config import ModelConfig
-from mpillama.model.partition import Partition, partition
+from mpillama.model.partition import Partition
 from mpillama.model.tensors import EMBEDDING, LM_HEAD, TensorSpec
 from mpillama.model.weights import arena_bytes, slice_bytes
 from mpillama.model.workspace import workspace_bytes
@@ -85,8 +85,8 @@ class MemoryModel:
     def of_ranks(self, context: int) -> list[RankMemory]:
         """What each rank takes; of thousands of ranks most are alike and computed once."""
         known, found = dict[tuple[int, ...], RankMemory](), []
-        for rank, part in enumerate(partition(self.config, self.ranks)):
-            sizes = (int(rank == 0), *(len(units) for units in vars(part).values()))
+        for rank, part in enumerate(self.config.partition(self.ranks)):
+            sizes = (int(rank == 0), *(len(units) for units in part.ranges.values()))
             if sizes not in known:
                 known[sizes] = self.of_rank(rank, part, context)
             found.append(known[sizes])
@@ -114,7 +114,7 @@ class RankUsage:
 
 def memory_of_ranks(model: MemoryModel, blocks: int, positions: int, processes: Sequence[int]) -> list[RankUsage]:
     """Each rank's memory with a cache of `blocks` blocks, `positions` of it filled; `processes` are resident bytes."""
-    parts, filled = partition(model.config, model.ranks), blocks_for(positions)
+    parts, filled = model.config.partition(model.ranks), blocks_for(positions)
     return [
         RankUsage(
             of_rank.weights,

@@ -10,10 +10,9 @@ from dataclasses import dataclass, replace
 
 from mpillama.engine.memory import RESERVE, MemoryModel, RankMemory
 from mpillama.model.config import ModelConfig
-from mpillama.model.partition import most_busy_ranks, partition
-from mpillama.model.tensors import EMBEDDING, LM_HEAD, TensorSpec, WeightTypes, tensor_specs
+from mpillama.model.tensors import EMBEDDING, LM_HEAD, TensorSpec, WeightTypes
 from mpillama.model.weights import slice_bytes
-from mpillama.quant import WEIGHT_TYPES
+from mpillama.quant import SMALLEST
 
 GOOD_EFFICIENCY = 0.85
 """The share of the read bandwidth that a decode step reaches."""
@@ -40,7 +39,7 @@ class PlanRequest:
 
     @property
     def specs(self) -> list[TensorSpec]:
-        return tensor_specs(self.config, self.types)
+        return self.config.tensors(self.types)
 
     @property
     def memory_model(self) -> MemoryModel:
@@ -109,8 +108,8 @@ def _remedies(plan: Plan) -> Iterator[Remedy]:
     candidates = []
     if request.kv_type != "q8":
         candidates.append(("--kv-type q8", replace(request, kv_type="q8")))
-    if any(s.weight_type is not WEIGHT_TYPES["q4_0"] for s in request.specs if not s.vector):
-        candidates.append(("--weights q4_0", replace(request, types=WeightTypes(WEIGHT_TYPES["q4_0"]))))
+    if any(s.weight_type != SMALLEST for s in request.specs if not s.vector):
+        candidates.append((f"--weights {SMALLEST.name}", replace(request, types=WeightTypes(SMALLEST))))
     for text, changed_request in candidates:
         changed = make_plan(changed_request)
         if changed.fits:
@@ -134,7 +133,7 @@ def _largest_context(request: PlanRequest) -> int:
 
 def _least_nodes(request: PlanRequest) -> Plan | None:
     """The fewest nodes that fit; None if more ranks than the model has parts would be needed."""
-    most = max(request.nodes, most_busy_ranks(request.config) // request.ranks_per_node)
+    most = max(request.nodes, request.config.most_busy_ranks // request.ranks_per_node)
     low, high = request.nodes, most
     if not make_plan(replace(request, nodes=high)).fits:
         return None
@@ -214,33 +213,29 @@ def _communication(request: PlanRequest, network: Network, tokens: int) -> float
 def _prefill(request: PlanRequest, node: Node, network: Network) -> float:
     """Tokens per second of a prompt's full chunks: the rank with the largest share of the products decides."""
     tokens = request.prefill_chunk
-    share = max(len(p.ffn_panels) for p in partition(request.config, request.ranks))
-    panels = len(partition(request.config, 1)[0].ffn_panels)
-    work = tokens * multiply_adds(request.config) * share / panels
+    panels = request.config.blocks[0].mlp.split
+    share = max(len(part[panels]) for part in request.config.partition(request.ranks)) / panels.count
+    work = tokens * multiply_adds(request.config) * share
     return tokens / (work / (node.multiply_adds / request.ranks_per_node) + _communication(request, network, tokens))
 
 
 def multiply_adds(config: ModelConfig) -> int:
     """Multiply-adds of the layers' matrix products for one token, without attention; of experts the chosen ones."""
-    specs = tensor_specs(config, WeightTypes(WEIGHT_TYPES["f32"]))
+    specs = config.tensors(WeightTypes(SMALLEST))
     layers = [s for s in specs if not s.vector and s.name not in (EMBEDDING, LM_HEAD)]
-    shared = sum(s.rows * s.columns for s in layers if not s.experts)
-    return shared + config.num_experts_per_tok * sum(s.rows * s.columns for s in layers if s.experts)
+    return sum(s.rows * s.columns * s.chosen for s in layers)
 
 
 def _streamed(request: PlanRequest, rank: RankMemory) -> int:
     """Bytes that a rank reads in a decode step: its weights (without an untied embedding) and its KV cache."""
     config = request.config
     embedding = 0 if config.tie_word_embeddings else rank.embedding // 2
-    weights = rank.weights - embedding
-    if config.num_experts:
-        chosen = min(1.0, request.batch * config.num_experts_per_tok / config.num_experts)
-        weights = round(weights * (1 - _expert_share(request) * (1 - chosen)))
-    return weights + rank.kv_cache
+    return round((rank.weights - embedding) * (1 - _idle_share(request))) + rank.kv_cache
 
 
-def _expert_share(request: PlanRequest) -> float:
-    """The experts' share of all weights."""
-    whole = partition(request.config, 1)[0]
+def _idle_share(request: PlanRequest) -> float:
+    """The share of all weights that belongs to experts which no sequence chooses."""
+    whole = request.config.partition(1)[0]
     experts = [spec for spec in request.specs if spec.experts]
-    return slice_bytes(experts, whole) / slice_bytes(request.specs, whole)
+    idle = sum(slice_bytes([s], whole) * (1 - min(1.0, request.batch * s.chosen / s.experts)) for s in experts)
+    return idle / slice_bytes(request.specs, whole)

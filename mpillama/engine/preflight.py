@@ -10,8 +10,8 @@ from mpillama.engine.host_memory import available_bytes, memory_warnings, proces
 from mpillama.engine.memory import RESERVE, MemoryModel
 from mpillama.engine.model_file import ModelFile
 from mpillama.errors import UserError
-from mpillama.model.cache import BLOCK_POSITIONS, blocks_for
-from mpillama.model.partition import partition
+from mpillama.model.attention import BLOCK_POSITIONS
+from mpillama.model.cache import blocks_for
 
 PROGRAM_ROOM = 128_000_000
 """Bytes that a process must be free to map before it loads a model: the demo takes 40 MB, mostly stacks of threads."""
@@ -52,7 +52,7 @@ def measure_host(file: ModelFile, world: World, kv_type: str, prefill_chunk: int
     size = size or world.comm.size
     model = MemoryModel(file.config, file.specs, size, kv_type, prefill_chunk)
     rank = world.comm.rank % size
-    part = partition(file.config, size)[rank]
+    part = file.config.partition(size)[rank]
     fixed = model.of_rank(rank, part, context=0).to_allocate + RESERVE
     per_block = model.cache_block_bytes(part)
     mates = world.neighbours.gather((fixed, per_block, process_room()))

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from mpillama.comm.communicator import Communicator
-from mpillama.model.tensors import Split, TensorSpec
+from mpillama.model.tensors import TensorSpec
 from mpillama.model.weights import Read
 
 
@@ -20,7 +20,7 @@ class ReplicatedTensors:
 
     def read(self, spec: TensorSpec, units: range, arrays: Sequence[np.ndarray]) -> None:
         """Fill the arrays of a tensor with the given units, unless rank 0 does."""
-        if spec.split is Split.REPLICATED:
+        if spec.split is None:
             self.whole[spec.name] = arrays
             if not self.comm.is_root:
                 return
@@ -36,4 +36,4 @@ class ReplicatedTensors:
 
 def is_read(spec: TensorSpec, comm: Communicator) -> bool:
     """Whether this rank reads its units of a tensor from the file."""
-    return comm.is_root or spec.split is not Split.REPLICATED
+    return comm.is_root or spec.split is not None

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from mpillama.engine.block_pool import BlockPool
 from mpillama.engine.sequence import EngineSequence
 from mpillama.engine.speculation import Drafter
-from mpillama.model.cache import BLOCK_POSITIONS, blocks_for
+from mpillama.model.attention import BLOCK_POSITIONS
+from mpillama.model.cache import blocks_for
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from mpillama.engine.memory import MemoryModel
 from mpillama.engine.model_file import ModelFile, SliceReader
 from mpillama.errors import UserError
 from mpillama.model.config import ModelConfig
-from mpillama.model.tensors import TensorSpec, WeightTypes, tensor_specs
+from mpillama.model.tensors import TensorSpec, WeightTypes
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class FirstLayers:
     @property
     def specs(self) -> list[TensorSpec]:
         """The tensors of the first layers, the embedding and the head."""
-        return tensor_specs(self.config, self.weight_types)
+        return self.config.tensors(self.weight_types)
 
     def requantised(self) -> Mapping[str, int]:
         """Those of the whole model."""

@@ -7,19 +7,9 @@ import numpy as np
 
 from mpillama.engine.measure import Stopwatch, Timing
 from mpillama.kernels.library import PARTS
-from mpillama.model.llama import LlamaModel
-from mpillama.model.weights import LayerWeights
+from mpillama.model.decoder import Decoder
 
 SUM, LATE, REST = "residual and sum over ranks", "waiting for other ranks", "Python and the rest"
-PRODUCTS: dict[str, Callable[[LayerWeights], int]] = {
-    "q/k/v": lambda w: w.q_proj.bytes + w.k_proj.bytes + w.v_proj.bytes,
-    "o_proj": lambda w: w.o_proj.bytes,
-    "router": lambda w: w.router.bytes if w.router else 0,
-}
-EXPERTS: dict[str, Callable[[LayerWeights], int]] = {
-    "gate/up": lambda w: w.gate_proj.bytes + w.up_proj.bytes,
-    "down": lambda w: w.down_proj.bytes,
-}
 
 
 @dataclass(frozen=True)
@@ -66,9 +56,9 @@ def _sums_alone(watch: Stopwatch, tokens: int) -> float:
     return alone * (embedding if comm.shared_for(message.size) else embedding + halves)
 
 
-def _bytes(model: LlamaModel, tokens: int) -> dict[str, int]:
-    weights = model.weights
-    used = 1.0 - weights.idle_expert_share**tokens
-    sizes = {name: sum(size(layer) for layer in weights.layers) for name, size in PRODUCTS.items()}
-    sizes |= {name: int(used * sum(size(layer) for layer in weights.layers)) for name, size in EXPERTS.items()}
-    return sizes | {"lm_head": weights.lm_head.bytes}
+def _bytes(model: Decoder, tokens: int) -> dict[str, int]:
+    sizes = dict.fromkeys(PARTS, 0.0)
+    for block, weights in zip(model.config.blocks, model.weights.layers, strict=True):
+        for name, matrices in {**block.attention.products, **block.mlp.products}.items():
+            sizes[name] += weights.bytes_read(matrices, tokens)
+    return {name: int(size) for name, size in sizes.items()} | {"lm_head": model.weights.lm_head.bytes}

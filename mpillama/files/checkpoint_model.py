@@ -13,7 +13,7 @@ from mpillama.errors import UserError
 from mpillama.files.checkpoint import Checkpoint
 from mpillama.files.checkpoint_reader import CheckpointReader
 from mpillama.model.config import ModelConfig
-from mpillama.model.tensors import LM_HEAD, Split, TensorSpec, WeightTypes, tensor_specs
+from mpillama.model.tensors import LM_HEAD, TensorSpec, WeightTypes
 from mpillama.quant import WEIGHT_TYPES
 from mpillama.quant.floats import F32
 
@@ -55,7 +55,7 @@ class CheckpointModel:
     @cached_property
     def specs(self) -> list[TensorSpec]:
         """The model's tensors, in the order of a native file."""
-        return tensor_specs(self.config, self.weight_types)
+        return self.config.tensors(self.weight_types)
 
     @cached_property
     def metadata_sha256(self) -> str:
@@ -91,11 +91,11 @@ class CheckpointModel:
 def checkpoint_model(checkpoint: Checkpoint, weights: str) -> CheckpointModel:
     """Check a checkpoint against its configuration and choose the weight types; `weights` is a name or as-stored."""
     config = ModelConfig.from_hf(checkpoint.config_json)
-    specs = tensor_specs(config, WeightTypes(F32))
+    specs = config.tensors(WeightTypes(F32))
     _check_tensors(checkpoint, config, specs)
     if weights != AS_STORED:
         return CheckpointModel(checkpoint, WeightTypes(WEIGHT_TYPES[weights]))
-    matrices = [s for s in specs if s.split is not Split.REPLICATED]
+    matrices = [s for s in specs if s.split]
     types = {s.name: checkpoint.tensors[s.source_names[0]].type.held_as() for s in matrices}
     default = Counter(types.values()).most_common(1)[0][0]
     others = {name: kind for name, kind in types.items() if kind != default}

@@ -14,12 +14,14 @@ from mpillama.files.cursor import Cursor
 from mpillama.files.dllama_table import place_tensors
 from mpillama.files.dllama_tokenizer import TEMPLATE, VOCABULARY, find_tokenizer, read_tokenizer
 from mpillama.files.foreign import damaged, regular_size
-from mpillama.model.config import MOST_EXPERTS, MOST_LAYERS
+from mpillama.model.families import FAMILIES
+from mpillama.model.family import MOST_LAYERS, Dllama, Family
+from mpillama.model.mlp import MOST_EXPERTS
 
 MAGIC = (0x0A00ABCD).to_bytes(4, "little")
 OLD_MAGICS = tuple(magic.to_bytes(4, "little") for magic in (0xABCD00, 0xABCD01))
 MOST_PAIRS = 1000
-MODEL_TYPES = {0xABCD00: "llama", 0xABCD01: "qwen3", 0xABCD02: "qwen3_moe"}
+ARCHITECTURES = {family.dllama.architecture: family for family in FAMILIES.values() if family.dllama}
 STORED = {0: "f32", 1: "f16", 2: "q4_0", 3: "q8_0"}
 EPSILONS = {5: 1e-5, 6: 1e-6}
 KEYS = (
@@ -56,8 +58,10 @@ class _Header:
 def read_dllama(model_path: str, tokenizer_path: str | None = None) -> Checkpoint:
     """Read everything but the weights; without `tokenizer_path` the tokenizer is the one beside the model."""
     size, (header, start) = regular_size(model_path), _read_header(str(model_path))
-    config = _config(header)
-    tensors = place_tensors(header.path, config, header.choice("weights_float_type", STORED), start, size)
+    family: Family = header.choice("arch_type", ARCHITECTURES)
+    config, stored = _config(header, family), header.choice("weights_float_type", STORED)
+    assert family.dllama
+    tensors = place_tensors(header.path, config, family.dllama, stored, start, size)
     tokenizer = read_tokenizer(tokenizer_path or find_tokenizer(str(model_path)))
     if tokenizer.bos is not None:
         config["bos_token_id"] = tokenizer.bos
@@ -102,11 +106,12 @@ def _check_magic(path: str, found: bytes) -> None:
         )
 
 
-def _config(header: _Header) -> dict[str, Any]:
+def _config(header: _Header, family: Family) -> dict[str, Any]:
     """The header as config.json."""
-    model_type, heads, hidden = header.choice("arch_type", MODEL_TYPES), header.size("n_heads"), header.size("dim")
+    assert family.dllama
+    heads, hidden = header.size("n_heads"), header.size("dim")
     config = {
-        "model_type": model_type,
+        "model_type": family.model_type,
         "hidden_size": hidden,
         "intermediate_size": header.size("hidden_dim"),
         "num_hidden_layers": header.size("n_layers", most=MOST_LAYERS),
@@ -117,18 +122,19 @@ def _config(header: _Header) -> dict[str, Any]:
         "max_position_embeddings": header.size("max_seq_len"),
         "rms_norm_eps": header.choice("norm_epsilon", EPSILONS, 5),
         "rope_theta": float(header.size("rope_theta", 10000)),
-        "rope_scaling": _rope_scaling(header, model_type),
+        "rope_scaling": _rope_scaling(header, family.dllama),
         "tie_word_embeddings": False,
     }
-    return {**config, **_experts(header, model_type)}
+    return {**config, **_experts(header, family)}
 
 
-def _experts(header: _Header, model_type: str) -> dict[str, Any]:
-    if bool(header.values.get("n_experts", 0)) != (model_type == "qwen3_moe"):
+def _experts(header: _Header, family: Family) -> dict[str, Any]:
+    has_experts = family.dllama is not None and family.dllama.experts
+    if bool(header.values.get("n_experts", 0)) != has_experts:
         raise damaged(
-            header.path, f"its header has arch_type {model_type} and n_experts={header.values.get('n_experts')}"
+            header.path, f"its header has arch_type {family.model_type} and n_experts={header.values.get('n_experts')}"
         )
-    if model_type != "qwen3_moe":
+    if not has_experts:
         return {}
     return {
         "num_experts": header.size("n_experts", most=MOST_EXPERTS),
@@ -138,9 +144,9 @@ def _experts(header: _Header, model_type: str) -> dict[str, Any]:
     }
 
 
-def _rope_scaling(header: _Header, model_type: str) -> dict[str, Any] | None:
-    """Llama 3.1's scaling for rope_type 2, nothing for 0; 1 (Falcon's order of channels) is no Llama model."""
-    if model_type != "llama" or header.choice("rope_type", {0: "default", 2: "llama3"}, 0) == "default":
+def _rope_scaling(header: _Header, dllama: Dllama) -> dict[str, Any] | None:
+    """Llama 3.1's scaling for rope_type 2, nothing for 0; 1 is Falcon's order of channels."""
+    if not dllama.scaled_rope or header.choice("rope_type", {0: "default", 2: "llama3"}, 0) == "default":
         _refuse_scaling(header)
         return None
     return {

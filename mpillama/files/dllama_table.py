@@ -5,15 +5,18 @@ from typing import Any
 
 from mpillama.files.checkpoint import StoredTensor
 from mpillama.files.foreign import damaged
+from mpillama.model.family import Dllama
 from mpillama.quant import STORED_TYPES
 
 Plan = list[tuple[str, tuple[int, ...], str]]
 """Name, shape and stored type of tensors that follow each other."""
 
 
-def place_tensors(path: str, config: Mapping[str, Any], stored: str, start: int, size: int) -> dict[str, StoredTensor]:
+def place_tensors(
+    path: str, config: Mapping[str, Any], dllama: Dllama, stored: str, start: int, size: int
+) -> dict[str, StoredTensor]:
     """Every tensor at its place, matrices as `stored`; UserError if the file does not end with the last one."""
-    before, layer, after = _plans(config, stored)
+    before, layer, after = _plans(config, dllama, stored)
     layers = config["num_hidden_layers"]
     try:
         sums = [
@@ -23,7 +26,7 @@ def place_tensors(path: str, config: Mapping[str, Any], stored: str, start: int,
     except ValueError as error:
         raise damaged(path, str(error)) from error
     total = start + sums[0] + layers * sums[1] + sums[2]
-    pairs = config["head_dim"] if config["model_type"] == "llama" else 0
+    pairs = config["head_dim"] if dllama.rotary_pairs else 0
     placed = _placed(before, layer, after, layers, start, pairs)
     if total != size:
         _refuse_size(path, placed, size, total)
@@ -48,11 +51,11 @@ def _placed(before: Plan, layer: Plan, after: Plan, layers: int, place: int, pai
             place += tensor.bytes
 
 
-def _plans(config: Mapping[str, Any], stored: str) -> tuple[Plan, Plan, Plan]:
+def _plans(config: Mapping[str, Any], dllama: Dllama, stored: str) -> tuple[Plan, Plan, Plan]:
     """What stands before the layers, in each layer, and after them."""
     hidden, vocab = config["hidden_size"], config["vocab_size"]
     before: Plan = [("model.embed_tokens.weight", (vocab, hidden), "f32")]
-    layer = [*_attention(config, stored), *_mlp(config, stored), *_norms(config)]
+    layer = [*_attention(config, stored), *_mlp(config, stored), *_norms(config, dllama)]
     after: Plan = [("model.norm.weight", (hidden,), "f32"), ("lm_head.weight", (vocab, hidden), stored)]
     return before, layer, after
 
@@ -80,10 +83,10 @@ def _mlp(config: Mapping[str, Any], stored: str) -> Plan:
     return plan
 
 
-def _norms(config: Mapping[str, Any]) -> Plan:
+def _norms(config: Mapping[str, Any], dllama: Dllama) -> Plan:
     names = ["input_layernorm.weight", "post_attention_layernorm.weight"]
     norms: Plan = [(name, (config["hidden_size"],), "f32") for name in names]
-    if config["model_type"] == "llama":
+    if not dllama.head_norms:
         return norms
     heads: Plan = [(f"self_attn.{name}_norm.weight", (config["head_dim"],), "f32") for name in ("q", "k")]
     return heads + norms

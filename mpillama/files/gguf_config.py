@@ -10,10 +10,10 @@ from mpillama.errors import UserError
 from mpillama.files.foreign import damaged
 from mpillama.files.gguf_header import GgufHeader
 from mpillama.files.gguf_names import OUTPUT, ROPE_FACTORS
-from mpillama.model.rope_scaling import yarn_attention_factor
+from mpillama.model.families import gguf_architectures
+from mpillama.model.family import Gguf
+from mpillama.model.rope import yarn_attention_factor
 
-ARCHITECTURES = {"llama": "llama", "qwen2": "qwen2", "qwen3": "qwen3", "qwen3moe": "qwen3_moe"}
-"""GGUF's architectures as Hugging Face's model_type; Mistral is "llama" in GGUF, and so is Mixtral, with experts."""
 OTHER_KINDS = {
     "adapter": "an adapter (LoRA), not a model: merge it into its base model (llama-export-lora), and give that file",
     "mmproj": "the part of a model that sees pictures: give the .gguf file of its language model",
@@ -37,10 +37,14 @@ class Metadata:
         if kind in OTHER_KINDS:
             raise UserError(f"{self.path}: {OTHER_KINDS[kind]}.")
         self.architecture = header.value("general.architecture")
-        if self.architecture not in ARCHITECTURES:
+        known = gguf_architectures()
+        if self.architecture not in known:
             raise UserError(
-                f"{self.path}: architecture {self.architecture!r}: mpillama runs {', '.join(ARCHITECTURES)} of GGUF."
+                f"{self.path}: architecture {self.architecture!r}: mpillama runs {', '.join(known)} of GGUF."
             )
+        families = known[self.architecture]
+        with_experts = bool(self.get("expert_count"))
+        self.family = next((f for f in families if f.gguf and f.gguf.experts == with_experts), families[0])
 
     def get(self, key: str) -> Any:
         """The architecture's value, None if there is none; of a list with a value for each layer the one of all."""
@@ -93,9 +97,10 @@ class Metadata:
         return value if isinstance(value, int) else None
 
     @property
-    def experts(self) -> int:
-        """Number of experts, 0 for a dense model."""
-        return self.size("expert_count") if self.get("expert_count") else 0
+    def gguf(self) -> Gguf:
+        """How the family is held."""
+        assert self.family.gguf
+        return self.family.gguf
 
     @property
     def head_dim(self) -> int:
@@ -117,7 +122,7 @@ def hugging_face_config(
     """Build config.json; `names` are GGUF's names of tensors, `factors` the divisors of the rotary frequencies."""
     heads = metadata.size("attention.head_count")
     config = {
-        "model_type": "mixtral" if _is_mixtral(metadata) else ARCHITECTURES[metadata.architecture],
+        "model_type": metadata.family.model_type,
         "hidden_size": metadata.size("embedding_length"),
         "intermediate_size": metadata.size("feed_forward_length", _expert_width(metadata)),
         "num_hidden_layers": metadata.size("block_count"),
@@ -131,41 +136,16 @@ def hugging_face_config(
         "rope_scaling": _rope_scaling(metadata, factors),
         "tie_word_embeddings": OUTPUT not in names,
     }
-    optional = {**_biases(metadata, names), **_experts(metadata), **_special_tokens(metadata)}
+    flags = {key: True for key, ending in metadata.gguf.flags.items() if f"blk.0.{ending}" in names}
+    optional = {**flags, **metadata.gguf.fields(metadata), **_special_tokens(metadata)}
     window = metadata.get("attention.sliding_window")
     return {**config, **optional, **({"sliding_window": metadata.size("attention.sliding_window")} if window else {})}
-
-
-def _is_mixtral(metadata: Metadata) -> bool:
-    return metadata.architecture == "llama" and metadata.experts > 0
-
-
-def _biases(metadata: Metadata, names: Collection[str]) -> dict[str, bool]:
-    """Whether there are biases, where the model type does not say so itself."""
-    if metadata.architecture == "qwen2":
-        return {}
-    endings = {"attention_bias": "attn_q.bias", "mlp_bias": "ffn_up.bias"}
-    return {key: True for key, ending in endings.items() if f"blk.0.{ending}" in names}
 
 
 def _expert_width(metadata: Metadata) -> int | None:
     """The width of an expert where the metadata states it."""
     key = "expert_feed_forward_length"
     return metadata.size(key) if metadata.get(key) is not None else None
-
-
-def _experts(metadata: Metadata) -> dict[str, Any]:
-    if _is_mixtral(metadata):
-        return {"num_local_experts": metadata.experts, "num_experts_per_tok": metadata.size("expert_used_count")}
-    if metadata.architecture != "qwen3moe":
-        return {}
-    norm = metadata.get("expert_weights_norm")
-    return {
-        "num_experts": metadata.size("expert_count"),
-        "num_experts_per_tok": metadata.size("expert_used_count"),
-        "moe_intermediate_size": metadata.size("expert_feed_forward_length"),
-        "norm_topk_prob": True if norm is None else bool(norm),
-    }
 
 
 def _special_tokens(metadata: Metadata) -> dict[str, Any]:

@@ -33,8 +33,9 @@ def read_gguf(path: str) -> Checkpoint:
     metadata = Metadata(headers[0])
     factors = _rope_factors(files, stored.pop(ROPE_FACTORS, None), metadata.head_dim)
     config = hugging_face_config(metadata, stored.keys(), _vocab_size(metadata, stored), factors)
-    pairs = metadata.head_dim if metadata.architecture == "llama" else 0
-    table = by_name(files, (c for tensor in stored.values() for c in canonical(files[tensor.file], tensor, pairs)))
+    gguf, head_dim = metadata.gguf, metadata.head_dim
+    named = (c for tensor in stored.values() for c in canonical(files[tensor.file], tensor, gguf, head_dim))
+    table = by_name(files, named)
     return Checkpoint(str(path), "gguf", config, _texts(headers[0].metadata), files, sizes, table)
 
 

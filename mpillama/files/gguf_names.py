@@ -6,6 +6,7 @@ from dataclasses import replace
 
 from mpillama.files.checkpoint import StoredTensor
 from mpillama.files.foreign import split_experts
+from mpillama.model.family import Gguf
 
 ROPE_FACTORS = "rope_freqs.weight"
 EMBEDDING = "token_embd.weight"
@@ -14,20 +15,6 @@ IGNORED = "attn_rot_embd"
 """Rotary frequencies in old files, which follow from the metadata."""
 
 OUTER = {EMBEDDING: "model.embed_tokens.weight", "output_norm.weight": "model.norm.weight", OUTPUT: "lm_head.weight"}
-INNER = {
-    "attn_norm": "input_layernorm",
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "attn_q_norm": "self_attn.q_norm",
-    "attn_k_norm": "self_attn.k_norm",
-    "ffn_norm": "post_attention_layernorm",
-    "ffn_gate_inp": "mlp.gate",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
-}
 EXPERTS = {
     "ffn_gate_exps": ("gate_proj",),
     "ffn_up_exps": ("up_proj",),
@@ -35,14 +22,11 @@ EXPERTS = {
     "ffn_gate_up_exps": ("gate_proj", "up_proj"),
 }
 ROTATED = ("attn_q", "attn_k")
-"""What stands in rotary pairs in files of architecture llama."""
+"""What may stand in rotary pairs."""
 
 
-def canonical(path: str, tensor: StoredTensor, rotary_pairs: int) -> Iterator[StoredTensor]:
-    """The tensor under Hugging Face's name, stacked experts one by one; an unknown name stays as it is.
-
-    `rotary_pairs` is head_dim where the architecture's queries and keys stand in rotary pairs, else 0.
-    """
+def canonical(path: str, tensor: StoredTensor, gguf: Gguf, head_dim: int) -> Iterator[StoredTensor]:
+    """The tensor under Hugging Face's name, stacked experts one by one; an unknown name stays as it is."""
     layer = re.fullmatch(r"blk\.([0-9]{1,6})\.(\w+)(?:\.([0-9]{1,6}))?\.(weight|bias)", tensor.name, re.ASCII)
     if layer is None:
         yield replace(tensor, name=OUTER.get(tensor.name, tensor.name))
@@ -53,8 +37,8 @@ def canonical(path: str, tensor: StoredTensor, rotary_pairs: int) -> Iterator[St
     elif expert and kind in ("ffn_gate", "ffn_up", "ffn_down"):
         name = f"{prefix}mlp.experts.{int(expert)}.{kind.removeprefix('ffn_')}_proj.{ending}"
         yield replace(tensor, name=name)
-    elif kind in INNER and not expert:
-        pairs = rotary_pairs if kind in ROTATED else 0
-        yield replace(tensor, name=f"{prefix}{INNER[kind]}.{ending}", interleaved=pairs)
+    elif kind in gguf.names and not expert:
+        pairs = head_dim if gguf.rotary_pairs and kind in ROTATED else 0
+        yield replace(tensor, name=f"{prefix}{gguf.names[kind]}.{ending}", interleaved=pairs)
     elif kind != IGNORED:
         yield tensor

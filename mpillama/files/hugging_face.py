@@ -13,6 +13,7 @@ from mpillama.files.foreign import by_name, check_extents, damaged, read_json, r
 from mpillama.files.output_head import TIED, settle_head, with_prefix
 from mpillama.files.safetensors_table import IGNORED, read_safetensors_table
 from mpillama.files.stand_ins import what_folder
+from mpillama.model.families import FAMILIES
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -24,7 +25,6 @@ OLDER_TOKENIZER = ("tokenizer.model", "added_tokens.json")
 SENTENCES = "modules.json"
 """Beside models that make embeddings of sentences (sentence-transformers)."""
 QUANTISED = ("quantization_config", "compression_config", "quantization")
-MIXTRAL_NAMES = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
 FUSED_EXPERTS = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
 
 
@@ -42,7 +42,9 @@ def read_hugging_face(path: str) -> Checkpoint:
     _check_index(folder, placed, names, tables)
     tensors = [tensor for table in tables for tensor in table]
     check_extents(files, sizes, tensors)
-    stored = by_name(files, (c for tensor in tensors for c in _canonical(files[tensor.file], tensor)))
+    family = FAMILIES.get(str(config.get("model_type")))
+    renames = family.renames if family else {}
+    stored = by_name(files, (c for tensor in tensors for c in _canonical(files[tensor.file], tensor, renames)))
     table = with_prefix(stored)
     without_head = table is not stored and not config.get(TIED)
     config, table = settle_head(str(path), config, table, files, without_head or (folder / SENTENCES).exists())
@@ -111,15 +113,16 @@ def _check_index(folder: Path, placed: Mapping[str, str], names: list[str], tabl
 # -- names ----------------------------------------------------------------------------------------------------------
 
 
-def _canonical(path: str, tensor: StoredTensor) -> Iterator[StoredTensor]:
+def _canonical(path: str, tensor: StoredTensor, renames: Mapping[str, str]) -> Iterator[StoredTensor]:
     """The tensor under its canonical name; stacked experts one by one."""
-    name = tensor.name.replace(".block_sparse_moe.", ".mlp.")
+    name = tensor.name
+    for pattern, replacement in renames.items():
+        name = re.sub(pattern, replacement, name)
     fused = re.fullmatch(r"(.*\.mlp\.experts\.)(gate_up_proj|down_proj)", name)
     if fused:
         yield from split_experts(path, fused[1], tensor, FUSED_EXPERTS[fused[2]])
-        return
-    expert = re.fullmatch(r"(.*\.mlp\.experts\.[0-9]+\.)(w[123])\.weight", name)
-    yield replace(tensor, name=f"{expert[1]}{MIXTRAL_NAMES[expert[2]]}.weight" if expert else name)
+    else:
+        yield replace(tensor, name=name)
 
 
 # -- texts ----------------------------------------------------------------------------------------------------------

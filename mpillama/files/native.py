@@ -18,7 +18,7 @@ import numpy as np
 from mpillama.errors import UserError
 from mpillama.files.native_reader import NativeModel, TableEntry
 from mpillama.model.config import ModelConfig
-from mpillama.model.tensors import TensorSpec, WeightTypes, tensor_specs
+from mpillama.model.tensors import TensorSpec, WeightTypes
 from mpillama.quant import WEIGHT_TYPES
 from mpillama.quant.weight_type import WeightType
 
@@ -90,7 +90,7 @@ def _read_open_file(file: HdfFile, path: str, size: int) -> NativeModel:
     _check_version(file, path)
     config_json, types_json = (json.loads(_text_attribute(file, name)) for name in ("config", "weight_types"))
     types = _weight_types(types_json, path)
-    specs = tensor_specs(ModelConfig.from_hf(config_json), types)
+    specs = ModelConfig.from_hf(config_json).tensors(types)
     texts = {name: file[f"text/{name}"][()].tobytes() for name in TEXTS if f"text/{name}" in file}
     entries = _read_entries(file, specs, size)
     digest = metadata_digest(config_json, types_json, entries, texts)

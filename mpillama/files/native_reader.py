@@ -13,7 +13,7 @@ import xxhash
 from mpillama.errors import UserError
 from mpillama.files.reading import MAX_READ, SourceFile, cut_extent
 from mpillama.model.config import ModelConfig
-from mpillama.model.tensors import ArraySpec, TensorSpec, WeightTypes, tensor_specs
+from mpillama.model.tensors import ArraySpec, TensorSpec, WeightTypes
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ class NativeModel:
     @property
     def specs(self) -> list[TensorSpec]:
         """The model's tensors in the order of the file."""
-        return tensor_specs(self.config, self.weight_types)
+        return self.config.tensors(self.weight_types)
 
 
 class NativeReader:

@@ -13,7 +13,7 @@ from mpillama.files.native import ALIGNMENT, FORMAT, FORMAT_VERSION, HdfFile, hd
 from mpillama.files.native_reader import TableEntry, unit_checksums
 from mpillama.files.reading import write_exactly
 from mpillama.model.config import ModelConfig
-from mpillama.model.tensors import ArraySpec, TensorSpec, WeightTypes, tensor_specs
+from mpillama.model.tensors import ArraySpec, TensorSpec, WeightTypes
 from mpillama.quant.weight_type import Arrays, WeightType
 
 
@@ -30,7 +30,7 @@ def write_model(
     """
     temporary = f"{path}.writing-{os.getpid()}"
     types = WeightTypes(weight_type)
-    specs = tensor_specs(ModelConfig.from_hf(config_json), types)
+    specs = ModelConfig.from_hf(config_json).tensors(types)
     try:
         entries = create_file(temporary, config_json, types, specs, texts)
         checksums = _write_tensors(temporary, specs, entries, tensor)

@@ -1,24 +1,17 @@
 """The KV cache of a rank's heads, in blocks of 64 positions, and the step that reads and writes it."""
 
 from dataclasses import dataclass
+from math import prod
 
 import numpy as np
 
 from mpillama.kernels import arguments
+from mpillama.model.attention import BLOCK_POSITIONS, KV_TYPES
 from mpillama.model.config import ModelConfig
 from mpillama.model.partition import Partition
-from mpillama.quant.weight_type import BLOCK
 
-BLOCK_POSITIONS = 64
-
-KV_DTYPES: dict[str, np.dtype[np.generic]] = {
-    "f16": np.dtype(np.int16),
-    "f32": np.dtype(np.float32),
-    "q8": np.dtype(np.int8),
-}
-"""float16 is held as bit patterns; q8 has a float16 scale for every 32 channels of a position."""
-LayerCache = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
-"""Keys, their scales, values, their scales; without scales for f16 and f32."""
+LayerCache = tuple[np.ndarray, ...]
+"""What one layer keeps; of grouped-query attention keys, their scales, values, their scales."""
 
 
 def blocks_for(positions: int) -> int:
@@ -28,31 +21,23 @@ def blocks_for(positions: int) -> int:
 
 def cache_bytes(config: ModelConfig, part: Partition, blocks: int, kv_type: str) -> int:
     """Bytes of a rank's cache of `blocks` blocks."""
-    values = config.num_hidden_layers * blocks * BLOCK_POSITIONS * len(part.kv_heads) * config.padded_head_dim
-    scales = values // BLOCK * 2 if kv_type == "q8" else 0
-    return 2 * (values * KV_DTYPES[kv_type].itemsize + scales)
+    kind = KV_TYPES[kv_type]
+    arrays = (array for block in config.blocks for array in block.attention.cache_arrays(part, blocks, kind))
+    return sum(prod(shape) * dtype.itemsize for shape, dtype in arrays)
 
 
 class KVCache:
-    """The cache blocks of each layer: [blocks, kv_heads, …], as kernels/src/attention.h describes them."""
+    """The cache blocks of each layer: arrays [blocks, …] as its kind of attention has them."""
 
     def __init__(self, config: ModelConfig, part: Partition, blocks: int, kv_type: str):
-        heads, head_dim, dtype = len(part.kv_heads), config.padded_head_dim, KV_DTYPES[kv_type]
-        scale_shape = (blocks, heads, head_dim // BLOCK if kv_type == "q8" else 0, BLOCK_POSITIONS)
-
-        def layer() -> LayerCache:
-            # Zeroed memory costs nothing until its pages are written.
-            return (
-                np.zeros((blocks, heads, head_dim, BLOCK_POSITIONS), dtype),
-                np.zeros(scale_shape, np.uint16),
-                np.zeros((blocks, heads, BLOCK_POSITIONS, head_dim), dtype),
-                np.zeros(scale_shape, np.uint16),
-            )
-
-        self.layers = [layer() for _ in range(config.num_hidden_layers)]
-        number = arguments.CACHE_TYPES[kv_type]
+        kind = KV_TYPES[kv_type]
+        # Zeroed memory costs nothing until its pages are written.
+        self.layers: list[LayerCache] = [
+            tuple(np.zeros(*array) for array in block.attention.cache_arrays(part, blocks, kind))
+            for block in config.blocks
+        ]
         self.arguments = [
-            arguments.Cache(*(arguments.address(part) for part in layer), number) for layer in self.layers
+            arguments.Cache(*(arguments.address(part) for part in layer), kind.number) for layer in self.layers
         ]
         self.blocks = blocks
 

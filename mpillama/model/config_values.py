@@ -11,15 +11,21 @@ Json = Mapping[str, Any]
 
 
 class ConfigValues:
-    """A configuration in Hugging Face's spelling; null means left out."""
+    """A configuration in Hugging Face's spelling; null means left out, and what is left out has its default."""
 
-    def __init__(self, source: Json):
+    def __init__(self, source: Json, defaults: Json | None = None):
         self.source = source
+        self.defaults = defaults or {}
 
     def get(self, key: str, default: Any = None) -> Any:
-        """The value as it stands."""
+        """The value, unchecked."""
         value = self.source.get(key)
+        value = self.defaults.get(key) if value is None else value
         return default if value is None else value
+
+    def given(self, key: str) -> Any:
+        """As get, where null is a value."""
+        return self.source.get(key, self.defaults.get(key))
 
     def refuse(self, key: str, remedy: str) -> UserError:
         """The error for a value, to be raised."""
@@ -35,7 +41,6 @@ class ConfigValues:
         return value
 
     def flag(self, key: str, default: bool = False) -> bool:
-        """True or false."""
         return bool(self.get(key, default))
 
     def number(self, key: str, default: float | None = None) -> float:

@@ -1,5 +1,6 @@
-"""Weight matrices in row lanes."""
+"""Weight matrices in row lanes, and a layer's tensors by name."""
 
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from math import prod
 
@@ -46,10 +47,50 @@ class Matrix:
 
     @property
     def bytes(self) -> int:
-        """Bytes of the slice."""
         return self.values.nbytes + (0 if self.scales is None else self.scales.nbytes)
 
 
 def any_quantised(*matrices: Matrix) -> bool:
     """Whether their activations must be quantised."""
     return any(m.weight_type.quantised for m in matrices)
+
+
+class LayerWeights:
+    """This rank's tensors of one decoder layer, by their names within it.
+
+    `expert_matrices` hold a matrix for each expert, of which a token leaves the share `idle` unread.
+    """
+
+    def __init__(
+        self, tensors: Mapping[str, Matrix | np.ndarray], expert_matrices: Collection[str] = (), idle: float = 0.0
+    ):
+        self._tensors = tensors
+        self._expert_matrices = expert_matrices
+        self._idle = idle
+
+    def matrix(self, name: str) -> Matrix:
+        found = self._tensors[name]
+        assert isinstance(found, Matrix), name
+        return found
+
+    def vector(self, name: str) -> np.ndarray | None:
+        """A vector; None if the model has none of this name."""
+        found = self._tensors.get(name)
+        assert not isinstance(found, Matrix), name
+        return found
+
+    def address(self, name: str) -> int | None:
+        """Where a vector's values lie, for kernels."""
+        return arguments.address(self.vector(name))
+
+    def bytes_read(self, names: Iterable[str], tokens: int) -> float:
+        """Bytes of the named matrices that a step of so many tokens reads.
+
+        Of experts it is an expectation: as if each token chose its own evenly.
+        """
+        used = 1 - self._idle**tokens
+        return sum(self.matrix(n).bytes * (used if n in self._expert_matrices else 1) for n in names)
+
+    def bytes_unread(self, tokens: int) -> float:
+        """Bytes of experts that no token of a step chooses, as bytes_read expects it."""
+        return sum(self.matrix(name).bytes for name in self._expert_matrices) * self._idle**tokens

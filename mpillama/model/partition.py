@@ -1,14 +1,8 @@
-"""Which units of the model belong to which rank.
-
-Units are query heads, panels of the FFN, and groups of 16 vocabulary rows; a rank has a contiguous range of each.
-"""
+"""Which units of the model belong to which rank."""
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-
-from mpillama.model.config import ModelConfig
-from mpillama.quant.weight_type import LANES, round_up
 
 
 def split_units(units: int, size: int, weights: Sequence[float] | None = None) -> list[range]:
@@ -29,48 +23,41 @@ def split_units(units: int, size: int, weights: Sequence[float] | None = None) -
     return [range(a, b) for a, b in itertools.pairwise(borders)]
 
 
-def ffn_panel(intermediate_size: int) -> int:
-    """Columns of a panel of down_proj: the largest of 128, 64, 32 that divides the padded size."""
-    padded = round_up(intermediate_size, 32)
-    return next(p for p in (128, 64, 32) if padded % p == 0)
+@dataclass(frozen=True)
+class Split:
+    """By which units a part of the model is divided over ranks: `count` units of a kind.
+
+    With `group`, what is divided are `group` times as many finer units, and a rank holds every unit that some of its
+    own belong to: KV heads follow their query heads, and neighbours may share one.
+    """
+
+    kind: str
+    count: int
+    group: int = 1
+
+    def ranges(self, size: int, weights: Sequence[float] | None = None) -> list[range]:
+        """Each rank's units."""
+        finer = split_units(self.count * self.group, size, weights)
+        if self.group == 1:
+            return finer
+        return [range(own.start // self.group, own[-1] // self.group + 1) if own else range(0) for own in finer]
 
 
 @dataclass(frozen=True)
 class Partition:
-    """One rank's ranges of units; `kv_heads` are those that its query heads need, so neighbours may share one."""
+    """One rank's units of every split of the model."""
 
-    heads: range
-    kv_heads: range
-    ffn_panels: range
-    vocab_groups: range
+    ranges: Mapping[Split, range]
 
-    @property
-    def vocab_rows(self) -> range:
-        """Rows of the (padded) vocabulary."""
-        return range(self.vocab_groups.start * LANES, self.vocab_groups.stop * LANES)
+    def __getitem__(self, split: Split) -> range:
+        return self.ranges[split]
 
     def is_idle(self) -> bool:
         """Whether some part of the model has nothing for this rank to do."""
-        return not (self.heads and self.ffn_panels and self.vocab_groups)
+        return not all(self.ranges.values())
 
 
-def partition(config: ModelConfig, size: int, weights: Sequence[float] | None = None) -> list[Partition]:
-    """Split a model over `size` ranks; returns each rank's part."""
-    heads = split_units(config.num_attention_heads, size, weights)
-    panels = split_units(config.padded_intermediate_size // ffn_panel(config.intermediate_size), size, weights)
-    vocab = split_units(round_up(config.vocab_size, LANES) // LANES, size, weights)
-    kv_heads = [_kv_heads(h, config.num_attention_heads // config.num_key_value_heads) for h in heads]
-    return [Partition(*ranges) for ranges in zip(heads, kv_heads, panels, vocab, strict=True)]
-
-
-def most_busy_ranks(config: ModelConfig) -> int:
-    """The most ranks that all have something to do in every part of the model."""
-    panels = config.padded_intermediate_size // ffn_panel(config.intermediate_size)
-    return min(config.num_attention_heads, panels, round_up(config.vocab_size, LANES) // LANES)
-
-
-def _kv_heads(heads: range, group: int) -> range:
-    """The KV heads that a range of query heads attends with."""
-    if not heads:
-        return range(0)
-    return range(heads.start // group, heads[-1] // group + 1)
+def partitions(splits: Iterable[Split], size: int, weights: Sequence[float] | None = None) -> list[Partition]:
+    """Each rank's part of a model that is divided so."""
+    of_split = {split: split.ranges(size, weights) for split in splits}
+    return [Partition({split: ranges[rank] for split, ranges in of_split.items()}) for rank in range(size)]

@@ -1,7 +1,7 @@
 """This rank's slices of all weights, read straight to the place where the kernels use them."""
 
 import mmap
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -9,7 +9,7 @@ import numpy as np
 
 from mpillama.kernels.library import Team
 from mpillama.model.config import ModelConfig
-from mpillama.model.linear import Matrix
+from mpillama.model.linear import LayerWeights, Matrix
 from mpillama.model.partition import Partition
 from mpillama.model.tensors import EMBEDDING, FINAL_NORM, LM_HEAD, TensorSpec, layer_prefix
 from mpillama.quant.weight_type import round_up
@@ -25,31 +25,7 @@ With no tasks it is called in the midst of other long work.
 """
 
 ARENA_ALIGNMENT = 4096
-
-
-@dataclass(frozen=True)
-class LayerWeights:
-    """One decoder layer, in Hugging Face's names; with experts (a `router`), the MLP's matrices have one more axis."""
-
-    input_layernorm: np.ndarray
-    q_proj: Matrix
-    k_proj: Matrix
-    v_proj: Matrix
-    o_proj: Matrix
-    post_attention_layernorm: np.ndarray
-    gate_proj: Matrix
-    up_proj: Matrix
-    down_proj: Matrix
-    q_proj_bias: np.ndarray | None = None
-    k_proj_bias: np.ndarray | None = None
-    v_proj_bias: np.ndarray | None = None
-    o_proj_bias: np.ndarray | None = None
-    q_norm: np.ndarray | None = None
-    k_norm: np.ndarray | None = None
-    gate_proj_bias: np.ndarray | None = None
-    up_proj_bias: np.ndarray | None = None
-    down_proj_bias: np.ndarray | None = None
-    router: Matrix | None = None
+Loaded = Matrix | np.ndarray
 
 
 @dataclass(frozen=True)
@@ -61,15 +37,13 @@ class Weights:
     norm: np.ndarray
     lm_head: Matrix
     bytes: int
-    idle_expert_share: float = 0.0
 
     def bytes_per_step(self, tokens: int = 1) -> int:
         """Bytes that a step streams: all but an embedding that is not the head, and experts that no token chose.
 
         For several tokens that is an expectation: as if each chose its experts evenly.
         """
-        experts = [m for w in self.layers if w.router for m in (w.gate_proj, w.up_proj, w.down_proj)]
-        idle = round(sum(m.bytes for m in experts) * self.idle_expert_share**tokens)
+        idle = round(sum(layer.bytes_unread(tokens) for layer in self.layers))
         return self.bytes - idle - (0 if self.lm_head is self.embed_tokens else self.embed_tokens.bytes)
 
 
@@ -141,7 +115,7 @@ def load_weights(
         finally:
             pool.shutdown(cancel_futures=True)
     loaded = {s.name: a[0] if s.vector else _matrix(s, a) for s, a in zip(specs, slices, strict=True)}
-    return _assemble(config, loaded, slice_bytes(specs, part))
+    return _assemble(config, specs, loaded, slice_bytes(specs, part))
 
 
 def _finish(tasks: Sequence[Future[None]]) -> None:
@@ -154,19 +128,20 @@ def _matrix(spec: TensorSpec, arrays: Sequence[np.ndarray]) -> Matrix:
     return Matrix(spec.weight_type, *arrays)
 
 
-def _field(name: str) -> str:
-    """The field of LayerWeights for a tensor's name within its layer."""
-    *_, module, kind = name.split(".")
-    return "router" if module == "gate" else module + ("_bias" if kind == "bias" else "")
-
-
-def _assemble(config: ModelConfig, loaded: dict[str, Matrix | np.ndarray], size: int) -> Weights:
-    layers = []
-    for layer in range(config.num_hidden_layers):
-        prefix = layer_prefix(layer)
-        fields = {name.removeprefix(prefix): value for name, value in loaded.items() if name.startswith(prefix)}
-        layers.append(LayerWeights(**{_field(name): value for name, value in fields.items()}))  # type: ignore[arg-type]
+def _assemble(config: ModelConfig, specs: Sequence[TensorSpec], loaded: Mapping[str, Loaded], size: int) -> Weights:
+    of_layers: list[dict[str, Loaded]] = [{} for _ in config.blocks]
+    experts: list[list[str]] = [[] for _ in config.blocks]
+    for spec in specs:
+        if spec.layer is not None:
+            name = spec.name.removeprefix(layer_prefix(spec.layer))
+            of_layers[spec.layer][name] = loaded[spec.name]
+            experts[spec.layer] += [name] * bool(spec.experts)
+    layers = zip(of_layers, experts, config.blocks, strict=True)
     embedding = loaded[EMBEDDING]
-    head = loaded.get(LM_HEAD, embedding)
-    idle = 1 - config.num_experts_per_tok / config.num_experts if config.num_experts else 0.0
-    return Weights(embedding, tuple(layers), loaded[FINAL_NORM], head, size, idle)  # type: ignore[arg-type]
+    return Weights(
+        embed_tokens=embedding,  # type: ignore[arg-type]
+        layers=tuple(LayerWeights(tensors, names, block.mlp.idle) for tensors, names, block in layers),
+        norm=loaded[FINAL_NORM],  # type: ignore[arg-type]
+        lm_head=loaded.get(LM_HEAD, embedding),  # type: ignore[arg-type]
+        bytes=size,
+    )

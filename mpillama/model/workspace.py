@@ -1,5 +1,6 @@
 """The arrays that a step's activations live in: allocated once, so that a step allocates nothing."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -8,8 +9,8 @@ import numpy as np
 from mpillama.kernels import arguments
 from mpillama.kernels.activations import places
 from mpillama.model.config import ModelConfig
-from mpillama.model.partition import Partition, ffn_panel
-from mpillama.quant.weight_type import BLOCK, LANES
+from mpillama.model.partition import Partition
+from mpillama.quant.weight_type import BLOCK
 
 Array = np.ndarray
 
@@ -93,21 +94,21 @@ class Workspace:
         self._allocate(capacity)
 
     def _allocate(self, tokens: int) -> None:
-        config, part, head = self.config, self.part, self.config.padded_head_dim
-        hidden, inner = config.padded_hidden_size, len(part.ffn_panels) * ffn_panel(config.intermediate_size)
+        hidden, pairs = self.config.padded_hidden_size, self.config.rotary_channels // 2
+        widths = step_widths(self.config, self.part)
         self.capacity = tokens
         self._whole = StepArrays(
             x=np.empty((tokens, hidden), np.float32),
             hidden=Activations.empty(tokens, hidden),
-            q=np.empty((tokens, len(part.heads), head), np.float32),
-            k=np.empty((tokens, len(part.kv_heads), head), np.float32),
-            v=np.empty((tokens, len(part.kv_heads), head), np.float32),
-            context=Activations.empty(tokens, len(part.heads) * head),
-            gate=Activations.empty(tokens, inner),
-            up=np.empty((tokens, inner), np.float32),
+            q=np.empty((tokens, widths["q"]), np.float32),
+            k=np.empty((tokens, widths["k"]), np.float32),
+            v=np.empty((tokens, widths["v"]), np.float32),
+            context=Activations.empty(tokens, widths["context"]),
+            gate=Activations.empty(tokens, widths["inner"]),
+            up=np.empty((tokens, widths["inner"]), np.float32),
             partial=np.empty((tokens, hidden), np.float64),
-            cosines=np.empty((tokens, config.head_dim // 2), np.float32),
-            sines=np.empty((tokens, config.head_dim // 2), np.float32),
+            cosines=np.empty((tokens, pairs), np.float32),
+            sines=np.empty((tokens, pairs), np.float32),
         )
         self._views: dict[int, StepArrays] = {}
 
@@ -124,15 +125,18 @@ class Workspace:
         return self._whole.x[first : first + count]
 
 
+def step_widths(config: ModelConfig, part: Partition) -> Mapping[str, int]:
+    """Channels of the step's arrays on a rank: of each the widest of all layers."""
+    of_layers = [
+        {**kind.attention.step_widths(part), "inner": len(part[kind.mlp.split]) * kind.mlp.panel}
+        for kind in config.kinds
+    ]
+    return {name: max(widths.get(name, 0) for widths in of_layers) for name in ("q", "k", "v", "context", "inner")}
+
+
 def workspace_bytes(config: ModelConfig, part: Partition, tokens: int) -> int:
     """Bytes of the arrays for steps of up to so many tokens."""
-    hidden, inner = config.padded_hidden_size, len(part.ffn_panels) * ffn_panel(config.intermediate_size)
-    heads, kv_heads = (len(units) * config.padded_head_dim for units in (part.heads, part.kv_heads))
-    activations = sum(Activations.bytes(tokens, k) for k in (hidden, heads, inner))
-    floats = hidden + heads + 2 * kv_heads + inner + 2 * (config.head_dim // 2)
+    hidden, widths = config.padded_hidden_size, step_widths(config, part)
+    activations = sum(Activations.bytes(tokens, k) for k in (hidden, widths["context"], widths["inner"]))
+    floats = hidden + sum(widths[name] for name in ("q", "k", "v", "inner")) + 2 * (config.rotary_channels // 2)
     return activations + tokens * (4 * floats + 8 * hidden)
-
-
-def logit_columns(part: Partition) -> int:
-    """Columns of this rank's logits slice."""
-    return len(part.vocab_groups) * LANES

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping
 from importlib import import_module
 from pkgutil import iter_modules
 
-from mpillama.quant.weight_type import StoredType, WeightType
+from mpillama.quant.weight_type import BLOCK, StoredType, WeightType
 
 
 def _defined() -> Iterator[StoredType]:
@@ -21,3 +21,5 @@ WEIGHT_TYPES: Mapping[str, WeightType] = {
     t.name: t for t in sorted((t for t in STORED_TYPES.values() if isinstance(t, WeightType)), key=lambda t: t.number)
 }
 """Those that kernels take, by name."""
+SMALLEST = min(WEIGHT_TYPES.values(), key=lambda t: t.group_bytes(BLOCK))
+"""What is advised where memory is short."""

@@ -94,7 +94,7 @@ def _pre_tokenizer(values: VocabularyValues) -> PreTokenizer:
 
 
 def _guessed_pre_tokenizer(values: VocabularyValues) -> str:
-    name = guessed_pre_tokenizer(values.tokens, values.text("architecture"))
+    name = guessed_pre_tokenizer(values.tokens, values.text("pre_of_family"))
     values.warn(
         f'does not say how it cuts words (tokenizer.ggml.pre): "{name}" is taken, as its tokens suggest. If answers '
         "are poor, convert the model again with a newer llama.cpp"

@@ -120,13 +120,13 @@ PRE_TOKENIZERS = (
 )
 
 
-def guessed_pre_tokenizer(tokens: Collection[str], architecture: str) -> str:
-    """The likely name of the rules of a vocabulary that does not tell them, by tokens that only its family has."""
+def guessed_pre_tokenizer(tokens: Collection[str], of_family: str) -> str:
+    """The likely name of the rules of a vocabulary that does not tell them, by its tokens and the model's family."""
     known = set(tokens)
     if known & {"<|begin_of_text|>", "<|reserved_special_token_0|>"}:
         return "llama-bpe"
-    if architecture.startswith("qwen"):
-        return "qwen2"
+    if of_family:
+        return of_family
     if "<｜begin▁of▁sentence｜>" in known:
         sizes = {40_000: "deepseek-coder", 110_000: "deepseek-llm"}
         return next((name for size, name in sizes.items() if len(tokens) < size), "deepseek-v3")

@@ -20,10 +20,9 @@ from mpillama.engine.where import Part, where_time_goes
 from mpillama.errors import UserError
 from mpillama.kernels.target import Target
 from mpillama.model.config import ModelConfig
-from mpillama.model.llama import LlamaModel
-from mpillama.model.partition import partition
+from mpillama.model.decoder import Decoder
 from mpillama.model.shapes import shape_config
-from mpillama.model.tensors import TensorSpec, WeightTypes, tensor_specs
+from mpillama.model.tensors import TensorSpec, WeightTypes
 from mpillama.model.weights import Weights, load_weights, slice_bytes
 from mpillama.options import BenchOptions
 from mpillama.quant import WEIGHT_TYPES
@@ -57,7 +56,7 @@ def check(options: BenchOptions) -> None:
     refuse_unwritable("--plot", options.plot)
 
 
-def _load(options: BenchOptions, world: World, target: Target) -> tuple[LlamaModel, int]:
+def _load(options: BenchOptions, world: World, target: Target) -> tuple[Decoder, int]:
     """The model with its first layers only if asked, and the number of layers of the whole model."""
     if options.model is not None:
         loaded = load_model(options, world, target, load_progress(world.comm.is_root, options.json))
@@ -65,10 +64,10 @@ def _load(options: BenchOptions, world: World, target: Target) -> tuple[LlamaMod
         return loaded.model, whole_file.config.num_hidden_layers
     whole = ModelConfig.from_hf(shape_config(options.shape or ""))
     config = whole.first_layers(options.layers or whole.num_hidden_layers)
-    specs = tensor_specs(config, WeightTypes(WEIGHT_TYPES[weights_of_shape(options.weights)]))
+    specs = config.tensors(WeightTypes(WEIGHT_TYPES[weights_of_shape(options.weights)]))
     chunk = min(options.prefill_chunk, config.max_position_embeddings)
     choose_reduction(world.comm, world, target.team, config.padded_hidden_size, chunk)
-    model = LlamaModel(config, _made_weights(options, config, specs, world, target), world.comm, target.team)
+    model = Decoder(config, _made_weights(options, config, specs, world, target), world.comm, target.team)
     return model, whole.num_hidden_layers
 
 
@@ -76,7 +75,7 @@ def _made_weights(
     options: BenchOptions, config: ModelConfig, specs: list[TensorSpec], world: World, target: Target
 ) -> Weights:
     """Fill this rank's memory, and tell how far all ranks are."""
-    part, made = partition(config, world.comm.size)[world.comm.rank], SyntheticWeights()
+    part, made = config.partition(world.comm.size)[world.comm.rank], SyntheticWeights()
     total = slice_bytes(specs, part)
     ranks = world.comm.gather((total, world.host))
     progress = load_progress(world.comm.is_root, options.json, "making weights")
@@ -90,9 +89,7 @@ def weights_of_shape(weights: str) -> str:
     return "q4_0" if weights == "as-stored" else weights
 
 
-def _measure(
-    options: BenchOptions, world: World, target: Target, model: LlamaModel, whole_layers: int
-) -> dict[str, Any]:
+def _measure(options: BenchOptions, world: World, target: Target, model: Decoder, whole_layers: int) -> dict[str, Any]:
     positions = max([*options.prefill, options.context + options.decode])
     if positions > model.config.max_position_embeddings:
         raise UserError(f"{positions} positions are asked for, the model has {model.config.max_position_embeddings}.")

@@ -54,7 +54,7 @@ def _describe_tensor(model: ModelFile, spec: TensorSpec) -> dict[str, Any]:
         "name": spec.name,
         "shape": [*([spec.experts] if spec.experts else []), *spec.source_shape],
         "weight_type": spec.weight_type.name,
-        "split": spec.split.value,
+        "split": spec.split.kind if spec.split else "replicated",
         "units": spec.units,
         "bytes": model.stored_bytes(spec, range(spec.units)),
         "arrays": _arrays(model, spec),

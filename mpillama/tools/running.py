@@ -22,7 +22,6 @@ from mpillama.engine.sequence import EngineSequence
 from mpillama.engine.settings import SpeculationSettings
 from mpillama.errors import UserError
 from mpillama.kernels.target import Target, prepare, requested_isa
-from mpillama.model.partition import most_busy_ranks, partition
 from mpillama.options import RunOptions
 from mpillama.text.chat_template import ChatTemplate
 from mpillama.text.sampler import NonFiniteLogits
@@ -165,10 +164,10 @@ def _memory_floor(options: RunOptions) -> int | None:
 
 def warn_of_idle_ranks(file: ModelFile, size: int) -> None:
     """Say so if the model has too few heads, FFN panels or vocabulary groups for all ranks."""
-    if any(part.is_idle() for part in partition(file.config, size)):
+    if any(part.is_idle() for part in file.config.partition(size)):
         LOG.warning(
             "the model is too small for %d ranks, some have nothing to do in parts of it; more than %d gain nothing.",
-            size, most_busy_ranks(file.config), extra=OF_RUN,
+            size, file.config.most_busy_ranks, extra=OF_RUN,
         )  # fmt: skip
 
 

@@ -17,6 +17,7 @@ from mpillama.files.checkpoints import read_checkpoint
 from mpillama.files.dllama import read_dllama
 from mpillama.files.dllama_table import place_tensors
 from mpillama.model.config import ModelConfig
+from mpillama.model.families import FAMILIES
 from mpillama.quant.q4_0 import Q4_0
 from mpillama.quant.q8_0 import Q8_0
 from tests.files.checking import as_pairs, mangled, refusal, values, within_bounds
@@ -204,14 +205,15 @@ def test_defaults(model):
 def test_known_sizes():
     """8B, 70B and 405B of Llama 3 in q4_0: the table is laid out for exactly these sizes, and for no other."""
     sizes = {6_323_781_632: (4096, 14336, 32, 32), 43_302_682_624: (8192, 28672, 80, 64)}
+    dllama = FAMILIES["llama"].dllama
     sizes[235_530_158_080] = (16384, 53248, 126, 128)
     for expected, (hidden, inner, layers, heads) in sizes.items():
         config = {"model_type": "llama", "hidden_size": hidden, "intermediate_size": inner, "vocab_size": 128256}
         config |= {"num_attention_heads": heads, "num_key_value_heads": 8, "head_dim": 128}
         config |= {"num_hidden_layers": layers}
-        assert place_tensors("m.m", config, "q4_0", 0, expected)["lm_head.weight"].shape == (128256, hidden)
+        assert place_tensors("m.m", config, dllama, "q4_0", 0, expected)["lm_head.weight"].shape == (128256, hidden)
         with pytest.raises(UserError, match=rf"{expected + 1} bytes, expected {expected} "):
-            place_tensors("m.m", config, "q4_0", 0, expected + 1)
+            place_tensors("m.m", config, dllama, "q4_0", 0, expected + 1)
 
 
 # -- tokenizers -----------------------------------------------------------------------------------------------------

@@ -307,7 +307,7 @@ def test_the_configuration_of_a_qwen3_moe(tmp_path, norm, expected):
     assert (config["model_type"], config["num_experts"], config["num_experts_per_tok"]) == ("qwen3_moe", 8, 2)
     assert (config["moe_intermediate_size"], config["head_dim"]) == (32, 24)
     assert config["norm_topk_prob"] is expected
-    assert ModelConfig.from_hf(config).num_experts == 8
+    assert ModelConfig.from_hf(config).blocks[0].mlp.count == 8
 
 
 @pytest.mark.parametrize(("names", "tied"), [((), True), (("output.weight",), False)])
@@ -345,7 +345,7 @@ def test_yarn(tmp_path):
 
     config = config_of(tmp_path, "qwen3", extra)
     assert config["rope_scaling"] == {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 1024}
-    assert ModelConfig.from_hf(config).rope_factor == pytest.approx(1 + 0.1 * np.log(4))
+    assert ModelConfig.from_hf(config).rope.factor == pytest.approx(1 + 0.1 * np.log(4))
 
 
 def test_yarn_with_constants_of_its_own(tmp_path):
@@ -374,13 +374,13 @@ def yarn_of(tmp_path, **values: float) -> ModelConfig:
 def test_the_attention_factor_of_yarn_is_all_of_it(tmp_path):
     """Converters write Hugging Face's attention_factor as it is; what a second factor is multiplied with is YaRN's."""
     own = 1 + 0.1 * np.log(4)
-    assert yarn_of(tmp_path, yarn_attn_factor=1.0).rope_factor == 1.0
-    assert yarn_of(tmp_path, yarn_attn_factor=own).rope_factor == pytest.approx(own)
-    assert yarn_of(tmp_path, yarn_attn_factor=1.5, attn_factor=0.5).rope_factor == 0.75
-    assert yarn_of(tmp_path, attn_factor=0.5).rope_factor == pytest.approx(0.5 * own)
-    assert yarn_of(tmp_path, yarn_log_multiplier=1.0).rope_factor == pytest.approx(1.0)
-    assert yarn_of(tmp_path, yarn_log_multiplier=0.5).rope_factor == pytest.approx(own / (1 + 0.05 * np.log(4)))
-    assert yarn_of(tmp_path, yarn_ext_factor=1.0).rope_factor == pytest.approx(own)
+    assert yarn_of(tmp_path, yarn_attn_factor=1.0).rope.factor == 1.0
+    assert yarn_of(tmp_path, yarn_attn_factor=own).rope.factor == pytest.approx(own)
+    assert yarn_of(tmp_path, yarn_attn_factor=1.5, attn_factor=0.5).rope.factor == 0.75
+    assert yarn_of(tmp_path, attn_factor=0.5).rope.factor == pytest.approx(0.5 * own)
+    assert yarn_of(tmp_path, yarn_log_multiplier=1.0).rope.factor == pytest.approx(1.0)
+    assert yarn_of(tmp_path, yarn_log_multiplier=0.5).rope.factor == pytest.approx(own / (1 + 0.05 * np.log(4)))
+    assert yarn_of(tmp_path, yarn_ext_factor=1.0).rope.factor == pytest.approx(own)
     with pytest.raises(UserError, match=r"rope\.scaling\.yarn_ext_factor=0\.5"):
         yarn_of(tmp_path, yarn_ext_factor=0.5)
 

@@ -92,7 +92,7 @@ def test_one_file(tmp_path, dtype):
     checkpoint = read_checkpoint(str(folder))
     assert checkpoint.kind == "hugging_face"
     assert checkpoint.config_json == models.PLAIN
-    assert ModelConfig.from_hf(checkpoint.config_json).head_dim == 32
+    assert ModelConfig.from_hf(checkpoint.config_json).blocks[0].attention.head_dim == 32
     assert checkpoint.files == (str(folder / WEIGHTS),)
     assert checkpoint.file_sizes == ((folder / WEIGHTS).stat().st_size,)
     assert {name: t.shape for name, t in checkpoint.tensors.items()} == {n: t.shape for n, t in tensors.items()}
@@ -138,6 +138,7 @@ def experts(names: Mapping[str, str], rows: Mapping[str, tuple[int, int]]) -> di
     return {name: rng.standard_normal(rows[kind]).astype(np.float32) for name, kind in names.items()}
 
 
+MIXTRAL = {**models.PLAIN, "model_type": "mixtral"}
 SHAPES = {"gate_proj": (6, 4), "up_proj": (6, 4), "down_proj": (4, 6)}
 
 
@@ -145,7 +146,8 @@ def test_mixtrals_names(tmp_path):
     short = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
     prefix = "model.layers.7.block_sparse_moe."
     tensors = experts({f"{prefix}experts.{e}.{s}.weight": kind for e in range(3) for s, kind in short.items()}, SHAPES)
-    checkpoint = read(write_folder(tmp_path / "m", {**tensors, f"{prefix}gate.weight": np.ones((3, 4), np.float32)}))
+    tensors[f"{prefix}gate.weight"] = np.ones((3, 4), np.float32)
+    checkpoint = read(write_folder(tmp_path / "m", tensors, MIXTRAL))
     assert checkpoint.tensors["model.layers.7.mlp.gate.weight"].shape == (3, 4)
     for expert in range(3):
         for name, kind in short.items():
@@ -162,7 +164,7 @@ def test_stacked_experts(tmp_path, box, dtype):
     down = rng.integers(-9, 9, (3, 4, 6)).astype(np.float32)
     prefix = f"model.layers.0.{box}.experts."
     tensors = {f"{prefix}gate_up_proj": both, f"{prefix}down_proj": down}
-    checkpoint = read(write_folder(tmp_path / "m", tensors, dtype=dtype))
+    checkpoint = read(write_folder(tmp_path / "m", tensors, MIXTRAL, dtype))
     expected = {"gate_proj": both[:, :6], "up_proj": both[:, 6:], "down_proj": down}
     assert len(checkpoint.tensors) == 9
     for kind, stacked in expected.items():
@@ -319,7 +321,7 @@ def test_a_tensor_in_two_shards(tmp_path):
 def test_a_tensor_under_both_names(tmp_path):
     names = ("model.layers.0.mlp.gate.weight", "model.layers.0.block_sparse_moe.gate.weight")
     tensors = {name: np.ones((2, 2), np.float32) for name in names}
-    assert "appears twice" in refused(write_folder(tmp_path / "m", tensors))
+    assert "appears twice" in refused(write_folder(tmp_path / "m", tensors, MIXTRAL))
 
 
 @pytest.mark.parametrize(

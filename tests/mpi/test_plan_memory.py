@@ -9,7 +9,7 @@ import pytest
 from mpillama.engine.memory import RESERVE
 from mpillama.files.native_writer import create_file, seal_file
 from mpillama.model.config import ModelConfig
-from mpillama.model.tensors import WeightTypes, tensor_specs
+from mpillama.model.tensors import WeightTypes
 from mpillama.quant import WEIGHT_TYPES
 from tests import models
 from tests.mpi.launch import PROGRAM, TIMEOUT, run
@@ -34,7 +34,7 @@ def hollow(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """400 MB of weights that are all zero: holes in the file, memory like any other once they are read."""
     path, types = tmp_path_factory.mktemp("hollow") / "hollow.h5", WeightTypes(WEIGHT_TYPES["f16"])
     texts = {"tokenizer.json": models.toy_tokenizer()}
-    entries = create_file(str(path), HOLLOW, types, tensor_specs(ModelConfig.from_hf(HOLLOW), types), texts)
+    entries = create_file(str(path), HOLLOW, types, ModelConfig.from_hf(HOLLOW).tensors(types), texts)
     seal_file(str(path), HOLLOW, types, entries, texts, {name: e.checksums for name, e in entries.items()})
     return path
 

@@ -89,18 +89,17 @@ def _made(config: Mapping[str, Any], weights: str, tensor: MakeTensor, threads: 
     from mpillama.comm.communicator import Communicator
     from mpillama.files.native_writer import pack_tensor
     from mpillama.model.config import ModelConfig
-    from mpillama.model.llama import LlamaModel
-    from mpillama.model.partition import partition
-    from mpillama.model.tensors import TensorSpec, WeightTypes, tensor_specs
+    from mpillama.model.decoder import Decoder
+    from mpillama.model.tensors import TensorSpec, WeightTypes
     from mpillama.model.weights import load_weights
     from mpillama.quant import WEIGHT_TYPES
 
     default, *own = weights.split()
     types = {module: WEIGHT_TYPES[name] for module, _, name in (part.partition("=") for part in own)}
     read_config = ModelConfig.from_hf(config)
-    names = [spec.name for spec in tensor_specs(read_config, WeightTypes(WEIGHT_TYPES[default]))]
+    names = [spec.name for spec in read_config.tensors(WeightTypes(WEIGHT_TYPES[default]))]
     by_name = {name: types[name.split(".")[-2]] for name in names if name.split(".")[-2] in types}
-    specs = tensor_specs(read_config, WeightTypes(WEIGHT_TYPES[default], by_name))
+    specs = read_config.tensors(WeightTypes(WEIGHT_TYPES[default], by_name))
 
     def fill(spec: TensorSpec, units: range, arrays: Sequence[np.ndarray]) -> None:
         for part, name in enumerate(spec.source_names):
@@ -109,21 +108,20 @@ def _made(config: Mapping[str, Any], weights: str, tensor: MakeTensor, threads: 
             for array, values in zip(arrays, packed, strict=True):
                 (array[part] if spec.experts else array)[...] = values
 
-    loaded = load_weights(read_config, specs, partition(read_config, 1)[0], fill)
-    return LlamaModel(read_config, loaded, Communicator.alone(), _team(threads))
+    loaded = load_weights(read_config, specs, read_config.partition(1)[0], fill)
+    return Decoder(read_config, loaded, Communicator.alone(), _team(threads))
 
 
 def _demo(threads: int) -> Any:
     from mpillama.comm.communicator import Communicator
     from mpillama.engine.model_file import open_model
-    from mpillama.model.llama import LlamaModel
-    from mpillama.model.partition import partition
+    from mpillama.model.decoder import Decoder
     from mpillama.model.weights import load_weights
 
     file = open_model(str(DEMO))
     reader = file.reader(lambda count: None)
     try:
-        weights = load_weights(file.config, file.specs, partition(file.config, 1)[0], reader.read)
+        weights = load_weights(file.config, file.specs, file.config.partition(1)[0], reader.read)
     finally:
         reader.close()
-    return LlamaModel(file.config, weights, Communicator.alone(), _team(threads))
+    return Decoder(file.config, weights, Communicator.alone(), _team(threads))

@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mpillama.errors import UserError
+from mpillama.model.families import FAMILIES
 from mpillama.text.gguf_vocabulary import tokenizer_json_of_gguf
 from mpillama.text.pre_tokenizers import PRE_TOKENIZERS
 from mpillama.text.tokenizer import Tokenizer
@@ -147,7 +148,8 @@ def test_words_of_the_pre_tokenizers():
     ],
 )
 def test_rules_that_a_file_does_not_name_are_guessed(tokens, architecture, name, caplog):
-    vocabulary = {"model": "gpt2", "tokens": tokens, "merges": [], "architecture": architecture}
+    rules = FAMILIES[architecture].pre_tokenizer
+    vocabulary = {"model": "gpt2", "tokens": tokens, "merges": [], "pre_of_family": rules}
     assert tokenizer_json_of_gguf(vocabulary) == tokenizer_json_of_gguf(vocabulary | {"pre": name})
     assert [name in record.message and "tokenizer.ggml.pre" in record.message for record in caplog.records] == [True]
 

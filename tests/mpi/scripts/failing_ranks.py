@@ -22,11 +22,11 @@ def sabotage(ranks: list[int], steps: int, kind: str) -> None:
 
     def prepare_and_spoil(*arguments: object) -> object:
         found = prepare(*arguments)
-        from mpillama.model.llama import LlamaModel
+        from mpillama.model.decoder import Decoder
 
-        forward, calls = LlamaModel.advance, [0]
+        forward, calls = Decoder.advance, [0]
 
-        def failing(self: LlamaModel, step: object, cache: object) -> object:
+        def failing(self: Decoder, step: object, cache: object) -> object:
             calls[0] += 1
             if deed and calls[0] > steps:
                 if deed != "slow":
@@ -34,7 +34,7 @@ def sabotage(ranks: list[int], steps: int, kind: str) -> None:
                 time.sleep(SLOW_STEP)
             return forward(self, step, cache)
 
-        LlamaModel.advance = failing
+        Decoder.advance = failing
         return found
 
     target.prepare = prepare_and_spoil

@@ -14,13 +14,11 @@ import numpy as np
 
 from mpillama.comm.start import start_mpi
 from mpillama.kernels.target import prepare, requested_isa
-from mpillama.model.partition import partition
-from mpillama.model.tensors import Split
 from mpillama.options import RunOptions
 from mpillama.tools.display import load_progress
 
 if TYPE_CHECKING:
-    from mpillama.model.llama import LlamaModel
+    from mpillama.model.decoder import Decoder
 
 
 def system_bytes() -> int:
@@ -29,7 +27,7 @@ def system_bytes() -> int:
     return int(next(line.split()[1] for line in lines if line.startswith("rchar")))
 
 
-def vectors(model: "LlamaModel") -> list[np.ndarray]:
+def vectors(model: "Decoder") -> list[np.ndarray]:
     """What every rank holds whole, but for routers."""
     fields = [getattr(layer, f.name) for layer in model.weights.layers for f in dataclasses.fields(layer)]
     whole = [v for v in fields if isinstance(v, np.ndarray)]
@@ -52,8 +50,8 @@ def main(model: str) -> None:
 
         loading.load_weights = measure
         loaded = loading.load_model(RunOptions(model=model), world, target, load_progress(False, True))
-        part = partition(loaded.file.config, world.comm.size)[world.comm.rank]
-        replicated = [spec for spec in loaded.file.specs if spec.split is Split.REPLICATED]
+        part = loaded.file.config.partition(world.comm.size)[world.comm.rank]
+        replicated = [spec for spec in loaded.file.specs if spec.split is None]
         facts = {
             "hdf5": "h5py" in sys.modules,
             "replicated": slice_bytes(replicated, part),

@@ -34,15 +34,15 @@ def after_prepare(patch: Callable[[], None]) -> None:
 
 def slow() -> None:
     """Make each step of the model last long enough to be interrupted."""
-    from mpillama.model.llama import LlamaModel
+    from mpillama.model.decoder import Decoder
 
-    forward = LlamaModel.advance
+    forward = Decoder.advance
 
-    def sleep_and_forward(self: LlamaModel, *arguments: Any) -> Any:
+    def sleep_and_forward(self: Decoder, *arguments: Any) -> Any:
         time.sleep(SLOW_STEP)
         return forward(self, *arguments)
 
-    LlamaModel.advance = sleep_and_forward
+    Decoder.advance = sleep_and_forward
 
 
 def with_open(opened: Callable[[str], int]) -> Callable[[], None]:

@@ -88,11 +88,11 @@ def in_load(action: Callable[[], None] | None) -> None:
 def in_step(action: Callable[[], None] | None) -> None:
     """Compute slowly; do something at a reduction."""
     from mpillama.comm.communicator import Communicator
-    from mpillama.model.llama import LlamaModel
+    from mpillama.model.decoder import Decoder
 
-    forward, shared_for, steps, left = LlamaModel.advance, Communicator.shared_for, [0], [REDUCTIONS]
+    forward, shared_for, steps, left = Decoder.advance, Communicator.shared_for, [0], [REDUCTIONS]
 
-    def slow_forward(self: LlamaModel, step: Any, *arguments: Any) -> Any:
+    def slow_forward(self: Decoder, step: Any, *arguments: Any) -> Any:
         is_phase = (len(step.token_ids) > 1) == (PHASE == "prefill")
         if is_phase and self.comm.size == launched_size()[1]:
             steps[0] += 1
@@ -108,7 +108,7 @@ def in_step(action: Callable[[], None] | None) -> None:
                 failing(action)
         return shared_for(self, *arguments)
 
-    LlamaModel.advance, Communicator.shared_for = slow_forward, about_to_reduce
+    Decoder.advance, Communicator.shared_for = slow_forward, about_to_reduce
 
 
 def after_prepare(patch: Callable[[], None]) -> None:

@@ -1,4 +1,4 @@
-"""How the rotary frequencies are stretched for long contexts.
+"""Rotary position embeddings: the frequencies, and how they are stretched for long contexts.
 
 The rules are those of Hugging Face's modeling_rope_utils: linear (https://kaiokendev.github.io/context), llama3
 (https://ai.meta.com/blog/meta-llama-3-1) and YaRN (https://arxiv.org/abs/2309.00071).
@@ -121,8 +121,26 @@ class RopeRule:
     fields: tuple[str, ...] = ()
 
 
-def read_rope(values: ConfigValues, context: int, default_theta: float) -> tuple[float, RopeScaling | None]:
-    """The base of the frequencies and the rule that a configuration names, None for plain RoPE.
+@dataclass(frozen=True)
+class Rope:
+    """The base of the frequencies, and the rule that scales them, None for plain RoPE."""
+
+    theta: float
+    scaling: RopeScaling | None
+
+    def inverse_frequencies(self, channels: int) -> list[float]:
+        """1 / theta^(2i / channels) for each pair of channels, scaled."""
+        plain = [1.0 / math.pow(self.theta, i / channels) for i in range(0, channels, 2)]
+        return self.scaling.apply(plain, self.theta) if self.scaling else plain
+
+    @property
+    def factor(self) -> float:
+        """What the rotated queries and keys are multiplied by."""
+        return self.scaling.attention_factor if self.scaling else 1.0
+
+
+def read_rope(values: ConfigValues, context: int) -> Rope:
+    """What a configuration says of RoPE.
 
     As in transformers 5, a rope_scaling that is not empty stands in the place of rope_parameters, and a field that the
     rule leaves out is looked for beside it. `context` is the model's max_position_embeddings. UserError for an unknown
@@ -134,7 +152,7 @@ def read_rope(values: ConfigValues, context: int, default_theta: float) -> tuple
     rule = RULES[rope.expect(kind, RULES, "default", shown=SHOWN)]
     _refuse_unread({k: v for k, v in rope.source.items() if k not in (*INNER_FIELDS, *rule.fields)})
     theta = rope if rope.get("rope_theta") is not None else values
-    return theta.number("rope_theta", default_theta), rule.read(_with_original(rope, values, rule), context)
+    return Rope(theta.number("rope_theta"), rule.read(_with_original(rope, values, rule), context))
 
 
 def _rope_fields(values: ConfigValues) -> ConfigValues:

@@ -1,8 +1,8 @@
-"""The Llama decoder, split over ranks: two all-reduces a layer, one all-gather of the logits."""
+"""The decoder, split over ranks: two all-reduces a layer, one all-gather of the logits."""
 
 import ctypes
-import math
 from collections.abc import Callable
+from functools import partial
 from typing import cast
 
 import numpy as np
@@ -14,11 +14,12 @@ from mpillama.kernels import arguments
 from mpillama.kernels.library import Team
 from mpillama.kernels.shared_sum import PROGRESS_STRIDE, SharedWindow
 from mpillama.model.cache import KVCache, Step
-from mpillama.model.config import ModelConfig
-from mpillama.model.linear import any_quantised
-from mpillama.model.partition import Partition, partition
+from mpillama.model.config import ATTENTION_NORM, MLP_NORM, ModelConfig
+from mpillama.model.family import Block
+from mpillama.model.linear import LayerWeights, any_quantised
+from mpillama.model.partition import Partition
 from mpillama.model.tuning import choose_in_flight
-from mpillama.model.weights import LayerWeights, Weights
+from mpillama.model.weights import Weights
 from mpillama.model.workspace import Activations, StepArrays, Workspace
 from mpillama.quant.weight_type import LANES
 
@@ -39,11 +40,11 @@ class ResidualSum:
             progress=arguments.address(self._progress), spins=Backoff(comm.yields).spins, yields=YIELDS
         )
 
-    def __call__(self, half: Callable[..., bool], layer: object, a: StepArrays, bias: Array | None) -> None:
-        """Run a half layer and add its sum, then the bias, to a.x."""
+    def __call__(self, a: StepArrays, half: Callable[[arguments.Sum | None], bool], bias: Array | None) -> None:
+        """Run half a layer and add its sum, then the bias, to a.x; `half` gets how to add up, None to leave it."""
         shared = self.comm.shared_for(a.partial.size)
         if self.comm.size > 1 and shared is None:
-            half(layer, a.argument)
+            half(None)
             self.team.add_rounded(a.x, self.comm.all_reduce(a.partial), bias)
             return
         total = self._sum
@@ -52,7 +53,7 @@ class ResidualSum:
             window = cast(SharedWindow, shared.shared)
             total.window = ctypes.addressof(window.argument)
             total.sequence = shared.next_sequence(window.exchanges(*a.partial.shape))
-        done = half(layer, a.argument, total)
+        done = half(total)
         if shared is not None:
             go_on = lambda: self.team.finish_sum(a.argument, total)  # noqa: E731
             self.comm.finish_all_reduce(done, total.waited * 1e-9, go_on)
@@ -62,75 +63,44 @@ class DecoderLayer:
     """Pre-norm attention and MLP, each closed by one all-reduce."""
 
     def __init__(
-        self,
-        config: ModelConfig,
-        weights: LayerWeights,
-        window: int,
-        heads_of_kv: Array,
-        all_reduce: "ResidualSum",
+        self, config: ModelConfig, block: Block, weights: LayerWeights, part: Partition, all_reduce: "ResidualSum"
     ):
-        self.weights = weights
+        self.block = block
         self.team = all_reduce.team
         self.all_reduce = all_reduce
-        self.attention = _attention_layer(config, weights, window, heads_of_kv)
-        self.mlp = _mlp_layer(config, weights)
+        hidden, eps = config.hidden_size, config.rms_norm_eps
+        self.attention = block.attention.layer(weights, part, hidden, ATTENTION_NORM, eps)
+        self.mlp = block.mlp.layer(weights, hidden, MLP_NORM, eps)
+        self.attention_bias = block.attention.output_bias_of(weights)
+        self.mlp_bias = block.mlp.output_bias_of(weights)
 
     def forward(self, a: StepArrays, cache: arguments.Cache) -> None:
         """Advance the residual stream a.x float32 [tokens, hidden], which every rank holds in full."""
-        self.attention.cache = cache
-        self.all_reduce(self.team.attention_half, self.attention, a, self.weights.o_proj_bias)
-        self.all_reduce(self.team.mlp_half, self.mlp, a, self.weights.down_proj_bias)
+        attention = partial(self.block.attention.run, self.team, self.attention, cache, a.argument)
+        self.all_reduce(a, attention, self.attention_bias)
+        self.all_reduce(a, partial(self.block.mlp.run, self.team, self.mlp, a.argument), self.mlp_bias)
 
 
-def _attention_layer(config: ModelConfig, w: LayerWeights, window: int, heads_of_kv: Array) -> arguments.AttentionLayer:
-    layer = arguments.AttentionLayer(
-        q=w.q_proj.column_parallel(), k=w.k_proj.column_parallel(), v=w.v_proj.column_parallel(),
-        o=w.o_proj.row_parallel(), eps=config.rms_norm_eps, scale=1.0 / math.sqrt(config.head_dim),
-        hidden_size=config.hidden_size, heads=int(heads_of_kv[-1]), kv_heads=len(heads_of_kv) - 1,
-        head_dim=config.padded_head_dim, window=window,
-    )  # fmt: skip
-    vectors = {
-        "norm": w.input_layernorm, "q_bias": w.q_proj_bias, "k_bias": w.k_proj_bias, "v_bias": w.v_proj_bias,
-        "q_norm": w.q_norm, "k_norm": w.k_norm, "head_start": heads_of_kv,
-    }  # fmt: skip
-    for name, vector in vectors.items():
-        setattr(layer, name, arguments.address(vector))
-    return layer
-
-
-def _mlp_layer(config: ModelConfig, w: LayerWeights) -> arguments.MlpLayer:
-    layer = arguments.MlpLayer(
-        gate=w.gate_proj.column_parallel(), up=w.up_proj.column_parallel(), down=w.down_proj.row_parallel(),
-        norm=arguments.address(w.post_attention_layernorm), gate_bias=arguments.address(w.gate_proj_bias),
-        up_bias=arguments.address(w.up_proj_bias), eps=config.rms_norm_eps, hidden_size=config.hidden_size,
-        chosen=config.num_experts_per_tok, renormalise=config.norm_topk_prob,
-    )  # fmt: skip
-    if w.router is not None:
-        layer.router = w.router.column_parallel()
-    return layer
-
-
-class LlamaModel:
-    """A rank's part of the decoder."""
+class Decoder:
+    """A rank's part of a model."""
 
     def __init__(self, config: ModelConfig, weights: Weights, comm: Communicator, team: Team):
-        parts = partition(config, comm.size)
+        parts = config.partition(comm.size)
         self.tokens_run = 0
         self.config = config
         self.weights = weights
         self.part = parts[comm.rank]
         self.comm = comm
         self.team = team
-        self.logit_widths = [len(p.vocab_groups) * LANES for p in parts]
+        self.logit_widths = [len(part[config.vocabulary_split]) * LANES for part in parts]
         self.inverse_frequencies = np.array(config.inverse_frequencies(), np.float32)
         self.in_flight = choose_in_flight(team, weights.lm_head)
         self.workspace = Workspace(config, self.part)
-        self.heads_of_kv = query_heads_of_kv(config, self.part)
         self.embedding, self.head = weights.embed_tokens.column_parallel(), weights.lm_head.column_parallel()
         all_reduce = ResidualSum(comm, team)
         self.layers = [
-            DecoderLayer(config, w, window, self.heads_of_kv, all_reduce)
-            for w, window in zip(weights.layers, config.windows, strict=True)
+            DecoderLayer(config, block, of_layer, self.part, all_reduce)
+            for block, of_layer in zip(config.blocks, weights.layers, strict=True)
         ]
 
     def forward(self, step: Step, cache: KVCache) -> Array:
@@ -142,7 +112,7 @@ class LlamaModel:
         """Run the step's tokens; logits and hidden states of any of them can be had until the next step."""
         a = self.workspace.for_tokens(len(step.token_ids))
         self._embed(step.token_ids, a)
-        self.team.library.angles(step.positions, self.inverse_frequencies, self.config.rope_factor, a.cosines, a.sines)
+        self.team.library.angles(step.positions, self.inverse_frequencies, self.config.rope.factor, a.cosines, a.sines)
         step.describe(a.argument)
         a.argument.in_flight = self.in_flight
         for decoder, layer_cache in zip(self.layers, cache.arguments, strict=False):
@@ -161,8 +131,9 @@ class LlamaModel:
 
     def _embed(self, token_ids: Array, a: StepArrays) -> None:
         """Each token's row, which one rank has, to a.x."""
-        rows = token_ids.astype(np.int64) - self.part.vocab_rows.start
-        rows[rows >= len(self.part.vocab_rows)] = -1
+        groups = self.part[self.config.vocabulary_split]
+        rows = token_ids.astype(np.int64) - groups.start * LANES
+        rows[rows >= len(groups) * LANES] = -1
         self.team.library.embed_rows(self.embedding, rows, a.partial)
         self.team.round_to_float(self.comm.all_reduce(a.partial), a.x)
 
@@ -180,10 +151,3 @@ class LlamaModel:
         """The model's last norm, of x [tokens, padded hidden] to h."""
         c = self.config
         self.team.normalise(x, self.weights.norm, c.hidden_size, c.rms_norm_eps, quantised, h.argument())
-
-
-def query_heads_of_kv(config: ModelConfig, part: Partition) -> Array:
-    """int64 [local kv heads + 1]: the local query heads of local KV head i are result[i] : result[i + 1]."""
-    group = config.num_attention_heads // config.num_key_value_heads
-    borders = [kv * group for kv in (*part.kv_heads, part.kv_heads.stop)]
-    return np.clip(np.array(borders, np.int64) - part.heads.start, 0, len(part.heads))
