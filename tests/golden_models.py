@@ -1,6 +1,7 @@
 """The tiny checkpoints of tests/golden, and the same weights written in the other formats."""
 
 import json
+import shutil
 import struct
 from collections.abc import Callable, Mapping
 from functools import cache
@@ -9,6 +10,7 @@ from typing import Any
 
 import gguf
 import numpy as np
+from safetensors.numpy import save_file
 
 from mpillama.engine.model_file import open_model
 from mpillama.files.checkpoint import Checkpoint, StoredTensor
@@ -18,6 +20,7 @@ from mpillama.model.config import ModelConfig
 FOLDER = Path(__file__).parent / "golden"
 FAMILIES = (
     "llama", "llama3", "llama_bias", "llama_linear", "llama_yarn", "mistral", "qwen2", "qwen3", "mixtral", "qwen3_moe",
+    "seed_oss",
 )  # fmt: skip
 Tensors = Mapping[str, np.ndarray]
 
@@ -47,6 +50,14 @@ def family_tensors(family: str) -> dict[str, np.ndarray]:
     return tensors(read_hugging_face(str(FOLDER / family)))
 
 
+def headless(folder: Path) -> Path:
+    """Write a model as it is stored for embeddings: without the prefix of its tensors' names and without a head."""
+    shutil.copytree(FOLDER / "llama", folder)
+    bare = {n.removeprefix("model."): t for n, t in family_tensors("llama").items() if n != "lm_head.weight"}
+    save_file(bare, folder / "model.safetensors")
+    return folder
+
+
 def interleaved(rows: np.ndarray, head_dim: int) -> np.ndarray:
     """Rows of heads in halves, put as rotary pairs: what the other formats store for Llama."""
     rest = rows.shape[1:]
@@ -56,13 +67,15 @@ def interleaved(rows: np.ndarray, head_dim: int) -> np.ndarray:
 # -- GGUF -----------------------------------------------------------------------------------------------------------
 
 ARCHITECTURES = {"llama": "llama", "mistral": "llama", "mixtral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
-ARCHITECTURES["qwen3_moe"] = "qwen3moe"
+ARCHITECTURES |= {"qwen3_moe": "qwen3moe", "seed_oss": "seed_oss"}
 GGUF_NAMES = {
     "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
     "self_attn.o_proj": "attn_output", "self_attn.q_norm": "attn_q_norm", "self_attn.k_norm": "attn_k_norm",
     "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm", "mlp.gate": "ffn_gate_inp",
     "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down",
 }  # fmt: skip
+OTHER_NAMES = {"seed_oss": {"post_attention_layernorm": "post_attention_norm"}}
+"""What single architectures call otherwise."""
 EXPERT_NAMES = {"gate_proj": "ffn_gate_exps", "up_proj": "ffn_up_exps", "down_proj": "ffn_down_exps"}
 
 
@@ -148,7 +161,8 @@ def _gguf_tensors(family: str, architecture: str, config: ModelConfig) -> Tensor
             stacked.setdefault(f"blk.{layer}.{EXPERT_NAMES[module.split('.')[-1]]}.weight", []).append(tensor)
         elif layer:
             straight = architecture != "llama" or module not in ("self_attn.q_proj", "self_attn.k_proj")
-            found[f"blk.{layer}.{GGUF_NAMES[module]}.{kind}"] = (
+            names = {**GGUF_NAMES, **OTHER_NAMES.get(architecture, {})}
+            found[f"blk.{layer}.{names[module]}.{kind}"] = (
                 tensor if straight else interleaved(tensor, attention(config).head_dim)
             )
         else:

@@ -136,7 +136,8 @@ def hugging_face_config(
         "rope_scaling": _rope_scaling(metadata, factors),
         "tie_word_embeddings": OUTPUT not in names,
     }
-    flags = {key: True for key, ending in metadata.gguf.flags.items() if f"blk.0.{ending}" in names}
+    present = {key: f"blk.0.{ending}" in names for key, ending in metadata.gguf.flags.items()}
+    flags = {key: found for key, found in present.items() if found != metadata.family.defaults.get(key, False)}
     optional = {**flags, **metadata.gguf.fields(metadata), **_special_tokens(metadata)}
     window = metadata.get("attention.sliding_window")
     return {**config, **optional, **({"sliding_window": metadata.size("attention.sliding_window")} if window else {})}

@@ -59,8 +59,8 @@ class Gguf:
     """How GGUF files hold a family.
 
     `experts`: of the files of this architecture the family has those with experts, else those without. `rotary_pairs`:
-    the rows of q and k stand in pairs that RoPE turns. `flags` are options of the configuration that are true if the
-    first layer has the tensor; `fields` gives what else the configuration says.
+    the rows of q and k stand in pairs that RoPE turns. `flags` are options of the configuration that are true if and
+    only if the first layer has the tensor; `fields` gives what else the configuration says.
     """
 
     architecture: str

@@ -86,6 +86,7 @@ FAMILIES: Mapping[str, Family] = {
     "mistral": Family("mistral", {"sliding_window": 8, "tie_word_embeddings": True}, torch.float16, prompt=16),
     "qwen2": Family("qwen2", {"use_sliding_window": False, "sliding_window": 8, "tie_word_embeddings": True}),
     "qwen3": Family("qwen3", {"head_dim": 16, "tie_word_embeddings": True}),
+    "seed_oss": Family("seed_oss", {"head_dim": 16, "attention_out_bias": True, "tie_word_embeddings": True}),
     "mixtral": Family("mixtral", {"intermediate_size": 32, "num_local_experts": 4, "num_experts_per_tok": 2}),
     "qwen3_moe": Family(
         "qwen3_moe",

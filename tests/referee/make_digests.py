@@ -1,6 +1,7 @@
 """Compute the referee's cases with the kernels at hand.
 
 `python -m tests.referee.make_digests` writes digests.json, which is done once, with kernels that are known to be right;
+with `--add` it computes the cases that are not in that file yet, and adds them;
 with `--check EVERY` it compares every EVERYth case with that file instead, and says which differ (status 1).
 MPILLAMA_ISA chooses the instruction set.
 """
@@ -48,6 +49,12 @@ def main(arguments: list[str]) -> int:
     if arguments[:1] == ["--check"]:
         cases = cases[:: int(arguments[1])]
         differ = check(cases)
+    elif arguments[:1] == ["--add"]:
+        known = stored()
+        cases = [case for case in cases if case.key not in known]
+        made, differ = make(cases)
+        if not differ:
+            FILE.write_text(json.dumps({**known, **made}, indent=0) + "\n")
     else:
         made, differ = make(cases)
         if not differ:
