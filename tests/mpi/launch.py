@@ -30,11 +30,12 @@ END_SECONDS = 5.0
 MARK = "LAUNCHED_BY_TEST"
 FOREIGN = ("PMI_", "PMIX_", "OMPI_", "PRTE_", "SLURM_", "HYDRA_", "MPI_", "MPIR_", "MPIEXEC_")
 OURS = ("MPILLAMA_ISA",)
-# What Open MPI asks for before it starts more ranks than cores, and as root; MPICH does both anyway.
+# What Open MPI needs to start more ranks than cores, to start as root, and to be silent; MPICH does so anyway.
 OPEN_MPI = {
     "OMPI_ALLOW_RUN_AS_ROOT": "1",
     "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
     "PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe",
+    "OMPI_MCA_osc": "^ucx",  # which complains on standard error at every start (Open MPI 5.0.11)
 }
 
 
