@@ -196,7 +196,7 @@ def test_demo_model(ranks: int, isa: str, threads: int, measure: Measure, demo: 
     assert measure(cases, ranks, isa, threads) == demo_truth
 
 
-FAMILIES = ("llama_bias", "llama_yarn", "mistral", "qwen2", "qwen3", "mixtral", "qwen3_moe")
+FAMILIES = ("llama_bias", "llama_yarn", "mistral", "qwen2", "seed_oss", "qwen3", "mixtral", "qwen3_moe")
 """Folders of tests/golden: biases, scaled RoPE, a sliding window, norms of heads, experts."""
 
 
