@@ -39,9 +39,7 @@ def words(path: Path) -> Iterator[str]:
 
 
 def test_only_its_own_file_names_a_family():
-    names = {
-        name for family in FAMILIES.values() for name in (family.model_type, family.gguf and family.gguf.architecture)
-    }
+    names = {*FAMILIES, *gguf_architectures()}
     modules = [path for path in PACKAGE.rglob("*.py") if OWN not in path.parents and path.name != "shapes.py"]
     found = {
         str(path.relative_to(PACKAGE)): names & set(words(path))
