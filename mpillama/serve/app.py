@@ -11,10 +11,9 @@ from mpillama.api.prompts import Prompter
 from mpillama.api.served import DetokenizeBody, EmbeddingBody, ServedChat, ServedCompletion, TokenizeBody
 from mpillama.errors import UserError
 from mpillama.serve import errors, schemas
-from mpillama.serve.answering import Answerer, Reply
 from mpillama.serve.async_engine import SERVING, AsyncEngine, ServerState
+from mpillama.serve.chat_choice import chat_choices, embedding_entry, shortened
 from mpillama.serve.chat_page import page
-from mpillama.serve.choices import chat_choices, embedding_entry, shortened
 from mpillama.serve.completion_choice import completion_choices
 from mpillama.serve.errors import AsciiJson, Refused
 from mpillama.serve.metrics import Metrics
@@ -27,8 +26,9 @@ from mpillama.serve.requests import (
     embedding_requests,
     left_out_of_grammar,
 )
-from mpillama.serve.responses import responses
-from mpillama.serve.responses_store import ResponseStore
+from mpillama.serve.responses import Answerer, Reply
+from mpillama.serve.responses_api import responses
+from mpillama.serve.responses_api_store import ResponseStore
 from mpillama.serve.routes import (
     EVENTS,
     REFUSALS,

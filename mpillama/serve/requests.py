@@ -24,7 +24,7 @@ from mpillama.errors import UserError
 from mpillama.serve.async_engine import ServerState
 from mpillama.serve.engine_requests import ServerRequest
 from mpillama.serve.errors import Refused, Unprocessable
-from mpillama.serve.text_sizes import check_prompt_text, size, size_of_chat
+from mpillama.serve.tokenizing import check_prompt_text, size, size_of_chat
 from mpillama.text.constraint import json_schema_grammar
 from mpillama.text.json_schema import rewritten
 from mpillama.text.sampling_params import SamplingParams

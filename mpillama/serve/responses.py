@@ -1,234 +1,149 @@
-"""The paths of OpenAI's Responses API: a chat whose conversation the server may keep, told in items and events."""
+"""Answers of /v1/chat/completions and /v1/completions, whole or in pieces, in the form of OpenAI's API."""
 
-import json
+import asyncio
+import secrets
 import time
-from collections.abc import AsyncGenerator, Sequence
-from typing import Annotated, Any, Literal
+from collections.abc import AsyncGenerator, Callable, Sequence
+from typing import Any, Protocol
 
-from fastapi import APIRouter, Depends, Query, Request, Response
+import numpy as np
 
-from mpillama.api.responses import ITEM, ResponseBody
-from mpillama.api.served import ServedChat
-from mpillama.serve import responses_schemas as schemas
-from mpillama.serve.answering import Answerer, Reply
-from mpillama.serve.async_engine import AnswerFailed, AnswerRefused, ServerState
-from mpillama.serve.choices import chat_choices
-from mpillama.serve.errors import AsciiJson, Refused
-from mpillama.serve.guard import ASKER
-from mpillama.serve.preparing import prepared
-from mpillama.serve.requests import chat_requests, left_out_of_grammar
-from mpillama.serve.responses_chat import chat_of, in_words_of_responses, input_items, with_references
-from mpillama.serve.responses_events import ResponseWriter, new_id
-from mpillama.serve.responses_store import Kept, ResponseStore, kept_items
-from mpillama.serve.routes import EVENTS, REFUSALS, StateOf, StrictRoute, log_prompt, tell_ignored, tell_unknown
-from mpillama.serve.streams import named_event, stream, while_connected
+from mpillama import __version__
+from mpillama.serve.async_engine import AnswerFailed, AnswerRefused, Answers, AsyncEngine, ServerState
+from mpillama.serve.engine_requests import Output, ServerRequest
+from mpillama.serve.metrics import Metrics
+from mpillama.serve.streams import DONE, event
 
 Json = dict[str, Any]
 
-responses = APIRouter(route_class=StrictRoute)
+
+class Choice(Protocol):
+    """One of a request's answers, as it grows."""
+
+    def begin(self) -> Json | None:
+        """What a stream says of it first, if anything."""
+
+    def push(self, output: Output) -> list[Json]:
+        """Take an output; returns the `choices` entries of a stream that tell of it."""
+
+    def whole(self) -> Json:
+        """The entry of a response that is not streamed."""
+
+    def beside(self) -> Json:
+        """What such a response says of it beside the entries."""
+
+    @property
+    def writes_prompt(self) -> bool:
+        """Whether the next push takes long, since the prompt may be."""
+
+    @property
+    def reasoning_tokens(self) -> int | None:
+        """Tokens of its thoughts so far; None if it cannot have any."""
 
 
-def the_store(request: Request) -> ResponseStore:
-    """Where responses are kept."""
-    store: ResponseStore = request.app.state.responses
-    return store
+class Reply:
+    """A request's answers and what they are called; `kind` is the object's name, with ".chunk" in streams of chats."""
 
-
-def the_asker(request: Request) -> str:
-    """Whose responses are seen: a digest of the key that was shown."""
-    return str(request.scope.get(ASKER, ""))
-
-
-StoreOf = Annotated[ResponseStore, Depends(the_store)]
-AskerOf = Annotated[str, Depends(the_asker)]
-
-
-class Asked:
-    """A request for a response, understood."""
-
-    def __init__(self, state: ServerState, body: ResponseBody, items: Sequence[Any], earlier: Sequence[Kept]):
-        """Look at everything; BadRequest or Refused in the words of this API."""
-        before = [ITEM.validate_json(item) for kept in earlier for item in (*kept.input, *kept.output.values())]
+    def __init__(self, state: ServerState, kind: str, chunk_kind: str, prefix: str, requests: Sequence[ServerRequest]):
+        self.id = f"{prefix}-{secrets.token_hex(12)}"
+        self.created = int(time.time())
         self.state = state
-        self.body = body
-        self.kept_input = () if body.store is False else kept_items(items)
-        with in_words_of_responses():
-            self.chat: ServedChat = chat_of(body, [*before, *items])
-            (self.engine_request,) = chat_requests(state, self.chat)
-            self.left_out = left_out_of_grammar(self.chat)
-        self.reply = Reply(state, "response", "response", "resp", [self.engine_request])
+        self.kind = kind
+        self.chunk_kind = chunk_kind
+        self.requests = requests
+        self.completion_tokens = 0
+        self.cached_tokens: dict[int, int] = {}
 
-    def response(self) -> Json:
-        """The response before there is any of it: what was asked, and what counts where nothing was said."""
-        body, sampling = self.body, self.engine_request.sampling
+    def note(self, index: int, output: Output) -> None:
+        """Count, or raise AnswerFailed."""
+        if output.error is not None:
+            raise (AnswerRefused if output.refused else AnswerFailed)(output.error)
+        self.completion_tokens += len(output.token_ids)
+        self.cached_tokens[index] = output.cached_tokens
+
+    def usage(self, choices: Sequence[Choice]) -> Json:
+        """Tokens; the choices of one prompt share it."""
+        prompts = {id(r.prompt_ids): (len(r.prompt_ids), i) for i, r in reversed(list(enumerate(self.requests)))}
+        prompt = sum(length for length, _ in prompts.values())
+        cached = sum(self.cached_tokens.get(first, 0) for _, first in prompts.values())
+        thought = [choice.reasoning_tokens for choice in choices if choice.reasoning_tokens is not None]
         return {
-            "id": new_id("resp"),
-            "object": "response",
-            "created_at": int(time.time()),
-            "completed_at": None,
-            "error": None,
-            "incomplete_details": None,
+            "prompt_tokens": prompt,
+            "completion_tokens": self.completion_tokens,
+            "total_tokens": prompt + self.completion_tokens,
+            "prompt_tokens_details": {"cached_tokens": cached},
+            **({"completion_tokens_details": {"reasoning_tokens": sum(thought)}} if thought else {}),
+        }
+
+    def object(self, kind: str, choices: list[Json], **more: Any) -> Json:
+        """A response or a chunk of one."""
+        return {
+            "id": self.id,
+            "object": kind,
+            "created": self.created,
             "model": self.state.model,
-            "instructions": body.instructions,
-            "previous_response_id": body.previous_response_id,
-            "store": body.store is not False,
-            "metadata": body.metadata or {},
-            "temperature": sampling.temperature,
-            "top_p": sampling.top_p,
-            "top_logprobs": body.top_logprobs or 0,
-            "max_output_tokens": body.most_tokens,
-            "tools": [tool.model_dump() for tool in body.tools or ()],
-            "tool_choice": _dumped(body.tool_choice) or "auto",
-            "parallel_tool_calls": body.parallel_tool_calls is not False,
-            "text": _dumped(body.text) or {"format": {"type": "text"}},
-            "reasoning": {"effort": body.reasoning.effort if body.reasoning else None, "summary": None},
-            "truncation": "disabled",
-            "background": False,
-            "usage": None,
+            "system_fingerprint": f"mpillama-{__version__}",
+            "choices": choices,
+            **more,
         }
 
 
-def _dumped(value: Any) -> Any:
-    return value if value is None or isinstance(value, str) else value.model_dump(by_alias=True, exclude_none=True)
+async def _push(choice: Choice, output: Output) -> list[Json]:
+    """Let a choice take an output; other requests go on while a long prompt is written down."""
+    return await asyncio.to_thread(choice.push, output) if choice.writes_prompt else choice.push(output)
 
 
-async def understood(request: Request, state: ServerState, store: ResponseStore, body: ResponseBody) -> Asked:
-    """The request with what it refers to."""
-    earlier = store.chain(state.asker, body.previous_response_id)
+class Answerer:
+    """Runs the engine's requests of one HTTP request to their end; answers longer than `seconds` are cut."""
 
-    def find(name: str) -> Any:
-        found = store.item(state.asker, name)
-        return None if found is None else ITEM.validate_json(found)
+    def __init__(self, engine: AsyncEngine, metrics: Metrics, seconds: float):
+        self.engine = engine
+        self.metrics = metrics
+        self.seconds = seconds
 
-    items = with_references(input_items(body), find)
-    asked = await prepared(request, lambda _: Asked(state, body, items, earlier))
-    tell_ignored(request, asked.left_out)
-    return asked
+    async def whole(self, reply: Reply, make: Callable[[int, ServerRequest], Choice]) -> Json:
+        """The response when all answers are finished."""
+        choices = [make(i, request) for i, request in enumerate(reply.requests)]
+        async with self.engine.generate(reply.requests) as answers:
+            async for index, output in self.timed(answers):
+                reply.note(index, output)
+                await _push(choices[index], output)
+        more = {name: value for choice in choices for name, value in choice.beside().items()}
+        return reply.object(reply.kind, [choice.whole() for choice in choices], usage=reply.usage(choices), **more)
 
+    async def pieces(
+        self, reply: Reply, make: Callable[[int, ServerRequest], Choice], include_usage: bool
+    ) -> AsyncGenerator[bytes]:
+        """The events of a stream."""
+        choices = [make(i, request) for i, request in enumerate(reply.requests)]
+        more: Json = {"usage": None} if include_usage else {}
+        begun: set[int] = set()
+        async with self.engine.generate(reply.requests) as answers:
+            async for index, output in self.timed(answers):
+                reply.note(index, output)
+                entries = await _push(choices[index], output)
+                first = choices[index].begin() if index not in begun else None
+                begun.add(index)
+                for entry in [first, *entries] if first else entries:
+                    yield event(reply.object(reply.chunk_kind, [entry], **more))
+        if include_usage:
+            yield event(reply.object(reply.chunk_kind, [], usage=reply.usage(choices)))
+        yield DONE
 
-@responses.post(
-    "/v1/responses",
-    response_model=None,
-    responses={200: {"model": schemas.ModelResponse, "content": EVENTS}, **REFUSALS},
-)
-async def create_response(request: Request, body: ResponseBody, state: StateOf, store: StoreOf) -> Response:
-    """Answer a conversation in items, whole or as a stream of events."""
-    tell_unknown(request, body)
-    asked = await understood(request, state, store, body)
-    answerer: Answerer = request.app.state.answerer
-    answerer.engine.check_room(1)
-    writer = ResponseWriter(asked.response())
-    log_prompt(request, writer.response["id"], body)
-    told = answer(answerer, asked, writer, store)
-    if body.stream:
-        return await stream(request, events(told, writer))
-    await while_connected(request, _finish(told))
-    return AsciiJson(writer.response)
+    async def embeddings(self, reply: Reply) -> list[np.ndarray]:
+        """The embedding of each request's text."""
+        found: dict[int, np.ndarray] = {}
+        async with self.engine.generate(reply.requests) as answers:
+            async for index, output in self.timed(answers):
+                reply.note(index, output)
+                if output.embedding is None:
+                    raise AnswerFailed("the embedding took too long")
+                found[index] = output.embedding
+        return [found[index] for index in range(len(reply.requests))]
 
-
-async def answer(
-    answerer: Answerer, asked: Asked, writer: ResponseWriter, store: ResponseStore
-) -> AsyncGenerator[Json]:
-    """The events of an answer, at the end of which it is kept."""
-    choice = chat_choices(asked.state, asked.chat)(0, asked.engine_request)
-    async with answerer.engine.generate(asked.reply.requests) as answers:
-        async for _, output in answerer.timed(answers):
-            asked.reply.note(0, output)
-            for event in writer.begin():  # not before: what fails until now has a status of its own
-                yield event
-            for entry in choice.push(output):
-                for event in writer.push(entry):
-                    yield event
-    last = list(writer.end(choice.finish_reason or "stop", _usage(asked.reply.usage([choice]))))
-    if asked.body.store is not False:
-        store.put(asked.state.asker, writer.response, asked.kept_input)
-    for event in last:
-        yield event
-
-
-async def events(told: AsyncGenerator[Json], writer: ResponseWriter) -> AsyncGenerator[bytes]:
-    """As server-sent events; an answer that fails is told in one as well."""
-    try:
-        async for event in told:
-            yield named_event(event["type"], event)
-    except AnswerFailed as error:
-        if not writer.begun:
-            raise
-        for event in writer.fail(str(error), "invalid_prompt" if isinstance(error, AnswerRefused) else "server_error"):
-            yield named_event(event["type"], event)
-    finally:
-        await told.aclose()
-
-
-async def _finish(told: AsyncGenerator[Json]) -> None:
-    try:
-        async for _ in told:
-            pass
-    finally:
-        await told.aclose()
-
-
-def _usage(found: Json) -> Json:
-    """A chat's usage in this API's words."""
-    thought = found.get("completion_tokens_details", {}).get("reasoning_tokens", 0)
-    return {
-        "input_tokens": found["prompt_tokens"],
-        "input_tokens_details": {**found["prompt_tokens_details"], "cache_write_tokens": 0},
-        "output_tokens": found["completion_tokens"],
-        "output_tokens_details": {"reasoning_tokens": thought},
-        "total_tokens": found["total_tokens"],
-    }
-
-
-@responses.post("/v1/responses/input_tokens", responses={200: {"model": schemas.InputTokens}, **REFUSALS})
-async def count_input_tokens(request: Request, body: ResponseBody, state: StateOf, store: StoreOf) -> Json:
-    """Count the tokens that a request would have."""
-    asked = await understood(request, state, store, body)
-    return {"object": "response.input_tokens", "input_tokens": len(asked.engine_request.prompt_ids)}
-
-
-@responses.get(
-    "/v1/responses/{response_id}", response_model=None, responses={200: {"model": schemas.ModelResponse}, **REFUSALS}
-)
-async def get_response(response_id: str, store: StoreOf, asker: AskerOf, stream: bool = False) -> Response:
-    """Give a response that is kept."""
-    if stream:
-        raise Refused(400, "stream: a response that is kept is given whole", "stream")
-    return AsciiJson(store.get(asker, response_id).whole())
-
-
-@responses.delete("/v1/responses/{response_id}", responses={200: {"model": schemas.Deleted}, **REFUSALS})
-async def delete_response(response_id: str, store: StoreOf, asker: AskerOf) -> Json:
-    """Forget a response."""
-    store.delete(asker, response_id)
-    return {"id": response_id, "object": "response", "deleted": True}
-
-
-@responses.get(
-    "/v1/responses/{response_id}/input_items",
-    response_model=None,
-    responses={200: {"model": schemas.Items}, **REFUSALS},
-)
-async def list_input_items(
-    response_id: str,
-    store: StoreOf,
-    asker: AskerOf,
-    after: str | None = None,
-    limit: Annotated[int, Query(ge=1, le=100)] = 20,
-    order: Literal["asc", "desc"] = "desc",
-) -> Response:
-    """List what a kept response answers, the newest first if not asked otherwise."""
-    items = [json.loads(item) for item in store.get(asker, response_id).input]
-    items = items if order == "asc" else items[::-1]
-    if after is not None:
-        items = _after(items, after)
-    page = items[:limit]
-    ends = {"first_id": page[0]["id"] if page else "", "last_id": page[-1]["id"] if page else ""}
-    return AsciiJson({"object": "list", "data": page, **ends, "has_more": len(items) > limit})
-
-
-def _after(items: list[Json], name: str) -> list[Json]:
-    places = [i for i, item in enumerate(items) if item["id"] == name]
-    if not places:
-        raise Refused(400, f"after: there is no item {name[:80]!r}", "after")
-    return items[places[0] + 1 :]
+    async def timed(self, answers: Answers) -> AsyncGenerator[tuple[int, Output]]:
+        """Outputs, measured, and cut where they take too long."""
+        watch = self.metrics.watch()
+        async for index, output in answers.outputs(self.seconds):
+            watch.note(index, output)
+            yield index, output

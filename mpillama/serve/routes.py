@@ -13,8 +13,8 @@ from pydantic import BaseModel
 from mpillama.api.body import BadRequest, Body
 from mpillama.serve import schemas
 from mpillama.serve.async_engine import AsyncEngine, ServerState
-from mpillama.serve.guard import ASKER, UNKNOWN
-from mpillama.serve.json_body import load_json
+from mpillama.serve.middleware import ASKER, UNKNOWN
+from mpillama.serve.request_body import load_json
 
 LOG = logging.getLogger(__name__)
 Handler = Callable[[Request], Coroutine[Any, Any, Response]]

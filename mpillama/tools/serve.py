@@ -28,8 +28,8 @@ from mpillama.serve.async_engine import AsyncEngine, ServerState
 from mpillama.serve.connections import PLACES_KEPT, most_connections
 from mpillama.serve.engine_loop import EngineLoop, Shutdown
 from mpillama.serve.engine_requests import Output, ServerAdapter, ServerRequest
-from mpillama.serve.guard import Guard, Rules
 from mpillama.serve.http_server import Address, HttpServer
+from mpillama.serve.middleware import Middleware, Rules
 from mpillama.serve.rendezvous import Rendezvous, is_loopback, tunnel
 from mpillama.text.constraint import Grammars, json_object_grammar
 from mpillama.tools.display import watched
@@ -98,8 +98,8 @@ def listen(options: ServeOptions, settings: Settings) -> Listener:
     app = create_app(engine, options.request_timeout, options.log_prompts)
     sys.setswitchinterval(SWITCH_SECONDS)
     most = most_connections(options.connections)
-    guard = Guard(app, _rules(options, settings, most), app.state.metrics.note)
-    server = HttpServer(guard, address, bound, options.write_timeout, most)
+    limited = Middleware(app, _rules(options, settings, most), app.state.metrics.note)
+    server = HttpServer(limited, address, bound, options.write_timeout, most)
     server.start(engine.attach)
     return Listener(settings, engine, server, bound.getsockname()[1])
 

@@ -17,7 +17,7 @@ from mpillama.text.tokenizer import Tokenizer
 from tests import models
 
 if TYPE_CHECKING:
-    from mpillama.serve.choices import ChatChoice
+    from mpillama.serve.chat_choice import ChatChoice
 
 OPEN, CLOSE = PAIRS[0]
 QWEN = "{{ messages }}{% if enable_thinking is false %}<think>\n\n</think>\n\n{% endif %}"
@@ -64,7 +64,7 @@ def answered(
     tools: ToolFormat | None = None,
 ) -> "ChatChoice":
     """An answer of these tokens on its way through the engine's Answer to the message, a few tokens a step."""
-    from mpillama.serve.choices import ChatChoice
+    from mpillama.serve.chat_choice import ChatChoice
     from mpillama.serve.engine_requests import Output
 
     form = form_of(tokens)

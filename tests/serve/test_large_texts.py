@@ -15,7 +15,7 @@ from tests.serve.tooled import write_tooled
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(TIMEOUT + 120)]
 
 MOST_BYTES = 1 << 20
-"""Of mpillama/serve/text_sizes, for a short context."""
+"""Of mpillama/serve/tokenizing, for a short context."""
 LARGE = 15_000_000
 KEPT = 60 << 20
 """What may be more in memory afterwards; the largest text takes 300 MB."""

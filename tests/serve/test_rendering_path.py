@@ -18,7 +18,7 @@ HTML = '<p dir="auto"><strong>a</strong></p>'
 
 def renderers() -> list[psutil.Process]:
     """All that run on this machine."""
-    name = "mpillama.serve.render.worker"
+    name = "mpillama.serve.render.markdown"
     return [process for process in psutil.process_iter(["cmdline"]) if name in (process.info["cmdline"] or ())]
 
 

@@ -7,10 +7,10 @@ import pytest
 
 from mpillama.api.messages import Message
 from mpillama.api.responses import ITEM
-from mpillama.serve.responses_events import ResponseWriter
+from mpillama.serve.responses_api_events import ResponseWriter
 
 if TYPE_CHECKING:  # it imports what is compiled
-    from mpillama.serve.responses_store import ResponseStore
+    from mpillama.serve.responses_api_store import ResponseStore
 
 KIB = 1024
 """About the bytes of a small response."""
@@ -117,7 +117,7 @@ def test_an_answer_that_fails_tells_what_there_was():
 
 
 def messages(*items: dict[str, Any], instructions: str | None = None) -> list[dict[str, Any]]:
-    from mpillama.serve.responses_chat import messages_of
+    from mpillama.serve.responses_api_chat import messages_of
 
     found = messages_of(instructions, [ITEM.validate_python(item) for item in items])
     assert all(isinstance(message, Message) for message in found)
@@ -167,13 +167,13 @@ def test_instructions_and_the_first_system_message_are_one():
 
 
 def store_of(most_bytes: int) -> "ResponseStore":
-    from mpillama.serve.responses_store import ResponseStore
+    from mpillama.serve.responses_api_store import ResponseStore
 
     return ResponseStore(most_bytes)
 
 
 def said(text: str) -> tuple[bytes, ...]:
-    from mpillama.serve.responses_store import kept_items
+    from mpillama.serve.responses_api_store import kept_items
 
     return kept_items([ITEM.validate_python(user(text))])
 

@@ -4,9 +4,12 @@ Nothing that is written becomes markup of its own: HTML is text but for a few ta
 links (the page asks nobody but its server), and what the renderer makes goes through `safety` in the end.
 """
 
+import json
+import os
 import re
+import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cache
 from typing import Any
 from urllib.parse import urlsplit
@@ -19,13 +22,14 @@ from markdown_it.rules_inline import StateInline
 from markdown_it.token import Token
 from mdit_py_plugins.footnote import footnote_plugin
 
-from mpillama.serve.render.checklists import checklists_plugin
 from mpillama.serve.render.code import code_block
 from mpillama.serve.render.formulas import formulas_plugin
+from mpillama.serve.render.plugins import checklists_plugin, tags_plugin
 from mpillama.serve.render.safety import clean
-from mpillama.serve.render.tags import tags_plugin
 from mpillama.serve.render.unfinished import completed
 
+NICENESS = 5
+"""The model comes first."""
 SCHEMES = ("http", "https", "mailto")
 DEEPEST_HEADING = 6
 HEADINGS_BELOW = 2
@@ -195,3 +199,16 @@ class _Renderer(RendererHTML):
     def footnote_anchor(self, tokens: Sequence[Token], idx: int, options: Any, env: Any) -> str:
         """No way back either."""
         return ""
+
+
+def main() -> None:
+    """Answer lists of [text, whether it grows], one a line, with lists of blocks until nobody asks any more."""
+    os.nice(NICENESS)
+    for line in sys.stdin.buffer:
+        found = [[asdict(block) for block in render(text, growing)] for text, growing in json.loads(line)]
+        sys.stdout.buffer.write(json.dumps(found).encode() + b"\n")
+        sys.stdout.buffer.flush()
+
+
+if __name__ == "__main__":
+    main()

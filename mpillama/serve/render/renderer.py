@@ -71,7 +71,7 @@ class Renderer:
 
     def _running(self) -> subprocess.Popen[bytes]:
         if self._process is None or self._process.poll() is not None:
-            words = [sys.executable, "-m", "mpillama.serve.render.worker"]
+            words = [sys.executable, "-m", "mpillama.serve.render.markdown"]
             paths = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
             # The server's key may be among its variables, and is no business of the renderer.
             env = {name: value for name, value in os.environ.items() if not name.startswith("MPILLAMA_")}

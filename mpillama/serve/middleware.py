@@ -11,9 +11,9 @@ from typing import Any
 from urllib.parse import quote
 
 from mpillama.serve.async_engine import ClientGone, QueueFull
-from mpillama.serve.compression import Unpacker
 from mpillama.serve.errors import Refused, response_to
 from mpillama.serve.http_server import ABORT
+from mpillama.serve.request_body import Unpacker
 
 LOG = logging.getLogger(__name__)
 Message = MutableMapping[str, Any]
@@ -60,7 +60,7 @@ class Rules:
     origins: frozenset[str] = frozenset()
 
 
-class Guard:
+class Middleware:
     """An ASGI application around another one, which gets requests with whole bodies only.
 
     `note` is told of each request: path, status (499 if the client went away before), seconds.

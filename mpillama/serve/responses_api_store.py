@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mpillama.serve.errors import Refused
-from mpillama.serve.responses_events import new_id
+from mpillama.serve.responses_api_events import new_id
 
 Json = dict[str, Any]
 Name = tuple[str, str]
