@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
@@ -168,6 +168,10 @@ class LLM(EngineSettings):
 
     def __post_init__(self) -> None:
         check_start(self.threads, self.timeout)
+        for each in fields(self):
+            choices = each.metadata.get("choices")
+            if choices and getattr(self, each.name) not in choices:
+                raise UserError(f"{each.name} is {getattr(self, each.name)!r}: choose one of {', '.join(choices)}.")
         if self.sequences < 1 or self.speculate < 0 or (self.cache_tokens is not None and self.cache_tokens < 1):
             raise UserError("sequences and cache_tokens must be at least 1, speculate at least 0.")
         world = join(self.comm, self.threads, self.timeout)

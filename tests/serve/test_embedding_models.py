@@ -1,12 +1,8 @@
 """Models that were stored for embeddings, without the prefix of their tensors' names and without an output head."""
 
-import shutil
-from pathlib import Path
-
 import numpy as np
 import openai
 import pytest
-from safetensors.numpy import save_file
 
 from tests import golden_models
 from tests.mpi.launch import TIMEOUT
@@ -16,17 +12,12 @@ pytestmark = pytest.mark.timeout(2 * TIMEOUT + 60)
 TOKENS = [[5, 6, 7, 8], [9, 10, 11]]
 
 
-def write(folder: Path) -> Path:
-    shutil.copytree(golden_models.FOLDER / "llama", folder)
-    tensors = golden_models.family_tensors("llama")
-    bare = {n.removeprefix("model."): t for n, t in tensors.items() if n != "lm_head.weight"}
-    save_file(bare, folder / "model.safetensors")
-    return folder
-
-
 def test_embeddings_are_those_of_the_whole_model_and_all_else_is_refused(tmp_path):
     found = {}
-    for name, path in {"bare": write(tmp_path / "bare"), "whole": golden_models.FOLDER / "llama"}.items():
+    for name, path in {
+        "bare": golden_models.headless(tmp_path / "bare"),
+        "whole": golden_models.FOLDER / "llama",
+    }.items():
         with serving(path, tmp_path, 2) as served:
             entries = served.client.embeddings.create(model=path.name, input=TOKENS).data
             found[name] = [entry.embedding for entry in entries]
