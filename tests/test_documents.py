@@ -7,7 +7,13 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = sorted(
-    [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("examples/*.md"), ROOT / "jobs/README.md"]
+    [
+        *ROOT.glob("*.md"),
+        *ROOT.glob("docs/**/*.md"),
+        *ROOT.glob("examples/*.md"),
+        *ROOT.glob("jobs/*.md"),
+        *ROOT.glob(".github/*.md"),
+    ]
 )
 FOLDERS = "|".join(("mpillama", "docs", "tests", "jobs", "examples", "benchmarks", "data", r"\.github"))
 NAMED = re.compile(rf"`((?:{FOLDERS})/[\w./-]*)`")
