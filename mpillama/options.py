@@ -11,8 +11,9 @@ from typing import Any, ClassVar, NoReturn, Optional
 import argparse_dataclass
 
 from mpillama import __version__
-from mpillama.engine.settings import WEIGHT_TYPE_NAMES, EngineSettings, ModelSettings, SpeculationSettings, option
+from mpillama.engine.settings import EngineSettings, ModelSettings, SpeculationSettings, option
 from mpillama.errors import UserError
+from mpillama.quant import WEIGHT_TYPE_NAMES
 from mpillama.text.sampling_params import About, Number, SamplingParams
 
 # argparse-dataclass evaluates the annotations itself and knows Optional[int], not int | None.

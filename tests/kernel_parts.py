@@ -15,7 +15,7 @@ from mpillama.kernels.library import Library, Team, load
 from mpillama.kernels.shared_sum import SharedWindow, window_bytes
 from mpillama.model.linear import Matrix
 from mpillama.model.workspace import Activations
-from mpillama.quant import WEIGHT_TYPES
+from mpillama.quant.registry import WEIGHT_TYPES
 from mpillama.quant.weight_type import BLOCK, LANES, WeightType
 
 Array = np.ndarray

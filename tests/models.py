@@ -17,7 +17,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 from mpillama.files.native_writer import write_model
 from mpillama.model.config import ModelConfig
 from mpillama.model.tensors import EMBEDDING, LM_HEAD, TensorSpec, WeightTypes
-from mpillama.quant import WEIGHT_TYPES
+from mpillama.quant.registry import WEIGHT_TYPES
 
 Tensors = dict[str, np.ndarray]
 

@@ -20,7 +20,7 @@ from mpillama.model.family import Block
 from mpillama.model.mlp import Experts
 from mpillama.model.tensors import TensorSpec, WeightTypes
 from mpillama.model.weights import load_weights
-from mpillama.quant.floats import F32
+from mpillama.quant.types.f32 import F32
 from tests import golden_models, running
 from tests.conftest import THREADS
 from tests.referee import cases

@@ -19,9 +19,9 @@ from mpillama.files.native_writer import create_file, seal_file
 from mpillama.model.config import ModelConfig
 from mpillama.model.shapes import shape_config
 from mpillama.model.tensors import TensorSpec, WeightTypes
-from mpillama.quant import STORED_TYPES
-from mpillama.quant.q4_0 import Q4_0
-from mpillama.quant.q8_0 import Q8_0
+from mpillama.quant.registry import STORED_TYPES
+from mpillama.quant.types.q4_0 import Q4_0
+from mpillama.quant.types.q8_0 import Q8_0
 
 CONFIG = {**shape_config("llama-3.1-405b"), "rope_scaling": None}
 RANKS = 4

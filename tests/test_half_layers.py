@@ -16,7 +16,7 @@ from mpillama.kernels import arguments
 from mpillama.kernels.shared_sum import PROGRESS_STRIDE, SharedWindow
 from mpillama.model.linear import Matrix
 from mpillama.model.workspace import StepArrays
-from mpillama.quant import WEIGHT_TYPES
+from mpillama.quant.registry import WEIGHT_TYPES
 from mpillama.quant.weight_type import LANES
 from tests.kernel_parts import (
     GRID,

@@ -16,7 +16,7 @@ import pytest
 from mpillama.errors import UserError
 from mpillama.kernels import arguments
 from mpillama.kernels.isa import choose_isa, host_features, known_sets
-from mpillama.quant import WEIGHT_TYPES
+from mpillama.quant.registry import WEIGHT_TYPES
 from tests.kernel_parts import (
     GRID,
     ISAS,

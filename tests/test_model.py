@@ -7,7 +7,7 @@ import pytest
 
 from mpillama.engine.executor import Executor
 from mpillama.model.cache import single_sequence_step
-from mpillama.quant import WEIGHT_TYPES
+from mpillama.quant.registry import WEIGHT_TYPES
 from tests import models, running
 from tests.conftest import THREADS, ModelFile
 from tests.one_sequence import OneSequence

@@ -22,9 +22,9 @@ from mpillama.files.native_reader import NativeModel, NativeReader, TableEntry, 
 from mpillama.files.native_writer import create_file, pack_tensor, seal_file, types_json, write_model
 from mpillama.model.config import ModelConfig
 from mpillama.model.tensors import TensorSpec, WeightTypes
-from mpillama.quant import WEIGHT_TYPES
-from mpillama.quant.floats import F32
-from mpillama.quant.q8_0 import Q8_0
+from mpillama.quant.registry import WEIGHT_TYPES
+from mpillama.quant.types.f32 import F32
+from mpillama.quant.types.q8_0 import Q8_0
 from tests import models
 from tests.conftest import ModelFile
 from tests.table_worker import fingerprint

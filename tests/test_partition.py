@@ -14,7 +14,7 @@ from mpillama.model.partition import Split, split_units
 from mpillama.model.shapes import SHAPES
 from mpillama.model.tensors import TensorSpec, WeightTypes
 from mpillama.model.weights import arena_bytes, slice_bytes, slice_shapes
-from mpillama.quant import WEIGHT_TYPES
+from mpillama.quant.registry import WEIGHT_TYPES
 from mpillama.quant.weight_type import LANES
 from tests import models
 

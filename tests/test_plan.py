@@ -12,7 +12,7 @@ from mpillama.model.cache import blocks_for
 from mpillama.model.config import ModelConfig
 from mpillama.model.shapes import shape_config
 from mpillama.model.tensors import WeightTypes
-from mpillama.quant import WEIGHT_TYPES
+from mpillama.quant.registry import WEIGHT_TYPES
 from mpillama.tools.values import parse_bytes
 from tests.mpi.launch import PROGRAM, run
 

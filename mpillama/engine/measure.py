@@ -27,7 +27,6 @@ class Timing:
 
     @property
     def median(self) -> float:
-        """The middle repetition."""
         return float(np.median(self.seconds))
 
     @property

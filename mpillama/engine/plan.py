@@ -12,7 +12,7 @@ from mpillama.engine.memory import RESERVE, MemoryModel, RankMemory
 from mpillama.model.config import ModelConfig
 from mpillama.model.tensors import EMBEDDING, LM_HEAD, TensorSpec, WeightTypes
 from mpillama.model.weights import slice_bytes
-from mpillama.quant import SMALLEST
+from mpillama.quant.registry import SMALLEST
 
 GOOD_EFFICIENCY = 0.85
 """The share of the read bandwidth that a decode step reaches."""

@@ -4,12 +4,10 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Optional
 
 from mpillama.comm.launcher import DEFAULT_TIMEOUT
-from mpillama.quant import WEIGHT_TYPES
+from mpillama.quant import WEIGHT_TYPE_NAMES
 
 # argparse-dataclass evaluates the annotations itself and knows Optional[int], not int | None.
 # ruff: noqa: UP045
-
-WEIGHT_TYPE_NAMES = tuple(WEIGHT_TYPES)
 
 
 def option(text: str, default: Any = None, **metadata: Any) -> Any:

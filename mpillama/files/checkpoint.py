@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from mpillama.quant import STORED_TYPES
+from mpillama.quant.registry import STORED_TYPES
 from mpillama.quant.weight_type import StoredType
 
 

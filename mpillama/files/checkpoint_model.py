@@ -14,8 +14,8 @@ from mpillama.files.checkpoint import Checkpoint
 from mpillama.files.checkpoint_reader import CheckpointReader
 from mpillama.model.config import ModelConfig
 from mpillama.model.tensors import LM_HEAD, TensorSpec, WeightTypes
-from mpillama.quant import WEIGHT_TYPES
-from mpillama.quant.floats import F32
+from mpillama.quant.registry import WEIGHT_TYPES
+from mpillama.quant.types.f32 import F32
 
 AS_STORED = "as-stored"
 

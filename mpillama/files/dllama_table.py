@@ -6,7 +6,7 @@ from typing import Any
 from mpillama.files.checkpoint import StoredTensor
 from mpillama.files.foreign import damaged
 from mpillama.model.family import Dllama
-from mpillama.quant import STORED_TYPES
+from mpillama.quant.registry import STORED_TYPES
 
 Plan = list[tuple[str, tuple[int, ...], str]]
 """Name, shape and stored type of tensors that follow each other."""

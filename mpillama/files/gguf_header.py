@@ -16,8 +16,8 @@ from mpillama.errors import UserError
 from mpillama.files.checkpoint import StoredTensor
 from mpillama.files.cursor import Cursor
 from mpillama.files.foreign import damaged
-from mpillama.quant import STORED_TYPES
 from mpillama.quant.ggml import UNREAD
+from mpillama.quant.registry import STORED_TYPES
 from mpillama.quant.weight_type import round_up
 
 MAGIC = b"GGUF"

@@ -19,7 +19,7 @@ from mpillama.errors import UserError
 from mpillama.files.native_reader import NativeModel, TableEntry
 from mpillama.model.config import ModelConfig
 from mpillama.model.tensors import TensorSpec, WeightTypes
-from mpillama.quant import WEIGHT_TYPES
+from mpillama.quant.registry import WEIGHT_TYPES
 from mpillama.quant.weight_type import WeightType
 
 FORMAT = "mpillama"

@@ -10,7 +10,7 @@ from mpillama.errors import UserError
 from mpillama.files.checkpoint import StoredTensor
 from mpillama.files.cursor import Cursor
 from mpillama.files.foreign import damaged, one_line
-from mpillama.quant import STORED_TYPES
+from mpillama.quant.registry import STORED_TYPES
 
 STORED = {t.safetensors: t.name for t in STORED_TYPES.values() if t.safetensors}
 MOST_HEADER = 100_000_000

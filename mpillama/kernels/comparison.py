@@ -7,7 +7,7 @@ import numpy as np
 from mpillama.kernels import arguments
 from mpillama.kernels.activations import places
 from mpillama.kernels.library import Library
-from mpillama.quant import WEIGHT_TYPES
+from mpillama.quant.registry import WEIGHT_TYPES
 from mpillama.quant.weight_type import WeightType
 
 GROUPS, BLOCKS, PANELS, TOKENS = 8, 6, 3, 40

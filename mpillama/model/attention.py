@@ -18,7 +18,7 @@ from mpillama.model.config_values import ConfigValues
 from mpillama.model.linear import LayerWeights
 from mpillama.model.partition import Partition, Split
 from mpillama.model.tensors import TensorSpec, WeightTypes, whole_vector
-from mpillama.quant.floats import F32
+from mpillama.quant.types.f32 import F32
 from mpillama.quant.weight_type import BLOCK, round_up
 
 BLOCK_POSITIONS = 64

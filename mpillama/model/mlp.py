@@ -13,7 +13,7 @@ from mpillama.model.config_values import ConfigValues
 from mpillama.model.linear import LayerWeights
 from mpillama.model.partition import Split
 from mpillama.model.tensors import EXPERTS, TensorSpec, WeightTypes, whole_matrix, whole_vector
-from mpillama.quant.floats import F32
+from mpillama.quant.types.f32 import F32
 from mpillama.quant.weight_type import BLOCK, round_up
 
 MOST_EXPERTS = 4096

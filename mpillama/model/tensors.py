@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from mpillama.model.partition import Partition, Split
-from mpillama.quant.floats import F32
+from mpillama.quant.types.f32 import F32
 from mpillama.quant.weight_type import LANES, WeightType, round_up
 
 EMBEDDING = "model.embed_tokens.weight"

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from mpillama.errors import UserError
-from mpillama.quant.q8_0 import Q8_0
+from mpillama.quant.types.q8_0 import Q8_0
 from mpillama.quant.weight_type import Float32, StoredType, WeightType
 
 
@@ -34,15 +34,16 @@ class DecodedType(StoredType):
             return dequantize(np.ascontiguousarray(raw), GGMLQuantizationType[self.name.upper()])
 
 
-Q4_1 = DecodedType("q4_1", 32, 20, ggml=3)
-Q5_0 = DecodedType("q5_0", 32, 22, ggml=6)
-Q5_1 = DecodedType("q5_1", 32, 24, ggml=7)
-Q2_K = DecodedType("q2_k", 256, 84, ggml=10)
-Q3_K = DecodedType("q3_k", 256, 110, ggml=11)
-Q4_K = DecodedType("q4_k", 256, 144, ggml=12)
-Q5_K = DecodedType("q5_k", 256, 176, ggml=13)
-Q6_K = DecodedType("q6_k", 256, 210, ggml=14)
-
+TYPES = (
+    DecodedType("q4_1", 32, 20, ggml=3),
+    DecodedType("q5_0", 32, 22, ggml=6),
+    DecodedType("q5_1", 32, 24, ggml=7),
+    DecodedType("q2_k", 256, 84, ggml=10),
+    DecodedType("q3_k", 256, 110, ggml=11),
+    DecodedType("q4_k", 256, 144, ggml=12),
+    DecodedType("q5_k", 256, 176, ggml=13),
+    DecodedType("q6_k", 256, 210, ggml=14),
+)
 UNREAD = {
     **{9: "q8_1", 15: "q8_k", 16: "iq2_xxs", 17: "iq2_xs", 18: "iq3_xxs", 19: "iq1_s", 20: "iq4_nl", 21: "iq3_s"},
     **{

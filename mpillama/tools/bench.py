@@ -25,7 +25,7 @@ from mpillama.model.shapes import shape_config
 from mpillama.model.tensors import TensorSpec, WeightTypes
 from mpillama.model.weights import Weights, load_weights, slice_bytes
 from mpillama.options import BenchOptions
-from mpillama.quant import WEIGHT_TYPES
+from mpillama.quant.registry import WEIGHT_TYPES
 from mpillama.tools.bench_report import draw, print_report
 from mpillama.tools.display import in_number, load_progress
 from mpillama.tools.running import running

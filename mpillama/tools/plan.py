@@ -15,7 +15,7 @@ from mpillama.model.config import ModelConfig
 from mpillama.model.shapes import shape_config
 from mpillama.model.tensors import WeightTypes
 from mpillama.options import PlanOptions
-from mpillama.quant import WEIGHT_TYPES
+from mpillama.quant.registry import WEIGHT_TYPES
 from mpillama.tools.display import in_number, in_units, stages
 from mpillama.tools.job_script import job_script
 from mpillama.tools.terminal import print_sentence, print_table

@@ -18,8 +18,8 @@ from mpillama.files.dllama import read_dllama
 from mpillama.files.dllama_table import place_tensors
 from mpillama.model.config import ModelConfig
 from mpillama.model.families import FAMILIES
-from mpillama.quant.q4_0 import Q4_0
-from mpillama.quant.q8_0 import Q8_0
+from mpillama.quant.types.q4_0 import Q4_0
+from mpillama.quant.types.q8_0 import Q8_0
 from tests.files.checking import as_pairs, mangled, refusal, values, within_bounds
 
 LLAMA, QWEN3, QWEN3_MOE = 0xABCD00, 0xABCD01, 0xABCD02

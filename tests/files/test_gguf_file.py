@@ -18,8 +18,8 @@ from mpillama.files.checkpoints import read_checkpoint
 from mpillama.files.gguf_file import read_gguf
 from mpillama.files.gguf_header import GGML_TYPES
 from mpillama.model.config import ModelConfig
-from mpillama.quant import STORED_TYPES
 from mpillama.quant.ggml import UNREAD
+from mpillama.quant.registry import STORED_TYPES
 from tests.files.checking import as_pairs, mangled, refusal, values, within_bounds
 
 HIDDEN, INNER, HEADS, KV_HEADS, HEAD, VOCAB, EXPERTS = 64, 96, 4, 2, 16, 40, 3

@@ -13,7 +13,7 @@ from mpillama.engine.model_file import open_model
 from mpillama.errors import UserError
 from mpillama.files.native_writer import write_model
 from mpillama.kernels.isa import choose_isa, host_features, known_sets
-from mpillama.quant import WEIGHT_TYPES
+from mpillama.quant.registry import WEIGHT_TYPES
 from tests import models
 from tests.conftest import ModelFile
 from tests.golden_models import FOLDER as GOLDEN

@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
 from mpillama.errors import UserError
-from mpillama.quant import STORED_TYPES, WEIGHT_TYPES
+from mpillama.quant import WEIGHT_TYPE_NAMES
 from mpillama.quant.ggml import DecodedType
+from mpillama.quant.registry import STORED_TYPES, WEIGHT_TYPES
 
 QUANTISED = [stored.name for stored in STORED_TYPES.values() if stored.block > 1]
 DEQUANTISED_BY_GGUF = [stored.name for stored in STORED_TYPES.values() if isinstance(stored, DecodedType)]
@@ -116,6 +117,7 @@ def test_every_type_says_how_it_is_held(stored):
 
 
 def test_types_are_told_apart():
+    assert set(WEIGHT_TYPE_NAMES) == set(WEIGHT_TYPES)  # of modules and of types
     for numbers in ([t.number for t in WEIGHT_TYPES.values()], [t.ggml for t in STORED_TYPES.values()]):
         assert len(set(numbers)) == len(numbers)
 

@@ -8,10 +8,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
-from mpillama.quant import WEIGHT_TYPES
-from mpillama.quant.floats import BF16, F16, F32, round_to_bfloat16
-from mpillama.quant.q4_0 import Q4_0
-from mpillama.quant.q8_0 import Q8_0
+from mpillama.quant.registry import WEIGHT_TYPES
+from mpillama.quant.types.bf16 import BF16, round_to_bfloat16
+from mpillama.quant.types.f16 import F16
+from mpillama.quant.types.f32 import F32
+from mpillama.quant.types.q4_0 import Q4_0
+from mpillama.quant.types.q8_0 import Q8_0
 from mpillama.quant.weight_type import WeightType
 
 GGML = {Q8_0: GGMLQuantizationType.Q8_0, Q4_0: GGMLQuantizationType.Q4_0}

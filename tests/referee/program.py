@@ -92,7 +92,7 @@ def _made(config: Mapping[str, Any], weights: str, tensor: MakeTensor, threads: 
     from mpillama.model.decoder import Decoder
     from mpillama.model.tensors import TensorSpec, WeightTypes
     from mpillama.model.weights import load_weights
-    from mpillama.quant import WEIGHT_TYPES
+    from mpillama.quant.registry import WEIGHT_TYPES
 
     default, *own = weights.split()
     types = {module: WEIGHT_TYPES[name] for module, _, name in (part.partition("=") for part in own)}

@@ -1,0 +1,24 @@
+"""Every type by name, found in the modules that define them."""
+
+from collections.abc import Iterator, Mapping
+from importlib import import_module
+from pkgutil import iter_modules
+
+from mpillama.quant import ggml, types
+from mpillama.quant.weight_type import BLOCK, StoredType, WeightType
+
+
+def _kept() -> Iterator[WeightType]:
+    for module in iter_modules(types.__path__):
+        found = vars(import_module(f"{types.__name__}.{module.name}")).values()
+        yield from (value for value in found if isinstance(value, WeightType))
+
+
+WEIGHT_TYPES: Mapping[str, WeightType] = {t.name: t for t in sorted(_kept(), key=lambda t: t.number)}
+"""Those that kernels take."""
+STORED_TYPES: Mapping[str, StoredType] = {
+    t.name: t for t in sorted((*WEIGHT_TYPES.values(), *ggml.TYPES), key=lambda t: (t.block, t.ggml is None, t.ggml))
+}
+"""All that are read: these, and those that become one of these."""
+SMALLEST = min(WEIGHT_TYPES.values(), key=lambda t: t.group_bytes(BLOCK))
+"""What is advised where memory is short."""

@@ -1,0 +1,1 @@
+"""The types that kernels take, one module each, called as the type."""
