@@ -164,6 +164,8 @@ class LLM(EngineSettings):
 
     model: str | Path | None = field(default=None, kw_only=False)  # type: ignore[assignment]
     comm: Intracomm | None = field(default=None, kw_only=False)
+    is_root: bool = field(default=False, init=False)
+    """Whether this is the rank that asks."""
     _held: _Loaded | None = field(default=None, init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -175,6 +177,7 @@ class LLM(EngineSettings):
         if self.sequences < 1 or self.speculate < 0 or (self.cache_tokens is not None and self.cache_tokens < 1):
             raise UserError("sequences and cache_tokens must be at least 1, speculate at least 0.")
         world = join(self.comm, self.threads, self.timeout)
+        object.__setattr__(self, "is_root", world.comm.is_root)  # settings do not change, so this class is frozen
         with _aborting(world):
             try:
                 self._hold(self._load(world))
@@ -192,14 +195,9 @@ class LLM(EngineSettings):
         return _Loaded(world, target, model, executor, engine)
 
     def _hold(self, loaded: _Loaded | None) -> None:
-        object.__setattr__(self, "_held", loaded)  # the settings do not change, so this class is frozen
+        object.__setattr__(self, "_held", loaded)
 
     # -- the ranks -----------------------------------------------------------------------------------------------------
-
-    @property
-    def is_root(self) -> bool:
-        """Whether this is the rank that asks."""
-        return self._loaded.world.comm.is_root
 
     @property
     def _loaded(self) -> _Loaded:

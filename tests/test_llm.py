@@ -448,6 +448,7 @@ def test_a_closed_model_says_so(toy: Path) -> None:
     assert closed.context_length == 64
     closed.close()
     closed.close()
+    assert closed.is_root
     with pytest.raises(RuntimeError, match="closed"):
         closed.generate("a")
 
