@@ -1,7 +1,7 @@
 """Time llama.cpp or ik_llama.cpp: prefill, decode and batched decode of a GGUF; prints one JSON object.
 
 llama.cpp is driven through llama-cpp-python; build it for the processor first, e.g.
-CMAKE_ARGS="-DGGML_NATIVE=ON" pip install llama-cpp-python. ik_llama.cpp comes as a wheel: pip install ik-llama-cpp-python.
+CMAKE_ARGS="-DGGML_NATIVE=ON" pip install llama-cpp-python. ik_llama.cpp is a wheel: pip install ik-llama-cpp-python.
 """
 
 import argparse
