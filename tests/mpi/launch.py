@@ -35,7 +35,7 @@ OPEN_MPI = {
     "OMPI_ALLOW_RUN_AS_ROOT": "1",
     "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
     "PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe",
-    "OMPI_MCA_osc": "^ucx",  # which complains on standard error at every start (Open MPI 5.0.11)
+    "OMPI_MCA_osc": "^ucx",  # which complains on standard error at every start
 }
 
 
