@@ -80,8 +80,9 @@ def test_every_pattern_of_bits_has_the_value_that_gguf_gives_it(raw):
         assert np.array_equal(STORED_TYPES[stored].decode(raw), dequantize(raw, kind(stored)), equal_nan=True)
 
 
-@given(raw=arrays.arrays(np.uint8, (2, 34 * 18)), stored=st.sampled_from(KEPT))
+@given(raw=arrays.arrays(np.uint8, (2, 600)), stored=st.sampled_from(KEPT))
 def test_every_block_has_the_values_that_gguf_gives_it(raw, stored):
+    raw = raw[:, : 600 - 600 % STORED_TYPES[stored].block_bytes]
     with np.errstate(all="ignore"):
         expected = dequantize(raw, kind(stored))
     assert np.array_equal(STORED_TYPES[stored].decode(raw), expected, equal_nan=True)
