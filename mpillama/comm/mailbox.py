@@ -2,7 +2,7 @@
 
 import os
 import time
-from typing import Any
+from typing import Any, ClassVar
 
 from mpi4py import MPI
 
@@ -19,13 +19,15 @@ class Mailbox:
     longer than the job's time-out.
     """
 
+    _sent: ClassVar[list[MPI.Request]] = []
+    """Messages on their way, of all mailboxes: MPI may read one until it has arrived, even if its mailbox is gone."""
+
     def __init__(self, comm: Communicator):
         with comm.watch.blocking("the start"):
             self._mpi = comm.mpi.Dup()
         self.size = comm.size
         self._watchdog = comm.watch
         self._period = min(BEAT_SECONDS, comm.watch.timeout / 4) if comm.watch.timeout else BEAT_SECONDS
-        self._sent: list[MPI.Request] = []
         self._beats_to: set[int] = set()
         self._heard: dict[int, float] = {}
         self._last_beat = 0.0
@@ -40,7 +42,7 @@ class Mailbox:
         self._heard.pop(rank, None)
 
     def send(self, to: int, value: Any) -> None:
-        self._sent = [request for request in self._sent if not request.Test()]
+        self._sent[:] = [request for request in self._sent if not request.Test()]
         self._sent.append(self._mpi.isend(value, to))
 
     def receive(self) -> list[tuple[int, Any]]:
