@@ -7,6 +7,7 @@ latency and the bytes of each all-reduce.
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 from mpillama.engine.memory import RESERVE, MemoryModel, RankMemory
 from mpillama.model.config import ModelConfig
@@ -37,7 +38,7 @@ class PlanRequest:
     def ranks(self) -> int:
         return self.nodes * self.ranks_per_node
 
-    @property
+    @cached_property
     def specs(self) -> list[TensorSpec]:
         return self.config.tensors(self.types)
 
@@ -183,16 +184,17 @@ def predict(plan: Plan, node: Node, network: Network) -> Speed:
     """Predict decoding at the full context, and prefill without the attention's part."""
     request = plan.request
     per_rank = node.memory_bandwidth / request.ranks_per_node * GOOD_EFFICIENCY
-    streamed = max(_streamed(request, r) for r in plan.ranks)
+    idle = _idle_share(request)
+    streamed = [_streamed(request, r, idle) for r in plan.ranks]
     calls = 2 * request.config.num_hidden_layers + 2 if request.ranks > 1 else 0
     message = 8 * request.config.padded_hidden_size * request.batch
     communication = _communication(request, network, request.batch)
     fullest_read = max(r.reads for r in plan.ranks) * request.ranks_per_node
-    seconds = streamed / per_rank + communication
+    seconds = max(streamed) / per_rank + communication
     return Speed(
         request.batch / seconds,
         _prefill(request, node, network),
-        sum(_streamed(request, r) for r in plan.ranks),
+        sum(streamed),
         calls,
         2 * calls * message,
         communication / seconds,
@@ -226,11 +228,11 @@ def multiply_adds(config: ModelConfig) -> int:
     return sum(s.rows * s.columns * s.chosen for s in layers)
 
 
-def _streamed(request: PlanRequest, rank: RankMemory) -> int:
+def _streamed(request: PlanRequest, rank: RankMemory, idle: float) -> int:
     """Bytes that a rank reads in a decode step: its weights (without an untied embedding) and its KV cache."""
     config = request.config
     embedding = 0 if config.tie_word_embeddings else rank.embedding // 2
-    return round((rank.weights - embedding) * (1 - _idle_share(request))) + rank.kv_cache
+    return round((rank.weights - embedding) * (1 - idle)) + rank.kv_cache
 
 
 def _idle_share(request: PlanRequest) -> float:
