@@ -14,6 +14,7 @@ import pytest
 
 from mpillama.kernels import arguments
 from mpillama.kernels.shared_sum import PROGRESS_STRIDE, SharedWindow
+from mpillama.model import attention
 from mpillama.model.linear import Matrix
 from mpillama.model.workspace import StepArrays
 from mpillama.quant.registry import WEIGHT_TYPES
@@ -174,7 +175,7 @@ class AttentionCase:
         cache = [array.copy() for array in cache or self.cache()]
         layer = arguments.AttentionLayer(
             **{name: m.column_parallel() for name, m in zip("qkv", self.qkv, strict=True)}, o=self.o.row_parallel(),
-            cache=arguments.Cache(*map(arguments.address, cache), arguments.CACHE_TYPES[self.kv_type]),
+            cache=arguments.Cache(*map(arguments.address, cache), attention.KV_TYPES[self.kv_type].number),
             eps=EPS, scale=self.scale, hidden_size=HIDDEN, heads=self.heads, kv_heads=self.kv_heads,
             head_dim=self.head_dim, window=self.window,
         )  # fmt: skip

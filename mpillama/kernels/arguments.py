@@ -9,8 +9,6 @@ from typing import ClassVar
 import numpy as np
 
 Address = ctypes.c_void_p
-CACHE_TYPES = {"f32": 0, "f16": 1, "q8": 3}
-"""The numbers of kernels/src/cache.h: those of the weight types with the same values."""
 
 
 def address(array: np.ndarray | None) -> int | None:

@@ -7,7 +7,7 @@ keeps of the past, and how kernels are called. `Attention` is what the rest of t
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 
@@ -65,22 +65,16 @@ class Attention(Protocol):
     def cache_arrays(self, part: Partition, blocks: int, kv_type: KVType) -> Sequence[CacheArray]:
         """What a rank keeps of the past in one layer, in blocks of 64 positions."""
 
+    def cache_argument(self, arrays: Sequence[np.ndarray], kv_type: KVType) -> Any:
+        """What kernels are told of these arrays."""
+
     def step_widths(self, part: Partition) -> Mapping[str, int]:
         """Channels of the step's arrays q, k, v and context on a rank."""
 
-    def layer(
-        self, weights: LayerWeights, part: Partition, hidden_size: int, norm: str, eps: float
-    ) -> arguments.AttentionLayer:
+    def layer(self, weights: LayerWeights, part: Partition, hidden_size: int, norm: str, eps: float) -> Any:
         """What kernels are told of a layer; `norm` names the vector of its norm."""
 
-    def run(
-        self,
-        team: Team,
-        layer: arguments.AttentionLayer,
-        cache: arguments.Cache,
-        step: arguments.Step,
-        total: arguments.Sum | None,
-    ) -> bool:  # fmt: skip
+    def run(self, team: Team, layer: Any, cache: Any, step: arguments.Step, total: arguments.Sum | None) -> bool:
         """Norm, attention and output projection: the rest as Team.attention_half says."""
 
     def output_bias_of(self, weights: LayerWeights) -> np.ndarray | None:
@@ -183,6 +177,9 @@ class GroupedQueryAttention:
         keys = (blocks, heads, head, BLOCK_POSITIONS), kv_type.dtype
         values = (blocks, heads, BLOCK_POSITIONS, head), kv_type.dtype
         return keys, scales, values, scales
+
+    def cache_argument(self, arrays: Sequence[np.ndarray], kv_type: KVType) -> arguments.Cache:
+        return arguments.Cache(*map(arguments.address, arrays), kv_type.number)
 
     def step_widths(self, part: Partition) -> Mapping[str, int]:
         queries, keys = (len(part[split]) * self.padded_head_dim for split in self.splits)

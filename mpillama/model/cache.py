@@ -37,7 +37,7 @@ class KVCache:
             for block in config.blocks
         ]
         self.arguments = [
-            arguments.Cache(*(arguments.address(part) for part in layer), kind.number) for layer in self.layers
+            block.attention.cache_argument(layer, kind) for block, layer in zip(config.blocks, self.layers, strict=True)
         ]
         self.blocks = blocks
 

@@ -22,8 +22,6 @@ from mpillama.model.tensors import (
 )  # fmt: skip
 from mpillama.quant.weight_type import BLOCK, LANES, round_up
 
-ATTENTION_NORM, MLP_NORM = "input_layernorm.weight", "post_attention_layernorm.weight"
-
 
 @dataclass(frozen=True)
 class ModelConfig:
@@ -96,9 +94,9 @@ class ModelConfig:
         specs = [self._vocabulary(EMBEDDING, types)]
         for number, block in enumerate(self.blocks):
             prefix = layer_prefix(number)
-            specs.append(self._norm(prefix + ATTENTION_NORM))
+            specs.append(self._norm(prefix + block.attention_norm))
             specs.extend(block.attention.specs(prefix, self.hidden_size, types))
-            specs.append(self._norm(prefix + MLP_NORM))
+            specs.append(self._norm(prefix + block.mlp_norm))
             specs.extend(block.mlp.specs(prefix, self.hidden_size, types))
         specs.append(self._norm(FINAL_NORM))
         if self.lm_head and not self.tie_word_embeddings:

@@ -3,7 +3,7 @@
 import ctypes
 from collections.abc import Callable
 from functools import partial
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 
@@ -14,7 +14,7 @@ from mpillama.kernels import arguments
 from mpillama.kernels.library import Team
 from mpillama.kernels.shared_sum import PROGRESS_STRIDE, SharedWindow
 from mpillama.model.cache import KVCache, Step
-from mpillama.model.config import ATTENTION_NORM, MLP_NORM, ModelConfig
+from mpillama.model.config import ModelConfig
 from mpillama.model.family import Block
 from mpillama.model.linear import LayerWeights, any_quantised
 from mpillama.model.partition import Partition
@@ -69,12 +69,12 @@ class DecoderLayer:
         self.team = all_reduce.team
         self.all_reduce = all_reduce
         hidden, eps = config.hidden_size, config.rms_norm_eps
-        self.attention = block.attention.layer(weights, part, hidden, ATTENTION_NORM, eps)
-        self.mlp = block.mlp.layer(weights, hidden, MLP_NORM, eps)
+        self.attention = block.attention.layer(weights, part, hidden, block.attention_norm, eps)
+        self.mlp = block.mlp.layer(weights, hidden, block.mlp_norm, eps)
         self.attention_bias = block.attention.output_bias_of(weights)
         self.mlp_bias = block.mlp.output_bias_of(weights)
 
-    def forward(self, a: StepArrays, cache: arguments.Cache) -> None:
+    def forward(self, a: StepArrays, cache: Any) -> None:
         """Advance the residual stream a.x float32 [tokens, hidden], which every rank holds in full."""
         attention = partial(self.block.attention.run, self.team, self.attention, cache, a.argument)
         self.all_reduce(a, attention, self.attention_bias)

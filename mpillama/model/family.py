@@ -17,10 +17,15 @@ MOST_LAYERS = 10_000
 
 @dataclass(frozen=True)
 class Block:
-    """One decoder layer: RMSNorm and attention, RMSNorm and MLP, each added to the residual stream."""
+    """One decoder layer: RMSNorm and attention, RMSNorm and MLP, each added to the residual stream.
+
+    The norms are named as the checkpoint does, within the layer.
+    """
 
     attention: Attention
     mlp: Mlp
+    attention_norm: str = "input_layernorm.weight"
+    mlp_norm: str = "post_attention_layernorm.weight"
 
 
 class GgufMetadata(Protocol):

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 
@@ -40,10 +40,10 @@ class Mlp(Protocol):
     def specs(self, prefix: str, hidden_size: int, types: WeightTypes) -> Iterator[TensorSpec]:
         """Its tensors in the order of the file; `prefix` is that of the layer."""
 
-    def layer(self, weights: LayerWeights, hidden_size: int, norm: str, eps: float) -> arguments.MlpLayer:
+    def layer(self, weights: LayerWeights, hidden_size: int, norm: str, eps: float) -> Any:
         """What kernels are told of a layer; `norm` names the vector of its norm."""
 
-    def run(self, team: Team, layer: arguments.MlpLayer, step: arguments.Step, total: arguments.Sum | None) -> bool:
+    def run(self, team: Team, layer: Any, step: arguments.Step, total: arguments.Sum | None) -> bool:
         """Norm and MLP: the rest as Team.mlp_half says."""
 
     def output_bias_of(self, weights: LayerWeights) -> np.ndarray | None:
