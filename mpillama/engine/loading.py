@@ -16,7 +16,7 @@ from mpillama.engine.preflight import cache_room, choose_context, measure_host, 
 from mpillama.engine.reduction import choose_reduction
 from mpillama.engine.replicated import ReplicatedTensors, is_read
 from mpillama.engine.settings import EngineSettings, ModelSettings
-from mpillama.engine.trial import first_layers
+from mpillama.engine.truncated import truncated
 from mpillama.errors import UserError
 from mpillama.files.contents import refuse_other_contents, sample_digests
 from mpillama.files.output_head import refuse_headless
@@ -59,7 +59,7 @@ def load_model(settings: ModelSettings, world: World, target: Target, progress: 
     if settings.needs_template:
         chat_template_source(file)
     _refuse_other_contents(file, world)
-    file = first_layers(file, settings.layers)
+    file = truncated(file, settings.layers)
     _check_sizes(settings, file)
     LOG.info("table of %s with %d tensors after %.1f s.", file.path, len(file.specs), time.perf_counter() - start)
     warn_of_hosts(world)

@@ -15,7 +15,7 @@ from mpillama.engine.measure import Stopwatch, Timing, read_bandwidth
 from mpillama.engine.plan import multiply_adds
 from mpillama.engine.reduction import choose_reduction
 from mpillama.engine.synthetic import SyntheticWeights
-from mpillama.engine.trial import FirstLayers
+from mpillama.engine.truncated import TruncatedModel
 from mpillama.engine.where import Part, where_time_goes
 from mpillama.errors import UserError
 from mpillama.kernels.target import Target
@@ -60,7 +60,7 @@ def _load(options: BenchOptions, world: World, target: Target) -> tuple[Decoder,
     """The model with its first layers only if asked, and the number of layers of the whole model."""
     if options.model is not None:
         loaded = load_model(options, world, target, load_progress(world.comm.is_root, options.json))
-        whole_file = loaded.file.whole if isinstance(loaded.file, FirstLayers) else loaded.file
+        whole_file = loaded.file.whole if isinstance(loaded.file, TruncatedModel) else loaded.file
         return loaded.model, whole_file.config.num_hidden_layers
     whole = ModelConfig.from_hf(shape_config(options.shape or ""))
     config = whole.first_layers(options.layers or whole.num_hidden_layers)

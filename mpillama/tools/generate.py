@@ -11,7 +11,7 @@ from mpillama.comm.start import World
 from mpillama.engine.engine import Engine
 from mpillama.engine.memory import MemoryModel, RankUsage, memory_of_ranks
 from mpillama.engine.sequence import EngineSequence, Request
-from mpillama.engine.trial import Extrapolation, FirstLayers, extrapolate
+from mpillama.engine.truncated import Extrapolation, TruncatedModel, extrapolate
 from mpillama.errors import UserError
 from mpillama.options import GenerateOptions, recorded
 from mpillama.text.sampling_params import new_seed
@@ -150,7 +150,7 @@ def _memory(run: Run, options: GenerateOptions, positions: int) -> list[RankUsag
 def _trial(run: Run, options: GenerateOptions, done: Generation) -> Extrapolation | None:
     """What a trial with --layers says of the whole model."""
     file = run.loaded.file
-    if not isinstance(file, FirstLayers):
+    if not isinstance(file, TruncatedModel):
         return None
     processes = [m.process for m in done.memory]
     return extrapolate(file, done.engine, done.positions, run.loaded.seconds, processes, options.kv_type)

@@ -1,4 +1,4 @@
-"""A trial with the first layers of a model: real reads, real shapes, and what that says of the whole model."""
+"""Running the first layers of a model only, and extrapolating to the whole: real reads, real shapes."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -13,72 +13,61 @@ from mpillama.model.tensors import TensorSpec, WeightTypes
 
 
 @dataclass(frozen=True)
-class FirstLayers:
-    """A model file of which only the first layers are seen; see ModelFile."""
+class TruncatedModel:
+    """A model file of which only the first layers are used; the other properties are those of the whole model."""
 
     whole: ModelFile
     layers: int
 
     @property
     def path(self) -> str:
-        """Where it lies."""
         return self.whole.path
 
     @property
     def files(self) -> Mapping[str, int]:
-        """Those of the whole model."""
         return self.whole.files
 
     @property
     def config_json(self) -> Mapping[str, Any]:
-        """That of the whole model."""
         return self.whole.config_json
 
     @property
     def texts(self) -> Mapping[str, bytes]:
-        """Those of the whole model."""
         return self.whole.texts
 
     @property
     def weight_types(self) -> WeightTypes:
-        """Those of the whole model."""
         return self.whole.weight_types
 
     @property
     def metadata_sha256(self) -> str:
-        """That of the whole model."""
         return self.whole.metadata_sha256
 
     @property
     def config(self) -> ModelConfig:
-        """The shape of the first layers."""
         return self.whole.config.first_layers(self.layers)
 
     @property
     def specs(self) -> list[TensorSpec]:
-        """The tensors of the first layers, the embedding and the head."""
         return self.config.tensors(self.weight_types)
 
     def requantised(self) -> Mapping[str, int]:
-        """Those of the whole model."""
         return self.whole.requantised()
 
     def stored_bytes(self, spec: TensorSpec, units: range) -> int:
-        """About how many bytes of the files these units of a tensor take."""
         return self.whole.stored_bytes(spec, units)
 
     def reader(self, on_bytes: Callable[[int], None], workers: int = 1, verify: bool = False) -> SliceReader:
-        """Open the files for reading slices."""
         return self.whole.reader(on_bytes, workers, verify)
 
 
-def first_layers(file: ModelFile, layers: int | None) -> ModelFile:
-    """The file itself, or what is seen of it with --layers."""
+def truncated(file: ModelFile, layers: int | None) -> ModelFile:
+    """The file itself, or its first layers, with --layers."""
     if layers is None:
         return file
     if not 1 <= layers <= file.config.num_hidden_layers:
         raise UserError(f"--layers is {layers}: this model has 1 to {file.config.num_hidden_layers} layers.")
-    return FirstLayers(file, layers)
+    return TruncatedModel(file, layers)
 
 
 @dataclass(frozen=True)
@@ -93,7 +82,7 @@ class Extrapolation:
 
 
 def extrapolate(
-    file: FirstLayers, engine: Engine, positions: int, load_seconds: float, memory: list[int], kv_type: str
+    file: TruncatedModel, engine: Engine, positions: int, load_seconds: float, memory: list[int], kv_type: str
 ) -> Extrapolation:
     """Scale measured figures by the bytes that the whole model has more; `memory` is each rank's resident bytes.
 
