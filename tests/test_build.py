@@ -42,7 +42,7 @@ def test_one_wheel_for_all_versions_of_python_has_all_libraries(checkout: Path, 
     names = set(zipfile.ZipFile(wheel).namelist())
     libraries = {isa.name: f"mpillama/kernels/lib/libmpillama_{isa.name}.so" for isa in known_sets()}
     assert {name for name in names if "/lib/" in name} == {libraries[n] for n in libraries if built.is_built(n)}
-    assert {"mpillama/serve/page/index.html", "mpillama/py.typed"} <= names
+    assert {"mpillama/serve/page/index.html", "mpillama/py.typed", "mpillama/__init__.pyi"} <= names
     assert {n for n in names if n.endswith(".h")} == {str(p.relative_to(ROOT)) for p in built.SOURCES.rglob("*.h")}
 
 
