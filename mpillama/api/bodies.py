@@ -65,12 +65,10 @@ class SamplingBody(Numbers):  # type: ignore[misc]
 
     @property
     def stops(self) -> list[str] | None:
-        """The stop strings as a list."""
         return [self.stop] if isinstance(self.stop, str) else self.stop
 
     @property
     def most_tokens(self) -> int | None:
-        """The limit of the answer's length."""
         return self.max_tokens
 
 

@@ -1,4 +1,4 @@
-"""What all bodies of requests share: fields that are left out, ignored, refused or unknown, and what is wrong."""
+"""Base of all request bodies: ignored, refused and unknown fields, and what is wrong in one sentence."""
 
 from collections.abc import Iterator, Sequence
 from itertools import islice
@@ -22,7 +22,7 @@ Ignored = Annotated[Any, Field(description="taken without effect")]
 
 
 class BadRequest(Exception):  # noqa: N818 - named as its status is
-    """A request that cannot be served: what is wrong, and with which field."""
+    """A request that cannot be served: what is wrong, and in which field."""
 
     def __init__(self, message: str, field: str | None = None):
         super().__init__(message)
@@ -30,7 +30,7 @@ class BadRequest(Exception):  # noqa: N818 - named as its status is
 
 
 def refusing(reason: str, *harmless: Any) -> AfterValidator:
-    """For a field whose effect cannot be had: any value but null, and those that ask for nothing, is refused."""
+    """Validator of an unsupported field: refuses any value but null and the `harmless` ones."""
 
     def check(value: Any) -> None:
         if value is not None and value not in harmless:
@@ -56,7 +56,7 @@ class Body(BaseModel):
         return body
 
     def unknown_fields(self) -> list[str]:
-        """The ways to fields that have a value and no meaning here, the first of them; parts of the body included."""
+        """Paths of unknown fields that have a value, nested ones included; at most MOST_UNKNOWN."""
         return list(islice(_unknown_fields(self, ""), MOST_UNKNOWN))
 
 

@@ -27,7 +27,6 @@ class RefusalPart(Body):
 
     @property
     def text(self) -> str:
-        """As other parts have it."""
         return self.refusal
 
 
@@ -75,7 +74,6 @@ class Message(Body):
 
     @property
     def text(self) -> str:
-        """The content as one text."""
         parts = "".join(p.text for p in self.content) if isinstance(self.content, list) else self.content
         return parts or self.refusal or ""
 
@@ -95,7 +93,6 @@ class Message(Body):
 
     @property
     def calls(self) -> list[ToolCall]:
-        """Calls of tools, in either form."""
         if self.tool_calls or self.function_call is None:
             return self.tool_calls or []
         return [ToolCall(id=f"call_{self.function_call.name}", function=self.function_call)]

@@ -17,12 +17,12 @@ from mpillama.text.sampling_params import SamplingParams
 from mpillama.text.tokenizer import Tokenizer
 
 PLAINLY = TemplateFields()
-"""A chat template is used as usual."""
+"""No special wishes for the chat template."""
 
 
 @dataclass(frozen=True)
 class Defaults:
-    """What counts where a request says nothing."""
+    """Values for what a request leaves out."""
 
     sampling: SamplingParams
 

@@ -1,4 +1,4 @@
-"""Thoughts of reasoning models, told apart from what they say by their family's own marks.
+"""Reasoning models: splits thoughts from the answer by the model family's marks.
 
 A format makes a parser for each answer; the parser divides the answer into parts that are thought and parts that are
 said. A family that names its parts in another way (channels, say) brings a format of its own.
@@ -67,7 +67,7 @@ class _State(Enum):
 
 
 class ThoughtParser:
-    """Divides an answer that arrives in pieces into thought and what is said; the cuts make no difference.
+    """Splits a streamed answer into thought and answer, wherever its pieces are cut.
 
     A thought is only what the answer begins with. White space around it is left out.
     """

@@ -39,8 +39,6 @@ def _only(what: str, *kinds: str) -> BeforeValidator:
 
 
 class TextContent(Body):
-    """A text, of whoever said it."""
-
     type: Literal["input_text", "output_text", "text"]
     text: str
     annotations: Ignored = None
@@ -75,8 +73,6 @@ class Item(Body):
 
 
 class MessageItem(Item):
-    """A message."""
-
     type: Literal["message"] | None = None
     role: Literal["system", "developer", "user", "assistant"]
     content: Contents
@@ -93,8 +89,6 @@ class CallItem(Item):
 
 
 class CallOutputItem(Item):
-    """What a function gave back."""
-
     type: Literal["function_call_output"]
     call_id: str
     output: Contents
@@ -181,14 +175,10 @@ ToolChoice = Annotated[
 
 
 class SchemaFormat(JsonSchema):
-    """JSON that fits a schema."""
-
     type: Literal["json_schema"]
 
 
 class TextOptions(Body):
-    """What form the answer has."""
-
     format: Annotated[TextFormat | JsonObjectFormat | SchemaFormat, Field(discriminator="type")] | None = None
     verbosity: Ignored = None
 
@@ -202,8 +192,6 @@ class ReasoningOptions(Body):
 
 
 class ResponseBody(SamplingBody, TemplateFields):
-    """The body of POST /v1/responses."""
-
     input: str | Annotated[list[InputItem], Field(fail_fast=True)] | None = None
     instructions: str | None = None
     max_output_tokens: MostTokens | None = None
@@ -228,7 +216,6 @@ class ResponseBody(SamplingBody, TemplateFields):
 
     @property
     def most_tokens(self) -> int | None:
-        """The limit of the answer's length."""
         return self.max_tokens if self.max_output_tokens is None else self.max_output_tokens
 
     @property

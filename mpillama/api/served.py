@@ -27,8 +27,6 @@ Inputs = Annotated[
 
 
 class StreamOptions(Body):
-    """What else a stream tells."""
-
     include_usage: bool | None = None
     include_obfuscation: Ignored = None
 
@@ -43,8 +41,6 @@ class JsonSchema(Body):
 
 
 class TextFormat(Body):
-    """No constraint."""
-
     type: Literal["text"]
 
 
@@ -56,8 +52,6 @@ class JsonObjectFormat(Body):
 
 
 class JsonSchemaFormat(Body):
-    """JSON that fits a schema."""
-
     type: Literal["json_schema"]
     json_schema: JsonSchema
 
@@ -82,14 +76,10 @@ class Tool(Body):
 
 
 class FunctionName(Body):
-    """Which function to call."""
-
     name: str
 
 
 class NamedTool(Body):
-    """The call that is wanted."""
-
     type: Literal["function"]
     function: FunctionName
 
@@ -109,8 +99,6 @@ class AllowedTools(Body):
 
 
 class ServedChat(ChatFields):
-    """The body of POST /v1/chat/completions."""
-
     n: Choices | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
@@ -128,8 +116,6 @@ DEFAULT_COMPLETION_TOKENS = 16
 
 
 class ServedCompletion(CompletionFields):
-    """The body of POST /v1/completions."""
-
     prompt: str | Tokens | Mixed | Inputs | None
     n: Choices | None = None
     best_of: Choices | None = None
@@ -141,7 +127,6 @@ class ServedCompletion(CompletionFields):
 
     @property
     def most_tokens(self) -> int | None:
-        """The limit of the answer's length."""
         return DEFAULT_COMPLETION_TOKENS if self.max_tokens is None else self.max_tokens
 
 
@@ -175,7 +160,5 @@ class TokenizeBody(TemplateFields):
 
 
 class DetokenizeBody(Body):
-    """The body of POST /detokenize."""
-
     model: str | None = None
     tokens: Annotated[list[Annotated[int, Field(ge=0)]], Field(max_length=MOST_DETOKENIZED, fail_fast=True)]

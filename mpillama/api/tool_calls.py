@@ -1,4 +1,4 @@
-"""Calls of tools: which format a model was trained on, its answers as calls, and conversations for its template."""
+"""Tool calls: a model's format, calls parsed from its answers, and messages as its template expects them."""
 
 import hashlib
 import json
@@ -108,7 +108,7 @@ class ToolFormat:
 
 
 class ToolCallParser:
-    """Divides an answer that arrives in pieces into content and calls; the cuts make no difference.
+    """Splits a streamed answer into content and calls, wherever its pieces are cut.
 
     A call is given out when it is whole, so what looks like a call and is none can be content, to the last character.
     White space directly before and after calls is left out.

@@ -34,7 +34,6 @@ class JsonObject:
 
     @property
     def text(self) -> str:
-        """All that was taken."""
         return "".join(self._text)
 
     def push(self, char: str) -> bool:

@@ -1,4 +1,4 @@
-"""One answer of a request in OpenAI's words: a chat's message, or a completion's text."""
+"""A choice of a chat completion, and the entries of an embeddings response."""
 
 import base64
 import math
@@ -45,11 +45,9 @@ class ChatChoice:
         self._prompt: list[Json | None] | None = None
 
     def begin(self) -> Json:
-        """The entry that says who speaks."""
         return self._entry({"role": "assistant", "content": ""}, [])
 
     def push(self, output: Output) -> list[Json]:
-        """Take output; entries of a stream."""
         if self._prompt_wished is not None and self._prompt is None:
             self._prompt = prompt_logprobs(self.tokenizer, output.prompt_logprobs, self._prompt_wished)
         named = self._names.push(output.logprobs, output.text, output.finished)
@@ -68,7 +66,6 @@ class ChatChoice:
 
     @property
     def reasoning_tokens(self) -> int:
-        """Tokens of the thought so far."""
         return self.thoughts.tokens if self.thoughts else 0
 
     def _parts(self, output: Output) -> list[Part]:
@@ -115,7 +112,6 @@ class ChatChoice:
         return {} if self._prompt is None else {"prompt_logprobs": self._prompt}
 
     def whole(self) -> Json:
-        """The entry with the whole message."""
         content = "".join(self._content)
         message: Json = {"role": "assistant", "content": content if content or not self._calls else None}
         if self._reasoning:

@@ -1,4 +1,4 @@
-"""One answer to /v1/completions in OpenAI's words: the text that continues a prompt, and the prompt's own if asked."""
+"""A choice of a completion: the text that continues a prompt, with the prompt itself if asked."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ Json = dict[str, Any]
 
 @dataclass(frozen=True)
 class Wishes:
-    """What is wanted besides the text: the prompt in engine of it, so many alternatives of each token."""
+    """What is wanted besides the text: the prompt before it, so many alternatives for each token."""
 
     echo: bool = False
     logprobs: int | None = None
@@ -23,8 +23,6 @@ class Wishes:
 
 
 class CompletionChoice:
-    """The text that continues a prompt."""
-
     reasoning_tokens = None
     """A text has no parts."""
 
@@ -48,7 +46,6 @@ class CompletionChoice:
         return self._names is None and (self.wishes.echo or self.wishes.prompt_logprobs is not None)
 
     def push(self, output: Output) -> list[Json]:
-        """Take output; entries of a stream."""
         text, tokens = self._begin(output) if self._names is None else ("", [])
         assert self._names is not None
         text += output.text
@@ -61,7 +58,6 @@ class CompletionChoice:
         return [self._entry(text, tokens)]
 
     def _begin(self, output: Output) -> tuple[str, list[NamedToken]]:
-        """What comes before the answer."""
         text, tokens = self._echo(output.prompt_logprobs) if self.wishes.echo else ("", [])
         self._names = TokenNames(self.tokenizer, self.request.keep_special, self.request.prompt_ids, len(text))
         if self.wishes.prompt_logprobs is not None:
@@ -79,7 +75,6 @@ class CompletionChoice:
         return text, [tokens[0], *(token.of(one) for token, one in zip(tokens[1:], logprobs, strict=True))]
 
     def whole(self) -> Json:
-        """The entry with the whole text."""
         return self._entry("".join(self._text), self._tokens)
 
     def beside(self) -> Json:

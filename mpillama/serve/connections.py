@@ -58,12 +58,10 @@ class Place:
         self.drop: Callable[[], object] = lambda: None
 
     def idle(self) -> None:
-        """It has no request under way."""
         self._crowd.waiting[self] = None
         self._crowd.waiting.move_to_end(self)
 
     def busy(self) -> None:
-        """It has one."""
         self._crowd.waiting.pop(self, None)
 
     def gone(self) -> None:
@@ -149,10 +147,8 @@ class Door:
             place.gone()
 
     def close(self) -> None:
-        """Take no more connections."""
         for task in (self._accepting, *self._beginning):
             task.cancel()
 
     async def wait_closed(self) -> None:
-        """Until that is done."""
         await asyncio.gather(self._accepting, *self._beginning, return_exceptions=True)

@@ -1,4 +1,4 @@
-"""What clients are told when something is wrong: OpenAI's error objects, never a trace."""
+"""Error responses: OpenAI's error objects, never a traceback."""
 
 import json
 import logging
@@ -25,7 +25,7 @@ CODES = {
 
 
 class Refused(Exception):  # noqa: N818 - named as its status is
-    """A request that gets an error object with a status; nothing else is wrong."""
+    """A request refused with this status and an error object."""
 
     def __init__(self, status: int, message: str, param: str | None = None, code: str | None = None):
         super().__init__(message)
@@ -35,7 +35,7 @@ class Refused(Exception):  # noqa: N818 - named as its status is
 
 
 class Unprocessable(BadRequest):
-    """A request of the right form that cannot be carried out, such as a schema that no grammar can be made of."""
+    """A well-formed request that cannot be carried out, such as a schema without a grammar."""
 
 
 def error_object(status: int, message: str, param: str | None = None, code: str | None = None) -> dict[str, Any]:
@@ -46,10 +46,9 @@ def error_object(status: int, message: str, param: str | None = None, code: str 
 
 
 class AsciiJson(JSONResponse):
-    """JSON of any text: half a surrogate pair has no UTF-8."""
+    """JSON in ASCII, since lone surrogates have no UTF-8."""
 
     def render(self, content: Any) -> bytes:
-        """The body."""
         return json.dumps(content, separators=(",", ":"), allow_nan=False).encode()
 
 
@@ -57,7 +56,6 @@ def error_response(
     status: int, message: str, param: str | None = None, code: str | None = None,
     headers: Mapping[str, str] | None = None,
 ) -> Response:  # fmt: skip
-    """An error object with its status."""
     return AsciiJson(error_object(status, message, param, code), status, headers)
 
 
@@ -68,7 +66,7 @@ STATUSES: tuple[tuple[type[Exception], int], ...] = (
 
 
 def status_of(error: Exception) -> int:
-    """The status that a request ends with."""
+    """The HTTP status of an exception."""
     if isinstance(error, Refused):
         return error.status
     if isinstance(error, HTTPException):
@@ -77,7 +75,7 @@ def status_of(error: Exception) -> int:
 
 
 def response_to(error: Exception) -> Response:
-    """What a client is told of an exception."""
+    """The error response of an exception."""
     status = status_of(error)
     if isinstance(error, Refused):
         headers = {"WWW-Authenticate": "Bearer"} if status == 401 else None

@@ -39,7 +39,6 @@ class Address:
 
     @property
     def scheme(self) -> str:
-        """Of the URL."""
         return "https" if self.certificate else "http"
 
     def bind(self) -> socket.socket:
@@ -66,7 +65,6 @@ class PatientProtocol(H11Protocol):
     _reader_timer: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        """A client has come."""
         # asyncio does it only for sockets made with a protocol number; without it, tokens wait for acknowledgements.
         transport.get_extra_info("socket").setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         super().connection_made(transport)
@@ -79,7 +77,6 @@ class PatientProtocol(H11Protocol):
         self._watch_head()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """The client has gone."""
         super().connection_lost(exc)
         self.place.gone()
         self._stop_timer()
@@ -91,7 +88,6 @@ class PatientProtocol(H11Protocol):
         self._reader_timer = self.loop.call_later(self.write_seconds, self.transport.abort)
 
     def resume_writing(self) -> None:
-        """It does again."""
         super().resume_writing()
         self._stop_reader_timer()
 
@@ -207,7 +203,6 @@ class HttpServer:
         await self._server.serve([self._bound])
 
     def stop(self) -> None:
-        """End, and wait for it."""
         self._server.should_exit = True
         if self._thread.is_alive():
             self._thread.join(CLOSE_SECONDS + START_SECONDS)

@@ -1,4 +1,4 @@
-"""Before any request is looked at: who may ask, how much, and how long it may take; the same for every path."""
+"""ASGI middleware: authentication, limits on size and time, CORS and security headers, for every path."""
 
 import asyncio
 import hashlib
@@ -23,14 +23,14 @@ Send = Callable[[Message], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 OPEN_PATHS = ("/", "/health", "/openapi.json")
-"""What needs no key, besides the page's files."""
+"""Paths that need no key; nor do the page's files."""
 HEALTH = "/health"
-"""Is answered however many requests are open, and whatever body it has, for nothing waits for it."""
+"""Always answered: exempt from the limit on open requests, its body ignored."""
 PAGE = "/page/"
 ASKER = "mpillama.asker"
-"""In the scope: a digest of the key that was shown; missing without one."""
+"""Scope entry: digest of the client's key; absent without one."""
 UNKNOWN = "mpillama.unknown"
-"""In the scope: names of the body's fields that have no meaning here, told in a header."""
+"""Scope entry: the body's unknown fields, reported in a header."""
 UNKNOWN_HEADER = b"X-Mpillama-Ignored"
 MOST_NAME = 100
 """Characters of each."""
@@ -48,7 +48,7 @@ SECURITY_HEADERS = (
 
 @dataclass(frozen=True)
 class Rules:
-    """What clients must keep to; `key` None lets everybody in, `hosts` None any name of this server."""
+    """Limits for clients; `key` None admits everybody, `hosts` None accepts any Host header."""
 
     key: str | None = field(repr=False)
     hosts: frozenset[str] | None
@@ -61,9 +61,9 @@ class Rules:
 
 
 class Middleware:
-    """An ASGI application around another one, which gets requests with whole bodies only.
+    """Reads each body completely, within limits, before the application sees the request.
 
-    `note` is told of each request: path, status (499 if the client went away before), seconds.
+    `note` is called for each request with path, status (499 if the client left early) and seconds.
     """
 
     def __init__(self, app: App, rules: Rules, note: Callable[[str, int, float], None] = lambda path, status, s: None):
@@ -75,7 +75,6 @@ class Middleware:
         self._digest = None if rules.key is None else _digest(rules.key.encode())
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer a request, or refuse it."""
         if scope["method"] == "HEAD":  # as GET; the server sends no body, and its length all the same
             scope = {**scope, "method": "GET"}
         self.requests += 1
@@ -186,7 +185,7 @@ class _Held:
 
 
 class _Replay:
-    """A body that was read already, then the rest of what the client does."""
+    """Replays a body that was already read, then forwards the client's further messages."""
 
     def __init__(self, body: bytes, receive: Receive):
         self._message: Message | None = {"type": "http.request", "body": body, "more_body": False}
@@ -208,7 +207,6 @@ class _Writer:
         self.status = 499  # until something is answered
 
     async def send(self, message: Message) -> None:
-        """As the server's own."""
         if message["type"] == "http.response.start":
             self.status = message["status"]
             headers = [*message.get("headers", ()), *self._headers, *_unknown(self._scope), *_close(self._scope)]

@@ -1,4 +1,4 @@
-"""What comes before the engines: templates, tokens and grammars, in few threads of their own, and not for ever."""
+"""Work before a request reaches an engine (templates, tokens, grammars): in a few threads, within a time limit."""
 
 import asyncio
 import ctypes
@@ -16,18 +16,18 @@ from mpillama.serve.streams import while_connected
 
 T = TypeVar("T")
 Pause = Callable[[], None]
-"""Is called between two pieces of work; ends it by an exception once nobody waits for it any more."""
+"""To be called between pieces of work: it raises once the client is gone or the time is up."""
 
 SMALL_BYTES = 64 << 10
 SMALL_WORKERS, LARGE_WORKERS = 4, 2
-"""Large bodies have threads of their own, so that small ones never wait for them."""
+"""Large bodies have separate threads, so small ones never wait behind them."""
 MOST_WAITING = 1024
 SECONDS = 30.0
 """How long the work for a request may take, waiting for a thread included."""
 
 
 class Preparation:
-    """Works for requests as long as their clients wait, and `seconds` at most."""
+    """Runs work for requests while their clients are connected, for at most `seconds`."""
 
     def __init__(self, seconds: float = SECONDS):
         self.seconds = seconds
@@ -61,7 +61,7 @@ class Preparation:
 
 
 class Wanted:
-    """Whether somebody waits for some work; seen from both threads."""
+    """Whether work is still wanted; shared by the event loop and a worker thread."""
 
     def __init__(self, until: float):
         self.begun = False
@@ -69,7 +69,6 @@ class Wanted:
         self._ended = threading.Event()
 
     def end(self) -> None:
-        """Nobody does any more."""
         self._ended.set()
 
     def pause(self) -> None:
@@ -81,7 +80,6 @@ class Wanted:
             raise self.too_long()
 
     def too_long(self) -> Refused:
-        """What a client is told."""
         return Refused(422, "the texts or the grammar of this request take too long to prepare: shorten or divide them")
 
 

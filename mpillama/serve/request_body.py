@@ -1,4 +1,4 @@
-"""Bodies from strangers: unpacked and read as JSON, and refused where that would cost more than it is worth."""
+"""Reading request bodies: decompression and strict JSON, with limits on size, depth and digits."""
 
 import json
 import math
@@ -14,7 +14,7 @@ GZIP_WINDOW = 16 + zlib.MAX_WBITS
 
 
 class Unpacker:
-    """Takes a body's pieces as they are sent, and gives them as they were meant; one gzip stream, or plain bytes."""
+    """Decompresses a body piece by piece: one gzip stream, or plain bytes."""
 
     def __init__(self, encoding: bytes):
         encoding = encoding.strip().lower()
@@ -25,7 +25,7 @@ class Unpacker:
         self._begun = False
 
     def push(self, data: bytes, room: int) -> bytes:
-        """What a piece unpacks to; of more than `room` bytes only one more, which shows that it was more."""
+        """Decompress a piece, to at most `room` + 1 bytes: one more than allowed shows that the body is too large."""
         if self._stream is None:
             return data
         self._begun = self._begun or bool(data)
@@ -38,13 +38,13 @@ class Unpacker:
         return found
 
     def finish(self) -> None:
-        """The body has ended; Refused if the stream has not."""
+        """Call at the end of the body; Refused if the gzip stream is incomplete."""
         if self._begun and self._stream is not None and not self._stream.eof:
             raise Refused(400, "body: its gzip stream is cut off")
 
 
 MOST_DIGITS = 400
-"""Of a whole number: no field holds more, and Python takes quadratic time for them."""
+"""Digits of an integer: no field needs more, and parsing takes quadratic time."""
 
 MOST_LEVELS = 100
 MOST_FIELDS = 10_000
@@ -64,7 +64,7 @@ def load_json(body: bytes) -> Any:
 
 
 def _check_shape(value: Any) -> None:
-    """Refuse what is deeper than pydantic and llguidance go, and objects each of whose fields may be an error."""
+    """Refuse nesting that pydantic and llguidance cannot follow, and objects with very many fields."""
     level = [value]
     for _ in range(MOST_LEVELS):
         if any(len(part) > MOST_FIELDS for part in level if isinstance(part, dict)):

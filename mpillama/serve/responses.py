@@ -1,4 +1,4 @@
-"""Answers of /v1/chat/completions and /v1/completions, whole or in pieces, in the form of OpenAI's API."""
+"""Responses of /v1/chat/completions and /v1/completions, whole or streamed."""
 
 import asyncio
 import secrets
@@ -18,7 +18,7 @@ Json = dict[str, Any]
 
 
 class Choice(Protocol):
-    """One of a request's answers, as it grows."""
+    """One of a request's answers while it is generated."""
 
     def begin(self) -> Json | None:
         """What a stream says of it first, if anything."""
@@ -131,7 +131,6 @@ class Answerer:
         yield DONE
 
     async def embeddings(self, reply: Reply) -> list[np.ndarray]:
-        """The embedding of each request's text."""
         found: dict[int, np.ndarray] = {}
         async with self.engine.generate(reply.requests) as answers:
             async for index, output in self.timed(answers):

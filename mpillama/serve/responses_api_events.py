@@ -25,12 +25,10 @@ class TextItem:
         self.place: Json = {"item_id": self.id, "output_index": self.index, "content_index": 0}
 
     def begin(self) -> Iterator[Json]:
-        """It appears, and its part does."""
         yield {"type": "response.output_item.added", "output_index": self.index, "item": self._item("in_progress", [])}
         yield {"type": "response.content_part.added", **self.place, "part": self._part("", [])}
 
     def push(self, text: str, logprobs: list[Json]) -> Iterator[Json]:
-        """More of its text."""
         self.text.append(text)
         self.logprobs += logprobs
         more = {} if self.is_thought else {"logprobs": logprobs}
@@ -38,7 +36,6 @@ class TextItem:
             yield {"type": f"response.{self.name}.delta", **self.place, "delta": text, **more}
 
     def end(self, status: str) -> Iterator[Json]:
-        """It is whole, or cut."""
         text, item = "".join(self.text), self.whole(status)
         more = {} if self.is_thought else {"logprobs": self.logprobs}
         yield {"type": f"response.{self.name}.done", **self.place, "text": text, **more}
@@ -74,16 +71,13 @@ class CallItem:
         self.place: Json = {"item_id": self.id, "output_index": self.index}
 
     def begin(self) -> Iterator[Json]:
-        """It appears without arguments."""
         yield {"type": "response.output_item.added", "output_index": self.index, "item": self.whole("in_progress")}
 
     def push(self, arguments: str) -> Iterator[Json]:
-        """More of its arguments."""
         self.arguments.append(arguments)
         yield {"type": "response.function_call_arguments.delta", **self.place, "delta": arguments}
 
     def end(self, status: str) -> Iterator[Json]:
-        """It is whole, or cut."""
         item = self.whole(status)
         done = {"name": self.name, "arguments": item["arguments"]}
         yield {"type": "response.function_call_arguments.done", **self.place, **done}
@@ -142,7 +136,6 @@ class ResponseWriter:
         yield self._numbered({"type": f"response.{status}", "response": self._snapshot()})
 
     def fail(self, message: str, code: str) -> Iterator[Json]:
-        """No more will come."""
         if self._item is not None:
             self.response["output"].append(self._item.whole("incomplete"))
         self.response |= {"status": "failed", "error": {"code": code, "message": message}}
@@ -150,7 +143,6 @@ class ResponseWriter:
 
     @property
     def _index(self) -> int:
-        """The place of the next item."""
         return len(self.response["output"]) + (self._item is not None)
 
     def _add_text(self, text: str, is_thought: bool) -> Iterator[Json]:
@@ -192,5 +184,4 @@ class ResponseWriter:
 
 
 def new_id(prefix: str) -> str:
-    """An id that nothing else has."""
     return f"{prefix}_{secrets.token_hex(12)}"

@@ -19,8 +19,6 @@ class OutputTokensDetails(BaseModel):
 
 
 class ResponseUsage(BaseModel):
-    """Tokens of a response."""
-
     input_tokens: int
     input_tokens_details: InputTokensDetails
     output_tokens: int
@@ -29,14 +27,10 @@ class ResponseUsage(BaseModel):
 
 
 class IncompleteDetails(BaseModel):
-    """Why there is no more."""
-
     reason: Literal["max_output_tokens"]
 
 
 class OutputText(BaseModel):
-    """What the model said."""
-
     type: Literal["output_text"]
     text: str
     annotations: list[Any]
@@ -44,8 +38,6 @@ class OutputText(BaseModel):
 
 
 class OutputMessage(BaseModel):
-    """The model's message."""
-
     id: str
     type: Literal["message"]
     role: Literal["assistant"]
@@ -54,8 +46,6 @@ class OutputMessage(BaseModel):
 
 
 class OutputCall(BaseModel):
-    """A call of a function."""
-
     id: str
     type: Literal["function_call"]
     call_id: str
@@ -65,15 +55,11 @@ class OutputCall(BaseModel):
 
 
 class ThoughtText(BaseModel):
-    """What the model thought."""
-
     type: Literal["reasoning_text"]
     text: str
 
 
 class OutputReasoning(BaseModel):
-    """The model's thoughts."""
-
     id: str
     type: Literal["reasoning"]
     summary: list[Any]
@@ -82,8 +68,6 @@ class OutputReasoning(BaseModel):
 
 
 class ModelResponse(BaseModel):
-    """A response, with what was asked."""
-
     id: str
     object: Literal["response"]
     created_at: int
@@ -112,8 +96,6 @@ class ModelResponse(BaseModel):
 
 
 class InputTokens(BaseModel):
-    """The tokens of a request."""
-
     object: Literal["response.input_tokens"]
     input_tokens: int
 
@@ -127,8 +109,6 @@ class Deleted(BaseModel):
 
 
 class Items(BaseModel):
-    """What a response answers."""
-
     object: Literal["list"]
     data: list[dict[str, Any]]
     first_id: str

@@ -29,11 +29,9 @@ class Kept:
 
     @property
     def size(self) -> int:
-        """Bytes."""
         return OVERHEAD + len(self.response) + sum(map(len, [*self.input, *self.output.values()]))
 
     def whole(self) -> Json:
-        """The response as it was given."""
         return {**json.loads(self.response), "output": [json.loads(item) for item in self.output.values()]}
 
 

@@ -1,4 +1,4 @@
-"""What all paths share: how requests are read, what answers them, and what the OpenAPI document says of refusals."""
+"""Shared by all routes: strict JSON requests, dependencies, error responses of the OpenAPI document."""
 
 import json
 import logging
@@ -43,10 +43,9 @@ EVENTS = {"text/event-stream": {"schema": EVENT}}
 
 
 class StrictRequest(Request):
-    """A request whose JSON is JSON: no NaN, no numbers beyond a float, no nesting without end."""
+    """A request with strict JSON: no NaN, no overflowing numbers, bounded nesting."""
 
     async def json(self) -> Any:
-        """The body's value."""
         try:
             return load_json(await self.body())
         except BadRequest as error:  # FastAPI lets only this kind through
@@ -57,7 +56,6 @@ class StrictRoute(APIRoute):
     """A route whose requests are StrictRequests."""
 
     def get_route_handler(self) -> Handler:
-        """What answers a request."""
         handle = super().get_route_handler()
 
         async def handle_strictly(request: Request) -> Response:
@@ -67,29 +65,27 @@ class StrictRoute(APIRoute):
 
 
 def the_engine(request: Request) -> AsyncEngine:
-    """What brings requests to the engines."""
     engine: AsyncEngine = request.app.state.engine
     return engine
 
 
 def the_state(request: Request) -> ServerState:
-    """What a request is answered with; 503 before it is loaded and when it is about to end."""
+    """The server's state; 503 while the model loads and during shutdown."""
     state = the_engine(request).open_state()
     return replace(state, asker=request.scope.get(ASKER, ""))
 
 
 def tell_unknown(request: Request, body: Body) -> None:
-    """Let the answer have a header that names the body's fields that have no meaning here."""
+    """Report the body's unknown fields in a response header."""
     request.scope[UNKNOWN] = body.unknown_fields()
 
 
 def tell_ignored(request: Request, names: Sequence[str]) -> None:
-    """Let that header name more."""
     request.scope[UNKNOWN] = [*request.scope.get(UNKNOWN, ()), *names]
 
 
 def log_prompt(request: Request, name: str, body: BaseModel) -> None:
-    """Write down what was asked, with --log-prompts: a line, in ASCII."""
+    """With --log-prompts, log the body as one ASCII line."""
     if request.app.state.log_prompts:
         LOG.info("%s: %s", name, json.dumps(body.model_dump(exclude_none=True)))
 

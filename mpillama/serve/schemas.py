@@ -6,8 +6,6 @@ from pydantic import BaseModel, Field
 
 
 class ErrorDetail(BaseModel):
-    """What was wrong."""
-
     message: str
     type: str
     param: str | None
@@ -15,14 +13,10 @@ class ErrorDetail(BaseModel):
 
 
 class ErrorObject(BaseModel):
-    """A refused or failed request."""
-
     error: ErrorDetail
 
 
 class Usage(BaseModel):
-    """Tokens of a request."""
-
     prompt_tokens: int
     total_tokens: int
     completion_tokens: int | None = None
@@ -38,16 +32,12 @@ class CalledFunctionOut(BaseModel):
 
 
 class ToolCallOut(BaseModel):
-    """A call of a tool."""
-
     id: str
     type: Literal["function"]
     function: CalledFunctionOut
 
 
 class MessageOut(BaseModel):
-    """The model's message."""
-
     role: Literal["assistant"]
     content: str | None
     reasoning_content: str | None = None
@@ -56,8 +46,6 @@ class MessageOut(BaseModel):
 
 
 class ChatChoiceOut(BaseModel):
-    """One answer."""
-
     index: int
     message: MessageOut
     logprobs: dict[str, Any] | None
@@ -77,8 +65,6 @@ PromptLogprobs = list[dict[str, PromptLogprob] | None]
 
 
 class CompletionChoiceOut(BaseModel):
-    """One continuation."""
-
     index: int
     text: str
     logprobs: dict[str, Any] | None
@@ -87,8 +73,6 @@ class CompletionChoiceOut(BaseModel):
 
 
 class Answer(BaseModel):
-    """What all answers have."""
-
     id: str
     created: int
     model: str
@@ -97,23 +81,17 @@ class Answer(BaseModel):
 
 
 class ChatCompletion(Answer):
-    """The answer to a chat."""
-
     object: Literal["chat.completion"]
     choices: list[ChatChoiceOut]
     prompt_logprobs: PromptLogprobs | None = None
 
 
 class Completion(Answer):
-    """The answer to a completion."""
-
     object: Literal["text_completion"]
     choices: list[CompletionChoiceOut]
 
 
 class Embedding(BaseModel):
-    """One text's embedding."""
-
     object: Literal["embedding"]
     index: int
     embedding: list[float] | str
@@ -129,8 +107,6 @@ class Embeddings(BaseModel):
 
 
 class Model(BaseModel):
-    """A model that is served."""
-
     id: str
     object: Literal["model"]
     created: int
@@ -139,15 +115,11 @@ class Model(BaseModel):
 
 
 class Models(BaseModel):
-    """All of them."""
-
     object: Literal["list"]
     data: list[Model]
 
 
 class Tokens(BaseModel):
-    """The ids of a text."""
-
     tokens: list[int]
     count: int
     max_model_len: int
@@ -172,16 +144,12 @@ class TokenizerInfo(BaseModel):
 
 
 class Group(BaseModel):
-    """Ranks that hold the model."""
-
     ranks: Annotated[list[int], Field(min_length=1)]
     ready: bool
     failure: str | None
 
 
 class Health(BaseModel):
-    """Whether requests are taken."""
-
     status: Literal["ok", "loading", "draining"]
     reason: str
     model: str | None

@@ -1,4 +1,4 @@
-"""Answers in pieces, as server-sent events, and answers that end when their client goes away."""
+"""Server-sent events, and work that is cancelled when its client disconnects."""
 
 import asyncio
 import json
@@ -15,7 +15,7 @@ from mpillama.serve.errors import error_object, status_of
 
 T = TypeVar("T")
 BEAT_SECONDS = 15.0
-"""After so long without an event a comment shows proxies that the connection lives."""
+"""Without an event for so long, a comment keeps the connection alive."""
 BEAT = b": waiting\n\n"
 DONE = b"data: [DONE]\n\n"
 HEADERS = [
@@ -26,7 +26,6 @@ HEADERS = [
 
 
 def event(value: Any) -> bytes:
-    """An event with a JSON value."""
     return b"data: " + json.dumps(value, separators=(",", ":")).encode() + b"\n\n"
 
 
@@ -36,14 +35,14 @@ def named_event(name: str, value: Any) -> bytes:
 
 
 class Events:
-    """Events of a generator, with comments where they are long in coming; to be closed in the end."""
+    """A generator's events, with keep-alive comments in between; call `close` at the end."""
 
     def __init__(self, generator: AsyncGenerator[bytes]):
         self._generator = generator
         self._following: asyncio.Task[bytes] | None = None
 
     async def begin(self) -> None:
-        """Wait for the first event (unless it is long in coming), so that what fails before it can have a status."""
+        """Wait for the first event, up to BEAT_SECONDS, so that an early failure can still set the status."""
         if await self._arrives() and self._following is not None and not self._following.cancelled():
             failure = self._following.exception()
             if failure is not None:
@@ -65,7 +64,6 @@ class Events:
         return bool(done)
 
     async def close(self) -> None:
-        """End what is under way."""
         if self._following is not None:
             self._following.cancel()
             await asyncio.gather(self._following, return_exceptions=True)
@@ -73,14 +71,13 @@ class Events:
 
 
 class EventStream(Response):
-    """Sends events until they end, the client goes away, or one fails, which becomes the last event."""
+    """Sends events until the end or the client's disconnect; a failure is sent as the last event."""
 
     def __init__(self, events: Events):
         super().__init__()
         self.events = events
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Stream."""
         try:
             await send({"type": "http.response.start", "status": 200, "headers": HEADERS})
             with suppress(ClientGone):  # nobody is left to be told
@@ -110,12 +107,11 @@ async def stream(request: Request, generator: AsyncGenerator[bytes]) -> Response
 
 
 async def while_connected(request: Request, work: Coroutine[Any, Any, T]) -> T:
-    """The result of some work, which is cancelled if the client goes away: ClientGone then."""
+    """The result of `work`; ClientGone, with `work` cancelled, if the client disconnects."""
     return await until_gone(request.receive, work)
 
 
 async def until_gone(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
-    """As while_connected, for an ASGI application."""
     working, gone = asyncio.ensure_future(work), asyncio.ensure_future(_gone(receive))
     try:
         await asyncio.wait({working, gone}, return_when=asyncio.FIRST_COMPLETED)

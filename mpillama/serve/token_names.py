@@ -1,4 +1,4 @@
-"""What an answer's tokens are called: their names joined are its text."""
+"""Names of an answer's tokens in log-probabilities; joined they are its text."""
 
 from collections import deque
 from collections.abc import Iterable, Sequence
@@ -36,7 +36,6 @@ class NamedToken:
         return replace(self, name=self.name[: max(0, end - self.start)], start=min(self.start, end))
 
     def of(self, found: TokenLogprob) -> "NamedToken":
-        """With its log-probability."""
         return replace(self, found=found)
 
 

@@ -10,7 +10,6 @@ Report = dict[str, Any]
 
 
 def print_report(report: Report) -> None:
-    """Print the tables."""
     print_sentence(_headline(report))
     _print_prefill(report)
     _print_decode(report)

@@ -149,7 +149,6 @@ class Talk:
         self.reset(system)
 
     def reset(self, system: str | None) -> None:
-        """Begin anew."""
         self.system = system
         self.messages = [{"role": "system", "content": system}] if system else []
 

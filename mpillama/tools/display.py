@@ -24,7 +24,6 @@ LONG = 20.0
 
 
 def watched(quiet: bool) -> bool:
-    """Whether a person sees standard error."""
     return not quiet and is_terminal(STANDARD_ERROR)
 
 

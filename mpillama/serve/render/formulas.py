@@ -42,7 +42,6 @@ def formulas_plugin(markdown: MarkdownIt) -> None:
 
 
 def _inline(state: StateInline, silent: bool) -> bool:
-    """A formula within a paragraph."""
     found = IN_LINE.match(state.src, state.pos) if state.src[state.pos] in "\\$" else None
     if found is None:
         return False

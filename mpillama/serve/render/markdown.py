@@ -177,27 +177,21 @@ class _Renderer(RendererHTML):
         return "</table></div>"
 
     def footnote_ref(self, tokens: Sequence[Token], idx: int, options: Any, env: Any) -> str:
-        """The number of a note."""
         return f"<sup>[{tokens[idx].meta['id'] + 1}]</sup>"
 
     def footnote_block_open(self, tokens: Sequence[Token], idx: int, options: Any, env: Any) -> str:
-        """The notes, at the end."""
         return '<div class="notes"><ol>'
 
     def footnote_block_close(self, tokens: Sequence[Token], idx: int, options: Any, env: Any) -> str:
-        """The end of the notes."""
         return "</ol></div>"
 
     def footnote_open(self, tokens: Sequence[Token], idx: int, options: Any, env: Any) -> str:
-        """A note."""
         return '<li dir="auto">'
 
     def footnote_close(self, tokens: Sequence[Token], idx: int, options: Any, env: Any) -> str:
-        """The end of a note."""
         return "</li>"
 
     def footnote_anchor(self, tokens: Sequence[Token], idx: int, options: Any, env: Any) -> str:
-        """No way back either."""
         return ""
 
 
