@@ -3,6 +3,7 @@
 import json
 import signal
 import stat
+import subprocess
 import threading
 import time
 from collections.abc import Callable
@@ -38,7 +39,10 @@ def wait_until(condition: Callable[[], Any], what: str) -> None:
 
 def ends(served: Served) -> tuple[int, str]:
     """The status and what was said, once the server has ended by itself."""
-    status = served.launch.process.wait(END_SECONDS)
+    try:
+        status = served.launch.process.wait(END_SECONDS)
+    except subprocess.TimeoutExpired:
+        raise AssertionError(f"no end in time; stderr: {served.launch.stderr()}") from None
     return status, served.launch.stderr()
 
 
