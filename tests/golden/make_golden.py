@@ -2,13 +2,14 @@
 
 Run it in an environment with torch, transformers and jinja2 (versions: README.md), from the root of the repository:
 
-    python tests/golden/make_golden.py
+    python tests/golden/make_golden.py [NAME …]
 
-It rewrites everything in this folder but the texts written by hand (README.md, chat_templates/*.jinja and
+It rewrites the models of these names, or everything in this folder but the texts written by hand (README.md, chat_templates/*.jinja and
 chat_templates/conversations.json). CI does not run it.
 """
 
 import json
+import sys
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -104,8 +105,12 @@ FAMILIES: Mapping[str, Family] = {
 
 
 def main() -> None:
-    """Write everything anew."""
+    """Write the models that are named, or everything anew."""
     torch.set_num_threads(1)
+    for name in sys.argv[1:]:
+        write_family(name, FAMILIES[name])
+    if sys.argv[1:]:
+        return
     write_tokenizer(HERE / "tokenizer")
     for name, family in FAMILIES.items():
         write_family(name, family)

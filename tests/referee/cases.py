@@ -187,11 +187,11 @@ FAMILIES: Mapping[str, Mapping[str, Any]] = {
     "qwen2 with a window": {
         **QWEN, "model_type": "qwen2", "use_sliding_window": True, "sliding_window": 20, "max_window_layers": 1,
     },
-    "seed_oss": {**QWEN, "model_type": "seed_oss", "attention_out_bias": True},
     "qwen3": {**QWEN, "model_type": "qwen3", "tie_word_embeddings": True},
     "qwen3 with biases": {**QWEN, "model_type": "qwen3", "attention_bias": True},
     "qwen3_moe": {**QWEN, **EXPERTS, "model_type": "qwen3_moe", "norm_topk_prob": True},
     "qwen3_moe without renormalising": {**QWEN, **EXPERTS, "model_type": "qwen3_moe", "norm_topk_prob": False},
+    "seed_oss": {**QWEN, "model_type": "seed_oss", "attention_out_bias": True},
 }  # fmt: skip
 
 # -- special values --------------------------------------------------------------------------------------------------
