@@ -4,8 +4,8 @@ Run it in an environment with torch, transformers and jinja2 (versions: README.m
 
     python tests/golden/make_golden.py [NAME …]
 
-It rewrites the models of these names, or everything in this folder but the texts written by hand (README.md, chat_templates/*.jinja and
-chat_templates/conversations.json). CI does not run it.
+It rewrites the models of these names, or everything in this folder but the texts written by hand (README.md,
+chat_templates/*.jinja and chat_templates/conversations.json). CI does not run it.
 """
 
 import json
