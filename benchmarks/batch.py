@@ -14,11 +14,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from mpillama.files.native_writer import create_file, seal_file
 from mpillama.layout.weight_types import WEIGHT_TYPES
-from mpillama.model.config import ModelConfig
-from mpillama.model.shapes import shape_config
-from mpillama.model.tensors import WeightTypes, tensor_specs
+
+from mpillama.files.native_writer import create_file, seal_file
+from mpillama.models.config import ModelConfig
+from mpillama.models.shapes import shape_config
+from mpillama.models.tensors import WeightTypes, tensor_specs
 
 Row = dict[str, Any]
 

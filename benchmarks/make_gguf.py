@@ -6,8 +6,8 @@ from pathlib import Path
 import gguf
 import numpy as np
 
-from mpillama.model.config import ModelConfig
-from mpillama.model.shapes import shape_config
+from mpillama.models.config import ModelConfig
+from mpillama.models.shapes import shape_config
 
 BLOCK_BYTES = 18  # float16 scale, 16 bytes of nibbles
 

@@ -3,10 +3,10 @@
 import json
 from pathlib import Path
 
+from mpillama.layout.weight_types import Q8_0
 from safetensors.numpy import load_file
 
 from mpillama.files.native_writer import write_model
-from mpillama.layout.weight_types import Q8_0
 
 
 def export(checkpoint: Path, path: Path) -> None:

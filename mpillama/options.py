@@ -461,6 +461,11 @@ class _CommandParser(argparse.ArgumentParser):
         raise UserError(f"{message}; `{self.prog} --help` shows the commands.")
 
 
+@dataclass
+class _NoOptions:
+    pass
+
+
 def build_parser(commands: Collection[str] = tuple(COMMANDS)) -> argparse.ArgumentParser:
     """Return the parser of the whole program, which knows the options of these commands, and of others the names."""
     parser = _CommandParser(
@@ -469,8 +474,9 @@ def build_parser(commands: Collection[str] = tuple(COMMANDS)) -> argparse.Argume
     parser.add_argument("--version", action="version", version=f"mpillama {__version__}")
     parsers = parser.add_subparsers(dest="command", metavar="COMMAND", parser_class=_Parser)
     for name, (options_class, text) in COMMANDS.items():
-        options = options_of(options_class) if name in commands else []
-        flat = make_dataclass(options_class.__name__, options, repr=False, eq=False, kw_only=True)
+        flat = _NoOptions
+        if name in commands:
+            flat = make_dataclass(name, options_of(options_class), repr=False, eq=False, kw_only=True)
         parsers.add_parser(name, options_class=flat, help=text, description=f"{text[0].upper()}{text[1:]}.")
     return parser
 

@@ -15,7 +15,7 @@ from safetensors.numpy import save_file
 from mpillama.engine.model_file import open_model
 from mpillama.files.checkpoint import Checkpoint, StoredTensor
 from mpillama.files.hugging_face import read_hugging_face
-from mpillama.model.config import ModelConfig
+from mpillama.models.config import ModelConfig
 
 FOLDER = Path(__file__).parent / "golden"
 FAMILIES = (

@@ -13,8 +13,8 @@ from mpillama.kernels.built import is_built
 from mpillama.kernels.isa import host_features, sets_of
 from mpillama.kernels.library import Library, Team, load
 from mpillama.kernels.shared_sum import SharedWindow, window_bytes
-from mpillama.model.linear import Matrix
-from mpillama.model.workspace import Activations
+from mpillama.models.linear import Matrix
+from mpillama.models.workspace import Activations
 from mpillama.quant.registry import WEIGHT_TYPES
 from mpillama.quant.weight_type import BLOCK, LANES, WeightType
 

@@ -15,8 +15,8 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from mpillama.files.native_writer import write_model
-from mpillama.model.config import ModelConfig
-from mpillama.model.tensors import EMBEDDING, LM_HEAD, TensorSpec, WeightTypes
+from mpillama.models.config import ModelConfig
+from mpillama.models.tensors import EMBEDDING, LM_HEAD, TensorSpec, WeightTypes
 from mpillama.quant.registry import WEIGHT_TYPES
 
 Tensors = dict[str, np.ndarray]

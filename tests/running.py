@@ -11,9 +11,9 @@ from mpillama.files.native import read_table
 from mpillama.files.native_reader import NativeModel
 from mpillama.kernels.library import Team
 from mpillama.kernels.target import prepare, requested_isa
-from mpillama.model.cache import KVCache, Step, blocks_for, joint_step, single_sequence_step
-from mpillama.model.decoder import Decoder
-from mpillama.model.weights import load_weights
+from mpillama.models.cache import KVCache, Step, blocks_for, joint_step, single_sequence_step
+from mpillama.models.decoder import Decoder
+from mpillama.models.weights import load_weights
 
 Chunks = list[np.ndarray]
 

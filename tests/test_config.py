@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 
 from mpillama.errors import UserError
-from mpillama.model.attention import GroupedQueryAttention
-from mpillama.model.config import ModelConfig
-from mpillama.model.mlp import Experts
-from mpillama.model.shapes import SHAPES, shape_config
+from mpillama.models.attention import GroupedQueryAttention
+from mpillama.models.config import ModelConfig
+from mpillama.models.mlp import Experts
+from mpillama.models.shapes import SHAPES, shape_config
 from tests.reference import llama3_frequencies
 
 BASE: dict[str, Any] = {

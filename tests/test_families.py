@@ -12,14 +12,14 @@ import mpillama
 from mpillama.comm.communicator import Communicator
 from mpillama.engine.model_file import open_model
 from mpillama.files.native_writer import pack_tensor
-from mpillama.model import families
-from mpillama.model.config import ModelConfig
-from mpillama.model.decoder import Decoder
-from mpillama.model.families import FAMILIES, gguf_architectures
-from mpillama.model.family import Block
-from mpillama.model.mlp import Experts
-from mpillama.model.tensors import TensorSpec, WeightTypes
-from mpillama.model.weights import load_weights
+from mpillama.models import families
+from mpillama.models.config import ModelConfig
+from mpillama.models.decoder import Decoder
+from mpillama.models.families import FAMILIES, gguf_architectures
+from mpillama.models.family import Block
+from mpillama.models.mlp import Experts
+from mpillama.models.tensors import TensorSpec, WeightTypes
+from mpillama.models.weights import load_weights
 from mpillama.quant.types.f32 import F32
 from tests import golden_models, running
 from tests.conftest import THREADS

@@ -16,9 +16,9 @@ from mpillama.files.dllama import read_dllama
 from mpillama.files.gguf_file import read_gguf
 from mpillama.files.native import read_table
 from mpillama.files.native_writer import create_file, seal_file
-from mpillama.model.config import ModelConfig
-from mpillama.model.shapes import shape_config
-from mpillama.model.tensors import TensorSpec, WeightTypes
+from mpillama.models.config import ModelConfig
+from mpillama.models.shapes import shape_config
+from mpillama.models.tensors import TensorSpec, WeightTypes
 from mpillama.quant.registry import STORED_TYPES
 from mpillama.quant.types.q4_0 import Q4_0
 from mpillama.quant.types.q8_0 import Q8_0

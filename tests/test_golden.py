@@ -9,7 +9,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from mpillama.engine.model_file import ModelFile, open_model
-from mpillama.model.weights import slice_shapes
+from mpillama.models.weights import slice_shapes
 from mpillama.quant import ggml
 from tests import golden_models as g
 from tests import running

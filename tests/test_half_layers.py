@@ -14,9 +14,9 @@ import pytest
 
 from mpillama.kernels import arguments
 from mpillama.kernels.shared_sum import PROGRESS_STRIDE, SharedWindow
-from mpillama.model import attention
-from mpillama.model.linear import Matrix
-from mpillama.model.workspace import StepArrays
+from mpillama.models import attention
+from mpillama.models.linear import Matrix
+from mpillama.models.workspace import StepArrays
 from mpillama.quant.registry import WEIGHT_TYPES
 from mpillama.quant.weight_type import LANES
 from tests.kernel_parts import (

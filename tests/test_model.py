@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from mpillama.engine.executor import Executor
-from mpillama.model.cache import single_sequence_step
+from mpillama.models.cache import single_sequence_step
 from mpillama.quant.registry import WEIGHT_TYPES
 from tests import models, running
 from tests.conftest import THREADS, ModelFile

@@ -20,8 +20,8 @@ from mpillama.errors import UserError
 from mpillama.files.native import ALIGNMENT, metadata_digest, read_table
 from mpillama.files.native_reader import NativeModel, NativeReader, TableEntry, unit_checksums
 from mpillama.files.native_writer import create_file, pack_tensor, seal_file, types_json, write_model
-from mpillama.model.config import ModelConfig
-from mpillama.model.tensors import TensorSpec, WeightTypes
+from mpillama.models.config import ModelConfig
+from mpillama.models.tensors import TensorSpec, WeightTypes
 from mpillama.quant.registry import WEIGHT_TYPES
 from mpillama.quant.types.f32 import F32
 from mpillama.quant.types.q8_0 import Q8_0

@@ -7,13 +7,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mpillama.files.native_reader import TableEntry
-from mpillama.model.cache import cache_bytes
-from mpillama.model.config import ModelConfig
-from mpillama.model.mlp import ffn_panel
-from mpillama.model.partition import Split, split_units
-from mpillama.model.shapes import SHAPES
-from mpillama.model.tensors import TensorSpec, WeightTypes
-from mpillama.model.weights import arena_bytes, slice_bytes, slice_shapes
+from mpillama.models.cache import cache_bytes
+from mpillama.models.config import ModelConfig
+from mpillama.models.mlp import ffn_panel
+from mpillama.models.partition import Split, split_units
+from mpillama.models.shapes import SHAPES
+from mpillama.models.tensors import TensorSpec, WeightTypes
+from mpillama.models.weights import arena_bytes, slice_bytes, slice_shapes
 from mpillama.quant.registry import WEIGHT_TYPES
 from mpillama.quant.weight_type import LANES
 from tests import models

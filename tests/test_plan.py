@@ -8,10 +8,10 @@ import pytest
 from mpillama.engine import plan
 from mpillama.engine.memory import RESERVE
 from mpillama.errors import UserError
-from mpillama.model.cache import blocks_for
-from mpillama.model.config import ModelConfig
-from mpillama.model.shapes import shape_config
-from mpillama.model.tensors import WeightTypes
+from mpillama.models.cache import blocks_for
+from mpillama.models.config import ModelConfig
+from mpillama.models.shapes import shape_config
+from mpillama.models.tensors import WeightTypes
 from mpillama.quant.registry import WEIGHT_TYPES
 from mpillama.tools.values import parse_bytes
 from tests.mpi.launch import PROGRAM, run

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from mpillama.model.attention import BLOCK_POSITIONS
+from mpillama.models.attention import BLOCK_POSITIONS
 
 NO_TOKENS = b""
 """The digest before the first block, without a salt."""

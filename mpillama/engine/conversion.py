@@ -17,8 +17,8 @@ from mpillama.files.native import TEXTS, read_table
 from mpillama.files.native_reader import TableEntry, unit_checksums
 from mpillama.files.native_writer import create_file, seal_file
 from mpillama.files.reading import write_exactly
-from mpillama.model.partition import split_units
-from mpillama.model.tensors import TensorSpec
+from mpillama.models.partition import split_units
+from mpillama.models.tensors import TensorSpec
 from mpillama.quant.weight_type import round_up
 
 RUN_BYTES = 64 << 20

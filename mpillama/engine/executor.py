@@ -8,8 +8,8 @@ import psutil
 
 from mpillama.comm.communicator import Communicator
 from mpillama.engine.step_plan import Order, Segment, StepPlan
-from mpillama.model.cache import KVCache
-from mpillama.model.decoder import Decoder
+from mpillama.models.cache import KVCache
+from mpillama.models.decoder import Decoder
 from mpillama.text.token_ids import check_token_ids
 
 LOGIT_BYTES = 32 << 20

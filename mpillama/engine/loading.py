@@ -23,9 +23,9 @@ from mpillama.files.output_head import refuse_headless
 from mpillama.files.reading import changed, modified
 from mpillama.kernels.library import Team
 from mpillama.kernels.target import Target
-from mpillama.model.cache import blocks_for
-from mpillama.model.decoder import Decoder
-from mpillama.model.weights import Weights, load_weights
+from mpillama.models.cache import blocks_for
+from mpillama.models.decoder import Decoder
+from mpillama.models.weights import Weights, load_weights
 
 Progress = Callable[[int], AbstractContextManager[Callable[[LoadState], None]]]
 """Opens a display for a number of bytes of all ranks; gives the function that is told how far they are."""

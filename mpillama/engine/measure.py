@@ -8,8 +8,8 @@ import numpy as np
 
 from mpillama.comm.communicator import Communicator
 from mpillama.kernels.library import PARTS, Team
-from mpillama.model.cache import KVCache, blocks_for, cache_bytes, decode_step, single_sequence_step
-from mpillama.model.decoder import Decoder
+from mpillama.models.cache import KVCache, blocks_for, cache_bytes, decode_step, single_sequence_step
+from mpillama.models.decoder import Decoder
 
 WARM_UP_STEPS = 3
 BANDWIDTH_BYTES = 512 << 20

@@ -7,12 +7,12 @@ was measured.
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from mpillama.model.cache import blocks_for, cache_bytes
-from mpillama.model.config import ModelConfig
-from mpillama.model.partition import Partition
-from mpillama.model.tensors import EMBEDDING, LM_HEAD, TensorSpec
-from mpillama.model.weights import arena_bytes, slice_bytes
-from mpillama.model.workspace import workspace_bytes
+from mpillama.models.cache import blocks_for, cache_bytes
+from mpillama.models.config import ModelConfig
+from mpillama.models.partition import Partition
+from mpillama.models.tensors import EMBEDDING, LM_HEAD, TensorSpec
+from mpillama.models.weights import arena_bytes, slice_bytes
+from mpillama.models.workspace import workspace_bytes
 
 PYTHON_BYTES = 73_000_000
 """Resident bytes of a rank with kernels and MPI but without a model: 71 to 75 MB were measured."""

@@ -16,9 +16,9 @@ from mpillama.files.checkpoints import read_checkpoint
 from mpillama.files.foreign import regular_size, unreadable
 from mpillama.files.locate import locate_model
 from mpillama.files.native import HDF5_SIGNATURE, read_table
-from mpillama.model.config import ModelConfig
-from mpillama.model.families import FAMILIES
-from mpillama.model.tensors import TensorSpec, WeightTypes
+from mpillama.models.config import ModelConfig
+from mpillama.models.families import FAMILIES
+from mpillama.models.tensors import TensorSpec, WeightTypes
 from mpillama.text.chat_template import ChatTemplate
 from mpillama.text.dllama_vocabulary import tokenizer_json_of_dllama
 from mpillama.text.end_tokens import end_tokens

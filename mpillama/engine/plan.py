@@ -10,9 +10,9 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 from mpillama.engine.memory import RESERVE, MemoryModel, RankMemory
-from mpillama.model.config import ModelConfig
-from mpillama.model.tensors import EMBEDDING, LM_HEAD, TensorSpec, WeightTypes
-from mpillama.model.weights import slice_bytes
+from mpillama.models.config import ModelConfig
+from mpillama.models.tensors import EMBEDDING, LM_HEAD, TensorSpec, WeightTypes
+from mpillama.models.weights import slice_bytes
 from mpillama.quant.registry import SMALLEST
 
 GOOD_EFFICIENCY = 0.85

@@ -10,8 +10,8 @@ from mpillama.engine.host_memory import available_bytes, memory_warnings, proces
 from mpillama.engine.memory import RESERVE, MemoryModel
 from mpillama.engine.model_file import ModelFile
 from mpillama.errors import UserError
-from mpillama.model.attention import BLOCK_POSITIONS
-from mpillama.model.cache import blocks_for
+from mpillama.models.attention import BLOCK_POSITIONS
+from mpillama.models.cache import blocks_for
 
 PROGRAM_ROOM = 128_000_000
 """Bytes that a process must be free to map before it loads a model: the demo takes 40 MB, mostly stacks of threads."""

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from mpillama.comm.communicator import Communicator
-from mpillama.model.tensors import TensorSpec
-from mpillama.model.weights import Read
+from mpillama.models.tensors import TensorSpec
+from mpillama.models.weights import Read
 
 
 class ReplicatedTensors:

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from mpillama.engine.block_pool import BlockPool
 from mpillama.engine.sequence import EngineSequence
 from mpillama.engine.speculation import Drafter
-from mpillama.model.attention import BLOCK_POSITIONS
-from mpillama.model.cache import blocks_for
+from mpillama.models.attention import BLOCK_POSITIONS
+from mpillama.models.cache import blocks_for
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,8 @@ from mpillama.engine.answer import Answer
 from mpillama.engine.block_pool import BlockPool, block_digest, prefix_digests, salt_digest
 from mpillama.engine.step_plan import Segment
 from mpillama.errors import UserError
-from mpillama.model.attention import BLOCK_POSITIONS
-from mpillama.model.cache import blocks_for
+from mpillama.models.attention import BLOCK_POSITIONS
+from mpillama.models.cache import blocks_for
 from mpillama.text.sampler import Sampler
 from mpillama.text.sampling_params import SamplingParams
 from mpillama.text.token_ids import check_token_ids

@@ -6,7 +6,7 @@ from enum import IntEnum
 
 import numpy as np
 
-from mpillama.model.cache import Step, blocks_for, joint_step
+from mpillama.models.cache import Step, blocks_for, joint_step
 
 HEADER = 4
 """Numbers at the beginning of the message: order, tokens (or an exit status), segments, block ids."""

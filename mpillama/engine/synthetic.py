@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from mpillama.model.tensors import TensorSpec
+from mpillama.models.tensors import TensorSpec
 from mpillama.quant.weight_type import LANES, Arrays, WeightType
 
 TILE_VALUES = 1 << 18

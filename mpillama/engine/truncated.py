@@ -8,8 +8,8 @@ from mpillama.engine.engine import Engine
 from mpillama.engine.memory import MemoryModel
 from mpillama.engine.model_file import ModelFile, SliceReader
 from mpillama.errors import UserError
-from mpillama.model.config import ModelConfig
-from mpillama.model.tensors import TensorSpec, WeightTypes
+from mpillama.models.config import ModelConfig
+from mpillama.models.tensors import TensorSpec, WeightTypes
 
 
 @dataclass(frozen=True)

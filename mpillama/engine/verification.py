@@ -12,7 +12,7 @@ from mpillama.files.checkpoint import Checkpoint, StoredTensor
 from mpillama.files.checkpoint_model import CheckpointModel
 from mpillama.files.native_reader import NativeModel, NativeReader, unit_checksums
 from mpillama.files.reading import SourceFile
-from mpillama.model.partition import split_units
+from mpillama.models.partition import split_units
 
 RUN_BYTES = 64 << 20
 RUN_VALUES = 4 << 20

@@ -7,7 +7,7 @@ import numpy as np
 
 from mpillama.engine.measure import Stopwatch, Timing
 from mpillama.kernels.library import PARTS
-from mpillama.model.decoder import Decoder
+from mpillama.models.decoder import Decoder
 
 SUM, LATE, REST = "residual and sum over ranks", "waiting for other ranks", "Python and the rest"
 

@@ -12,8 +12,8 @@ from typing import Any
 from mpillama.errors import UserError
 from mpillama.files.checkpoint import Checkpoint
 from mpillama.files.checkpoint_reader import CheckpointReader
-from mpillama.model.config import ModelConfig
-from mpillama.model.tensors import LM_HEAD, TensorSpec, WeightTypes
+from mpillama.models.config import ModelConfig
+from mpillama.models.tensors import LM_HEAD, TensorSpec, WeightTypes
 from mpillama.quant.registry import WEIGHT_TYPES
 from mpillama.quant.types.f32 import F32
 

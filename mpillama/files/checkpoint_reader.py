@@ -11,7 +11,7 @@ import numpy as np
 from mpillama.errors import UserError
 from mpillama.files.checkpoint import Checkpoint, StoredTensor
 from mpillama.files.reading import MAX_READ, SourceFile
-from mpillama.model.tensors import TensorSpec
+from mpillama.models.tensors import TensorSpec
 from mpillama.quant.weight_type import BLOCK, LANES, Arrays
 
 PIECE = 1 << 19

@@ -14,9 +14,9 @@ from mpillama.files.cursor import Cursor
 from mpillama.files.dllama_table import place_tensors
 from mpillama.files.dllama_tokenizer import TEMPLATE, VOCABULARY, find_tokenizer, read_tokenizer
 from mpillama.files.foreign import damaged, regular_size
-from mpillama.model.families import FAMILIES
-from mpillama.model.family import MOST_LAYERS, Dllama, Family
-from mpillama.model.mlp import MOST_EXPERTS
+from mpillama.models.families import FAMILIES
+from mpillama.models.family import MOST_LAYERS, Dllama, Family
+from mpillama.models.mlp import MOST_EXPERTS
 
 MAGIC = (0x0A00ABCD).to_bytes(4, "little")
 OLD_MAGICS = tuple(magic.to_bytes(4, "little") for magic in (0xABCD00, 0xABCD01))

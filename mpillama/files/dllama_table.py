@@ -5,7 +5,7 @@ from typing import Any
 
 from mpillama.files.checkpoint import StoredTensor
 from mpillama.files.foreign import damaged
-from mpillama.model.family import Dllama
+from mpillama.models.family import Dllama
 from mpillama.quant.registry import STORED_TYPES
 
 Plan = list[tuple[str, tuple[int, ...], str]]

@@ -11,7 +11,7 @@ from typing import Any
 from mpillama.errors import UserError
 from mpillama.files.checkpoint import StoredTensor
 from mpillama.files.stand_ins import HEAD_BYTES, refuse_text_stand_in
-from mpillama.model.mlp import MOST_EXPERTS
+from mpillama.models.mlp import MOST_EXPERTS
 
 MOST_TEXT = 2**28
 """Bytes of a text file that are read at the most; the largest tokenizer.json has a tenth of it."""

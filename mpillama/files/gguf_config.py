@@ -10,9 +10,9 @@ from mpillama.errors import UserError
 from mpillama.files.foreign import damaged
 from mpillama.files.gguf_header import GgufHeader
 from mpillama.files.gguf_names import OUTPUT, ROPE_FACTORS
-from mpillama.model.families import gguf_architectures
-from mpillama.model.family import Gguf
-from mpillama.model.rope import yarn_attention_factor
+from mpillama.models.families import gguf_architectures
+from mpillama.models.family import Gguf
+from mpillama.models.rope import yarn_attention_factor
 
 OTHER_KINDS = {
     "adapter": "an adapter (LoRA), not a model: merge it into its base model (llama-export-lora), and give that file",

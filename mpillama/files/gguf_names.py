@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from mpillama.files.checkpoint import StoredTensor
 from mpillama.files.foreign import split_experts
-from mpillama.model.family import Gguf
+from mpillama.models.family import Gguf
 
 ROPE_FACTORS = "rope_freqs.weight"
 EMBEDDING = "token_embd.weight"

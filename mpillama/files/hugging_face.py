@@ -13,7 +13,7 @@ from mpillama.files.foreign import by_name, check_extents, damaged, read_json, r
 from mpillama.files.output_head import TIED, settle_head, with_prefix
 from mpillama.files.safetensors_table import IGNORED, read_safetensors_table
 from mpillama.files.stand_ins import what_folder
-from mpillama.model.families import FAMILIES
+from mpillama.models.families import FAMILIES
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"

@@ -17,8 +17,8 @@ import numpy as np
 
 from mpillama.errors import UserError
 from mpillama.files.native_reader import NativeModel, TableEntry
-from mpillama.model.config import ModelConfig
-from mpillama.model.tensors import TensorSpec, WeightTypes
+from mpillama.models.config import ModelConfig
+from mpillama.models.tensors import TensorSpec, WeightTypes
 from mpillama.quant.registry import WEIGHT_TYPES
 from mpillama.quant.weight_type import WeightType
 

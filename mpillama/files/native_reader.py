@@ -12,8 +12,8 @@ import xxhash
 
 from mpillama.errors import UserError
 from mpillama.files.reading import MAX_READ, SourceFile, cut_extent
-from mpillama.model.config import ModelConfig
-from mpillama.model.tensors import ArraySpec, TensorSpec, WeightTypes
+from mpillama.models.config import ModelConfig
+from mpillama.models.tensors import ArraySpec, TensorSpec, WeightTypes
 
 
 @dataclass(frozen=True)

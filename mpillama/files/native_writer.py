@@ -12,8 +12,8 @@ from mpillama.errors import UserError
 from mpillama.files.native import ALIGNMENT, FORMAT, FORMAT_VERSION, HdfFile, hdf5, metadata_digest
 from mpillama.files.native_reader import TableEntry, unit_checksums
 from mpillama.files.reading import write_exactly
-from mpillama.model.config import ModelConfig
-from mpillama.model.tensors import ArraySpec, TensorSpec, WeightTypes
+from mpillama.models.config import ModelConfig
+from mpillama.models.tensors import ArraySpec, TensorSpec, WeightTypes
 from mpillama.quant.weight_type import Arrays, WeightType
 
 

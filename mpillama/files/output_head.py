@@ -11,7 +11,7 @@ from mpillama.errors import UserError
 from mpillama.files.checkpoint import StoredTensor
 from mpillama.files.foreign import unreadable
 from mpillama.files.reading import read_exactly
-from mpillama.model.tensors import EMBEDDING, LM_HEAD
+from mpillama.models.tensors import EMBEDDING, LM_HEAD
 
 TIED = "tie_word_embeddings"
 HEADLESS: Mapping[str, Any] = {"lm_head": False}

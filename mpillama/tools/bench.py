@@ -19,11 +19,11 @@ from mpillama.engine.truncated import TruncatedModel
 from mpillama.engine.where import Part, where_time_goes
 from mpillama.errors import UserError
 from mpillama.kernels.target import Target
-from mpillama.model.config import ModelConfig
-from mpillama.model.decoder import Decoder
-from mpillama.model.shapes import shape_config
-from mpillama.model.tensors import TensorSpec, WeightTypes
-from mpillama.model.weights import Weights, load_weights, slice_bytes
+from mpillama.models.config import ModelConfig
+from mpillama.models.decoder import Decoder
+from mpillama.models.shapes import shape_config
+from mpillama.models.tensors import TensorSpec, WeightTypes
+from mpillama.models.weights import Weights, load_weights, slice_bytes
 from mpillama.options import BenchOptions
 from mpillama.quant.registry import WEIGHT_TYPES
 from mpillama.tools.bench_report import draw, print_report

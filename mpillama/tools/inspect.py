@@ -9,7 +9,7 @@ from mpillama.engine.model_file import ModelFile, open_model
 from mpillama.files.checkpoint_model import CheckpointModel
 from mpillama.files.native import FORMAT, FORMAT_VERSION
 from mpillama.files.native_reader import NativeModel
-from mpillama.model.tensors import TensorSpec
+from mpillama.models.tensors import TensorSpec
 from mpillama.options import InspectOptions
 from mpillama.tools.display import in_units
 from mpillama.tools.terminal import print_table

@@ -11,9 +11,9 @@ from mpillama.engine.memory import RESERVE
 from mpillama.engine.model_file import open_model
 from mpillama.engine.plan import Network, Node, Plan, PlanRequest, Remedy, Speed, make_plan, predict, remedies
 from mpillama.errors import UserError
-from mpillama.model.config import ModelConfig
-from mpillama.model.shapes import shape_config
-from mpillama.model.tensors import WeightTypes
+from mpillama.models.config import ModelConfig
+from mpillama.models.shapes import shape_config
+from mpillama.models.tensors import WeightTypes
 from mpillama.options import PlanOptions
 from mpillama.quant.registry import WEIGHT_TYPES
 from mpillama.tools.display import in_number, in_units, stages

@@ -16,8 +16,8 @@ from mpillama.files.checkpoint import Checkpoint
 from mpillama.files.checkpoints import read_checkpoint
 from mpillama.files.dllama import read_dllama
 from mpillama.files.dllama_table import place_tensors
-from mpillama.model.config import ModelConfig
-from mpillama.model.families import FAMILIES
+from mpillama.models.config import ModelConfig
+from mpillama.models.families import FAMILIES
 from mpillama.quant.types.q4_0 import Q4_0
 from mpillama.quant.types.q8_0 import Q8_0
 from tests.files.checking import as_pairs, mangled, refusal, values, within_bounds

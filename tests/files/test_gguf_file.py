@@ -17,7 +17,7 @@ from mpillama.files.checkpoint import Checkpoint
 from mpillama.files.checkpoints import read_checkpoint
 from mpillama.files.gguf_file import read_gguf
 from mpillama.files.gguf_header import GGML_TYPES
-from mpillama.model.config import ModelConfig
+from mpillama.models.config import ModelConfig
 from mpillama.quant.ggml import UNREAD
 from mpillama.quant.registry import STORED_TYPES
 from tests.files.checking import as_pairs, mangled, refusal, values, within_bounds

@@ -18,7 +18,7 @@ from mpillama.files import safetensors_table
 from mpillama.files.checkpoint import Checkpoint
 from mpillama.files.checkpoints import read_checkpoint
 from mpillama.files.hugging_face import read_hugging_face
-from mpillama.model.config import ModelConfig
+from mpillama.models.config import ModelConfig
 from mpillama.quant.types.bf16 import round_to_bfloat16
 from tests import models
 from tests.files.checking import mangled, refusal, values, within_bounds

@@ -8,8 +8,8 @@ import pytest
 
 from mpillama.engine.memory import RESERVE
 from mpillama.files.native_writer import create_file, seal_file
-from mpillama.model.config import ModelConfig
-from mpillama.model.tensors import WeightTypes
+from mpillama.models.config import ModelConfig
+from mpillama.models.tensors import WeightTypes
 from mpillama.quant.registry import WEIGHT_TYPES
 from tests import models
 from tests.mpi.launch import PROGRAM, TIMEOUT, run

@@ -67,7 +67,7 @@ def opened(
     """
     from mpillama.engine.executor import Executor
     from mpillama.engine.step_plan import Segment
-    from mpillama.model.cache import blocks_for
+    from mpillama.models.cache import blocks_for
 
     model = _demo(threads) if config is None else _made(config, weights, tensor, threads)
     each = blocks_for(positions)
@@ -88,10 +88,10 @@ def opened(
 def _made(config: Mapping[str, Any], weights: str, tensor: MakeTensor, threads: int) -> Any:
     from mpillama.comm.communicator import Communicator
     from mpillama.files.native_writer import pack_tensor
-    from mpillama.model.config import ModelConfig
-    from mpillama.model.decoder import Decoder
-    from mpillama.model.tensors import TensorSpec, WeightTypes
-    from mpillama.model.weights import load_weights
+    from mpillama.models.config import ModelConfig
+    from mpillama.models.decoder import Decoder
+    from mpillama.models.tensors import TensorSpec, WeightTypes
+    from mpillama.models.weights import load_weights
     from mpillama.quant.registry import WEIGHT_TYPES
 
     default, *own = weights.split()
@@ -115,8 +115,8 @@ def _made(config: Mapping[str, Any], weights: str, tensor: MakeTensor, threads: 
 def _demo(threads: int) -> Any:
     from mpillama.comm.communicator import Communicator
     from mpillama.engine.model_file import open_model
-    from mpillama.model.decoder import Decoder
-    from mpillama.model.weights import load_weights
+    from mpillama.models.decoder import Decoder
+    from mpillama.models.weights import load_weights
 
     file = open_model(str(DEMO))
     reader = file.reader(lambda count: None)

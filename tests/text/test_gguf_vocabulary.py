@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mpillama.errors import UserError
-from mpillama.model.families import FAMILIES
+from mpillama.models.families import FAMILIES
 from mpillama.text.gguf_vocabulary import tokenizer_json_of_gguf
 from mpillama.text.pre_tokenizers import PRE_TOKENIZERS
 from mpillama.text.tokenizer import Tokenizer

@@ -22,7 +22,7 @@ def sabotage(ranks: list[int], steps: int, kind: str) -> None:
 
     def prepare_and_spoil(*arguments: object) -> object:
         found = prepare(*arguments)
-        from mpillama.model.decoder import Decoder
+        from mpillama.models.decoder import Decoder
 
         forward, calls = Decoder.advance, [0]
 

@@ -18,7 +18,7 @@ from mpillama.options import RunOptions
 from mpillama.tools.display import load_progress
 
 if TYPE_CHECKING:
-    from mpillama.model.decoder import Decoder
+    from mpillama.models.decoder import Decoder
 
 
 def system_bytes() -> int:
@@ -38,7 +38,7 @@ def main(model: str) -> None:
     with start_mpi(1) as world:
         target = world.comm.together(lambda: prepare(requested_isa(), 1, world.comm.yields))
         from mpillama.engine import loading
-        from mpillama.model.weights import slice_bytes
+        from mpillama.models.weights import slice_bytes
 
         load_weights, measured = loading.load_weights, []
 

@@ -34,7 +34,7 @@ def after_prepare(patch: Callable[[], None]) -> None:
 
 def slow() -> None:
     """Make each step of the model last long enough to be interrupted."""
-    from mpillama.model.decoder import Decoder
+    from mpillama.models.decoder import Decoder
 
     forward = Decoder.advance
 

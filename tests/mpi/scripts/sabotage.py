@@ -88,7 +88,7 @@ def in_load(action: Callable[[], None] | None) -> None:
 def in_step(action: Callable[[], None] | None) -> None:
     """Compute slowly; do something at a reduction."""
     from mpillama.comm.communicator import Communicator
-    from mpillama.model.decoder import Decoder
+    from mpillama.models.decoder import Decoder
 
     forward, shared_for, steps, left = Decoder.advance, Communicator.shared_for, [0], [REDUCTIONS]
 

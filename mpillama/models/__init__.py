@@ -1,0 +1,1 @@
+"""The mathematics: configuration, split over ranks, weights, KV cache and the decoder."""

@@ -1,0 +1,222 @@
+"""Kinds of attention, the first half of a decoder layer.
+
+A kind is data: it reads itself out of a configuration, and says which tensors it has and how ranks divide them, what it
+keeps of the past, and how kernels are called. `Attention` is what the rest of the package asks of any kind.
+"""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Protocol
+
+import numpy as np
+
+from mpillama.errors import UserError
+from mpillama.kernels import arguments
+from mpillama.kernels.library import Team
+from mpillama.models.config_values import ConfigValues
+from mpillama.models.linear import LayerWeights
+from mpillama.models.partition import Partition, Split
+from mpillama.models.tensors import TensorSpec, WeightTypes, whole_vector
+from mpillama.quant.types.f32 import F32
+from mpillama.quant.weight_type import BLOCK, round_up
+
+BLOCK_POSITIONS = 64
+"""Positions of a block of the cache."""
+MOST_CHANNELS = 65536
+
+CacheArray = tuple[tuple[int, ...], np.dtype[np.generic]]
+"""Shape and dtype of an array of one layer's cache."""
+
+
+@dataclass(frozen=True)
+class KVType:
+    """How keys and values are kept: `number` is that of kernels/src/cache.h, `scaled` means a scale for 32 channels."""
+
+    dtype: np.dtype[np.generic]
+    number: int
+    scaled: bool = False
+
+
+KV_TYPES: Mapping[str, KVType] = {
+    "f16": KVType(np.dtype(np.int16), 1),  # bit patterns
+    "f32": KVType(np.dtype(np.float32), 0),
+    "q8": KVType(np.dtype(np.int8), 3, scaled=True),
+}
+
+
+class Attention(Protocol):
+    """What any kind of attention says of itself."""
+
+    products: ClassVar[Mapping[str, tuple[str, ...]]]
+    """Of kernels.library.PARTS, the matrices that each reads, by their names within the layer."""
+
+    @property
+    def rotary_channels(self) -> int:
+        """Channels of a head that RoPE turns."""
+
+    @property
+    def splits(self) -> tuple[Split, ...]:
+        """By which units ranks divide it, the one that decides who has work first."""
+
+    def specs(self, prefix: str, hidden_size: int, types: WeightTypes) -> Iterator[TensorSpec]:
+        """Its tensors in the order of the file; `prefix` is that of the layer."""
+
+    def cache_arrays(self, part: Partition, blocks: int, kv_type: KVType) -> Sequence[CacheArray]:
+        """What a rank keeps of the past in one layer, in blocks of 64 positions."""
+
+    def cache_argument(self, arrays: Sequence[np.ndarray], kv_type: KVType) -> Any:
+        """What kernels are told of these arrays."""
+
+    def step_widths(self, part: Partition) -> Mapping[str, int]:
+        """Channels of the step's arrays q, k, v and context on a rank."""
+
+    def layer(self, weights: LayerWeights, part: Partition, hidden_size: int, norm: str, eps: float) -> Any:
+        """What kernels are told of a layer; `norm` names the vector of its norm."""
+
+    def run(self, team: Team, layer: Any, cache: Any, step: arguments.Step, total: arguments.Sum | None) -> bool:
+        """Norm, attention and output projection: the rest as Team.attention_half says."""
+
+    def output_bias_of(self, weights: LayerWeights) -> np.ndarray | None:
+        """What is added once after the sum over ranks."""
+
+
+@dataclass(frozen=True)
+class GroupedQueryAttention:
+    """Query heads in groups that share a KV head; a window sees so many positions, 0 sees all.
+
+    `qkv_bias` and `output_bias` are biases of the projections, `qk_norm` an RMSNorm of each head of queries and keys.
+    """
+
+    heads: int
+    kv_heads: int
+    head_dim: int
+    qkv_bias: bool = False
+    output_bias: bool = False
+    qk_norm: bool = False
+    window: int = 0
+
+    products: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        "q/k/v": tuple(f"self_attn.{letter}_proj.weight" for letter in "qkv"),
+        "o_proj": ("self_attn.o_proj.weight",),
+    }
+
+    @classmethod
+    def read(cls, values: ConfigValues, *, qkv_bias: bool = False, qk_norm: bool = False) -> "GroupedQueryAttention":
+        """From Hugging Face's names; `attention_bias` adds biases to all four projections."""
+        hidden, heads, biased = (
+            values.size("hidden_size"),
+            values.size("num_attention_heads"),
+            values.flag("attention_bias"),
+        )
+        found = cls(
+            heads=heads,
+            kv_heads=values.size("num_key_value_heads", heads),
+            head_dim=values.size("head_dim", hidden // heads, limit=MOST_CHANNELS),
+            qkv_bias=qkv_bias or biased,
+            output_bias=biased,
+            qk_norm=qk_norm,
+        )
+        if found.heads % found.kv_heads:
+            raise UserError(
+                f"The model's configuration has num_attention_heads={found.heads}, no multiple of "
+                f"num_key_value_heads={found.kv_heads}: the file is damaged or no Llama model."
+            )
+        if found.head_dim % 2:
+            raise UserError(f"The model's configuration has head_dim={found.head_dim}: it must be even for RoPE.")
+        return found
+
+    @property
+    def padded_head_dim(self) -> int:
+        """head_dim with zeros up to whole blocks of 32, so that every head is a panel of its own."""
+        return round_up(self.head_dim, BLOCK)
+
+    @property
+    def rotary_channels(self) -> int:
+        return self.head_dim
+
+    @property
+    def query_split(self) -> Split:
+        return Split("heads", self.heads)
+
+    @property
+    def kv_split(self) -> Split:
+        return Split("kv_heads", self.kv_heads, self.heads // self.kv_heads)
+
+    @property
+    def splits(self) -> tuple[Split, ...]:
+        return self.query_split, self.kv_split
+
+    def specs(self, prefix: str, hidden_size: int, types: WeightTypes) -> Iterator[TensorSpec]:
+        prefix, hidden, head = prefix + "self_attn.", round_up(hidden_size, BLOCK), self.padded_head_dim
+        for letter in "qkv":
+            split = self.query_split if letter == "q" else self.kv_split
+            name, rows, source = f"{prefix}{letter}_proj", split.count * head, split.count * self.head_dim
+            yield TensorSpec(
+                name + ".weight", split, rows, hidden, types.of(name + ".weight"), head, (source, hidden_size),
+                row_chunks=split.count,
+            )  # fmt: skip
+            if self.qkv_bias:
+                yield TensorSpec(
+                    name + ".bias", split, rows, 1, F32, head, (source,), row_chunks=split.count, vector=True
+                )
+            if self.qk_norm and letter != "v":
+                yield whole_vector(f"{prefix}{letter}_norm.weight", self.head_dim, head)
+        name = prefix + "o_proj"
+        yield TensorSpec(
+            name + ".weight", self.query_split, hidden, self.heads * head, types.of(name + ".weight"), head,
+            (hidden_size, self.heads * self.head_dim), head, column_chunks=self.heads,
+        )  # fmt: skip
+        if self.output_bias:
+            yield whole_vector(name + ".bias", hidden_size, hidden)
+
+    def cache_arrays(self, part: Partition, blocks: int, kv_type: KVType) -> Sequence[CacheArray]:
+        """Keys, their scales, values, their scales, as kernels/src/attention.h describes them."""
+        heads, head = len(part[self.kv_split]), self.padded_head_dim
+        scales = (blocks, heads, head // BLOCK if kv_type.scaled else 0, BLOCK_POSITIONS), np.dtype(np.uint16)
+        keys = (blocks, heads, head, BLOCK_POSITIONS), kv_type.dtype
+        values = (blocks, heads, BLOCK_POSITIONS, head), kv_type.dtype
+        return keys, scales, values, scales
+
+    def cache_argument(self, arrays: Sequence[np.ndarray], kv_type: KVType) -> arguments.Cache:
+        return arguments.Cache(*map(arguments.address, arrays), kv_type.number)
+
+    def step_widths(self, part: Partition) -> Mapping[str, int]:
+        queries, keys = (len(part[split]) * self.padded_head_dim for split in self.splits)
+        return {"q": queries, "k": keys, "v": keys, "context": queries}
+
+    def layer(
+        self, weights: LayerWeights, part: Partition, hidden_size: int, norm: str, eps: float
+    ) -> arguments.AttentionLayer:
+        starts = self.head_starts(part)
+        q, k, v, o = (weights.matrix(f"self_attn.{letter}_proj.weight") for letter in "qkvo")
+        layer = arguments.AttentionLayer(
+            q=q.column_parallel(), k=k.column_parallel(), v=v.column_parallel(), o=o.row_parallel(),
+            eps=eps, scale=1.0 / math.sqrt(self.head_dim), hidden_size=hidden_size, heads=int(starts[-1]),
+            kv_heads=len(starts) - 1, head_dim=self.padded_head_dim, window=self.window,
+        )  # fmt: skip
+        layer.kept = starts
+        layer.norm, layer.head_start = weights.address(norm), arguments.address(starts)
+        layer.q_bias, layer.k_bias, layer.v_bias = (weights.address(f"self_attn.{x}_proj.bias") for x in "qkv")
+        layer.q_norm, layer.k_norm = (weights.address(f"self_attn.{x}_norm.weight") for x in "qk")
+        return layer
+
+    def run(
+        self,
+        team: Team,
+        layer: arguments.AttentionLayer,
+        cache: arguments.Cache,
+        step: arguments.Step,
+        total: arguments.Sum | None,
+    ) -> bool:  # fmt: skip
+        layer.cache = cache
+        return team.attention_half(layer, step, total)
+
+    def output_bias_of(self, weights: LayerWeights) -> np.ndarray | None:
+        return weights.vector("self_attn.o_proj.bias")
+
+    def head_starts(self, part: Partition) -> np.ndarray:
+        """int64 [local kv heads + 1]: the local query heads of local KV head i are result[i] : result[i + 1]."""
+        queries, kv = part[self.query_split], part[self.kv_split]
+        borders = [head * self.kv_split.group for head in (*kv, kv.stop)]
+        return np.clip(np.array(borders, np.int64) - queries.start, 0, len(queries))

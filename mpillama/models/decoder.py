@@ -1,0 +1,153 @@
+"""The decoder, split over ranks: two all-reduces a layer, one all-gather of the logits."""
+
+import ctypes
+from collections.abc import Callable
+from functools import partial
+from typing import Any, cast
+
+import numpy as np
+
+from mpillama.comm.backoff import Backoff
+from mpillama.comm.communicator import Communicator
+from mpillama.comm.shared_memory import YIELDS
+from mpillama.kernels import arguments
+from mpillama.kernels.library import Team
+from mpillama.kernels.shared_sum import PROGRESS_STRIDE, SharedWindow
+from mpillama.models.cache import KVCache, Step
+from mpillama.models.config import ModelConfig
+from mpillama.models.family import Block
+from mpillama.models.linear import LayerWeights, any_quantised
+from mpillama.models.partition import Partition
+from mpillama.models.tuning import choose_in_flight
+from mpillama.models.weights import Weights
+from mpillama.models.workspace import Activations, StepArrays, Workspace
+from mpillama.quant.weight_type import LANES
+
+Array = np.ndarray
+
+
+class ResidualSum:
+    """Adds the sum over ranks of what half a layer computes to the residual stream.
+
+    Where the ranks share memory, threads add up in the half's own region, each its columns as soon as they are ready.
+    """
+
+    def __init__(self, comm: Communicator, team: Team):
+        self.comm = comm
+        self.team = team
+        self._progress = np.zeros((team.threads, PROGRESS_STRIDE), np.int64)
+        self._sum = arguments.Sum(
+            progress=arguments.address(self._progress), spins=Backoff(comm.yields).spins, yields=YIELDS
+        )
+
+    def __call__(self, a: StepArrays, half: Callable[[arguments.Sum | None], bool], bias: Array | None) -> None:
+        """Run half a layer and add its sum, then the bias, to a.x; `half` gets how to add up, None to leave it."""
+        shared = self.comm.shared_for(a.partial.size)
+        if self.comm.size > 1 and shared is None:
+            half(None)
+            self.team.add_rounded(a.x, self.comm.all_reduce(a.partial), bias)
+            return
+        total = self._sum
+        total.bias, total.waited = arguments.address(bias), 0
+        if shared is not None:
+            window = cast(SharedWindow, shared.shared)
+            total.window = ctypes.addressof(window.argument)
+            total.sequence = shared.next_sequence(window.exchanges(*a.partial.shape))
+        done = half(total)
+        if shared is not None:
+            go_on = lambda: self.team.finish_sum(a.argument, total)  # noqa: E731
+            self.comm.finish_all_reduce(done, total.waited * 1e-9, go_on)
+
+
+class DecoderLayer:
+    """Pre-norm attention and MLP, each closed by one all-reduce."""
+
+    def __init__(
+        self, config: ModelConfig, block: Block, weights: LayerWeights, part: Partition, all_reduce: "ResidualSum"
+    ):
+        self.block = block
+        self.team = all_reduce.team
+        self.all_reduce = all_reduce
+        hidden, eps = config.hidden_size, config.rms_norm_eps
+        self.attention = block.attention.layer(weights, part, hidden, block.attention_norm, eps)
+        self.mlp = block.mlp.layer(weights, hidden, block.mlp_norm, eps)
+        self.attention_bias = block.attention.output_bias_of(weights)
+        self.mlp_bias = block.mlp.output_bias_of(weights)
+
+    def forward(self, a: StepArrays, cache: Any) -> None:
+        """Advance the residual stream a.x float32 [tokens, hidden], which every rank holds in full."""
+        attention = partial(self.block.attention.run, self.team, self.attention, cache, a.argument)
+        self.all_reduce(a, attention, self.attention_bias)
+        self.all_reduce(a, partial(self.block.mlp.run, self.team, self.mlp, a.argument), self.mlp_bias)
+
+
+class Decoder:
+    """A rank's part of a model."""
+
+    def __init__(self, config: ModelConfig, weights: Weights, comm: Communicator, team: Team):
+        parts = config.partition(comm.size)
+        self.tokens_run = 0
+        self.config = config
+        self.weights = weights
+        self.part = parts[comm.rank]
+        self.comm = comm
+        self.team = team
+        self.logit_widths = [len(part[config.vocabulary_split]) * LANES for part in parts]
+        self.inverse_frequencies = np.array(config.inverse_frequencies(), np.float32)
+        self.in_flight = choose_in_flight(team, weights.lm_head)
+        self.workspace = Workspace(config, self.part)
+        self.embedding, self.head = weights.embed_tokens.column_parallel(), weights.lm_head.column_parallel()
+        all_reduce = ResidualSum(comm, team)
+        self.layers = [
+            DecoderLayer(config, block, of_layer, self.part, all_reduce)
+            for block, of_layer in zip(config.blocks, weights.layers, strict=True)
+        ]
+
+    def forward(self, step: Step, cache: KVCache) -> Array:
+        """Run the step's tokens and return the wanted logits, float32 [len(step.logit_rows), vocab_size]."""
+        self.advance(step, cache)
+        return self.logits(step.logit_rows)
+
+    def advance(self, step: Step, cache: KVCache) -> None:
+        """Run the step's tokens; logits and hidden states of any of them can be had until the next step."""
+        a = self.workspace.for_tokens(len(step.token_ids))
+        self._embed(step.token_ids, a)
+        self.team.library.angles(step.positions, self.inverse_frequencies, self.config.rope.factor, a.cosines, a.sines)
+        step.describe(a.argument)
+        a.argument.in_flight = self.in_flight
+        for decoder, layer_cache in zip(self.layers, cache.arguments, strict=False):
+            decoder.forward(a, layer_cache)
+        self.tokens_run += len(step.token_ids)
+
+    def logits(self, rows: Array) -> Array:
+        """What comes after tokens of the last step, float32 [len(rows), vocab_size]; all ranks ask for the same."""
+        return self._logits(self.workspace.residual(0, self.workspace.capacity)[rows])
+
+    def hidden_states(self, first: int, count: int) -> Array:
+        """The last step's tokens after the last layer and norm, float32 [count, hidden_size]; no collective."""
+        h = Activations.empty(count, self.config.padded_hidden_size)
+        self._normalise(self.workspace.residual(first, count), h, quantised=False)
+        return h.x[:, : self.config.hidden_size]
+
+    def _embed(self, token_ids: Array, a: StepArrays) -> None:
+        """Each token's row, which one rank has, to a.x."""
+        groups = self.part[self.config.vocabulary_split]
+        rows = token_ids.astype(np.int64) - groups.start * LANES
+        rows[rows >= len(groups) * LANES] = -1
+        self.team.library.embed_rows(self.embedding, rows, a.partial)
+        self.team.round_to_float(self.comm.all_reduce(a.partial), a.x)
+
+    def _logits(self, x: Array) -> Array:
+        if not len(x):
+            return np.empty((0, self.config.vocab_size), np.float32)
+        head = self.weights.lm_head
+        h = Activations.empty(*x.shape)
+        part = np.empty((len(x), self.logit_widths[self.comm.rank]), np.float32)
+        self._normalise(x, h, any_quantised(head))
+        self.team.column_parallel(self.head, h.argument(), part, self.in_flight)
+        return self.comm.all_gather_columns(part, self.logit_widths)[:, : self.config.vocab_size]
+
+    def _normalise(self, x: Array, h: Activations, quantised: bool) -> None:
+        """The model's last norm, of x [tokens, padded hidden] to h."""
+        c = self.config
+        self.team.normalise(x, self.weights.norm, c.hidden_size, c.rms_norm_eps, quantised, h.argument())

@@ -1,0 +1,152 @@
+"""What a family file says: how a configuration becomes decoder layers, and how file formats hold the model.
+
+A family is one module of `families/` that defines `FAMILY`; nothing else in the package names a family.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from mpillama.models.attention import Attention
+from mpillama.models.config_values import ConfigValues, Json
+from mpillama.models.mlp import Mlp
+
+MOST_LAYERS = 10_000
+"""A damaged file may claim more; listing their tensors would take for ever."""
+
+
+@dataclass(frozen=True)
+class Block:
+    """One decoder layer: RMSNorm and attention, RMSNorm and MLP, each added to the residual stream.
+
+    The norms are named as the checkpoint does, within the layer.
+    """
+
+    attention: Attention
+    mlp: Mlp
+    attention_norm: str = "input_layernorm.weight"
+    mlp_norm: str = "post_attention_layernorm.weight"
+
+
+class GgufMetadata(Protocol):
+    """Checked values out of a GGUF file's metadata, by keys without the architecture."""
+
+    def get(self, key: str) -> Any:
+        """The value, None if there is none."""
+
+    def number(self, key: str, default: float | None = None) -> float:
+        """A positive finite number."""
+
+    def size(self, key: str, default: int | None = None) -> int:
+        """A positive whole number."""
+
+
+GGUF_NAMES: Mapping[str, str] = {
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "attn_q_norm": "self_attn.q_norm",
+    "attn_k_norm": "self_attn.k_norm",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate_inp": "mlp.gate",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+"""What GGUF calls the modules of a layer, in Hugging Face's names."""
+GGUF_BIASES: Mapping[str, str] = {"attention_bias": "attn_q.bias", "mlp_bias": "ffn_up.bias"}
+
+
+@dataclass(frozen=True)
+class Gguf:
+    """How GGUF files hold a family.
+
+    `experts`: of the files of this architecture the family has those with experts, else those without. `rotary_pairs`:
+    the rows of q and k stand in pairs that RoPE turns. `flags` are options of the configuration that are true if and
+    only if the first layer has the tensor; `fields` gives what else the configuration says.
+    """
+
+    architecture: str
+    experts: bool = False
+    rotary_pairs: bool = False
+    names: Mapping[str, str] = field(default_factory=lambda: GGUF_NAMES)
+    flags: Mapping[str, str] = field(default_factory=lambda: GGUF_BIASES)
+    fields: Callable[[GgufMetadata], Json] = lambda metadata: {}
+
+
+@dataclass(frozen=True)
+class Dllama:
+    """How distributed-llama holds a family: its number, and as in Gguf `experts` and `rotary_pairs`.
+
+    `head_norms`: norms of q and k stand before the others; `scaled_rope`: files may scale RoPE as Llama 3.1.
+    """
+
+    architecture: int
+    experts: bool = False
+    rotary_pairs: bool = False
+    head_norms: bool = False
+    scaled_rope: bool = False
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """An option that would change the numbers and that nobody reads: refused unless it is off, or one of `harmless`."""
+
+    key: str
+    remedy: str
+    harmless: Sequence[Any] = (None, False, 0, [])
+
+
+def no_such_biases(model_type: str, *keys: str) -> tuple[Refusal, ...]:
+    """Refuse the biases that the family lacks."""
+    return tuple(Refusal(key, f"a model of type {model_type} has no such biases") for key in keys)
+
+
+EXPERTS_ALIKE = "mpillama runs experts in all layers or in none"
+ALIKE = (Refusal("mlp_only_layers", EXPERTS_ALIKE), Refusal("decoder_sparse_step", EXPERTS_ALIKE, (None, 1)))
+"""Options of any family that would make some layers another kind."""
+
+
+@dataclass(frozen=True)
+class Family:
+    """A `model_type` of Hugging Face.
+
+    `blocks` reads the decoder layers out of a configuration; `defaults` are those of transformers' configuration class.
+    `renames` turns a checkpoint's names of tensors into ours by regular expressions. `pre_tokenizer` names the rules of
+    vocabularies in GGUF files that name none.
+    """
+
+    model_type: str
+    blocks: Callable[[ConfigValues], tuple[Block, ...]]
+    defaults: Json
+    refusals: tuple[Refusal, ...] = ()
+    renames: Mapping[str, str] = field(default_factory=dict)
+    gguf: Gguf | None = None
+    dllama: Dllama | None = None
+    pre_tokenizer: str = ""
+
+    def values(self, source: Json) -> ConfigValues:
+        """A configuration with the family's defaults; UserError for an option that nobody reads."""
+        values = ConfigValues(source, self.defaults)
+        for refusal in (*ALIKE, *self.refusals):
+            if source.get(refusal.key) not in refusal.harmless:
+                raise values.refuse(refusal.key, refusal.remedy)
+        return values
+
+
+def layer_count(values: ConfigValues) -> int:
+    return values.size("num_hidden_layers", limit=MOST_LAYERS)
+
+
+def layer_windows(values: ConfigValues, kinds: Sequence[str]) -> list[int]:
+    """Each layer's sliding window, 0 for none: `layer_types` or, where it is left out, `kinds` says which slide."""
+    layers, window = layer_count(values), values.given("sliding_window")  # null is a value: none
+    if window is None:
+        return [0] * layers
+    kinds = values.get("layer_types") or kinds
+    known = {"full_attention": 0, "sliding_attention": values.size("sliding_window")}
+    if not isinstance(kinds, Sequence) or len(kinds) != layers or any(kind not in known for kind in kinds):
+        raise values.refuse("layer_types", f"it must name full_attention or sliding_attention for {layers} layers")
+    return [known[kind] for kind in kinds]

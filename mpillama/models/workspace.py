@@ -1,0 +1,142 @@
+"""The arrays that a step's activations live in: allocated once, so that a step allocates nothing."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+import numpy as np
+
+from mpillama.kernels import arguments
+from mpillama.kernels.activations import places
+from mpillama.models.config import ModelConfig
+from mpillama.models.partition import Partition
+from mpillama.quant.weight_type import BLOCK
+
+Array = np.ndarray
+
+
+@dataclass(frozen=True)
+class Activations:
+    """Float32 [tokens, k] and, for quantised matrices, its int8 blocks (kernels/activations.py says how they lie)."""
+
+    x: Array
+    values: Array
+    scales: Array
+    starts: Array
+
+    def argument(self) -> arguments.Activations:
+        """For kernels."""
+        parts = (arguments.address(part) for part in (self.x, self.values, self.scales, self.starts))
+        return arguments.Activations(*parts, self.x.shape[1])
+
+    @classmethod
+    def empty(cls, tokens: int, k: int) -> "Activations":
+        """Unfilled arrays; k is a multiple of 32."""
+        count = places(tokens, k // BLOCK)
+        return cls(
+            np.empty((tokens, k), np.float32),
+            np.empty((count, BLOCK), np.int8),
+            np.empty(count, np.float32),
+            np.empty(count, np.int32),
+        )
+
+    @staticmethod
+    def bytes(tokens: int, k: int) -> int:
+        """Bytes of these arrays."""
+        return 4 * tokens * k + places(tokens, k // BLOCK) * (BLOCK + 4 + 4)
+
+    def first(self, tokens: int) -> "Activations":
+        """The first tokens' arrays."""
+        count = places(tokens, self.x.shape[1] // BLOCK)
+        return Activations(self.x[:tokens], self.values[:count], self.scales[:count], self.starts[:count])
+
+
+@dataclass(frozen=True)
+class StepArrays:
+    """One step's arrays, each [tokens, …]; local sizes are this rank's."""
+
+    x: Array
+    hidden: Activations
+    q: Array
+    k: Array
+    v: Array
+    context: Activations
+    gate: Activations
+    up: Array
+    partial: Array
+    cosines: Array
+    sines: Array
+    argument: arguments.Step = field(init=False)
+    """For kernels; which tokens a step has is written into it when it runs."""
+
+    def __post_init__(self) -> None:
+        step = arguments.Step(tokens=len(self.x), rotary_half=self.cosines.shape[1])
+        for name in ("x", "q", "k", "v", "up", "partial", "cosines", "sines"):
+            setattr(step, name, arguments.address(getattr(self, name)))
+        step.hidden, step.context, step.gate = (a.argument() for a in (self.hidden, self.context, self.gate))
+        object.__setattr__(self, "argument", step)
+
+    def first(self, tokens: int) -> "StepArrays":
+        """The first tokens' arrays."""
+        parts = {f.name: getattr(self, f.name) for f in fields(self) if f.init}
+        first: dict[str, Any] = {
+            name: part.first(tokens) if isinstance(part, Activations) else part[:tokens] for name, part in parts.items()
+        }
+        return StepArrays(**first)
+
+
+class Workspace:
+    """Hands out the arrays for steps of up to `capacity` tokens; grows if a larger step comes."""
+
+    def __init__(self, config: ModelConfig, part: Partition, capacity: int = 1):
+        self.config = config
+        self.part = part
+        self._allocate(capacity)
+
+    def _allocate(self, tokens: int) -> None:
+        hidden, pairs = self.config.padded_hidden_size, self.config.rotary_channels // 2
+        widths = step_widths(self.config, self.part)
+        self.capacity = tokens
+        self._whole = StepArrays(
+            x=np.empty((tokens, hidden), np.float32),
+            hidden=Activations.empty(tokens, hidden),
+            q=np.empty((tokens, widths["q"]), np.float32),
+            k=np.empty((tokens, widths["k"]), np.float32),
+            v=np.empty((tokens, widths["v"]), np.float32),
+            context=Activations.empty(tokens, widths["context"]),
+            gate=Activations.empty(tokens, widths["inner"]),
+            up=np.empty((tokens, widths["inner"]), np.float32),
+            partial=np.empty((tokens, hidden), np.float64),
+            cosines=np.empty((tokens, pairs), np.float32),
+            sines=np.empty((tokens, pairs), np.float32),
+        )
+        self._views: dict[int, StepArrays] = {}
+
+    def for_tokens(self, tokens: int) -> StepArrays:
+        """The arrays of a step; the same ones each time."""
+        if tokens > self.capacity:
+            self._allocate(tokens)
+        if tokens not in self._views:
+            self._views[tokens] = self._whole.first(tokens)
+        return self._views[tokens]
+
+    def residual(self, first: int, count: int) -> Array:
+        """The residual stream of tokens of the last step, float32 [count, padded hidden]."""
+        return self._whole.x[first : first + count]
+
+
+def step_widths(config: ModelConfig, part: Partition) -> Mapping[str, int]:
+    """Channels of the step's arrays on a rank: of each the widest of all layers."""
+    of_layers = [
+        {**kind.attention.step_widths(part), "inner": len(part[kind.mlp.split]) * kind.mlp.panel}
+        for kind in config.kinds
+    ]
+    return {name: max(widths.get(name, 0) for widths in of_layers) for name in ("q", "k", "v", "context", "inner")}
+
+
+def workspace_bytes(config: ModelConfig, part: Partition, tokens: int) -> int:
+    """Bytes of the arrays for steps of up to so many tokens."""
+    hidden, widths = config.padded_hidden_size, step_widths(config, part)
+    activations = sum(Activations.bytes(tokens, k) for k in (hidden, widths["context"], widths["inner"]))
+    floats = hidden + sum(widths[name] for name in ("q", "k", "v", "inner")) + 2 * (config.rotary_channels // 2)
+    return activations + tokens * (4 * floats + 8 * hidden)
