@@ -1,1 +1,0 @@
-"""The mathematics: configuration, split over ranks, weights, KV cache and the decoder."""
