@@ -16,7 +16,7 @@ from typing import Any
 
 from mpillama.layout.weight_types import WEIGHT_TYPES
 
-from mpillama.files.native_writer import create_file, seal_file
+from mpillama.formats.native.writer import create_file, seal_file
 from mpillama.models.config import ModelConfig
 from mpillama.models.shapes import shape_config
 from mpillama.models.tensors import WeightTypes, tensor_specs
@@ -48,7 +48,7 @@ def main() -> None:
 
 def hollow_model(path: Path, shape: str, weights: str, tokenizer: str) -> Path:
     """A native file of a shape without anything on disk."""
-    from mpillama.files.native import read_table
+    from mpillama.formats.native.table import read_table
 
     config, types = shape_config(shape), WeightTypes(WEIGHT_TYPES[weights])
     texts = {"tokenizer.json": read_table(tokenizer).texts["tokenizer.json"]}

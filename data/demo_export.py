@@ -6,7 +6,7 @@ from pathlib import Path
 from mpillama.layout.weight_types import Q8_0
 from safetensors.numpy import load_file
 
-from mpillama.files.native_writer import write_model
+from mpillama.formats.native.writer import write_model
 
 
 def export(checkpoint: Path, path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The program: `python -m mpillama [COMMAND] …`, a module of mpillama.tools for each command.
+"""The program: `python -m mpillama [COMMAND] …`, a module of mpillama.cli for each command.
 
 What a command needs is imported once MPI runs, so that `--help` is there at once, and so that whatever fails on a rank
 ends them all.
@@ -9,10 +9,10 @@ import sys
 from collections.abc import Callable, Sequence
 from importlib import import_module
 
+from mpillama.cli.options import OnRanks, parse
 from mpillama.comm.failure import USER_ERROR_STATUS, report_user_error, starting_mpi, stop_printing
 from mpillama.comm.launcher import DEFAULT_TIMEOUT, check_start, launched_rank
 from mpillama.errors import UserError
-from mpillama.options import OnRanks, parse
 
 OPTIONAL_PACKAGES = ("fastapi", "uvicorn", "prometheus_client", "httpx")
 """Those without which some commands cannot even be imported."""
@@ -48,7 +48,7 @@ def _run_on_ranks(name: str, options: OnRanks) -> int:
     check_start(threads, timeout)
     with starting_mpi(timeout) as aborter:
         import_module("mpi4py.MPI")
-    start = import_module("mpillama.comm.start")
+    start = import_module("mpillama.job.start")
     with start.start_mpi(threads, timeout, options.needs_one_job, options.busy_threads, aborter) as world:
         command = world.comm.together(lambda: import_command(name))
         status: int = command(options, world)
@@ -58,7 +58,7 @@ def _run_on_ranks(name: str, options: OnRanks) -> int:
 def import_command(name: str) -> Callable[..., int]:
     """The function of a command: of its options, and of the World if it runs on all ranks; returns the exit status."""
     try:
-        command: Callable[..., int] = getattr(import_module(f"mpillama.tools.{name}"), name)
+        command: Callable[..., int] = getattr(import_module(f"mpillama.cli.{name}"), name)
     except ModuleNotFoundError as error:
         if error.name not in OPTIONAL_PACKAGES:
             raise

@@ -10,21 +10,21 @@ from typing import Any, ClassVar, Self, cast
 
 import numpy as np
 
-from mpillama.api.prompts import derived_seed
 from mpillama.comm.launcher import check_start
-from mpillama.comm.start import Intracomm, World, join
 from mpillama.comm.watchdog import GroupFailedError
 from mpillama.engine.engine import Engine
 from mpillama.engine.executor import Executor
-from mpillama.engine.loading import LoadedModel, load_model, open_shared_executor
 from mpillama.engine.logprobs import LogprobRecorder, TokenLogprob
-from mpillama.engine.model_file import make_chat_template, make_tokenizer
 from mpillama.engine.perplexity import NOTHING, Losses, losses_of
 from mpillama.engine.sequence import EngineSequence, Pooling, Request
-from mpillama.engine.settings import EngineSettings
 from mpillama.errors import UserError
-from mpillama.files.output_head import refuse_headless
+from mpillama.formats.output_head import refuse_headless
+from mpillama.job.start import Intracomm, World, join
 from mpillama.kernels.target import Target, prepare, requested_isa
+from mpillama.loading.load import LoadedModel, load_model, open_shared_executor
+from mpillama.loading.model_file import make_chat_template, make_tokenizer
+from mpillama.loading.settings import EngineSettings
+from mpillama.openai.prompts import derived_seed
 from mpillama.text.chat_template import ChatTemplate
 from mpillama.text.sampling_params import SamplingParams, new_seed
 from mpillama.text.tokenizer import Tokenizer

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from mpillama.kernels.target import Target, prepare, requested_isa
-from tests import models
+from tests import tiny_models as models
 
 THREADS = 2
 
@@ -30,7 +30,7 @@ def target() -> Target:
 
 @pytest.fixture(scope="session")
 def model_file(tmp_path_factory: pytest.TempPathFactory) -> ModelFile:
-    """Give the path of an "awkward", "plain" or "toy" model (tests.models), written when first asked for."""
+    """Give the path of an "awkward", "plain" or "toy" model (tests.tiny_models), written when first asked for."""
     directory = tmp_path_factory.mktemp("models")
 
     def path(kind: str, weight_type: str) -> Path:

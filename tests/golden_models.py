@@ -12,9 +12,9 @@ import gguf
 import numpy as np
 from safetensors.numpy import save_file
 
-from mpillama.engine.model_file import open_model
-from mpillama.files.checkpoint import Checkpoint, StoredTensor
-from mpillama.files.hugging_face import read_hugging_face
+from mpillama.formats.checkpoint import Checkpoint, StoredTensor
+from mpillama.formats.hugging_face import read_hugging_face
+from mpillama.loading.model_file import open_model
 from mpillama.models.config import ModelConfig
 
 FOLDER = Path(__file__).parent / "golden"

@@ -6,11 +6,11 @@ from pathlib import Path
 import numpy as np
 
 from mpillama.comm.communicator import Communicator
-from mpillama.engine.model_file import ModelFile
-from mpillama.files.native import read_table
-from mpillama.files.native_reader import NativeModel
+from mpillama.formats.native.reader import NativeModel
+from mpillama.formats.native.table import read_table
 from mpillama.kernels.library import Team
 from mpillama.kernels.target import prepare, requested_isa
+from mpillama.loading.model_file import ModelFile
 from mpillama.models.cache import KVCache, Step, blocks_for, joint_step, single_sequence_step
 from mpillama.models.decoder import Decoder
 from mpillama.models.weights import load_weights

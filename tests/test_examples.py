@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.mpi.launch import DEMO_MODEL, ROOT, mpirun, run
+from tests.system.mpi.launch import DEMO_MODEL, ROOT, mpirun, run
 
 EXAMPLES = ROOT / "examples"
 SCRIPTS = sorted({p.name for p in EXAMPLES.glob("*.py")} - {"chat_client.py"})
@@ -25,7 +25,7 @@ def test_a_script_prints_the_same_on_any_number_of_ranks(script: str, ranks: int
 @ALONE_AND_TWO
 def test_the_client_streams_an_answer(ranks: int | None, tmp_path: Path) -> None:
     pytest.importorskip("openai", reason="the example needs OpenAI's client")
-    from tests.serve.conftest import serving  # which needs it, too
+    from tests.server.conftest import serving  # which needs it, too
 
     with serving(DEMO_MODEL, tmp_path, ranks) as server:
         done = run(None, EXAMPLES / "chat_client.py", server.rendezvous, "Tell me a story about a llama.")

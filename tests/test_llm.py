@@ -10,11 +10,11 @@ import pytest
 
 import mpillama
 from mpillama import LLM, SamplingParams, UserError
-from mpillama.api.prompts import derived_seed
 from mpillama.comm.communicator import Communicator
+from mpillama.openai.prompts import derived_seed
 from tests import golden_models
 from tests.conftest import ModelFile
-from tests.mpi.launch import DEMO_MODEL, END_SECONDS, PROGRAM, ROOT, TIMEOUT, Result, run, started
+from tests.system.mpi.launch import DEMO_MODEL, END_SECONDS, PROGRAM, ROOT, TIMEOUT, Result, run, started
 
 pytestmark = pytest.mark.timeout(TIMEOUT + 60)
 

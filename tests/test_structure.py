@@ -94,6 +94,6 @@ def test_no_module_imports_itself_in_a_circle() -> None:
 
 
 def test_commands_for_a_login_node_start_no_mpi() -> None:
-    modules = ", ".join(f"mpillama.tools.{command}" for command in ("client", "inspect", "plan", "tokenize"))
+    modules = ", ".join(f"mpillama.cli.{command}" for command in ("client", "inspect", "plan", "tokenize"))
     script = f"import sys, {modules}; print('mpi4py' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", script], check=True, capture_output=True).stdout == b"False\n"

@@ -8,12 +8,12 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
-from mpillama.api.body import BadRequest
-from mpillama.api.prompts import Prompter, derived_seed
 from mpillama.batch.rows import CHAT_URL, Line, Row, parse_row, row_id
 from mpillama.engine.engine import Update
 from mpillama.engine.sequence import EngineSequence, Request
 from mpillama.errors import UserError
+from mpillama.openai.body import BadRequest
+from mpillama.openai.prompts import Prompter, derived_seed
 from mpillama.replicas.runner import Adapter
 
 

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from mpillama.api.bodies import ChatBody, CompletionBody
-from mpillama.api.body import BadRequest, parse_body
 from mpillama.errors import UserError
+from mpillama.openai.bodies import ChatBody, CompletionBody
+from mpillama.openai.body import BadRequest, parse_body
 
 CHAT_URL, COMPLETIONS_URL = "/v1/chat/completions", "/v1/completions"
 BODIES: dict[str, type[ChatBody] | type[CompletionBody]] = {CHAT_URL: ChatBody, COMPLETIONS_URL: CompletionBody}

@@ -5,12 +5,12 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
-from mpillama.api.body import BadRequest
 from mpillama.batch.journal import Journal
 from mpillama.batch.results import Result, error_result
 from mpillama.batch.rows import Line, row_id
-from mpillama.engine.deadline import Deadline, StopRequest
 from mpillama.errors import UserError
+from mpillama.job.deadline import Deadline, StopRequest
+from mpillama.openai.body import BadRequest
 from mpillama.replicas.router import Router
 
 REQUEUE_STATUS = 85

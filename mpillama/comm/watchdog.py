@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 from mpillama.comm.failure import Aborter
-from mpillama.comm.roll_call import Kind, Messages, RollCall, State, describe
+from mpillama.comm.liveness import Kind, Messages, RollCall, State, describe
 
 LOOK_SECONDS = 0.1
 """Time between two looks of a wait, or of a rank that works."""

@@ -8,10 +8,10 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Generic, Protocol, TypeVar
 
-from mpillama.api.body import BadRequest
 from mpillama.engine.engine import Engine, EngineCounts, Update
 from mpillama.engine.sequence import EngineSequence, Request
 from mpillama.errors import UserError
+from mpillama.openai.body import BadRequest
 
 SUCCESSORS = 8
 """Requests that wait beside a full engine, so that it never runs dry."""

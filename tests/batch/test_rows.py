@@ -8,11 +8,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mpillama.api.bodies import ChatBody, CompletionBody
-from mpillama.api.body import BadRequest
 from mpillama.batch import rows
 from mpillama.batch.rows import Line, parse_row, read_lines, row_id
 from mpillama.errors import UserError
+from mpillama.openai.bodies import ChatBody, CompletionBody
+from mpillama.openai.body import BadRequest
 
 
 def line(fields: object) -> Line:

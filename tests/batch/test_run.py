@@ -9,8 +9,8 @@ from mpillama.batch.journal import Journal
 from mpillama.batch.results import Provenance, Result
 from mpillama.batch.rows import Line
 from mpillama.batch.run import PARTIAL_STATUS, REQUEUE_STATUS, BatchRun
-from mpillama.engine.deadline import Deadline, StopRequest, parse_duration
 from mpillama.errors import UserError
+from mpillama.job.deadline import Deadline, StopRequest, parse_duration
 from mpillama.replicas.router import Router
 from tests.replicas.scripted import ScriptedReplica
 

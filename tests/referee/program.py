@@ -87,7 +87,7 @@ def opened(
 
 def _made(config: Mapping[str, Any], weights: str, tensor: MakeTensor, threads: int) -> Any:
     from mpillama.comm.communicator import Communicator
-    from mpillama.files.native_writer import pack_tensor
+    from mpillama.formats.native.writer import pack_tensor
     from mpillama.models.config import ModelConfig
     from mpillama.models.decoder import Decoder
     from mpillama.models.tensors import TensorSpec, WeightTypes
@@ -114,7 +114,7 @@ def _made(config: Mapping[str, Any], weights: str, tensor: MakeTensor, threads: 
 
 def _demo(threads: int) -> Any:
     from mpillama.comm.communicator import Communicator
-    from mpillama.engine.model_file import open_model
+    from mpillama.loading.model_file import open_model
     from mpillama.models.decoder import Decoder
     from mpillama.models.weights import load_weights
 

@@ -16,7 +16,8 @@ from mpillama.replicas.router import Router
 from mpillama.replicas.runner import Adapter, EngineRunner
 from mpillama.text.sampling_params import SamplingParams
 from mpillama.text.tokenizer import Tokenizer
-from tests import models, running
+from tests import running
+from tests import tiny_models as models
 from tests.conftest import THREADS, ModelFile
 
 LONGEST = 256

@@ -23,9 +23,9 @@ from mpillama.text.constraint import (
     token_rule,
 )
 from mpillama.text.tokenizer import Tokenizer
-from tests.models import EOS as TOY_END
-from tests.models import toy_tokenizer
 from tests.text import vocabularies
+from tests.tiny_models import EOS as TOY_END
+from tests.tiny_models import toy_tokenizer
 
 PADDING = 37
 MOST_TOKENS = 3000

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from mpillama.engine.model_file import make_chat_template, make_tokenizer, open_model, with_tokenizer
 from mpillama.errors import UserError
-from mpillama.files.checkpoint import Checkpoint
-from mpillama.files.gguf_file import TEMPLATE
-from mpillama.files.gguf_file import _texts as texts_of
+from mpillama.formats.checkpoint import Checkpoint
+from mpillama.formats.gguf.file import TEMPLATE
+from mpillama.formats.gguf.file import _texts as texts_of
+from mpillama.loading.model_file import make_chat_template, make_tokenizer, open_model, with_tokenizer
 from mpillama.text.end_tokens import end_of_turn, end_tokens
 
 from .chat_families import FAMILIES, tokenizer

@@ -1,0 +1,224 @@
+"""`bench`: how fast the ranks and threads as started run a model or a shape, and how near the limit that is."""
+
+import json
+import sys
+from functools import partial
+from typing import Any
+
+import numpy as np
+import psutil
+
+from mpillama.cli.bench_report import draw, print_report
+from mpillama.cli.display import in_number, load_progress
+from mpillama.cli.options import BenchOptions
+from mpillama.cli.running import running
+from mpillama.cli.values import refuse_unwritable
+from mpillama.engine.measure import Stopwatch, Timing, read_bandwidth
+from mpillama.engine.where import Part, where_time_goes
+from mpillama.errors import UserError
+from mpillama.job.start import World
+from mpillama.kernels.target import Target
+from mpillama.loading.load import load_model
+from mpillama.loading.plan import multiply_adds
+from mpillama.loading.progress import LoadWatch
+from mpillama.loading.reduction import choose_reduction
+from mpillama.loading.synthetic import SyntheticWeights
+from mpillama.loading.truncated import TruncatedModel
+from mpillama.models.config import ModelConfig
+from mpillama.models.decoder import Decoder
+from mpillama.models.shapes import shape_config
+from mpillama.models.tensors import TensorSpec, WeightTypes
+from mpillama.models.weights import Weights, load_weights, slice_bytes
+from mpillama.quant.registry import WEIGHT_TYPES
+
+
+def bench(options: BenchOptions, world: World) -> int:
+    """Run the command; returns the exit status."""
+    world.comm.on_root_only(lambda: check(options))
+    with running(options, world) as job:
+        model, whole_layers = _load(options, world, job.target)
+        job.monitor.watch(model)
+        report = _measure(options, world, job.target, model, whole_layers)
+        if world.comm.is_root:
+            _publish(options, report)
+    return job.status
+
+
+def check(options: BenchOptions) -> None:
+    """UserError for what is wrong with the options."""
+    if (options.shape is None) == (options.model is None):
+        raise UserError("bench needs --shape NAME (weights made in memory) or --model FILE, one of them.")
+    for name in ("decode", "repetitions", "prefill_chunk"):
+        if getattr(options, name) < 1:
+            raise UserError(f"--{name.replace('_', '-')} is {getattr(options, name)}: it must be at least 1.")
+    if min([*options.prefill, *options.batch, 1]) < 1:
+        raise UserError("--prefill and --batch take numbers of at least 1.")
+    refuse_unwritable("--plot", options.plot)
+
+
+def _load(options: BenchOptions, world: World, target: Target) -> tuple[Decoder, int]:
+    """The model with its first layers only if asked, and the number of layers of the whole model."""
+    if options.model is not None:
+        loaded = load_model(options, world, target, load_progress(world.comm.is_root, options.json))
+        whole_file = loaded.file.whole if isinstance(loaded.file, TruncatedModel) else loaded.file
+        return loaded.model, whole_file.config.num_hidden_layers
+    whole = ModelConfig.from_hf(shape_config(options.shape or ""))
+    config = whole.first_layers(options.layers or whole.num_hidden_layers)
+    specs = config.tensors(WeightTypes(WEIGHT_TYPES[weights_of_shape(options.weights)]))
+    chunk = min(options.prefill_chunk, config.max_position_embeddings)
+    choose_reduction(world.comm, world, target.team, config.padded_hidden_size, chunk)
+    model = Decoder(config, _made_weights(options, config, specs, world, target), world.comm, target.team)
+    return model, whole.num_hidden_layers
+
+
+def _made_weights(
+    options: BenchOptions, config: ModelConfig, specs: list[TensorSpec], world: World, target: Target
+) -> Weights:
+    """Fill this rank's memory, and tell how far all ranks are."""
+    part, made = config.partition(world.comm.size)[world.comm.rank], SyntheticWeights()
+    total = slice_bytes(specs, part)
+    ranks = world.comm.gather((total, world.host))
+    progress = load_progress(world.comm.is_root, options.json, "making weights")
+    with progress(sum(size for size, _ in ranks)) as show:
+        watch = LoadWatch(world.comm, [host for _, host in ranks], made, total, show)
+        return load_weights(config, specs, part, made.read, team=target.team, attend=watch.attend)
+
+
+def weights_of_shape(weights: str) -> str:
+    """The weight type of a shape made in memory."""
+    return "q4_0" if weights == "as-stored" else weights
+
+
+def _measure(options: BenchOptions, world: World, target: Target, model: Decoder, whole_layers: int) -> dict[str, Any]:
+    positions = max([*options.prefill, options.context + options.decode])
+    if positions > model.config.max_position_embeddings:
+        raise UserError(f"{positions} positions are asked for, the model has {model.config.max_position_embeddings}.")
+    watch = Stopwatch(model, positions, max(options.batch), options.kv_type, options.prefill_chunk)
+    bandwidths = [read_bandwidth(world.comm, target.team)]
+    prefill = [_prefill(options, watch, tokens, whole_layers) for tokens in options.prefill]
+    decode = [_decode(options, world, watch, batch, bandwidths, whole_layers) for batch in options.batch]
+    where = {"where": _where(options, watch)} if options.where else {}
+    return {
+        "shape": options.shape or options.model,
+        "weights": weights_of_shape(options.weights) if options.shape else "as stored",
+        "kv_type": options.kv_type,
+        "layers": {"measured": model.config.num_hidden_layers, "model": whole_layers},
+        "ranks": world.comm.size,
+        "threads": target.threads,
+        "isa": target.isa.name,
+        "weight_bytes_per_rank": world.comm.gather(model.weights.bytes),
+        "read_bandwidth_bytes_per_second": float(np.median(bandwidths)),
+        "prefill": prefill,
+        "decode": decode,
+        "bandwidth_fraction": decode[0]["bandwidth_fraction"],
+        "communication_share": decode[0]["communication_share"],
+        "allreduce_microseconds": decode[0]["allreduce_microseconds"],
+        "slowest_rank": decode[0]["slowest_rank"],
+        "rss_bytes_per_rank": world.comm.gather(_resident_bytes()),
+        **where,
+    }
+
+
+def _where(options: BenchOptions, watch: Stopwatch) -> list[dict[str, Any]]:
+    """The parts of a decode step of each batch and of a prefill chunk, on rank 0."""
+    chunk = min(options.prefill_chunk, max(options.prefill, default=options.prefill_chunk))
+    runs = [
+        (
+            f"decode, {in_number(batch, 'sequence')}",
+            batch,
+            partial(watch.decode, batch, options.context, options.decode),
+        )
+        for batch in options.batch
+    ]
+    runs.append(
+        (f"prefill, chunk of {in_number(chunk, 'token')}", chunk, partial(watch.prefill, chunk, options.repetitions))
+    )
+    found = []
+    for name, tokens, run in runs:
+        with watch.comm.doing(f"measuring the parts of {name}"):
+            parts = where_time_goes(watch, run, tokens)
+        found.append({"step": name, "parts": [_part(part) for part in parts if part.seconds > 0]})
+    return found
+
+
+def _part(part: Part) -> dict[str, Any]:
+    speed = {"bytes": part.bytes, "bytes_per_second": part.bytes / part.seconds} if part.bytes else {}
+    return {"part": part.name, "seconds": part.seconds, **speed}
+
+
+def _resident_bytes() -> int:
+    return int(psutil.Process().memory_info().rss)
+
+
+def _prefill(options: BenchOptions, watch: Stopwatch, tokens: int, whole_layers: int) -> dict[str, Any]:
+    with watch.model.comm.doing(f"measuring the prefill of {tokens} tokens"):
+        timing = watch.prefill(tokens, options.repetitions)
+    result = {
+        "tokens": tokens,
+        **_spread(timing, tokens),
+        "multiply_adds_per_second": tokens * multiply_adds(watch.model.config) / timing.median,
+        "communication_share": timing.communication_share,
+    }
+    if watch.model.config.num_hidden_layers < whole_layers:
+        seconds = _extrapolate(watch, timing.median, whole_layers, lambda: watch.prefill(tokens, options.repetitions))
+        result["whole_model_tokens_per_second"] = tokens / seconds
+    return result
+
+
+def _decode(
+    options: BenchOptions, world: World, watch: Stopwatch, batch: int, bandwidths: list[float], whole_layers: int
+) -> dict[str, Any]:
+    # Other machines on the same host change what memory gives from second to second: measured before and after.
+    before = read_bandwidth(world.comm, watch.model.team)
+    with world.comm.doing(f"measuring {options.decode} steps of {in_number(batch, 'sequence')}"):
+        timing = watch.decode(batch, options.context, options.decode)
+    bandwidths += [before, read_bandwidth(world.comm, watch.model.team)]
+    bandwidth = (bandwidths[-2] + bandwidths[-1]) / 2
+    kv_bytes = sum(world.comm.gather(watch.kv_bytes(batch, options.context)))
+    weight_bytes = sum(world.comm.gather(watch.model.weights.bytes_per_step(batch)))
+    ranks = world.comm.gather((timing.own_seconds, world.host, timing.all_reduce_microseconds))
+    slowest = max(range(len(ranks)), key=lambda r: ranks[r][0])
+    result = {
+        "batch": batch,
+        "context": options.context,
+        **_spread(timing, batch),
+        "bytes_per_step": weight_bytes + kv_bytes,
+        "bytes_per_token": (weight_bytes + kv_bytes) / batch,
+        "bandwidth_fraction": (weight_bytes + kv_bytes) / timing.median / bandwidth,
+        "communication_share": timing.communication_share,
+        "allreduce_microseconds": min(r[2] for r in ranks),
+        "slowest_rank": {"rank": slowest, "host": ranks[slowest][1]},
+    }
+    if watch.model.config.num_hidden_layers < whole_layers:
+        again = lambda: watch.decode(batch, options.context, options.decode)  # noqa: E731
+        result["whole_model_tokens_per_second"] = batch / _extrapolate(watch, timing.median, whole_layers, again)
+    return result
+
+
+def _spread(timing: Timing, tokens: int) -> dict[str, float]:
+    """Tokens per second of the median repetition, and its extremes."""
+    return {
+        "tokens_per_second": tokens / timing.median,
+        "slowest_tokens_per_second": tokens / float(np.max(timing.seconds)),
+        "fastest_tokens_per_second": tokens / float(np.min(timing.seconds)),
+    }
+
+
+def _extrapolate(watch: Stopwatch, median: float, whole_layers: int, again: Any) -> float:
+    """Seconds of the whole model: what the layers took, times their number, plus what a model without layers takes."""
+    layers = watch.model.layers
+    watch.model.layers = []
+    try:
+        rest = float(again().median)
+    finally:
+        watch.model.layers = layers
+    return rest + (median - rest) * whole_layers / len(layers)
+
+
+def _publish(options: BenchOptions, report: dict[str, Any]) -> None:
+    if options.plot:
+        draw(report, options.plot)
+    if options.json:
+        sys.stdout.write(json.dumps(report, indent=2) + "\n")
+    else:
+        print_report(report)

@@ -1,0 +1,111 @@
+"""`doctor`: what this run would have: MPI, hosts, cores, threads, instruction set, Slurm; with advice."""
+
+import json
+import os
+import platform
+import sys
+from typing import Any
+
+from mpillama import __version__
+from mpillama.cli.options import DoctorOptions
+from mpillama.cli.running import choose_target
+from mpillama.cli.terminal import print_sentence, print_table
+from mpillama.comm.launcher import launched_size
+from mpillama.job.start import World, mpi_library
+from mpillama.kernels.built import is_built
+from mpillama.kernels.isa import host_features, sets_of
+from mpillama.kernels.target import Target
+
+SLURM_VARIABLES = (
+    "SLURM_JOB_ID",
+    "SLURM_NNODES",
+    "SLURM_NTASKS",
+    "SLURM_CPUS_PER_TASK",
+    "SLURM_MEM_PER_NODE",
+    "SLURM_JOB_END_TIME",
+)
+
+
+def doctor(options: DoctorOptions, world: World) -> int:
+    """Print the report on rank 0; returns the exit status."""
+    ranks = world.comm.gather(_describe_rank(world, choose_target(world)))
+    if world.comm.is_root:
+        report = _report(world, ranks)
+        sys.stdout.write(json.dumps(report, indent=2) + "\n") if options.json else _print(report)
+    return 0
+
+
+def _describe_rank(world: World, target: Target) -> dict[str, Any]:
+    possible = [isa.name for isa in sets_of(host_features())]
+    return {
+        "rank": world.comm.rank,
+        "host": os.uname().nodename,
+        "cores": sorted(os.sched_getaffinity(0)),
+        "threads": target.threads,
+        "isa": target.isa.name,
+        "isas": [name for name in possible if is_built(name)],
+        "isas_not_built": [name for name in possible if not is_built(name)],
+        "oversubscribed": world.comm.yields,
+    }
+
+
+def _report(world: World, ranks: list[dict[str, Any]]) -> dict[str, Any]:
+    variable, launched = launched_size()
+    report = {
+        "mpillama": __version__,
+        "python": platform.python_version(),
+        "mpi": mpi_library(),
+        "ranks": world.comm.size,
+        "launched": {"variable": variable, "processes": launched},
+        "slurm": {name: os.environ[name] for name in SLURM_VARIABLES if name in os.environ},
+        "per_rank": ranks,
+    }
+    return {**report, "advice": advice(report)}
+
+
+def advice(report: dict[str, Any]) -> list[str]:
+    """What should be changed, a sentence each; empty if all is well."""
+    ranks, found = report["per_rank"], []
+    if report["launched"]["processes"] > 1 and report["ranks"] == 1:
+        found.append(
+            f"{report['launched']['processes']} processes were launched, but MPI connects none of them: "
+            "use `srun --mpi=pmi2`, or the mpirun of the MPI library named above."
+        )
+    if any(r["oversubscribed"] for r in ranks):
+        found.append("More threads than cores on a host: start fewer ranks or give fewer --threads.")
+    idle = sum(max(0, len(r["cores"]) - r["threads"]) for r in ranks if not _shares_cores(r, ranks))
+    if idle:
+        found.append(f"{idle} cores are not used: raise --threads.")
+    if len({r["isa"] for r in ranks}) > 1:
+        found.append("Hosts have different instruction sets: answers are the same, the slowest host sets the pace.")
+    if any(r["isa"] == "generic" for r in ranks):
+        found.append("The generic kernels are slow: a processor with AVX2, AVX-512 or NEON is much faster.")
+    if lacking := {name for r in ranks for name in r["isas_not_built"]}:
+        found.append(f"{', '.join(sorted(lacking))}: not built, although a processor has it; a newer compiler would.")
+    return found
+
+
+def _shares_cores(rank: dict[str, Any], ranks: list[dict[str, Any]]) -> bool:
+    return any(r is not rank and r["host"] == rank["host"] and set(r["cores"]) & set(rank["cores"]) for r in ranks)
+
+
+def _print(report: dict[str, Any]) -> None:
+    facts = {key: str(report[key]) for key in ("mpillama", "python", "mpi", "ranks")}
+    print_table((), list({**facts, **report["slurm"]}.items()))
+    fields = ("rank", "host", "cores", "threads", "isa", "isas")
+    ranks = [{**r, "cores": core_list(r["cores"]), "isas": ", ".join(r["isas"])} for r in report["per_rank"]]
+    header = ("rank", "host", "cores it may use", "threads", "instructions", "of those that work here")
+    print_table(header, [[str(r[field]) for field in fields] for r in ranks])
+    for sentence in report["advice"] or ["All is well."]:
+        print_sentence(sentence)
+
+
+def core_list(cores: list[int]) -> str:
+    """Core numbers as the taskset command writes them: 0-3,8."""
+    parts: list[list[int]] = []
+    for core in cores:
+        if parts and core == parts[-1][-1] + 1:
+            parts[-1][1:] = [core]
+        else:
+            parts.append([core])
+    return ",".join("-".join(map(str, p)) for p in parts)

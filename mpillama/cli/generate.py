@@ -1,0 +1,186 @@
+"""`generate`: continue a text."""
+
+import hashlib
+import json
+import sys
+from dataclasses import asdict, dataclass, replace
+
+import numpy as np
+
+from mpillama.cli.display import in_units
+from mpillama.cli.options import GenerateOptions, recorded
+from mpillama.cli.running import (
+    Run,
+    check_speculation,
+    closing_line,
+    communication_share,
+    loaded,
+    pieces_of,
+    running,
+)
+from mpillama.cli.values import output_file, read_standard_input, refuse_unwritable
+from mpillama.engine.engine import Engine
+from mpillama.engine.sequence import EngineSequence, Request
+from mpillama.errors import UserError
+from mpillama.job.start import World
+from mpillama.loading.memory import MemoryModel, RankUsage, memory_of_ranks
+from mpillama.loading.truncated import Extrapolation, TruncatedModel, extrapolate
+from mpillama.text.sampling_params import new_seed
+
+
+def generate(options: GenerateOptions, world: World) -> int:
+    """Run the command; returns the exit status."""
+    world.comm.on_root_only(lambda: check(options))
+    with running(options, world) as job, loaded(job) as run:
+        if run.is_root:
+            _generate(run, options)
+    return job.status
+
+
+def check(options: GenerateOptions) -> None:
+    """UserError for what is wrong with the options."""
+    if options.chat and options.raw:
+        raise UserError("--chat and --raw exclude each other: give one of them.")
+    check_speculation(options)
+    _given_token_ids(options)
+    if not options.prompt and options.prompt_token_ids is None:
+        raise UserError("the prompt is empty: give a text with --prompt, or - and a text on standard input.")
+    refuse_unwritable("--logits-out", options.logits_out)
+
+
+class SampledLogits:
+    """The digest of the logits that each token was sampled from; keeps them if asked."""
+
+    def __init__(self, keep: bool):
+        self.digest = hashlib.sha256()
+        self.kept: list[np.ndarray] | None = [] if keep else None
+
+    def __call__(self, logits: np.ndarray, token: int) -> None:
+        """A token was sampled from float32 [vocab_size]."""
+        self.digest.update(np.ascontiguousarray(logits, "<f4").tobytes())
+        if self.kept is not None:
+            self.kept.append(logits.copy())
+
+
+@dataclass(frozen=True)
+class Generation:
+    """What has come of the command."""
+
+    engine: Engine
+    sequence: EngineSequence
+    logits: SampledLogits
+    memory: list[RankUsage]
+
+    @property
+    def positions(self) -> int:
+        """Those that were computed: the last token was sampled only."""
+        return len(self.sequence.tokens) - 1
+
+
+def _generate(run: Run, options: GenerateOptions) -> None:
+    prompt_ids, params = _prompt_ids(run, options), options.sampling
+    if params.seed is None:
+        params = replace(params, seed=new_seed())
+    engine, logits = Engine(run.executor, run.tokenizer, options.speculate), SampledLogits(bool(options.logits_out))
+    sequence = engine.submit(Request(prompt_ids, params, on_logits=logits, continues=not options.chat))
+    text = "" if options.quiet or options.chat else run.tokenizer.decode(prompt_ids)
+    for piece in pieces_of(run, engine, sequence):
+        if not options.json:
+            run.write(text + piece)
+        text = ""
+    if options.logits_out:
+        with output_file("--logits-out", options.logits_out) as file:
+            np.save(file, np.array(logits.kept, np.float32))
+    memory = _memory(run, options, len(sequence.tokens) - 1)
+    _finish(run, options, Generation(engine, sequence, logits, memory))
+
+
+def _prompt_ids(run: Run, options: GenerateOptions) -> list[int]:
+    """The prompt's token ids: as given, or of the text, in the chat template if asked."""
+    given = _given_token_ids(options)
+    if given is not None:
+        return given
+    with run.world.comm.idle():
+        text = read_standard_input() if options.prompt == "-" else options.prompt
+    if not text:
+        raise UserError("the prompt is empty: give a text with --prompt, or - and a text on standard input.")
+    if options.chat:
+        rendered = run.chat_template.render_marked([{"role": "user", "content": text}])
+        return run.tokenizer.encode_marked(rendered)
+    return run.tokenizer.encode(text)
+
+
+def _given_token_ids(options: GenerateOptions) -> list[int] | None:
+    if options.prompt_token_ids is None:
+        return None
+    try:
+        return [int(part) for part in options.prompt_token_ids.split(",")]
+    except ValueError as error:
+        raise UserError(
+            f"--prompt-token-ids {options.prompt_token_ids!r} is not a list of numbers like 1,2,3."
+        ) from error
+
+
+def _finish(run: Run, options: GenerateOptions, done: Generation) -> None:
+    """Print what is said after the text."""
+    if options.json:
+        run.write(json.dumps(_result(run, options, done)) + "\n")
+        return
+    run.write("\n")
+    if not options.quiet:
+        drafter, seed = done.engine.drafter, done.sequence.request.sampling.seed
+        guesses = f" | drafts {100 * drafter.acceptance:.0f} % true" if drafter else ""
+        sys.stderr.write(closing_line(run, done.engine.counts, done.memory) + f"{guesses} | seed {seed}\n")
+        if trial := _trial(run, options, done):
+            sys.stderr.write(
+                f"mpillama: trial of {trial.layers} of {trial.whole_layers} layers: the whole model needs "
+                f"{in_units(trial.memory_bytes_per_rank)} per rank at the full context, loads in "
+                f"{trial.load_seconds:.1f} s, decodes {trial.decode_tokens_per_second:.2f} tok/s "
+                "(the text of a trial means nothing)\n"
+            )
+
+
+def _memory(run: Run, options: GenerateOptions, positions: int) -> list[RankUsage]:
+    executor, file = run.executor, run.loaded.file
+    chunk = executor.model.workspace.capacity
+    model = MemoryModel(file.config, file.specs, executor.comm.size, options.kv_type, chunk)
+    return memory_of_ranks(model, executor.blocks, positions, executor.memory_per_rank())
+
+
+def _trial(run: Run, options: GenerateOptions, done: Generation) -> Extrapolation | None:
+    """What a trial with --layers says of the whole model."""
+    file = run.loaded.file
+    if not isinstance(file, TruncatedModel):
+        return None
+    processes = [m.process for m in done.memory]
+    return extrapolate(file, done.engine, done.positions, run.loaded.seconds, processes, options.kv_type)
+
+
+def _result(run: Run, options: GenerateOptions, done: Generation) -> dict[str, object]:
+    trial = _trial(run, options, done)
+    answer, counts, drafter = done.sequence.answer, done.engine.counts, done.engine.drafter
+    return {
+        "prompt_token_ids": done.sequence.request.prompt_ids,
+        "token_ids": answer.token_ids,
+        "text": answer.text,
+        "finish_reason": answer.finish_reason,
+        "logits_sha256": done.logits.digest.hexdigest(),
+        "prefill_tokens_per_second": counts.prefill.tokens_per_second,
+        "decode_tokens_per_second": counts.decode.tokens_per_second,
+        "drafts_proposed": drafter.proposed if drafter else 0,
+        "drafts_accepted": drafter.accepted if drafter else 0,
+        "communication_share": communication_share(run, counts),
+        "ranks": run.world.comm.size,
+        "threads": run.target.threads,
+        "rss_bytes_per_rank": [m.process for m in done.memory],
+        "memory_bytes_per_rank": [asdict(m) for m in done.memory],
+        "trial": asdict(trial) if trial else None,
+        "options": {
+            **recorded(options),
+            "model": run.loaded.file.path,
+            "max_seq_len": done.engine.longest,
+            "threads": run.target.threads,
+            "seed": done.sequence.request.sampling.seed,
+            "isa": run.target.isa.name,
+        },
+    }

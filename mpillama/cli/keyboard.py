@@ -1,0 +1,175 @@
+"""Lines and Ctrl-C from the person at rank 0, with or without a launcher in between.
+
+A launcher takes Ctrl-C itself: MPICH's passes the first one on and ends the job at the second. So while a chat runs
+under a launcher on the person's own machine, the terminal is told to send Ctrl-C as an ordinary character that ends a
+line; the launcher forwards it like any input.
+"""
+
+import os
+import queue
+import re
+import signal
+import subprocess
+import sys
+import termios
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+import psutil
+
+from mpillama.cli.terminal import STANDARD_OUTPUT, is_terminal
+
+CTRL_C = b"\x03"
+LEAVE_SECONDS = 1.0
+"""Two Ctrl-C within this time leave the program even if it answers nothing."""
+
+
+class Keyboard:
+    """Reads lines; `interrupted` tells of a Ctrl-C since the last line was asked for."""
+
+    def __init__(self) -> None:
+        self.interrupted = False
+        self.asking = False
+        self.last_interrupt = 0.0
+        self.lines: queue.Queue[str | None] = queue.Queue()
+
+    @contextmanager
+    def listening(self) -> Iterator["Keyboard"]:
+        """Listen until the block ends; the terminal is then as it was before."""
+        if sys.stdin.isatty():
+            signal.signal(signal.SIGINT, self._on_signal)
+            yield self
+            return
+        signal.signal(signal.SIGINT, self._on_signal)
+        with _ctrl_c_as_character():
+            threading.Thread(target=self._read_forwarded, daemon=True).start()
+            yield self
+
+    def line(self, prompt: str) -> str | None:
+        """Ask for a line: None at the end of input, "" after a Ctrl-C."""
+        self.interrupted, self.asking = False, True
+        try:
+            if sys.stdin.isatty():
+                return input(prompt)
+            sys.stdout.write(prompt)
+            sys.stdout.flush()
+            text = self.lines.get()
+            sys.stdout.write("\n" if self.interrupted else "")
+            return text
+        except EOFError:
+            return None
+        except KeyboardInterrupt:
+            sys.stdout.write("\n")
+            return ""
+        finally:
+            self.asking = False
+
+    def tell(self, text: str) -> None:
+        """Print a line for whoever types.
+
+        On a terminal it goes where the prompts go: a launcher forwards the two outputs in any order.
+        """
+        stream = sys.stdout if is_terminal(STANDARD_OUTPUT) else sys.stderr
+        stream.write(text + "\n")
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        if self.asking and sys.stdin.isatty():
+            raise KeyboardInterrupt  # out of input()
+        self._note_interrupt()
+
+    def _note_interrupt(self) -> None:
+        now = time.monotonic()
+        if now - self.last_interrupt < LEAVE_SECONDS and self.interrupted and not self.asking:
+            os._exit(128 + signal.SIGINT)  # the main thread may be stuck; the launcher ends the other ranks
+        self.interrupted, self.last_interrupt = True, now
+        if self.asking:
+            self.lines.put("")
+
+    def _read_forwarded(self) -> None:
+        """Cut what the launcher forwards into lines and Ctrl-C; runs in its own thread."""
+        rest = b""
+        while data := os.read(0, 65536):
+            for byte in (data[i : i + 1] for i in range(len(data))):
+                if byte == CTRL_C:
+                    rest = b""
+                    self._note_interrupt()
+                elif byte == b"\n":
+                    self.lines.put(rest.decode(errors="replace"))
+                    rest = b""
+                else:
+                    rest += byte
+        if rest:
+            self.lines.put(rest.decode(errors="replace"))
+        self.lines.put(None)
+
+
+GUARDIAN = """
+import sys, termios
+terminal = int(sys.argv[1])
+before = termios.tcgetattr(terminal)
+print("ready", flush=True)
+sys.stdin.buffer.read()
+termios.tcsetattr(terminal, termios.TCSANOW, before)
+"""
+"""Puts a terminal back when its parent ends in whatever way: even a killed process closes its pipes."""
+LAUNCHERS = re.compile(r"(mpirun|mpiexec|orterun|prterun|prte|prted|srun|hydra|pmi)", re.IGNORECASE)
+
+
+@contextmanager
+def _ctrl_c_as_character() -> Iterator[None]:
+    """Let the launcher's terminal, if it is on this machine, send Ctrl-C as a line end instead of a signal."""
+    terminal = _launcher_terminal()
+    if terminal is None:
+        yield  # rank 0 is on another machine, or nobody is at a terminal: the launcher's signal must do
+        return
+    with _guarded(terminal):
+        changed = termios.tcgetattr(terminal)
+        changed[6][termios.VINTR], changed[6][termios.VEOL] = b"\x00", CTRL_C
+        termios.tcsetattr(terminal, termios.TCSANOW, changed)
+        yield
+
+
+@contextmanager
+def _guarded(terminal: int) -> Iterator[None]:
+    """Restore the terminal afterwards, also if this process is killed: a small process of its own session does it."""
+    guardian = subprocess.Popen(
+        [sys.executable, "-I", "-c", GUARDIAN, str(terminal)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        pass_fds=(terminal,),
+        env={},  # nothing of the launcher: it is no rank
+        start_new_session=True,
+    )
+    assert guardian.stdin is not None
+    assert guardian.stdout is not None
+    guardian.stdout.readline()
+    try:
+        yield
+    finally:
+        guardian.stdin.close()
+        guardian.wait()
+        os.close(terminal)
+
+
+def _launcher_terminal() -> int | None:
+    """A descriptor of the terminal that the launcher has as its input, None if it has another input."""
+    launcher = None
+    for parent in psutil.Process().parents():
+        if LAUNCHERS.search(parent.name()):
+            launcher = parent
+        elif launcher is not None:
+            break
+    if launcher is None:
+        return None
+    try:
+        terminal = os.open(f"/proc/{launcher.pid}/fd/0", os.O_RDWR | os.O_NOCTTY)
+    except OSError:
+        return None  # not ours to look at, or no input
+    if os.isatty(terminal):
+        return terminal
+    os.close(terminal)
+    return None

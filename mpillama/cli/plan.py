@@ -1,0 +1,150 @@
+"""`plan`: what a run needs of each rank and node, and whether it fits; needs no MPI and reads no weights."""
+
+import json
+import re
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from mpillama.cli.display import in_number, in_units, stages
+from mpillama.cli.job_script import job_script
+from mpillama.cli.options import PlanOptions
+from mpillama.cli.terminal import print_sentence, print_table
+from mpillama.cli.values import output_file, parse_bytes, parse_number, refuse_unwritable
+from mpillama.errors import UserError
+from mpillama.loading.memory import RESERVE
+from mpillama.loading.model_file import open_model
+from mpillama.loading.plan import Network, Node, Plan, PlanRequest, Remedy, Speed, make_plan, predict, remedies
+from mpillama.models.config import ModelConfig
+from mpillama.models.shapes import shape_config
+from mpillama.models.tensors import WeightTypes
+from mpillama.quant.registry import WEIGHT_TYPES
+
+DOES_NOT_FIT = 1
+
+
+def plan(options: PlanOptions) -> int:
+    """Run the command; returns the exit status: 1 if it does not fit."""
+    refuse_unwritable("--sbatch", options.sbatch)
+    with stages(is_root=True, quiet=options.json)("planning"):
+        planned = make_plan(_request(options))
+    speed = predict(planned, _node(options), _network(options.network))
+    cures = remedies(planned)
+    if options.json:
+        sys.stdout.write(json.dumps(_as_json(planned, speed, cures), indent=2) + "\n")
+    else:
+        _print(planned, speed, cures)
+    if options.sbatch and planned.fits:
+        _write_sbatch(options)
+    return 0 if planned.fits else DOES_NOT_FIT
+
+
+def _request(options: PlanOptions) -> PlanRequest:
+    config, types = _model(options)
+    counts = {"--nodes": options.nodes, "--ranks-per-node": options.ranks_per_node, "--batch": options.batch}
+    for name, value in counts.items():
+        if value < 1:
+            raise UserError(f"{name} is {value}: give at least 1.")
+    known = config.max_position_embeddings
+    context = known if options.max_seq_len is None else options.max_seq_len
+    if not 1 <= context <= known:
+        raise UserError(f"--max-seq-len is {context}: this model's context holds 1 to {known} tokens.")
+    memory = parse_bytes("--memory-per-node", options.memory_per_node)
+    nodes, ranks = options.nodes, options.ranks_per_node
+    if options.layers is not None:
+        if not 1 <= options.layers <= config.num_hidden_layers:
+            raise UserError(f"--layers is {options.layers}: this model has 1 to {config.num_hidden_layers} layers.")
+        config = config.first_layers(options.layers)
+    bench_trial = options.shape is not None and options.layers is not None  # without texts
+    sizes = (nodes, ranks, memory, context, options.batch, options.kv_type)
+    return PlanRequest(config, types, *sizes, tokenizer=not bench_trial)
+
+
+def _model(options: PlanOptions) -> tuple[ModelConfig, WeightTypes]:
+    if (options.shape is None) == (options.model is None):
+        raise UserError("plan needs --shape NAME or --model PATH, one of them.")
+    if options.shape is not None:
+        name = "q4_0" if options.weights == "as-stored" else options.weights
+        return ModelConfig.from_hf(shape_config(options.shape)), WeightTypes(WEIGHT_TYPES[name])
+    file = open_model(options.model or "", options.weights, options.tokenizer)
+    return file.config, file.weight_types
+
+
+def _network(text: str) -> Network:
+    """Read LATENCY,BANDWIDTH, for example 2us,12GB/s."""
+    latency, _, bandwidth = text.partition(",")
+    match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*(us|ms|s)\s*", latency)
+    if not match or not bandwidth:
+        raise UserError(f"--network {text!r} is not of the form LATENCY,BANDWIDTH, for example 2us,12GB/s.")
+    seconds = float(match[1]) * {"us": 1e-6, "ms": 1e-3, "s": 1.0}[match[2]]
+    return Network(seconds, parse_bytes("--network", bandwidth))
+
+
+def _node(options: PlanOptions) -> Node:
+    """As given, or as a saved `bench --json` measured it for all its ranks."""
+    read = parse_bytes("--read-bandwidth", options.read_bandwidth) if options.read_bandwidth else None
+    if options.bench is None:
+        compute = parse_number("--compute", options.compute, "MAC", "multiply-adds a second: write it like 2TMAC/s")
+        return Node(parse_bytes("--memory-bandwidth", options.memory_bandwidth), compute, read)
+    try:
+        found = json.loads(Path(options.bench).read_text())
+        compute = max(entry["multiply_adds_per_second"] for entry in found["prefill"])
+        return Node(float(found["read_bandwidth_bytes_per_second"]), float(compute), read)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"--bench {options.bench}: is no output of `bench --json` ({error}).") from error
+
+
+def _as_json(planned: Plan, speed: Speed, cures: list[Remedy]) -> dict[str, Any]:
+    return {
+        "fits": planned.fits,
+        "headroom_bytes_per_node": planned.headroom,
+        "inequality": planned.inequality,
+        "bytes_per_node": planned.nodes,
+        "ranks": [{"rank": rank, **asdict(memory), "total": memory.total} for rank, memory in enumerate(planned.ranks)],
+        "speed": asdict(speed),
+        "remedies": [{"change": cure.text, "headroom_bytes_per_node": cure.plan.headroom} for cure in cures],
+    }
+
+
+def _print(planned: Plan, speed: Speed, cures: list[Remedy]) -> None:
+    request, rows = planned.request, list[tuple[str, ...]]()
+    count = len(planned.ranks)
+    fullest = max(range(count), key=lambda rank: planned.ranks[rank].total)
+    for rank in range(count) if count <= 8 else sorted({0, 1, 2, fullest, count - 1}):
+        r, mark = planned.ranks[rank], " (most)" if rank == fullest and planned.inequality > 0 else ""
+        row = (r.weights, r.embedding, r.kv_cache, r.buffers, r.python, r.total, r.reads)
+        rows.append((f"{rank}{mark}", *map(in_units, row)))
+    print_table(("rank", "weights", "embedding, head", "KV cache", "buffers", "Python", "total", "reads"), rows)
+    on = f"{in_number(request.nodes, 'node')} x {in_number(request.ranks_per_node, 'rank')}"
+    print_sentence(
+        f"{on}: the fullest needs {in_units(max(planned.nodes))} of {in_units(request.memory_per_node)}, "
+        f"{in_units(RESERVE)} a rank in reserve; the fullest rank is {100 * planned.inequality:.1f} % above the mean."
+    )
+    loads = f", loads in {speed.load_seconds:.0f} s" if speed.load_seconds else ""
+    communication = (
+        f", {100 * speed.communication_share:.0f} % of it communication "
+        f"({speed.messages_per_step} messages, {in_units(speed.communication_bytes_per_step)} a rank and step)"
+    )
+    print_sentence(
+        f"Predicted: decode {speed.decode_tokens_per_second:.2f} tok/s at the full context"
+        f"{communication if request.ranks > 1 else ''}; "
+        f"prefill {speed.prefill_tokens_per_second:.0f} tok/s without attention{loads}."
+    )
+    _print_verdict(planned, cures)
+
+
+def _print_verdict(planned: Plan, cures: list[Remedy]) -> None:
+    if planned.fits:
+        sys.stdout.write(f"fits, {in_units(planned.headroom)} stay free on the fullest node\n")
+        return
+    sys.stdout.write(f"does not fit: {in_units(-planned.headroom)} too much on the fullest node\n")
+    for cure in cures:
+        sys.stdout.write(f"  would fit with {cure.text} ({in_units(cure.plan.headroom)} free)\n")
+    if not cures:
+        sys.stdout.write("  no single change of context, KV type, weights or number of nodes makes it fit\n")
+
+
+def _write_sbatch(options: PlanOptions) -> None:
+    with output_file("--sbatch", options.sbatch or "") as file:
+        file.write(job_script(options).encode())

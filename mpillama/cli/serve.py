@@ -1,0 +1,199 @@
+"""`serve`: OpenAI's API and a chat page from inside the job."""
+
+import logging
+import os
+import signal
+import sys
+import time
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import FrameType
+from typing import NoReturn, Self, cast
+
+from mpillama.cli.display import watched
+from mpillama.cli.engines import ReplicaWorld, opener, prompter, replicated
+from mpillama.cli.options import ServeOptions
+from mpillama.cli.running import Run, loaded, running
+from mpillama.cli.serve_settings import Settings, check
+from mpillama.comm.failure import Interrupted
+from mpillama.engine.engine import Engine
+from mpillama.engine.sequence import Pooling
+from mpillama.errors import UserError
+from mpillama.job.deadline import Deadline, StopRequest, ignore_stop_signals
+from mpillama.job.start import World
+from mpillama.openai.reasoning import reasoning_format
+from mpillama.openai.tool_calls import tool_format
+from mpillama.replicas.replica import Replica, follow_router
+from mpillama.replicas.runner import EngineRunner
+from mpillama.server.app import create_app
+from mpillama.server.async_engine import AsyncEngine, ServerState
+from mpillama.server.connections import PLACES_KEPT, most_connections
+from mpillama.server.engine_loop import EngineLoop, Shutdown
+from mpillama.server.engine_requests import Output, ServerAdapter, ServerRequest
+from mpillama.server.http_server import Address, HttpServer
+from mpillama.server.middleware import Middleware, Rules
+from mpillama.server.rendezvous import Rendezvous, is_loopback, tunnel
+from mpillama.text.constraint import Grammars, json_object_grammar
+
+LOG = logging.getLogger(__name__)
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+BODIES = 16
+"""So many of the largest bodies may be in memory together."""
+SWITCH_SECONDS = 0.0005
+"""How long one thread may keep Python from the other: the engine's comes back from its kernels many times a step."""
+
+
+def serve(options: ServeOptions, world: World) -> int:
+    """Run the command until a signal or the end of the job; returns the exit status."""
+    settings = world.comm.on_root_only(lambda: check(options))
+    if world.comm.is_root:
+        signal.signal(signal.SIGUSR1, _interrupt)  # until the model is loaded, as SIGTERM and SIGINT
+    else:
+        ignore_stop_signals(SIGNALS)
+    with running(options, world) as job:
+        size = replica_size(options, world)
+        api = world.comm.on_root_only(lambda: listen(options, cast(Settings, settings)))
+        with api or nullcontext(), replicated(job, size) as replica, loaded(job, opener(options), replica.world) as run:
+            if api:
+                ServeJob(options, api, replica, world.comm.size).run(run)
+            elif run.is_root and replica.mailbox:
+                job.status = follow_router(replica.mailbox, make_runner(run, make_grammars(run), options))
+    return job.status
+
+
+def replica_size(options: ServeOptions, world: World) -> int:
+    """Ranks that share a model; UserError if they do not divide so."""
+    if options.replicas < 1 or world.comm.size % options.replicas:
+        reason = f"{world.comm.size} ranks do not divide into so many groups"
+        raise UserError(f"--replicas is {options.replicas}: {reason}.")
+    return world.comm.size // options.replicas
+
+
+def _interrupt(number: int, frame: FrameType | None) -> NoReturn:
+    raise Interrupted(number)
+
+
+@dataclass(frozen=True)
+class Listener:
+    """The HTTP server, which says until the model is loaded that it is being loaded; leaving its block stops it."""
+
+    settings: Settings
+    engine: AsyncEngine
+    server: HttpServer
+    port: int
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.server.stop()
+
+
+def listen(options: ServeOptions, settings: Settings) -> Listener:
+    """Begin to answer; UserError if the address or the certificate cannot be had."""
+    address = Address(options.host, options.port, options.tls_certificate, options.tls_key)
+    bound, engine = address.bind(), AsyncEngine()
+    app = create_app(engine, options.request_timeout, options.log_prompts)
+    sys.setswitchinterval(SWITCH_SECONDS)
+    most = most_connections(options.connections)
+    limited = Middleware(app, _rules(options, settings, most), app.state.metrics.note)
+    server = HttpServer(limited, address, bound, options.write_timeout, most)
+    server.start(engine.attach)
+    return Listener(settings, engine, server, bound.getsockname()[1])
+
+
+def _rules(options: ServeOptions, settings: Settings, most_connections: int) -> Rules:
+    only_local = settings.key is None and is_loopback(options.host)
+    hosts = frozenset({"localhost", "127.0.0.1", "[::1]", options.host}) if only_local else None
+    return Rules(
+        settings.key, hosts, min(options.connections, most_connections - PLACES_KEPT), settings.body_bytes,
+        options.body_timeout, options.write_timeout,
+        BODIES * settings.body_bytes, frozenset(options.cors),
+    )  # fmt: skip
+
+
+class ServeJob:
+    """What rank 0 does once the model is loaded."""
+
+    def __init__(self, options: ServeOptions, api: Listener, replica: ReplicaWorld, ranks: int):
+        self.options = options
+        self.api = api
+        self.settings = api.settings
+        self.replica = replica
+        self.ranks = ranks
+        self.stop = StopRequest(SIGNALS)
+
+    def run(self, run: Run) -> None:
+        """Serve until the end."""
+        grammars = make_grammars(run)
+        router = self.replica.router(make_runner(run, grammars, self.options), "start the server again.")
+        state, rendezvous = self._state(run, grammars, router.replicas), self._rendezvous(run)
+        shutdown = Shutdown(self.stop, Deadline.of_run(self.options.time_limit), self.options.grace)
+        self.stop.install()
+        self.api.engine.now_serving(state)
+        rendezvous.write(self.settings.rendezvous)
+        try:
+            self._announce(rendezvous)
+            EngineLoop(router, self.api.engine, shutdown, self._tell_end).run()
+        finally:
+            rendezvous.remove(self.settings.rendezvous)
+
+    def _tell_end(self, reason: str) -> None:
+        self._say(f"{reason}: no more requests, running answers have {self.options.grace:g} s to finish")
+
+    def _state(self, run: Run, grammars: Grammars, replicas: Sequence[Replica[ServerRequest, Output]]) -> ServerState:
+        options, file = self.options, run.loaded.file
+        source = file.texts.get("chat_template.jinja")
+        tools = tool_format(source.decode()) if source is not None else None
+        thoughts = reasoning_format(source.decode(), grammars.token_id) if source is not None else None
+        asks = prompter(run, options)
+        asks = replace(asks, for_template=tools.for_template) if tools else asks
+        path = Path(file.path)
+        name = options.model_name or path.stem
+        return ServerState(
+            name, frozenset({name, path.name, path.stem}), int(time.time()), run.executor.max_seq_len, asks,
+            grammars, tools, thoughts, cast(Pooling, options.pooling), replicas,
+            options.queue + options.sequences * len(replicas), file.config.hidden_size,
+            generates=file.config.lm_head,
+        )  # fmt: skip
+
+    def _rendezvous(self, run: Run) -> Rendezvous:
+        host, node, environment = self.options.host, os.uname().nodename, os.environ
+        reached = host if is_loopback(host) else node
+        shown = f"[{reached}]" if ":" in reached else reached
+        url = f"{'https' if self.options.tls_certificate else 'http'}://{shown}:{self.api.port}"
+        ssh = tunnel(host, self.api.port, node, environment.get("SLURM_SUBMIT_HOST"))
+        model, job = self.options.model_name or Path(run.loaded.file.path).stem, environment.get("SLURM_JOB_ID")
+        return Rendezvous(url, self.settings.key, model, node, self.api.port, ssh, job)
+
+    def _announce(self, rendezvous: Rendezvous) -> None:
+        ranks = self.ranks
+        self._say(f"serving {rendezvous.model} on {ranks} rank{'s' if ranks > 1 else ''}: {rendezvous.url}")
+        self._say(f"for `mpillama client`: {self.settings.rendezvous}; from elsewhere: {rendezvous.ssh}")
+        if self.settings.made_key and watched(self.options.quiet):  # a job's log may be read by others
+            sys.stderr.write(f"mpillama: key: {rendezvous.key}; the page: {rendezvous.url}/#key={rendezvous.key}\n")
+        elif self.settings.key:
+            self._say("clients need the key, which is in that file")
+
+    def _say(self, text: str) -> None:
+        LOG.info("%s", text)
+        if not self.options.quiet:
+            sys.stderr.write(f"mpillama: {text}\n")
+            sys.stderr.flush()
+
+
+def make_runner(run: Run, grammars: Grammars, options: ServeOptions) -> EngineRunner[ServerRequest, Output]:
+    """The engine of this process's replica."""
+    return EngineRunner(Engine(run.executor, run.tokenizer, options.speculate), ServerAdapter(grammars))
+
+
+def make_grammars(run: Run) -> Grammars:
+    """What builds grammars; the first takes a second for a large vocabulary, and not every tokenizer allows them."""
+    grammars = Grammars(run.tokenizer, run.loaded.file.config.vocab_size)
+    try:
+        grammars.check(json_object_grammar())
+    except UserError as error:
+        LOG.info("answers cannot be constrained: %s", error)
+    return grammars

@@ -1,0 +1,130 @@
+"""A foreign checkpoint as a model that runs: its configuration, the weight type of each tensor, and what is missing."""
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from math import prod
+from typing import Any
+
+from mpillama.errors import UserError
+from mpillama.formats.checkpoint import Checkpoint
+from mpillama.formats.checkpoint_reader import CheckpointReader
+from mpillama.models.config import ModelConfig
+from mpillama.models.tensors import LM_HEAD, TensorSpec, WeightTypes
+from mpillama.quant.registry import WEIGHT_TYPES
+from mpillama.quant.types.f32 import F32
+
+AS_STORED = "as-stored"
+
+
+@dataclass(frozen=True)
+class CheckpointModel:
+    """What rank 0 reads of a foreign checkpoint and gives to the others; see NativeModel for the native file's."""
+
+    checkpoint: Checkpoint
+    weight_types: WeightTypes
+
+    @property
+    def path(self) -> str:
+        """Where it lies."""
+        return self.checkpoint.path
+
+    @property
+    def files(self) -> Mapping[str, int]:
+        """Its files and their sizes, as rank 0 sees them."""
+        return dict(zip(self.checkpoint.files, self.checkpoint.file_sizes, strict=True))
+
+    @property
+    def config_json(self) -> Mapping[str, Any]:
+        """The configuration in Hugging Face's spelling."""
+        return self.checkpoint.config_json
+
+    @property
+    def texts(self) -> Mapping[str, bytes]:
+        """Tokenizer, chat template and so on, by file name."""
+        return self.checkpoint.texts
+
+    @cached_property
+    def config(self) -> ModelConfig:
+        """The model's shape."""
+        return ModelConfig.from_hf(self.config_json)
+
+    @cached_property
+    def specs(self) -> list[TensorSpec]:
+        """The model's tensors, in the order of a native file."""
+        return self.config.tensors(self.weight_types)
+
+    @cached_property
+    def metadata_sha256(self) -> str:
+        """SHA-256 over everything that is not weights: it tells checkpoints apart, but not their values."""
+        c = self.checkpoint
+        table = [[t.name, list(t.shape), t.stored, t.file, t.offset] for t in c.tensors.values()]
+        head = [c.config_json, table, list(c.file_sizes), {k: len(v) for k, v in sorted(c.texts.items())}]
+        digest = hashlib.sha256(json.dumps(head, sort_keys=True).encode())
+        for _, text in sorted(c.texts.items()):
+            digest.update(text)
+        return digest.hexdigest()
+
+    def stored_bytes(self, spec: TensorSpec, units: range) -> int:
+        """The bytes of the files that these units of a tensor take, blocks that are shared left aside."""
+        tensors = [self.checkpoint.tensors[name] for name in spec.source_names]
+        return sum(t.bytes for t in tensors) * len(units) // spec.units
+
+    def reader(self, on_bytes: Callable[[int], None], workers: int = 1, verify: bool = False) -> CheckpointReader:
+        """Open the files for reading slices; UserError if they are to be verified."""
+        if verify:
+            raise UserError(f"{self.path}: this format has no checksums: leave --verify out, or convert the model.")
+        return CheckpointReader(self.checkpoint, on_bytes, workers)
+
+    def requantised(self) -> Mapping[str, int]:
+        """Stored types that are turned into others since no kernel knows them: their weights' number."""
+        found: dict[str, int] = {}
+        for tensor in self.checkpoint.tensors.values():
+            if tensor.stored not in WEIGHT_TYPES:
+                found[tensor.stored] = found.get(tensor.stored, 0) + prod(tensor.shape)
+        return found
+
+
+def checkpoint_model(checkpoint: Checkpoint, weights: str) -> CheckpointModel:
+    """Check a checkpoint against its configuration and choose the weight types; `weights` is a name or as-stored."""
+    config = ModelConfig.from_hf(checkpoint.config_json)
+    specs = config.tensors(WeightTypes(F32))
+    _check_tensors(checkpoint, config, specs)
+    if weights != AS_STORED:
+        return CheckpointModel(checkpoint, WeightTypes(WEIGHT_TYPES[weights]))
+    matrices = [s for s in specs if s.split]
+    types = {s.name: checkpoint.tensors[s.source_names[0]].type.held_as() for s in matrices}
+    default = Counter(types.values()).most_common(1)[0][0]
+    others = {name: kind for name, kind in types.items() if kind != default}
+    return CheckpointModel(checkpoint, WeightTypes(default, others or None))
+
+
+def _check_tensors(checkpoint: Checkpoint, config: ModelConfig, specs: list[TensorSpec]) -> None:
+    """Refuse missing, extra and wrong-shaped tensors by name."""
+    wanted = {name: spec.source_shape for spec in specs for name in spec.source_names}
+    ignored = {LM_HEAD} if config.tie_word_embeddings else set()
+    missing = [name for name in wanted if name not in checkpoint.tensors]
+    if missing:
+        raise UserError(
+            f"{checkpoint.path}: the tensor {missing[0]!r} is missing{_more(missing)}: the checkpoint is incomplete or "
+            "its configuration belongs to another model."
+        )
+    extra = [name for name in checkpoint.tensors if name not in wanted and name not in ignored]
+    if extra:
+        raise UserError(
+            f"{checkpoint.path}: the tensor {extra[0]!r} is not part of a {config.model_type} model{_more(extra)}: "
+            "mpillama would leave it out, so it does not run this checkpoint."
+        )
+    for name, shape in wanted.items():
+        found = checkpoint.tensors[name].shape
+        if found != shape:
+            raise UserError(
+                f"{checkpoint.path}: tensor {name} has shape {list(found)}, the configuration asks for {list(shape)}."
+            )
+
+
+def _more(names: list[str]) -> str:
+    return f" (and {len(names) - 1} more)" if len(names) > 1 else ""

@@ -1,0 +1,228 @@
+"""Reading a rank's slices of a foreign checkpoint: the bytes of the slice, and laned while they are read."""
+
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from functools import partial
+from math import prod
+
+import numpy as np
+
+from mpillama.errors import UserError
+from mpillama.formats.checkpoint import Checkpoint, StoredTensor
+from mpillama.formats.reading import MAX_READ, SourceFile
+from mpillama.models.tensors import TensorSpec
+from mpillama.quant.weight_type import BLOCK, LANES, Arrays
+
+PIECE = 1 << 19
+"""Values that a worker turns into lanes at a time: what it needs besides is a few times this in float64."""
+RUN = 8
+"""Pieces that are read at a time, if the tensor is large enough to keep all workers busy so."""
+MOST_WORKERS = 8
+
+Piece = Callable[[], int]
+"""Reads and places some rows; returns the bytes it read."""
+
+
+@dataclass(frozen=True)
+class Slice:
+    """What a rank wants of one matrix: stored rows and columns, and how many of them make a head (or all there is)."""
+
+    spec: TensorSpec
+    tensor: StoredTensor
+    units: range
+    arrays: Sequence[np.ndarray]
+
+    @property
+    def takes_blocks(self) -> bool:
+        """Whether the stored numbers go over as they are: the same type, and no block of 32 is cut or padded."""
+        same = self.tensor.type == self.spec.weight_type
+        return same and self.tensor.shape[1] // self.spec.column_chunks % BLOCK == 0
+
+    @property
+    def columns(self) -> range:
+        """The stored columns of a row-parallel slice; all of them for a column-parallel one."""
+        width = self.tensor.shape[1]
+        if self.spec.panel is None:
+            return range(width)
+        unit = width // self.spec.column_chunks if self.spec.column_chunks > 1 else self.spec.panel
+        return range(min(self.units.start * unit, width), min(self.units.stop * unit, width))
+
+
+class CheckpointReader:
+    """Fills slices from a checkpoint's files; counts the bytes it reads."""
+
+    at_once = 1
+    """Tensors read at the same time: each keeps all workers busy already."""
+
+    def __init__(
+        self, checkpoint: Checkpoint, on_bytes: Callable[[int], None], workers: int = 1, limit: int = MAX_READ
+    ):
+        self.checkpoint = checkpoint
+        self.on_bytes = on_bytes
+        self.bytes_read = 0
+        self.count = min(workers, MOST_WORKERS)
+        self.workers = ThreadPoolExecutor(self.count)
+        self.files: list[SourceFile] = []
+        try:
+            for path, size in zip(checkpoint.files, checkpoint.file_sizes, strict=True):
+                self.files.append(SourceFile(path, size, limit))
+        except UserError:
+            self.close()
+            raise
+
+    def check_unchanged(self) -> None:
+        """UserError if a file was written to since it was opened."""
+        for file in self.files:
+            file.check_unchanged()
+
+    def stop(self) -> None:
+        """Make reads that are under way end soon."""
+        for file in self.files:
+            file.stop()
+
+    def close(self) -> None:
+        """Give the files back; what is left of them in the system's cache may go."""
+        self.workers.shutdown(cancel_futures=True)
+        for file in self.files:
+            file.drop_all()
+            file.close()
+        self.files = []
+
+    def read(self, spec: TensorSpec, units: range, arrays: Sequence[np.ndarray]) -> None:
+        """Fill the arrays of a tensor with the given units; UserError names the file if it cannot be read."""
+        tensors = [self.checkpoint.tensors[name] for name in spec.source_names]
+        if spec.vector:
+            self._finish(iter([partial(self._read_vector, spec, tensors[0], units, arrays[0])]))
+            return
+        parts = [[a[e] for a in arrays] for e in range(spec.experts)] if spec.experts else [arrays]
+        slices = [Slice(spec, tensor, units, part) for tensor, part in zip(tensors, parts, strict=True)]
+        self._finish(piece for wanted in slices if len(units) for piece in self._pieces(wanted))
+
+    def _finish(self, pieces: Iterator[Piece]) -> None:
+        """Let the workers do all pieces, a bounded number of them at a time."""
+        running: set[Future[int]] = set()
+        for piece in pieces:
+            running.add(self.workers.submit(piece))
+            if len(running) >= 2 * MOST_WORKERS:
+                done, running = wait(running, return_when=FIRST_COMPLETED)
+                self._count(done)
+        self._count(wait(running).done)
+
+    def _count(self, done: set[Future[int]]) -> None:
+        for future in done:
+            self.bytes_read += future.result()
+            self.on_bytes(future.result())
+
+    # -- vectors --------------------------------------------------------------------------------------------------
+
+    def _read_vector(self, spec: TensorSpec, tensor: StoredTensor, units: range, out: np.ndarray) -> int:
+        raw = self._rows(tensor, range(1), range(tensor.shape[0]))
+        values = tensor.type.decode(raw).reshape(-1, 1)
+        whole = spec.pad(_straightened(values, tensor.interleaved).reshape(-1))
+        out[:] = whole[units.start * spec.unit : units.stop * spec.unit]
+        return raw.nbytes
+
+    # -- matrices -------------------------------------------------------------------------------------------------
+
+    def _pieces(self, wanted: Slice) -> Iterator[Piece]:
+        """Runs of padded rows: whole heads for column-parallel matrices with heads, else groups of 16."""
+        spec = wanted.spec
+        step = spec.rows // spec.row_chunks if spec.row_chunks > 1 else LANES
+        rows = range(spec.rows)
+        if spec.panel is None:
+            rows = range(wanted.units.start * spec.unit, wanted.units.stop * spec.unit)
+        step *= max(1, PIECE // (step * max(1, len(wanted.columns))))
+        run = step * max(1, min(RUN, len(rows) // (4 * self.count * step)))
+        for start in range(rows.start, rows.stop, run):
+            yield partial(self._read_run, wanted, range(start, min(start + run, rows.stop)), step, rows.start)
+
+    def _read_run(self, wanted: Slice, rows: range, step: int, first: int) -> int:
+        """Read padded rows of a matrix and put them in lanes into their places, `step` rows at a time."""
+        spec, tensor = wanted.spec, wanted.tensor
+        stored = self._stored_rows(spec, tensor, rows)
+        block, columns = tensor.type.block, wanted.columns
+        around = range(columns.start // block * block, -(-columns.stop // block) * block)
+        raw = self._rows(tensor, stored, around)
+        for start in range(rows.start, rows.stop, step):
+            part = range(start, min(start + step, rows.stop))
+            of_part = self._stored_rows(spec, tensor, part)
+            self._place(wanted, part, raw[of_part.start - stored.start : of_part.stop - stored.start], around, first)
+        return raw.nbytes
+
+    def _place(self, wanted: Slice, rows: range, raw: np.ndarray, around: range, first: int) -> None:
+        """Put the bytes of padded rows in lanes into their places."""
+        packed = self._pack_blocks(wanted, rows, raw) if wanted.takes_blocks else self._pack(wanted, rows, raw, around)
+        groups = slice((rows.start - first) // LANES, (rows.stop - first) // LANES)
+        for array, values in zip(wanted.arrays, packed, strict=True):
+            if wanted.spec.panel is None:
+                array[groups] = values
+            else:
+                array[:, groups] = values
+
+    def _stored_rows(self, spec: TensorSpec, tensor: StoredTensor, rows: range) -> range:
+        """The checkpoint's rows behind padded rows (whole heads, if there are several)."""
+        if spec.row_chunks == 1:
+            return range(min(rows.start, tensor.shape[0]), min(rows.stop, tensor.shape[0]))
+        padded, true = spec.rows // spec.row_chunks, tensor.shape[0] // spec.row_chunks
+        return range(rows.start // padded * true, rows.stop // padded * true)
+
+    def _pack(self, wanted: Slice, rows: range, raw: np.ndarray, around: range) -> Arrays:
+        spec, columns = wanted.spec, wanted.columns
+        values = wanted.tensor.type.decode(raw) if raw.size else np.zeros((len(raw), len(around)), np.float32)
+        values = _straightened(values, wanted.tensor.interleaved)
+        values = values[:, columns.start - around.start : columns.stop - around.start]
+        chunks = len(wanted.units) if spec.panel and spec.column_chunks > 1 else 1
+        width = len(wanted.units) * spec.panel if spec.panel else spec.columns
+        padded = _padded(values, len(rows), self._row_chunks(spec, rows), width, chunks)
+        return spec.weight_type.pack(padded, spec.panel)
+
+    def _pack_blocks(self, wanted: Slice, rows: range, raw: np.ndarray) -> Arrays:
+        """As _pack, but the type's own numbers stay as they are."""
+        spec, chunks = wanted.spec, self._row_chunks(wanted.spec, rows)
+        width = (len(wanted.units) * spec.panel if spec.panel else spec.columns) // spec.weight_type.unit
+        blocks = []
+        for part in spec.weight_type.blocks_of(raw):
+            straight, size = _straightened(part, wanted.tensor.interleaved), prod(part.shape[2:])
+            padded = _padded(straight.reshape(len(raw), -1), len(rows), chunks, width * size, 1)
+            blocks.append(padded.reshape(len(rows), width, *part.shape[2:]))
+        return spec.weight_type.pack_blocks(tuple(blocks), spec.panel)
+
+    def _row_chunks(self, spec: TensorSpec, rows: range) -> int:
+        return len(rows) // (spec.rows // spec.row_chunks) if spec.row_chunks > 1 else 1
+
+    # -- bytes ----------------------------------------------------------------------------------------------------
+
+    def _rows(self, tensor: StoredTensor, rows: range, columns: range) -> np.ndarray:
+        """The bytes of a range of columns (whole blocks) of a range of rows: uint8 [rows, bytes]."""
+        whole = tensor.type.row_bytes(tensor.shape[-1])
+        first, last = (tensor.type.row_bytes(c) for c in (columns.start, columns.stop))
+        raw = np.empty((len(rows), last - first), np.uint8)
+        start = tensor.offset + rows.start * whole + first
+        file = self.files[tensor.file]
+        if last - first == whole:
+            file.read(raw.reshape(-1).data, start, tensor.name)
+            file.drop(start, raw.nbytes)
+        else:  # the rest of each row is for other ranks, perhaps of this host: it may stay in the cache
+            for i in range(len(rows) if raw.size else 0):
+                file.read(raw[i].data, start + i * whole, tensor.name)
+        return raw
+
+
+def _straightened(rows: np.ndarray, head_dim: int) -> np.ndarray:
+    """Rows whose heads stand as rotary pairs, in halves; `head_dim` 0 leaves them as they are."""
+    if not head_dim:
+        return rows
+    rest = rows.shape[1:]
+    return rows.reshape(-1, head_dim // 2, 2, *rest).swapaxes(1, 2).reshape(-1, *rest)
+
+
+def _padded(x: np.ndarray, rows: int, row_chunks: int, columns: int, column_chunks: int) -> np.ndarray:
+    """Equal chunks of rows and columns, each padded with zeros to its share of [rows, columns]."""
+    if x.shape == (rows, columns):
+        return x
+    out = np.zeros((row_chunks, rows // row_chunks, column_chunks, columns // column_chunks), x.dtype)
+    if x.size:
+        chunked = x.reshape(row_chunks, -1, column_chunks, x.shape[1] // column_chunks)
+        out[:, : chunked.shape[1], :, : chunked.shape[3]] = chunked
+    return out.reshape(rows, columns)

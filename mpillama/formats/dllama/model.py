@@ -1,0 +1,169 @@
+"""A checkpoint of distributed-llama: a model file `.m` and a tokenizer file `.t`.
+
+Format (version 0.16): https://github.com/b4rtaz/distributed-llama, converter/ and src/llm.cpp. The model file is a
+header of pairs of int32, then the tensors in a fixed order without names, gaps or alignment.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from mpillama.errors import UserError
+from mpillama.formats.checkpoint import Checkpoint
+from mpillama.formats.cursor import Cursor
+from mpillama.formats.dllama.table import place_tensors
+from mpillama.formats.dllama.tokenizer import TEMPLATE, VOCABULARY, find_tokenizer, read_tokenizer
+from mpillama.formats.foreign import damaged, regular_size
+from mpillama.models.families import FAMILIES
+from mpillama.models.family import MOST_LAYERS, Dllama, Family
+from mpillama.models.mlp import MOST_EXPERTS
+
+MAGIC = (0x0A00ABCD).to_bytes(4, "little")
+OLD_MAGICS = tuple(magic.to_bytes(4, "little") for magic in (0xABCD00, 0xABCD01))
+MOST_PAIRS = 1000
+ARCHITECTURES = {family.dllama.architecture: family for family in FAMILIES.values() if family.dllama}
+STORED = {0: "f32", 1: "f16", 2: "q4_0", 3: "q8_0"}
+EPSILONS = {5: 1e-5, 6: 1e-6}
+KEYS = (
+    *("version", "arch_type", "dim", "hidden_dim", "n_layers", "n_heads", "n_kv_heads", "n_experts"),
+    *("n_active_experts", "vocab_size", "max_seq_len", "hidden_act", "rope_theta", "weights_float_type"),
+    *("rope_scaling_factor", "rope_scaling_low_freq_factor", "rope_scaling_high_freq_factor"),
+    *("rope_scaling_orig_max_seq_len", "rope_type", "head_dim", "norm_epsilon", "moe_hidden_dim"),
+)
+"""The header's keys by their numbers."""
+
+
+@dataclass(frozen=True)
+class _Header:
+    """The pairs of a model file by name, taken out with checks."""
+
+    path: str
+    values: Mapping[str, int]
+
+    def size(self, key: str, default: int | None = None, most: int = 2**31) -> int:
+        """A positive number."""
+        value = self.values.get(key, default)
+        if value is None or not 1 <= value <= most:
+            raise damaged(self.path, f"its header has {key}={value}, expected a number from 1 to {most}")
+        return value
+
+    def choice(self, key: str, known: Mapping[int, Any], default: int | None = None) -> Any:
+        """What a number stands for."""
+        value = self.values.get(key, default)
+        if value is None or value not in known:
+            raise damaged(self.path, f"its header has {key}={value}, expected one of {', '.join(map(str, known))}")
+        return known[value]
+
+
+def read_dllama(model_path: str, tokenizer_path: str | None = None) -> Checkpoint:
+    """Read everything but the weights; without `tokenizer_path` the tokenizer is the one beside the model."""
+    size, (header, start) = regular_size(model_path), _read_header(str(model_path))
+    family: Family = header.choice("arch_type", ARCHITECTURES)
+    config, stored = _config(header, family), header.choice("weights_float_type", STORED)
+    assert family.dllama
+    tensors = place_tensors(header.path, config, family.dllama, stored, start, size)
+    tokenizer = read_tokenizer(tokenizer_path or find_tokenizer(str(model_path)))
+    if tokenizer.bos is not None:
+        config["bos_token_id"] = tokenizer.bos
+    if tokenizer.eos:
+        config["eos_token_id"] = tokenizer.eos
+    texts = {VOCABULARY: tokenizer.vocabulary(), **({TEMPLATE: tokenizer.template} if tokenizer.template else {})}
+    return Checkpoint(str(model_path), "dllama", config, texts, (str(model_path),), (size,), tensors)
+
+
+# -- header ---------------------------------------------------------------------------------------------------------
+
+
+def _read_header(path: str) -> tuple[_Header, int]:
+    """The pairs, and where the tensors begin."""
+    with Cursor(path) as cursor:
+        _check_magic(path, cursor.take(min(4, cursor.size), "magic"))
+        length = cursor.number("i", "header size")
+        count = (length - 8) // 8
+        if length % 8 or not 0 <= count <= MOST_PAIRS:
+            raise damaged(path, f"its header has {length} bytes")
+        cursor.expect(count * 8, "header")
+        pairs = [(cursor.number("i", "key"), cursor.number("i", "value")) for _ in range(count)]
+    keys = [key for key, _ in pairs]
+    for key in keys:
+        if not 0 <= key < len(KEYS) or keys.count(key) > 1:
+            raise damaged(
+                path, f"its header has {'the unknown key' if keys.count(key) == 1 else 'twice the key'} {key}"
+            )
+    return _Header(path, {KEYS[key]: value for key, value in pairs}), length
+
+
+def _check_magic(path: str, found: bytes) -> None:
+    if found in OLD_MAGICS:
+        raise UserError(
+            f"{path}: a model file from before distributed-llama 0.3, which does not tell the type of its weights: "
+            "download or convert the model again."
+        )
+    if found != MAGIC:
+        raise UserError(
+            f"{path}: not a distributed-llama model: it begins with {found.hex(' ') or '(nothing)'}, "
+            f"expected {MAGIC.hex(' ')}."
+        )
+
+
+def _config(header: _Header, family: Family) -> dict[str, Any]:
+    """The header as config.json."""
+    assert family.dllama
+    heads, hidden = header.size("n_heads"), header.size("dim")
+    config = {
+        "model_type": family.model_type,
+        "hidden_size": hidden,
+        "intermediate_size": header.size("hidden_dim"),
+        "num_hidden_layers": header.size("n_layers", most=MOST_LAYERS),
+        "num_attention_heads": heads,
+        "num_key_value_heads": header.size("n_kv_heads", heads),
+        "head_dim": header.size("head_dim", hidden // heads),
+        "vocab_size": header.size("vocab_size"),
+        "max_position_embeddings": header.size("max_seq_len"),
+        "rms_norm_eps": header.choice("norm_epsilon", EPSILONS, 5),
+        "rope_theta": float(header.size("rope_theta", 10000)),
+        "rope_scaling": _rope_scaling(header, family.dllama),
+        "tie_word_embeddings": False,
+    }
+    return {**config, **_experts(header, family)}
+
+
+def _experts(header: _Header, family: Family) -> dict[str, Any]:
+    has_experts = family.dllama is not None and family.dllama.experts
+    if bool(header.values.get("n_experts", 0)) != has_experts:
+        raise damaged(
+            header.path, f"its header has arch_type {family.model_type} and n_experts={header.values.get('n_experts')}"
+        )
+    if not has_experts:
+        return {}
+    return {
+        "num_experts": header.size("n_experts", most=MOST_EXPERTS),
+        "num_experts_per_tok": header.size("n_active_experts", most=MOST_EXPERTS),
+        "moe_intermediate_size": header.size("moe_hidden_dim"),
+        "norm_topk_prob": True,
+    }
+
+
+def _rope_scaling(header: _Header, dllama: Dllama) -> dict[str, Any] | None:
+    """Llama 3.1's scaling for rope_type 2, nothing for 0; 1 is Falcon's order of channels."""
+    if not dllama.scaled_rope or header.choice("rope_type", {0: "default", 2: "llama3"}, 0) == "default":
+        _refuse_scaling(header)
+        return None
+    return {
+        "rope_type": "llama3",
+        "factor": float(header.size("rope_scaling_factor")),
+        "low_freq_factor": float(header.size("rope_scaling_low_freq_factor")),
+        "high_freq_factor": float(header.size("rope_scaling_high_freq_factor")),
+        "original_max_position_embeddings": header.size("rope_scaling_orig_max_seq_len"),
+    }
+
+
+def _refuse_scaling(header: _Header) -> None:
+    """Refuse a factor that nobody would read."""
+    factor = header.values.get("rope_scaling_factor", 1)
+    if factor not in (0, 1):
+        raise UserError(
+            f"{header.path}: its header has rope_scaling_factor={factor} with "
+            f"rope_type={header.values.get('rope_type', 0)}: mpillama scales Llama models with rope_type=2 only, take "
+            "the model in another format."
+        )

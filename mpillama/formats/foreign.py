@@ -1,0 +1,110 @@
+"""What the readers of foreign checkpoints share: refusals, texts of bounded size, checks of the table."""
+
+import json
+import stat
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from mpillama.errors import UserError
+from mpillama.formats.checkpoint import StoredTensor
+from mpillama.formats.stand_ins import HEAD_BYTES, refuse_text_stand_in
+from mpillama.models.mlp import MOST_EXPERTS
+
+MOST_TEXT = 2**28
+"""Bytes of a text file that are read at the most; the largest tokenizer.json has a tenth of it."""
+
+
+def damaged(path: str | Path, what: str) -> UserError:
+    """The refusal of a file that contradicts itself."""
+    return UserError(f"{path}: the file is damaged or truncated ({what}): copy or download it again.")
+
+
+def one_line(error: BaseException) -> str:
+    """What another library found, as part of a sentence."""
+    return " ".join(f"{type(error).__name__}: {error}".split())[:300]
+
+
+def unreadable(path: str | Path, error: OSError) -> UserError:
+    """The refusal of a file that the system does not give."""
+    reason = (error.strerror or str(error)).lower()
+    return UserError(f"{path}: {reason}: check the path of the model and who may read it.")
+
+
+def regular_size(path: str | Path) -> int:
+    """The size of a file; UserError if it is missing or no regular file (a pipe would be waited for)."""
+    try:
+        status = Path(path).stat()
+    except OSError as error:
+        raise unreadable(path, error) from error
+    except ValueError as error:  # a zero byte in a name
+        raise UserError(f"{str(path)!r}: no such file: check the path of the model.") from error
+    if not stat.S_ISREG(status.st_mode):
+        raise UserError(f"{path}: not a regular file: give the path of a model.")
+    return status.st_size
+
+
+def read_text(path: Path) -> bytes:
+    """The bytes of a small file."""
+    size = regular_size(path)
+    if size > MOST_TEXT:
+        raise UserError(f"{path}: has {size} bytes, a text beside a model at most {MOST_TEXT}: download it again.")
+    try:
+        text = path.read_bytes()
+    except OSError as error:
+        raise unreadable(path, error) from error
+    refuse_text_stand_in(path, text[:HEAD_BYTES])
+    return text
+
+
+def read_json(path: Path) -> Mapping[str, Any]:
+    """The JSON object that a small file holds."""
+    text = read_text(path)
+    try:
+        value = json.loads(text.decode())
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: not valid JSON ({one_line(error)}): copy or download it again.") from error
+    if not isinstance(value, dict):
+        raise damaged(path, f"it holds a {type(value).__name__}, expected a JSON object")
+    return value
+
+
+def check_extents(files: Sequence[str], sizes: Sequence[int], tensors: Iterable[StoredTensor]) -> None:
+    """Refuse tensors of impossible shape, past the end of their file, or over each other."""
+    extents = []
+    for tensor in tensors:
+        path, size = files[tensor.file], sizes[tensor.file]
+        try:
+            end = tensor.offset + tensor.bytes
+        except ValueError as error:
+            raise damaged(path, f"tensor {tensor.name!r}: {error}") from error
+        if tensor.offset < 0 or end > size:
+            raise damaged(path, f"tensor {tensor.name!r} ends at byte {end}, but the file has {size} bytes")
+        extents.append((tensor.file, tensor.offset, end, tensor.name))
+    for before, after in pairwise(sorted(extents)):
+        if before[0] == after[0] and before[2] > after[1]:
+            raise damaged(files[after[0]], f"tensors {before[3]!r} and {after[3]!r} overlap at byte {after[1]}")
+
+
+def by_name(files: Sequence[str], tensors: Iterable[StoredTensor]) -> dict[str, StoredTensor]:
+    """The table by name; UserError for a name that appears twice."""
+    table: dict[str, StoredTensor] = {}
+    for tensor in tensors:
+        if tensor.name in table:
+            raise damaged(files[tensor.file], f"tensor {tensor.name!r} appears twice")
+        table[tensor.name] = tensor
+    return table
+
+
+def split_experts(path: str, prefix: str, tensor: StoredTensor, parts: Sequence[str]) -> Iterator[StoredTensor]:
+    """Cut [experts, rows, columns] into a matrix for each expert and part; the parts of an expert follow each other."""
+    if len(tensor.shape) != 3 or tensor.shape[0] > MOST_EXPERTS or tensor.shape[1] % len(parts):
+        raise damaged(path, f"tensor {tensor.name!r} of stacked experts has shape {tensor.shape}")
+    experts, rows, columns = tensor.shape
+    rows //= len(parts)
+    step = rows * tensor.type.row_bytes(columns)
+    for number in range(experts * len(parts)):
+        name = f"{prefix}{number // len(parts)}.{parts[number % len(parts)]}.weight"
+        yield replace(tensor, name=name, shape=(rows, columns), offset=tensor.offset + number * step)

@@ -1,0 +1,229 @@
+"""GGUF's metadata as a configuration in Hugging Face's spelling."""
+
+import math
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from mpillama.errors import UserError
+from mpillama.formats.foreign import damaged
+from mpillama.formats.gguf.header import GgufHeader
+from mpillama.formats.gguf.names import OUTPUT, ROPE_FACTORS
+from mpillama.models.families import gguf_architectures
+from mpillama.models.family import Gguf
+from mpillama.models.rope import yarn_attention_factor
+
+OTHER_KINDS = {
+    "adapter": "an adapter (LoRA), not a model: merge it into its base model (llama-export-lora), and give that file",
+    "mmproj": "the part of a model that sees pictures: give the .gguf file of its language model",
+    "imatrix": "an importance matrix for quantising, not a model: give the .gguf file of the model",
+}
+"""What a file of a general.type that is not "model" holds, and what to do."""
+MOST = 2**40
+"""A damaged file may claim more of something."""
+BY_LAYER = ("attention.head_count", "attention.head_count_kv", "feed_forward_length", "attention.sliding_window")
+"""Keys that may have a value for each layer."""
+TOKENIZER = "tokenizer.ggml."
+
+
+class Metadata:
+    """Takes checked values out of a file's metadata; names without a dot before them belong to the architecture."""
+
+    def __init__(self, header: GgufHeader):
+        self.header = header
+        self.path = header.path
+        kind = header.value("general.type")
+        if kind in OTHER_KINDS:
+            raise UserError(f"{self.path}: {OTHER_KINDS[kind]}.")
+        self.architecture = header.value("general.architecture")
+        known = gguf_architectures()
+        if self.architecture not in known:
+            raise UserError(
+                f"{self.path}: architecture {self.architecture!r}: mpillama runs {', '.join(known)} of GGUF."
+            )
+        families = known[self.architecture]
+        with_experts = bool(self.get("expert_count"))
+        self.family = next((f for f in families if f.gguf and f.gguf.experts == with_experts), families[0])
+
+    def get(self, key: str) -> Any:
+        """The architecture's value, None if there is none; of a list with a value for each layer the one of all."""
+        name = f"{self.architecture}.{key}"
+        value = self.header.metadata.get(name)
+        if key not in BY_LAYER or not isinstance(value, np.ndarray):
+            return self.header.value(name)
+        different = sorted(set(value.tolist()))
+        if len(different) != 1:
+            shown = ", ".join(map(str, different[:8])) or "no values"
+            raise UserError(
+                f"{self.path}: {name} differs from layer to layer ({shown}): mpillama runs models whose layers are all "
+                "alike."
+            )
+        return different[0]
+
+    def number(self, key: str, default: float | None = None) -> float:
+        """A positive finite number."""
+        value = self.get(key)
+        value = default if value is None else value
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+            raise damaged(
+                self.path, f"its metadata has {self.architecture}.{key}={value!r}, expected a positive number"
+            )
+        return value
+
+    def size(self, key: str, default: int | None = None) -> int:
+        """A positive whole number."""
+        value = self.number(key, default)
+        if value != int(value) or value >= MOST:
+            raise damaged(self.path, f"its metadata has {self.architecture}.{key}={value!r}, expected a whole number")
+        return int(value)
+
+    def refuse_unread(self, prefix: str, known: Collection[str]) -> None:
+        """Refuse a key of the architecture that begins so and that nobody reads; off and zero change nothing."""
+        start = f"{self.architecture}.{prefix}"
+        for key, value in self.header.metadata.items():
+            shown = value.tolist() if isinstance(value, np.ndarray) else value
+            in_force = any(shown) if isinstance(shown, list) else bool(shown)
+            if key.startswith(start) and key.removeprefix(start) not in known and in_force:
+                name = key.encode(errors="backslashreplace").decode()  # in a damaged file it may be no text
+                raise UserError(
+                    f"{self.path}: its metadata has {name}={shown!r}, which mpillama does not know and cannot leave "
+                    "out: take another file of the model."
+                )
+
+    def token_id(self, name: str) -> int | None:
+        """A special token's id, None if there is none."""
+        value = self.header.value(f"{TOKENIZER}{name}_token_id")
+        return value if isinstance(value, int) else None
+
+    @property
+    def gguf(self) -> Gguf:
+        """How the family is held."""
+        assert self.family.gguf
+        return self.family.gguf
+
+    @property
+    def head_dim(self) -> int:
+        """Channels of a head; refused if only a part of them is rotated."""
+        default = self.size("embedding_length") // self.size("attention.head_count")
+        head_dim = self.size("attention.key_length", default)
+        for key in ("rope.dimension_count", "attention.value_length"):
+            if self.size(key, head_dim) != head_dim:
+                raise UserError(
+                    f"{self.path}: {key}={self.get(key)!r}, but the heads have {head_dim} channels: "
+                    "mpillama runs models whose heads are rotated whole."
+                )
+        return head_dim
+
+
+def hugging_face_config(
+    metadata: Metadata, names: Collection[str], vocab_size: int, factors: Sequence[float] | None
+) -> dict[str, Any]:
+    """Build config.json; `names` are GGUF's names of tensors, `factors` the divisors of the rotary frequencies."""
+    heads = metadata.size("attention.head_count")
+    config = {
+        "model_type": metadata.family.model_type,
+        "hidden_size": metadata.size("embedding_length"),
+        "intermediate_size": metadata.size("feed_forward_length", _expert_width(metadata)),
+        "num_hidden_layers": metadata.size("block_count"),
+        "num_attention_heads": heads,
+        "num_key_value_heads": metadata.size("attention.head_count_kv", heads),
+        "head_dim": metadata.head_dim,
+        "vocab_size": vocab_size,
+        "max_position_embeddings": metadata.size("context_length"),
+        "rms_norm_eps": metadata.number("attention.layer_norm_rms_epsilon"),
+        "rope_theta": float(metadata.number("rope.freq_base", 10000.0)),
+        "rope_scaling": _rope_scaling(metadata, factors),
+        "tie_word_embeddings": OUTPUT not in names,
+    }
+    present = {key: f"blk.0.{ending}" in names for key, ending in metadata.gguf.flags.items()}
+    flags = {key: found for key, found in present.items() if found != metadata.family.defaults.get(key, False)}
+    optional = {**flags, **metadata.gguf.fields(metadata), **_special_tokens(metadata)}
+    window = metadata.get("attention.sliding_window")
+    return {**config, **optional, **({"sliding_window": metadata.size("attention.sliding_window")} if window else {})}
+
+
+def _expert_width(metadata: Metadata) -> int | None:
+    """The width of an expert where the metadata states it."""
+    key = "expert_feed_forward_length"
+    return metadata.size(key) if metadata.get(key) is not None else None
+
+
+def _special_tokens(metadata: Metadata) -> dict[str, Any]:
+    """BOS, and every token that ends a turn."""
+    bos = metadata.token_id("bos")
+    ends = [metadata.token_id(name) for name in ("eos", "eot", "eom")]
+    stops = list(dict.fromkeys(end for end in ends if end is not None))
+    return {**({} if bos is None else {"bos_token_id": bos}), **({"eos_token_id": stops} if stops else {})}
+
+
+# -- scaling of rotary frequencies ----------------------------------------------------------------------------------
+
+ROPE_FIELDS = {
+    "none": ("scaling.factor",),
+    "linear": ("scaling.factor", "scale_linear"),
+    "yarn": (
+        *("scaling.factor", "scaling.original_context_length", "scaling.attn_factor", "scaling.yarn_attn_factor"),
+        *("scaling.yarn_beta_fast", "scaling.yarn_beta_slow", "scaling.yarn_ext_factor", "scaling.yarn_log_multiplier"),
+    ),
+}
+"""What each rule reads of `rope.`; llama.cpp passes over the factor if the rule is "none"."""
+ALWAYS_READ = ("dimension_count", "freq_base", "scaling.type", "scaling.finetuned")
+
+
+def _rope_scaling(metadata: Metadata, factors: Sequence[float] | None) -> dict[str, Any] | None:
+    """Hugging Face's rope_scaling; "factors" is ours, for the divisors that GGUF has in place of llama3's constants."""
+    scaled = metadata.get("rope.scaling.factor") or metadata.get("rope.scale_linear")
+    kind = metadata.get("rope.scaling.type") or ("linear" if scaled else "none")  # as llama.cpp takes it
+    known: Mapping[Any, Callable[[Metadata], dict[str, Any] | None]] = {
+        "none": lambda metadata: None,
+        "linear": _linear,
+        "yarn": _yarn,
+    }
+    if not isinstance(kind, str) or kind not in known:
+        raise UserError(f"{metadata.path}: rope.scaling.type={kind!r}: mpillama runs {', '.join(known)}.")
+    if factors and kind != "none":
+        raise UserError(
+            f"{metadata.path}: rope.scaling.type={kind!r} together with the tensor {ROPE_FACTORS}: mpillama runs one "
+            "of both."
+        )
+    metadata.refuse_unread("rope.", (*ALWAYS_READ, *ROPE_FIELDS[kind]))
+    return {"rope_type": "factors", "factors": list(factors)} if factors else known[kind](metadata)
+
+
+def _linear(metadata: Metadata) -> dict[str, Any]:
+    factor = metadata.number("rope.scaling.factor", metadata.get("rope.scale_linear"))
+    return {"rope_type": "linear", "factor": float(factor)}
+
+
+def _yarn(metadata: Metadata) -> dict[str, Any]:
+    scaling: dict[str, Any] = {"rope_type": "yarn", "factor": float(metadata.number("rope.scaling.factor"))}
+    if metadata.get("rope.scaling.original_context_length"):
+        scaling["original_max_position_embeddings"] = metadata.size("rope.scaling.original_context_length")
+    for name in ("beta_fast", "beta_slow"):
+        if metadata.get(f"rope.scaling.yarn_{name}"):
+            scaling[name] = float(metadata.number(f"rope.scaling.yarn_{name}"))
+    if metadata.number("rope.scaling.yarn_ext_factor", 1.0) != 1:
+        raise UserError(
+            f"{metadata.path}: rope.scaling.yarn_ext_factor={metadata.get('rope.scaling.yarn_ext_factor')!r}: mpillama "
+            "runs YaRN with the whole of its ramp (1)."
+        )
+    factor = _yarn_attention_factor(metadata, scaling["factor"])
+    return scaling if factor is None else {**scaling, "attention_factor": factor}
+
+
+def _yarn_attention_factor(metadata: Metadata, factor: float) -> float | None:
+    """What cosines and sines are multiplied by, None for YaRN's own factor.
+
+    Converters write Hugging Face's attention_factor, which is all of it, as yarn_attn_factor, and mscale_all_dim as
+    yarn_log_multiplier; attn_factor is one more.
+    """
+    gain = metadata.number("rope.scaling.attn_factor", 1.0)
+    if metadata.get("rope.scaling.yarn_attn_factor") is not None:
+        return float(gain * metadata.number("rope.scaling.yarn_attn_factor"))
+    scale = (
+        metadata.number("rope.scaling.yarn_log_multiplier") if metadata.get("rope.scaling.yarn_log_multiplier") else 0
+    )
+    if gain == 1 and not scale:
+        return None
+    return float(gain * yarn_attention_factor(factor, 1.0, scale))

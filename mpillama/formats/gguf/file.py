@@ -1,0 +1,139 @@
+"""A checkpoint in GGUF, in one file or split over several."""
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mpillama.errors import UserError
+from mpillama.formats.chat_templates import DEFAULT, named_templates, only_template
+from mpillama.formats.checkpoint import Checkpoint, StoredTensor
+from mpillama.formats.foreign import by_name, check_extents, damaged, unreadable
+from mpillama.formats.gguf.config import TOKENIZER, Metadata, hugging_face_config
+from mpillama.formats.gguf.header import GgufHeader, read_gguf_header
+from mpillama.formats.gguf.names import EMBEDDING, ROPE_FACTORS, canonical
+from mpillama.formats.reading import read_exactly
+
+PART = re.compile(r"(.*)-([0-9]{5})-of-([0-9]{5})\.gguf", re.DOTALL)
+VOCABULARY = "gguf_vocabulary.json"
+TEMPLATE = "chat_template.jinja"
+NAMED_TEMPLATE = "tokenizer.chat_template."
+
+
+def read_gguf(path: str) -> Checkpoint:
+    """Read everything but the weights; of a split file any part may be given."""
+    headers = _read_parts(str(path))
+    files, sizes = tuple(h.path for h in headers), tuple(h.size for h in headers)
+    found = [tensor for header in headers for tensor in header.tensors]
+    check_extents(files, sizes, found)
+    stored = by_name(files, found)
+    metadata = Metadata(headers[0])
+    factors = _rope_factors(files, stored.pop(ROPE_FACTORS, None), metadata.head_dim)
+    config = hugging_face_config(metadata, stored.keys(), _vocab_size(metadata, stored), factors)
+    gguf, head_dim = metadata.gguf, metadata.head_dim
+    named = (c for tensor in stored.values() for c in canonical(files[tensor.file], tensor, gguf, head_dim))
+    table = by_name(files, named)
+    return Checkpoint(str(path), "gguf", config, _texts(headers[0].metadata), files, sizes, table)
+
+
+# -- parts ----------------------------------------------------------------------------------------------------------
+
+
+def _read_parts(path: str) -> list[GgufHeader]:
+    """The headers of all parts in their order; the first has the metadata."""
+    named = PART.fullmatch(Path(path).name)
+    given, count = (int(named[2]) - 1, int(named[3])) if named else (0, 1)
+    header = read_gguf_header(path, given)
+    _check_count(header, count)
+    if named is None or count == 1:
+        return [header]
+    paths = [str(Path(path).with_name(f"{named[1]}-{n + 1:05d}-of-{count:05d}.gguf")) for n in range(count)]
+    headers = [header if number == given else _read_part(paths, number) for number in range(count)]
+    for number, part in enumerate(headers):
+        _check_part(part, number, count)
+    _check_total(headers)
+    return headers
+
+
+def _check_count(header: GgufHeader, by_file_name: int) -> None:
+    """Refuse a file whose name tells another number of parts than its metadata."""
+    count = header.value("split.count") or 1
+    if count != by_file_name:
+        raise UserError(
+            f"{header.path}: split.count={count!r}, but by its name it is one of {by_file_name}: "
+            "give all parts the names they were published with (…-00001-of-00002.gguf)."
+        )
+
+
+def _read_part(paths: list[str], number: int) -> GgufHeader:
+    path = paths[number]
+    if not Path(path).exists():
+        raise UserError(
+            f"{path}: missing part {number + 1} of {len(paths)} of the model: download it to the same folder."
+        )
+    return read_gguf_header(path, number)
+
+
+def _check_part(header: GgufHeader, number: int, count: int) -> None:
+    found = header.value("split.no"), header.value("split.count")
+    if found != (number, count):
+        raise damaged(header.path, f"split.no and split.count are {found}, by its name {(number, count)}")
+
+
+def _check_total(headers: list[GgufHeader]) -> None:
+    total = sum(len(header.tensors) for header in headers)
+    promised = headers[0].value("split.tensors.count", total)
+    if promised != total:
+        raise damaged(headers[0].path, f"its parts hold {total} tensors, split.tensors.count is {promised!r}")
+
+
+# -- what stands in tensors and vocabulary --------------------------------------------------------------------------
+
+
+def _vocab_size(metadata: Metadata, stored: Mapping[str, StoredTensor]) -> int:
+    """Rows of the embedding; without one what the metadata says."""
+    if EMBEDDING in stored:
+        return stored[EMBEDDING].shape[0]
+    tokens = metadata.header.metadata.get(TOKENIZER + "tokens")
+    return metadata.size("vocab_size", len(tokens) if isinstance(tokens, list) else None)
+
+
+def _rope_factors(files: tuple[str, ...], tensor: StoredTensor | None, head_dim: int) -> list[float] | None:
+    """The divisors of the rotary frequencies, which are weights in GGUF and configuration to us."""
+    if tensor is None:
+        return None
+    path = files[tensor.file]
+    if tensor.stored != "f32" or tensor.shape != (head_dim // 2,):
+        raise damaged(
+            path, f"{ROPE_FACTORS} is {tensor.stored} of shape {tensor.shape}, expected f32 ({head_dim // 2},)"
+        )
+    data = bytearray(4 * tensor.shape[0])
+    try:
+        with Path(path).open("rb") as file:
+            read_exactly(file.fileno(), memoryview(data), tensor.offset)
+    except OSError as error:
+        raise unreadable(path, error) from error
+    factors = np.frombuffer(data, "<f4")
+    if not np.all((factors > 0) & np.isfinite(factors)):
+        raise damaged(path, f"{ROPE_FACTORS} holds divisors that are not positive numbers")
+    return [float(factor) for factor in factors]
+
+
+def _texts(values: Mapping[str, Any]) -> dict[str, bytes]:
+    """The vocabulary as JSON (keys without "tokenizer.ggml."), and the chat template."""
+    texts = {}
+    vocabulary = {key.removeprefix(TOKENIZER): value for key, value in values.items() if key.startswith(TOKENIZER)}
+    if vocabulary:
+        texts[VOCABULARY] = json.dumps(vocabulary, default=np.ndarray.tolist).encode()
+    named = {key.removeprefix(NAMED_TEMPLATE): value for key, value in values.items() if key.startswith(NAMED_TEMPLATE)}
+    templates = {DEFAULT: values.get(NAMED_TEMPLATE[:-1]), **named}
+    listed = [{"name": name, "template": text} for name, text in templates.items() if text]
+    template = only_template(named_templates(listed))
+    if template:
+        texts[TEMPLATE] = template.encode(errors="surrogateescape")
+    elif listed:
+        texts["tokenizer_config.json"] = json.dumps({"chat_template": listed}, default=str).encode()
+    return texts

@@ -1,0 +1,140 @@
+"""A checkpoint in Hugging Face's layout: a folder with config.json, safetensors files and the texts beside them."""
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from mpillama.errors import UserError
+from mpillama.formats.chat_templates import named_templates, only_template
+from mpillama.formats.checkpoint import Checkpoint, StoredTensor
+from mpillama.formats.foreign import by_name, check_extents, damaged, read_json, read_text, regular_size, split_experts
+from mpillama.formats.output_head import TIED, settle_head, with_prefix
+from mpillama.formats.safetensors_table import IGNORED, read_safetensors_table
+from mpillama.formats.stand_ins import what_folder
+from mpillama.models.families import FAMILIES
+
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+TEMPLATE = "chat_template.jinja"
+TOKENIZER_CONFIG = "tokenizer_config.json"
+TEXTS = ("tokenizer.json", TEMPLATE, "generation_config.json", TOKENIZER_CONFIG)
+OLDER_TOKENIZER = ("tokenizer.model", "added_tokens.json")
+"""What stands for tokenizer.json in older folders: a model of SentencePiece, and ids of more tokens by their names."""
+SENTENCES = "modules.json"
+"""Beside models that make embeddings of sentences (sentence-transformers)."""
+QUANTISED = ("quantization_config", "compression_config", "quantization")
+FUSED_EXPERTS = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
+
+
+def read_hugging_face(path: str) -> Checkpoint:
+    """Read everything but the weights of a folder; UserError says what is missing, damaged or not taken."""
+    folder = Path(path)
+    config = read_json(folder / "config.json")
+    _refuse_nested(path, config)
+    _refuse_quantised(path, config)
+    placed = _placed_by_index(folder)
+    names = sorted(set(placed.values())) or [WEIGHTS]
+    files = tuple(str(folder / name) for name in names)
+    sizes = tuple(regular_size(file) for file in files)
+    tables = [read_safetensors_table(file, number) for number, file in enumerate(files)]
+    _check_index(folder, placed, names, tables)
+    tensors = [tensor for table in tables for tensor in table]
+    check_extents(files, sizes, tensors)
+    family = FAMILIES.get(str(config.get("model_type")))
+    renames = family.renames if family else {}
+    stored = by_name(files, (c for tensor in tensors for c in _canonical(files[tensor.file], tensor, renames)))
+    table = with_prefix(stored)
+    without_head = table is not stored and not config.get(TIED)
+    config, table = settle_head(str(path), config, table, files, without_head or (folder / SENTENCES).exists())
+    return Checkpoint(str(path), "hugging_face", config, _texts(folder), files, sizes, table)
+
+
+# -- what is not taken ----------------------------------------------------------------------------------------------
+
+
+def _refuse_nested(path: str, config: Mapping[str, Any]) -> None:
+    if "text_config" in config:
+        raise UserError(
+            f"{path}: model_type={config.get('model_type')!r} keeps its language model under text_config: "
+            "mpillama reads models of text alone."
+        )
+
+
+def _refuse_quantised(path: str, config: Mapping[str, Any]) -> None:
+    found = next((config[key] for key in QUANTISED if config.get(key)), None)
+    if found is None:
+        return
+    method = found.get("quant_method") if isinstance(found, dict) else None
+    name = repr(method) if method else "'mlx'" if "quantization" in config else "an unnamed method"
+    raise UserError(
+        f"{path}: the weights are quantised with {name}: "
+        "give the model's original weights (F32, F16 or BF16), or a GGUF file of it."
+    )
+
+
+# -- which files ----------------------------------------------------------------------------------------------------
+
+
+def has_weights(folder: Path) -> bool:
+    """Whether a folder has weights under the names that are read."""
+    return (folder / WEIGHTS).exists() or (folder / INDEX).exists()
+
+
+def _placed_by_index(folder: Path) -> Mapping[str, str]:
+    """Which file holds which tensor, as the index says; nothing for a model in one file."""
+    if (folder / WEIGHTS).exists():
+        return {}
+    if not (folder / INDEX).exists():
+        raise UserError(f"{folder}: has neither {WEIGHTS} nor {INDEX}: {what_folder(folder)}.")
+    placed = read_json(folder / INDEX).get("weight_map")
+    if not isinstance(placed, dict) or not placed or not all(_is_file_name(name) for name in placed.values()):
+        raise damaged(folder / INDEX, "its weight_map does not give a file of this folder for each tensor")
+    for name in sorted(set(placed.values())):
+        if not (folder / name).exists():
+            raise UserError(f"{folder}: {name!r} is missing, which {INDEX} names: download it again.")
+    return placed
+
+
+def _is_file_name(name: Any) -> bool:
+    """Whether it names a file in the folder itself."""
+    return isinstance(name, str) and name not in ("", ".", "..") and not set(name) & {"/", "\\", "\0"}
+
+
+def _check_index(folder: Path, placed: Mapping[str, str], names: list[str], tables: list[list[StoredTensor]]) -> None:
+    """Refuse an index that names a tensor which its file does not hold."""
+    held = {name: {tensor.name for tensor in table} for name, table in zip(names, tables, strict=True)}
+    for tensor, file in placed.items():
+        if tensor not in held[file] and not tensor.endswith(IGNORED):
+            raise damaged(folder / file, f"it has no tensor {tensor!r}, which {INDEX} places there")
+
+
+# -- names ----------------------------------------------------------------------------------------------------------
+
+
+def _canonical(path: str, tensor: StoredTensor, renames: Mapping[str, str]) -> Iterator[StoredTensor]:
+    """The tensor under its canonical name; stacked experts one by one."""
+    name = tensor.name
+    for pattern, replacement in renames.items():
+        name = re.sub(pattern, replacement, name)
+    fused = re.fullmatch(r"(.*\.mlp\.experts\.)(gate_up_proj|down_proj)", name)
+    if fused:
+        yield from split_experts(path, fused[1], tensor, FUSED_EXPERTS[fused[2]])
+    else:
+        yield replace(tensor, name=name)
+
+
+# -- texts ----------------------------------------------------------------------------------------------------------
+
+
+def _texts(folder: Path) -> dict[str, bytes]:
+    """The texts that are there; an older checkpoint's chat template is taken out of its tokenizer_config.json."""
+    texts = {name: read_text(folder / name) for name in TEXTS if (folder / name).exists()}
+    if "tokenizer.json" not in texts and (folder / OLDER_TOKENIZER[0]).exists():
+        texts |= {name: read_text(folder / name) for name in OLDER_TOKENIZER if (folder / name).exists()}
+    if TEMPLATE not in texts and TOKENIZER_CONFIG in texts:
+        template = only_template(named_templates(read_json(folder / TOKENIZER_CONFIG).get("chat_template")))
+        if template:
+            texts[TEMPLATE] = template.encode(errors="replace")
+    return texts

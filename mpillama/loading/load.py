@@ -1,0 +1,162 @@
+"""From settings to a model that is ready to run on every rank."""
+
+import logging
+import time
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import cast
+
+from mpillama.engine.executor import Executor
+from mpillama.errors import UserError
+from mpillama.formats.contents import refuse_other_contents, sample_digests
+from mpillama.formats.output_head import refuse_headless
+from mpillama.formats.reading import changed, modified
+from mpillama.job.start import World
+from mpillama.kernels.library import Team
+from mpillama.kernels.target import Target
+from mpillama.loading.model_file import ModelFile, chat_template_source, model_path, open_model
+from mpillama.loading.preflight import cache_room, choose_context, measure_host, refuse_no_room, warn_of_hosts
+from mpillama.loading.progress import PLACE, AbandonedError, LoadState, LoadWatch
+from mpillama.loading.reduction import choose_reduction
+from mpillama.loading.replicated import ReplicatedTensors, is_read
+from mpillama.loading.settings import EngineSettings, ModelSettings
+from mpillama.loading.truncated import truncated
+from mpillama.models.cache import blocks_for
+from mpillama.models.decoder import Decoder
+from mpillama.models.weights import Weights, load_weights
+
+Progress = Callable[[int], AbstractContextManager[Callable[[LoadState], None]]]
+"""Opens a display for a number of bytes of all ranks; gives the function that is told how far they are."""
+
+DEFAULT_BATCH_CONTEXT = 4096
+"""Positions of a sequence that a group of ranks must have room for, if the user does not say how many."""
+LOG = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A rank's part of a model, and what the file says of it."""
+
+    file: ModelFile
+    model: Decoder
+    bytes_read: int
+    seconds: float
+    context: int
+    cache_room: int
+    """Cache blocks that fit every host."""
+
+
+def load_model(settings: ModelSettings, world: World, target: Target, progress: Progress) -> LoadedModel:
+    """Read the table on rank 0 and every rank's slices; UserError on all ranks if any cannot."""
+    comm = world.comm
+    start = time.perf_counter()
+    open_file = lambda: open_model(model_path(settings.model), settings.weights, settings.tokenizer)  # noqa: E731
+    file = comm.on_root(lambda: comm.busy(open_file, "reading the model's table"))
+    if settings.needs_head:
+        refuse_headless(file.path, file.config.lm_head)
+    if settings.needs_template:
+        chat_template_source(file)
+    _refuse_other_contents(file, world)
+    file = truncated(file, settings.layers)
+    _check_sizes(settings, file)
+    LOG.info("table of %s with %d tensors after %.1f s.", file.path, len(file.specs), time.perf_counter() - start)
+    warn_of_hosts(world)
+    comm.together(lambda: refuse_no_room(settings.force))
+    chunk = max(1, min(settings.prefill_chunk, settings.max_seq_len or file.config.max_position_embeddings))
+    choose_reduction(comm, world, target.team, file.config.padded_hidden_size, chunk)
+    LOG.info("kernels ready (%s) after %.1f s.", target.isa.name, time.perf_counter() - start)
+    host = measure_host(file, world, settings.kv_type, chunk)
+    context = choose_context(file, world, settings.max_seq_len, host, settings.force)
+    room = cache_room(world, host)
+    LOG.info(
+        "the ranks of this host need %.3f GB for a context of %d tokens, %.3f GB are available.",
+        host.need(context) / 1e9, context, host.available / 1e9,
+    )  # fmt: skip
+    start = time.perf_counter()
+    weights, bytes_read = _read_weights(settings, file, world, target.team, progress)
+    seconds = time.perf_counter() - start
+    LOG.info("read %d bytes in %.1f s, %.2f GB/s.", bytes_read, seconds, bytes_read / seconds / 1e9)
+    model = Decoder(file.config, weights, comm, target.team)
+    return LoadedModel(file, model, bytes_read, time.perf_counter() - start, context, room)
+
+
+def _refuse_other_contents(file: ModelFile, world: World) -> None:
+    """UserError on all ranks if one sees other files than rank 0."""
+    comm = world.comm
+    digests = comm.gather(comm.together(lambda: sample_digests(file.files)))
+    refuse_other_contents(file.files, digests, comm.gather(world.host))
+
+
+def _read_weights(
+    settings: ModelSettings, file: ModelFile, world: World, team: Team, progress: Progress
+) -> tuple[Weights, int]:
+    """This rank's slices, and the bytes read of the file; once a rank cannot read its own, all stop."""
+    comm = world.comm
+    stamps = _stamps(file) if comm.is_root else {}
+    reader = comm.together(lambda: file.reader(lambda count: None, team.threads, settings.verify))
+    replicated = ReplicatedTensors(comm, reader.read)
+    part = file.config.partition(comm.size)[comm.rank]
+    total = sum(file.stored_bytes(spec, spec.units_of(part)) for spec in file.specs if is_read(spec, comm))
+    sizes = comm.gather((total, world.host))
+
+    def read() -> Weights | None:
+        try:
+            with progress(sum(size for size, _ in sizes)) as show:
+                watch = LoadWatch(comm, [host for _, host in sizes], reader, total, show)
+                weights = load_weights(
+                    file.config, file.specs, part, replicated.read, reader.at_once, team, watch.attend
+                )
+            reader.check_unchanged()
+            _check_stamps(stamps)
+        except AbandonedError:
+            return None
+        finally:
+            reader.close()
+        return weights
+
+    weights = cast(Weights, comm.together(read, PLACE))  # None is never alone: another rank raised
+    LOG.info("%d bytes of what all ranks hold were broadcast.", replicated.share())
+    return weights, reader.bytes_read
+
+
+def _stamps(file: ModelFile) -> dict[str, tuple[int, int]]:
+    """What would tell that a file is another one, by name; nothing for one that is gone, which is read all the same."""
+    return {path: modified(Path(path).stat()) for path in file.files if Path(path).exists()}
+
+
+def _check_stamps(stamps: Mapping[str, tuple[int, int]]) -> None:
+    """UserError if a file was replaced since, perhaps before another rank opened it."""
+    for path, stamp in stamps.items():
+        if Path(path).exists() and modified(Path(path).stat()) != stamp:
+            raise changed(path)
+
+
+def _check_sizes(settings: ModelSettings, file: ModelFile) -> None:
+    """UserError for a context that the model does not have, and for chunks of nothing."""
+    known = file.config.max_position_embeddings
+    if settings.max_seq_len is not None and not 1 <= settings.max_seq_len <= known:
+        raise UserError(f"--max-seq-len is {settings.max_seq_len}: this model's context holds 1 to {known} tokens.")
+    if settings.prefill_chunk < 1:
+        raise UserError(f"--prefill-chunk is {settings.prefill_chunk}: it must be at least 1.")
+
+
+def open_executor(settings: ModelSettings, loaded: LoadedModel) -> Executor:
+    """Allocate the KV cache of one sequence, for the context that was found to fit."""
+    return Executor(loaded.model, loaded.context, settings.kv_type, min(settings.prefill_chunk, loaded.context))
+
+
+def open_shared_executor(settings: EngineSettings, loaded: LoadedModel) -> Executor:
+    """Allocate a cache that all sequences share, each of up to the whole context.
+
+    It holds `cache_tokens` positions, or as many as they can need and the hosts have room for.
+    """
+    longest = blocks_for(loaded.context)
+    if settings.cache_tokens is None:
+        room = min(settings.sequences * longest, loaded.cache_room)
+    else:
+        room = blocks_for(settings.cache_tokens)
+    tokens = max(settings.prefill_chunk, settings.sequences * (1 + settings.speculate))
+    blocks = max(longest, room)
+    return Executor(loaded.model, loaded.context, settings.kv_type, tokens, settings.sequences, blocks)

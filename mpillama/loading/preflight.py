@@ -1,0 +1,117 @@
+"""Before anything is allocated: does what each rank needs fit its host, and which context fits if none is given."""
+
+import logging
+from dataclasses import dataclass
+
+import psutil
+
+from mpillama.errors import UserError
+from mpillama.job.start import World
+from mpillama.loading.host_memory import available_bytes, memory_warnings, process_room
+from mpillama.loading.memory import RESERVE, MemoryModel
+from mpillama.loading.model_file import ModelFile
+from mpillama.models.attention import BLOCK_POSITIONS
+from mpillama.models.cache import blocks_for
+
+PROGRAM_ROOM = 128_000_000
+"""Bytes that a process must be free to map before it loads a model: the demo takes 40 MB, mostly stacks of threads."""
+
+
+def refuse_no_room(force: bool) -> None:
+    """UserError if a limit of this process leaves too little for what a run maps besides the model."""
+    room = process_room()
+    if room < PROGRAM_ROOM and not force:
+        raise UserError(
+            f"a process may take only {room / 1e6:.0f} MB more (ulimit -v), but threads and tables alone need "
+            f"{PROGRAM_ROOM / 1e6:.0f} MB: raise the limit (--force tries all the same)."
+        )
+
+
+@dataclass(frozen=True)
+class Host:
+    """A host's ranks together: bytes without a KV cache, bytes for each 64 positions of it, and what there is."""
+
+    name: str
+    fixed: int
+    per_block: int
+    available: int
+
+    def need(self, context: int) -> int:
+        """Bytes for a context."""
+        return self.fixed + blocks_for(context) * self.per_block
+
+    @property
+    def longest_context(self) -> int:
+        """The most positions that fit, in whole cache blocks; negative if the weights alone do not."""
+        room = self.available - self.fixed
+        return room // self.per_block * BLOCK_POSITIONS if self.per_block else (1 << 40 if room >= 0 else -1)
+
+
+def measure_host(file: ModelFile, world: World, kv_type: str, prefill_chunk: int, size: int | None = None) -> Host:
+    """What the ranks of this host need and have, if `size` ranks share a model; the same on each of them."""
+    size = size or world.comm.size
+    model = MemoryModel(file.config, file.specs, size, kv_type, prefill_chunk)
+    rank = world.comm.rank % size
+    part = file.config.partition(size)[rank]
+    fixed = model.of_rank(rank, part, context=0).to_allocate + RESERVE
+    per_block = model.cache_block_bytes(part)
+    mates = world.neighbours.gather((fixed, per_block, process_room()))
+    narrowest = min(room * len(mates) for _, _, room in mates)  # a limit on each process binds the fullest
+    available = min(world.neighbours.broadcast(available_bytes()), narrowest)
+    return Host(world.host, sum(f for f, _, _ in mates), sum(b for _, b, _ in mates), available)
+
+
+def choose_context(file: ModelFile, world: World, wanted: int | None, host: Host, force: bool) -> int:
+    """The context of the run: as wanted, or the model's own, lowered to what fits every host.
+
+    UserError on all ranks, naming the host, if what is wanted (or the weights alone) cannot fit; `force` overrides.
+    """
+    hosts = world.comm.gather(host)
+    known = file.config.max_position_embeddings
+    tightest = min(hosts, key=lambda h: h.longest_context)
+    if force or tightest.longest_context >= (known if wanted is None else wanted):
+        return known if wanted is None else wanted
+    if wanted is None and tightest.longest_context >= BLOCK_POSITIONS:
+        return tightest.longest_context
+    context = BLOCK_POSITIONS if wanted is None else wanted
+    raise UserError(
+        f"{file.path}: the ranks on host {tightest.name} need {tightest.need(context) / 1e9:.1f} GB for a context of "
+        f"{context} tokens, but it has {tightest.available / 1e9:.1f} GB: {_remedy(tightest, wanted)} "
+        "(`mpillama plan` shows what fits; --force tries all the same)."
+    )
+
+
+def cache_room(world: World, host: Host) -> int:
+    """Cache blocks that every host has room for, a tenth of its memory left; the same on all ranks."""
+    hosts = world.comm.gather(host)
+    rooms = [int(0.9 * h.available - h.fixed) // h.per_block for h in hosts if h.per_block]
+    return max(0, min(rooms, default=0))
+
+
+def smallest_group(file: ModelFile, world: World, context: int, kv_type: str, prefill_chunk: int) -> int:
+    """The fewest ranks that can share a model so that all ranks are in groups of that size and every host has room."""
+    size = world.comm.size
+    for ranks in [n for n in range(1, size) if size % n == 0]:
+        hosts = world.comm.gather(measure_host(file, world, kv_type, prefill_chunk, ranks))
+        if all(host.need(context) <= 0.9 * host.available for host in hosts):
+            return ranks
+    return size
+
+
+def _remedy(host: Host, wanted: int | None) -> str:
+    longest = host.longest_context
+    if wanted is not None and longest >= BLOCK_POSITIONS:
+        return f"--max-seq-len {longest} fits, or take --kv-type q8, smaller weights or more nodes"
+    return "take smaller weights (--weights q4_0, or a file converted so) or more nodes"
+
+
+def warn_of_hosts(world: World) -> None:
+    """Rank 0 warns, once for each kind, of what makes hosts' memory slower or smaller; call it on all ranks."""
+    warnings = memory_warnings(int(psutil.swap_memory().used)) if world.neighbours.is_root else {}
+    hosts = world.comm.gather((world.host, warnings))
+    if not world.comm.is_root:
+        return
+    for kind in sorted({kind for _, found in hosts for kind in found}):
+        named = [(host, found[kind]) for host, found in hosts if kind in found]
+        others = f" (and on {len(named) - 1} more)" if len(named) > 1 else ""
+        logging.getLogger(__name__).warning("on host %s%s %s", named[0][0], others, named[0][1], extra={"of_run": True})

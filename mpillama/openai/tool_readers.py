@@ -1,0 +1,156 @@
+"""How models write calls of tools: one reader a format, fed with characters until it knows.
+
+A reader is a generator that is sent character after character, "" for the end of the text. It raises NoCall at the
+first character that cannot belong to a call, and returns the calls with the last one that does.
+"""
+
+import json
+from collections.abc import Generator
+from dataclasses import dataclass
+
+from mpillama.openai.tool_json import JsonObject, NotJson
+
+TOOL_CALL, END_TOOL_CALL = "<tool_call>", "</tool_call>"
+PYTHON_TAG = "<|python_tag|>"
+TOOL_CALLS, CALL_ID, ARGS = "[TOOL_CALLS]", "[CALL_ID]", "[ARGS]"
+
+# A call begins with one of these; other objects are let go at once.
+FIRST_KEYS = frozenset(["name", "arguments", "parameters", "type", "id"])
+
+
+class NoCall(Exception):  # noqa: N818 - nobody's error: most text is no call
+    """The characters so far are the beginning of no call."""
+
+
+@dataclass(frozen=True)
+class Call:
+    """A function's name, and its arguments as the JSON object that the model wrote."""
+
+    name: str
+    arguments: str
+
+
+Reader = Generator[None, str, list[Call]]
+Part = Generator[None, str, str]
+
+
+def read_hermes() -> Reader:
+    """`<tool_call>{"name": ..., "arguments": ...}</tool_call>`; the end of the text closes it as well."""
+    yield from _literal(TOOL_CALL)
+    call = yield from _call((yield from _skip_space()))
+    char = yield from _skip_space()
+    if char:
+        _expect(char, END_TOOL_CALL[0])
+        yield from _literal(END_TOOL_CALL[1:])
+    return [call]
+
+
+def read_llama3() -> Reader:
+    """`{"name": ..., "parameters": ...}; ...` to the end of the text, perhaps after `<|python_tag|>`."""
+    char = yield
+    if char == PYTHON_TAG[0]:
+        yield from _literal(PYTHON_TAG[1:])
+        char = yield from _skip_space()
+    calls = []
+    while char:
+        calls.append((yield from _call(char)))
+        char = yield from _skip_space()
+        if char:
+            _expect(char, ";")
+            char = yield from _skip_space()
+    if not calls:
+        raise NoCall
+    return calls
+
+
+def read_mistral() -> Reader:
+    """`[TOOL_CALLS][{"name": ..., "arguments": ...}, ...]`, or a newer model's `[TOOL_CALLS]name[ARGS]{...}`."""
+    yield from _literal(TOOL_CALLS)
+    char = yield from _skip_space()
+    if char != "[":
+        return [(yield from _named_call(char))]
+    calls = []
+    while char != "]":
+        calls.append((yield from _call((yield from _skip_space()))))
+        char = yield from _skip_space()
+        if char not in ("]", ","):
+            raise NoCall
+    return calls
+
+
+def _named_call(char: str) -> Generator[None, str, Call]:
+    """`name[ARGS]{...}`, with `[CALL_ID]id` before `[ARGS]` from some models."""
+    name = yield from _word(char)
+    marker = yield
+    if marker == CALL_ID[1]:
+        yield from _literal(CALL_ID[2:])
+        yield from _word((yield))
+        marker = yield
+    _expect(marker, ARGS[1])
+    yield from _literal(ARGS[2:])
+    found = yield from _object((yield from _skip_space()))
+    return Call(name, found.text)
+
+
+def _call(char: str) -> Generator[None, str, Call]:
+    """An object with a name and arguments, or parameters, that are an object."""
+    found = yield from _object(char, FIRST_KEYS)
+    name = _name(found.members.get("name", ""))
+    arguments = found.members.get("arguments", found.members.get("parameters", ""))
+    _expect(arguments[:1], "{")
+    return Call(name, arguments)
+
+
+def _object(char: str, first_keys: frozenset[str] | None = None) -> Generator[None, str, JsonObject]:
+    """A JSON object that begins with `char`; its first key must be one of `first_keys`, if given."""
+    found = JsonObject()
+    try:
+        while not found.push(char):
+            if first_keys is not None and found.first_key is not None and found.first_key not in first_keys:
+                raise NoCall
+            char = yield
+    except NotJson as error:
+        raise NoCall from error
+    return found
+
+
+def _name(text: str) -> str:
+    """The string that the JSON `text` is; NoCall if it is none, empty or no Unicode."""
+    if text[:1] != '"':
+        raise NoCall
+    name = str(json.loads(text))
+    # Half a surrogate pair can be escaped in JSON, but not sent to anyone.
+    if not name or any("\ud800" <= char <= "\udfff" for char in name):
+        raise NoCall
+    return name
+
+
+def _word(char: str) -> Part:
+    """Letters, digits and "_.-" up to the "[" behind them, which is taken as well."""
+    word = ""
+    while char != "[":
+        if not (char.isascii() and (char.isalnum() or char in ("_", ".", "-"))):
+            raise NoCall
+        word += char
+        char = yield
+    if not word:
+        raise NoCall
+    return word
+
+
+def _literal(text: str) -> Generator[None, str, None]:
+    for expected in text:
+        _expect((yield), expected)
+
+
+def _skip_space() -> Part:
+    """The first character that is no space, "" if the text ends."""
+    char = yield
+    while char.isspace():
+        char = yield
+    return char
+
+
+def _expect(char: str, expected: str) -> None:
+    if char != expected:
+        raise NoCall

@@ -1,0 +1,93 @@
+"""The server's side of rendering."""
+
+import asyncio
+import json
+import os
+import selectors
+import subprocess
+import sys
+import time
+import weakref
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+SECONDS = 5.0
+"""What a list of texts may take; the model's process and its threads are not held up meanwhile."""
+MOST_TEXTS = 50
+MOST_CHARACTERS = 200_000
+"""Of the texts of one request together; the page shows longer ones as they are written."""
+PIECE = 1 << 16
+ROOT = Path(__file__).parents[3]
+
+
+class NotRendered(Exception):  # noqa: N818 - the page shows the text as it is written
+    """The renderer took too long, or has ended."""
+
+
+class Renderer:
+    """Renders in a process of its own, begun with the first text.
+
+    Neither the event loop nor the engine, whose thread shares this process's interpreter lock, waits for a renderer,
+    and one that takes too long can be ended.
+    """
+
+    def __init__(self, seconds: float = SECONDS):
+        self.seconds = seconds
+        self._turn = asyncio.Lock()
+        self._process: subprocess.Popen[bytes] | None = None
+
+    async def render(self, texts: Sequence[tuple[str, bool]]) -> list[list[dict[str, Any]]]:
+        """The blocks (`line`, `html`) of each text, which may be growing; NotRendered if that takes too long."""
+        async with self._turn:
+            return await asyncio.to_thread(self._ask, texts)
+
+    def _ask(self, texts: Sequence[tuple[str, bool]]) -> list[list[dict[str, Any]]]:
+        process = self._running()
+        assert process.stdin is not None
+        try:
+            process.stdin.write(json.dumps(texts).encode() + b"\n")
+            process.stdin.flush()
+            found: list[list[dict[str, Any]]] = json.loads(self._line(process))
+        except (OSError, NotRendered) as error:
+            self._process = None
+            end(process)
+            raise NotRendered(f"not rendered: {error}") from error
+        return found
+
+    def _line(self, process: subprocess.Popen[bytes]) -> bytes:
+        """What the process answers."""
+        assert process.stdout is not None
+        until, parts = time.monotonic() + self.seconds, [b""]
+        with selectors.DefaultSelector() as selector:
+            selector.register(process.stdout, selectors.EVENT_READ)
+            while not parts[-1].endswith(b"\n"):
+                if not selector.select(max(0.0, until - time.monotonic())):
+                    raise NotRendered(f"this takes longer than {self.seconds:g} s")
+                parts.append(os.read(process.stdout.fileno(), PIECE))
+                if not parts[-1]:
+                    raise NotRendered("the renderer has ended")
+        return b"".join(parts)
+
+    def _running(self) -> subprocess.Popen[bytes]:
+        if self._process is None or self._process.poll() is not None:
+            words = [sys.executable, "-m", "mpillama.server.render.markdown"]
+            paths = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+            # The server's key may be among its variables, and is no business of the renderer.
+            env = {name: value for name, value in os.environ.items() if not name.startswith("MPILLAMA_")}
+            # A session of its own: Ctrl-C is for the server, whose end also ends what it reads from.
+            self._process = subprocess.Popen(
+                words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env={**env, "PYTHONPATH": paths},
+                start_new_session=True,
+            )  # fmt: skip
+            weakref.finalize(self, end, self._process)
+        return self._process
+
+
+def end(process: subprocess.Popen[bytes]) -> None:
+    """End a renderer, if it has not ended."""
+    process.kill()
+    for pipe in (process.stdin, process.stdout):
+        if pipe is not None:
+            pipe.close()
+    process.wait()

@@ -1,0 +1,226 @@
+"""The scheduler alone: whatever comes and goes, no block is lost, nobody waits for ever, the budget is kept."""
+
+from collections import Counter
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mpillama.engine.answer import Answer
+from mpillama.engine.block_pool import NO_TOKENS, BlockPool, prefix_digests, salt_digest
+from mpillama.engine.scheduler import Scheduler
+from mpillama.engine.sequence import EngineSequence, Request
+from mpillama.engine.speculation import Drafter, last_occurrence
+from mpillama.text.sampling_params import SamplingParams
+from mpillama.text.tokenizer import Tokenizer
+from tests import tiny_models as models
+
+SLOTS, BUDGET, BLOCKS = 4, 48, 8
+LONGEST = 64 * BLOCKS
+TOKENIZER = Tokenizer(models.toy_tokenizer(), bos_token_id=models.BOS, eos_token_ids=(), add_bos=True)
+
+
+class Simulation:
+    """Requests whose answers are known beforehand, run by the scheduler without a model."""
+
+    def __init__(self, drafts: int = 0):
+        self.pool = BlockPool(BLOCKS)
+        self.scheduler = Scheduler(self.pool, SLOTS, BUDGET, LONGEST, Drafter(drafts) if drafts else None)
+        self.alive: list[EngineSequence] = []
+        self.number = 0
+
+    def submit(self, prompt: int, answer: int, family: int, salt: str = "") -> EngineSequence:
+        ids = [family * 1000 + i % 7 for i in range(prompt)]
+        request = Request(ids, SamplingParams(max_tokens=answer), cache_salt=salt)
+        sequence = EngineSequence(request, self.number, Answer(TOKENIZER, request.sampling), list(ids))
+        self.number += 1
+        self.scheduler.add(sequence)
+        self.alive.append(sequence)
+        return sequence
+
+    def cancel(self, index: int) -> None:
+        if self.alive:
+            self.scheduler.remove(self.alive.pop(index % len(self.alive)))
+
+    def step(self) -> set[int]:
+        """Run a step; returns the numbers of the sequences that went on."""
+        shares = self.scheduler.schedule()
+        self.check(shares)
+        for share in shares:
+            sequence = share.sequence
+            segment = sequence.segment(share.count, share.drafts)
+            assert len(segment.token_ids) == share.tokens
+            last = share.count == sequence.pending
+            sequence.computed += share.count
+            if last:
+                sequence.tokens.append(len(sequence.tokens) % 7)
+                sequence.answer.token_ids.append(0)
+            sequence.publish(self.pool)
+            if len(sequence.answer.token_ids) >= sequence.request.sampling.max_tokens:
+                self.scheduler.remove(sequence)
+                self.alive.remove(sequence)
+        return {share.sequence.number for share in shares}
+
+    def check(self, shares) -> None:
+        assert sum(share.tokens for share in shares) <= BUDGET
+        running = self.scheduler.running
+        assert len({s.slot for s in running}) == len(running) <= SLOTS
+        assert [s.number for s in running] == sorted(s.number for s in running)
+        numbers = [s.number for s in (*running, *self.scheduler.waiting)]
+        assert numbers == sorted(numbers), "first come, first served"
+        for share in shares:
+            s = share.sequence
+            assert len(s.blocks) * 64 >= s.computed + share.tokens
+            assert share.drafts == [] or share.count == s.pending
+        users = Counter(block for s in running for block in s.blocks)
+        assert all(self.pool._users[block] == users[block] for block in range(BLOCKS))
+        assert self.pool.available == BLOCKS - len(users)
+
+
+EVENTS = st.lists(
+    st.one_of(
+        st.tuples(st.just("submit"), st.integers(1, 300), st.integers(1, 200), st.integers(0, 1)),
+        st.tuples(st.just("cancel"), st.integers(0, 9)),
+        st.tuples(st.just("steps"), st.integers(1, 40)),
+    ),
+    max_size=25,
+)
+
+
+@settings(max_examples=150, deadline=None)
+@given(events=EVENTS, drafts=st.sampled_from([0, 5]))
+def test_invariants_hold_and_everything_ends(events, drafts):
+    simulation = Simulation(drafts)
+    for kind, *values in events:
+        if kind == "submit":
+            simulation.submit(*values)
+        elif kind == "cancel":
+            simulation.cancel(*values)
+        else:
+            for _ in range(values[0]):
+                simulation.step()
+    for _ in range(sum(len(s.tokens) + s.request.sampling.max_tokens for s in simulation.alive) * 2 + 1):
+        if not simulation.alive:
+            break
+        oldest = simulation.alive[0]
+        went_on = simulation.step()
+        assert oldest.number in went_on, "the oldest goes on in every step"
+    assert not simulation.alive
+    assert simulation.pool.available == BLOCKS
+    assert simulation.scheduler.schedule() == []
+
+
+def test_the_youngest_leaves_when_blocks_run_out_and_comes_back():
+    simulation = Simulation()
+    old, young = simulation.submit(250, 200, 0), simulation.submit(40, 200, 1)
+    while not young.preemptions:
+        simulation.step()
+    assert old.preemptions == 0
+    assert young.slot is None
+    while simulation.alive:
+        simulation.step()
+    assert len(young.answer.token_ids) == 200
+
+
+def test_a_known_beginning_is_not_computed_again():
+    simulation = Simulation()
+    simulation.submit(200, 1, 0)
+    while simulation.alive:
+        simulation.step()
+    second = simulation.submit(200, 1, 0)
+    simulation.step()
+    assert second.cached_tokens == 192
+    other = simulation.submit(200, 1, 1)
+    simulation.step()
+    assert other.cached_tokens == 0
+
+
+def test_sequences_with_other_salts_share_nothing():
+    simulation = Simulation()
+    found = []
+    for salt in ("", "mine", "yours", "mine", "", "yours/mine", "mine"):
+        sequence = simulation.submit(100, 1, 0, salt)
+        while not sequence.finished and sequence in simulation.alive:
+            simulation.step()
+        found.append(sequence.cached_tokens)
+    assert found == [0, 0, 0, 64, 64, 0, 64]
+
+
+def test_a_preempted_sequence_finds_only_what_its_salt_opens():
+    """Also what it published before it had to leave."""
+    simulation = Simulation()
+    salted = simulation.submit(64 * 3 + 5, 200, 0, "mine")
+    while salted.published < 3:
+        simulation.step()
+    simulation.scheduler._preempt(salted)
+    assert simulation.pool.find(prefix_digests(salted.tokens)) == []
+    found = simulation.pool.find(prefix_digests(salted.tokens, salt_digest("mine")))
+    assert len(found) == 3
+    simulation.pool.release(found)
+    while salted.published < 3:
+        simulation.step()
+    assert simulation.pool.find(prefix_digests(salted.tokens)) == []
+
+
+# -- the pool ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_longest_unused_block_is_forgotten_first_and_a_beginning_last():
+    pool, digests = BlockPool(3), prefix_digests(range(192))
+    blocks = [pool.take() for _ in digests]
+    for block, digest in zip(blocks, digests, strict=True):
+        pool.publish(block, digest)
+    pool.release(blocks)
+    assert pool.available == 3
+    assert pool.take() == blocks[2]
+    assert pool.find(digests) == blocks[:2]
+
+
+def test_shared_blocks_live_until_their_last_user():
+    pool, digests = BlockPool(2), prefix_digests(range(64))
+    block = pool.take()
+    pool.publish(block, digests[0])
+    assert pool.find(digests) == [block]
+    pool.release([block])
+    assert pool.available == 1
+    pool.release([block])
+    assert pool.available == 2
+
+
+def test_no_salt_is_no_change_and_digests_of_salts_are_their_own():
+    ids = list(range(64))
+    assert salt_digest("") == NO_TOKENS
+    assert prefix_digests(ids, salt_digest("")) == prefix_digests(ids)
+    salts = ("", "a", "b", "a/b", "\ud800", "a" * 10_000)
+    assert len({prefix_digests(ids, salt_digest(salt))[0] for salt in salts}) == len(salts)
+
+
+def test_digests_depend_on_all_that_came_before():
+    one, two = prefix_digests([1] * 128), prefix_digests([2] * 64 + [1] * 64)
+    assert len(one) == 2
+    assert one[1] != two[1]
+    assert one[0] != one[1]
+
+
+# -- drafts -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ([1, 2, 3, 4, 5, 1, 2], [3, 4, 5]),
+        ([1, 2, 9, 1, 2, 3, 1, 2], [3, 1, 2]),  # the latest occurrence
+        ([7, 1, 2, 9, 9, 1, 2, 3, 7, 1, 2], [9, 9, 1]),  # the longest match first
+        ([9, 1, 2, 1, 2], [1, 2, 1]),  # goes on repeating
+        ([1, 2, 3], []),
+        ([1], []),
+    ],
+)
+def test_drafts_are_what_followed_before(text, expected):
+    assert Drafter(9).draft(text, 3) == expected
+
+
+def test_last_occurrence_may_overlap():
+    import numpy as np
+
+    assert last_occurrence(np.array([5, 5, 5]), 2) == 2

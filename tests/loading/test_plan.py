@@ -1,0 +1,153 @@
+"""Planning a run: sums, fits and remedies, each checked by planning it; and the command."""
+
+import json
+from dataclasses import replace
+
+import pytest
+
+from mpillama.cli.values import parse_bytes
+from mpillama.errors import UserError
+from mpillama.loading import plan
+from mpillama.loading.memory import RESERVE
+from mpillama.models.cache import blocks_for
+from mpillama.models.config import ModelConfig
+from mpillama.models.shapes import shape_config
+from mpillama.models.tensors import WeightTypes
+from mpillama.quant.registry import WEIGHT_TYPES
+from tests.system.mpi.launch import PROGRAM, run
+
+GB = 10**9
+
+
+def request(shape="llama-3.1-405b", nodes=4, memory=64 * GB, context=4096, weights="q4_0", **other):
+    config, types = ModelConfig.from_hf(shape_config(shape)), WeightTypes(WEIGHT_TYPES[weights])
+    fields = {"ranks_per_node": 1, "batch": 1, "kv_type": "f16", **other}
+    return plan.PlanRequest(config, types, nodes, memory_per_node=memory, max_seq_len=context, **fields)
+
+
+def test_405b_fits_on_four_nodes_of_64_gb():
+    made = plan.make_plan(request())
+    assert made.fits
+    assert made.inequality < 0.02
+    assert all(56 * GB < rank.weights < 58 * GB for rank in made.ranks)
+    assert sum(rank.reads for rank in made.ranks) == pytest.approx(405.8e9 * 4.5 / 8, rel=0.01)
+
+
+def test_the_kv_cache_is_that_of_the_formula():
+    """126 layers, 8 KV heads of 128, keys and values of 2 bytes, 4096 positions of 3 sequences."""
+    made = plan.make_plan(request(batch=3))
+    assert sum(rank.kv_cache for rank in made.ranks) == 126 * 8 * 128 * 2 * 2 * 4096 * 3
+
+
+@pytest.mark.parametrize("ranks", [1, 3])
+@pytest.mark.parametrize("kv_type", ["f16", "f32", "q8"])
+def test_the_check_before_loading_asks_for_what_is_planned(ranks, kv_type):
+    """It adds cache blocks to what a rank takes without any, to find the longest context that fits."""
+    asked = request("llama-3.2-1b", nodes=ranks, context=1000, kv_type=kv_type)
+    model = asked.memory_model
+    for rank, (part, planned) in enumerate(
+        zip(asked.config.partition(ranks), plan.make_plan(asked).ranks, strict=True)
+    ):
+        without_cache = model.of_rank(rank, part, context=0)
+        checked = without_cache.to_allocate + blocks_for(1000) * model.cache_block_bytes(part)
+        already_there = planned.python - planned.tokenizer
+        assert checked == planned.to_allocate == planned.total - already_there
+
+
+def test_only_rank_0_has_a_tokenizer():
+    found = [rank.tokenizer for rank in plan.make_plan(request(nodes=2)).ranks]
+    assert found[0] > 1000 * 128_256
+    assert found[1] == 0
+
+
+def test_nodes_add_up_their_ranks():
+    made = plan.make_plan(request(nodes=2, ranks_per_node=3))
+    needs = [rank.total + RESERVE for rank in made.ranks]
+    assert made.nodes == [sum(needs[:3]), sum(needs[3:])]
+
+
+@pytest.mark.parametrize(
+    "change", [{"memory": 57_900_000_000}, {"weights": "q8_0"}, {"nodes": 3}, {"context": 131072, "memory": 60 * GB}]
+)
+def test_every_remedy_fits_and_the_fewest_nodes_are_the_fewest(change):
+    made = plan.make_plan(request(**change))
+    assert not made.fits
+    cures = plan.remedies(made)
+    assert cures
+    assert all(cure.plan.fits for cure in cures)
+    for cure in cures:
+        if "--nodes" in cure.text:
+            fewer = replace(cure.plan.request, nodes=cure.plan.request.nodes - 1)
+            assert not plan.make_plan(fewer).fits
+        if "--max-seq-len" in cure.text:
+            longer = replace(cure.plan.request, max_seq_len=cure.plan.request.max_seq_len + 64)
+            assert not plan.make_plan(longer).fits
+
+
+def test_what_fits_needs_no_remedy():
+    assert plan.remedies(plan.make_plan(request())) == []
+
+
+def test_prediction_is_bounded_by_the_memory():
+    made = plan.make_plan(request())
+    fast = plan.predict(made, plan.Node(200e9, 2e12), plan.Network(0.0, 1e15))
+    assert fast.decode_tokens_per_second <= 200e9 / max(r.weights - r.embedding for r in made.ranks)
+    assert fast.prefill_tokens_per_second == pytest.approx(4 * 2e12 / 403e9, rel=0.01)  # 405B without the head
+    slow = plan.predict(made, plan.Node(200e9, 2e12, 5e9), plan.Network(1e-3, 1e9))
+    assert slow.prefill_tokens_per_second < fast.prefill_tokens_per_second
+    assert slow.decode_tokens_per_second < fast.decode_tokens_per_second
+    assert slow.messages_per_step == 2 * 126 + 2
+    assert slow.load_seconds == pytest.approx(max(r.reads for r in made.ranks) / 5e9)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"), [("64GB", 64 * GB), ("60GiB", 60 * 2**30), ("1.5TB", 15 * 10**11), ("7", 7)]
+)
+def test_bytes_as_people_write_them(text, expected):
+    assert parse_bytes("--x", text) == expected
+
+
+@pytest.mark.parametrize("text", ["", "64XB", "GB", "-3GB", "1e9"])
+def test_bytes_that_are_none(text):
+    with pytest.raises(UserError, match="--x"):
+        parse_bytes("--x", text)
+
+
+# -- the command ----------------------------------------------------------------------------------------------------
+
+
+def test_the_command_says_what_fits(tmp_path):
+    options = ("--nodes", "4", "--memory-per-node", "64GB", "--weights", "q4_0", "--max-seq-len", "4096")
+    script = tmp_path / "job.sbatch"
+    result = run(None, *PROGRAM, "plan", "--shape", "llama-3.1-405b", *options, "--sbatch", script)
+    assert result.status == 0, result.stderr
+    assert "fits, " in result.stdout
+    assert "#SBATCH --nodes=4" in script.read_text()
+
+
+def test_the_command_says_what_does_not_fit():
+    options = ("--nodes", "4", "--memory-per-node", "32GB", "--max-seq-len", "4096", "--json")
+    result = run(None, *PROGRAM, "plan", "--shape", "llama-3.1-405b", *options)
+    assert result.status == 1, result.stderr
+    found = json.loads(result.stdout)
+    assert found["fits"] is False
+    assert [cure["change"] for cure in found["remedies"]] == ["--nodes 8 instead of 4"]
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ((), "--shape"),
+        (("--shape", "llama-9"), "llama-9"),
+        (("--shape", "llama-3.1-8b", "--nodes", "0"), "--nodes"),
+        (("--shape", "llama-3.1-8b", "--memory-per-node", "much"), "--memory-per-node"),
+        (("--shape", "llama-3.1-8b", "--network", "fast"), "--network"),
+        (("--shape", "llama-3.1-8b", "--max-seq-len", "0"), "--max-seq-len"),
+        (("--shape", "llama-3.1-8b", "--bench", "/none"), "--bench"),
+    ],
+)
+def test_mistakes_of_the_command(options, words):
+    result = run(None, *PROGRAM, "plan", *options)
+    assert (result.status, result.stdout) == (2, ""), result
+    assert words in result.stderr
+    assert result.stderr.count("\n") == 1

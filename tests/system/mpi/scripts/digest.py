@@ -1,0 +1,59 @@
+"""Print the digest of each case's logits, as one JSON list from rank 0.
+
+Arguments: threads, number of tokens to generate, and the cases as a JSON list of {model, weights, kv_type,
+prefill_chunk, prompt, banned, way}; tokens are chosen greedily, never the banned one. `way` replaces what is otherwise
+chosen by timing: 0 takes MPI's reduction, 1 that in shared memory; one or two row groups are in flight on ranks in
+turn.
+"""
+
+import json
+import sys
+from typing import Any
+
+from mpillama.cli.display import load_progress
+from mpillama.cli.options import RunOptions
+from mpillama.job.start import start_mpi
+from mpillama.kernels.target import prepare, requested_isa
+from mpillama.loading.load import LoadedModel, load_model, open_executor
+from tests.engine.one_sequence import OneSequence
+
+
+def main(threads: int, tokens: int, cases: list[dict[str, Any]]) -> None:
+    """Run all cases in this process."""
+    with start_mpi(threads) as world:
+        target = world.comm.together(lambda: prepare(requested_isa(), threads, world.comm.yields))
+        digests, loaded, previous = [], None, None
+        for case in cases:
+            options = RunOptions(
+                model=case["model"],
+                weights=case["weights"],
+                kv_type=case["kv_type"],
+                prefill_chunk=case["prefill_chunk"],
+                threads=threads,
+                max_seq_len=len(case["prompt"]) + tokens,
+            )
+            if loaded is None or previous != (options.model, options.kv_type, options.weights):
+                loaded = load_model(options, world, target, load_progress(False, True))
+                previous = options.model, options.kv_type, options.weights
+            choose(loaded, case["way"])
+            executor = open_executor(options, loaded)
+            if world.comm.is_root:
+                digests.append(OneSequence(executor).greedy_digest(case["prompt"], tokens, case["banned"]))
+                executor.end(0)
+            else:
+                executor.follow()
+        if world.comm.is_root:
+            print(json.dumps(digests))
+
+
+def choose(loaded: LoadedModel, way: int) -> None:
+    """Fix what timing would choose."""
+    comm, model = loaded.model.comm, loaded.model
+    assert model.in_flight in (1, 2)
+    assert (comm.shared is not None) == (comm.size > 1)
+    model.in_flight = 1 + (comm.rank + way) % 2
+    comm.shared_limit = sys.maxsize if way else 0
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), int(sys.argv[2]), json.loads(sys.argv[3]))

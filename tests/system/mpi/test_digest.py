@@ -1,0 +1,232 @@
+"""One answer: the logits have the same bits for any number of ranks and threads, prefill chunk and instruction set."""
+
+import json
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from mpillama.errors import UserError
+from mpillama.formats.native.writer import write_model
+from mpillama.kernels.isa import choose_isa, host_features, known_sets
+from mpillama.loading.model_file import open_model
+from mpillama.quant.registry import WEIGHT_TYPES
+from tests import tiny_models as models
+from tests.conftest import ModelFile
+from tests.golden_models import FOLDER as GOLDEN
+from tests.system.mpi.launch import PROGRAM, run
+
+PROMPT_TOKENS, TOKENS = 61, 12
+"""Together they cross the border between two blocks of the KV cache."""
+EOS = 1
+NAMES = [isa.name for isa in known_sets()]
+TIMEOUT = 500.0
+Digests = dict[str, str]
+Measure = Callable[..., Digests]
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(2 * TIMEOUT)]
+
+
+def prompt_of(model: Path) -> list[int]:
+    """Token ids from the whole vocabulary, the same on every run."""
+    vocab_size = open_model(str(model)).config.vocab_size
+    return [int(i) for i in np.random.default_rng(5).integers(2, vocab_size, PROMPT_TOKENS)]
+
+
+def case(
+    model: Path, chunk: int = 256, kv_type: str = "f16", way: int = 0, weights: str = "as-stored"
+) -> dict[str, Any]:
+    """What scripts/digest.py is to do."""
+    return {
+        "model": str(model),
+        "weights": weights,
+        "kv_type": kv_type,
+        "prefill_chunk": chunk,
+        "prompt": prompt_of(model),
+        "banned": EOS,
+        "way": way,
+    }
+
+
+def name_of(made: dict[str, Any]) -> str:
+    """What the digest of a case depends on: model, weight and KV type, nothing else."""
+    return f"{Path(made['model']).stem} {made['weights']}, KV {made['kv_type']}"
+
+
+@pytest.fixture(scope="module")
+def measure() -> Measure:
+    """Give the digests of cases on some ranks; all cases of one name must agree already."""
+
+    def digests(cases: list[dict[str, Any]], ranks: int, isa: str = "", threads: int = 1) -> Digests:
+        if isa:
+            skip_without(isa)
+        arguments = (str(threads), str(TOKENS), json.dumps(cases))
+        result = run(
+            ranks, "-m", "tests.system.mpi.scripts.digest", *arguments, env={"MPILLAMA_ISA": isa}, timeout=TIMEOUT
+        )
+        assert result.status == 0, result.stderr
+        found: dict[str, set[str]] = {}
+        for made, digest in zip(cases, json.loads(result.stdout), strict=True):
+            found.setdefault(name_of(made), set()).add(digest)
+        assert all(len(values) == 1 for values in found.values()), f"chunk or way change the bits: {found}"
+        return {name: values.pop() for name, values in found.items()}
+
+    return digests
+
+
+@cache
+def lacking(isa: str) -> str:
+    """Why this processor cannot run an instruction set, "" if it can."""
+    try:
+        choose_isa(isa, host_features())
+    except UserError as error:
+        return str(error)
+    return ""
+
+
+def skip_without(isa: str) -> None:
+    """Skip a test of instructions that this processor lacks."""
+    if lacking(isa):
+        pytest.skip(lacking(isa))
+
+
+SMALL, LARGE = 2.0**-12, 2.0**18
+
+
+def write_cancelling(path: Path, weight_type: str) -> None:
+    """Write a model whose sums over ranks lose bits unless they are exact.
+
+    The first and the last head, and the first and the last channel of the MLP, do the same with opposite signs: large
+    numbers that cancel, and the small ones between them are all that is left.
+    """
+    config = {**models.AWKWARD, "rms_norm_eps": 1e-12}
+    tensors = models.random_tensors(config)
+    tensors["model.embed_tokens.weight"] *= SMALL
+    head = config["head_dim"]
+    for layer in range(config["num_hidden_layers"]):
+        q, k, v, o, gate, up, down = (
+            tensors[f"model.layers.{layer}.{name}_proj.weight"]
+            for name in ("self_attn.q", "self_attn.k", "self_attn.v", "self_attn.o", "mlp.gate", "mlp.up", "mlp.down")
+        )
+        for matrix in (q, k, v):
+            matrix[-head:] = matrix[:head]
+        for matrix in (gate, up):
+            matrix[-1] = matrix[0]
+        for matrix, width in ((o, head), (down, 1)):
+            matrix *= SMALL
+            matrix[:, :width] *= LARGE / SMALL
+            matrix[:, -width:] = -matrix[:, :width]
+    write_model(str(path), config, WEIGHT_TYPES[weight_type], tensors.__getitem__, {})
+
+
+@pytest.fixture(scope="module")
+def cancelling(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    paths = [tmp_path_factory.mktemp("cancelling") / f"cancelling-{name}.h5" for name in ("f32", "q8_0")]
+    for path in paths:
+        write_cancelling(path, path.stem.removeprefix("cancelling-"))
+    return paths
+
+
+@pytest.fixture(scope="module")
+def all_types(model_file: ModelFile, toy: Path, cancelling: list[Path]) -> list[dict[str, Any]]:
+    """The awkward model in every weight type, the toy model (fewer units than ranks), every type of KV cache."""
+    awkward = [model_file("awkward", name) for name in WEIGHT_TYPES]
+    return [
+        *(case(model, chunk, way=way) for model in awkward for chunk, way in ((256, 0), (7, 1))),
+        case(awkward[0], 1),
+        case(model_file("awkward", "q8_0"), 1, way=1),
+        case(toy),
+        case(toy, 5, way=1),
+        *(case(model, chunk, way=way) for model in cancelling for chunk, way in ((256, 1), (7, 0))),
+        *(case(model_file("awkward", "q8_0"), chunk, kv_type) for kv_type in ("f32", "q8") for chunk in (256, 1)),
+    ]
+
+
+@pytest.fixture(scope="module")
+def truth(measure: Measure, all_types: list[dict[str, Any]]) -> Digests:
+    """The digests of one rank with one thread and the best instructions."""
+    return measure(all_types, 1)
+
+
+def test_digest_sees_weight_type_and_kv_type(truth: Digests) -> None:
+    """Else the comparisons below would prove nothing."""
+    assert len(truth) == len(WEIGHT_TYPES) + 5
+    assert len(set(truth.values())) == len(truth)
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 4, 5])
+def test_any_number_of_ranks(ranks: int, measure: Measure, all_types: list[dict[str, Any]], truth: Digests) -> None:
+    assert measure(all_types, ranks) == truth
+
+
+@pytest.mark.parametrize("isa", NAMES)
+@pytest.mark.parametrize(("ranks", "threads"), [(1, 2), (3, 1)])
+def test_any_instruction_set(
+    ranks: int, threads: int, isa: str, measure: Measure, all_types: list[dict[str, Any]], truth: Digests
+) -> None:
+    assert measure(all_types, ranks, isa, threads) == truth
+
+
+def test_threads_and_ranks_together(measure: Measure, all_types: list[dict[str, Any]], truth: Digests) -> None:
+    assert measure(all_types, 2, threads=2) == truth
+
+
+@pytest.fixture(scope="module")
+def demo_truth(measure: Measure, demo: Path) -> Digests:
+    return measure([case(demo)], 1)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "isa", "threads"),
+    [
+        *((1, isa, 1) for isa in NAMES),
+        (1, "", 2),
+        (2, "avx2", 1),
+        (2, "", 2),
+        *((3, isa, 1) for isa in NAMES),
+        (4, "generic", 1),
+        (5, "", 1),
+    ],
+    ids=lambda value: str(value) or "best",
+)
+def test_demo_model(ranks: int, isa: str, threads: int, measure: Measure, demo: Path, demo_truth: Digests) -> None:
+    chunks = (256, 7, 1) if ranks < 4 else (256, 7)
+    cases = [case(demo, chunk, way=way) for way, chunk in enumerate(chunks, ranks)]
+    assert measure(cases, ranks, isa, threads) == demo_truth
+
+
+FAMILIES = ("llama_bias", "llama_yarn", "mistral", "qwen2", "seed_oss", "qwen3", "mixtral", "qwen3_moe")
+"""Folders of tests/golden: biases, scaled RoPE, a sliding window, norms of heads, experts."""
+
+
+def family_cases(ways: int) -> list[dict[str, Any]]:
+    kinds = [(family, weights) for family in FAMILIES for weights in ("q4_0", "bf16")]
+    return [
+        case(GOLDEN / family, chunk, way=(way + ways) % 2, weights=weights)
+        for family, weights in kinds
+        for way, chunk in enumerate((256, 7))
+    ]
+
+
+@pytest.fixture(scope="module")
+def family_truth(measure: Measure) -> Digests:
+    return measure(family_cases(0), 1)
+
+
+@pytest.mark.parametrize(("ranks", "isa", "threads"), [(1, "avx2", 2), (2, "", 1), (3, "", 1), (4, "", 2), (5, "", 1)])
+def test_every_family(ranks: int, isa: str, threads: int, measure: Measure, family_truth: Digests) -> None:
+    assert len(set(family_truth.values())) == 2 * len(FAMILIES)
+    assert measure(family_cases(ranks), ranks, isa, threads) == family_truth
+
+
+@pytest.mark.parametrize("ranks", [None, 1, 2, 3])
+def test_command_line_gives_the_same_digest(ranks: int | None, toy: Path, truth: Digests) -> None:
+    prompt, chunk = ",".join(map(str, prompt_of(toy))), str(7 * (ranks or 1))
+    options = ("--prompt-token-ids", prompt, "--prefill-chunk", chunk, "--logit-bias", f"{EOS}=-1000")
+    amount = ("--max-tokens", str(TOKENS), "--temperature", "0", "--json")
+    result = run(ranks, *PROGRAM, "--model", toy, *options, *amount)
+    assert result.status == 0, result.stderr
+    assert json.loads(result.stdout)["logits_sha256"] == truth[name_of(case(toy))]
