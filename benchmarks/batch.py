@@ -14,12 +14,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from mpillama.layout.weight_types import WEIGHT_TYPES
-
+from mpillama.formats.native.table import read_table
 from mpillama.formats.native.writer import create_file, seal_file
 from mpillama.models.config import ModelConfig
 from mpillama.models.shapes import shape_config
-from mpillama.models.tensors import WeightTypes, tensor_specs
+from mpillama.models.tensors import WeightTypes
+from mpillama.quant.registry import WEIGHT_TYPES
 
 Row = dict[str, Any]
 
@@ -48,11 +48,9 @@ def main() -> None:
 
 def hollow_model(path: Path, shape: str, weights: str, tokenizer: str) -> Path:
     """A native file of a shape without anything on disk."""
-    from mpillama.formats.native.table import read_table
-
     config, types = shape_config(shape), WeightTypes(WEIGHT_TYPES[weights])
     texts = {"tokenizer.json": read_table(tokenizer).texts["tokenizer.json"]}
-    entries = create_file(str(path), config, types, tensor_specs(ModelConfig.from_hf(config), types), texts)
+    entries = create_file(str(path), config, types, ModelConfig.from_hf(config).tensors(types), texts)
     seal_file(str(path), config, types, entries, texts, {name: e.checksums for name, e in entries.items()})
     return path
 

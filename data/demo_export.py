@@ -3,10 +3,10 @@
 import json
 from pathlib import Path
 
-from mpillama.layout.weight_types import Q8_0
 from safetensors.numpy import load_file
 
 from mpillama.formats.native.writer import write_model
+from mpillama.quant.types.q8_0 import Q8_0
 
 
 def export(checkpoint: Path, path: Path) -> None:

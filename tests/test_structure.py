@@ -4,7 +4,10 @@ import ast
 import subprocess
 import sys
 from collections.abc import Iterator
+from importlib import import_module
 from pathlib import Path
+
+import pytest
 
 import mpillama
 
@@ -97,3 +100,14 @@ def test_commands_for_a_login_node_start_no_mpi() -> None:
     modules = ", ".join(f"mpillama.cli.{command}" for command in ("client", "inspect", "plan", "tokenize"))
     script = f"import sys, {modules}; print('mpi4py' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", script], check=True, capture_output=True).stdout == b"False\n"
+
+
+BESIDE = [path for folder in ("benchmarks", "data", "examples") for path in (PACKAGE.parent / folder).rglob("*.py")]
+
+
+@pytest.mark.parametrize("path", BESIDE, ids=lambda path: path.name)
+def test_scripts_beside_the_package_import_what_is_there(path: Path) -> None:
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and str(node.module).split(".")[0] == "mpillama":
+            module = import_module(str(node.module))
+            assert not [alias.name for alias in node.names if not hasattr(module, alias.name)], node.module
