@@ -474,7 +474,7 @@ def build_parser(commands: Collection[str] = tuple(COMMANDS)) -> argparse.Argume
     parser.add_argument("--version", action="version", version=f"mpillama {__version__}")
     parsers = parser.add_subparsers(dest="command", metavar="COMMAND", parser_class=_Parser)
     for name, (options_class, text) in COMMANDS.items():
-        flat = _NoOptions
+        flat: type = _NoOptions
         if name in commands:
             flat = make_dataclass(name, options_of(options_class), repr=False, eq=False, kw_only=True)
         parsers.add_parser(name, options_class=flat, help=text, description=f"{text[0].upper()}{text[1:]}.")
