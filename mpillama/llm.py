@@ -12,13 +12,13 @@ import numpy as np
 
 from mpillama.comm.launcher import check_start
 from mpillama.comm.watchdog import GroupFailedError
+from mpillama.engine.answer import LogprobRecorder, TokenLogprob
 from mpillama.engine.engine import Engine
 from mpillama.engine.executor import Executor
-from mpillama.engine.logprobs import LogprobRecorder, TokenLogprob
 from mpillama.engine.perplexity import NOTHING, Losses, losses_of
 from mpillama.engine.sequence import EngineSequence, Pooling, Request
 from mpillama.errors import UserError
-from mpillama.formats.output_head import refuse_headless
+from mpillama.formats.checkpoint_model import refuse_headless
 from mpillama.job.start import Intracomm, World, join
 from mpillama.kernels.target import Target, prepare, requested_isa
 from mpillama.loading.load import LoadedModel, load_model, open_shared_executor

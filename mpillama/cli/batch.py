@@ -2,6 +2,9 @@
 
 import json
 import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +13,19 @@ from mpillama.batch.journal import Journal, last_options, options_digest, record
 from mpillama.batch.results import Provenance, Result, RowAdapter
 from mpillama.batch.rows import Line, read_lines
 from mpillama.batch.run import REQUEUE_STATUS, BatchRun, Counts
-from mpillama.cli.batch_progress import Reporter, shown
-from mpillama.cli.engines import ReplicaWorld, check_engine_options, model_name, opener, prompter, replicated
+from mpillama.cli.display import terminal_console, watched
 from mpillama.cli.options import BatchOptions, recorded_sampling
-from mpillama.cli.running import Run, loaded, running
+from mpillama.cli.running import (
+    ReplicaWorld,
+    Run,
+    check_engine_options,
+    loaded,
+    model_name,
+    opener,
+    prompter,
+    replicated,
+    running,
+)
 from mpillama.cli.values import refuse_unwritable
 from mpillama.engine.engine import Engine
 from mpillama.errors import UserError
@@ -24,6 +36,97 @@ from mpillama.loading.model_file import model_path, open_model
 from mpillama.loading.preflight import smallest_group
 from mpillama.replicas.replica import follow_router
 from mpillama.replicas.runner import EngineRunner
+
+METRICS_SECONDS = 10.0
+SHOW_SECONDS = 0.5
+
+
+class Reporter:
+    """Takes the counts after each step and tells of them from time to time."""
+
+    def __init__(self, engine: Engine, input_bytes: int, metrics: str | None, show: Callable[[str], None]):
+        self.engine = engine
+        self.input_bytes = input_bytes
+        self.metrics = metrics
+        self.show = show
+        self._next_show = self._next_metrics = 0.0
+
+    def __call__(self, counts: Counts) -> None:
+        """A step was done."""
+        now = time.monotonic()
+        if now >= self._next_show:
+            self._next_show = now + SHOW_SECONDS
+            self.show(self.line(counts))
+        if self.metrics and now >= self._next_metrics:
+            self._next_metrics = now + METRICS_SECONDS
+            self.write_metrics(counts)
+
+    def write_metrics(self, counts: Counts) -> None:
+        """Append the figures of now; UserError if they cannot be written."""
+        if self.metrics is None:
+            return
+        try:
+            with Path(self.metrics).open("a") as file:
+                file.write(json.dumps({"time": time.time(), **self.figures(counts)}) + "\n")
+        except OSError as error:
+            raise UserError(f"--metrics {self.metrics}: cannot be written ({error.strerror}).") from error
+
+    def figures(self, counts: Counts) -> dict[str, Any]:
+        """What a machine may want to know; the engine's are those of rank 0's group."""
+        seconds, engine = time.monotonic() - counts.began, self.engine
+        totals = engine.counts
+        return {
+            "seconds": seconds,
+            "rows": counts.rows,
+            "errors": counts.errors,
+            "skipped": counts.skipped,
+            "prompt_tokens": counts.prompt_tokens,
+            "answer_tokens": counts.answer_tokens,
+            "prompt_tokens_per_second": counts.prompt_tokens / max(seconds, 1e-9),
+            "answer_tokens_per_second": counts.answer_tokens / max(seconds, 1e-9),
+            "input_share": counts.read_bytes / max(1, self.input_bytes),
+            "eta_seconds": self._eta(counts, seconds),
+            "running": len(engine.scheduler.running),
+            "waiting": len(engine.scheduler.waiting),
+            "cache_blocks_used": engine.pool.used,
+            "cache_blocks": engine.pool.blocks,
+            "prefix_cache_hit_share": totals.cached_tokens / max(1, totals.prompt_tokens),
+            "preemptions": engine.scheduler.preemptions,
+            "steps": totals.steps,
+            "step_seconds": totals.step_seconds,
+            "model_seconds": totals.model_seconds,
+            "drafts_proposed": engine.drafter.proposed if engine.drafter else 0,
+            "drafts_accepted": engine.drafter.accepted if engine.drafter else 0,
+        }
+
+    def _eta(self, counts: Counts, seconds: float) -> float | None:
+        """Seconds that the rest of the input will take at the speed so far; rows of earlier runs took none."""
+        share = counts.rows / (counts.rows + counts.skipped) if counts.rows else 0.0
+        done = counts.read_bytes * share
+        return seconds * (self.input_bytes - counts.read_bytes) / done if done else None
+
+    def line(self, counts: Counts) -> str:
+        """The same for people."""
+        f = self.figures(counts)
+        eta = "" if not f["eta_seconds"] else f", {f['eta_seconds']:.0f} s left"
+        return (
+            f"{f['rows']} rows ({f['errors']} errors, {f['skipped']} done before), {100 * f['input_share']:.0f} % of "
+            f"the input, {f['prompt_tokens_per_second']:.0f} tok/s in, {f['answer_tokens_per_second']:.0f} tok/s out, "
+            f"prefix cache {100 * f['prefix_cache_hit_share']:.0f} %{eta}"
+        )
+
+
+@contextmanager
+def shown(quiet: bool) -> Iterator[Callable[[str], None]]:
+    """A line that is written over on a terminal; nothing where nobody watches."""
+    if not watched(quiet):
+        yield lambda text: None
+        return
+    from rich.status import Status
+
+    with Status("", console=terminal_console()) as status:
+        yield status.update
+
 
 ANSWER_OPTIONS = ("weights", "kv_type", "layers")
 """What an answer depends on besides row, model and sampling."""

@@ -5,9 +5,8 @@ import math
 import sys
 from typing import Any
 
-from mpillama.cli.display import in_units
+from mpillama.cli.display import in_units, print_table
 from mpillama.cli.options import InspectOptions
-from mpillama.cli.terminal import print_table
 from mpillama.formats.checkpoint_model import CheckpointModel
 from mpillama.formats.native.reader import NativeModel
 from mpillama.formats.native.table import FORMAT, FORMAT_VERSION

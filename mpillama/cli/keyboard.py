@@ -20,7 +20,7 @@ from types import FrameType
 
 import psutil
 
-from mpillama.cli.terminal import STANDARD_OUTPUT, is_terminal
+from mpillama.cli.display import STANDARD_OUTPUT, is_terminal
 
 CTRL_C = b"\x03"
 LEAVE_SECONDS = 1.0

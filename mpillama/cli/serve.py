@@ -2,21 +2,21 @@
 
 import logging
 import os
+import secrets
 import signal
 import sys
 import time
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import FrameType
 from typing import NoReturn, Self, cast
 
 from mpillama.cli.display import watched
-from mpillama.cli.engines import ReplicaWorld, opener, prompter, replicated
 from mpillama.cli.options import ServeOptions
-from mpillama.cli.running import Run, loaded, running
-from mpillama.cli.serve_settings import Settings, check
+from mpillama.cli.running import ReplicaWorld, Run, check_engine_options, loaded, opener, prompter, replicated, running
+from mpillama.cli.values import parse_bytes, refuse_unwritable
 from mpillama.comm.failure import Interrupted
 from mpillama.engine.engine import Engine
 from mpillama.engine.sequence import Pooling
@@ -25,6 +25,7 @@ from mpillama.job.deadline import Deadline, StopRequest, ignore_stop_signals
 from mpillama.job.start import World
 from mpillama.openai.reasoning import reasoning_format
 from mpillama.openai.tool_calls import tool_format
+from mpillama.redaction import keep_secret
 from mpillama.replicas.replica import Replica, follow_router
 from mpillama.replicas.runner import EngineRunner
 from mpillama.server.app import create_app
@@ -34,8 +35,58 @@ from mpillama.server.engine_loop import EngineLoop, Shutdown
 from mpillama.server.engine_requests import Output, ServerAdapter, ServerRequest
 from mpillama.server.http_server import Address, HttpServer
 from mpillama.server.middleware import Middleware, Rules
-from mpillama.server.rendezvous import Rendezvous, is_loopback, tunnel
+from mpillama.server.rendezvous import Rendezvous, default_path, is_loopback, tunnel
 from mpillama.text.constraint import Grammars, json_object_grammar
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the options come to."""
+
+    key: str | None = field(repr=False)
+    made_key: bool
+    body_bytes: int
+    rendezvous: Path
+
+
+def check(options: ServeOptions) -> Settings:
+    """Raise UserError for what is wrong with the options."""
+    check_engine_options(options)
+    for name in ("queue", "connections", "body_timeout", "write_timeout", "request_timeout"):
+        if getattr(options, name) < (0 if name == "queue" else 1):
+            raise UserError(f"--{name.replace('_', '-')} is {getattr(options, name)}: give at least 1.")
+    if options.grace < 0:
+        raise UserError(f"--grace is {options.grace:g}: give 0 seconds or more.")
+    if (options.tls_certificate is None) != (options.tls_key is None):
+        raise UserError("--tls-certificate and --tls-key go together: give both.")
+    key, made = _key(options)
+    if key is None and not options.no_auth and not is_loopback(options.host):
+        raise UserError(
+            f"--host {options.host} is reached from other machines: give a key (--api-key auto makes one, "
+            "--api-key-file, MPILLAMA_API_KEY), or say --no-auth."
+        )
+    keep_secret(key)
+    path = Path(options.rendezvous) if options.rendezvous else default_path(os.environ)
+    refuse_unwritable("--rendezvous", str(path))
+    return Settings(key, made, parse_bytes("--body-limit", options.body_limit), path)
+
+
+def _key(options: ServeOptions) -> tuple[str | None, bool]:
+    """The key, and whether it was made here."""
+    given = options.api_key or os.environ.get("MPILLAMA_API_KEY") or None
+    if options.api_key_file:
+        try:
+            given = (Path(options.api_key_file).read_text().splitlines() or [""])[0].strip()
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"--api-key-file {options.api_key_file}: cannot be read ({error}).") from error
+    if options.no_auth and given:
+        raise UserError("--no-auth and a key exclude each other: leave one out.")
+    if given == "auto":
+        return secrets.token_urlsafe(24), True
+    if given is not None and not (given and given.isascii() and given.isprintable() and " " not in given):
+        raise UserError("the API key must be printable ASCII without blanks: choose another one.")
+    return given, False
+
 
 LOG = logging.getLogger(__name__)
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)

@@ -10,11 +10,9 @@ from typing import Any, TypeVar, cast
 import numpy as np
 from mpi4py import MPI
 
-from mpillama.comm.backoff import Backoff
 from mpillama.comm.failure import out_of_memory
-from mpillama.comm.long_work import do_in_thread
-from mpillama.comm.shared_memory import SharedReduction
-from mpillama.comm.watchdog import OthersFailedError, Watch
+from mpillama.comm.shared_memory import Backoff, SharedReduction
+from mpillama.comm.watchdog import OthersFailedError, Watch, do_in_thread
 from mpillama.errors import UserError
 
 T = TypeVar("T")

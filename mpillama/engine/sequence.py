@@ -8,13 +8,13 @@ import numpy as np
 
 from mpillama.engine.answer import Answer
 from mpillama.engine.block_pool import BlockPool, block_digest, prefix_digests, salt_digest
-from mpillama.engine.step_plan import Segment
+from mpillama.engine.executor import Segment
 from mpillama.errors import UserError
 from mpillama.models.attention import BLOCK_POSITIONS
 from mpillama.models.cache import blocks_for
 from mpillama.text.sampler import Sampler
 from mpillama.text.sampling_params import SamplingParams
-from mpillama.text.token_ids import check_token_ids
+from mpillama.text.tokenizer import check_token_ids
 
 Pooling = Literal["mean", "last"]
 """What becomes the embedding of a text: the mean of all positions' last hidden states, or the last position's."""

@@ -4,9 +4,9 @@ from pathlib import Path
 
 from mpillama.errors import UserError
 from mpillama.formats.checkpoint import Checkpoint
-from mpillama.formats.cursor import Cursor
 from mpillama.formats.dllama.model import MAGIC, OLD_MAGICS, read_dllama
 from mpillama.formats.dllama.tokenizer import MAGICS as TOKENIZER_MAGICS
+from mpillama.formats.foreign import Cursor
 from mpillama.formats.gguf.file import read_gguf
 from mpillama.formats.gguf.header import MAGIC as GGUF_MAGIC
 from mpillama.formats.hugging_face import read_hugging_face

@@ -5,7 +5,7 @@ from ctypes import byref
 import numpy as np
 
 from mpillama.kernels import arguments
-from mpillama.kernels.activations import places
+from mpillama.kernels.arguments import places
 from mpillama.kernels.library import Library
 from mpillama.quant.registry import WEIGHT_TYPES
 from mpillama.quant.weight_type import WeightType

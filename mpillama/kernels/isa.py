@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mpillama.errors import UserError
-from mpillama.kernels.built import REMEDY, is_built
+from mpillama.kernels.library import REMEDY, is_built
 
 ARCH_PRCTL, ARCH_REQ_XCOMP_PERM, TILE_DATA = 158, 0x1023, 18
 AT_HWCAP = 16

@@ -5,16 +5,83 @@ copied and nothing is checked here.
 """
 
 import ctypes
+import hashlib
+import os
+import re
+from collections.abc import Mapping
 from ctypes import POINTER, byref, c_double, c_int32, c_int64, c_void_p
 from functools import cache
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 
+from mpillama.errors import UserError
 from mpillama.kernels import arguments
-from mpillama.kernels.built import open_library
-from mpillama.kernels.places import thread_places
+
+PLACE = re.compile(r"\{(\d+)[^}]*\}(?::(\d+))?(?::(\d+))?")
+"""A place by its first processor, how many of its kind follow, and how far apart."""
+ANYWHERE = -1
+
+
+def thread_places(threads: int, environment: Mapping[str, str] = os.environ) -> list[int]:
+    """The processor of each thread, ANYWHERE where the system may choose among those that this rank may use.
+
+    Threads are bound by an explicit OMP_PLACES ("{0},{2}", "{0}:4:2"), or to the rank's own processors one by one if
+    OMP_PLACES names threads or cores or OMP_PROC_BIND is true, close or spread. Thread 0 is the program's own.
+    """
+    allowed = sorted(os.sched_getaffinity(0))
+    places = environment.get("OMP_PLACES", "").strip().lower()
+    binds = environment.get("OMP_PROC_BIND", "").strip().lower().split(",")[0]
+    if binds == "false" or not (places or binds):
+        return [ANYWHERE] * threads
+    listed = [cpu for cpu in _listed(places) if cpu in allowed] or allowed
+    return [ANYWHERE, *(listed[i] for i in range(1, threads))] if len(listed) >= threads else [ANYWHERE] * threads
+
+
+def _listed(places: str) -> list[int]:
+    """The first processor of each explicit place."""
+    found = []
+    for first, count, stride in PLACE.findall(places):
+        found += [int(first) + i * int(stride or 1) for i in range(int(count or 1))]
+    return found
+
+
+HERE = Path(__file__).parent
+LIBRARIES, SOURCES = HERE / "lib", HERE / "src"
+REMEDY = "run `make kernels` in a checkout, or install mpillama anew"
+
+
+def library_path(isa_name: str) -> Path:
+    """Where the library of an instruction set is, or would be."""
+    return LIBRARIES / f"libmpillama_{isa_name}.so"
+
+
+def is_built(isa_name: str) -> bool:
+    """Whether the compiler that built this package knew the instruction set."""
+    return library_path(isa_name).exists()
+
+
+def open_library(isa_name: str) -> ctypes.CDLL:
+    """Load the library of an instruction set; UserError if it cannot be loaded or was made of other sources."""
+    path = library_path(isa_name)
+    try:
+        library = ctypes.CDLL(str(path))
+        digest = ctypes.string_at(ctypes.addressof(ctypes.c_char.in_dll(library, "mpillama_sources_digest")))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be loaded ({error}): {REMEDY}.") from error
+    if SOURCES.is_dir() and digest.decode() != sources_digest(SOURCES):
+        raise UserError(f"{path}: was made of other sources than those beside it: {REMEDY}.")
+    return library
+
+
+def sources_digest(folder: Path) -> str:
+    """The digest that CMakeLists.txt writes into every library: SHA-256 of the lines `SHA-256 path` of all sources."""
+    names = sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.suffix in (".cpp", ".h"))
+    listing = "".join(f"{hashlib.sha256((folder / name).read_bytes()).hexdigest()} {name}\n" for name in names)
+    return hashlib.sha256(listing.encode()).hexdigest()
+
 
 Array = np.ndarray
 SPINS = 4000

@@ -2,30 +2,74 @@
 
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import cast
 
+import numpy as np
+
+from mpillama.comm.communicator import Communicator
+from mpillama.comm.shared_memory import CAPACITY, SharedReduction
 from mpillama.engine.executor import Executor
 from mpillama.errors import UserError
+from mpillama.formats.checkpoint_model import refuse_headless
 from mpillama.formats.contents import refuse_other_contents, sample_digests
-from mpillama.formats.output_head import refuse_headless
 from mpillama.formats.reading import changed, modified
 from mpillama.job.start import World
 from mpillama.kernels.library import Team
+from mpillama.kernels.shared_sum import SharedWindow, window_bytes
 from mpillama.kernels.target import Target
 from mpillama.loading.model_file import ModelFile, chat_template_source, model_path, open_model
 from mpillama.loading.preflight import cache_room, choose_context, measure_host, refuse_no_room, warn_of_hosts
 from mpillama.loading.progress import PLACE, AbandonedError, LoadState, LoadWatch
-from mpillama.loading.reduction import choose_reduction
-from mpillama.loading.replicated import ReplicatedTensors, is_read
 from mpillama.loading.settings import EngineSettings, ModelSettings
 from mpillama.loading.truncated import truncated
 from mpillama.models.cache import blocks_for
 from mpillama.models.decoder import Decoder
-from mpillama.models.weights import Weights, load_weights
+from mpillama.models.tensors import TensorSpec
+from mpillama.models.weights import Read, Weights, load_weights
+
+
+class ReplicatedTensors:
+    """Stands before a reader: `read` leaves out on other ranks what `share` then gives to them."""
+
+    def __init__(self, comm: Communicator, read_slice: Read):
+        self.comm = comm
+        self.read_slice = read_slice
+        self.whole: dict[str, Sequence[np.ndarray]] = {}
+
+    def read(self, spec: TensorSpec, units: range, arrays: Sequence[np.ndarray]) -> None:
+        """Fill the arrays of a tensor with the given units, unless rank 0 does."""
+        if spec.split is None:
+            self.whole[spec.name] = arrays
+            if not self.comm.is_root:
+                return
+        self.read_slice(spec, units, arrays)
+        logging.getLogger(__name__).debug("%s: units %d to %d are read.", spec.name, units.start, units.stop)
+
+    def share(self) -> int:
+        """Broadcast what rank 0 has read; call it on all ranks once all have read. Returns the bytes."""
+        arrays = [array for name in sorted(self.whole) for array in self.whole[name]]
+        self.comm.broadcast_arrays(arrays)
+        return sum(array.nbytes for array in arrays)
+
+
+def is_read(spec: TensorSpec, comm: Communicator) -> bool:
+    """Whether this rank reads its units of a tensor from the file."""
+    return comm.is_root or spec.split is not None
+
+
+def choose_reduction(comm: Communicator, world: World, team: Team, hidden_size: int, chunk: int) -> None:
+    """Let the ranks of one host add up through shared memory where that is faster than MPI."""
+    if comm.size > 1 and world.neighbours.size == comm.size and hidden_size <= CAPACITY:
+        with comm.watch.blocking("the making of memory that the ranks share"):
+            shared = SharedReduction(comm.mpi, window_bytes, partial(SharedWindow, team))
+        sizes = sorted({hidden_size * tokens for tokens in (1, 8, 32, chunk)})
+        comm.choose_reduction(shared, sizes)
+
 
 Progress = Callable[[int], AbstractContextManager[Callable[[LoadState], None]]]
 """Opens a display for a number of bytes of all ranks; gives the function that is told how far they are."""

@@ -9,8 +9,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from mpillama.errors import UserError
-from mpillama.formats.chat_templates import named_templates
-from mpillama.formats.checkpoint import Checkpoint
+from mpillama.formats.checkpoint import Checkpoint, named_templates
 from mpillama.formats.checkpoint_model import AS_STORED, checkpoint_model
 from mpillama.formats.checkpoints import read_checkpoint
 from mpillama.formats.foreign import regular_size, unreadable

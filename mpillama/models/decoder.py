@@ -1,27 +1,51 @@
 """The decoder, split over ranks: two all-reduces a layer, one all-gather of the logits."""
 
 import ctypes
+import time
 from collections.abc import Callable
 from functools import partial
 from typing import Any, cast
 
 import numpy as np
 
-from mpillama.comm.backoff import Backoff
 from mpillama.comm.communicator import Communicator
-from mpillama.comm.shared_memory import YIELDS
+from mpillama.comm.shared_memory import YIELDS, Backoff
 from mpillama.kernels import arguments
 from mpillama.kernels.library import Team
 from mpillama.kernels.shared_sum import PROGRESS_STRIDE, SharedWindow
 from mpillama.models.cache import KVCache, Step
 from mpillama.models.config import ModelConfig
 from mpillama.models.family import Block
-from mpillama.models.linear import LayerWeights, any_quantised
+from mpillama.models.linear import LayerWeights, Matrix, any_quantised
 from mpillama.models.partition import Partition
-from mpillama.models.tuning import choose_in_flight
 from mpillama.models.weights import Weights
 from mpillama.models.workspace import Activations, StepArrays, Workspace
 from mpillama.quant.weight_type import LANES
+
+SMALLEST_TIMED = 64 << 20
+"""Bytes of a matrix below which caches, not memory, would be timed."""
+
+
+def choose_in_flight(team: Team, matrix: Matrix) -> int:
+    """How many row groups a single token should go through together, 1 or 2: processors prefetch differently."""
+    if not matrix.weight_type.quantised or matrix.bytes < SMALLEST_TIMED:
+        return 1
+    h = Activations.empty(1, matrix.columns)
+    for array in (h.x, h.values, h.scales, h.starts):
+        array[:] = 0
+    out, w, x = np.empty((1, matrix.rows), np.float32), matrix.column_parallel(), h.argument()
+    return min((1, 2), key=lambda n: fastest(lambda: team.column_parallel(w, x, out, n)))
+
+
+def fastest(run: Callable[[], object], repetitions: int = 3) -> float:
+    """Seconds of the fastest of a few runs."""
+    times = []
+    for _ in range(repetitions):
+        start = time.perf_counter()
+        run()
+        times.append(time.perf_counter() - start)
+    return min(times)
+
 
 Array = np.ndarray
 

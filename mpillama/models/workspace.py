@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from mpillama.kernels import arguments
-from mpillama.kernels.activations import places
+from mpillama.kernels.arguments import places
 from mpillama.models.config import ModelConfig
 from mpillama.models.partition import Partition
 from mpillama.quant.weight_type import BLOCK

@@ -28,7 +28,7 @@ from mpillama.server.requests import (
 )
 from mpillama.server.responses import Answerer, Reply
 from mpillama.server.responses_api import responses
-from mpillama.server.responses_api_store import ResponseStore
+from mpillama.server.responses_api_schemas import ResponseStore
 from mpillama.server.routes import (
     EVENTS,
     REFUSALS,

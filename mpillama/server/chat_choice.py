@@ -13,7 +13,7 @@ from mpillama.openai.tool_calls import Delta, ToolCallParser
 from mpillama.server.async_engine import ServerState
 from mpillama.server.engine_requests import Output, ServerRequest
 from mpillama.server.requests import thought_parser, used_tools
-from mpillama.server.token_names import LOWEST, NamedToken, TokenNames, alternatives, prompt_logprobs
+from mpillama.server.tokenizing import LOWEST, NamedToken, TokenNames, alternatives, prompt_logprobs
 from mpillama.text.tokenizer import Tokenizer
 
 Json = dict[str, Any]

@@ -4,10 +4,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from mpillama.engine.logprobs import TokenLogprob
+from mpillama.engine.answer import TokenLogprob
 from mpillama.openai.served import ServedCompletion
 from mpillama.server.engine_requests import Output, ServerRequest
-from mpillama.server.token_names import LOWEST, NamedToken, TokenNames, alternatives, prompt_logprobs
+from mpillama.server.tokenizing import LOWEST, NamedToken, TokenNames, alternatives, prompt_logprobs
 from mpillama.text.tokenizer import Tokenizer
 
 Json = dict[str, Any]

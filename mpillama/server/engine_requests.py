@@ -6,9 +6,8 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from mpillama.engine.answer import Mark
+from mpillama.engine.answer import LogprobRecorder, Mark, TokenLogprob
 from mpillama.engine.engine import Update
-from mpillama.engine.logprobs import LogprobRecorder, TokenLogprob
 from mpillama.engine.sequence import Request
 from mpillama.errors import UserError
 from mpillama.openai.body import BadRequest

@@ -19,7 +19,7 @@ from mpillama.server.requests import chat_requests, left_out_of_grammar
 from mpillama.server.responses import Answerer, Reply
 from mpillama.server.responses_api_chat import chat_of, in_words_of_responses, input_items, with_references
 from mpillama.server.responses_api_events import ResponseWriter, new_id
-from mpillama.server.responses_api_store import Kept, ResponseStore, kept_items
+from mpillama.server.responses_api_schemas import Kept, ResponseStore, kept_items
 from mpillama.server.routes import EVENTS, REFUSALS, StateOf, StrictRoute, log_prompt, tell_ignored, tell_unknown
 from mpillama.server.streams import named_event, stream, while_connected
 

@@ -8,7 +8,7 @@ import numpy.typing as npt
 
 from mpillama.errors import UserError
 from mpillama.text.sampling_params import SamplingParams, new_seed
-from mpillama.text.token_ids import check_token_ids
+from mpillama.text.tokenizer import check_token_ids
 
 Floats = npt.NDArray[np.float64]
 Ids = npt.NDArray[np.int64]

@@ -3,15 +3,16 @@
 import codecs
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from threading import Lock
 
+import numpy as np
+import numpy.typing as npt
 import tokenizers
 
 from mpillama.errors import UserError
-from mpillama.text.marked import SHADED, check_unicode, plain
-from mpillama.text.unwritable import Unwritable
+from mpillama.text.marked import SHADED, Unwritable, check_unicode, plain
 
 BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 MARK = re.compile(r"[<\[{].*[>\]}]", re.DOTALL)
@@ -308,3 +309,17 @@ def _load(tokenizer_json: bytes) -> tokenizers.Tokenizer:
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return tokenizer
+
+
+# -- The check that ids are those of the model's tokens ---------------------------------------------------------------
+
+
+def check_token_ids(ids: Sequence[int] | npt.NDArray[np.int64], vocab_size: int) -> None:
+    """UserError if the model has no row for one of `ids`."""
+    if not len(ids) or 0 <= min(ids) <= max(ids) < vocab_size:
+        return
+    wrong = next(i for i in ids if not 0 <= i < vocab_size)
+    raise UserError(
+        f"token id {wrong} is outside the model's 0 to {vocab_size - 1}: leave that token out of the text, "
+        "or take the tokenizer with which the model was trained."
+    )

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from mpillama.cli.job_script import ENVIRONMENT, job_script
 from mpillama.cli.options import parse
+from mpillama.cli.plan import ENVIRONMENT, job_script
 from tests.system.mpi.launch import ROOT
 
 SCRIPTS = sorted([*(ROOT / "jobs").glob("*.sbatch"), *(ROOT / "jobs").glob("*.sh")])

@@ -13,7 +13,7 @@ import pytest
 from mpillama.errors import UserError
 from mpillama.job import monitor
 from mpillama.job.monitor import PATIENCE, Monitor, Sample
-from mpillama.loading.host_memory import memory_warnings
+from mpillama.loading.preflight import memory_warnings
 
 GIB = 1 << 30
 

@@ -4,8 +4,7 @@ import hashlib
 
 import numpy as np
 
-from mpillama.engine.executor import Executor
-from mpillama.engine.step_plan import Segment
+from mpillama.engine.executor import Executor, Segment
 
 
 class OneSequence:

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from mpillama.engine.step_plan import FIELDS, HEADER, Order, Segment, StepPlan
+from mpillama.engine.executor import FIELDS, HEADER, Order, Segment, StepPlan
 
 
 def plan() -> StepPlan:

@@ -14,8 +14,7 @@ from hypothesis import strategies as st
 from mpillama.errors import UserError
 from mpillama.formats.checkpoint import Checkpoint
 from mpillama.formats.checkpoints import read_checkpoint
-from mpillama.formats.dllama.model import read_dllama
-from mpillama.formats.dllama.table import place_tensors
+from mpillama.formats.dllama.model import place_tensors, read_dllama
 from mpillama.models.config import ModelConfig
 from mpillama.models.families import FAMILIES
 from mpillama.quant.types.q4_0 import Q4_0

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
 from mpillama.errors import UserError
-from mpillama.formats import safetensors_table
+from mpillama.formats import hugging_face as safetensors_table
 from mpillama.formats.checkpoint import Checkpoint
 from mpillama.formats.checkpoints import read_checkpoint
 from mpillama.formats.hugging_face import read_hugging_face

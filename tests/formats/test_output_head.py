@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from mpillama.errors import UserError
-from mpillama.formats.output_head import refuse_headless
+from mpillama.formats.checkpoint_model import refuse_headless
 from mpillama.loading.model_file import ModelFile, open_model
 from tests import tiny_models as models
 from tests.formats.checking import values

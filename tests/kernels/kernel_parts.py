@@ -9,9 +9,8 @@ from unittest.mock import patch
 
 import numpy as np
 
-from mpillama.kernels.built import is_built
 from mpillama.kernels.isa import host_features, sets_of
-from mpillama.kernels.library import Library, Team, load
+from mpillama.kernels.library import Library, Team, is_built, load
 from mpillama.kernels.shared_sum import SharedWindow, window_bytes
 from mpillama.models.linear import Matrix
 from mpillama.models.workspace import Activations

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from mpillama.kernels.built import SOURCES, is_built, library_path
 from mpillama.kernels.isa import AMX_GRANTED, ARM_SETS, host_features, sets_of
+from mpillama.kernels.library import SOURCES, is_built, library_path
 from tests.kernels.arm_python import EMULATOR, ArmPython, CannotBeHadError
 from tests.packages import install, missing
 from tests.system.mpi import launch

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from mpillama.errors import UserError
-from mpillama.kernels import built
+from mpillama.kernels import library as built
 from mpillama.kernels.isa import known_sets
 
 ROOT = Path(__file__).parents[2]

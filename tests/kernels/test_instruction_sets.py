@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 
 from mpillama.errors import UserError
-from mpillama.kernels.built import SOURCES, is_built, library_path
 from mpillama.kernels.comparison import same_products
 from mpillama.kernels.isa import (
     AMX_GRANTED,
@@ -23,7 +22,7 @@ from mpillama.kernels.isa import (
     known_sets,
     sets_of,
 )
-from mpillama.kernels.library import load
+from mpillama.kernels.library import SOURCES, is_built, library_path, load
 from tests.kernels.kernel_parts import LIBRARY_TOO
 
 VNNI_FLAGS = [

@@ -2,7 +2,7 @@
 
 import pytest
 
-from mpillama.kernels.places import ANYWHERE, thread_places
+from mpillama.kernels.library import ANYWHERE, thread_places
 
 
 @pytest.fixture(autouse=True)

@@ -65,8 +65,7 @@ def opened(
     `weights` is a weight type, followed by those of matrices of their own: "q4_0 lm_head=f16 v_proj=q8_0". Without a
     configuration the model is the demo. Each sequence's cache blocks lie in no order.
     """
-    from mpillama.engine.executor import Executor
-    from mpillama.engine.step_plan import Segment
+    from mpillama.engine.executor import Executor, Segment
     from mpillama.models.cache import blocks_for
 
     model = _demo(threads) if config is None else _made(config, weights, tensor, threads)

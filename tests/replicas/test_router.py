@@ -5,8 +5,7 @@ from dataclasses import dataclass
 import pytest
 
 from mpillama.errors import UserError
-from mpillama.replicas.failover import Failed
-from mpillama.replicas.replica import AskMemory, Cancel, Ready, RemoteReplica, Report
+from mpillama.replicas.replica import AskMemory, Cancel, Failed, Ready, RemoteReplica, Report
 from mpillama.replicas.router import Router
 from mpillama.replicas.runner import EngineStats
 from tests.replicas.scripted import ScriptedReplica

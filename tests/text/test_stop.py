@@ -4,8 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mpillama.engine.answer import StopStrings
 from mpillama.errors import UserError
-from mpillama.text.stop import StopStrings
 
 
 def stopped(text: str, stops: list[str]) -> tuple[str, bool]:

@@ -6,8 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mpillama.errors import UserError
-from mpillama.formats.cursor import Cursor
-from mpillama.formats.foreign import damaged
+from mpillama.formats.foreign import Cursor, damaged
 
 MAGIC, OLD_MAGIC = 0x567124, 0x567123
 MAGICS = tuple(magic.to_bytes(4, "little") for magic in (MAGIC, OLD_MAGIC))

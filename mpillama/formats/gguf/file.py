@@ -9,12 +9,10 @@ from typing import Any
 import numpy as np
 
 from mpillama.errors import UserError
-from mpillama.formats.chat_templates import DEFAULT, named_templates, only_template
-from mpillama.formats.checkpoint import Checkpoint, StoredTensor
+from mpillama.formats.checkpoint import DEFAULT, Checkpoint, StoredTensor, named_templates, only_template
 from mpillama.formats.foreign import by_name, check_extents, damaged, unreadable
-from mpillama.formats.gguf.config import TOKENIZER, Metadata, hugging_face_config
+from mpillama.formats.gguf.config import EMBEDDING, ROPE_FACTORS, TOKENIZER, Metadata, canonical, hugging_face_config
 from mpillama.formats.gguf.header import GgufHeader, read_gguf_header
-from mpillama.formats.gguf.names import EMBEDDING, ROPE_FACTORS, canonical
 from mpillama.formats.reading import read_exactly
 
 PART = re.compile(r"(.*)-([0-9]{5})-of-([0-9]{5})\.gguf", re.DOTALL)

@@ -14,8 +14,7 @@ import numpy as np
 
 from mpillama.errors import UserError
 from mpillama.formats.checkpoint import StoredTensor
-from mpillama.formats.cursor import Cursor
-from mpillama.formats.foreign import damaged
+from mpillama.formats.foreign import Cursor, damaged
 from mpillama.quant.ggml import UNREAD
 from mpillama.quant.registry import STORED_TYPES
 from mpillama.quant.weight_type import round_up

@@ -153,7 +153,7 @@ MPILLAMA_API i64 mpillama_column_parallel(Team* team, const Matrix* matrix, cons
 MPILLAMA_API i64 mpillama_row_parallel(Team* team, const Matrix* matrix, const Activations* h, i64 tokens, double* out,
                                        i64 in_flight) {
     if (!team->reserve(row_scratch_bytes(*matrix), row_shared_bytes(*matrix, tokens, team->threads))) return 0;
-    run(team, [&](const Member& member) { row_parallel(member, *matrix, *h, tokens, out, in_flight); });
+    run(team, [&](const Member& member) { row_parallel(member, *matrix, *h, tokens, out, in_flight, Part::COLUMN); });
     return 1;
 }
 

@@ -43,7 +43,7 @@ inline i64 row_shared_bytes(const Matrix& m, i64 tokens, i64 threads) {
 
 // out = this rank's panels times x, on the grid: float64 [tokens, rows].
 inline void row_parallel(const Member& member, const Matrix& m, const Activations& x, i64 tokens, double* out,
-                         i64 in_flight) {
+                         i64 in_flight, Part name) {
     const i64 rows = m.groups * LANES;
     if (tokens > 1 || m.panels == 0) {
         const i64 first = member.first(m.groups), last = member.last(m.groups);
@@ -59,6 +59,7 @@ inline void row_parallel(const Member& member, const Matrix& m, const Activation
     std::memset(sums + LANES * first, 0, (last - first) * LANES * sizeof(double));
     add_panels(m, 0, x, m.panels * part / panel_parts, m.panels * (part + 1) / panel_parts, first, last, sums, in_flight);
     if (panel_parts == 1) return;
+    member.did(name);
     member.barrier();
     for (i64 i = LANES * member.first(m.groups); i < LANES * member.last(m.groups); i++) {  // on the grid: any order is exact
         double total = 0.0;
@@ -94,7 +95,7 @@ inline void attention_half(const Member& member, const AttentionLayer& layer, co
     attend(member, layer, step);
     member.did(Part::ATTENTION);
     member.barrier();
-    row_parallel(member, layer.o, step.context, step.tokens, step.partial, step.in_flight);
+    row_parallel(member, layer.o, step.context, step.tokens, step.partial, step.in_flight, Part::O_PROJ);
     member.did(Part::O_PROJ);
 }
 
@@ -111,7 +112,7 @@ inline void mlp_half(const Member& member, const MlpLayer& layer, const Step& st
                  member.last(pairs), step.in_flight, member.scratch);
     member.did(Part::GATE_UP);
     member.barrier();
-    row_parallel(member, layer.down, step.gate, step.tokens, step.partial, step.in_flight);
+    row_parallel(member, layer.down, step.gate, step.tokens, step.partial, step.in_flight, Part::DOWN);
     member.did(Part::DOWN);
 }
 

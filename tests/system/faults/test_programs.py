@@ -8,7 +8,7 @@ import pytest
 
 from mpillama import __version__
 from mpillama.errors import UserError
-from mpillama.job.same_program import Program, refuse_differences, this_program
+from mpillama.job.start import Program, refuse_differences, this_program
 from tests.system.faults.running import SHORT, name, sabotage, the_mistake
 from tests.system.mpi.launch import PROGRAM, TIMEOUT, run
 

@@ -10,10 +10,9 @@ import pytest
 from mpi4py import MPI
 
 from mpillama.comm import communicator
-from mpillama.comm.backoff import POLLING_SECONDS
 from mpillama.comm.communicator import MESSAGE_BYTES, Communicator
 from mpillama.comm.rounds import Rounds
-from mpillama.comm.shared_memory import CAPACITY, SharedReduction
+from mpillama.comm.shared_memory import CAPACITY, POLLING_SECONDS, SharedReduction
 from mpillama.errors import UserError
 from mpillama.kernels.shared_sum import SharedWindow, window_bytes
 from mpillama.kernels.target import prepare

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from mpillama.engine.where import LATE, REST, SUM
+from mpillama.engine.measure import LATE, REST, SUM
 from mpillama.kernels.library import PARTS
 from tests.system.mpi.launch import PROGRAM, TIMEOUT, run
 

@@ -91,7 +91,7 @@ def test_a_table_fits_a_narrow_terminal(columns: int, cells: tuple[str, ...], li
     script = (
         "import fcntl, struct, sys, termios\n"
         f"fcntl.ioctl(1, termios.TIOCSWINSZ, struct.pack('HHHH', 24, {columns}, 0, 0))\n"
-        "from mpillama.cli.terminal import print_table\n"
+        "from mpillama.cli.display import print_table\n"
         f"print_table({NAMES!r}, [{cells!r}])\n"
         "print('end')\n"
     )
