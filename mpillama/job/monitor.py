@@ -11,7 +11,7 @@ from typing import Protocol, Self
 import psutil
 
 from mpillama.errors import UserError
-from mpillama.loading.preflight import available_bytes
+from mpillama.job.host_memory import available_bytes
 
 FLOOR_PERIOD = 0.5
 """Seconds between looks at the host's memory."""

@@ -12,8 +12,8 @@ import pytest
 
 from mpillama.errors import UserError
 from mpillama.job import monitor
+from mpillama.job.host_memory import memory_warnings
 from mpillama.job.monitor import PATIENCE, Monitor, Sample
-from mpillama.loading.preflight import memory_warnings
 
 GIB = 1 << 30
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from mpillama.loading.preflight import available_bytes, cgroup_rooms, process_room
+from mpillama.job.host_memory import available_bytes, cgroup_rooms, process_room
 
 GIB = 1 << 30
 
