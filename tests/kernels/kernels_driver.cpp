@@ -13,13 +13,13 @@
 
 #include "activations.h"
 #include "cache.h"
+#include "shared_sum.h"
 #include "types/types.h"
 
 using namespace mpillama;
 
 namespace {
 
-struct Team;
 constexpr i64 MOST_THREADS = 2, SPINS = 100;
 const i64 SOME_TOKENS[] = {1, 2, 7, 17, 40};
 const char* const TYPE_NAMES[] = {"f32", "f16", "bf16", "q8_0", "q4_0"};
