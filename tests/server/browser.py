@@ -24,7 +24,7 @@ from mpillama.server.render.markdown import render
 from tests.packages import install, missing
 from tests.system.mpi.launch import ROOT
 
-PAGE = ROOT / "mpillama" / "serve" / "page"
+PAGE = ROOT / "mpillama" / "server" / "page"
 KINDS = {".html": "text/html", ".css": "text/css", ".js": "text/javascript"}
 POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src 'self' data:; "
