@@ -27,7 +27,8 @@ def main() -> None:
     parser.add_argument("--repetitions", type=int, default=3)
     options = parser.parse_args()
     library = import_module(LIBRARIES[options.peer])
-    context = Context(library, options.path, options.threads, options.prefill + options.decode, max(options.batch))
+    positions = options.prefill + options.decode
+    context = Context(library, options.path, options.threads, positions, max(options.batch, default=1))
     report = {
         "peer": options.peer,
         "threads": options.threads,

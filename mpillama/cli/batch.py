@@ -14,18 +14,9 @@ from mpillama.batch.results import Provenance, Result, RowAdapter
 from mpillama.batch.rows import Line, read_lines
 from mpillama.batch.run import REQUEUE_STATUS, BatchRun, Counts
 from mpillama.cli.display import terminal_console, watched
+from mpillama.cli.engines import ReplicaWorld, check_engine_options, model_name, opener, prompter, replicated
 from mpillama.cli.options import BatchOptions, recorded_sampling
-from mpillama.cli.running import (
-    ReplicaWorld,
-    Run,
-    check_engine_options,
-    loaded,
-    model_name,
-    opener,
-    prompter,
-    replicated,
-    running,
-)
+from mpillama.cli.running import Run, loaded, running
 from mpillama.cli.values import refuse_unwritable
 from mpillama.engine.engine import Engine
 from mpillama.errors import UserError

@@ -14,8 +14,9 @@ from types import FrameType
 from typing import NoReturn, Self, cast
 
 from mpillama.cli.display import watched
+from mpillama.cli.engines import ReplicaWorld, check_engine_options, opener, prompter, replicated
 from mpillama.cli.options import ServeOptions
-from mpillama.cli.running import ReplicaWorld, Run, check_engine_options, loaded, opener, prompter, replicated, running
+from mpillama.cli.running import Run, loaded, running
 from mpillama.cli.values import parse_bytes, refuse_unwritable
 from mpillama.comm.failure import Interrupted
 from mpillama.engine.engine import Engine

@@ -3,7 +3,6 @@
 Only rank 0 may as much as import HDF5.
 """
 
-import dataclasses
 import hashlib
 import json
 import sys
@@ -29,9 +28,8 @@ def system_bytes() -> int:
 
 def vectors(model: "Decoder") -> list[np.ndarray]:
     """What every rank holds whole, but for routers."""
-    fields = [getattr(layer, f.name) for layer in model.weights.layers for f in dataclasses.fields(layer)]
-    whole = [v for v in fields if isinstance(v, np.ndarray)]
-    return [model.weights.norm, *(v for v in whole if v.size)]
+    tensors = [tensor for layer in model.weights.layers for tensor in layer._tensors.values()]
+    return [model.weights.norm, *(v for v in tensors if isinstance(v, np.ndarray) and v.size)]
 
 
 def main(model: str) -> None:
