@@ -302,7 +302,7 @@ def attempt(action: Callable[[], T]) -> tuple[T | None, str | None]:
         return None, str(error)
     except OthersFailedError:
         return None, None
-    except (MemoryError, OSError, RuntimeError) as error:
+    except (MemoryError, OSError, RuntimeError, ImportError) as error:
         if sentence := out_of_memory(error):
             return None, f"host {os.uname().nodename} is {sentence}"
         raise

@@ -27,6 +27,8 @@ LONGEST_TURN = 2.0
 DELIVERY_SECONDS = 0.2
 """Left to the launcher to pass the last words on: some drop what they have not read when a job is aborted."""
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
+NOT_MAPPED = "failed to map segment"
+"""What the system says of an extension module for which there are no addresses left."""
 NO_THREAD = "can't start new thread"
 """What Python says if the system gives it no memory for a thread's stack (or no more threads)."""
 
@@ -65,7 +67,8 @@ def stop_printing() -> int:
 def out_of_memory(error: BaseException) -> str | None:
     """The sentence for an exception that means too little memory, None for any other."""
     refused = isinstance(error, OSError) and error.errno == errno.ENOMEM
-    if not (refused or isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and NO_THREAD in str(error))):
+    said = (isinstance(error, RuntimeError) and NO_THREAD) or (isinstance(error, ImportError) and NOT_MAPPED)
+    if not (refused or isinstance(error, MemoryError) or (said and said in str(error))):
         return None
     reason = f" ({' '.join(str(error).split())})" if str(error) else ""
     return (

@@ -215,7 +215,7 @@ def change_end(copy: Path) -> None:
 
 
 def starve_before_preflight() -> None:
-    after_prepare(lambda: allow(96 << 20))
+    after_prepare(lambda: allow(112 << 20))
 
 
 def starve_after_preflight() -> None:
