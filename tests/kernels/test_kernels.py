@@ -44,6 +44,8 @@ from tests.kernels.kernel_parts import (
 )
 
 GROUPS = (1, 2, 3, 4, 5)
+RANGES = {"q8_0": (-128, 127, 0), "q4_0": (0, 15, 8), "q5_0": (0, 31, 16)}
+"""The least and the largest integer of a type, and the one that stands for 0."""
 EVERY_HALF = np.arange(2**16, dtype=np.uint16)
 
 
@@ -170,18 +172,18 @@ def test_an_idle_rank_computes_nothing(weight_type, tokens):
 
 
 @pytest.mark.parametrize("tokens", [1, 2, 4, 8, 16, 32])
-@pytest.mark.parametrize("weight_type", ["q8_0", "q4_0"])
+@pytest.mark.parametrize("weight_type", RANGES)
 def test_integer_dot_products_do_not_saturate(weight_type, tokens):
     """The largest bytes of both signs, against each other: exact, for sums that float32 holds."""
     kind = WEIGHT_TYPES[weight_type]
-    low, high = (-128, 127) if weight_type == "q8_0" else (0, 15)
+    low, high, zero = RANGES[weight_type]
     patterns = [np.full(32, low), np.full(32, high), np.tile([low, high], 16), np.r_[[low] * 16, [high] * 16]]
     stored = np.stack([patterns[r % 4] for r in range(16)])[:, None].astype(kind.lanes[0].dtype)
     w = matrix(kind, *kind.pack_blocks((stored, np.ones((16, 1), np.float16))))
     for sign in (np.ones(32), -np.ones(32), np.tile([1, -1], 16), np.r_[-np.ones(16), np.ones(16)]):
         x = np.tile(127 * sign, (tokens, 1))
         found = each_way(column_parallel, w, x)
-        integers = stored[:, 0].astype(np.int64) - (8 if weight_type == "q4_0" else 0)
+        integers = stored[:, 0].astype(np.int64) - zero
         assert np.array_equal(found, np.tile(integers @ (127 * sign), (tokens, 1)))
 
 
@@ -358,11 +360,11 @@ def test_every_bfloat_becomes_its_float():
     assert np.array_equal(every_pattern("bf16"), exact, equal_nan=True)
 
 
-@pytest.mark.parametrize("weight_type", ["q8_0", "q4_0"])
+@pytest.mark.parametrize("weight_type", RANGES)
 def test_every_half_is_a_scale(weight_type):
     """In an embedding and in a product."""
     kind = WEIGHT_TYPES[weight_type]
-    stored = np.full((2**16, 1, 32), 1 if weight_type == "q8_0" else 9, kind.lanes[0].dtype)  # ones
+    stored = np.full((2**16, 1, 32), RANGES[weight_type][2] + 1, kind.lanes[0].dtype)  # ones
     w = matrix(kind, *kind.pack_blocks((stored, EVERY_HALF.view(np.float16)[:, None])))
     exact = EVERY_HALF.view(np.float16).astype(np.float64)
     assert np.array_equal(embed(w, np.arange(2**16))[:, 7], exact, equal_nan=True)

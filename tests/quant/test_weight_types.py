@@ -13,10 +13,13 @@ from mpillama.quant.types.bf16 import BF16, round_to_bfloat16
 from mpillama.quant.types.f16 import F16
 from mpillama.quant.types.f32 import F32
 from mpillama.quant.types.q4_0 import Q4_0
+from mpillama.quant.types.q5_0 import Q5_0
 from mpillama.quant.types.q8_0 import Q8_0
-from mpillama.quant.weight_type import WeightType
+from mpillama.quant.weight_type import Blocks, WeightType
 
-GGML = {Q8_0: GGMLQuantizationType.Q8_0, Q4_0: GGMLQuantizationType.Q4_0}
+STEPS = {Q8_0: 127, Q4_0: 8, Q5_0: 16}
+"""The integer that the element of largest magnitude becomes, or its negative."""
+GGML = {kind: GGMLQuantizationType[kind.name.upper()] for kind in STEPS}
 LEAST_DIVISOR = 2.0**-128  # below, 1 / scale is no float32 any more
 TYPES = list(WEIGHT_TYPES.values())
 
@@ -32,16 +35,20 @@ def ggml_bytes(x: np.ndarray, weight_type: WeightType) -> np.ndarray:
         return gguf.quants.quantize(x, GGML[weight_type]).reshape(len(x), x.shape[1] // 32, -1)
 
 
-def as_ggml(values: np.ndarray, scales: np.ndarray, weight_type: WeightType) -> np.ndarray:
-    """Our blocks in GGML's bytes: the scale, then int8s, or nibbles i and i + 16 in one byte."""
-    if weight_type == Q4_0:
-        values = values[..., :16] | values[..., 16:] << 4
-    return np.concatenate([scales[..., None].view(np.uint8), values.view(np.uint8)], axis=2)
+def as_ggml(blocks: Blocks, weight_type: WeightType) -> np.ndarray:
+    """Our blocks in GGML's bytes: scales, then int8s, or nibbles i and i + 16 in one byte, fifth bits before them."""
+    values, *scales = blocks
+    parts = [np.ascontiguousarray(scale)[..., None].view(np.uint8) for scale in scales]
+    if weight_type.block_bytes >= 22 and weight_type != Q8_0:
+        parts.append(np.packbits(values >> 4, axis=2, bitorder="little"))
+    if weight_type != Q8_0:
+        values = values[..., :16] & 15 | values[..., 16:] << 4
+    return np.concatenate([*parts, values.view(np.uint8)], axis=2)
 
 
 def our_bytes(x: np.ndarray, weight_type: WeightType, panel: int | None) -> np.ndarray:
     """Through row lanes and back."""
-    return as_ggml(*weight_type.unpack_blocks(weight_type.pack(x, panel)), weight_type)
+    return as_ggml(weight_type.unpack_blocks(weight_type.pack(x, panel)), weight_type)
 
 
 FINITE = st.floats(width=32, allow_nan=False, allow_infinity=False)
@@ -57,8 +64,8 @@ def among_others(block: np.ndarray) -> np.ndarray:
 
 def ordinary(x: np.ndarray, weight_type: WeightType) -> np.ndarray:
     """Flush blocks to zero whose scale is too small for GGML's own arithmetic (see the test of tiny blocks)."""
-    largest = np.abs(x.reshape(len(x), -1, 32)).max(axis=2) / (127 if weight_type == Q8_0 else 8)
-    return np.where(np.repeat(largest < LEAST_DIVISOR, 32, axis=1), np.float32(0), x)
+    scale = np.abs(x.reshape(len(x), -1, 32)).max(axis=2) / STEPS[weight_type]
+    return np.where(np.repeat(scale < LEAST_DIVISOR, 32, axis=1), np.float32(0), x)
 
 
 @pytest.mark.parametrize("panel", [None, 32])
@@ -83,9 +90,10 @@ def test_quantised_bytes_are_those_of_gguf_at_every_size(weight_type, exponent):
 @given(halves=arrays.arrays(np.int16, 31, elements=st.integers(-254, 254)), size=st.integers(-9, 9))
 @settings(max_examples=100, deadline=None)
 def test_ties_are_rounded_as_in_gguf(weight_type, halves, size):
-    """Halves of steps: the largest is an exact 127 (or 8) steps, so that every odd number is a tie."""
-    top, first = (254, 127.0) if weight_type == Q8_0 else (16, -8.0)
-    block = np.r_[first, (halves % (2 * top + 1) - top) / 2]
+    """Halves of steps: the largest is an exact number of steps, so that every odd number is a tie."""
+    steps = STEPS[weight_type]
+    first = steps if weight_type == Q8_0 else -steps
+    block = np.r_[first, (halves % (4 * steps + 1) - 2 * steps) / 2]
     x = among_others(block * 2.0**size)
     assert np.array_equal(our_bytes(x, weight_type, None), ggml_bytes(x, weight_type))
 
@@ -152,17 +160,13 @@ def test_pack_and_unpack_undo_each_other(weight_type, panel):
 @pytest.mark.parametrize("seed", range(3))
 def test_blocks_survive_row_lanes(weight_type, panel, seed):
     """Any bytes, also values that our quantiser never makes."""
-    rng = np.random.default_rng(seed)
-    low, high = (-128, 127) if weight_type == Q8_0 else (0, 15)
-    values = rng.integers(low, high, (32, 6, 32), weight_type.lanes[0].dtype, endpoint=True)
-    bits = rng.integers(0, 2**16, (32, 6), np.uint16)
-    found = weight_type.unpack_blocks(weight_type.pack_blocks((values, bits.view(np.float16)), panel))
-    assert np.array_equal(found[0], values)
-    assert np.array_equal(found[1].view(np.uint16), bits)
+    raw = np.random.default_rng(seed).integers(0, 256, (32, weight_type.row_bytes(6 * 32)), np.uint8)
+    found = weight_type.unpack_blocks(weight_type.pack_blocks(weight_type.blocks_of(raw), panel))
+    assert np.array_equal(as_ggml(found, weight_type).reshape(32, -1), raw)
 
 
 def test_lanes_lie_where_the_format_says():
-    """16 rows side by side; q8_0 in steps of 4 k-values, q4_0 with steps j and j + 4 in one byte."""
+    """16 rows side by side; q8_0 in steps of 4 k-values, nibbles of steps j and j + 4 in a byte, then fifth bits."""
     x = np.arange(16 * 32, dtype=np.float32).reshape(16, 32)
     assert F32.pack(x)[0][0, 7, 3] == x[3, 7]
     values = (np.arange(16 * 32) % 251 - 125).astype(np.int8).reshape(16, 1, 32)
@@ -173,6 +177,10 @@ def test_lanes_lie_where_the_format_says():
     q4, _ = Q4_0.pack_blocks((nibbles, np.ones((16, 1), np.float16)))
     byte = q4[0, 0, 64 * 3 + 4 * 9 + 1]
     assert (byte & 15, byte >> 4) == (nibbles[9, 0, 4 * 3 + 1], nibbles[9, 0, 4 * 7 + 1])
+    fives = (np.arange(16 * 32) * 7 % 32).astype(np.uint8).reshape(16, 1, 32)
+    q5, _ = Q5_0.pack_blocks((fives, np.ones((16, 1), np.float16)))
+    assert q5[0, 0, 64 * 3 + 4 * 9 + 1] == fives[9, 0, 4 * 3 + 1] & 15 | fives[9, 0, 4 * 7 + 1] << 4 & 255
+    assert q5[0, 0, 64 * 4 + 4 * 9 + 1] == sum(int(fives[9, 0, 4 * j + 1] >> 4) << j for j in range(8))
 
 
 @given(bits=arrays.arrays(np.uint32, 64))
@@ -200,8 +208,8 @@ def test_float16_weights_beyond_its_range_become_infinite():
 
 def test_quantisation_errors_are_within_half_a_step():
     x = np.random.default_rng(2).standard_normal((16, 64)).astype(np.float32)
-    for weight_type, steps in ((Q8_0, 127), (Q4_0, 8)):
+    for weight_type, steps in STEPS.items():
         step = np.repeat(np.abs(x.reshape(16, 2, 32)).max(axis=2) / steps, 32, axis=1)
-        # One side of q4_0 ends at 7 steps: up to a whole step is lost there.
+        # One side of q4_0 ends at 7 steps, of q5_0 at 15: up to a whole step is lost there.
         limit = step * (0.5 if steps == 127 else 1.0) + np.abs(x) * 2.0**-10
         assert np.all(np.abs(weight_type.dequantise(weight_type.quantise(x)) - x) <= limit)

@@ -318,7 +318,7 @@ def test_inspect_as_json(without_mpi: dict[str, str], toy: Path, toy_file: Nativ
 def test_inspect_takes_what_can_be_run(kind: str, without_mpi: dict[str, str], tmp_path: Path) -> None:
     path = {"gguf": tmp_path / "m.gguf", "folder": golden_models.FOLDER / "qwen3_moe", "dllama": tmp_path / "m.m"}[kind]
     if kind == "gguf":
-        golden_models.write_gguf(path, "qwen3_moe", golden_models.as_type(gguf.GGMLQuantizationType.Q5_0))
+        golden_models.write_gguf(path, "qwen3_moe", golden_models.as_type(gguf.GGMLQuantizationType.Q5_1))
     elif kind == "dllama":
         golden_models.write_dllama(path, "qwen3_moe")
     model = open_model(str(path))
@@ -334,12 +334,12 @@ def test_inspect_takes_what_can_be_run(kind: str, without_mpi: dict[str, str], t
     assert found["config"]["model_type"] == "qwen3_moe"
     experts = next(t for t in found["tensors"] if t["name"] == "model.layers.0.mlp.experts.up_proj.weight")
     assert experts["shape"][0] == len(experts["arrays"]) == model.config.blocks[0].mlp.count
-    stored, run_as = {"gguf": ("q5_0", "q8_0"), "folder": ("bf16", "bf16"), "dllama": ("f32", "f32")}[kind]
+    stored, run_as = {"gguf": ("q5_1", "q8_0"), "folder": ("bf16", "bf16"), "dllama": ("f32", "f32")}[kind]
     assert (experts["arrays"][0]["stored"], experts["weight_type"]) == (stored, run_as)
     shown = run(None, *PROGRAM, "inspect", path, env=without_mpi)
     assert (shown.status, shown.stderr) == (0, "")
     assert "num_experts" in shown.stdout
-    assert ("q5_0, run as q8_0" in shown.stdout) == (kind == "gguf")
+    assert ("q5_1, run as q8_0" in shown.stdout) == (kind == "gguf")
 
 
 @pytest.mark.parametrize("part", [0, 2])

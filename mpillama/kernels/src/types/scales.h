@@ -1,0 +1,36 @@
+// What the integers of a block are multiplied by, W of its 16 rows at a time. A type has one of these as Scales:
+//     bytes: those of a block of 16 rows;
+//     load(scales, part): of rows W * part and the following;
+//     add(dot, scale, start, sum): sum + what exact integer dots with an activation block of that scale stand for;
+//     apply(scales, lane, row): turn one row's 32 integers into its values, as the file format defines them.
+#pragma once
+#include "lanes.h"
+
+namespace mpillama {
+
+inline float half_at(const u8* halves, int index) {
+    float lanes[LANES];
+    store16(lanes, load16_half(reinterpret_cast<const u16*>(halves) + index / LANES * LANES));
+    return lanes[index % LANES];
+}
+
+constexpr i64 MOST_SCALE_BYTES = 4 * LANES;
+
+// A float16 for each row.
+struct HalfScale {
+    static constexpr i64 bytes = 2 * LANES;
+    Vf scale;
+
+    static HalfScale load(const u8* scales, int part) {
+        return {load_half(reinterpret_cast<const u16*>(scales) + W * part)};
+    }
+
+    Vf add(Vi dot, float x_scale, i32, Vf sum) const { return fma(to_float(dot), mul(scale, splat(x_scale)), sum); }
+
+    static void apply(const u8* scales, int lane, float* row) {
+        const float scale = half_at(scales, lane);
+        for (int i = 0; i < BLOCK; i++) row[i] *= scale;
+    }
+};
+
+}  // namespace mpillama
