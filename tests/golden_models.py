@@ -16,6 +16,8 @@ from mpillama.formats.checkpoint import Checkpoint, StoredTensor
 from mpillama.formats.hugging_face import read_hugging_face
 from mpillama.loading.model_file import open_model
 from mpillama.models.config import ModelConfig
+from mpillama.quant.registry import STORED_TYPES
+from tests.tiny_models import random_tensors
 
 FOLDER = Path(__file__).parent / "golden"
 FAMILIES = (
@@ -193,6 +195,49 @@ def as_float32(tensor: np.ndarray) -> tuple[np.ndarray, Any]:
 def as_type(kind: gguf.GGMLQuantizationType) -> Callable[[np.ndarray], tuple[np.ndarray, Any]]:
     """What turns a matrix into a GGML type."""
     return lambda tensor: (gguf.quants.quantize(tensor, kind), kind)
+
+
+def as_random_blocks(kind: gguf.GGMLQuantizationType) -> Callable[[np.ndarray], tuple[np.ndarray, Any]]:
+    """What puts blocks of any integers in a matrix's place, with scales that make them as large as weights."""
+    name = kind.name.lower()
+
+    def made(tensor: np.ndarray) -> tuple[np.ndarray, Any]:
+        stored, random = STORED_TYPES[name], np.random.default_rng(tensor.size)
+        shape = *tensor.shape[:-1], tensor.shape[-1] // stored.block, stored.block_bytes
+        blocks = random.integers(0, 256, shape, np.uint8)
+        scales = random.uniform(0.05, 0.1, shape[:-1]) / RANDOM_SCALES.get(name, 8)
+        blocks[..., :2] = scales.astype("<f2")[..., None].view(np.uint8)
+        return blocks.reshape(*tensor.shape[:-1], -1), kind
+
+    return made
+
+
+RANDOM_SCALES = {"q8_0": 127, "q5_0": 16, "iq4_nl": 127}
+"""The largest integers of types."""
+
+
+def as_floats_of(
+    quantise: Callable[[np.ndarray], tuple[np.ndarray, Any]],
+) -> Callable[[np.ndarray], tuple[np.ndarray, Any]]:
+    """The float32 values that the gguf package finds in a quantised matrix."""
+
+    def decoded(tensor: np.ndarray) -> tuple[np.ndarray, Any]:
+        data, kind = quantise(tensor)
+        values = gguf.quants.dequantize(data.reshape(-1, data.shape[-1]), kind)
+        return values.astype(np.float32).reshape(tensor.shape), gguf.GGMLQuantizationType.F32
+
+    return decoded
+
+
+def write_of_whole_blocks(folder: Path) -> None:
+    """Write a Llama of random weights whose rows and heads are whole blocks of 32, so that no file has to cut one."""
+    config = json.loads((FOLDER / "llama" / "config.json").read_text())
+    config |= {"hidden_size": 64, "head_dim": 32, "num_attention_heads": 3, "num_key_value_heads": 3}
+    config |= {"intermediate_size": 160, "num_hidden_layers": 2}
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(config))
+    shutil.copy(FOLDER / "llama" / "tokenizer.json", folder)
+    save_file(random_tensors(config), folder / "model.safetensors")
 
 
 # -- distributed-llama ----------------------------------------------------------------------------------------------

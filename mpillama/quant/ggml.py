@@ -44,7 +44,7 @@ TYPES = (
     DecodedType("q6_k", 256, 210, ggml=14),
 )
 UNREAD = {
-    **{9: "q8_1", 15: "q8_k", 16: "iq2_xxs", 17: "iq2_xs", 18: "iq3_xxs", 19: "iq1_s", 20: "iq4_nl", 21: "iq3_s"},
+    **{9: "q8_1", 15: "q8_k", 16: "iq2_xxs", 17: "iq2_xs", 18: "iq3_xxs", 19: "iq1_s", 21: "iq3_s"},
     **{
         22: "iq2_s",
         23: "iq4_xs",

@@ -11,6 +11,7 @@ from safetensors.numpy import save_file
 from mpillama.loading.model_file import ModelFile, open_model
 from mpillama.models.weights import slice_shapes
 from mpillama.quant import ggml
+from mpillama.quant.registry import WEIGHT_TYPES
 from tests import golden_models as g
 from tests import running
 from tests.conftest import THREADS
@@ -19,6 +20,7 @@ F32_TOLERANCE = 1e-5  # of the largest logit; measured: 1e-6
 BOUNDS = {"f16": 2e-3, "bf16": 2e-2, "q8_0": 0.1, "q4_0": 0.8}
 """As above, for weights rounded to a type; measured for Mixtral, where a router may choose otherwise: 0.07 for q8_0,
 0.58 for q4_0."""
+BLOCKS_TOLERANCE = 0.03  # of the largest logit, for activations in int8
 IN_GGUF = tuple(f for f in g.FAMILIES if f not in ("llama_yarn", "llama_linear", "mistral", "llama_bias"))
 IN_DLLAMA = ("llama", "qwen3", "qwen3_moe")
 
@@ -94,6 +96,22 @@ def test_quantised_blocks_of_a_gguf_are_taken_as_they_are(kind, size, tmp_path):
             if not spec.vector and spec.weight_type.quantised:  # padding has other bits, but the same value 0
                 pair = [[spec.weight_type.unpack(e) for e in by_expert(arrays, spec) if e[0].size] for arrays in pair]
             assert all(np.array_equal(a, b) for a, b in zip(*pair, strict=True)), spec.name
+
+
+@pytest.mark.parametrize("kind", [t.name.upper() for t in WEIGHT_TYPES.values() if t.quantised])
+def test_a_gguf_gives_the_logits_of_the_values_in_its_blocks(kind, tmp_path):
+    """Whatever the bytes; but for the rounding of activations. And the same bits token by token."""
+    blocks = g.as_random_blocks(gguf.GGMLQuantizationType[kind])
+    g.write_of_whole_blocks(tmp_path / "folder")
+    g.write_gguf(tmp_path / "blocks.gguf", str(tmp_path / "folder"), blocks)
+    g.write_gguf(tmp_path / "floats.gguf", str(tmp_path / "folder"), g.as_floats_of(blocks))
+    models = [open_model(str(tmp_path / f"{name}.gguf")) for name in ("blocks", "floats")]
+    assert [m.weight_types.default.name for m in models] == [kind.lower(), "f32"]
+    assert not models[0].requantised()
+    found, expected = (logits(model, "llama") for model in models)
+    assert np.abs(found - expected).max() < BLOCKS_TOLERANCE * np.abs(expected).max()
+    runner, ids = running.load_file(models[0], THREADS), g.golden("llama")[0]
+    assert np.array_equal(running.all_logits(runner, running.cut(ids, 1)), found)
 
 
 @pytest.mark.parametrize("kind", [t.name.upper() for t in ggml.TYPES if t.block == 32])

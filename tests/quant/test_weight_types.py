@@ -12,6 +12,7 @@ from mpillama.quant.registry import WEIGHT_TYPES
 from mpillama.quant.types.bf16 import BF16, round_to_bfloat16
 from mpillama.quant.types.f16 import F16
 from mpillama.quant.types.f32 import F32
+from mpillama.quant.types.iq4_nl import CODEBOOK, IQ4_NL
 from mpillama.quant.types.q4_0 import Q4_0
 from mpillama.quant.types.q5_0 import Q5_0
 from mpillama.quant.types.q8_0 import Q8_0
@@ -22,6 +23,7 @@ STEPS = {Q8_0: 127, Q4_0: 8, Q5_0: 16}
 GGML = {kind: GGMLQuantizationType[kind.name.upper()] for kind in STEPS}
 LEAST_DIVISOR = 2.0**-128  # below, 1 / scale is no float32 any more
 TYPES = list(WEIGHT_TYPES.values())
+QUANTISED = [kind for kind in TYPES if kind.quantised]
 
 
 def name_of(weight_type: WeightType) -> str:
@@ -98,17 +100,18 @@ def test_ties_are_rounded_as_in_gguf(weight_type, halves, size):
     assert np.array_equal(our_bytes(x, weight_type, None), ggml_bytes(x, weight_type))
 
 
-@pytest.mark.parametrize("weight_type", GGML, ids=name_of)
+@pytest.mark.parametrize("weight_type", QUANTISED, ids=name_of)
 def test_zeros_are_zeros(weight_type):
     for zero in (0.0, -0.0):
         x = np.full((16, 32), zero, np.float32)
-        assert np.array_equal(our_bytes(x, weight_type, None), ggml_bytes(x, weight_type))
+        if weight_type in GGML:
+            assert np.array_equal(our_bytes(x, weight_type, None), ggml_bytes(x, weight_type))
         assert not weight_type.unpack(weight_type.pack(x)).any()
 
 
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("largest", [1e-45, 1e-42, 1e-40, 1e-39, 3e-38])
-@pytest.mark.parametrize("weight_type", GGML, ids=name_of)
+@pytest.mark.parametrize("weight_type", QUANTISED, ids=name_of)
 def test_tiny_blocks_become_zeros_without_undefined_conversions(weight_type, largest):
     """GGML divides by the scale, overflows and converts infinity to an integer; ours must do nothing undefined."""
     x = np.linspace(-largest, largest, 16 * 32).reshape(16, 32).astype(np.float32)
@@ -116,7 +119,7 @@ def test_tiny_blocks_become_zeros_without_undefined_conversions(weight_type, lar
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
-@pytest.mark.parametrize("weight_type", GGML, ids=name_of)
+@pytest.mark.parametrize("weight_type", QUANTISED, ids=name_of)
 def test_a_bad_weight_shows_in_its_block(weight_type, bad):
     x = np.ones((16, 64), np.float32)
     x[3, 40] = bad
@@ -156,7 +159,7 @@ def test_pack_and_unpack_undo_each_other(weight_type, panel):
 
 
 @pytest.mark.parametrize("panel", [None, 32, 96])
-@pytest.mark.parametrize("weight_type", GGML, ids=name_of)
+@pytest.mark.parametrize("weight_type", QUANTISED, ids=name_of)
 @pytest.mark.parametrize("seed", range(3))
 def test_blocks_survive_row_lanes(weight_type, panel, seed):
     """Any bytes, also values that our quantiser never makes."""
@@ -213,3 +216,52 @@ def test_quantisation_errors_are_within_half_a_step():
         # One side of q4_0 ends at 7 steps, of q5_0 at 15: up to a whole step is lost there.
         limit = step * (0.5 if steps == 127 else 1.0) + np.abs(x) * 2.0**-10
         assert np.all(np.abs(weight_type.dequantise(weight_type.quantise(x)) - x) <= limit)
+
+
+# -- iq4_nl, which the gguf package only decodes ---------------------------------------------------------------------
+
+
+def in_plain_code(block: np.ndarray) -> tuple[list[int], np.float16]:
+    """What llama.cpp does with a block, step by step in float32; its own library gave the same bytes."""
+    largest = block[np.abs(block).argmax()]
+    if abs(largest) < 1e-15:
+        return [8] * 32, np.float16(0)
+
+    def nearest(factor: np.float32) -> list[int]:
+        distances = np.abs(CODEBOOK.astype(np.float64) - np.float64(factor * block)[:, None])
+        return [15 - int(d[::-1].argmin()) for d in distances]  # the larger of two
+
+    scale = best = np.float32(0)
+    first = np.float32(1) / (largest / np.float32(127))
+    for turn, factor in enumerate([first, *(np.float32(more - 127) / largest for more in range(-7, 8))]):
+        products = squares = np.float32(0)
+        for x, place in zip(block, nearest(factor), strict=True):
+            q = np.float32(CODEBOOK[place])
+            products, squares = products + x * x * q * x, squares + x * x * q * q
+        if squares > 0 and (not turn or products * products > best * squares):
+            scale = products / squares
+            best = scale * products
+    return nearest(np.float32(1) / scale if scale else np.float32(0)), np.float16(scale)
+
+
+@pytest.mark.parametrize("size", [1e-3, 1.0, 1e4])
+def test_iq4_nl_is_quantised_as_by_llama_cpp(size):
+    x = (np.random.default_rng(8).standard_normal((16, 64)) * size).astype(np.float32)
+    x[3, 32:], x[4, :32] = 0, np.round(x[4, :32] / size * 4) * size  # zeros, and ties
+    values, scales = IQ4_NL.quantise(x)
+    for row in range(16):
+        for block in range(2):
+            expected, scale = in_plain_code(x[row, 32 * block : 32 * block + 32])
+            assert list(values[row, block]) == expected
+            assert scales[row, block] == scale
+
+
+def test_a_block_of_iq4_nl_does_not_depend_on_its_company():
+    x = np.random.default_rng(9).standard_normal((64, 320)).astype(np.float32)
+    values, scales = IQ4_NL.quantise(x)
+    slices = (slice(3, 4), slice(32, 64)), (slice(0, 64), slice(288, 320)), (slice(5, 60, 7), slice(0, 96))
+    for rows, columns in slices:
+        blocks = slice(columns.start // 32, columns.stop // 32)
+        alone = IQ4_NL.quantise(x[rows, columns])
+        assert np.array_equal(alone[0], values[rows, blocks])
+        assert np.array_equal(alone[1], scales[rows, blocks])

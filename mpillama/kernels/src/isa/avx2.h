@@ -81,6 +81,12 @@ inline Vb low_nibbles(Vb x) { return _mm256_and_si256(x, _mm256_set1_epi8(15)); 
 inline Vb high_nibbles(Vb x) { return _mm256_and_si256(_mm256_srli_epi16(x, 4), _mm256_set1_epi8(15)); }
 inline Vb signed_step(Vb x) { return x; }
 
+// Of 16 bytes those that small integers choose.
+inline Vb load_table(const i8* p) {
+    return _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+}
+inline Vb look_up(Vb table, Vb places) { return _mm256_shuffle_epi8(table, places); }
+
 // Bit STEP of every byte as the fifth bit of a nibble.
 template <int STEP> inline Vb with_fifth_bit(Vb nibbles, Vb bits) {
     constexpr int up = STEP < 4 ? 4 - STEP : 0, down = STEP < 4 ? 0 : STEP - 4;

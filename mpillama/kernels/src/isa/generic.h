@@ -105,6 +105,14 @@ inline Vb low_nibbles(Vb x) { return x & 15; }
 inline Vb high_nibbles(Vb x) { return x >> 4; }
 inline Vb signed_step(Vb x) { return x; }
 
+// Of 16 bytes those that small integers choose.
+inline Vb load_table(const i8* p) { return load_any<Vb>(p); }
+inline Vb look_up(Vb table, Vb places) {
+    Vb result;
+    for (int i = 0; i < 16; i++) result[i] = table[places[i]];
+    return result;
+}
+
 // Bit STEP of every byte as the fifth bit of a nibble.
 template <int STEP> inline Vb with_fifth_bit(Vb nibbles, Vb bits) { return nibbles | (bits >> STEP & 1) << 4; }
 

@@ -78,6 +78,10 @@ inline Vb low_nibbles(Vb x) { return vandq_s8(x, vdupq_n_s8(15)); }
 inline Vb high_nibbles(Vb x) { return vreinterpretq_s8_u8(vshrq_n_u8(vreinterpretq_u8_s8(x), 4)); }
 inline Vb signed_step(Vb x) { return x; }
 
+// Of 16 bytes those that small integers choose.
+inline Vb load_table(const i8* p) { return vld1q_s8(p); }
+inline Vb look_up(Vb table, Vb places) { return vqtbl1q_s8(table, vreinterpretq_u8_s8(places)); }
+
 // Bit STEP of every byte as the fifth bit of a nibble.
 template <int STEP> inline Vb with_fifth_bit(Vb nibbles, Vb bits) {
     uint8x16_t moved = vreinterpretq_u8_s8(bits);

@@ -11,6 +11,7 @@
 #include "types/bf16.h"
 #include "types/f16.h"
 #include "types/f32.h"
+#include "types/iq4_nl.h"
 #include "types/q4_0.h"
 #include "types/q5_0.h"
 #include "types/q8_0.h"
@@ -26,6 +27,7 @@ template <class Use> inline void with_type(i64 number, Use use) {
         case Q8_0::NUMBER: return use(Q8_0());
         case Q4_0::NUMBER: return use(Q4_0());
         case Q5_0::NUMBER: return use(Q5_0());
+        case IQ4_NL::NUMBER: return use(IQ4_NL());
     }
     __builtin_trap();
 }
