@@ -206,7 +206,10 @@ def as_random_blocks(kind: gguf.GGMLQuantizationType) -> Callable[[np.ndarray], 
         shape = *tensor.shape[:-1], tensor.shape[-1] // stored.block, stored.block_bytes
         blocks = random.integers(0, 256, shape, np.uint8)
         scales = random.uniform(0.05, 0.1, shape[:-1]) / RANDOM_SCALES.get(name, 8)
-        blocks[..., :2] = scales.astype("<f2")[..., None].view(np.uint8)
+        if name == "mxfp4":
+            blocks[..., 0] = random.integers(120, 123, shape[:-1])
+        else:
+            blocks[..., :2] = scales.astype("<f2")[..., None].view(np.uint8)
         return blocks.reshape(*tensor.shape[:-1], -1), kind
 
     return made

@@ -54,6 +54,6 @@ UNREAD = {
         27: "i64",
         28: "f64",
     },
-    **{29: "iq1_m", 34: "tq1_0", 35: "tq2_0", 39: "mxfp4", 40: "nvfp4", 41: "q1_0"},
+    **{29: "iq1_m", 34: "tq1_0", 35: "tq2_0", 40: "nvfp4", 41: "q1_0"},
 }
 """Other types of GGML by number, for saying what a file holds that is not read."""

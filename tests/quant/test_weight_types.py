@@ -13,13 +13,14 @@ from mpillama.quant.types.bf16 import BF16, round_to_bfloat16
 from mpillama.quant.types.f16 import F16
 from mpillama.quant.types.f32 import F32
 from mpillama.quant.types.iq4_nl import CODEBOOK, IQ4_NL
+from mpillama.quant.types.mxfp4 import MXFP4
 from mpillama.quant.types.q4_0 import Q4_0
 from mpillama.quant.types.q5_0 import Q5_0
 from mpillama.quant.types.q8_0 import Q8_0
 from mpillama.quant.weight_type import Blocks, WeightType
 
-STEPS = {Q8_0: 127, Q4_0: 8, Q5_0: 16}
-"""The integer that the element of largest magnitude becomes, or its negative."""
+STEPS = {Q8_0: 127, Q4_0: 8, Q5_0: 16, MXFP4: 12}
+"""The integer that the element of largest magnitude becomes, or its negative; of mxfp4 at most."""
 GGML = {kind: GGMLQuantizationType[kind.name.upper()] for kind in STEPS}
 LEAST_DIVISOR = 2.0**-128  # below, 1 / scale is no float32 any more
 TYPES = list(WEIGHT_TYPES.values())
@@ -65,7 +66,12 @@ def among_others(block: np.ndarray) -> np.ndarray:
 
 
 def ordinary(x: np.ndarray, weight_type: WeightType) -> np.ndarray:
-    """Flush blocks to zero whose scale is too small for GGML's own arithmetic (see the test of tiny blocks)."""
+    """Flush blocks to zero whose scale is too small for GGML's own arithmetic (see the test of tiny blocks).
+
+    For mxfp4 also shorten the numbers: the gguf package's logarithm is not exact just below a power of two.
+    """
+    if weight_type == MXFP4:
+        x = (np.ascontiguousarray(x).view(np.uint32) & 0xFFFF0000).view(np.float32)
     scale = np.abs(x.reshape(len(x), -1, 32)).max(axis=2) / STEPS[weight_type]
     return np.where(np.repeat(scale < LEAST_DIVISOR, 32, axis=1), np.float32(0), x)
 
@@ -94,7 +100,7 @@ def test_quantised_bytes_are_those_of_gguf_at_every_size(weight_type, exponent):
 def test_ties_are_rounded_as_in_gguf(weight_type, halves, size):
     """Halves of steps: the largest is an exact number of steps, so that every odd number is a tie."""
     steps = STEPS[weight_type]
-    first = steps if weight_type == Q8_0 else -steps
+    first = steps if weight_type in (Q8_0, MXFP4) else -steps
     block = np.r_[first, (halves % (4 * steps + 1) - 2 * steps) / 2]
     x = among_others(block * 2.0**size)
     assert np.array_equal(our_bytes(x, weight_type, None), ggml_bytes(x, weight_type))
@@ -111,7 +117,7 @@ def test_zeros_are_zeros(weight_type):
 
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("largest", [1e-45, 1e-42, 1e-40, 1e-39, 3e-38])
-@pytest.mark.parametrize("weight_type", QUANTISED, ids=name_of)
+@pytest.mark.parametrize("weight_type", [kind for kind in QUANTISED if kind != MXFP4], ids=name_of)
 def test_tiny_blocks_become_zeros_without_undefined_conversions(weight_type, largest):
     """GGML divides by the scale, overflows and converts infinity to an integer; ours must do nothing undefined."""
     x = np.linspace(-largest, largest, 16 * 32).reshape(16, 32).astype(np.float32)
@@ -123,7 +129,7 @@ def test_tiny_blocks_become_zeros_without_undefined_conversions(weight_type, lar
 def test_a_bad_weight_shows_in_its_block(weight_type, bad):
     x = np.ones((16, 64), np.float32)
     x[3, 40] = bad
-    with np.errstate(invalid="ignore"):
+    with np.errstate(invalid="ignore", over="ignore"):
         back = weight_type.unpack(weight_type.pack(x))
     assert not np.isfinite(back[3, 32:]).any()
     assert np.isfinite(np.delete(back, 3, axis=0)).all()
@@ -212,10 +218,33 @@ def test_float16_weights_beyond_its_range_become_infinite():
 def test_quantisation_errors_are_within_half_a_step():
     x = np.random.default_rng(2).standard_normal((16, 64)).astype(np.float32)
     for weight_type, steps in STEPS.items():
+        if weight_type == MXFP4:  # whose steps differ
+            continue
         step = np.repeat(np.abs(x.reshape(16, 2, 32)).max(axis=2) / steps, 32, axis=1)
         # One side of q4_0 ends at 7 steps, of q5_0 at 15: up to a whole step is lost there.
         limit = step * (0.5 if steps == 127 else 1.0) + np.abs(x) * 2.0**-10
         assert np.all(np.abs(weight_type.dequantise(weight_type.quantise(x)) - x) <= limit)
+
+
+# -- mxfp4 -----------------------------------------------------------------------------------------------------------
+
+
+def test_every_exponent_of_mxfp4_is_a_power_of_two():
+    codes = np.tile(np.arange(16, dtype=np.uint8), (256, 1, 2))
+    with np.errstate(over="ignore"):
+        found = MXFP4.unpack(MXFP4.pack_blocks((codes, np.arange(256, dtype=np.uint8)[:, None])))
+    floats = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6])
+    exact = np.r_[floats, -floats] * 2.0 ** (np.arange(256)[:, None] - 127)
+    with np.errstate(over="ignore"):
+        assert np.array_equal(found[:, :16], exact.astype(np.float32))
+    assert np.array_equal(found[:253].astype(np.float64)[:, :16], exact[:253])
+
+
+@pytest.mark.parametrize("largest", [1e-45, 1e-40, 1e-38, 2.0**-125, 2.0**-120, 3e38])
+def test_mxfp4_at_the_ends_of_float32(largest):
+    x = np.linspace(-largest, largest, 16 * 32).reshape(16, 32).astype(np.float32)
+    found, step = MXFP4.unpack(MXFP4.pack(x)), np.abs(x).max(axis=1, keepdims=True) / 4
+    assert np.all(np.abs(found.astype(np.float64) - x) <= np.maximum(step, 2.0**-129))
 
 
 # -- iq4_nl, which the gguf package only decodes ---------------------------------------------------------------------

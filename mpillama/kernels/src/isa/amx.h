@@ -57,7 +57,7 @@ inline void amx_add(const u8* products, const u8* scales, const float* x_scales,
     const Scales of_rows = Scales::load(scales, 0);
     for (int t = 0; t < AMX_TOKENS; t++) {
         const Vi dot = load(reinterpret_cast<const i32*>(products) + LANES * t);
-        sums[t] = of_rows.add(dot, x_scales[t], starts[t], sums[t]);
+        sums[t] = of_rows.add_scaled(dot, x_scales[t], starts[t], sums[t]);
     }
 }
 

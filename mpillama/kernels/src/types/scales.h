@@ -1,7 +1,7 @@
 // What the integers of a block are multiplied by, W of its 16 rows at a time. A type has one of these as Scales:
 //     bytes: those of a block of 16 rows;
 //     load(scales, part): of rows W * part and the following;
-//     add(dot, scale, start, sum): sum + what exact integer dots with an activation block of that scale stand for;
+//     add_scaled(dot, x_scale, start, sum): sum + what exact integer dots with an activation block of that scale stand for;
 //     apply(scales, lane, row): turn one row's 32 integers into its values, as the file format defines them.
 #pragma once
 #include "lanes.h"
@@ -25,11 +25,32 @@ struct HalfScale {
         return {load_half(reinterpret_cast<const u16*>(scales) + W * part)};
     }
 
-    Vf add(Vi dot, float x_scale, i32, Vf sum) const { return fma(to_float(dot), mul(scale, splat(x_scale)), sum); }
+    Vf add_scaled(Vi dot, float x_scale, i32, Vf sum) const { return fma(to_float(dot), mul(scale, splat(x_scale)), sum); }
 
     static void apply(const u8* scales, int lane, float* row) {
         const float scale = half_at(scales, lane);
         for (int i = 0; i < BLOCK; i++) row[i] *= scale;
+    }
+};
+
+// A byte e for each row: 2^(e - 128), subnormal below e = 2.
+struct PowerScale {
+    static constexpr i64 bytes = LANES;
+    Vf scale;
+
+    static PowerScale load(const u8* scales, int part) {
+        const Vi e = bit_and(load_i8(reinterpret_cast<const i8*>(scales) + W * part), splat(255));
+        const Vf normal = as_float(shift_left<23>(sub(e, splat(1))));
+        const Vf subnormal = as_float(shift_left<21>(add(e, splat(1))));
+        return {select(less(e, splat(2)), subnormal, normal)};
+    }
+
+    Vf add_scaled(Vi dot, float x_scale, i32, Vf sum) const { return fma(to_float(dot), mul(scale, splat(x_scale)), sum); }
+
+    static void apply(const u8* scales, int lane, float* row) {
+        float lanes[W];
+        store(lanes, load(scales, lane / W).scale);
+        for (int i = 0; i < BLOCK; i++) row[i] *= lanes[lane % W];
     }
 };
 

@@ -12,6 +12,7 @@
 #include "types/f16.h"
 #include "types/f32.h"
 #include "types/iq4_nl.h"
+#include "types/mxfp4.h"
 #include "types/q4_0.h"
 #include "types/q5_0.h"
 #include "types/q8_0.h"
@@ -28,6 +29,7 @@ template <class Use> inline void with_type(i64 number, Use use) {
         case Q4_0::NUMBER: return use(Q4_0());
         case Q5_0::NUMBER: return use(Q5_0());
         case IQ4_NL::NUMBER: return use(IQ4_NL());
+        case MXFP4::NUMBER: return use(MXFP4());
     }
     __builtin_trap();
 }
@@ -43,7 +45,7 @@ template <class T> struct BlockPart {
 
     // sum + the product with 32 int8 activations.
     Vf add(const i8* x, float x_scale, i32 start, Vf sum) const {
-        return scales.add(T::dot(steps, x, start), x_scale, start, sum);
+        return scales.add_scaled(T::dot(steps, x, start), x_scale, start, sum);
     }
 };
 
