@@ -210,13 +210,16 @@ def as_random_blocks(kind: gguf.GGMLQuantizationType) -> Callable[[np.ndarray], 
             blocks[..., 0] = random.integers(120, 123, shape[:-1])
         else:
             blocks[..., :2] = scales.astype("<f2")[..., None].view(np.uint8)
+        if name in ("q4_1", "q5_1"):
+            minimums = -scales * random.uniform(0.4, 0.6, scales.shape) * 2 * RANDOM_SCALES[name]
+            blocks[..., 2:4] = minimums.astype("<f2")[..., None].view(np.uint8)
         return blocks.reshape(*tensor.shape[:-1], -1), kind
 
     return made
 
 
-RANDOM_SCALES = {"q8_0": 127, "q5_0": 16, "iq4_nl": 127}
-"""The largest integers of types."""
+RANDOM_SCALES = {"q8_0": 127, "q5_0": 16, "iq4_nl": 127, "q4_1": 8, "q5_1": 16}
+"""The largest integers of types, half of it where they begin with a minimum."""
 
 
 def as_floats_of(

@@ -12,6 +12,8 @@ import numpy as np
 from mpillama.quant.weight_type import BLOCK, LANES, Arrays, Blocks, Float32, LaneArray, WeightType, by_group, by_row
 
 SCALES = LaneArray(".scales", "<f2", LANES)
+SCALES_AND_MINIMUMS = LaneArray(".scales", "<f2", 2 * LANES)
+"""16 scales, then 16 minimums."""
 
 
 @dataclass(frozen=True)
@@ -66,6 +68,27 @@ class ScaledBlocks(WeightType):
     def unpack_steps(self, steps: np.ndarray) -> np.ndarray:
         """Undo pack_steps."""
         return steps
+
+
+class BlocksWithMinimum(ScaledBlocks):
+    """A minimum stands behind the scale, and is added to every value; the numbers have it as a third array."""
+
+    def integers(self, values: np.ndarray) -> np.ndarray:
+        return values
+
+    def dequantise(self, blocks: Blocks) -> Float32:
+        values, scales, minimums = blocks
+        scaled: Float32 = values.astype(np.float32) * self.factors(scales)[:, :, None]
+        return (scaled + self.factors(minimums)[:, :, None]).reshape(len(values), -1)
+
+
+def above_minimum(blocks: Float32, most: int) -> Blocks:
+    """Return integers of 0 (each block's smallest element) to `most` (its largest), scales and minimums."""
+    with np.errstate(over="ignore", invalid="ignore"):  # what is beyond float32 shows in the scale
+        minimum = blocks.min(axis=2)
+        scale = (blocks.max(axis=2) - minimum) / np.float32(most)
+        values = shifted_to_integers(blocks - minimum[:, :, None], scale, 0.5, most)
+    return values, as_float16(scale), as_float16(minimum)
 
 
 def largest_of(blocks: Float32) -> Float32:

@@ -45,16 +45,18 @@ from tests.kernels.kernel_parts import (
 )
 
 GROUPS = (1, 2, 3, 4, 5)
-RANGES = {"q8_0": (-128, 127), "q4_0": (0, 15), "q5_0": (0, 31), "iq4_nl": (0, 15), "mxfp4": (15, 7)}
+RANGES = {"q8_0": (-128, 127), "q4_0": (0, 15), "q5_0": (0, 31), "iq4_nl": (0, 15), "mxfp4": (15, 7), "q4_1": (0, 15)}
 """What a type holds for its least and for its largest integer."""
+WITH_MINIMUMS = ("q4_1",)
 ONES = {"q8_0": 1, "q4_0": 9, "q5_0": 17, "iq4_nl": 8}
 """What types with float16 scales hold for 1."""
 
 
 def with_unit_scales(kind: WeightType, stored: np.ndarray) -> tuple[np.ndarray, ...]:
-    """A type's numbers whose values are its integers."""
+    """A type's numbers whose values are its integers, or 7 less where it has minimums."""
     one = np.float16(1) if kind.lanes[1].dtype == "<f2" else np.uint8(128)
-    return stored, np.full(stored.shape[:2], one)
+    minimums = [np.full(stored.shape[:2], np.float16(-7))] * (kind.name in WITH_MINIMUMS)
+    return stored, np.full(stored.shape[:2], one), *minimums
 
 
 EVERY_HALF = np.arange(2**16, dtype=np.uint16)
@@ -104,7 +106,7 @@ def test_column_parallel(weight_type, tokens):
     x = random_matrix(tokens, 32 * blocks, seed=9)
     for groups in GROUPS:
         w, dense = packed(random_matrix(16 * groups, 32 * blocks), kind)
-        terms = 2 * blocks if kind.quantised else 32 * blocks
+        terms = (16 if weight_type in WITH_MINIMUMS else 2) * blocks if kind.quantised else 32 * blocks
         assert_close(each_way(column_parallel, w, x), seen_by(kind, x), dense, terms)
 
 

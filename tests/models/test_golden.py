@@ -82,7 +82,7 @@ def test_a_gguf_in_another_float_type_gives_the_same_bits_as_our_own_rounding(ki
 
 
 @pytest.mark.parametrize("size", [1, 3])
-@pytest.mark.parametrize("kind", ["Q8_0", "Q4_0", "Q5_0"])
+@pytest.mark.parametrize("kind", ["Q8_0", "Q4_0", "Q5_0", "Q4_1"])
 def test_quantised_blocks_of_a_gguf_are_taken_as_they_are(kind, size, tmp_path):
     """Bit for bit what our own rounding of the same weights gives, but for o_proj: its blocks span several heads."""
     g.write_gguf(tmp_path / "model.gguf", "mixtral", g.as_type(gguf.GGMLQuantizationType[kind]))

@@ -15,13 +15,16 @@ from mpillama.quant.types.f32 import F32
 from mpillama.quant.types.iq4_nl import CODEBOOK, IQ4_NL
 from mpillama.quant.types.mxfp4 import MXFP4
 from mpillama.quant.types.q4_0 import Q4_0
+from mpillama.quant.types.q4_1 import Q4_1
 from mpillama.quant.types.q5_0 import Q5_0
 from mpillama.quant.types.q8_0 import Q8_0
 from mpillama.quant.weight_type import Blocks, WeightType
 
 STEPS = {Q8_0: 127, Q4_0: 8, Q5_0: 16, MXFP4: 12}
 """The integer that the element of largest magnitude becomes, or its negative; of mxfp4 at most."""
-GGML = {kind: GGMLQuantizationType[kind.name.upper()] for kind in STEPS}
+FROM_MINIMUM = {Q4_1: 15}
+"""The integer that the largest element becomes, 0 being the smallest."""
+GGML = {kind: GGMLQuantizationType[kind.name.upper()] for kind in (*STEPS, *FROM_MINIMUM)}
 LEAST_DIVISOR = 2.0**-128  # below, 1 / scale is no float32 any more
 TYPES = list(WEIGHT_TYPES.values())
 QUANTISED = [kind for kind in TYPES if kind.quantised]
@@ -72,8 +75,13 @@ def ordinary(x: np.ndarray, weight_type: WeightType) -> np.ndarray:
     """
     if weight_type == MXFP4:
         x = (np.ascontiguousarray(x).view(np.uint32) & 0xFFFF0000).view(np.float32)
-    scale = np.abs(x.reshape(len(x), -1, 32)).max(axis=2) / STEPS[weight_type]
-    return np.where(np.repeat(scale < LEAST_DIVISOR, 32, axis=1), np.float32(0), x)
+    blocks = x.reshape(len(x), -1, 32)
+    if weight_type in FROM_MINIMUM:
+        with np.errstate(over="ignore"):
+            scale = (blocks.max(axis=2) - blocks.min(axis=2)) / np.float32(FROM_MINIMUM[weight_type])
+    else:
+        scale = np.abs(blocks).max(axis=2) / STEPS[weight_type]
+    return np.where(np.repeat((scale > 0) & (scale < LEAST_DIVISOR), 32, axis=1), np.float32(0), x)
 
 
 @pytest.mark.parametrize("panel", [None, 32])
@@ -99,9 +107,13 @@ def test_quantised_bytes_are_those_of_gguf_at_every_size(weight_type, exponent):
 @settings(max_examples=100, deadline=None)
 def test_ties_are_rounded_as_in_gguf(weight_type, halves, size):
     """Halves of steps: the largest is an exact number of steps, so that every odd number is a tie."""
-    steps = STEPS[weight_type]
-    first = steps if weight_type in (Q8_0, MXFP4) else -steps
-    block = np.r_[first, (halves % (4 * steps + 1) - 2 * steps) / 2]
+    if weight_type in FROM_MINIMUM:
+        steps = FROM_MINIMUM[weight_type]
+        block = np.r_[steps, 0, halves[:30] % (2 * steps + 1) / 2]
+    else:
+        steps = STEPS[weight_type]
+        first = steps if weight_type in (Q8_0, MXFP4) else -steps
+        block = np.r_[first, (halves % (4 * steps + 1) - 2 * steps) / 2]
     x = among_others(block * 2.0**size)
     assert np.array_equal(our_bytes(x, weight_type, None), ggml_bytes(x, weight_type))
 
@@ -224,6 +236,11 @@ def test_quantisation_errors_are_within_half_a_step():
         # One side of q4_0 ends at 7 steps, of q5_0 at 15: up to a whole step is lost there.
         limit = step * (0.5 if steps == 127 else 1.0) + np.abs(x) * 2.0**-10
         assert np.all(np.abs(weight_type.dequantise(weight_type.quantise(x)) - x) <= limit)
+    for weight_type, steps in FROM_MINIMUM.items():
+        blocks = x.reshape(16, 2, 32)
+        step = np.repeat((blocks.max(axis=2) - blocks.min(axis=2)) / steps, 32, axis=1)
+        largest = np.repeat(np.abs(blocks).max(axis=2), 32, axis=1)
+        assert np.all(np.abs(weight_type.dequantise(weight_type.quantise(x)) - x) <= step / 2 + largest * 2.0**-9)
 
 
 # -- mxfp4 -----------------------------------------------------------------------------------------------------------

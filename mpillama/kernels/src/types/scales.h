@@ -33,6 +33,28 @@ struct HalfScale {
     }
 };
 
+// A float16 for each row, and 16 more that are added to its values. The minimum meets the sum of the activations, which is
+// exact.
+struct HalfScaleAndMinimum {
+    static constexpr i64 bytes = 4 * LANES;
+    Vf scale, minimum;
+
+    static HalfScaleAndMinimum load(const u8* scales, int part) {
+        const u16* halves = reinterpret_cast<const u16*>(scales) + W * part;
+        return {load_half(halves), load_half(halves + LANES)};
+    }
+
+    Vf add_scaled(Vi dot, float x_scale, i32 start, Vf sum) const {
+        const Vf of_x = splat(x_scale), total = splat(static_cast<float>(start) * -0.125f);
+        return fma(total, mul(minimum, of_x), fma(to_float(dot), mul(scale, of_x), sum));
+    }
+
+    static void apply(const u8* scales, int lane, float* row) {
+        const float scale = half_at(scales, lane), minimum = half_at(scales, LANES + lane);
+        for (int i = 0; i < BLOCK; i++) row[i] = row[i] * scale + minimum;
+    }
+};
+
 // A byte e for each row: 2^(e - 128), subnormal below e = 2.
 struct PowerScale {
     static constexpr i64 bytes = LANES;

@@ -14,6 +14,7 @@
 #include "types/iq4_nl.h"
 #include "types/mxfp4.h"
 #include "types/q4_0.h"
+#include "types/q4_1.h"
 #include "types/q5_0.h"
 #include "types/q8_0.h"
 
@@ -30,6 +31,7 @@ template <class Use> inline void with_type(i64 number, Use use) {
         case Q5_0::NUMBER: return use(Q5_0());
         case IQ4_NL::NUMBER: return use(IQ4_NL());
         case MXFP4::NUMBER: return use(MXFP4());
+        case Q4_1::NUMBER: return use(Q4_1());
     }
     __builtin_trap();
 }
