@@ -206,7 +206,9 @@ def as_random_blocks(kind: gguf.GGMLQuantizationType) -> Callable[[np.ndarray], 
         shape = *tensor.shape[:-1], tensor.shape[-1] // stored.block, stored.block_bytes
         blocks = random.integers(0, 256, shape, np.uint8)
         scales = random.uniform(0.05, 0.1, shape[:-1]) / RANDOM_SCALES.get(name, 8)
-        if name == "mxfp4":
+        if name == "q6_k":  # which has 16 integer scales for a block, too
+            blocks[..., -2:] = (scales / 64).astype("<f2")[..., None].view(np.uint8)
+        elif name == "mxfp4":
             blocks[..., 0] = random.integers(120, 123, shape[:-1])
         else:
             blocks[..., :2] = scales.astype("<f2")[..., None].view(np.uint8)
@@ -218,7 +220,7 @@ def as_random_blocks(kind: gguf.GGMLQuantizationType) -> Callable[[np.ndarray], 
     return made
 
 
-RANDOM_SCALES = {"q8_0": 127, "q5_0": 16, "iq4_nl": 127, "q4_1": 8, "q5_1": 16}
+RANDOM_SCALES = {"q8_0": 127, "q5_0": 16, "iq4_nl": 127, "q4_1": 8, "q5_1": 16, "q6_k": 32}
 """The largest integers of types, half of it where they begin with a minimum."""
 
 
@@ -235,11 +237,11 @@ def as_floats_of(
     return decoded
 
 
-def write_of_whole_blocks(folder: Path) -> None:
-    """Write a Llama of random weights whose rows and heads are whole blocks of 32, so that no file has to cut one."""
+def write_of_whole_blocks(folder: Path, block: int = 32) -> None:
+    """Write a Llama of random weights whose rows are whole blocks, and its heads too if they are of 32."""
     config = json.loads((FOLDER / "llama" / "config.json").read_text())
-    config |= {"hidden_size": 64, "head_dim": 32, "num_attention_heads": 3, "num_key_value_heads": 3}
-    config |= {"intermediate_size": 160, "num_hidden_layers": 2}
+    config |= {"hidden_size": 2 * block, "head_dim": block, "num_attention_heads": 3, "num_key_value_heads": 3}
+    config |= {"intermediate_size": 5 * block, "num_hidden_layers": 2}
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(config))
     shutil.copy(FOLDER / "llama" / "tokenizer.json", folder)

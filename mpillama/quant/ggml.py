@@ -35,7 +35,6 @@ class DecodedType(StoredType):
 
 
 TYPES = (
-    DecodedType("q5_1", 32, 24, ggml=7),
     DecodedType("q2_k", 256, 84, ggml=10),
     DecodedType("q3_k", 256, 110, ggml=11),
     DecodedType("q4_k", 256, 144, ggml=12),

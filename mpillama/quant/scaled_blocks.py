@@ -79,7 +79,8 @@ class BlocksWithMinimum(ScaledBlocks):
     def dequantise(self, blocks: Blocks) -> Float32:
         values, scales, minimums = blocks
         scaled: Float32 = values.astype(np.float32) * self.factors(scales)[:, :, None]
-        return (scaled + self.factors(minimums)[:, :, None]).reshape(len(values), -1)
+        raised: Float32 = scaled + self.factors(minimums)[:, :, None]
+        return raised.reshape(len(values), -1)
 
 
 def above_minimum(blocks: Float32, most: int) -> Blocks:

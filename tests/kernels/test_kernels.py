@@ -45,9 +45,12 @@ from tests.kernels.kernel_parts import (
 )
 
 GROUPS = (1, 2, 3, 4, 5)
-RANGES = {"q8_0": (-128, 127), "q4_0": (0, 15), "q5_0": (0, 31), "iq4_nl": (0, 15), "mxfp4": (15, 7), "q4_1": (0, 15)}
+RANGES = {
+    "q8_0": (-128, 127), "q4_0": (0, 15), "q5_0": (0, 31), "iq4_nl": (0, 15), "mxfp4": (15, 7), "q4_1": (0, 15),
+    "q5_1": (0, 31),
+}  # fmt: skip
 """What a type holds for its least and for its largest integer."""
-WITH_MINIMUMS = ("q4_1",)
+WITH_MINIMUMS = ("q4_1", "q5_1")
 ONES = {"q8_0": 1, "q4_0": 9, "q5_0": 17, "iq4_nl": 8}
 """What types with float16 scales hold for 1."""
 

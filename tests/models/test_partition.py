@@ -201,6 +201,7 @@ def test_sizes_are_exact_whole_numbers_for_ten_times_llama_405b(weight_type, fac
         "iq4_nl": 4.5,
         "mxfp4": 4.25,
         "q4_1": 5,
+        "q5_1": 6,
     }[weight_type]
     norms = sum(s.rows for s in specs if s.vector)
     assert offset * 8 == (elements - norms) * bits + 32 * norms

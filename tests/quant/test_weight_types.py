@@ -17,12 +17,13 @@ from mpillama.quant.types.mxfp4 import MXFP4
 from mpillama.quant.types.q4_0 import Q4_0
 from mpillama.quant.types.q4_1 import Q4_1
 from mpillama.quant.types.q5_0 import Q5_0
+from mpillama.quant.types.q5_1 import Q5_1
 from mpillama.quant.types.q8_0 import Q8_0
 from mpillama.quant.weight_type import Blocks, WeightType
 
 STEPS = {Q8_0: 127, Q4_0: 8, Q5_0: 16, MXFP4: 12}
 """The integer that the element of largest magnitude becomes, or its negative; of mxfp4 at most."""
-FROM_MINIMUM = {Q4_1: 15}
+FROM_MINIMUM = {Q4_1: 15, Q5_1: 31}
 """The integer that the largest element becomes, 0 being the smallest."""
 GGML = {kind: GGMLQuantizationType[kind.name.upper()] for kind in (*STEPS, *FROM_MINIMUM)}
 LEAST_DIVISOR = 2.0**-128  # below, 1 / scale is no float32 any more

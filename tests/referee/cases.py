@@ -21,7 +21,7 @@ Edit = Callable[[str, np.ndarray], None]
 """Changes a tensor in place."""
 
 WEIGHTS = ("f32", "f16", "bf16", "q8_0", "q4_0")
-LATER_WEIGHTS = ("q5_0", "iq4_nl", "mxfp4", "q4_1")
+LATER_WEIGHTS = ("q5_0", "iq4_nl", "mxfp4", "q4_1", "q5_1")
 """Types that came later: in cases of their own, so that the others stay what they are."""
 KV_TYPES = ("f32", "f16", "q8")
 

@@ -33,8 +33,8 @@ struct HalfScale {
     }
 };
 
-// A float16 for each row, and 16 more that are added to its values. The minimum meets the sum of the activations, which is
-// exact.
+// A float16 for each row, and one that is added to its values: the minimum, which meets the sum of the activations. That
+// sum is exact.
 struct HalfScaleAndMinimum {
     static constexpr i64 bytes = 4 * LANES;
     Vf scale, minimum;

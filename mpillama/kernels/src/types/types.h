@@ -16,6 +16,7 @@
 #include "types/q4_0.h"
 #include "types/q4_1.h"
 #include "types/q5_0.h"
+#include "types/q5_1.h"
 #include "types/q8_0.h"
 
 namespace mpillama {
@@ -32,6 +33,7 @@ template <class Use> inline void with_type(i64 number, Use use) {
         case IQ4_NL::NUMBER: return use(IQ4_NL());
         case MXFP4::NUMBER: return use(MXFP4());
         case Q4_1::NUMBER: return use(Q4_1());
+        case Q5_1::NUMBER: return use(Q5_1());
     }
     __builtin_trap();
 }
