@@ -23,9 +23,8 @@ namespace {
 constexpr i64 MOST_THREADS = 2, SPINS = 100;
 const i64 SOME_TOKENS[] = {1, 2, 7, 17, 40};
 const char* const TYPE_NAMES[] = {"f32", "f16", "bf16", "q8_0", "q4_0", "q5_0", "iq4_nl", "mxfp4", "q4_1", "q5_1"};
-const i64 TYPE_NUMBERS[] = {F32::NUMBER, F16::NUMBER, BF16::NUMBER, Q8_0::NUMBER, Q4_0::NUMBER,
-                             Q5_0::NUMBER, IQ4_NL::NUMBER, MXFP4::NUMBER,
-                             Q4_1::NUMBER, Q5_1::NUMBER};
+const i64 TYPE_NUMBERS[] = {F32::NUMBER,  F16::NUMBER,    BF16::NUMBER,  Q8_0::NUMBER, Q4_0::NUMBER,
+                            Q5_0::NUMBER, IQ4_NL::NUMBER, MXFP4::NUMBER, Q4_1::NUMBER, Q5_1::NUMBER};
 
 void* library;
 bool failed = false;
