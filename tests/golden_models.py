@@ -16,6 +16,8 @@ from mpillama.formats.checkpoint import Checkpoint, StoredTensor
 from mpillama.formats.hugging_face import read_hugging_face
 from mpillama.loading.model_file import open_model
 from mpillama.models.config import ModelConfig
+from mpillama.quant.registry import STORED_TYPES
+from tests.tiny_models import random_tensors
 
 FOLDER = Path(__file__).parent / "golden"
 FAMILIES = (
@@ -193,6 +195,57 @@ def as_float32(tensor: np.ndarray) -> tuple[np.ndarray, Any]:
 def as_type(kind: gguf.GGMLQuantizationType) -> Callable[[np.ndarray], tuple[np.ndarray, Any]]:
     """What turns a matrix into a GGML type."""
     return lambda tensor: (gguf.quants.quantize(tensor, kind), kind)
+
+
+def as_random_blocks(kind: gguf.GGMLQuantizationType) -> Callable[[np.ndarray], tuple[np.ndarray, Any]]:
+    """What puts blocks of any integers in a matrix's place, with scales that make them as large as weights."""
+    name = kind.name.lower()
+
+    def made(tensor: np.ndarray) -> tuple[np.ndarray, Any]:
+        stored, random = STORED_TYPES[name], np.random.default_rng(tensor.size)
+        shape = *tensor.shape[:-1], tensor.shape[-1] // stored.block, stored.block_bytes
+        blocks = random.integers(0, 256, shape, np.uint8)
+        scales = random.uniform(0.05, 0.1, shape[:-1]) / RANDOM_SCALES.get(name, 8)
+        if name == "q6_k":  # which has 16 integer scales for a block, too
+            blocks[..., -2:] = (scales / 64).astype("<f2")[..., None].view(np.uint8)
+        elif name == "mxfp4":
+            blocks[..., 0] = random.integers(120, 123, shape[:-1])
+        else:
+            blocks[..., :2] = scales.astype("<f2")[..., None].view(np.uint8)
+        if name in ("q4_1", "q5_1"):
+            minimums = -scales * random.uniform(0.4, 0.6, scales.shape) * 2 * RANDOM_SCALES[name]
+            blocks[..., 2:4] = minimums.astype("<f2")[..., None].view(np.uint8)
+        return blocks.reshape(*tensor.shape[:-1], -1), kind
+
+    return made
+
+
+RANDOM_SCALES = {"q8_0": 127, "q5_0": 16, "iq4_nl": 127, "q4_1": 8, "q5_1": 16, "q6_k": 32}
+"""The largest integers of types, half of it where they begin with a minimum."""
+
+
+def as_floats_of(
+    quantise: Callable[[np.ndarray], tuple[np.ndarray, Any]],
+) -> Callable[[np.ndarray], tuple[np.ndarray, Any]]:
+    """The float32 values that the gguf package finds in a quantised matrix."""
+
+    def decoded(tensor: np.ndarray) -> tuple[np.ndarray, Any]:
+        data, kind = quantise(tensor)
+        values = gguf.quants.dequantize(data.reshape(-1, data.shape[-1]), kind)
+        return values.astype(np.float32).reshape(tensor.shape), gguf.GGMLQuantizationType.F32
+
+    return decoded
+
+
+def write_of_whole_blocks(folder: Path, block: int = 32) -> None:
+    """Write a Llama of random weights whose rows are whole blocks, and its heads too if they are of 32."""
+    config = json.loads((FOLDER / "llama" / "config.json").read_text())
+    config |= {"hidden_size": 2 * block, "head_dim": block, "num_attention_heads": 3, "num_key_value_heads": 3}
+    config |= {"intermediate_size": 5 * block, "num_hidden_layers": 2}
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(config))
+    shutil.copy(FOLDER / "llama" / "tokenizer.json", folder)
+    save_file(random_tensors(config), folder / "model.safetensors")
 
 
 # -- distributed-llama ----------------------------------------------------------------------------------------------

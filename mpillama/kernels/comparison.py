@@ -8,7 +8,7 @@ from mpillama.kernels import arguments
 from mpillama.kernels.arguments import places
 from mpillama.kernels.library import Library
 from mpillama.quant.registry import WEIGHT_TYPES
-from mpillama.quant.weight_type import WeightType
+from mpillama.quant.weight_type import LaneArray, WeightType
 
 GROUPS, BLOCKS, PANELS, TOKENS = 8, 6, 3, 40
 QUANTISED = [kind for kind in WEIGHT_TYPES.values() if kind.quantised]
@@ -19,10 +19,13 @@ def same_products(first: Library, second: Library) -> bool:
     return all(np.array_equal(_products(first, kind), _products(second, kind)) for kind in QUANTISED)
 
 
-def _anything(random: np.random.Generator, dtype: str, size: int) -> np.ndarray:
-    """Integers of any bits; small floats as scales are."""
-    low, high = (0x1C00, 0x2000) if np.dtype(dtype).kind == "f" else (0, 256)
-    return random.integers(low, high, size).astype("u2" if low else "u1")
+def _anything(random: np.random.Generator, lane: LaneArray, size: int) -> np.ndarray:
+    """Integers of any bits; small floats or exponents where they are scales."""
+    if not lane.suffix:
+        return random.integers(0, 256, size).astype("u1")
+    if np.dtype(lane.dtype).kind == "f":
+        return random.integers(0x1C00, 0x2000, size).astype("u2")
+    return random.integers(110, 124, size).astype("u1")
 
 
 def _products(library: Library, kind: WeightType) -> np.ndarray:
@@ -30,7 +33,7 @@ def _products(library: Library, kind: WeightType) -> np.ndarray:
     random = np.random.default_rng(0)
     blocks, rows = BLOCKS * PANELS, 16 * GROUPS
     sizes = [PANELS * GROUPS * BLOCKS * 32 // kind.unit * lane.entry for lane in kind.lanes]
-    arrays = [_anything(random, lane.dtype, size) for lane, size in zip(kind.lanes, sizes, strict=True)]
+    arrays = [_anything(random, lane, size) for lane, size in zip(kind.lanes, sizes, strict=True)]
     at = [array.ctypes.data for array in arrays]
     column = arguments.Matrix(*at, kind.number, 1, 1, GROUPS, 32 * blocks)
     row = arguments.Matrix(*at, kind.number, 1, PANELS, GROUPS, 32 * BLOCKS)

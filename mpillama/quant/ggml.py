@@ -35,9 +35,6 @@ class DecodedType(StoredType):
 
 
 TYPES = (
-    DecodedType("q4_1", 32, 20, ggml=3),
-    DecodedType("q5_0", 32, 22, ggml=6),
-    DecodedType("q5_1", 32, 24, ggml=7),
     DecodedType("q2_k", 256, 84, ggml=10),
     DecodedType("q3_k", 256, 110, ggml=11),
     DecodedType("q4_k", 256, 144, ggml=12),
@@ -45,7 +42,7 @@ TYPES = (
     DecodedType("q6_k", 256, 210, ggml=14),
 )
 UNREAD = {
-    **{9: "q8_1", 15: "q8_k", 16: "iq2_xxs", 17: "iq2_xs", 18: "iq3_xxs", 19: "iq1_s", 20: "iq4_nl", 21: "iq3_s"},
+    **{9: "q8_1", 15: "q8_k", 16: "iq2_xxs", 17: "iq2_xs", 18: "iq3_xxs", 19: "iq1_s", 21: "iq3_s"},
     **{
         22: "iq2_s",
         23: "iq4_xs",
@@ -55,6 +52,6 @@ UNREAD = {
         27: "i64",
         28: "f64",
     },
-    **{29: "iq1_m", 34: "tq1_0", 35: "tq2_0", 39: "mxfp4", 40: "nvfp4", 41: "q1_0"},
+    **{29: "iq1_m", 34: "tq1_0", 35: "tq2_0", 40: "nvfp4", 41: "q1_0"},
 }
 """Other types of GGML by number, for saying what a file holds that is not read."""

@@ -5,7 +5,8 @@ from importlib import import_module
 from pkgutil import iter_modules
 
 from mpillama.quant import ggml, types
-from mpillama.quant.weight_type import BLOCK, StoredType, WeightType
+from mpillama.quant.types.q4_0 import Q4_0
+from mpillama.quant.weight_type import StoredType, WeightType
 
 
 def _kept() -> Iterator[WeightType]:
@@ -20,5 +21,5 @@ STORED_TYPES: Mapping[str, StoredType] = {
     t.name: t for t in sorted((*WEIGHT_TYPES.values(), *ggml.TYPES), key=lambda t: (t.block, t.ggml is None, t.ggml))
 }
 """All that are read: these, and those that become one of these."""
-SMALLEST = min(WEIGHT_TYPES.values(), key=lambda t: t.group_bytes(BLOCK))
-"""What is advised where memory is short."""
+SMALLEST = Q4_0
+"""What is advised where memory is short; others are no smaller, or lose more."""

@@ -22,8 +22,9 @@ namespace {
 
 constexpr i64 MOST_THREADS = 2, SPINS = 100;
 const i64 SOME_TOKENS[] = {1, 2, 7, 17, 40};
-const char* const TYPE_NAMES[] = {"f32", "f16", "bf16", "q8_0", "q4_0"};
-const i64 TYPE_NUMBERS[] = {F32::NUMBER, F16::NUMBER, BF16::NUMBER, Q8_0::NUMBER, Q4_0::NUMBER};
+const char* const TYPE_NAMES[] = {"f32", "f16", "bf16", "q8_0", "q4_0", "q5_0", "iq4_nl", "mxfp4", "q4_1", "q5_1"};
+const i64 TYPE_NUMBERS[] = {F32::NUMBER,  F16::NUMBER,    BF16::NUMBER,  Q8_0::NUMBER, Q4_0::NUMBER,
+                            Q5_0::NUMBER, IQ4_NL::NUMBER, MXFP4::NUMBER, Q4_1::NUMBER, Q5_1::NUMBER};
 
 void* library;
 bool failed = false;
@@ -75,6 +76,13 @@ u16* scales(Random& random, i64 count) {
     return made;
 }
 
+// Bytes e for 2^(e - 128), below 0.25.
+u8* exponents(Random& random, i64 count) {
+    u8* made = zeros<u8>(count);
+    for (i64 i = 0; i < count; i++) made[i] = static_cast<u8>(110 + random.next() % 16);
+    return made;
+}
+
 // `count` numbers of a type, below 1 (f32, f16, bf16), or bytes of any value.
 u8* numbers(Random& random, i64 type, i64 count) {
     u8* made = zeros<u8>(count * 4);
@@ -94,7 +102,9 @@ u8* numbers(Random& random, i64 type, i64 count) {
 
 Matrix matrix(Random& random, i64 type, i64 panels, i64 groups, i64 columns, i64 experts = 1) {
     const i64 values = experts * panels * groups * LANES * columns;
-    return {numbers(random, type, values), scales(random, values / BLOCK), type, experts, panels, groups, columns};
+    const u8* of_blocks = type == MXFP4::NUMBER ? exponents(random, values / BLOCK)
+                                                : reinterpret_cast<const u8*>(scales(random, 2 * values / BLOCK));
+    return {numbers(random, type, values), of_blocks, type, experts, panels, groups, columns};
 }
 
 Activations activations(i64 tokens, i64 columns) {

@@ -17,6 +17,7 @@ from mpillama.errors import UserError
 from mpillama.kernels import arguments
 from mpillama.kernels.isa import choose_isa, host_features, known_sets
 from mpillama.quant.registry import WEIGHT_TYPES
+from mpillama.quant.weight_type import WeightType
 from tests.kernels.kernel_parts import (
     GRID,
     ISAS,
@@ -44,6 +45,23 @@ from tests.kernels.kernel_parts import (
 )
 
 GROUPS = (1, 2, 3, 4, 5)
+RANGES = {
+    "q8_0": (-128, 127), "q4_0": (0, 15), "q5_0": (0, 31), "iq4_nl": (0, 15), "mxfp4": (15, 7), "q4_1": (0, 15),
+    "q5_1": (0, 31),
+}  # fmt: skip
+"""What a type holds for its least and for its largest integer."""
+WITH_MINIMUMS = ("q4_1", "q5_1")
+ONES = {"q8_0": 1, "q4_0": 9, "q5_0": 17, "iq4_nl": 8}
+"""What types with float16 scales hold for 1."""
+
+
+def with_unit_scales(kind: WeightType, stored: np.ndarray) -> tuple[np.ndarray, ...]:
+    """A type's numbers whose values are its integers, or 7 less where it has minimums."""
+    one = np.float16(1) if kind.lanes[1].dtype == "<f2" else np.uint8(128)
+    minimums = [np.full(stored.shape[:2], np.float16(-7))] * (kind.name in WITH_MINIMUMS)
+    return stored, np.full(stored.shape[:2], one), *minimums
+
+
 EVERY_HALF = np.arange(2**16, dtype=np.uint16)
 
 
@@ -91,7 +109,7 @@ def test_column_parallel(weight_type, tokens):
     x = random_matrix(tokens, 32 * blocks, seed=9)
     for groups in GROUPS:
         w, dense = packed(random_matrix(16 * groups, 32 * blocks), kind)
-        terms = 2 * blocks if kind.quantised else 32 * blocks
+        terms = (16 if weight_type in WITH_MINIMUMS else 2) * blocks if kind.quantised else 32 * blocks
         assert_close(each_way(column_parallel, w, x), seen_by(kind, x), dense, terms)
 
 
@@ -170,18 +188,19 @@ def test_an_idle_rank_computes_nothing(weight_type, tokens):
 
 
 @pytest.mark.parametrize("tokens", [1, 2, 4, 8, 16, 32])
-@pytest.mark.parametrize("weight_type", ["q8_0", "q4_0"])
+@pytest.mark.parametrize("weight_type", RANGES)
 def test_integer_dot_products_do_not_saturate(weight_type, tokens):
     """The largest bytes of both signs, against each other: exact, for sums that float32 holds."""
     kind = WEIGHT_TYPES[weight_type]
-    low, high = (-128, 127) if weight_type == "q8_0" else (0, 15)
+    low, high = RANGES[weight_type]
     patterns = [np.full(32, low), np.full(32, high), np.tile([low, high], 16), np.r_[[low] * 16, [high] * 16]]
     stored = np.stack([patterns[r % 4] for r in range(16)])[:, None].astype(kind.lanes[0].dtype)
-    w = matrix(kind, *kind.pack_blocks((stored, np.ones((16, 1), np.float16))))
+    numbers = with_unit_scales(kind, stored)
+    integers = kind.dequantise(numbers).astype(np.int64)
+    w = matrix(kind, *kind.pack_blocks(numbers))
     for sign in (np.ones(32), -np.ones(32), np.tile([1, -1], 16), np.r_[-np.ones(16), np.ones(16)]):
         x = np.tile(127 * sign, (tokens, 1))
         found = each_way(column_parallel, w, x)
-        integers = stored[:, 0].astype(np.int64) - (8 if weight_type == "q4_0" else 0)
         assert np.array_equal(found, np.tile(integers @ (127 * sign), (tokens, 1)))
 
 
@@ -204,6 +223,8 @@ def test_a_bad_weight_shows_in_its_row_only(weight_type, tokens):
     for product, panel in ((column_parallel, None), (row_parallel, 32)):
         w, _ = packed(random_matrix(32, 64), weight_type, panel)
         bad = w.values if w.scales is None else w.scales
+        if weight_type == "mxfp4":
+            pytest.skip("its scales are numbers all")
         bad.reshape(-1, 16)[0, 5] = np.nan if bad.dtype.kind == "f" else 0x7FC0  # bfloat16's
         found = each_way(product, w, random_matrix(tokens, 64, seed=9))
         assert np.isnan(found[:, 5]).all()
@@ -358,11 +379,11 @@ def test_every_bfloat_becomes_its_float():
     assert np.array_equal(every_pattern("bf16"), exact, equal_nan=True)
 
 
-@pytest.mark.parametrize("weight_type", ["q8_0", "q4_0"])
+@pytest.mark.parametrize("weight_type", ONES)
 def test_every_half_is_a_scale(weight_type):
     """In an embedding and in a product."""
     kind = WEIGHT_TYPES[weight_type]
-    stored = np.full((2**16, 1, 32), 1 if weight_type == "q8_0" else 9, kind.lanes[0].dtype)  # ones
+    stored = np.full((2**16, 1, 32), ONES[weight_type], kind.lanes[0].dtype)
     w = matrix(kind, *kind.pack_blocks((stored, EVERY_HALF.view(np.float16)[:, None])))
     exact = EVERY_HALF.view(np.float16).astype(np.float64)
     assert np.array_equal(embed(w, np.arange(2**16))[:, 7], exact, equal_nan=True)
@@ -371,6 +392,18 @@ def test_every_half_is_a_scale(weight_type):
     found = each_way(column_parallel, w, x)[0]
     with np.errstate(invalid="ignore"):
         assert np.array_equal(found, (127 * exact).astype(np.float32), equal_nan=True)
+
+
+def test_every_exponent_is_a_scale():
+    """As above, for the powers of two of mxfp4."""
+    kind, exponents = WEIGHT_TYPES["mxfp4"], np.arange(256, dtype=np.uint8)
+    w = matrix(kind, *kind.pack_blocks((np.full((256, 1, 32), 2, np.uint8), exponents[:, None])))  # ones
+    exact = 2.0 ** (np.arange(256) - 127.0)
+    with np.errstate(over="ignore"):
+        assert np.array_equal(embed(w, np.arange(256))[:, 7], exact.astype(np.float32))
+        x = np.zeros((1, 32), np.float32)
+        x[0, 3] = 127  # its scale is 1
+        assert np.array_equal(each_way(column_parallel, w, x)[0], (127 * exact).astype(np.float32))
 
 
 # -- RoPE's angles ---------------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from safetensors.numpy import save_file
 
 from mpillama.loading.model_file import ModelFile, open_model
 from mpillama.models.weights import slice_shapes
-from mpillama.quant import ggml
+from mpillama.quant.registry import WEIGHT_TYPES
 from tests import golden_models as g
 from tests import running
 from tests.conftest import THREADS
@@ -19,6 +19,7 @@ F32_TOLERANCE = 1e-5  # of the largest logit; measured: 1e-6
 BOUNDS = {"f16": 2e-3, "bf16": 2e-2, "q8_0": 0.1, "q4_0": 0.8}
 """As above, for weights rounded to a type; measured for Mixtral, where a router may choose otherwise: 0.07 for q8_0,
 0.58 for q4_0."""
+BLOCKS_TOLERANCE = 0.03  # of the largest logit, for activations in int8
 IN_GGUF = tuple(f for f in g.FAMILIES if f not in ("llama_yarn", "llama_linear", "mistral", "llama_bias"))
 IN_DLLAMA = ("llama", "qwen3", "qwen3_moe")
 
@@ -80,7 +81,7 @@ def test_a_gguf_in_another_float_type_gives_the_same_bits_as_our_own_rounding(ki
 
 
 @pytest.mark.parametrize("size", [1, 3])
-@pytest.mark.parametrize("kind", ["Q8_0", "Q4_0"])
+@pytest.mark.parametrize("kind", ["Q8_0", "Q4_0", "Q5_0", "Q4_1", "Q5_1"])
 def test_quantised_blocks_of_a_gguf_are_taken_as_they_are(kind, size, tmp_path):
     """Bit for bit what our own rounding of the same weights gives, but for o_proj: its blocks span several heads."""
     g.write_gguf(tmp_path / "model.gguf", "mixtral", g.as_type(gguf.GGMLQuantizationType[kind]))
@@ -96,13 +97,32 @@ def test_quantised_blocks_of_a_gguf_are_taken_as_they_are(kind, size, tmp_path):
             assert all(np.array_equal(a, b) for a, b in zip(*pair, strict=True)), spec.name
 
 
-@pytest.mark.parametrize("kind", [t.name.upper() for t in ggml.TYPES if t.block == 32])
-def test_a_gguf_in_a_type_without_kernels_becomes_q8_0(kind, tmp_path):
-    g.write_gguf(tmp_path / "model.gguf", "mixtral", g.as_type(gguf.GGMLQuantizationType[kind]))
-    model = open_model(str(tmp_path / "model.gguf"))
+@pytest.mark.parametrize("kind", [t.name.upper() for t in WEIGHT_TYPES.values() if t.quantised])
+def test_a_gguf_gives_the_logits_of_the_values_in_its_blocks(kind, tmp_path):
+    """Whatever the bytes; but for the rounding of activations. And the same bits token by token."""
+    blocks = g.as_random_blocks(gguf.GGMLQuantizationType[kind])
+    g.write_of_whole_blocks(tmp_path / "folder")
+    g.write_gguf(tmp_path / "blocks.gguf", str(tmp_path / "folder"), blocks)
+    g.write_gguf(tmp_path / "floats.gguf", str(tmp_path / "folder"), g.as_floats_of(blocks))
+    models = [open_model(str(tmp_path / f"{name}.gguf")) for name in ("blocks", "floats")]
+    assert [m.weight_types.default.name for m in models] == [kind.lower(), "f32"]
+    assert not models[0].requantised()
+    found, expected = (logits(model, "llama") for model in models)
+    assert np.abs(found - expected).max() < BLOCKS_TOLERANCE * np.abs(expected).max()
+    runner, ids = running.load_file(models[0], THREADS), g.golden("llama")[0]
+    assert np.array_equal(running.all_logits(runner, running.cut(ids, 1)), found)
+
+
+def test_a_gguf_in_a_type_without_kernels_becomes_q8_0(tmp_path):
+    blocks = g.as_random_blocks(gguf.GGMLQuantizationType.Q6_K)
+    g.write_of_whole_blocks(tmp_path / "folder", 256)
+    g.write_gguf(tmp_path / "blocks.gguf", str(tmp_path / "folder"), blocks)
+    g.write_gguf(tmp_path / "floats.gguf", str(tmp_path / "folder"), g.as_floats_of(blocks))
+    model, floats = (open_model(str(tmp_path / f"{name}.gguf")) for name in ("blocks", "floats"))
     assert model.weight_types.default.name == "q8_0"
-    assert set(model.requantised()) == {kind.lower()}
-    assert error(logits(model, "mixtral"), "mixtral") < 0.8
+    assert set(model.requantised()) == {"q6_k"}
+    expected = logits(floats, "llama")
+    assert np.abs(logits(model, "llama") - expected).max() < BLOCKS_TOLERANCE * np.abs(expected).max()
 
 
 @pytest.mark.parametrize("family", IN_DLLAMA)

@@ -191,7 +191,18 @@ def test_sizes_are_exact_whole_numbers_for_ten_times_llama_405b(weight_type, fac
                 assert offset <= start <= start + count <= offset + entry.bytes
             offset += entry.bytes
         assert all(is_exact(n) for part in parts for _, shape in slice_shapes(spec, part) for n in shape)
-    bits = {"f32": 32, "f16": 16, "bf16": 16, "q8_0": 8.5, "q4_0": 4.5}[weight_type]
+    bits = {
+        "f32": 32,
+        "f16": 16,
+        "bf16": 16,
+        "q8_0": 8.5,
+        "q4_0": 4.5,
+        "q5_0": 5.5,
+        "iq4_nl": 4.5,
+        "mxfp4": 4.25,
+        "q4_1": 5,
+        "q5_1": 6,
+    }[weight_type]
     norms = sum(s.rows for s in specs if s.vector)
     assert offset * 8 == (elements - norms) * bits + 32 * norms
     # Ranks at a border hold a KV head twice.

@@ -21,6 +21,8 @@ Edit = Callable[[str, np.ndarray], None]
 """Changes a tensor in place."""
 
 WEIGHTS = ("f32", "f16", "bf16", "q8_0", "q4_0")
+LATER_WEIGHTS = ("q5_0", "iq4_nl", "mxfp4", "q4_1", "q5_1")
+"""Types that came later: in cases of their own, so that the others stay what they are."""
 KV_TYPES = ("f32", "f16", "q8")
 
 
@@ -297,7 +299,7 @@ SPECIAL: Mapping[str, Edit] = {
 
 def all_cases() -> list[Case]:
     """Every case; their names differ."""
-    makers = (demo, awkward, heads, panels, mixed_types, families, batches, experts, long_context, special)
+    makers = (demo, awkward, heads, panels, mixed_types, families, batches, experts, long_context, special, later)
     return [case for make in makers for case in make()]
 
 
@@ -463,3 +465,22 @@ def special() -> Iterator[Case]:
             f"odd tokens that leave the window, {weights}", in_chunks(80, (256, 2), (7, 1)), config=window,
             weights=weights, kv_type="f16", edit=odd_tokens,
         )  # fmt: skip
+
+
+def later() -> Iterator[Case]:
+    """Sizes that divide by nothing, experts, and numbers at the ends of their types, in the types that came later."""
+    for i, weights in enumerate(LATER_WEIGHTS):
+        kv_type = KV_TYPES[i % len(KV_TYPES)]
+        yield from each_way(
+            f"awkward {weights}, KV {kv_type}", in_chunks(75, (256, 2), (7, 1), (1, 2), (64, 3), singly=3),
+            config=AWKWARD, weights=weights, kv_type=kv_type,
+        )  # fmt: skip
+        yield from each_way(
+            f"qwen3_moe, {weights}", in_chunks(40, (40, 2), (1, 2)), config=FAMILIES["qwen3_moe"], weights=weights,
+            kv_type="f16",
+        )  # fmt: skip
+        for what, edit in SPECIAL.items():
+            yield from each_way(
+                f"{what}, {weights}", in_chunks(30, (256, 2), (1, 1)), config=SMALL, weights=weights, kv_type="f16",
+                edit=edit,
+            )  # fmt: skip

@@ -10,7 +10,7 @@ namespace mpillama {
 // each, one after the other.
 struct Matrix {
     const u8* values;
-    const u16* scales;
+    const u8* scales;
     i64 type;
     i64 experts;
     i64 panels;

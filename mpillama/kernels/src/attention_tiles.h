@@ -78,10 +78,11 @@ inline void block_scores(const CacheBlock<Kv>& here, const CacheBlock<Kv>& next,
                 prefetch_run(next.keys + at + Q8_0::bytes / PARTS * part, Q8_0::bytes / PARTS);
                 prefetch(next.key_scales + scales_at);
                 const u8* steps = reinterpret_cast<const u8*>(here.keys) + at;
-                const auto keys = Q8_0::load(steps, here.key_scales + scales_at, part);
+                const u8* scales = reinterpret_cast<const u8*>(here.key_scales + scales_at);
+                const BlockPart<Q8_0> keys(steps, scales, part);
                 for (int r = 0; r < ROWS; r++) {
                     const i64 place = r * blocks + i;
-                    sums[r] = Q8_0::add(keys, q.values + BLOCK * place, q.scales[place], q.starts[place], sums[r]);
+                    sums[r] = keys.add(q.values + BLOCK * place, q.scales[place], q.starts[place], sums[r]);
                 }
             }
             for (int r = 0; r < ROWS; r++) store(out + POSITIONS * r + LANES * group + W * part, sums[r]);

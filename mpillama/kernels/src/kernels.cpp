@@ -115,7 +115,7 @@ MPILLAMA_API void mpillama_embed(const Matrix* matrix, const i64* rows, i64 toke
                 for (i64 b = 0; b < blocks; b++) {
                     float row[BLOCK];
                     const i64 place = group * blocks + b;
-                    T::row(w.values + place * T::bytes, w.scales + place * LANES, lane, row);
+                    block_row<T>(w.values + place * T::bytes, w.scales + place * T::Scales::bytes, lane, row);
                     for (int i = 0; i < BLOCK; i++) to[b * BLOCK + i] += static_cast<double>(row[i]);
                 }
             } else {

@@ -20,14 +20,14 @@ constexpr int MOST_TOKENS = 8;
 // One column-parallel matrix, or one panel of a row-parallel one: [groups, columns].
 struct Slice {
     const u8* values;
-    const u16* scales;
+    const u8* scales;
     i64 columns;
 };
 
 // Panel `panel` of expert `expert`.
 template <class T> inline Slice slice(const Matrix& m, i64 expert, i64 panel) {
     const i64 units = T::BLOCKS ? m.columns / BLOCK : m.columns, groups = (expert * m.panels + panel) * m.groups;
-    return {m.values + groups * units * T::bytes, m.scales + (T::BLOCKS ? groups * units * LANES : 0), m.columns};
+    return {m.values + groups * units * T::bytes, m.scales + groups * units * scale_bytes<T>(), m.columns};
 }
 
 inline i64 panel_bytes(const Matrix& m) {
@@ -69,15 +69,15 @@ template <class T, int GROUPS> inline void stream(const Slice& w, i64 group, con
         const float* x_scales = in.from.scales + place;
         const i32* starts = in.from.starts + place;
         const u8* values = w.values + group * blocks * T::bytes;
-        const u16* scales = w.scales + group * blocks * LANES;
+        const u8* scales = w.scales + group * blocks * T::Scales::bytes;
         for (i64 i = 0; i < blocks; i++) {
             for (int g = 0; g < GROUPS; g++) {
                 const u8* here = values + (g * blocks + i) * T::bytes;
-                const u16* here_scales = scales + (g * blocks + i) * LANES;
+                const u8* here_scales = scales + (g * blocks + i) * T::Scales::bytes;
                 prefetch_run(here + AHEAD, T::bytes);
                 for (int part = 0; part < PARTS; part++)
-                    sums[g][part] = T::add(T::load(here, here_scales, part), x + BLOCK * i, x_scales[i], starts[i],
-                                           sums[g][part]);
+                    sums[g][part] = BlockPart<T>(here, here_scales, part)
+                                        .add(x + BLOCK * i, x_scales[i], starts[i], sums[g][part]);
             }
         }
     } else {
@@ -101,14 +101,13 @@ inline void tile(const Slice& w, i64 group, int part, const Input& in, i64 token
         const float* x_scales = in.from.scales + place;
         const i32* starts = in.from.starts + place;
         const u8* values = w.values + group * blocks * T::bytes;
-        const u16* scales = w.scales + group * blocks * LANES;
+        const u8* scales = w.scales + group * blocks * T::Scales::bytes;
         for (i64 i = 0; i < blocks; i++) {
             if (part == 0) prefetch_run(values + i * T::bytes + AHEAD, T::bytes);
-            const typename T::Part rows = T::load(values + i * T::bytes, scales + i * LANES, part);
+            const BlockPart<T> rows(values + i * T::bytes, scales + i * T::Scales::bytes, part);
 #pragma GCC unroll 8
             for (int t = 0; t < TOKENS; t++)
-                sums[t] = T::add(rows, x + BLOCK * (i * width + t), x_scales[i * width + t], starts[i * width + t],
-                                 sums[t]);
+                sums[t] = rows.add(x + BLOCK * (i * width + t), x_scales[i * width + t], starts[i * width + t], sums[t]);
         }
     } else {
         const float* x = in.x(token);
@@ -158,8 +157,9 @@ inline i64 column_tiles(const Slice& w, const Input& in, i64 first, i64 last, fl
             for (i64 token = 0; token < tokens; token += AMX_TOKENS) {
                 const i64 at = in.place(token);
                 Vf sums[AMX_TOKENS] = {};
-                amx_sums(steps, w.scales + place * LANES, blocks, in.from.values + BLOCK * at, in.from.scales + at,
-                         scratch, sums);
+                amx_sums<typename T::Scales>(steps, w.scales + place * T::Scales::bytes, blocks,
+                                             in.from.values + BLOCK * at, in.from.scales + at, in.from.starts + at,
+                                             scratch, sums);
                 for (int t = 0; t < AMX_TOKENS; t++) store(out + (token + t) * stride + group * LANES, sums[t]);
             }
         }
@@ -261,7 +261,7 @@ inline void panel_tile(const Slice& w, i64 panels, const Input& in, i64 token, c
         Vd totals[TOKENS];
         for (int t = 0; t < TOKENS; t++) totals[t] = load(to.at(token + t) + group * LANES + W * part);
         for (i64 panel = 0; panel < panels; panel++) {
-            const Slice here{w.values + panel * units * T::bytes, w.scales + panel * units * LANES, w.columns};
+            const Slice here{w.values + panel * units * T::bytes, w.scales + panel * units * scale_bytes<T>(), w.columns};
             Vf sums[TOKENS] = {};
             tile<T, TOKENS>(here, 0, part, Input{in.from, in.tokens, panel * w.columns}, token, sums);
             for (int t = 0; t < TOKENS; t++) totals[t] = add(totals[t], round_to_grid(sums[t]));
@@ -284,8 +284,10 @@ inline i64 panel_tiles(const Slice& w, i64 panels, const Input& in, const Output
             for (i64 panel = 0; panel < panels; panel++) {
                 const i64 at = Input{in.from, in.tokens, panel * w.columns}.place(token);
                 Vf sums[AMX_TOKENS] = {};
-                amx_sums(steps + 512 * panel * blocks, w.scales + panel * blocks * LANES, blocks,
-                         in.from.values + BLOCK * at, in.from.scales + at, scratch, sums);
+                amx_sums<typename T::Scales>(steps + 512 * panel * blocks,
+                                             w.scales + panel * blocks * T::Scales::bytes, blocks,
+                                             in.from.values + BLOCK * at, in.from.scales + at, in.from.starts + at,
+                                             scratch, sums);
                 for (int t = 0; t < AMX_TOKENS; t++) {
                     double* row = to.at(token + t) + group * LANES;
                     store(row, add(load(row), round_to_grid(sums[t])));
@@ -302,7 +304,7 @@ inline i64 panel_tiles(const Slice& w, i64 panels, const Input& in, const Output
 
 // Bytes of a thread's scratch that add_rows needs: one group's panels.
 inline i64 row_scratch_bytes(const Matrix& m) {
-    return m.groups == 0 ? 0 : steps_bytes(m) + m.panels * (panel_bytes(m) / m.groups + (m.columns / BLOCK) * 2 * LANES) + 2 * AHEAD;
+    return m.groups == 0 ? 0 : steps_bytes(m) + m.panels * (panel_bytes(m) / m.groups + (m.columns / BLOCK) * MOST_SCALE_BYTES) + 2 * AHEAD;
 }
 
 // Add all panels of groups first:last times x[t]. A group's panels are brought together once, so that they stay in the
@@ -312,8 +314,9 @@ inline void add_rows(const Matrix& m, i64 expert, const Activations& x, i64 toke
     with_type(m.type, [&](auto type) {
         using T = decltype(type);
         const i64 units = T::BLOCKS ? m.columns / BLOCK : m.columns;
-        u16* scales = reinterpret_cast<u16*>(scratch + m.panels * units * T::bytes + AHEAD);
-        u8* const steps = reinterpret_cast<u8*>(scales + (T::BLOCKS ? m.panels * units * LANES : 0));
+        constexpr i64 scales_of_unit = scale_bytes<T>();
+        u8* const scales = scratch + m.panels * units * T::bytes + AHEAD;
+        u8* const steps = scales + m.panels * units * scales_of_unit;
         const Slice together{scratch, scales, m.columns};
         const Input in{x, tokens, 0};
         for (i64 group = first; group < last; group++) {
@@ -323,7 +326,8 @@ inline void add_rows(const Matrix& m, i64 expert, const Activations& x, i64 toke
                 std::memcpy(scratch + panel * units * T::bytes, run, units * T::bytes);
                 prefetch_run(run + units * T::bytes, units * T::bytes);
                 if constexpr (T::BLOCKS)
-                    std::memcpy(scales + panel * units * LANES, from.scales + group * units * LANES, units * 2 * LANES);
+                    std::memcpy(scales + panel * units * scales_of_unit, from.scales + group * units * scales_of_unit,
+                                units * scales_of_unit);
             }
             const i64 begin = panel_tiles<T>(together, m.panels, in, to, group, steps);
             for (i64 token = begin, count; token < tokens; token += count) {

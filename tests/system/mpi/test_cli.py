@@ -334,12 +334,21 @@ def test_inspect_takes_what_can_be_run(kind: str, without_mpi: dict[str, str], t
     assert found["config"]["model_type"] == "qwen3_moe"
     experts = next(t for t in found["tensors"] if t["name"] == "model.layers.0.mlp.experts.up_proj.weight")
     assert experts["shape"][0] == len(experts["arrays"]) == model.config.blocks[0].mlp.count
-    stored, run_as = {"gguf": ("q5_0", "q8_0"), "folder": ("bf16", "bf16"), "dllama": ("f32", "f32")}[kind]
-    assert (experts["arrays"][0]["stored"], experts["weight_type"]) == (stored, run_as)
+    stored = {"gguf": "q5_0", "folder": "bf16", "dllama": "f32"}[kind]
+    assert (experts["arrays"][0]["stored"], experts["weight_type"]) == (stored, stored)
     shown = run(None, *PROGRAM, "inspect", path, env=without_mpi)
     assert (shown.status, shown.stderr) == (0, "")
     assert "num_experts" in shown.stdout
-    assert ("q5_0, run as q8_0" in shown.stdout) == (kind == "gguf")
+    assert "run as q8_0" not in shown.stdout
+
+
+def test_inspect_says_what_a_type_without_kernels_becomes(without_mpi: dict[str, str], tmp_path: Path) -> None:
+    golden_models.write_of_whole_blocks(tmp_path / "folder", 256)
+    blocks = golden_models.as_random_blocks(gguf.GGMLQuantizationType.Q6_K)
+    golden_models.write_gguf(tmp_path / "m.gguf", str(tmp_path / "folder"), blocks)
+    result = run(None, *PROGRAM, "inspect", tmp_path / "m.gguf", env=without_mpi)
+    assert (result.status, result.stderr) == (0, "")
+    assert "q6_k, run as q8_0" in result.stdout
 
 
 @pytest.mark.parametrize("part", [0, 2])

@@ -6,6 +6,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import gguf
 import numpy as np
 import pytest
 
@@ -14,6 +15,7 @@ from mpillama.formats.native.writer import write_model
 from mpillama.kernels.isa import choose_isa, host_features, known_sets
 from mpillama.loading.model_file import open_model
 from mpillama.quant.registry import WEIGHT_TYPES
+from tests import golden_models
 from tests import tiny_models as models
 from tests.conftest import ModelFile
 from tests.golden_models import FOLDER as GOLDEN
@@ -220,6 +222,31 @@ def family_truth(measure: Measure) -> Digests:
 def test_every_family(ranks: int, isa: str, threads: int, measure: Measure, family_truth: Digests) -> None:
     assert len(set(family_truth.values())) == 2 * len(FAMILIES)
     assert measure(family_cases(ranks), ranks, isa, threads) == family_truth
+
+
+@pytest.fixture(scope="module")
+def block_cases(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """GGUFs with blocks of any bytes, in every type that is kept as it is."""
+    folder = tmp_path_factory.mktemp("blocks")
+    golden_models.write_of_whole_blocks(folder / "folder")
+    kinds = [kind.name for kind in WEIGHT_TYPES.values() if kind.quantised]
+    for kind in kinds:
+        blocks = golden_models.as_random_blocks(gguf.GGMLQuantizationType[kind.upper()])
+        golden_models.write_gguf(folder / f"{kind}.gguf", str(folder / "folder"), blocks)
+    return [case(folder / f"{kind}.gguf", chunk) for kind in kinds for chunk in (256, 7)]
+
+
+@pytest.fixture(scope="module")
+def block_truth(measure: Measure, block_cases: list[dict[str, Any]]) -> Digests:
+    return measure(block_cases, 1)
+
+
+@pytest.mark.parametrize(("ranks", "isa", "threads"), [(1, "avx2", 2), (2, "", 1), (3, "avx512", 2), (5, "generic", 1)])
+def test_every_type_of_a_gguf(
+    ranks: int, isa: str, threads: int, measure: Measure, block_cases: list[dict[str, Any]], block_truth: Digests
+) -> None:
+    assert len(set(block_truth.values())) == len(block_cases) // 2
+    assert measure(block_cases, ranks, isa, threads) == block_truth
 
 
 @pytest.mark.parametrize("ranks", [None, 1, 2, 3])

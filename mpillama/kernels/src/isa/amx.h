@@ -50,29 +50,35 @@ template <int TURN> inline void amx_block(const u8* weights, const i8* x, u8* pr
     }
 }
 
-// sums[t] += float(product) * (weight scale * activation scale), one FMA, for the 16 tokens of a block.
-inline void amx_add(const u8* products, const u16* scales, const float* x_scales, Vf (&sums)[AMX_TOKENS]) {
-    const Vf scale = load_half(scales);
+// Add the products of a block to the sums of its 16 tokens, scaled as everywhere.
+template <class Scales>
+inline void amx_add(const u8* products, const u8* scales, const float* x_scales, const i32* starts,
+                    Vf (&sums)[AMX_TOKENS]) {
+    const Scales of_rows = Scales::load(scales, 0);
     for (int t = 0; t < AMX_TOKENS; t++) {
-        const Vf dot = to_float(load(reinterpret_cast<const i32*>(products) + LANES * t));
-        sums[t] = fma(dot, mul(scale, splat(x_scales[t])), sums[t]);
+        const Vi dot = load(reinterpret_cast<const i32*>(products) + LANES * t);
+        sums[t] = of_rows.add_scaled(dot, x_scales[t], starts[t], sums[t]);
     }
 }
 
 // Sums of 16 tokens over `blocks` blocks of signed bytes (512 B each), in ascending order.
-inline void amx_sums(const u8* weights, const u16* scales, i64 blocks, const i8* x, const float* x_scales, u8* products,
-                     Vf (&sums)[AMX_TOKENS]) {
+template <class Scales>
+inline void amx_sums(const u8* weights, const u8* scales, i64 blocks, const i8* x, const float* x_scales,
+                     const i32* starts, u8* products, Vf (&sums)[AMX_TOKENS]) {
     constexpr i64 x_bytes = BLOCK * AMX_TOKENS;
     i64 i = 0;
     for (; i + 2 <= blocks; i += 2) {
         amx_block<0>(weights + 512 * i, x + x_bytes * i, products);
         amx_block<1>(weights + 512 * (i + 1), x + x_bytes * (i + 1), products);
-        amx_add(products, scales + LANES * i, x_scales + AMX_TOKENS * i, sums);
-        amx_add(products + 1024, scales + LANES * (i + 1), x_scales + AMX_TOKENS * (i + 1), sums);
+        amx_add<Scales>(products, scales + Scales::bytes * i, x_scales + AMX_TOKENS * i,
+                        starts + AMX_TOKENS * i, sums);
+        amx_add<Scales>(products + 1024, scales + Scales::bytes * (i + 1), x_scales + AMX_TOKENS * (i + 1),
+                        starts + AMX_TOKENS * (i + 1), sums);
     }
     if (i < blocks) {
         amx_block<0>(weights + 512 * i, x + x_bytes * i, products);
-        amx_add(products, scales + LANES * i, x_scales + AMX_TOKENS * i, sums);
+        amx_add<Scales>(products, scales + Scales::bytes * i, x_scales + AMX_TOKENS * i,
+                        starts + AMX_TOKENS * i, sums);
     }
 }
 

@@ -80,6 +80,19 @@ inline Vb load_bytes(const u8* p) { return _mm512_loadu_si512(p); }
 inline Vb low_nibbles(Vb x) { return _mm512_and_si512(x, _mm512_set1_epi8(15)); }
 inline Vb high_nibbles(Vb x) { return _mm512_and_si512(_mm512_srli_epi16(x, 4), _mm512_set1_epi8(15)); }
 
+// Of 16 bytes those that small integers choose.
+inline Vb load_table(const i8* p) {
+    return _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+}
+inline Vb look_up(Vb table, Vb places) { return _mm512_shuffle_epi8(table, places); }
+
+// Bit STEP of every byte as the fifth bit of a nibble.
+template <int STEP> inline Vb with_fifth_bit(Vb nibbles, Vb bits) {
+    constexpr int up = STEP < 4 ? 4 - STEP : 0, down = STEP < 4 ? 0 : STEP - 4;
+    const Vb moved = _mm512_srli_epi16(_mm512_slli_epi16(bits, up), down);
+    return _mm512_or_si512(nibbles, _mm512_and_si512(moved, _mm512_set1_epi8(16)));
+}
+
 inline Vi splat_bytes(const i8* x, int step) { return _mm512_set1_epi32(load_i32(x + 4 * step)); }
 
 #ifdef __AVX512VNNI__
@@ -94,6 +107,7 @@ template <class Steps> inline Vi dot_steps(const Steps& w, const i8* x, Vi sum) 
 
 // `start` is -8 times the sum of the activations: it takes back the 8 that is added to every nibble …
 inline Vi dot_nibbles(const Vb (&w)[STEPS], const i8* x, i32 start) { return dot_steps(w, x, splat(start)); }
+inline Vi dot_small(const Vb (&w)[STEPS], const i8* x, i32 start) { return dot_nibbles(w, x, start); }
 
 // … and 16 times it the 128 that is added to every signed byte.
 inline Vi dot_signed(const Vb (&w)[STEPS], const i8* x, i32 start) { return dot_steps(w, x, splat(start * 16)); }
@@ -112,6 +126,16 @@ inline Vi dot_nibbles(const Vb (&w)[STEPS], const i8* x, i32 start) {
         odd = _mm512_add_epi16(odd, _mm512_maddubs_epi16(w[j + 1], splat_bytes(x, j + 1)));
     }
     return add(word_pairs(_mm512_add_epi16(even, odd)), splat(start));
+}
+
+// As dot_nibbles, of bytes below 32: two products stay below 2 * 31 * 127 = 7,874, so four steps fit 16 bits.
+inline Vi dot_small(const Vb (&w)[STEPS], const i8* x, i32 start) {
+    Vi even = _mm512_maddubs_epi16(w[0], splat_bytes(x, 0)), odd = _mm512_maddubs_epi16(w[1], splat_bytes(x, 1));
+    for (int j = 2; j < STEPS; j += 2) {
+        even = _mm512_add_epi16(even, _mm512_maddubs_epi16(w[j], splat_bytes(x, j)));
+        odd = _mm512_add_epi16(odd, _mm512_maddubs_epi16(w[j + 1], splat_bytes(x, j + 1)));
+    }
+    return add(add(word_pairs(even), word_pairs(odd)), splat(start));
 }
 
 // |w| <= 128 and |x| <= 127: a pair stays below 2 * 128 * 127 = 32,512, so moving w's sign to x cannot saturate.

@@ -105,6 +105,17 @@ inline Vb low_nibbles(Vb x) { return x & 15; }
 inline Vb high_nibbles(Vb x) { return x >> 4; }
 inline Vb signed_step(Vb x) { return x; }
 
+// Of 16 bytes those that small integers choose.
+inline Vb load_table(const i8* p) { return load_any<Vb>(p); }
+inline Vb look_up(Vb table, Vb places) {
+    Vb result;
+    for (int i = 0; i < 16; i++) result[i] = table[places[i]];
+    return result;
+}
+
+// Bit STEP of every byte as the fifth bit of a nibble.
+template <int STEP> inline Vb with_fifth_bit(Vb nibbles, Vb bits) { return nibbles | (bits >> STEP & 1) << 4; }
+
 // The sum of 4 adjacent products of weights and activations, both signed.
 inline Vi dot_signed(const Vb (&w)[STEPS], const i8* x, i32) {
     i32 sums[W] = {};
@@ -116,6 +127,7 @@ inline Vi dot_signed(const Vb (&w)[STEPS], const i8* x, i32) {
 
 // `start` is -8 times the sum of the activations: it takes back the 8 that is added to every nibble.
 inline Vi dot_nibbles(const Vb (&w)[STEPS], const i8* x, i32 start) { return add(dot_signed(w, x, 0), splat(start)); }
+inline Vi dot_small(const Vb (&w)[STEPS], const i8* x, i32 start) { return dot_nibbles(w, x, start); }
 
 inline void prefetch(const void* p) { __builtin_prefetch(p, 0, 2); }
 inline void pause() {

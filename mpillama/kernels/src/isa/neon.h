@@ -78,6 +78,18 @@ inline Vb low_nibbles(Vb x) { return vandq_s8(x, vdupq_n_s8(15)); }
 inline Vb high_nibbles(Vb x) { return vreinterpretq_s8_u8(vshrq_n_u8(vreinterpretq_u8_s8(x), 4)); }
 inline Vb signed_step(Vb x) { return x; }
 
+// Of 16 bytes those that small integers choose.
+inline Vb load_table(const i8* p) { return vld1q_s8(p); }
+inline Vb look_up(Vb table, Vb places) { return vqtbl1q_s8(table, vreinterpretq_u8_s8(places)); }
+
+// Bit STEP of every byte as the fifth bit of a nibble.
+template <int STEP> inline Vb with_fifth_bit(Vb nibbles, Vb bits) {
+    uint8x16_t moved = vreinterpretq_u8_s8(bits);
+    if constexpr (STEP < 4) moved = vshlq_n_u8(moved, 4 - STEP);
+    if constexpr (STEP > 4) moved = vshrq_n_u8(moved, STEP - 4);
+    return vorrq_s8(nibbles, vreinterpretq_s8_u8(vandq_u8(moved, vdupq_n_u8(16))));
+}
+
 inline Vi dot_steps(const Vb (&w)[STEPS], const i8* x, Vi sum) {
     const int8x16_t low = vld1q_s8(x), high = vld1q_s8(x + 16);
     sum = vdotq_laneq_s32(sum, w[0], low, 0);
@@ -92,6 +104,7 @@ inline Vi dot_steps(const Vb (&w)[STEPS], const i8* x, Vi sum) {
 
 // `start` is -8 times the sum of the activations: it takes back the 8 that is added to every nibble.
 inline Vi dot_nibbles(const Vb (&w)[STEPS], const i8* x, i32 start) { return dot_steps(w, x, splat(start)); }
+inline Vi dot_small(const Vb (&w)[STEPS], const i8* x, i32 start) { return dot_steps(w, x, splat(start)); }
 inline Vi dot_signed(const Vb (&w)[STEPS], const i8* x, i32) { return dot_steps(w, x, splat(0)); }
 
 inline void prefetch(const void* p) { __builtin_prefetch(p, 0, 2); }

@@ -1,0 +1,21 @@
+// q5_1 (GGML's Q5_1): 5 bits, with a float16 scale and a float16 minimum for each row and block.
+#pragma once
+#include "types/nibbles.h"
+#include "types/scales.h"
+
+namespace mpillama {
+
+struct Q5_1 {
+    static constexpr i64 NUMBER = 9;
+    static constexpr bool BLOCKS = true;
+    static constexpr i64 bytes = FIVE_BIT_BYTES;
+    using Scales = HalfScaleAndMinimum;
+    using Steps = Vb[STEPS];
+
+    static void load(const u8* values, int part, Steps& steps) { load_five_bits(values, part, steps); }
+    static Vi dot(const Steps& steps, const i8* x, i32) { return dot_small(steps, x, 0); }
+    static int at(const u8* values, int lane, int k) { return five_bits_at(values, lane, k); }
+    static void signed_steps(const u8* values, u8* out) { spread_five_bits(values, 0, out); }
+};
+
+}  // namespace mpillama
