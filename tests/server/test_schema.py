@@ -38,6 +38,16 @@ OPERATIONS = {
     "GET /v1/responses/{response_id}/input_items", "GET /tokenizer_info", "POST /tokenize", "POST /detokenize",
     "GET /health", "GET /metrics",
 }  # fmt: skip
+PLAIN = {
+    "POST /v1/chat/completions": {"messages": [{"role": "user", "content": "x"}]},
+    "POST /v1/completions": {"prompt": "x"},
+    "POST /v1/embeddings": {"input": "x"},
+    "POST /v1/responses": {"input": "x"},
+    "POST /v1/responses/input_tokens": {"input": "x"},
+    "POST /tokenize": {"prompt": "x"},
+    "POST /detokenize": {"tokens": [5]},
+}
+"""A request of each kind that is answered, where chance made none."""
 TRACES = re.compile(r"Traceback|site-packages|pydantic_core")
 asked: dict[str, set[int]] = {}
 
@@ -96,8 +106,12 @@ def test_every_operation_was_asked_and_some_were_answered(server: Served):
     document = httpx.get(f"{server.url}/openapi.json", trust_env=False).json()
     labels = {f"{method.upper()} {path}" for path, methods in document["paths"].items() for method in methods}
     assert labels == OPERATIONS == set(asked)
-    assert all(200 in statuses for label, statuses in asked.items() if "{" not in label), asked
+    unanswered = [label for label, statuses in asked.items() if "{" not in label and 200 not in statuses]
+    assert len(unanswered) <= 1, asked
     with server.http() as http:
+        for label in unanswered:
+            answer = http.post(label.split()[1], json=PLAIN[label])
+            assert answer.status_code == 200, (label, answer.text)
         until(lambda: active(http) == 0, "no answers are under way")
         assert http.post("/v1/completions", json={"prompt": "x"}).status_code == 200
     assert "Traceback" not in server.launch.stderr()
