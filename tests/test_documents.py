@@ -17,6 +17,8 @@ DOCUMENTS = sorted(
 )
 FOLDERS = "|".join(("mpillama", "docs", "tests", "jobs", "examples", "benchmarks", "data", r"\.github"))
 NAMED = re.compile(rf"`((?:{FOLDERS})/[\w./-]*)`")
+PACKAGES = "|".join(sorted(path.parent.name for path in ROOT.glob("mpillama/*/__init__.py")))
+IN_PACKAGE = re.compile(rf"`((?:{PACKAGES})/[\w./-]*)`")
 LINK = re.compile(r"\]\((?!https?:)([^)#]+)")
 
 
@@ -24,6 +26,9 @@ LINK = re.compile(r"\]\((?!https?:)([^)#]+)")
 def test_paths_and_links_exist(document: Path) -> None:
     text = document.read_text()
     named = [ROOT / name for name in NAMED.findall(text) if not re.search("[A-Z]{4}", Path(name).stem)]
+    named += [
+        ROOT / "mpillama" / name for name in IN_PACKAGE.findall(text) if not re.search("[A-Z]{4}", Path(name).stem)
+    ]
     linked = [document.parent / link for link in LINK.findall(text)]
     missing = [path for path in (*named, *linked) if not path.exists() and not path.with_suffix(".py").exists()]
     assert not missing

@@ -77,7 +77,7 @@ class Communicator:
             start = time.perf_counter()
             if shared := self.shared_for(partial.size):
                 self.watch.enter(ALL_REDUCE)
-                shared.all_reduce(partial, Backoff(self.yields), self.watch.look)
+                shared.all_reduce(partial, self.yields, self.watch.look)
                 self.watch.leave()
             else:
                 self._all_reduce_by_mpi(partial.reshape(-1))

@@ -74,13 +74,11 @@ class SharedReduction:
         mpi.Barrier()
         self.sequence = 0
 
-    def all_reduce(
-        self, partial: np.ndarray, backoff: Backoff | None = None, look: Callable[[], None] = lambda: None
-    ) -> None:
+    def all_reduce(self, partial: np.ndarray, yields: bool = False, look: Callable[[], None] = lambda: None) -> None:
         """Sum a contiguous float64 array over ranks, in place; `look` is called now and then while it waits."""
         flat = partial.reshape(-1)
         for first in range(0, len(flat), CAPACITY):
-            self._exchange(flat[first : first + CAPACITY], backoff or Backoff(), look)
+            self._exchange(flat[first : first + CAPACITY], Backoff(yields), look)
 
     def next_sequence(self, exchanges: int = 1) -> int:
         """The number of the next exchange, of which so many follow."""

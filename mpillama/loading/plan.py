@@ -1,6 +1,6 @@
 """What a run will need of each rank and node, before it is queued: memory exactly, speed by the limits.
 
-Memory is that of engine/memory.py. Speed: decode reads the weights and the KV cache once a token; the network adds a
+Memory is that of loading/memory.py. Speed: decode reads the weights and the KV cache once a token; the network adds a
 latency and the bytes of each all-reduce.
 """
 

@@ -17,7 +17,7 @@ Array = np.ndarray
 
 @dataclass(frozen=True)
 class Activations:
-    """Float32 [tokens, k] and, for quantised matrices, its int8 blocks (kernels/activations.py says how they lie)."""
+    """Float32 [tokens, k] and, for quantised matrices, its int8 blocks (kernels/arguments.py says how they lie)."""
 
     x: Array
     values: Array

@@ -100,7 +100,7 @@ class Middleware:
             return await response_to(error)(scope, receive, send)
         try:
             return await self.app(scope, _Replay(body, receive), send)
-        except Exception as error:  # noqa: BLE001 - the client was told, and the log (serve/errors)
+        except Exception as error:  # noqa: BLE001 - the client was told, and the log (server/errors)
             LOG.debug("a request ended by %s", type(error).__name__)
 
     def _check_head(self, scope: Scope) -> None:
