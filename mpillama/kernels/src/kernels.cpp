@@ -141,7 +141,7 @@ MPILLAMA_API void mpillama_normalise(Team* team, const float* x, i64 tokens, con
 // out = a column-parallel matrix times h: float32 [tokens, rows].
 MPILLAMA_API i64 mpillama_column_parallel(Team* team, const Matrix* matrix, const Activations* h, i64 tokens, float* out,
                                           i64 in_flight) {
-    if (!team->reserve(steps_bytes(*matrix), 0)) return 0;
+    if (!team->reserve(product_scratch_bytes(*matrix), 0)) return 0;
     run(team, [&](const Member& member) {
         column_part(member, *matrix, *h, tokens, out, in_flight);
         member.did(Part::COLUMN);
@@ -152,7 +152,7 @@ MPILLAMA_API i64 mpillama_column_parallel(Team* team, const Matrix* matrix, cons
 // out = a row-parallel matrix times h, on the grid: float64 [tokens, rows].
 MPILLAMA_API i64 mpillama_row_parallel(Team* team, const Matrix* matrix, const Activations* h, i64 tokens, double* out,
                                        i64 in_flight) {
-    if (!team->reserve(row_scratch_bytes(*matrix), row_shared_bytes(*matrix, tokens, team->threads))) return 0;
+    if (!team->reserve(product_scratch_bytes(*matrix), row_shared_bytes(*matrix, tokens, team->threads))) return 0;
     run(team, [&](const Member& member) { row_parallel(member, *matrix, *h, tokens, out, in_flight, Part::COLUMN); });
     return 1;
 }

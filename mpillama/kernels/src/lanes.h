@@ -26,6 +26,14 @@ inline i32 load_i32(const void* p) {
     return x;
 }
 
+// use(h, t, dot(h, t)) of H parts of rows and N tokens, token by token.
+template <int H, int N, class Dot, class Use> inline void each_dot(Dot dot, Use use) {
+#pragma GCC unroll 8
+    for (int t = 0; t < N; t++)
+#pragma GCC unroll 4
+        for (int h = 0; h < H; h++) use(h, t, dot(h, t));
+}
+
 }  // namespace mpillama
 
 #if defined(__AMX_INT8__) || defined(MPILLAMA_AMX_IN_SOFTWARE)

@@ -69,13 +69,13 @@ inline void row_parallel(const Member& member, const Matrix& m, const Activation
 }
 
 inline i64 attention_half_scratch_bytes(const AttentionLayer& layer) {
-    const i64 products = larger(larger(steps_bytes(layer.q), steps_bytes(layer.k)), steps_bytes(layer.v));
-    return larger(larger(products, row_scratch_bytes(layer.o)), attention_scratch_bytes(layer));
+    const i64 products = larger(larger(product_scratch_bytes(layer.q), product_scratch_bytes(layer.k)), product_scratch_bytes(layer.v));
+    return larger(larger(products, product_scratch_bytes(layer.o)), attention_scratch_bytes(layer));
 }
 
 inline i64 mlp_half_scratch_bytes(const MlpLayer& layer) {
-    const i64 products = larger(larger(steps_bytes(layer.gate), steps_bytes(layer.up)), steps_bytes(layer.router));
-    return larger(products, row_scratch_bytes(layer.down));
+    const i64 products = larger(larger(product_scratch_bytes(layer.gate), product_scratch_bytes(layer.up)), product_scratch_bytes(layer.router));
+    return larger(products, product_scratch_bytes(layer.down));
 }
 
 // Norm, q/k/v, RoPE and cache, attention, o_proj: step.partial is this rank's part of the sum.

@@ -96,6 +96,7 @@ template <int STEP> inline Vb with_fifth_bit(Vb nibbles, Vb bits) {
 
 inline Vi splat_bytes(const i8* x, int step) { return _mm256_set1_epi32(load_i32(x + 4 * step)); }
 inline Vi word_pairs(Vi words) { return _mm256_madd_epi16(words, _mm256_set1_epi16(1)); }
+inline Vi with_sign_of(Vb w, Vi x) { return _mm256_sign_epi8(x, w); }
 
 // Two nibbles times two bytes stay below 2 * 15 * 127 = 3,810: eight steps fit 16 bits, nothing saturates.
 // `start` is -8 times the sum of the activations: it takes back the 8 that is added to every nibble.
@@ -122,10 +123,72 @@ inline Vi dot_small(const Vb (&w)[STEPS], const i8* x, i32 start) {
 inline Vi dot_signed(const Vb (&w)[STEPS], const i8* x, i32) {
     Vi sums[2] = {splat(0), splat(0)};
     for (int j = 0; j < STEPS; j++) {
-        const Vi moved = _mm256_sign_epi8(splat_bytes(x, j), w[j]);
+        const Vi moved = with_sign_of(w[j], splat_bytes(x, j));
         sums[j % 2] = add(sums[j % 2], word_pairs(_mm256_maddubs_epi16(_mm256_abs_epi8(w[j]), moved)));
     }
     return add(sums[0], sums[1]);
+}
+
+// Keep a sum where it is: the compiler may not reorder additions around it.
+inline Vi keep(Vi x) {
+    asm("" : "+x"(x));
+    return x;
+}
+
+// out[h][t] = int16 pairs of sums of steps FIRST:LAST.
+template <int FIRST, int LAST, int H, int N>
+inline void word_sums(const Vb (&w)[H][STEPS], const i8* x, Vi (&out)[H][N]) {
+#pragma GCC unroll 8
+    for (int j = FIRST; j < LAST; j++) {
+        Vb rows[H];
+        for (int h = 0; h < H; h++) rows[h] = w[h][j];
+#pragma GCC unroll 8
+        for (int t = 0; t < N; t++) {
+            const Vi here = splat_bytes(x + BLOCK * t, j);
+            for (int h = 0; h < H; h++) {
+                const Vi product = _mm256_maddubs_epi16(rows[h], here);
+                out[h][t] = j == FIRST ? product : keep(_mm256_add_epi16(out[h][t], product));
+            }
+        }
+    }
+}
+
+// The same of H parts of rows with N adjacent tokens, a step at a time, so that what is loaded of either is used for all
+// of the other; seed(t) is where the sums of token t start, and
+// use(h, t, dot) takes the dots, token by token. The compiler may not gather the sums of several steps: it
+// would run out of registers.
+template <int N, int H, class Seed, class Use>
+inline void dots_nibbles(const Vb (&w)[H][STEPS], const i8* x, Seed seed, Use use) {
+    Vi words[H][N];
+    word_sums<0, STEPS>(w, x, words);
+    each_dot<H, N>([&](int h, int t) { return add(word_pairs(words[h][t]), seed(t)); }, use);
+}
+
+template <int N, int H, class Seed, class Use>
+inline void dots_small(const Vb (&w)[H][STEPS], const i8* x, Seed seed, Use use) {
+    Vi words[H][N], first[H][N];
+    word_sums<0, STEPS / 2>(w, x, words);
+    each_dot<H, N>([&](int h, int t) { return word_pairs(words[h][t]); }, [&](int h, int t, Vi dot) { first[h][t] = dot; });
+    word_sums<STEPS / 2, STEPS>(w, x, words);
+    each_dot<H, N>([&](int h, int t) { return add(add(first[h][t], word_pairs(words[h][t])), seed(t)); }, use);
+}
+
+template <int N, int H, class Use> inline void dots_signed(const Vb (&w)[H][STEPS], const i8* x, const i32*, Use use) {
+    Vi out[H][N];
+#pragma GCC unroll 8
+    for (int j = 0; j < STEPS; j++) {
+        Vb magnitudes[H];
+        for (int h = 0; h < H; h++) magnitudes[h] = _mm256_abs_epi8(w[h][j]);
+#pragma GCC unroll 8
+        for (int t = 0; t < N; t++) {
+            const Vi here = splat_bytes(x + BLOCK * t, j);
+            for (int h = 0; h < H; h++) {
+                const Vi product = word_pairs(_mm256_maddubs_epi16(magnitudes[h], with_sign_of(w[h][j], here)));
+                out[h][t] = j == 0 ? product : keep(add(out[h][t], product));
+            }
+        }
+    }
+    each_dot<H, N>([&](int h, int t) { return out[h][t]; }, use);
 }
 
 inline void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T1); }

@@ -19,6 +19,10 @@ struct IQ4_NL {
         for (Vb& step : steps) step = look_up(table, step);
     }
     static Vi dot(const Steps& steps, const i8* x, i32 start) { return dot_signed(steps, x, start); }
+    template <int N, class Use, int H>
+    static void dots(const Steps (&steps)[H], const i8* x, const i32* starts, Use use) {
+        dots_signed<N>(steps, x, starts, use);
+    }
     static int at(const u8* values, int lane, int k) { return TABLE[nibble_at(values, lane, k)]; }
     static void signed_steps(const u8* values, u8* out) { spread_nibbles(values, TABLE, out); }
 };

@@ -21,6 +21,10 @@ struct MXFP4 {
         for (Vb& step : steps) step = look_up(table, step);
     }
     static Vi dot(const Steps& steps, const i8* x, i32 start) { return dot_small(steps, x, start / 2 * 3); }
+    template <int N, class Use, int H>
+    static void dots(const Steps (&steps)[H], const i8* x, const i32* starts, Use use) {
+        dots_small<N>(steps, x, [&](int t) { return splat(starts[t] / 2 * 3); }, use);
+    }
     static int at(const u8* values, int lane, int k) { return TABLE[nibble_at(values, lane, k)]; }
     static void signed_steps(const u8* values, u8* out) { spread_nibbles(values, TABLE, out); }
 };

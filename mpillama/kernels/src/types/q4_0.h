@@ -14,6 +14,10 @@ struct Q4_0 {
 
     static void load(const u8* values, int part, Steps& steps) { load_nibbles(values, part, steps); }
     static Vi dot(const Steps& steps, const i8* x, i32 start) { return dot_nibbles(steps, x, start); }
+    template <int N, class Use, int H>
+    static void dots(const Steps (&steps)[H], const i8* x, const i32* starts, Use use) {
+        dots_nibbles<N>(steps, x, [&](int t) { return splat(starts[t]); }, use);
+    }
     static int at(const u8* values, int lane, int k) { return nibble_at(values, lane, k) - 8; }
 
     static void signed_steps(const u8* values, u8* out) {

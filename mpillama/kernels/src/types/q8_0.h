@@ -15,6 +15,10 @@ struct Q8_0 {
         for (int j = 0; j < STEPS; j++) steps[j] = signed_step(load_bytes(values + 64 * j + 4 * W * part));
     }
     static Vi dot(const Steps& steps, const i8* x, i32 start) { return dot_signed(steps, x, start); }
+    template <int N, class Use, int H>
+    static void dots(const Steps (&steps)[H], const i8* x, const i32* starts, Use use) {
+        dots_signed<N>(steps, x, starts, use);
+    }
     static int at(const u8* values, int lane, int k) { return static_cast<i8>(values[k / 4 * 64 + 4 * lane + k % 4]); }
     static void signed_steps(const u8* values, u8* out) { std::memcpy(out, values, bytes); }
 };

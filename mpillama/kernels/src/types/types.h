@@ -4,6 +4,7 @@
 //     Steps: W rows of a block, unpacked once for all tokens;
 //     load(values, part, steps): rows W * part and the following;
 //     dot(steps, x, start): their exact dots with 32 int8 activations, whose sum times -8 is `start`;
+//     dots<N>(steps, x, starts, use): the same of some parts with N adjacent tokens; use(part, token, dot) takes them;
 //     at(values, lane, k): one of a row;
 //     signed_steps(values, out): 8 steps of 64 signed bytes, for tiles of AMX.
 // A type of floats has `bytes` for one k-value of 16 rows and load(values, part).
@@ -51,6 +52,12 @@ template <class T> struct BlockPart {
     Vf add(const i8* x, float x_scale, i32 start, Vf sum) const {
         return scales.add_scaled(T::dot(steps, x, start), x_scale, start, sum);
     }
+};
+
+// A block of 16 rows, unpacked for many tokens.
+template <class T> struct alignas(64) ReadyBlock {
+    typename T::Steps steps[PARTS];
+    typename T::Scales scales[PARTS];
 };
 
 // One row's 32 values of a block, as the file format defines them.
