@@ -152,7 +152,7 @@ class CheckpointReader:
 
     def _place(self, wanted: Slice, rows: range, raw: np.ndarray, around: range, first: int) -> None:
         """Put the bytes of padded rows in lanes into their places."""
-        packed = self._pack_blocks(wanted, rows, raw) if wanted.takes_blocks else self._pack(wanted, rows, raw, around)
+        packed = (self._pack_blocks if wanted.takes_blocks else self._pack)(wanted, rows, raw, around)
         groups = slice((rows.start - first) // LANES, (rows.stop - first) // LANES)
         for array, values in zip(wanted.arrays, packed, strict=True):
             if wanted.spec.panel is None:
@@ -177,12 +177,14 @@ class CheckpointReader:
         padded = _padded(values, len(rows), self._row_chunks(spec, rows), width, chunks)
         return spec.weight_type.pack(padded, spec.panel)
 
-    def _pack_blocks(self, wanted: Slice, rows: range, raw: np.ndarray) -> Arrays:
+    def _pack_blocks(self, wanted: Slice, rows: range, raw: np.ndarray, around: range) -> Arrays:
         """As _pack, but the type's own numbers stay as they are."""
-        spec, chunks = wanted.spec, self._row_chunks(wanted.spec, rows)
-        width = (len(wanted.units) * spec.panel if spec.panel else spec.columns) // spec.weight_type.unit
+        spec, chunks, unit = wanted.spec, self._row_chunks(wanted.spec, rows), wanted.spec.weight_type.unit
+        width = (len(wanted.units) * spec.panel if spec.panel else spec.columns) // unit
+        first, last = ((column - around.start) // unit for column in (wanted.columns.start, wanted.columns.stop))
         blocks = []
-        for part in spec.weight_type.blocks_of(raw):
+        for whole in spec.weight_type.blocks_of(raw):
+            part = whole[:, first:last]
             straight, size = _straightened(part, wanted.tensor.interleaved), prod(part.shape[2:])
             padded = _padded(straight.reshape(len(raw), -1), len(rows), chunks, width * size, 1)
             blocks.append(padded.reshape(len(rows), width, *part.shape[2:]))

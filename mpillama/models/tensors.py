@@ -106,9 +106,8 @@ class TensorSpec:
         lead: tuple[int, ...] = (self.experts,) if self.experts else ()
         lead += (self.columns // self.panel, groups) if self.panel else (groups,)
         unit = 1 if self.panel else self.unit // LANES
-        units = k // self.weight_type.unit
         return tuple(
-            ArraySpec(self.name + a.suffix, a.dtype, (*lead, units, a.entry), unit, self.experts)
+            ArraySpec(self.name + a.suffix, a.dtype, (*lead, a.entries(k), a.entry), unit, self.experts)
             for a in self.weight_type.lanes
         )
 

@@ -1,5 +1,7 @@
 // The two halves of a decoder layer, each one region of the team.
 #pragma once
+#include <initializer_list>
+
 #include "attention.h"
 #include "cache.h"
 #include "elementwise.h"
@@ -69,13 +71,15 @@ inline void row_parallel(const Member& member, const Matrix& m, const Activation
 }
 
 inline i64 attention_half_scratch_bytes(const AttentionLayer& layer) {
-    const i64 products = larger(larger(product_scratch_bytes(layer.q), product_scratch_bytes(layer.k)), product_scratch_bytes(layer.v));
-    return larger(larger(products, product_scratch_bytes(layer.o)), attention_scratch_bytes(layer));
+    i64 most = attention_scratch_bytes(layer);
+    for (const Matrix* m : {&layer.q, &layer.k, &layer.v, &layer.o}) most = larger(most, product_scratch_bytes(*m));
+    return most;
 }
 
 inline i64 mlp_half_scratch_bytes(const MlpLayer& layer) {
-    const i64 products = larger(larger(product_scratch_bytes(layer.gate), product_scratch_bytes(layer.up)), product_scratch_bytes(layer.router));
-    return larger(products, product_scratch_bytes(layer.down));
+    i64 most = 0;
+    for (const Matrix* m : {&layer.gate, &layer.up, &layer.down, &layer.router}) most = larger(most, product_scratch_bytes(*m));
+    return most;
 }
 
 // Norm, q/k/v, RoPE and cache, attention, o_proj: step.partial is this rank's part of the sum.

@@ -15,28 +15,35 @@
 namespace mpillama {
 
 constexpr i64 AHEAD = 4096;  // bytes between what is multiplied and what is fetched
-constexpr int MOST_TOKENS = PARTS == 1 ? 8 : 4;  // of a tile: its sums and dots should fit the registers
-constexpr i64 READY_BLOCKS = 128;  // blocks of 16 rows that are unpacked at a time: they stay in the cache for all tokens
-constexpr i64 TOKENS_AT_ONCE = 128;  // so do these tokens' activations, for all rows
+constexpr int MOST_TOKENS = PARTS == 1 ? 8 : 4;  // of a tile, whose sums should fit the registers
+constexpr i64 READY_BLOCKS = 128;     // blocks of 16 rows that are unpacked at a time: they stay in the cache for all tokens
+constexpr i64 TOKENS_AT_ONCE = 128;   // so do these tokens' activations, for all rows
+constexpr i64 FEW_TOKENS = 4;         // are not worth blocks that are unpacked to memory
+constexpr i64 FEW_FLOAT_TOKENS = 32;  // are not worth panels of floats that are brought together
 
 template <int N> struct Count {
     static constexpr int value = N;
 };
 
-// So many tokens need no blocks unpacked to memory, nor panels brought together.
-template <class T> constexpr i64 few_tokens() { return PARTS == 1 || !T::BLOCKS ? 32 : 4; }
+// Whether blocks are unpacked to memory for many tokens: where 16 rows are two registers, a tile has all of them, and what
+// it loads of a token serves both. One register has nothing to share, and more parts leave too few for the sums.
+template <class T> constexpr bool unpacks() { return T::BLOCKS && PARTS == 2; }
 
 // One column-parallel matrix, or one panel of a row-parallel one: [groups, columns].
 struct Slice {
     const u8* values;
-    const u8* scales;
+    ScaleArrays scales;
     i64 columns;
 };
 
 // Panel `panel` of expert `expert`.
 template <class T> inline Slice slice(const Matrix& m, i64 expert, i64 panel) {
     const i64 units = T::BLOCKS ? m.columns / BLOCK : m.columns, groups = (expert * m.panels + panel) * m.groups;
-    return {m.values + groups * units * T::bytes, m.scales + groups * units * scale_bytes<T>(), m.columns};
+    const ScaleArrays scales{m.scales, m.supers, m.super_columns / BLOCK};
+    if constexpr (T::BLOCKS)
+        return {m.values + groups * units * T::bytes, scales.from<typename T::Scales>(groups * units), m.columns};
+    else
+        return {m.values + groups * units * T::bytes, scales, m.columns};
 }
 
 inline i64 panel_bytes(const Matrix& m) {
@@ -53,9 +60,11 @@ struct Input {
     const Activations& from;
     i64 tokens, column;
 
+    InputBlocks blocks(i64 token) const { return InputBlocks(from, place(token)); }
     i64 place(i64 token) const { return block_place(tokens, from.columns / BLOCK, token, column / BLOCK); }
     const float* x(i64 token) const { return from.x + token * from.columns + column; }
     i64 width() const { return tile_width(tokens); }
+
     Input from_block(i64 block) const { return {from, tokens, column + BLOCK * block}; }
 
     // How many tokens from this one on go through a tile together: 8 (where tiles have as many), 4, 2 or 1.
@@ -63,19 +72,26 @@ struct Input {
         const i64 in_tile = width() - token % width(), left = tokens - token < in_tile ? tokens - token : in_tile;
         return MOST_TOKENS == 8 && left >= 8 ? 8 : left >= 4 ? 4 : left >= 2 ? 2 : 1;
     }
-};
 
-// Call use(token, Count<N>()) for the tokens first:last, as many together as a tile takes.
-template <class Use> inline void in_tiles(const Input& in, i64 first, i64 last, Use use) {
-    for (i64 token = first, count; token < last; token += count) {
-        count = in.together(token);
-        switch (count) {
-            case 8: if constexpr (MOST_TOKENS == 8) use(token, Count<8>()); break;
-            case 4: use(token, Count<4>()); break;
-            case 2: use(token, Count<2>()); break;
-            default: use(token, Count<1>());
+    // Call use(token, Count<N>()) for the tokens first:last, as many together as a tile takes.
+    template <class Use> void in_tiles(i64 first, i64 last, Use use) const {
+        for (i64 token = first, count; token < last; token += count) {
+            count = together(token);
+            switch (count) {
+                case 8:
+                    if constexpr (MOST_TOKENS == 8) use(token, Count<8>());
+                    break;
+                case 4: use(token, Count<4>()); break;
+                case 2: use(token, Count<2>()); break;
+                default: use(token, Count<1>());
+            }
         }
     }
+};
+
+// Call use(first, last) for so many of the tokens from `token` on at a time.
+template <class Use> inline void at_once(i64 token, i64 tokens, i64 most, Use use) {
+    for (; token < tokens; token += most) use(token, tokens < token + most ? tokens : token + most);
 }
 
 inline void prefetch_run(const u8* at, i64 bytes) {
@@ -87,20 +103,18 @@ inline void prefetch_run(const u8* at, i64 bytes) {
 // sums[g][part] += rows of adjacent groups times a single token: nothing but streaming the weights.
 template <class T, int GROUPS> inline void stream(const Slice& w, i64 group, const Input& in, Vf (&sums)[GROUPS][PARTS]) {
     if constexpr (T::BLOCKS) {
-        const i64 blocks = w.columns / BLOCK, place = in.place(0);
-        const i8* x = in.from.values + BLOCK * place;
-        const float* x_scales = in.from.scales + place;
-        const i32* starts = in.from.starts + place;
+        const i64 blocks = w.columns / BLOCK;
+        const InputBlocks x = in.blocks(0);
         const u8* values = w.values + group * blocks * T::bytes;
-        const u8* scales = w.scales + group * blocks * T::Scales::bytes;
+        ScalePlace<typename T::Scales> scales[GROUPS];
+        for (int g = 0; g < GROUPS; g++) scales[g] = {w.scales, (group + g) * blocks};
         for (i64 i = 0; i < blocks; i++) {
             for (int g = 0; g < GROUPS; g++) {
                 const u8* here = values + (g * blocks + i) * T::bytes;
-                const u8* here_scales = scales + (g * blocks + i) * T::Scales::bytes;
                 prefetch_run(here + AHEAD, T::bytes);
                 for (int part = 0; part < PARTS; part++)
-                    sums[g][part] = BlockPart<T>(here, here_scales, part)
-                                        .add(x + BLOCK * i, x_scales[i], starts[i], sums[g][part]);
+                    sums[g][part] = BlockPart<T>(here, scales[g], part).add(x[i], sums[g][part]);
+                scales[g].advance();
             }
         }
     } else {
@@ -115,89 +129,85 @@ template <class T, int GROUPS> inline void stream(const Slice& w, i64 group, con
     }
 }
 
-// sums[part][t] += a group's rows times some tokens, over blocks that are unpacked.
+template <int TOKENS> using Sums = Vf[PARTS][TOKENS];
+
+// sums[part][t] += a group's rows times some tokens, over blocks that are unpacked on the way, W rows at a time.
 template <class T, int TOKENS>
-inline void tile(const ReadyBlock<T>* rows, i64 blocks, const Input& in, i64 token, Vf (&sums)[PARTS][TOKENS]) {
-    const i64 width = in.width(), place = in.place(token);
-    const i8* x = in.from.values + BLOCK * place;
-    const float* x_scales = in.from.scales + place;
-    const i32* starts = in.from.starts + place;
-    for (i64 i = 0; i < blocks; i++, x += BLOCK * width, x_scales += width, starts += width) {
-        T::template dots<TOKENS>(rows[i].steps, x, starts, [&](int part, int t, Vi dot) {
-            sums[part][t] = rows[i].scales[part].add_scaled(dot, x_scales[t], starts[t], sums[part][t]);
-        });
+[[gnu::always_inline]] inline void tile(const u8* values, ScalePlace<typename T::Scales> first, i64 blocks, i64 ahead, const Input& in, i64 token,
+                 Sums<TOKENS>& sums) {
+    const i64 width = in.width();
+    const InputBlocks x = in.blocks(token);
+    for (int part = 0; part < PARTS; part++) {
+        ScalePlace<typename T::Scales> scales = first;
+        Vf here[1][TOKENS] = {};
+        for (int t = 0; t < TOKENS; t++) here[0][t] = sums[part][t];
+        for (i64 i = 0; i < blocks; i++, scales.advance()) {
+            if (part == 0) prefetch_run(values + i * T::bytes + ahead, T::bytes);
+            const ReadyBlock<T, 1> rows(values + i * T::bytes, scales, part);
+            rows.template add<TOKENS>(x, i * width, here);
+        }
+        for (int t = 0; t < TOKENS; t++) sums[part][t] = here[0][t];
     }
 }
 
-// The same of few tokens, who share a tile: blocks are unpacked on the way, W rows at a time.
+// The same over blocks that are unpacked in memory, all rows at a time.
 template <class T, int TOKENS>
-inline void few_tile(const u8* values, const u8* scales, i64 blocks, const Input& in, i64 token, i64 ahead,
-                     Vf (&sums)[PARTS][TOKENS]) {
-    const i64 width = in.width(), place = in.place(token);
-    for (int part = 0; part < PARTS; part++) {
-        const i8* x = in.from.values + BLOCK * place;
-        const float* x_scales = in.from.scales + place;
-        const i32* starts = in.from.starts + place;
-        for (i64 i = 0; i < blocks; i++, x += BLOCK * width, x_scales += width, starts += width) {
-            if (part == 0) prefetch_run(values + i * T::bytes + ahead, T::bytes);
-            typename T::Steps steps[1];
-            T::load(values + i * T::bytes, part, steps[0]);
-            const auto of_rows = T::Scales::load(scales + i * T::Scales::bytes, part);
-            T::template dots<TOKENS>(steps, x, starts, [&](int, int t, Vi dot) {
-                sums[part][t] = of_rows.add_scaled(dot, x_scales[t], starts[t], sums[part][t]);
-            });
-        }
-    }
+[[gnu::always_inline]] inline void ready_tile(const ReadyBlock<T>* rows, i64 blocks, const Input& in, i64 token, Sums<TOKENS>& sums) {
+    const i64 width = in.width();
+    const InputBlocks x = in.blocks(token);
+    for (i64 i = 0; i < blocks; i++) rows[i].template add<TOKENS>(x, i * width, sums);
 }
 
 // The same over columns of floats.
 template <class T, int TOKENS>
-inline void float_tile(const u8* values, i64 columns, const Input& in, i64 token, Vf (&sums)[PARTS][TOKENS]) {
+[[gnu::always_inline]] inline void float_tile(const u8* values, i64 columns, const Input& in, i64 token, Sums<TOKENS>& sums) {
     const float* x = in.x(token);
-    Vf here_sums[PARTS][TOKENS];
-    std::memcpy(&here_sums, &sums, sizeof sums);
+    Sums<TOKENS> here;
+    std::memcpy(&here, &sums, sizeof here);
     for (i64 k = 0; k < columns; k++) {
         Vf rows[PARTS];
         for (int part = 0; part < PARTS; part++) rows[part] = T::load(values + k * T::bytes, part);
 #pragma GCC unroll 8
         for (int t = 0; t < TOKENS; t++) {
-            const Vf here = splat(x[t * in.from.columns + k]);
+            const Vf of_token = splat(x[t * in.from.columns + k]);
 #pragma GCC unroll 4
-            for (int part = 0; part < PARTS; part++) here_sums[part][t] = fma(rows[part], here, here_sums[part][t]);
+            for (int part = 0; part < PARTS; part++) here[part][t] = fma(rows[part], of_token, here[part][t]);
         }
     }
-    std::memcpy(&sums, &here_sums, sizeof sums);
+    std::memcpy(&sums, &here, sizeof here);
 }
 
-// Unpack adjacent blocks of a group.
-template <class T> inline void make_ready(const u8* values, const u8* scales, i64 blocks, ReadyBlock<T>* ready) {
-    for (i64 i = 0; i < blocks; i++) {
+// Unpack adjacent blocks of a group; returns where the scales of the next one are.
+template <class T>
+inline ScalePlace<typename T::Scales> make_ready(const u8* values, ScalePlace<typename T::Scales> scales, i64 blocks,
+                                                 ReadyBlock<T>* ready) {
+    for (i64 i = 0; i < blocks; i++, scales.advance()) {
         prefetch_run(values + i * T::bytes + AHEAD, T::bytes);
-        for (int part = 0; part < PARTS; part++) {
-            T::load(values + i * T::bytes, part, ready[i].steps[part]);
-            ready[i].scales[part] = T::Scales::load(scales + i * T::Scales::bytes, part);
-        }
+        ready[i] = ReadyBlock<T>(values + i * T::bytes, scales, 0);
     }
+    return scales;
 }
 
 template <class T> inline ReadyBlock<T>* ready_blocks(u8* scratch) { return reinterpret_cast<ReadyBlock<T>*>(scratch); }
 
-// Bytes of a thread's scratch for a matrix: blocks that are unpacked, or the copied panels of a group of floats.
+// Panels of a group that are unpacked at a time.
+inline i64 ready_panels(const Matrix& m) {
+    const i64 blocks = m.columns / BLOCK;
+    return blocks < READY_BLOCKS ? READY_BLOCKS / blocks : 1;
+}
+
+// Bytes of a thread's scratch for products: unpacked blocks, the panels of a group of floats, or AMX's signed steps.
 inline i64 product_scratch_bytes(const Matrix& m) {
     i64 bytes = 0;
     with_type(m.type, [&](auto type) {
         using T = decltype(type);
-        if constexpr (T::BLOCKS) {
-            const i64 least = m.columns / BLOCK, all = m.panels * least;
-            bytes = (all < READY_BLOCKS ? all : least < READY_BLOCKS || m.panels == 1 ? READY_BLOCKS : least) *
-                    static_cast<i64>(sizeof(ReadyBlock<T>));
+        const i64 blocks = m.columns / BLOCK;
+        if constexpr (unpacks<T>())
+            bytes = (m.panels > 1 ? ready_panels(m) * blocks : READY_BLOCKS) * static_cast<i64>(sizeof(ReadyBlock<T>));
+        if constexpr (!T::BLOCKS) bytes = m.panels > 1 ? m.panels * m.columns * T::bytes : 0;
 #ifdef MPILLAMA_HAS_TILES
-            const i64 steps = AMX_PRODUCTS + all * 512;
-            bytes = steps > bytes ? steps : bytes;
+        if constexpr (T::BLOCKS) bytes = AMX_PRODUCTS + m.panels * blocks * 512;
 #endif
-        } else if (m.panels > 1) {
-            bytes = m.panels * m.columns * T::bytes;
-        }
     });
     return bytes;
 }
@@ -215,8 +225,6 @@ template <class T, int GROUPS> inline i64 column_stream(const Slice& w, const In
     return group;
 }
 
-template <int TOKENS> using Sums = Vf[PARTS][TOKENS];
-
 template <int TOKENS> inline void load_sums(const float* out, i64 stride, Sums<TOKENS>& sums) {
     for (int t = 0; t < TOKENS; t++)
         for (int part = 0; part < PARTS; part++) sums[part][t] = load(out + t * stride + W * part);
@@ -227,40 +235,39 @@ template <int TOKENS> inline void store_sums(const Sums<TOKENS>& sums, float* ou
         for (int part = 0; part < PARTS; part++) store(out + t * stride + W * part, sums[part][t]);
 }
 
-// A group's rows times few tokens, out float32 [token, stride] at the group's first row.
-template <class T> inline void column_few(const Slice& w, i64 group, const Input& in, float* out, i64 stride) {
-    const i64 blocks = w.columns / BLOCK, place = group * blocks;
-    in_tiles(in, 0, in.tokens, [&](i64 token, auto tokens) {
-        Sums<tokens.value> sums = {};
-        few_tile<T, tokens.value>(w.values + place * T::bytes, w.scales + place * T::Scales::bytes, blocks, in, token,
-                                  AHEAD, sums);
-        store_sums<tokens.value>(sums, out + token * stride, stride);
+// A group's rows times the tokens first:last, out float32 [token, stride] at the group's first row.
+template <class T>
+inline void column_group(const Slice& w, i64 group, const Input& in, i64 first, i64 last, float* out, i64 stride) {
+    in.in_tiles(first, last, [&](i64 token, auto count) {
+        constexpr int TOKENS = decltype(count)::value;
+        Sums<TOKENS> sums = {};
+        if constexpr (T::BLOCKS) {
+            const i64 blocks = w.columns / BLOCK;
+            tile<T, TOKENS>(w.values + group * blocks * T::bytes, {w.scales, group * blocks}, blocks, AHEAD, in, token,
+                            sums);
+        } else {
+            float_tile<T, TOKENS>(w.values + group * w.columns * T::bytes, w.columns, in, token, sums);
+        }
+        store_sums<TOKENS>(sums, out + token * stride, stride);
     });
 }
 
-// The same of the tokens first_token:last_token of many.
+// The same by way of unpacked blocks. Where there are more than fit, sums go on from what is in `out`.
 template <class T>
-inline void column_many(const Slice& w, i64 group, const Input& in, i64 first_token, i64 last_token, float* out,
-                         i64 stride, u8* scratch) {
-    if constexpr (T::BLOCKS) {
-        const i64 blocks = w.columns / BLOCK;
-        ReadyBlock<T>* const ready = ready_blocks<T>(scratch);
-        for (i64 start = 0, count; start < blocks; start += count) {
-            count = blocks - start < READY_BLOCKS ? blocks - start : READY_BLOCKS;
-            const i64 place = group * blocks + start;
-            make_ready<T>(w.values + place * T::bytes, w.scales + place * T::Scales::bytes, count, ready);
-            in_tiles(in, first_token, last_token, [&](i64 token, auto tokens) {
-                Sums<tokens.value> sums = {};
-                if (start > 0) load_sums<tokens.value>(out + token * stride, stride, sums);
-                tile<T, tokens.value>(ready, count, in.from_block(start), token, sums);
-                store_sums<tokens.value>(sums, out + token * stride, stride);
-            });
-        }
-    } else {
-        in_tiles(in, first_token, last_token, [&](i64 token, auto tokens) {
-            Sums<tokens.value> sums = {};
-            float_tile<T, tokens.value>(w.values + group * w.columns * T::bytes, w.columns, in, token, sums);
-            store_sums<tokens.value>(sums, out + token * stride, stride);
+inline void ready_column_group(const Slice& w, i64 group, const Input& in, i64 first, i64 last, float* out, i64 stride,
+                               u8* scratch) {
+    const i64 blocks = w.columns / BLOCK;
+    ReadyBlock<T>* const ready = ready_blocks<T>(scratch);
+    ScalePlace<typename T::Scales> scales(w.scales, group * blocks);
+    for (i64 start = 0, now; start < blocks; start += now) {
+        now = blocks - start < READY_BLOCKS ? blocks - start : READY_BLOCKS;
+        scales = make_ready<T>(w.values + (group * blocks + start) * T::bytes, scales, now, ready);
+        in.in_tiles(first, last, [&](i64 token, auto count) {
+            constexpr int TOKENS = decltype(count)::value;
+            Sums<TOKENS> sums = {};
+            if (start > 0) load_sums<TOKENS>(out + token * stride, stride, sums);
+            ready_tile<T, TOKENS>(ready, now, in.from_block(start), token, sums);
+            store_sums<TOKENS>(sums, out + token * stride, stride);
         });
     }
 }
@@ -272,17 +279,15 @@ inline i64 column_tiles(const Slice& w, const Input& in, i64 first, i64 last, fl
     const i64 blocks = w.columns / BLOCK, tokens = in.tokens / AMX_TOKENS * AMX_TOKENS;
     if (!T::BLOCKS || tokens == 0) return 0;
     if constexpr (T::BLOCKS) {
-        const Tiles tiles;
+        using Scales = typename T::Scales;
+        const Tiles tiles(Scales::HALVES);
         u8* const steps = scratch + AMX_PRODUCTS;
         for (i64 group = first; group < last; group++) {
             const i64 place = group * blocks;
             for (i64 i = 0; i < blocks; i++) T::signed_steps(w.values + (place + i) * T::bytes, steps + 512 * i);
             for (i64 token = 0; token < tokens; token += AMX_TOKENS) {
-                const i64 at = in.place(token);
                 Vf sums[AMX_TOKENS] = {};
-                amx_sums<typename T::Scales>(steps, w.scales + place * T::Scales::bytes, blocks,
-                                             in.from.values + BLOCK * at, in.from.scales + at, in.from.starts + at,
-                                             scratch, sums);
+                amx_sums<Scales>(steps, {w.scales, place}, blocks, in.blocks(token), scratch, sums);
                 for (int t = 0; t < AMX_TOKENS; t++) store(out + (token + t) * stride + group * LANES, sums[t]);
             }
         }
@@ -304,17 +309,18 @@ inline void column_span(const Slice& w, const Input& in, i64 first, i64 last, fl
         column_stream<T, 1>(w, in, group, last, out);
         return;
     }
-    if constexpr (T::BLOCKS)
-        if (in.tokens <= few_tokens<T>()) {
-            for (i64 group = first; group < last; group++) column_few<T>(w, group, in, out + group * LANES, stride);
-            return;
-        }
     const i64 begin = column_tiles<T>(w, in, first, last, out, stride, scratch);
-    for (i64 token = begin; token < in.tokens; token += TOKENS_AT_ONCE) {
-        const i64 end = in.tokens < token + TOKENS_AT_ONCE ? in.tokens : token + TOKENS_AT_ONCE;
-        for (i64 group = first; group < last; group++)
-            column_many<T>(w, group, in, token, end, out + group * LANES, stride, scratch);
-    }
+    at_once(begin, in.tokens, TOKENS_AT_ONCE, [&](i64 token, i64 end) {
+        for (i64 group = first; group < last; group++) {
+            float* const rows = out + group * LANES;
+            if constexpr (unpacks<T>())
+                if (in.tokens > FEW_TOKENS) {
+                    ready_column_group<T>(w, group, in, token, end, rows, stride, scratch);
+                    continue;
+                }
+            column_group<T>(w, group, in, token, end, rows, stride);
+        }
+    });
 }
 
 // out[t, 16 first : 16 last] = the rows of groups first:last of an expert's matrix times x[t]; out float32 [tokens, stride].
@@ -384,56 +390,55 @@ template <int TOKENS> inline void store_totals(const Totals<TOKENS>& totals, con
         for (int part = 0; part < PARTS; part++) store(to.at(token + t) + group * LANES + W * part, totals[part][t]);
 }
 
-// A group's panels times few tokens, added to what the tokens have. Panels lie apart: a thread comes to the next run
-// of a panel with its next group.
+// A group's panels times the tokens first:last, added to what the tokens have. Panels lie apart: a thread comes to the
+// next run of a panel with its next group.
 template <class T>
-inline void panels_few(const Matrix& m, i64 expert, i64 group, const Input& in, const Output& to) {
-    const i64 units = T::BLOCKS ? m.columns / BLOCK : m.columns, place = group * units;
-    in_tiles(in, 0, in.tokens, [&](i64 token, auto tokens) {
-        constexpr int TOKENS = decltype(tokens)::value;
+inline void panels(const Matrix& m, i64 expert, i64 group, const Input& in, i64 first, i64 last, const Output& to) {
+    const i64 units = T::BLOCKS ? m.columns / BLOCK : m.columns;
+    in.in_tiles(first, last, [&](i64 token, auto count) {
+        constexpr int TOKENS = decltype(count)::value;
         Totals<TOKENS> totals;
         load_totals<TOKENS>(to, token, group, totals);
         for (i64 panel = 0; panel < m.panels; panel++) {
             const Slice from = slice<T>(m, expert, panel);
+            const u8* values = from.values + group * units * T::bytes;
             const Input here{in.from, in.tokens, panel * m.columns};
             Sums<TOKENS> sums = {};
             if constexpr (T::BLOCKS)
-                few_tile<T, TOKENS>(from.values + place * T::bytes, from.scales + place * T::Scales::bytes, units, here,
-                                    token, units * T::bytes, sums);
+                tile<T, TOKENS>(values, {from.scales, group * units}, units, units * T::bytes, here, token, sums);
             else
-                float_tile<T, TOKENS>(from.values + place * T::bytes, units, here, token, sums);
+                float_tile<T, TOKENS>(values, units, here, token, sums);
             add_panel<TOKENS>(sums, totals);
         }
         store_totals<TOKENS>(totals, to, token, group);
     });
 }
 
-// The panels first:last of a group times the tokens first_token:last_token of many: brought together once, they stay in
-// the cache while the tokens pass.
+// The same, some panels at a time, which are brought together once and stay in the cache while the tokens pass: blocks
+// unpacked, floats as they are.
 template <class T>
-inline void panels_many(const Matrix& m, i64 expert, i64 group, i64 first, i64 last, const Input& in, i64 first_token,
-                        i64 last_token, const Output& to, u8* scratch) {
+inline void ready_panels(const Matrix& m, i64 expert, i64 group, i64 first_panel, i64 last_panel, const Input& in,
+                         i64 first, i64 last, const Output& to, u8* scratch) {
     const i64 units = T::BLOCKS ? m.columns / BLOCK : m.columns;
-    for (i64 panel = first; panel < last; panel++) {
+    for (i64 panel = first_panel; panel < last_panel; panel++) {
         const Slice from = slice<T>(m, expert, panel);
         const u8* run = from.values + group * units * T::bytes;
         if constexpr (T::BLOCKS) {
-            make_ready<T>(run, from.scales + group * units * T::Scales::bytes, units,
-                          ready_blocks<T>(scratch) + (panel - first) * units);
+            make_ready<T>(run, {from.scales, group * units}, units, ready_blocks<T>(scratch) + (panel - first_panel) * units);
         } else {
-            std::memcpy(scratch + (panel - first) * units * T::bytes, run, units * T::bytes);
+            std::memcpy(scratch + (panel - first_panel) * units * T::bytes, run, units * T::bytes);
             prefetch_run(run + units * T::bytes, units * T::bytes);
         }
     }
-    in_tiles(in, first_token, last_token, [&](i64 token, auto tokens) {
-        constexpr int TOKENS = decltype(tokens)::value;
+    in.in_tiles(first, last, [&](i64 token, auto count) {
+        constexpr int TOKENS = decltype(count)::value;
         Totals<TOKENS> totals;
         load_totals<TOKENS>(to, token, group, totals);
-        for (i64 panel = first; panel < last; panel++) {
-            const i64 place = (panel - first) * units;
+        for (i64 panel = first_panel; panel < last_panel; panel++) {
+            const i64 place = (panel - first_panel) * units;
             const Input here{in.from, in.tokens, panel * m.columns};
             Sums<TOKENS> sums = {};
-            if constexpr (T::BLOCKS) tile<T, TOKENS>(ready_blocks<T>(scratch) + place, units, here, token, sums);
+            if constexpr (T::BLOCKS) ready_tile<T, TOKENS>(ready_blocks<T>(scratch) + place, units, here, token, sums);
             else float_tile<T, TOKENS>(scratch + place * T::bytes, units, here, token, sums);
             add_panel<TOKENS>(sums, totals);
         }
@@ -443,27 +448,26 @@ inline void panels_many(const Matrix& m, i64 expert, i64 group, i64 first, i64 l
 
 // Whole tiles of tokens on AMX; returns the first token that is left.
 template <class T>
-inline i64 panel_tiles(const Matrix& m, i64 expert, const Input& in, const Output& to, i64 first, i64 last, u8* scratch) {
+inline i64 panel_tiles(const Matrix& m, i64 expert, const Input& in, i64 first, i64 last, const Output& to, u8* scratch) {
 #ifdef MPILLAMA_HAS_TILES
     const i64 blocks = m.columns / BLOCK, tokens = in.tokens / AMX_TOKENS * AMX_TOKENS;
     if (!T::BLOCKS || tokens == 0) return 0;
     if constexpr (T::BLOCKS) {
-        const Tiles tiles;
+        using Scales = typename T::Scales;
+        const Tiles tiles(Scales::HALVES);
         u8* const steps = scratch + AMX_PRODUCTS;
         for (i64 group = first; group < last; group++) {
             for (i64 panel = 0; panel < m.panels; panel++) {
                 const u8* run = slice<T>(m, expert, panel).values + group * blocks * T::bytes;
-                for (i64 i = 0; i < blocks; i++)
-                    T::signed_steps(run + i * T::bytes, steps + 512 * (panel * blocks + i));
+                u8* const to_steps = steps + 512 * panel * blocks;
+                for (i64 i = 0; i < blocks; i++) T::signed_steps(run + i * T::bytes, to_steps + 512 * i);
             }
             for (i64 token = 0; token < tokens; token += AMX_TOKENS) {
                 for (i64 panel = 0; panel < m.panels; panel++) {
-                    const i64 at = Input{in.from, in.tokens, panel * m.columns}.place(token);
-                    const u8* scales = slice<T>(m, expert, panel).scales + group * blocks * T::Scales::bytes;
+                    const InputBlocks x = Input{in.from, in.tokens, panel * m.columns}.blocks(token);
+                    const ScaleArrays scales = slice<T>(m, expert, panel).scales;
                     Vf sums[AMX_TOKENS] = {};
-                    amx_sums<typename T::Scales>(steps + 512 * panel * blocks, scales, blocks,
-                                                 in.from.values + BLOCK * at, in.from.scales + at, in.from.starts + at,
-                                                 scratch, sums);
+                    amx_sums<Scales>(steps + 512 * panel * blocks, {scales, group * blocks}, blocks, x, scratch, sums);
                     for (int t = 0; t < AMX_TOKENS; t++) {
                         double* row = to.at(token + t) + group * LANES;
                         store(row, add(load(row), round_to_grid(sums[t])));
@@ -474,32 +478,35 @@ inline i64 panel_tiles(const Matrix& m, i64 expert, const Input& in, const Outpu
     }
     return tokens;
 #else
-    (void)m, (void)expert, (void)in, (void)to, (void)first, (void)last, (void)scratch;
+    (void)m, (void)expert, (void)in, (void)first, (void)last, (void)to, (void)scratch;
     return 0;
 #endif
 }
 
 // Add all panels of groups first:last times x[t].
-inline void add_rows(const Matrix& m, i64 expert, const Activations& x, i64 tokens, i64 first, i64 last, const Output& to,
-                     u8* scratch) {
-    with_type(m.type, [&](auto type) {
-        using T = decltype(type);
-        const i64 blocks = m.columns / BLOCK, most = T::BLOCKS ? (blocks < READY_BLOCKS ? READY_BLOCKS / blocks : 1) : m.panels;
-        const Input in{x, tokens, 0};
-        if (tokens <= few_tokens<T>()) {
-            for (i64 group = first; group < last; group++) panels_few<T>(m, expert, group, in, to);
-            return;
-        }
-        const i64 begin = panel_tiles<T>(m, expert, in, to, first, last, scratch);
-        const i64 together = T::BLOCKS ? TOKENS_AT_ONCE : tokens;
-        for (i64 token = begin; token < tokens; token += together) {
-            const i64 end = tokens < token + together ? tokens : token + together;
-            for (i64 group = first; group < last; group++)
-                for (i64 panel = 0; panel < m.panels; panel += most)
-                    panels_many<T>(m, expert, group, panel, panel + most < m.panels ? panel + most : m.panels, in, token,
-                                   end, to, scratch);
+template <class T>
+inline void add_rows(const Matrix& m, i64 expert, const Input& in, i64 first, i64 last, const Output& to, u8* scratch) {
+    const bool few = T::BLOCKS ? !unpacks<T>() || in.tokens <= FEW_TOKENS : in.tokens <= FEW_FLOAT_TOKENS;
+    const i64 together = T::BLOCKS ? ready_panels(m) : m.panels;
+    const i64 begin = panel_tiles<T>(m, expert, in, first, last, to, scratch);
+    at_once(begin, in.tokens, T::BLOCKS ? TOKENS_AT_ONCE : in.tokens, [&](i64 token, i64 end) {
+        for (i64 group = first; group < last; group++) {
+            if (few) {
+                panels<T>(m, expert, group, in, token, end, to);
+                continue;
+            }
+            if constexpr (unpacks<T>() || !T::BLOCKS)
+                for (i64 panel = 0; panel < m.panels; panel += together) {
+                    const i64 last_panel = panel + together < m.panels ? panel + together : m.panels;
+                    ready_panels<T>(m, expert, group, panel, last_panel, in, token, end, to, scratch);
+                }
         }
     });
+}
+
+inline void add_rows(const Matrix& m, i64 expert, const Activations& x, i64 tokens, i64 first, i64 last, const Output& to,
+                     u8* scratch) {
+    with_type(m.type, [&](auto type) { add_rows<decltype(type)>(m, expert, Input{x, tokens, 0}, first, last, to, scratch); });
 }
 
 }  // namespace mpillama
