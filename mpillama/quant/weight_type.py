@@ -107,8 +107,12 @@ class WeightType(StoredType):
 
     number: int = -1
     unit: ClassVar[int]
-    lanes: ClassVar[tuple[LaneArray, ...]]
     quantised: ClassVar[bool]
+
+    @property
+    @abstractmethod
+    def lanes(self) -> tuple[LaneArray, ...]:
+        """The stored arrays of a matrix, the values first."""
 
     @abstractmethod
     def blocks_of(self, raw: np.ndarray) -> Blocks:
