@@ -5,7 +5,7 @@ import json
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from math import prod
 from typing import Any
@@ -21,17 +21,21 @@ from mpillama.models.config import ModelConfig
 from mpillama.models.tensors import EMBEDDING, LM_HEAD, TensorSpec, WeightTypes
 from mpillama.quant.registry import WEIGHT_TYPES
 from mpillama.quant.types.f32 import F32
-from mpillama.quant.weight_type import WeightType
+from mpillama.quant.weight_type import Float32, WeightType
 
 AS_STORED = "as-stored"
 
 
 @dataclass(frozen=True)
 class CheckpointModel:
-    """What rank 0 reads of a foreign checkpoint and gives to the others; see NativeModel for the native file's."""
+    """What rank 0 reads of a foreign checkpoint and gives to the others; see NativeModel for the native file's.
+
+    `importance` says by tensor how much each column counts when it is quantised.
+    """
 
     checkpoint: Checkpoint
     weight_types: WeightTypes
+    importance: Mapping[str, Float32] | None = field(default=None, repr=False)
 
     @property
     def path(self) -> str:
@@ -83,7 +87,7 @@ class CheckpointModel:
         """Open the files for reading slices; UserError if they are to be verified."""
         if verify:
             raise UserError(f"{self.path}: this format has no checksums: leave --verify out, or convert the model.")
-        return CheckpointReader(self.checkpoint, on_bytes, workers)
+        return CheckpointReader(self.checkpoint, on_bytes, workers, importance=self.importance)
 
     def requantised(self) -> Mapping[str, int]:
         """Stored types that are turned into others since no kernel knows them: their weights' number."""

@@ -1,6 +1,6 @@
 """Reading a rank's slices of a foreign checkpoint: the bytes of the slice, and laned while they are read."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from functools import partial
@@ -13,7 +13,7 @@ from mpillama.formats.checkpoint import Checkpoint, StoredRows, StoredTensor
 from mpillama.formats.reading import MAX_READ, SourceFile
 from mpillama.models.tensors import TensorSpec
 from mpillama.quant.coded import Coded, KeepsCodes
-from mpillama.quant.weight_type import LANES, Arrays
+from mpillama.quant.weight_type import LANES, Arrays, Float32
 
 PIECE = 1 << 19
 """Values that a worker turns into lanes at a time: what it needs besides is a few times this in float64."""
@@ -87,9 +87,11 @@ class CheckpointReader:
     """Tensors read at the same time: each keeps all workers busy already."""
 
     def __init__(
-        self, checkpoint: Checkpoint, on_bytes: Callable[[int], None], workers: int = 1, limit: int = MAX_READ
-    ):
+        self, checkpoint: Checkpoint, on_bytes: Callable[[int], None], workers: int = 1, limit: int = MAX_READ,
+        importance: Mapping[str, Float32] | None = None,
+    ):  # fmt: skip
         self.checkpoint = checkpoint
+        self.importance = importance or {}
         self.on_bytes = on_bytes
         self.bytes_read = 0
         self.count = min(workers, MOST_WORKERS)
@@ -208,7 +210,11 @@ class CheckpointReader:
         values = _straightened(values, wanted.tensor.interleaved)
         values = values[:, columns.start - around.start : columns.stop - around.start]
         padded = _padded(values, len(rows), self._row_chunks(spec, rows), wanted.width, wanted.column_chunks)
-        return spec.weight_type.pack(padded, spec.panel)
+        importance = self.importance.get(wanted.tensor.name)
+        if importance is not None:
+            of_columns = importance[None, columns.start : columns.stop]
+            importance = _padded(of_columns, 1, 1, wanted.width, wanted.column_chunks)[0]
+        return spec.weight_type.pack(padded, spec.panel, importance)
 
     def _pack_blocks(self, wanted: Slice, rows: range, found: Rows, around: range) -> Arrays:
         """As _pack, but the type's own numbers stay as they are."""

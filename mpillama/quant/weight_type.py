@@ -103,9 +103,11 @@ class WeightType(StoredType):
 
     `number` is the kernels' (kernels/src/types). A unit is the k-values that Blocks have an entry of each array for; a
     number that stands for more is repeated there. `quantised` types meet activations that are quantised as well.
+    `weighs` says that the importance of columns changes how the type is quantised.
     """
 
     number: int = -1
+    weighs: ClassVar[bool] = False
     unit: ClassVar[int]
     quantised: ClassVar[bool]
 
