@@ -206,8 +206,11 @@ def as_random_blocks(kind: gguf.GGMLQuantizationType) -> Callable[[np.ndarray], 
         shape = *tensor.shape[:-1], tensor.shape[-1] // stored.block, stored.block_bytes
         blocks = random.integers(0, 256, shape, np.uint8)
         scales = random.uniform(0.05, 0.1, shape[:-1]) / RANDOM_SCALES.get(name, 8)
-        if name == "q6_k":  # which has 16 integer scales for a block, too
-            blocks[..., -2:] = (scales / 64).astype("<f2")[..., None].view(np.uint8)
+        if name in STEPS:  # which have integer scales in a block, too
+            place, of_scale, of_minimum = STEPS[name]
+            for i, divisor in enumerate((of_scale, of_minimum)[: 1 + (of_minimum > 0)]):
+                step = (scales / divisor).astype("<f2")[..., None].view(np.uint8)
+                blocks[..., place + 2 * i : place + 2 * i + 2] = step
         elif name == "mxfp4":
             blocks[..., 0] = random.integers(120, 123, shape[:-1])
         else:
@@ -220,8 +223,16 @@ def as_random_blocks(kind: gguf.GGMLQuantizationType) -> Callable[[np.ndarray], 
     return made
 
 
-RANDOM_SCALES = {"q8_0": 127, "q5_0": 16, "iq4_nl": 127, "q4_1": 8, "q5_1": 16, "q6_k": 32}
+RANDOM_SCALES = {
+    "q8_0": 127, "q5_0": 16, "iq4_nl": 127, "q4_1": 8, "q5_1": 16, "q6_k": 32, "iq4_xs": 127, "iq2_xxs": 50,
+}  # fmt: skip
 """The largest integers of types, half of it where they begin with a minimum."""
+STEPS = {
+    "q2_k": (80, 2, 1), "q3_k": (108, 8, 0), "q4_k": (0, 32, 4), "q5_k": (0, 64, 4), "q6_k": (208, 64, 0),
+    "iq4_xs": (0, 16, 0),
+}  # fmt: skip
+"""Where a super-block has the float16 by which its integer scales are multiplied, about how large those are, and the
+same of minimums, whose float16 follows; 0 if there are none."""
 
 
 def as_floats_of(
@@ -240,7 +251,14 @@ def as_floats_of(
 def write_of_whole_blocks(folder: Path, block: int = 32) -> None:
     """Write a Llama of random weights whose rows are whole blocks, and its heads too if they are of 32."""
     config = json.loads((FOLDER / "llama" / "config.json").read_text())
-    config |= {"hidden_size": 2 * block, "head_dim": block, "num_attention_heads": 3, "num_key_value_heads": 3}
+    head_dim = min(block, 64)
+    heads = 3 * block // head_dim
+    config |= {
+        "hidden_size": 2 * block,
+        "head_dim": head_dim,
+        "num_attention_heads": heads,
+        "num_key_value_heads": heads,
+    }
     config |= {"intermediate_size": 5 * block, "num_hidden_layers": 2}
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(config))

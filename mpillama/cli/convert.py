@@ -2,6 +2,7 @@
 
 import json
 import sys
+from functools import partial
 from pathlib import Path
 
 import psutil
@@ -11,8 +12,8 @@ from mpillama.cli.logs import logged
 from mpillama.cli.options import ConvertOptions
 from mpillama.cli.running import warn_of_requantised
 from mpillama.job.start import World
-from mpillama.loading.convert import convert_model, refuse_target, target_bytes
-from mpillama.loading.model_file import make_tokenizer, open_model
+from mpillama.loading.convert import convert_model, refuse_target, target_bytes, with_importance
+from mpillama.loading.model_file import ModelFile, make_tokenizer, open_model
 
 
 def convert(options: ConvertOptions, world: World) -> int:
@@ -21,8 +22,7 @@ def convert(options: ConvertOptions, world: World) -> int:
     with logged(world, quiet=False):
         comm.watch.display = stages(comm.is_root, options.json)
         comm.on_root(lambda: refuse_target(options.target, options.force))
-        open_source = lambda: open_model(options.source, options.weights, options.tokenizer)  # noqa: E731
-        model = comm.on_root(lambda: comm.busy(open_source, "reading the model's table"))
+        model = comm.on_root(lambda: comm.busy(partial(_open_source, options), "reading the model's table"))
         comm.on_root_only(lambda: make_tokenizer(model))  # without one that can be used nothing would run the new file
         if comm.is_root:
             warn_of_requantised(model)
@@ -34,6 +34,11 @@ def convert(options: ConvertOptions, world: World) -> int:
         if comm.is_root:
             _report(options, size, seconds, comm.size)
     return 0
+
+
+def _open_source(options: ConvertOptions) -> ModelFile:
+    model = open_model(options.source, options.weights, options.tokenizer)
+    return with_importance(model, options.importance) if options.importance else model
 
 
 def _advise(target: str) -> None:

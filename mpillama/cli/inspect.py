@@ -9,7 +9,7 @@ from mpillama.cli.display import in_units, print_table
 from mpillama.cli.options import InspectOptions
 from mpillama.formats.checkpoint_model import CheckpointModel
 from mpillama.formats.native.reader import NativeModel
-from mpillama.formats.native.table import FORMAT, FORMAT_VERSION
+from mpillama.formats.native.table import FORMAT
 from mpillama.loading.model_file import ModelFile, open_model
 from mpillama.models.tensors import TensorSpec
 
@@ -31,7 +31,7 @@ def describe(model: ModelFile) -> dict[str, Any]:
     return {
         "path": model.path,
         "format": model.checkpoint.kind if isinstance(model, CheckpointModel) else FORMAT,
-        "format_version": None if isinstance(model, CheckpointModel) else FORMAT_VERSION,
+        "format_version": model.format_version if isinstance(model, NativeModel) else None,
         "file_bytes": sum(model.files.values()),
         "files": dict(model.files),
         "metadata_sha256": model.metadata_sha256,
@@ -64,9 +64,10 @@ def _arrays(model: ModelFile, spec: TensorSpec) -> list[dict[str, Any]]:
     if isinstance(model, CheckpointModel):
         found = [model.checkpoint.tensors[name] for name in spec.source_names]
         files = model.checkpoint.files
+        parts = ((tensor.stored, part) for tensor in found for part in tensor.parts)
         return [
-            {"name": t.name, "shape": list(t.shape), "offset": t.offset, "stored": t.stored, "file": files[t.file]}
-            for t in found
+            {"name": p.name, "shape": list(p.shape), "offset": p.offset, "stored": stored, "file": files[p.file]}
+            for stored, p in parts
         ]
     assert isinstance(model, NativeModel)
     entries = [model.entries[array.name] for array in spec.arrays()]

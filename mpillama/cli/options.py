@@ -364,6 +364,10 @@ class ConvertOptions(OnRanks):
     weights: str = option(
         "weight type of the new file (default: as-stored)", "as-stored", choices=["as-stored", *WEIGHT_TYPE_NAMES]
     )
+    importance: Optional[str] = option(
+        "importance matrix of llama.cpp (GGUF or .dat), by which columns count when weights are quantised",
+        metavar="PATH",
+    )
     tokenizer: Optional[str] = option(
         "the .t file of a distributed-llama model (default: the one beside it)", metavar="PATH"
     )

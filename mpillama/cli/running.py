@@ -26,6 +26,7 @@ from mpillama.loading.load import LoadedModel, load_model, open_executor
 from mpillama.loading.memory import RankUsage
 from mpillama.loading.model_file import ModelFile, make_chat_template, make_tokenizer
 from mpillama.loading.settings import SpeculationSettings
+from mpillama.quant.registry import STORED_TYPES
 from mpillama.text.chat_template import ChatTemplate
 from mpillama.text.sampler import NonFiniteLogits
 from mpillama.text.tokenizer import Tokenizer
@@ -186,11 +187,14 @@ def tell_lowered_context(options: RunOptions, loaded: LoadedModel, quiet: bool) 
 
 def warn_of_requantised(file: ModelFile) -> None:
     """Say which weights become larger and lose a little, since no kernel knows the type they are stored in."""
+    types = file.weight_types
     for stored, count in file.requantised().items():
-        size = in_units(count * file.weight_types.default.group_bytes(32) / 512)
+        kept = STORED_TYPES[stored].held_as()
+        if kept not in (types.by_name or {}).values():
+            kept = types.default
         LOG.warning(
             "%s weights stored as %s have no kernel and become %s: %s in memory.",
-            f"{count:,}", stored, file.weight_types.default.name, size, extra=OF_RUN,
+            f"{count:,}", stored, kept.name, in_units(count * kept.group_bytes(256) / 4096), extra=OF_RUN,
         )  # fmt: skip
 
 

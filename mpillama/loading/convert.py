@@ -1,17 +1,20 @@
 """Converting a model into a native file, all ranks together: rank 0 lays it out, every rank writes its part."""
 
+import logging
 import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
 from mpillama.comm.communicator import Communicator
 from mpillama.errors import UserError
+from mpillama.formats.checkpoint_model import CheckpointModel
+from mpillama.formats.importance import read_importance
 from mpillama.formats.native.reader import TableEntry, unit_checksums
 from mpillama.formats.native.table import TEXTS, read_table
 from mpillama.formats.native.writer import create_file, seal_file
@@ -19,6 +22,7 @@ from mpillama.formats.reading import write_exactly
 from mpillama.loading.model_file import ModelFile, SliceReader
 from mpillama.models.partition import split_units
 from mpillama.models.tensors import TensorSpec
+from mpillama.quant.registry import WEIGHT_TYPES
 from mpillama.quant.weight_type import round_up
 
 RUN_BYTES = 64 << 20
@@ -57,6 +61,26 @@ def convert_model(
         if comm.is_root:
             Path(target.temporary).unlink(missing_ok=True)
     return time.perf_counter() - start
+
+
+def with_importance(model: ModelFile, path: str) -> CheckpointModel:
+    """The model, quantised by an importance matrix of llama.cpp; UserError if that would change nothing."""
+    if not isinstance(model, CheckpointModel):
+        raise UserError(f"{model.path}: --importance is for quantising: give the original checkpoint as the source.")
+    weighed = [spec for spec in model.specs if not spec.vector and spec.weight_type.weighs]
+    if not weighed:
+        able = ", ".join(kind.name for kind in WEIGHT_TYPES.values() if kind.weighs)
+        raise UserError(f"--importance {path}: weights of these types do not use it: give --weights, one of {able}.")
+    columns = {name: spec.source_shape[1] for spec in weighed for name in spec.source_names}
+    experts = max(spec.experts for spec in weighed)
+    found = read_importance(path, model.config.model_type, experts, columns)
+    without = [name for name in columns if name not in found]
+    if without:
+        logging.getLogger(__name__).warning(
+            "%s has no importance for %s of %s matrices (%s%s): they are quantised without.", path, len(without),
+            len(columns), without[0], ", …" if without[1:] else "", extra={"of_run": True},
+        )  # fmt: skip
+    return replace(model, importance=found)
 
 
 # -- rank 0 ---------------------------------------------------------------------------------------------------------

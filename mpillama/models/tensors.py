@@ -77,6 +77,11 @@ class TensorSpec:
         return padded.reshape(self.rows) if self.vector else padded.reshape(self.rows, self.columns)
 
     @property
+    def column_chunk(self) -> int:
+        """The columns of the checkpoint that are padded by themselves, 0 if all are together."""
+        return self.source_shape[1] // self.column_chunks if self.column_chunks > 1 else 0
+
+    @property
     def source_names(self) -> tuple[str, ...]:
         """The checkpoint's names of the tensor: one, or one for each expert."""
         before, _, after = self.name.partition(EXPERTS)

@@ -1,8 +1,10 @@
-"""Integers of 4 and 5 bits: how they stand in GGML's blocks, and in the steps of row lanes.
+"""Integers of 2 to 6 bits: how they stand in GGML's blocks, and in the steps of row lanes.
 
 In a block byte i holds elements i (low nibble) and i + 16; in row lanes steps j and j + 4 share the bytes of a step.
 The fifth bits stand before the nibbles of a block, element by element; in row lanes they are one more step behind the
-nibbles', where bit j belongs to step j.
+nibbles', where bit j belongs to step j. Pairs of bits take two steps, of which the first has steps 0 to 3 and the other
+steps 4 to 7, two bits each from the lowest on; third bits lie behind pairs as fifth bits do behind nibbles, fifth and
+sixth bits as pairs behind nibbles.
 """
 
 import numpy as np
@@ -11,6 +13,10 @@ from mpillama.quant.weight_type import BLOCK, LANES
 
 NIBBLE_BYTES = LANES * BLOCK // 2
 FIVE_BIT_BYTES = NIBBLE_BYTES + LANES * BLOCK // 8
+PAIR_BYTES = LANES * BLOCK // 4
+THREE_BIT_BYTES = PAIR_BYTES + LANES * BLOCK // 8
+SIX_BIT_BYTES = NIBBLE_BYTES + PAIR_BYTES
+PLACES = np.arange(0, 8, 2, dtype=np.uint8)
 
 
 def nibbles_of(packed: np.ndarray) -> np.ndarray:
@@ -46,4 +52,47 @@ def unpack_five_bits(steps: np.ndarray) -> np.ndarray:
     """Undo pack_five_bits."""
     fifth = np.unpackbits(steps[:, :, 4:], axis=2, bitorder="little")
     values: np.ndarray = unpack_nibbles(steps[:, :, :4]) | fifth << 4
+    return values
+
+
+def pairs_of(packed: np.ndarray) -> np.ndarray:
+    """Return values [..., runs, 4, bytes] from uint8 [..., runs, bytes] whose pairs of bits lie that far apart."""
+    values: np.ndarray = packed[..., None, :] >> PLACES[:, None] & 3
+    return values
+
+
+def pack_pairs(steps: np.ndarray) -> np.ndarray:
+    """Return [groups, blocks, 2, 16, 4] from eight steps of values."""
+    groups, blocks, _, *rest = steps.shape
+    fours = steps.reshape(groups, blocks, 2, 4, *rest) << PLACES[:, None, None]
+    shared: np.ndarray = np.bitwise_or.reduce(fours, axis=3)
+    return shared
+
+
+def unpack_pairs(steps: np.ndarray) -> np.ndarray:
+    """Undo pack_pairs."""
+    groups, blocks, _, *rest = steps.shape
+    return (steps[:, :, :, None] >> PLACES[:, None, None] & 3).reshape(groups, blocks, 8, *rest)
+
+
+def pack_three_bits(steps: np.ndarray) -> np.ndarray:
+    """Return [groups, blocks, 3, 16, 4] from eight steps of values."""
+    return np.concatenate([pack_pairs(steps & 3), np.packbits(steps >> 2, axis=2, bitorder="little")], axis=2)
+
+
+def unpack_three_bits(steps: np.ndarray) -> np.ndarray:
+    """Undo pack_three_bits."""
+    third = np.unpackbits(steps[:, :, 2:], axis=2, bitorder="little")
+    values: np.ndarray = unpack_pairs(steps[:, :, :2]) | third << 2
+    return values
+
+
+def pack_six_bit_values(steps: np.ndarray) -> np.ndarray:
+    """Return [groups, blocks, 6, 16, 4] from eight steps of values."""
+    return np.concatenate([pack_nibbles(steps & 15), pack_pairs(steps >> 4)], axis=2)
+
+
+def unpack_six_bit_values(steps: np.ndarray) -> np.ndarray:
+    """Undo pack_six_bit_values."""
+    values: np.ndarray = unpack_nibbles(steps[:, :, :4]) | unpack_pairs(steps[:, :, 4:]) << 4
     return values

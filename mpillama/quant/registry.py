@@ -5,6 +5,7 @@ from importlib import import_module
 from pkgutil import iter_modules
 
 from mpillama.quant import ggml, types
+from mpillama.quant.grouped import GroupedType
 from mpillama.quant.types.q4_0 import Q4_0
 from mpillama.quant.weight_type import StoredType, WeightType
 
@@ -21,5 +22,16 @@ STORED_TYPES: Mapping[str, StoredType] = {
     t.name: t for t in sorted((*WEIGHT_TYPES.values(), *ggml.TYPES), key=lambda t: (t.block, t.ggml is None, t.ggml))
 }
 """All that are read: these, and those that become one of these."""
+
+
+def weight_type_named(name: str) -> WeightType | None:
+    """The type of that name, which may say for how many columns it has a scale: int4/32."""
+    base, _, group = name.partition("/")
+    found = WEIGHT_TYPES.get(base)
+    if isinstance(found, GroupedType) and group.isdecimal():
+        found = found.for_groups(int(group))
+    return found if found is not None and found.name == name else None
+
+
 SMALLEST = Q4_0
 """What is advised where memory is short; others are no smaller, or lose more."""

@@ -94,6 +94,25 @@ def quantise_symmetric(
     return Symmetric(*(np.concatenate(arrays) for arrays in zip(*parts, strict=True)))
 
 
+def quantise_by_importance(x: Float32, group: int, most: int, importance: Importance) -> tuple[np.ndarray, Float32]:
+    """Quantise float32 [rows, k] in blocks of `group` to scale * (integer - most), without super-blocks.
+
+    Integers uint8 [rows, blocks, group] below 2 most; scales float32 [rows, blocks], NaN as there.
+    """
+    with np.errstate(all="ignore"):
+        parts = [_by_importance(part, group, most, importance) for part in _in_parts(x)]
+    values, scales = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
+    return values, scales
+
+
+def _by_importance(x: Float32, group: int, most: int, importance: Importance) -> tuple[np.ndarray, Float32]:
+    blocks = _by_element(x, group)
+    scale = fitted_symmetric(blocks, _weights(blocks, 1, importance), most)
+    usable = (np.abs(blocks) < LARGEST).all(axis=0)
+    values = np.clip(np.rint(blocks / scale), -most, most - 1) + np.float32(most)
+    return _integers(values, np.uint8), np.where(usable, scale, np.float32(np.nan))
+
+
 def _in_parts(x: Float32) -> Iterator[Float32]:
     rows = max(1, AT_A_TIME // max(1, x.shape[1]))
     return (x[start : start + rows] for start in range(0, max(1, len(x)), rows))

@@ -103,12 +103,18 @@ class WeightType(StoredType):
 
     `number` is the kernels' (kernels/src/types). A unit is the k-values that Blocks have an entry of each array for; a
     number that stands for more is repeated there. `quantised` types meet activations that are quantised as well.
+    `weighs` says that the importance of columns changes how the type is quantised.
     """
 
     number: int = -1
+    weighs: ClassVar[bool] = False
     unit: ClassVar[int]
-    lanes: ClassVar[tuple[LaneArray, ...]]
     quantised: ClassVar[bool]
+
+    @property
+    @abstractmethod
+    def lanes(self) -> tuple[LaneArray, ...]:
+        """The stored arrays of a matrix, the values first."""
 
     @abstractmethod
     def blocks_of(self, raw: np.ndarray) -> Blocks:

@@ -1,5 +1,6 @@
 """The native file: what is written is read, and whatever else is found is refused in one sentence."""
 
+import hashlib
 import json
 import os
 import select
@@ -13,12 +14,13 @@ from typing import Any
 import h5py
 import numpy as np
 import pytest
+import xxhash
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 from mpillama.errors import UserError
 from mpillama.formats.native.reader import NativeModel, NativeReader, TableEntry, unit_checksums
-from mpillama.formats.native.table import ALIGNMENT, metadata_digest, read_table
+from mpillama.formats.native.table import ALIGNMENT, TYPES_OF_VERSION_1, format_version, metadata_digest, read_table
 from mpillama.formats.native.writer import create_file, pack_tensor, seal_file, types_json, write_model
 from mpillama.models.config import ModelConfig
 from mpillama.models.tensors import TensorSpec, WeightTypes
@@ -229,12 +231,70 @@ def test_another_hdf5_file(tmp_path):
     assert "format='mpillama'" in refusal(tmp_path / "m.h5")
 
 
-@pytest.mark.parametrize(("version", "remedy"), [(2, "newer mpillama"), (0, "convert"), (10**9, "newer mpillama")])
+@pytest.mark.parametrize(("version", "remedy"), [(3, "newer mpillama"), (0, "convert"), (10**9, "newer mpillama")])
 def test_another_format_version(tiny, version, remedy):
     sentence = edited(tiny, set_text("format_version", version))
     assert f"version {version}" in sentence
-    assert "reads version 1" in sentence
+    assert "reads versions 1 and 2" in sentence
     assert remedy in sentence
+
+
+def write_version_1(path: Path, weight_type: str) -> None:
+    """A file as mpillama 0.2 wrote it, by what its documentation says and nothing of the package's writer."""
+    types, tensors = {"default": weight_type, "by_name": {}}, models.random_tensors(TINY)
+    table, sums = [], []
+    with h5py.File(path, "w") as file:
+        for spec in models.specs_of(TINY, weight_type):
+            for array, values in zip(spec.arrays(), pack_tensor(spec, tensors[spec.name]), strict=True):
+                dataset = file.create_dataset(array.name, data=values, dtype=array.dtype)
+                table.append([array.name, array.dtype, list(values.shape), dataset.id.get_offset()])
+                sums += [xxhash.xxh3_64_intdigest(unit.tobytes()) for unit in np.split(values, spec.units)]
+        for name, text in TEXTS.items():
+            file[f"text/{name}"] = np.frombuffer(text, np.uint8)
+        file["checksums"] = checksums = np.array(sums, np.uint64)
+        head = ["mpillama", 1, TINY, types, table, {name: len(text) for name, text in sorted(TEXTS.items())}]
+        whole = [json.dumps(head, sort_keys=True).encode(), *(text for _, text in sorted(TEXTS.items()))]
+        file.attrs["format"], file.attrs["format_version"] = np.bytes_(b"mpillama"), 1
+        file.attrs["config"], file.attrs["weight_types"] = (np.bytes_(json.dumps(j).encode()) for j in (TINY, types))
+        digest = hashlib.sha256(b"".join([*whole, checksums.astype("<u8").tobytes()])).hexdigest()
+        file.attrs["metadata_sha256"] = np.bytes_(digest.encode())
+
+
+@pytest.mark.parametrize("weight_type", ["f32", "f16", "bf16", "q8_0", "q4_0"])
+def test_files_of_version_1_are_read(tmp_path, weight_type):
+    """And what is written of the same model is version 1 still, number for number."""
+    write_version_1(tmp_path / "old.h5", weight_type)
+    write_tiny(tmp_path / "new.h5", weight_type)
+    old, new = (read_table(str(tmp_path / name)) for name in ("old.h5", "new.h5"))
+    assert (old.format_version, new.format_version) == (1, 1)
+    assert old.weight_types == new.weight_types
+    assert old.texts == new.texts
+    for spec in old.specs:
+        assert all(
+            map(np.array_equal, read_slice(old, spec, range(spec.units)), read_slice(new, spec, range(spec.units)))
+        )
+        for array in spec.arrays():
+            assert np.array_equal(old.entries[array.name].checksums, new.entries[array.name].checksums)
+
+
+def test_the_demo_model_is_of_version_1():
+    assert read_table(str(Path(__file__).parents[2] / "data" / "demo.h5")).format_version == 1
+
+
+@pytest.mark.parametrize("weight_type", [name for name in WEIGHT_TYPES if name not in TYPES_OF_VERSION_1])
+def test_newer_weight_types_make_version_2(tmp_path, weight_type):
+    """Which mpillama 0.2 refuses by its version: it knows no such types. A single matrix is enough."""
+    write_tiny(tmp_path / "m.h5", weight_type)
+    assert read_table(str(tmp_path / "m.h5")).format_version == 2
+    with h5py.File(tmp_path / "m.h5") as file:
+        assert file.attrs["format_version"] == 2
+    mixed = WeightTypes(Q8_0, {"model.layers.0.mlp.up_proj.weight": WEIGHT_TYPES[weight_type]})
+    assert format_version(mixed) == 2
+
+
+def test_a_version_is_part_of_the_digest(tmp_path):
+    write_tiny(tmp_path / "m.h5", "q5_0")
+    assert "header is damaged" in edited(tmp_path / "m.h5", set_text("format_version", 1))
 
 
 def test_an_unfinished_file(tiny):
@@ -260,9 +320,9 @@ def test_attributes_that_make_no_sense(tiny, attribute, value):
 
 
 def test_an_unknown_weight_type(tiny):
-    types = json.dumps({"default": "q2_k", "by_name": {}})
+    types = json.dumps({"default": "q9_k", "by_name": {}})
     sentence = edited(tiny, set_text("weight_types", types))
-    assert "'q2_k'" in sentence
+    assert "'q9_k'" in sentence
     assert "q8_0" in sentence
 
 
@@ -642,12 +702,13 @@ def test_the_digest_covers_everything_but_the_weights(tiny):
     moved = {**entries, name: type(entry)(entry.spec, entry.offset + 8, entry.checksums)}
     other = {**entries, name: type(entry)(entry.spec, entry.offset, entry.checksums + np.uint64(1))}
     variants = [
-        ({**model.config_json, "rope_theta": 5.0}, types, entries, model.texts),
-        (model.config_json, {**types, "default": "q4_0"}, entries, model.texts),
-        (model.config_json, types, moved, model.texts),
-        (model.config_json, types, other, model.texts),
-        (model.config_json, types, entries, {**model.texts, "tokenizer.json": b"{}"}),
-        (model.config_json, types, entries, {k: v for k, v in model.texts.items() if k != "tokenizer.json"}),
+        (1, {**model.config_json, "rope_theta": 5.0}, types, entries, model.texts),
+        (1, model.config_json, {**types, "default": "q4_0"}, entries, model.texts),
+        (1, model.config_json, types, moved, model.texts),
+        (1, model.config_json, types, other, model.texts),
+        (1, model.config_json, types, entries, {**model.texts, "tokenizer.json": b"{}"}),
+        (1, model.config_json, types, entries, {k: v for k, v in model.texts.items() if k != "tokenizer.json"}),
+        (2, model.config_json, types, entries, model.texts),
     ]
     digests = {metadata_digest(*variant) for variant in variants} | {model.metadata_sha256}
     assert len(digests) == len(variants) + 1

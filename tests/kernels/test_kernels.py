@@ -16,6 +16,7 @@ import pytest
 from mpillama.errors import UserError
 from mpillama.kernels import arguments
 from mpillama.kernels.isa import choose_isa, host_features, known_sets
+from mpillama.quant.k_types import SuperBlockType, SymmetricType
 from mpillama.quant.registry import WEIGHT_TYPES
 from mpillama.quant.weight_type import WeightType
 from tests.kernels.kernel_parts import (
@@ -47,16 +48,24 @@ from tests.kernels.kernel_parts import (
 GROUPS = (1, 2, 3, 4, 5)
 RANGES = {
     "q8_0": (-128, 127), "q4_0": (0, 15), "q5_0": (0, 31), "iq4_nl": (0, 15), "mxfp4": (15, 7), "q4_1": (0, 15),
-    "q5_1": (0, 31),
+    "q5_1": (0, 31), "q2_k": (0, 3), "q3_k": (-4, 3), "q4_k": (0, 15), "q5_k": (0, 31), "q6_k": (-32, 31),
+    "iq4_xs": (0, 15),
 }  # fmt: skip
 """What a type holds for its least and for its largest integer."""
-WITH_MINIMUMS = ("q4_1", "q5_1")
+WITH_MINIMUMS = ("q4_1", "q5_1", "q2_k", "q4_k", "q5_k")
 ONES = {"q8_0": 1, "q4_0": 9, "q5_0": 17, "iq4_nl": 8}
 """What types with float16 scales hold for 1."""
 
 
 def with_unit_scales(kind: WeightType, stored: np.ndarray) -> tuple[np.ndarray, ...]:
-    """A type's numbers whose values are its integers, or 7 less where it has minimums."""
+    """A type's numbers whose values are its integers, or 7 less where it has minimums.
+
+    Small integers that are scales are the largest that there are, so that these do not saturate either.
+    """
+    if isinstance(kind, SuperBlockType):
+        most = -kind.form.most_scale - 1 if isinstance(kind, SymmetricType) else kind.form.most_scale
+        others = kind.quantise(np.zeros((len(stored), 32), np.float32))[1:]
+        return stored, *(np.full_like(a, 1 if a.dtype.kind == "f" else most) for a in others)
     one = np.float16(1) if kind.lanes[1].dtype == "<f2" else np.uint8(128)
     minimums = [np.full(stored.shape[:2], np.float16(-7))] * (kind.name in WITH_MINIMUMS)
     return stored, np.full(stored.shape[:2], one), *minimums
@@ -109,7 +118,7 @@ def test_column_parallel(weight_type, tokens):
     x = random_matrix(tokens, 32 * blocks, seed=9)
     for groups in GROUPS:
         w, dense = packed(random_matrix(16 * groups, 32 * blocks), kind)
-        terms = (16 if weight_type in WITH_MINIMUMS else 2) * blocks if kind.quantised else 32 * blocks
+        terms = (16 if weight_type in WITH_MINIMUMS else 4) * blocks if kind.quantised else 32 * blocks
         assert_close(each_way(column_parallel, w, x), seen_by(kind, x), dense, terms)
 
 
@@ -194,7 +203,8 @@ def test_integer_dot_products_do_not_saturate(weight_type, tokens):
     kind = WEIGHT_TYPES[weight_type]
     low, high = RANGES[weight_type]
     patterns = [np.full(32, low), np.full(32, high), np.tile([low, high], 16), np.r_[[low] * 16, [high] * 16]]
-    stored = np.stack([patterns[r % 4] for r in range(16)])[:, None].astype(kind.lanes[0].dtype)
+    of_zeros = kind.quantise(np.zeros((16, 32), np.float32))[0]
+    stored = np.stack([patterns[r % 4] for r in range(16)])[:, None].astype(of_zeros.dtype)
     numbers = with_unit_scales(kind, stored)
     integers = kind.dequantise(numbers).astype(np.int64)
     w = matrix(kind, *kind.pack_blocks(numbers))
@@ -222,7 +232,7 @@ def test_a_bad_activation_shows_in_its_token_only(weight_type, tokens, bad):
 def test_a_bad_weight_shows_in_its_row_only(weight_type, tokens):
     for product, panel in ((column_parallel, None), (row_parallel, 32)):
         w, _ = packed(random_matrix(32, 64), weight_type, panel)
-        bad = w.values if w.scales is None else w.scales
+        bad = w.arrays[-1]
         if weight_type == "mxfp4":
             pytest.skip("its scales are numbers all")
         bad.reshape(-1, 16)[0, 5] = np.nan if bad.dtype.kind == "f" else 0x7FC0  # bfloat16's

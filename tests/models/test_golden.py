@@ -10,7 +10,7 @@ from safetensors.numpy import save_file
 
 from mpillama.loading.model_file import ModelFile, open_model
 from mpillama.models.weights import slice_shapes
-from mpillama.quant.registry import WEIGHT_TYPES
+from mpillama.quant.registry import STORED_TYPES, WEIGHT_TYPES
 from tests import golden_models as g
 from tests import running
 from tests.conftest import THREADS
@@ -97,11 +97,11 @@ def test_quantised_blocks_of_a_gguf_are_taken_as_they_are(kind, size, tmp_path):
             assert all(np.array_equal(a, b) for a, b in zip(*pair, strict=True)), spec.name
 
 
-@pytest.mark.parametrize("kind", [t.name.upper() for t in WEIGHT_TYPES.values() if t.quantised])
+@pytest.mark.parametrize("kind", [t.name.upper() for t in WEIGHT_TYPES.values() if t.quantised and t.ggml])
 def test_a_gguf_gives_the_logits_of_the_values_in_its_blocks(kind, tmp_path):
     """Whatever the bytes; but for the rounding of activations. And the same bits token by token."""
     blocks = g.as_random_blocks(gguf.GGMLQuantizationType[kind])
-    g.write_of_whole_blocks(tmp_path / "folder")
+    g.write_of_whole_blocks(tmp_path / "folder", STORED_TYPES[kind.lower()].block)
     g.write_gguf(tmp_path / "blocks.gguf", str(tmp_path / "folder"), blocks)
     g.write_gguf(tmp_path / "floats.gguf", str(tmp_path / "folder"), g.as_floats_of(blocks))
     models = [open_model(str(tmp_path / f"{name}.gguf")) for name in ("blocks", "floats")]
@@ -113,16 +113,16 @@ def test_a_gguf_gives_the_logits_of_the_values_in_its_blocks(kind, tmp_path):
     assert np.array_equal(running.all_logits(runner, running.cut(ids, 1)), found)
 
 
-def test_a_gguf_in_a_type_without_kernels_becomes_q8_0(tmp_path):
-    blocks = g.as_random_blocks(gguf.GGMLQuantizationType.Q6_K)
+def test_a_gguf_in_a_type_without_kernels_becomes_one_that_has_them(tmp_path):
+    """Bit for bit as if its values were quantised to that."""
+    blocks = g.as_random_blocks(gguf.GGMLQuantizationType.IQ2_XXS)
     g.write_of_whole_blocks(tmp_path / "folder", 256)
     g.write_gguf(tmp_path / "blocks.gguf", str(tmp_path / "folder"), blocks)
     g.write_gguf(tmp_path / "floats.gguf", str(tmp_path / "folder"), g.as_floats_of(blocks))
-    model, floats = (open_model(str(tmp_path / f"{name}.gguf")) for name in ("blocks", "floats"))
-    assert model.weight_types.default.name == "q8_0"
-    assert set(model.requantised()) == {"q6_k"}
-    expected = logits(floats, "llama")
-    assert np.abs(logits(model, "llama") - expected).max() < BLOCKS_TOLERANCE * np.abs(expected).max()
+    model, floats = open_model(str(tmp_path / "blocks.gguf")), open_model(str(tmp_path / "floats.gguf"), "q6_k")
+    assert model.weight_types.default.name == "q6_k"
+    assert set(model.requantised()) == {"iq2_xxs"}
+    assert np.array_equal(logits(model, "llama"), logits(floats, "llama"))
 
 
 @pytest.mark.parametrize("family", IN_DLLAMA)

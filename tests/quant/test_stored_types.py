@@ -19,7 +19,7 @@ from mpillama.quant.registry import STORED_TYPES, WEIGHT_TYPES
 
 QUANTISED = [stored.name for stored in STORED_TYPES.values() if stored.block > 1]
 DEQUANTISED_BY_GGUF = [stored.name for stored in STORED_TYPES.values() if isinstance(stored, DecodedType)]
-ONLY_DECODED_BY_GGUF = ("iq4_nl",)
+ONLY_DECODED_BY_GGUF = ("iq4_nl", "iq4_xs", "q2_k", "q3_k", "q4_k", "q5_k", "q6_k")
 KEPT = [kept.name for kept in WEIGHT_TYPES.values() if kept.quantised]
 
 

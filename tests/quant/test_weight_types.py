@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
+from mpillama.quant.k_types import SuperBlockType
 from mpillama.quant.registry import WEIGHT_TYPES
 from mpillama.quant.types.bf16 import BF16, round_to_bfloat16
 from mpillama.quant.types.f16 import F16
@@ -29,6 +30,7 @@ GGML = {kind: GGMLQuantizationType[kind.name.upper()] for kind in (*STEPS, *FROM
 LEAST_DIVISOR = 2.0**-128  # below, 1 / scale is no float32 any more
 TYPES = list(WEIGHT_TYPES.values())
 QUANTISED = [kind for kind in TYPES if kind.quantised]
+SUPER_BLOCKS = [kind for kind in QUANTISED if isinstance(kind, SuperBlockType)]
 
 
 def name_of(weight_type: WeightType) -> str:
@@ -167,7 +169,8 @@ def test_pack_and_unpack_undo_each_other(weight_type, panel):
         (*groups, lane.entries(panel or 256), lane.entry) for lane in weight_type.lanes
     ]
     assert [a.dtype for a in packed] == [np.dtype(lane.dtype) for lane in weight_type.lanes]
-    assert sum(a.nbytes for a in packed) == 3 * weight_type.group_bytes(256)
+    width = panel or 256
+    assert sum(a.nbytes for a in packed) == 3 * (256 // width) * weight_type.group_bytes(width)
     assert all(a.flags.c_contiguous for a in packed)
     if weight_type == F32:
         assert np.array_equal(back, x)
@@ -178,14 +181,43 @@ def test_pack_and_unpack_undo_each_other(weight_type, panel):
         assert np.all(np.abs(back - x) <= step * np.abs(x))
 
 
-@pytest.mark.parametrize("panel", [None, 32, 96])
+@pytest.mark.parametrize("panel", [None, 32, 96, 128, 384])
 @pytest.mark.parametrize("weight_type", QUANTISED, ids=name_of)
 @pytest.mark.parametrize("seed", range(3))
 def test_blocks_survive_row_lanes(weight_type, panel, seed):
     """Any bytes, also values that our quantiser never makes."""
-    raw = np.random.default_rng(seed).integers(0, 256, (32, weight_type.row_bytes(6 * 32)), np.uint8)
-    found = weight_type.unpack_blocks(weight_type.pack_blocks(weight_type.blocks_of(raw), panel))
-    assert np.array_equal(as_ggml(found, weight_type).reshape(32, -1), raw)
+    raw = np.random.default_rng(seed).integers(0, 256, (32, weight_type.row_bytes(3 * 256)), np.uint8)
+    blocks = weight_type.blocks_of(raw)
+    lanes = weight_type.pack_blocks(blocks, panel)
+    for found, expected in zip(weight_type.unpack_blocks(lanes), blocks, strict=True):
+        assert found.dtype == expected.dtype
+        assert found.tobytes() == expected.tobytes()
+    if weight_type in GGML:
+        assert np.array_equal(as_ggml(blocks, weight_type).reshape(32, -1), raw)
+
+
+@pytest.mark.parametrize("kept", SUPER_BLOCKS, ids=name_of)
+def test_what_super_blocks_take_in_memory(kept):
+    """As much as in a file; a panel that is narrower than a super-block has its steps once more."""
+    in_file = 16 * kept.row_bytes(1024)
+    assert kept.group_bytes(1024) == in_file
+    steps = kept.lanes[-1]
+    for panel in (256, 128, 64, 32):
+        assert sum(a.nbytes for a in kept.pack(np.ones((16, 1024), np.float32), panel)) == in_file + (
+            (1024 // panel - 4) * steps.bytes
+        )
+    assert (steps.entries(256 * 3), steps.entries(96), steps.entries(192), steps.entries(128)) == (3, 3, 3, 1)
+
+
+@pytest.mark.parametrize("kept", SUPER_BLOCKS, ids=name_of)
+def test_no_super_block_reaches_over_a_border(kept):
+    """Each panel is quantised by itself, so that ranks get the same numbers wherever their slices begin."""
+    x = np.random.default_rng(4).standard_normal((16, 384)).astype(np.float32)
+    whole = kept.pack(x, 96)
+    for panel in range(4):
+        alone = kept.pack(np.ascontiguousarray(x[:, 96 * panel : 96 * panel + 96]), 96)
+        for found, expected in zip(alone, whole, strict=True):
+            assert np.array_equal(found[0], expected[panel])
 
 
 def test_lanes_lie_where_the_format_says():

@@ -21,7 +21,8 @@ Edit = Callable[[str, np.ndarray], None]
 """Changes a tensor in place."""
 
 WEIGHTS = ("f32", "f16", "bf16", "q8_0", "q4_0")
-LATER_WEIGHTS = ("q5_0", "iq4_nl", "mxfp4", "q4_1", "q5_1")
+SUPER_BLOCKS = ("q4_k", "q6_k", "q5_k", "q3_k", "q2_k", "iq4_xs")
+LATER_WEIGHTS = ("q5_0", "iq4_nl", "mxfp4", "q4_1", "q5_1", *SUPER_BLOCKS)
 """Types that came later: in cases of their own, so that the others stay what they are."""
 KV_TYPES = ("f32", "f16", "q8")
 
@@ -158,6 +159,9 @@ AWKWARD: Mapping[str, Any] = {
 SMALL: Mapping[str, Any] = {
     **AWKWARD, "hidden_size": 72, "intermediate_size": 100, "num_attention_heads": 4, "num_key_value_heads": 2,
     "vocab_size": 45,
+}  # fmt: skip
+WIDE: Mapping[str, Any] = {
+    **SMALL, "hidden_size": 512, "intermediate_size": 384, "head_dim": 64, "num_hidden_layers": 1,
 }  # fmt: skip
 LONG: Mapping[str, Any] = {
     **AWKWARD, "model_type": "mistral", "hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 3,
@@ -484,3 +488,8 @@ def later() -> Iterator[Case]:
                 f"{what}, {weights}", in_chunks(30, (256, 2), (1, 1)), config=SMALL, weights=weights, kv_type="f16",
                 edit=edit,
             )  # fmt: skip
+    for weights in SUPER_BLOCKS:
+        yield from each_way(
+            f"rows of whole super-blocks, {weights}", in_chunks(40, (40, 2), (7, 1), (1, 2)), config=WIDE,
+            weights=weights, kv_type="f16",
+        )  # fmt: skip

@@ -52,6 +52,7 @@ class NativeModel:
 
     path: str
     file_size: int
+    format_version: int
     config_json: Mapping[str, Any]
     weight_types: WeightTypes
     entries: Mapping[str, TableEntry]

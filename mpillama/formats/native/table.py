@@ -1,8 +1,12 @@
 """The native model file: HDF5 with contiguous, aligned datasets that any rank can read by offset.
 
 Root attributes: `format`, `format_version`, `config` (JSON in Hugging Face's spelling), `weight_types` (JSON),
-`metadata_sha256` over everything that is not weights. Datasets: one or two for each tensor (values, scales), texts
-under `text/`, and `checksums`: one XXH3-64 for each unit of each array (of each expert), in the order of the table.
+`metadata_sha256` over everything that is not weights. Datasets: one for each array of each tensor (values, scales, what
+several scales have in common), texts under `text/`, and `checksums`: one XXH3-64 for each unit of each array (of each
+expert), in the order of the table.
+
+Version 1 has the weight types of mpillama 0.2; version 2 any. A file gets the lowest version that has its types, so
+that whoever can read its weights reads it, and others are told to install a newer mpillama.
 """
 
 import hashlib
@@ -19,11 +23,12 @@ from mpillama.errors import UserError
 from mpillama.formats.native.reader import NativeModel, TableEntry
 from mpillama.models.config import ModelConfig
 from mpillama.models.tensors import TensorSpec, WeightTypes
-from mpillama.quant.registry import WEIGHT_TYPES
+from mpillama.quant.registry import WEIGHT_TYPES, weight_type_named
 from mpillama.quant.weight_type import WeightType
 
 FORMAT = "mpillama"
-FORMAT_VERSION = 1
+VERSIONS = (1, 2)
+TYPES_OF_VERSION_1 = frozenset(("f32", "f16", "bf16", "q8_0", "q4_0"))
 ALIGNMENT = 4096
 TEXTS = ("tokenizer.json", "chat_template.jinja", "generation_config.json", "tokenizer_config.json")
 HDF5_SIGNATURE = b"\x89HDF\r\n\x1a\n"
@@ -87,30 +92,38 @@ def _check_is_hdf5(path: str) -> int:
 
 
 def _read_open_file(file: HdfFile, path: str, size: int) -> NativeModel:
-    _check_version(file, path)
+    version = _checked_version(file, path)
     config_json, types_json = (json.loads(_text_attribute(file, name)) for name in ("config", "weight_types"))
     types = _weight_types(types_json, path)
     specs = ModelConfig.from_hf(config_json).tensors(types)
     texts = {name: file[f"text/{name}"][()].tobytes() for name in TEXTS if f"text/{name}" in file}
     entries = _read_entries(file, specs, size)
-    digest = metadata_digest(config_json, types_json, entries, texts)
+    digest = metadata_digest(version, config_json, types_json, entries, texts)
     if digest != _text_attribute(file, "metadata_sha256"):
         raise UserError(
             f"{path}: the file's header is damaged (its checksum is {digest[:16]}…, "
             f"expected {_text_attribute(file, 'metadata_sha256')[:16]}…): copy or convert it again."
         )
-    return NativeModel(str(path), size, config_json, types, entries, texts, digest)
+    return NativeModel(str(path), size, version, config_json, types, entries, texts, digest)
 
 
-def _check_version(file: HdfFile, path: str) -> None:
+def format_version(types: WeightTypes) -> int:
+    """The version of a file that holds such weights."""
+    names = {types.default.name, *(kind.name for kind in (types.by_name or {}).values())}
+    return 1 if names <= TYPES_OF_VERSION_1 else 2
+
+
+def _checked_version(file: HdfFile, path: str) -> int:
     if _text_attribute(file, "format", "") != FORMAT:
         raise UserError(f"{path}: an HDF5 file, but not a mpillama model: it has no attribute format='{FORMAT}'.")
     version = int(file.attrs.get("format_version", -1))
-    if version != FORMAT_VERSION:
-        remedy = "install a newer mpillama" if version > FORMAT_VERSION else "convert the model again"
-        raise UserError(f"{path}: format version {version}, this mpillama reads version {FORMAT_VERSION}: {remedy}.")
+    if version not in VERSIONS:
+        remedy = "install a newer mpillama" if version > VERSIONS[-1] else "convert the model again"
+        known = " and ".join(map(str, VERSIONS))
+        raise UserError(f"{path}: format version {version}, this mpillama reads versions {known}: {remedy}.")
     if "metadata_sha256" not in file.attrs:
         raise UserError(f"{path}: the file was never finished (its writer was stopped): write it again.")
+    return version
 
 
 def _text_attribute(file: HdfFile, name: str, default: str | None = None) -> str:
@@ -128,9 +141,13 @@ def _weight_types(types_json: Any, path: str) -> WeightTypes:
     """Read {"default": name, "by_name": {tensor: name}}."""
 
     def known(name: str) -> WeightType:
-        if name not in WEIGHT_TYPES:
-            raise UserError(f"{path}: unknown weight type {name!r}: mpillama reads {', '.join(WEIGHT_TYPES)}.")
-        return WEIGHT_TYPES[name]
+        found = weight_type_named(name)
+        if found is None:
+            raise UserError(
+                f"{path}: unknown weight type {name!r}: this mpillama reads {', '.join(WEIGHT_TYPES)}: install a newer "
+                "one, or convert the model again."
+            )
+        return found
 
     return WeightTypes(known(types_json["default"]), {k: known(v) for k, v in types_json["by_name"].items()})
 
@@ -169,11 +186,11 @@ def _refuse_overlaps(entries: Mapping[str, TableEntry]) -> None:
 
 
 def metadata_digest(
-    config_json: Any, types_json: Any, entries: Mapping[str, TableEntry], texts: Mapping[str, bytes]
+    version: int, config_json: Any, types_json: Any, entries: Mapping[str, TableEntry], texts: Mapping[str, bytes]
 ) -> str:
     """SHA-256 over everything that is not weights, the checksums of the weights included."""
     table = [[e.spec.name, e.spec.dtype, list(e.spec.shape), e.offset] for e in entries.values()]
-    head = [FORMAT, FORMAT_VERSION, config_json, types_json, table, {k: len(v) for k, v in sorted(texts.items())}]
+    head = [FORMAT, version, config_json, types_json, table, {k: len(v) for k, v in sorted(texts.items())}]
     digest = hashlib.sha256(json.dumps(head, sort_keys=True).encode())
     for _, text in sorted(texts.items()):
         digest.update(text)

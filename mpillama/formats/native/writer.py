@@ -10,7 +10,7 @@ import numpy as np
 
 from mpillama.errors import UserError
 from mpillama.formats.native.reader import TableEntry, unit_checksums
-from mpillama.formats.native.table import ALIGNMENT, FORMAT, FORMAT_VERSION, HdfFile, hdf5, metadata_digest
+from mpillama.formats.native.table import ALIGNMENT, FORMAT, HdfFile, format_version, hdf5, metadata_digest
 from mpillama.formats.reading import write_exactly
 from mpillama.models.config import ModelConfig
 from mpillama.models.tensors import ArraySpec, TensorSpec, WeightTypes
@@ -46,7 +46,7 @@ def create_file(
     """Lay the file out: every dataset has its place, none is filled. Returns the table, checksums still 0."""
     entries = {}
     with _new_file(path) as file:
-        file.attrs["format"], file.attrs["format_version"] = np.bytes_(FORMAT), FORMAT_VERSION
+        file.attrs["format"], file.attrs["format_version"] = np.bytes_(FORMAT), format_version(types)
         file.attrs["config"] = np.bytes_(json.dumps(config_json))
         file.attrs["weight_types"] = np.bytes_(json.dumps(types_json(types)))
         hdf5().h5g.create(file.id, b"text", gcpl=_timeless(hdf5().h5p.GROUP_CREATE))
@@ -142,6 +142,6 @@ def seal_file(
     sealed = {name: TableEntry(e.spec, e.offset, checksums[name]) for name, e in entries.items()}
     with hdf5().File(path, "r+", libver=("v110", "v110")) as file:
         file["checksums"][...] = np.concatenate([e.checksums for e in sealed.values()])
-        file.attrs["metadata_sha256"] = np.bytes_(
-            metadata_digest(json.loads(json.dumps(config_json)), types_json(types), sealed, texts)
-        )
+        config = json.loads(json.dumps(config_json))
+        digest = metadata_digest(format_version(types), config, types_json(types), sealed, texts)
+        file.attrs["metadata_sha256"] = np.bytes_(digest)

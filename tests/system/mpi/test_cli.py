@@ -344,11 +344,11 @@ def test_inspect_takes_what_can_be_run(kind: str, without_mpi: dict[str, str], t
 
 def test_inspect_says_what_a_type_without_kernels_becomes(without_mpi: dict[str, str], tmp_path: Path) -> None:
     golden_models.write_of_whole_blocks(tmp_path / "folder", 256)
-    blocks = golden_models.as_random_blocks(gguf.GGMLQuantizationType.Q6_K)
+    blocks = golden_models.as_random_blocks(gguf.GGMLQuantizationType.IQ2_XXS)
     golden_models.write_gguf(tmp_path / "m.gguf", str(tmp_path / "folder"), blocks)
     result = run(None, *PROGRAM, "inspect", tmp_path / "m.gguf", env=without_mpi)
     assert (result.status, result.stderr) == (0, "")
-    assert "q6_k, run as q8_0" in result.stdout
+    assert "iq2_xxs, run as q6_k" in result.stdout
 
 
 @pytest.mark.parametrize("part", [0, 2])

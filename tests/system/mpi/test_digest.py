@@ -228,12 +228,13 @@ def test_every_family(ranks: int, isa: str, threads: int, measure: Measure, fami
 def block_cases(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """GGUFs with blocks of any bytes, in every type that is kept as it is."""
     folder = tmp_path_factory.mktemp("blocks")
-    golden_models.write_of_whole_blocks(folder / "folder")
-    kinds = [kind.name for kind in WEIGHT_TYPES.values() if kind.quantised]
+    kinds = [kind for kind in WEIGHT_TYPES.values() if kind.quantised and kind.ggml]
+    for block in {kind.block for kind in kinds}:
+        golden_models.write_of_whole_blocks(folder / str(block), block)
     for kind in kinds:
-        blocks = golden_models.as_random_blocks(gguf.GGMLQuantizationType[kind.upper()])
-        golden_models.write_gguf(folder / f"{kind}.gguf", str(folder / "folder"), blocks)
-    return [case(folder / f"{kind}.gguf", chunk) for kind in kinds for chunk in (256, 7)]
+        blocks = golden_models.as_random_blocks(gguf.GGMLQuantizationType[kind.name.upper()])
+        golden_models.write_gguf(folder / f"{kind.name}.gguf", str(folder / str(kind.block)), blocks)
+    return [case(folder / f"{kind.name}.gguf", chunk) for kind in kinds for chunk in (256, 7)]
 
 
 @pytest.fixture(scope="module")

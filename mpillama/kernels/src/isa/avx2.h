@@ -37,6 +37,7 @@ inline void store(i32* p, Vi x) { _mm256_storeu_si256(reinterpret_cast<__m256i*>
 inline Vi splat(i32 x) { return _mm256_set1_epi32(x); }
 inline Vi add(Vi x, Vi y) { return _mm256_add_epi32(x, y); }
 inline Vi sub(Vi x, Vi y) { return _mm256_sub_epi32(x, y); }
+inline Vi mul(Vi x, Vi y) { return _mm256_mullo_epi32(x, y); }
 inline Vi bit_and(Vi x, Vi y) { return _mm256_and_si256(x, y); }
 inline Vi bit_or(Vi x, Vi y) { return _mm256_or_si256(x, y); }
 inline Vi bit_xor(Vi x, Vi y) { return _mm256_xor_si256(x, y); }
@@ -45,6 +46,7 @@ template <int N> inline Vi shift_right(Vi x) { return _mm256_srli_epi32(x, N); }
 inline Vi max_unsigned(Vi x, Vi y) { return _mm256_max_epu32(x, y); }
 inline Vm less(Vi x, Vi y) { return {_mm256_castsi256_ps(_mm256_cmpgt_epi32(y, x))}; }
 inline Vm both(Vm x, Vm y) { return {_mm256_and_ps(x.bits, y.bits)}; }
+inline Vi load_u8(const u8* p) { return _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))); }
 inline Vi load_i8(const i8* p) { return _mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))); }
 inline void store_i8(i8* p, Vi x) {
     const __m128i words = _mm_packs_epi32(_mm256_castsi256_si128(x), _mm256_extracti128_si256(x, 1));
@@ -80,6 +82,24 @@ inline Vb load_bytes(const u8* p) { return _mm256_loadu_si256(reinterpret_cast<c
 inline Vb low_nibbles(Vb x) { return _mm256_and_si256(x, _mm256_set1_epi8(15)); }
 inline Vb high_nibbles(Vb x) { return _mm256_and_si256(_mm256_srli_epi16(x, 4), _mm256_set1_epi8(15)); }
 inline Vb signed_step(Vb x) { return x; }
+
+// Bytes moved down by RIGHT bits (up, if it is negative), and what is left of them under a mask.
+template <int RIGHT> inline Vb moved_bits(Vb x, u8 mask) {
+    constexpr int down = RIGHT > 0 ? RIGHT : 0, up = RIGHT < 0 ? -RIGHT : 0;
+    return _mm256_and_si256(_mm256_slli_epi16(_mm256_srli_epi16(x, down), up), _mm256_set1_epi8(static_cast<char>(mask)));
+}
+
+// 4 bits of each row: row i has nibble i / 2 of the 32-bit word i % 2.
+inline Vi load_row_nibbles(const u8* p, int part) {
+    const __m256i words = _mm256_broadcastq_epi64(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+    const __m256i places = _mm256_add_epi32(_mm256_setr_epi32(0, 0, 4, 4, 8, 8, 12, 12), _mm256_set1_epi32(16 * part));
+    return _mm256_and_si256(_mm256_srlv_epi32(words, places), _mm256_set1_epi32(15));
+}
+// 2 bits of each row, in order.
+inline Vi load_row_pairs(const u8* p, int part) {
+    const __m256i places = _mm256_add_epi32(_mm256_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14), _mm256_set1_epi32(16 * part));
+    return _mm256_and_si256(_mm256_srlv_epi32(_mm256_set1_epi32(load_i32(p)), places), _mm256_set1_epi32(3));
+}
 
 // Of 16 bytes those that small integers choose.
 inline Vb load_table(const i8* p) {
@@ -117,6 +137,26 @@ inline Vi dot_small(const Vb (&w)[STEPS], const i8* x, i32 start) {
         odd = _mm256_add_epi16(odd, _mm256_maddubs_epi16(w[j + 1], splat_bytes(x, j + 1)));
     }
     return add(add(word_pairs(even), word_pairs(odd)), splat(start));
+}
+
+// sum + x.low * y.low + x.high * y.high, of the 16-bit halves of each lane and of y.
+inline Vi dot_pairs(Vi x, i32 y, Vi sum) { return add(sum, _mm256_madd_epi16(x, splat(y))); }
+
+// Bytes up to MOST, below 64, whose first and last four steps have factors of their own (at most 8 signed bits), as
+// as_factor makes them: the sum of both dots times these. Of bytes below 32 four steps fit 16 bits, of others two.
+inline Vi as_factor(Vi x) { return bit_or(bit_and(x, splat(0xffff)), shift_left<16>(x)); }
+template <int MOST> inline Vi dot_halves(const Vb (&w)[STEPS], const i8* x, Vi first, Vi last) {
+    Vi sum = splat(0);
+    for (int j = 0; j < STEPS; j += 4) {
+        const Vi low = _mm256_add_epi16(_mm256_maddubs_epi16(w[j], splat_bytes(x, j)),
+                                        _mm256_maddubs_epi16(w[j + 1], splat_bytes(x, j + 1)));
+        const Vi high = _mm256_add_epi16(_mm256_maddubs_epi16(w[j + 2], splat_bytes(x, j + 2)),
+                                         _mm256_maddubs_epi16(w[j + 3], splat_bytes(x, j + 3)));
+        const Vi factor = j == 0 ? first : last;
+        if constexpr (MOST < 32) sum = add(sum, _mm256_madd_epi16(_mm256_add_epi16(low, high), factor));
+        else sum = add(sum, add(_mm256_madd_epi16(low, factor), _mm256_madd_epi16(high, factor)));
+    }
+    return sum;
 }
 
 // |w| <= 128 and |x| <= 127: a pair stays below 2 * 128 * 127 = 32,512, so moving w's sign to x cannot saturate.

@@ -35,6 +35,7 @@ inline void store(i32* p, Vi x) { _mm512_storeu_si512(p, x); }
 inline Vi splat(i32 x) { return _mm512_set1_epi32(x); }
 inline Vi add(Vi x, Vi y) { return _mm512_add_epi32(x, y); }
 inline Vi sub(Vi x, Vi y) { return _mm512_sub_epi32(x, y); }
+inline Vi mul(Vi x, Vi y) { return _mm512_mullo_epi32(x, y); }
 inline Vi bit_and(Vi x, Vi y) { return _mm512_and_si512(x, y); }
 inline Vi bit_or(Vi x, Vi y) { return _mm512_or_si512(x, y); }
 inline Vi bit_xor(Vi x, Vi y) { return _mm512_xor_si512(x, y); }
@@ -43,6 +44,7 @@ template <int N> inline Vi shift_right(Vi x) { return _mm512_srli_epi32(x, N); }
 inline Vi max_unsigned(Vi x, Vi y) { return _mm512_max_epu32(x, y); }
 inline Vm less(Vi x, Vi y) { return _mm512_cmplt_epi32_mask(x, y); }
 inline Vm both(Vm x, Vm y) { return x & y; }
+inline Vi load_u8(const u8* p) { return _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
 inline Vi load_i8(const i8* p) { return _mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
 inline void store_i8(i8* p, Vi x) { _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(x)); }
 
@@ -80,6 +82,24 @@ inline Vb load_bytes(const u8* p) { return _mm512_loadu_si512(p); }
 inline Vb low_nibbles(Vb x) { return _mm512_and_si512(x, _mm512_set1_epi8(15)); }
 inline Vb high_nibbles(Vb x) { return _mm512_and_si512(_mm512_srli_epi16(x, 4), _mm512_set1_epi8(15)); }
 
+// Bytes moved down by RIGHT bits (up, if it is negative), and what is left of them under a mask.
+template <int RIGHT> inline Vb moved_bits(Vb x, u8 mask) {
+    constexpr int down = RIGHT > 0 ? RIGHT : 0, up = RIGHT < 0 ? -RIGHT : 0;
+    return _mm512_and_si512(_mm512_slli_epi16(_mm512_srli_epi16(x, down), up), _mm512_set1_epi8(static_cast<char>(mask)));
+}
+
+// 4 bits of each row: row i has nibble i / 2 of the 32-bit word i % 2.
+inline Vi load_row_nibbles(const u8* p, int) {
+    const __m512i words = _mm512_broadcast_i32x2(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+    const __m512i places = _mm512_setr_epi32(0, 0, 4, 4, 8, 8, 12, 12, 16, 16, 20, 20, 24, 24, 28, 28);
+    return _mm512_and_si512(_mm512_srlv_epi32(words, places), _mm512_set1_epi32(15));
+}
+// 2 bits of each row, in order.
+inline Vi load_row_pairs(const u8* p, int) {
+    const __m512i places = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+    return _mm512_and_si512(_mm512_srlv_epi32(_mm512_set1_epi32(load_i32(p)), places), _mm512_set1_epi32(3));
+}
+
 // Of 16 bytes those that small integers choose.
 inline Vb load_table(const i8* p) {
     return _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
@@ -108,6 +128,18 @@ template <class Steps> inline Vi dot_steps(const Steps& w, const i8* x, Vi sum) 
 // `start` is -8 times the sum of the activations: it takes back the 8 that is added to every nibble …
 inline Vi dot_nibbles(const Vb (&w)[STEPS], const i8* x, i32 start) { return dot_steps(w, x, splat(start)); }
 inline Vi dot_small(const Vb (&w)[STEPS], const i8* x, i32 start) { return dot_nibbles(w, x, start); }
+
+// sum + x.low * y.low + x.high * y.high, of the 16-bit halves of each lane and of y.
+inline Vi dot_pairs(Vi x, i32 y, Vi sum) { return _mm512_dpwssd_epi32(sum, x, splat(y)); }
+
+// Bytes up to MOST, below 64, whose first and last four steps have factors of their own (at most 8 signed bits), as
+// as_factor makes them: the sum of both dots times these.
+inline Vi as_factor(Vi x) { return x; }
+template <int MOST> inline Vi dot_halves(const Vb (&w)[STEPS], const i8* x, Vi first, Vi last) {
+    Vi sums[2] = {splat(0), splat(0)};
+    for (int j = 0; j < STEPS; j++) sums[j / 4] = _mm512_dpbusd_epi32(sums[j / 4], w[j], splat_bytes(x, j));
+    return add(mul(sums[0], first), mul(sums[1], last));
+}
 
 // … and 16 times it the 128 that is added to every signed byte.
 inline Vi dot_signed(const Vb (&w)[STEPS], const i8* x, i32 start) { return dot_steps(w, x, splat(start * 16)); }
@@ -164,6 +196,26 @@ inline Vi dot_small(const Vb (&w)[STEPS], const i8* x, i32 start) {
         odd = _mm512_add_epi16(odd, _mm512_maddubs_epi16(w[j + 1], splat_bytes(x, j + 1)));
     }
     return add(add(word_pairs(even), word_pairs(odd)), splat(start));
+}
+
+// sum + x.low * y.low + x.high * y.high, of the 16-bit halves of each lane and of y.
+inline Vi dot_pairs(Vi x, i32 y, Vi sum) { return add(sum, _mm512_madd_epi16(x, splat(y))); }
+
+// Bytes up to MOST, below 64, whose first and last four steps have factors of their own (at most 8 signed bits), as
+// as_factor makes them: the sum of both dots times these. Of bytes below 32 four steps fit 16 bits, of others two.
+inline Vi as_factor(Vi x) { return bit_or(bit_and(x, splat(0xffff)), shift_left<16>(x)); }
+template <int MOST> inline Vi dot_halves(const Vb (&w)[STEPS], const i8* x, Vi first, Vi last) {
+    Vi sum = splat(0);
+    for (int j = 0; j < STEPS; j += 4) {
+        const Vi low = _mm512_add_epi16(_mm512_maddubs_epi16(w[j], splat_bytes(x, j)),
+                                        _mm512_maddubs_epi16(w[j + 1], splat_bytes(x, j + 1)));
+        const Vi high = _mm512_add_epi16(_mm512_maddubs_epi16(w[j + 2], splat_bytes(x, j + 2)),
+                                         _mm512_maddubs_epi16(w[j + 3], splat_bytes(x, j + 3)));
+        const Vi factor = j == 0 ? first : last;
+        if constexpr (MOST < 32) sum = add(sum, _mm512_madd_epi16(_mm512_add_epi16(low, high), factor));
+        else sum = add(sum, add(_mm512_madd_epi16(low, factor), _mm512_madd_epi16(high, factor)));
+    }
+    return sum;
 }
 
 // |w| <= 128 and |x| <= 127: a pair stays below 2 * 128 * 127 = 32,512, so moving w's sign to x cannot saturate.

@@ -46,6 +46,7 @@ inline void store(i32* p, Vi x) { std::memcpy(p, &x, sizeof x); }
 inline Vi splat(i32 x) { return Vi{x, x, x, x}; }
 inline Vi add(Vi x, Vi y) { return reinterpret_cast<Vi>(reinterpret_cast<Vu>(x) + reinterpret_cast<Vu>(y)); }
 inline Vi sub(Vi x, Vi y) { return reinterpret_cast<Vi>(reinterpret_cast<Vu>(x) - reinterpret_cast<Vu>(y)); }
+inline Vi mul(Vi x, Vi y) { return reinterpret_cast<Vi>(reinterpret_cast<Vu>(x) * reinterpret_cast<Vu>(y)); }
 inline Vi bit_and(Vi x, Vi y) { return x & y; }
 inline Vi bit_or(Vi x, Vi y) { return x | y; }
 inline Vi bit_xor(Vi x, Vi y) { return x ^ y; }
@@ -56,6 +57,7 @@ inline Vi below_unsigned(Vi x, Vi y) { return reinterpret_cast<Vi>(reinterpret_c
 inline Vi max_unsigned(Vi x, Vi y) { return choose(below_unsigned(x, y), y, x); }
 inline Vm less(Vi x, Vi y) { return {x < y}; }
 inline Vm both(Vm x, Vm y) { return {x.bits & y.bits}; }
+inline Vi load_u8(const u8* p) { return Vi{p[0], p[1], p[2], p[3]}; }
 inline Vi load_i8(const i8* p) { return Vi{p[0], p[1], p[2], p[3]}; }
 inline void store_i8(i8* p, Vi x) {
     for (int i = 0; i < W; i++) p[i] = static_cast<i8>(x[i]);
@@ -105,6 +107,28 @@ inline Vb low_nibbles(Vb x) { return x & 15; }
 inline Vb high_nibbles(Vb x) { return x >> 4; }
 inline Vb signed_step(Vb x) { return x; }
 
+inline Vb bit_or(Vb x, Vb y) { return x | y; }
+
+// Bytes moved down by RIGHT bits (up, if it is negative), and what is left of them under a mask.
+template <int RIGHT> inline Vb moved_bits(Vb x, u8 mask) {
+    if constexpr (RIGHT < 0) return x << -RIGHT & mask;
+    else return x >> RIGHT & mask;
+}
+
+// 4 bits of each row: row i has nibble i / 2 of the 32-bit word i % 2.
+inline Vi load_row_nibbles(const u8* p, int part) {
+    Vi result;
+    for (int i = 0; i < W; i++) {
+        const int row = W * part + i;
+        result[i] = p[row % 2 * 4 + row / 4] >> row / 2 % 2 * 4 & 15;
+    }
+    return result;
+}
+// 2 bits of each row, in order.
+inline Vi load_row_pairs(const u8* p, int part) {
+    return Vi{p[part], p[part] >> 2, p[part] >> 4, p[part] >> 6} & 3;
+}
+
 // Of 16 bytes those that small integers choose.
 inline Vb load_table(const i8* p) { return load_any<Vb>(p); }
 inline Vb look_up(Vb table, Vb places) {
@@ -143,6 +167,22 @@ inline void dots_small(const Vb (&w)[H][STEPS], const i8* x, Seed seed, Use use)
 
 template <int N, int H, class Use> inline void dots_signed(const Vb (&w)[H][STEPS], const i8* x, const i32*, Use use) {
     each_dot<H, N>([&](int h, int t) { return dot_signed(w[h], x + BLOCK * t, 0); }, use);
+// sum + x.low * y.low + x.high * y.high, of the 16-bit halves of each lane and of y.
+inline Vi dot_pairs(Vi x, i32 y, Vi sum) {
+    for (int i = 0; i < W; i++)
+        sum[i] += static_cast<std::int16_t>(x[i]) * static_cast<std::int16_t>(y) + (x[i] >> 16) * (y >> 16);
+    return sum;
+}
+
+// Bytes up to MOST, below 64, whose first and last four steps have factors of their own (at most 8 signed bits), as
+// as_factor makes them: the sum of both dots times these.
+inline Vi as_factor(Vi x) { return x; }
+template <int MOST> inline Vi dot_halves(const Vb (&w)[STEPS], const i8* x, Vi first, Vi last) {
+    i32 sums[2][W] = {};
+    for (int j = 0; j < STEPS; j++)
+        for (int row = 0; row < W; row++)
+            for (int i = 0; i < 4; i++) sums[j / 4][row] += w[j][4 * row + i] * x[4 * j + i];
+    return add(mul(load(sums[0]), first), mul(load(sums[1]), last));
 }
 
 inline void prefetch(const void* p) { __builtin_prefetch(p, 0, 2); }

@@ -37,6 +37,7 @@ inline void store(i32* p, Vi x) { vst1q_s32(p, x); }
 inline Vi splat(i32 x) { return vdupq_n_s32(x); }
 inline Vi add(Vi x, Vi y) { return vaddq_s32(x, y); }
 inline Vi sub(Vi x, Vi y) { return vsubq_s32(x, y); }
+inline Vi mul(Vi x, Vi y) { return vmulq_s32(x, y); }
 inline Vi bit_and(Vi x, Vi y) { return vandq_s32(x, y); }
 inline Vi bit_or(Vi x, Vi y) { return vorrq_s32(x, y); }
 inline Vi bit_xor(Vi x, Vi y) { return veorq_s32(x, y); }
@@ -49,6 +50,7 @@ inline Vi max_unsigned(Vi x, Vi y) {
 }
 inline Vm less(Vi x, Vi y) { return {vcltq_s32(x, y)}; }
 inline Vm both(Vm x, Vm y) { return {vandq_u32(x.bits, y.bits)}; }
+inline Vi load_u8(const u8* p) { return Vi{p[0], p[1], p[2], p[3]}; }
 inline Vi load_i8(const i8* p) { return Vi{p[0], p[1], p[2], p[3]}; }
 inline void store_i8(i8* p, Vi x) {
     p[0] = static_cast<i8>(vgetq_lane_s32(x, 0));
@@ -77,6 +79,29 @@ inline Vb load_bytes(const u8* p) { return vreinterpretq_s8_u8(vld1q_u8(p)); }
 inline Vb low_nibbles(Vb x) { return vandq_s8(x, vdupq_n_s8(15)); }
 inline Vb high_nibbles(Vb x) { return vreinterpretq_s8_u8(vshrq_n_u8(vreinterpretq_u8_s8(x), 4)); }
 inline Vb signed_step(Vb x) { return x; }
+
+inline Vb bit_or(Vb x, Vb y) { return vorrq_s8(x, y); }
+
+// Bytes moved down by RIGHT bits (up, if it is negative), and what is left of them under a mask.
+template <int RIGHT> inline Vb moved_bits(Vb x, u8 mask) {
+    uint8x16_t moved = vreinterpretq_u8_s8(x);
+    if constexpr (RIGHT < 0) moved = vshlq_n_u8(moved, -RIGHT);
+    if constexpr (RIGHT > 0) moved = vshrq_n_u8(moved, RIGHT);
+    return vreinterpretq_s8_u8(vandq_u8(moved, vdupq_n_u8(mask)));
+}
+
+// 4 bits of each row: row i has nibble i / 2 of the 32-bit word i % 2.
+inline Vi load_row_nibbles(const u8* p, int part) {
+    const uint32x2_t words = vreinterpret_u32_u8(vld1_u8(p));
+    const int32x4_t places = vsubq_s32(int32x4_t{0, 0, -4, -4}, vdupq_n_s32(8 * part));
+    const uint32x4_t moved = vshlq_u32(vcombine_u32(words, words), places);
+    return vreinterpretq_s32_u32(vandq_u32(moved, vdupq_n_u32(15)));
+}
+// 2 bits of each row, in order.
+inline Vi load_row_pairs(const u8* p, int part) {
+    const uint32x4_t moved = vshlq_u32(vdupq_n_u32(p[part]), int32x4_t{0, -2, -4, -6});
+    return vreinterpretq_s32_u32(vandq_u32(moved, vdupq_n_u32(3)));
+}
 
 // Of 16 bytes those that small integers choose.
 inline Vb load_table(const i8* p) { return vld1q_s8(p); }
@@ -121,6 +146,28 @@ inline void dots_small(const Vb (&w)[H][STEPS], const i8* x, Seed seed, Use use)
 
 template <int N, int H, class Use> inline void dots_signed(const Vb (&w)[H][STEPS], const i8* x, const i32*, Use use) {
     each_dot<H, N>([&](int h, int t) { return dot_signed(w[h], x + BLOCK * t, 0); }, use);
+// sum + x.low * y.low + x.high * y.high, of the 16-bit halves of each lane and of y.
+inline Vi dot_pairs(Vi x, i32 y, Vi sum) {
+    const int16x8_t a = vreinterpretq_s16_s32(x), b = vreinterpretq_s16_s32(splat(y));
+    const Vi low = vmull_s16(vget_low_s16(a), vget_low_s16(b)), high = vmull_high_s16(a, b);
+    return vaddq_s32(sum, vpaddq_s32(low, high));
+}
+
+// Bytes up to MOST, below 64, whose first and last four steps have factors of their own (at most 8 signed bits), as
+// as_factor makes them: the sum of both dots times these.
+inline Vi as_factor(Vi x) { return x; }
+template <int MOST> inline Vi dot_halves(const Vb (&w)[STEPS], const i8* x, Vi first, Vi last) {
+    const int8x16_t low = vld1q_s8(x), high = vld1q_s8(x + 16);
+    Vi sums[2] = {splat(0), splat(0)};
+    sums[0] = vdotq_laneq_s32(sums[0], w[0], low, 0);
+    sums[0] = vdotq_laneq_s32(sums[0], w[1], low, 1);
+    sums[0] = vdotq_laneq_s32(sums[0], w[2], low, 2);
+    sums[0] = vdotq_laneq_s32(sums[0], w[3], low, 3);
+    sums[1] = vdotq_laneq_s32(sums[1], w[4], high, 0);
+    sums[1] = vdotq_laneq_s32(sums[1], w[5], high, 1);
+    sums[1] = vdotq_laneq_s32(sums[1], w[6], high, 2);
+    sums[1] = vdotq_laneq_s32(sums[1], w[7], high, 3);
+    return vmlaq_s32(vmulq_s32(sums[0], first), sums[1], last);
 }
 
 inline void prefetch(const void* p) { __builtin_prefetch(p, 0, 2); }

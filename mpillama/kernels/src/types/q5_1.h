@@ -15,8 +15,8 @@ struct Q5_1 {
     static void load(const u8* values, int part, Steps& steps) { load_five_bits(values, part, steps); }
     static Vi dot(const Steps& steps, const i8* x, i32) { return dot_small(steps, x, 0); }
     template <int N, class Use, int H>
-    static void dots(const Steps (&steps)[H], const i8* x, [[maybe_unused]] const i32* starts, Use use) {
-        dots_small<N>(steps, x, [&](int) { return splat(0); }, use);
+    static void dots(const Steps (&steps)[H], const i8* x, const i32*, Use use) {
+        dots_small<N>(steps, x, [](int) { return splat(0); }, use);
     }
     static int at(const u8* values, int lane, int k) { return five_bits_at(values, lane, k); }
     static void signed_steps(const u8* values, u8* out) { spread_five_bits(values, 0, out); }

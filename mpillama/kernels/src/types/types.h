@@ -14,11 +14,17 @@
 #include "types/f16.h"
 #include "types/f32.h"
 #include "types/iq4_nl.h"
+#include "types/iq4_xs.h"
 #include "types/mxfp4.h"
+#include "types/q2_k.h"
+#include "types/q3_k.h"
 #include "types/q4_0.h"
 #include "types/q4_1.h"
+#include "types/q4_k.h"
 #include "types/q5_0.h"
 #include "types/q5_1.h"
+#include "types/q5_k.h"
+#include "types/q6_k.h"
 #include "types/q8_0.h"
 
 namespace mpillama {
@@ -36,6 +42,12 @@ template <class Use> inline void with_type(i64 number, Use use) {
         case MXFP4::NUMBER: return use(MXFP4());
         case Q4_1::NUMBER: return use(Q4_1());
         case Q5_1::NUMBER: return use(Q5_1());
+        case Q2_K::NUMBER: return use(Q2_K());
+        case Q3_K::NUMBER: return use(Q3_K());
+        case Q6_K::NUMBER: return use(Q6_K());
+        case Q5_K::NUMBER: return use(Q5_K());
+        case Q4_K::NUMBER: return use(Q4_K());
+        case IQ4_XS::NUMBER: return use(IQ4_XS());
     }
     __builtin_trap();
 }
