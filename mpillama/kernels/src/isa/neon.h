@@ -146,6 +146,8 @@ inline void dots_small(const Vb (&w)[H][STEPS], const i8* x, Seed seed, Use use)
 
 template <int N, int H, class Use> inline void dots_signed(const Vb (&w)[H][STEPS], const i8* x, const i32*, Use use) {
     each_dot<H, N>([&](int h, int t) { return dot_signed(w[h], x + BLOCK * t, 0); }, use);
+}
+
 // sum + x.low * y.low + x.high * y.high, of the 16-bit halves of each lane and of y.
 inline Vi dot_pairs(Vi x, i32 y, Vi sum) {
     const int16x8_t a = vreinterpretq_s16_s32(x), b = vreinterpretq_s16_s32(splat(y));
