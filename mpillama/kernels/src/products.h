@@ -28,10 +28,7 @@ struct Slice {
 template <class T> inline Slice slice(const Matrix& m, i64 expert, i64 panel) {
     const i64 units = T::BLOCKS ? m.columns / BLOCK : m.columns, groups = (expert * m.panels + panel) * m.groups;
     const ScaleArrays scales{m.scales, m.supers, m.super_columns / BLOCK};
-    if constexpr (T::BLOCKS)
-        return {m.values + groups * units * T::bytes, scales.from<typename T::Scales>(groups * units), m.columns};
-    else
-        return {m.values + groups * units * T::bytes, scales, m.columns};
+    return {m.values + groups * units * T::bytes, scales.from<typename T::Scales>(groups * (m.columns / BLOCK)), m.columns};
 }
 
 inline i64 panel_bytes(const Matrix& m) {
@@ -66,6 +63,11 @@ inline void prefetch_run(const u8* at, i64 bytes) {
 
 // -- sums over one slice's columns --------------------------------------------------------------------------------------
 
+// What W rows of a block of floats are multiplied by.
+template <class Scales> inline Vf scale_of(const ScalePlace<Scales>& place, int part) {
+    return Scales::load(place.scales, place.supers, part).scale;
+}
+
 // sums[g][part] += rows of adjacent groups times a single token: nothing but streaming the weights.
 template <class T, int GROUPS> inline void stream(const Slice& w, i64 group, const Input& in, Vf (&sums)[GROUPS][PARTS]) {
     if constexpr (T::BLOCKS) {
@@ -80,6 +82,27 @@ template <class T, int GROUPS> inline void stream(const Slice& w, i64 group, con
                 prefetch_run(here + AHEAD, T::bytes);
                 for (int part = 0; part < PARTS; part++)
                     sums[g][part] = BlockPart<T>(here, scales[g], part).add(x[i], sums[g][part]);
+                scales[g].advance();
+            }
+        }
+    } else if constexpr (SCALED_FLOATS<T>) {
+        const i64 blocks = w.columns / BLOCK;
+        const float* x = in.x(0);
+        const u8* values = w.values + group * w.columns * T::bytes;
+        ScalePlace<typename T::Scales> scales[GROUPS];
+        for (int g = 0; g < GROUPS; g++) scales[g] = {w.scales, (group + g) * blocks};
+        for (i64 i = 0; i < blocks; i++) {
+            Vf parts[GROUPS][PARTS] = {};
+            for (int g = 0; g < GROUPS; g++) prefetch_run(values + (g * w.columns + BLOCK * i) * T::bytes + AHEAD, BLOCK * T::bytes);
+            for (i64 k = BLOCK * i; k < BLOCK * (i + 1); k++) {
+                const Vf here = splat(x[k]);
+                for (int g = 0; g < GROUPS; g++)
+                    for (int part = 0; part < PARTS; part++)
+                        parts[g][part] = fma(T::load(values + (g * w.columns + k) * T::bytes, part), here, parts[g][part]);
+            }
+            for (int g = 0; g < GROUPS; g++) {
+                for (int part = 0; part < PARTS; part++)
+                    sums[g][part] = fma(parts[g][part], scale_of(scales[g], part), sums[g][part]);
                 scales[g].advance();
             }
         }
@@ -108,6 +131,21 @@ inline void tile(const Slice& w, i64 group, int part, const Input& in, i64 token
             const BlockPart<T> rows(values + i * T::bytes, scales, part);
 #pragma GCC unroll 8
             for (int t = 0; t < TOKENS; t++) sums[t] = rows.add(x[i * width + t], sums[t]);
+        }
+    } else if constexpr (SCALED_FLOATS<T>) {
+        const i64 blocks = w.columns / BLOCK;
+        const float* x = in.x(token);
+        const u8* values = w.values + group * w.columns * T::bytes;
+        ScalePlace<typename T::Scales> scales(w.scales, group * blocks);
+        for (i64 i = 0; i < blocks; i++, scales.advance()) {
+            Vf parts[TOKENS] = {};
+            for (i64 k = BLOCK * i; k < BLOCK * (i + 1); k++) {
+                const Vf rows = T::load(values + k * T::bytes, part);
+#pragma GCC unroll 8
+                for (int t = 0; t < TOKENS; t++) parts[t] = fma(rows, splat(x[t * in.from.columns + k]), parts[t]);
+            }
+            const Vf scale = scale_of(scales, part);
+            for (int t = 0; t < TOKENS; t++) sums[t] = fma(parts[t], scale, sums[t]);
         }
     } else {
         const float* x = in.x(token);
