@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 
 from mpillama.formats.stored_arrays import Source, StoredArray
-from mpillama.quant.coded import Coded
+from mpillama.quant.coded import Coded, HasFactor
 from mpillama.quant.registry import STORED_TYPES, WEIGHT_TYPES
-from mpillama.quant.weight_type import BLOCK, Float32, StoredType, WeightType
+from mpillama.quant.weight_type import BLOCK, Blocks, Float32, StoredType, WeightType
 
 
 @dataclass(frozen=True)
@@ -21,17 +21,25 @@ class StoredRows:
 
     type: StoredType
     raw: np.ndarray
+    factor: np.float32 = np.float32(1)
 
     def __len__(self) -> int:
         return len(self.raw)
 
     def rows(self, index: slice) -> "StoredRows":
         """Some of the rows."""
-        return StoredRows(self.type, self.raw[index])
+        return StoredRows(self.type, self.raw[index], self.factor)
 
     def decode(self) -> Float32:
         """The values."""
-        return self.type.decode(self.raw)
+        values = self.type.decode(self.raw)
+        return values if self.factor == 1 else values * self.factor
+
+    def blocks(self) -> Blocks:
+        """The numbers of a type that kernels take."""
+        assert isinstance(self.type, WeightType)
+        numbers = self.type.blocks_of(self.raw)
+        return self.type.times(numbers, self.factor) if isinstance(self.type, HasFactor) else numbers
 
 
 @dataclass(frozen=True)
@@ -41,7 +49,7 @@ class StoredTensor:
     `stored` names the type of the values, one of STORED_TYPES; rows follow each other without gaps. `offset` is the
     64-bit byte offset in file number `file`. A ScaledTensor is spread over several arrays.
     `interleaved` is head_dim where the rows of each head stand as rotary pairs (row 2i of the file is row i of the
-    head, row 2i + 1 is row i + head_dim / 2), else 0.
+    head, row 2i + 1 is row i + head_dim / 2), else 0. All values are multiplied by `factor`.
     """
 
     name: str
@@ -50,6 +58,7 @@ class StoredTensor:
     file: int
     offset: int
     interleaved: int = 0
+    factor: np.float32 = np.float32(1)
 
     @property
     def type(self) -> StoredType:
@@ -103,7 +112,7 @@ class StoredTensor:
         else:  # the rest of each row is for other ranks, perhaps of this host: it may stay in the cache
             for i in range(len(rows) if raw.size else 0):
                 source.fill(self.file, raw[i].data, start + i * whole, self.name)
-        return StoredRows(self.type, raw)
+        return StoredRows(self.type, raw, self.factor)
 
 
 @dataclass(frozen=True)

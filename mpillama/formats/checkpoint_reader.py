@@ -225,7 +225,7 @@ class CheckpointReader:
             first, last, stored = 0, width, spec.weight_type.take(found.padded(wanted.width, wanted.column_chunks))
         else:
             first, last = ((column - around.start) // unit for column in (wanted.columns.start, wanted.columns.stop))
-            stored = spec.weight_type.blocks_of(found.raw)
+            stored = found.blocks()
         blocks = []
         for whole in stored:
             part = whole[:, first:last]

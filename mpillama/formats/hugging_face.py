@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,10 @@ from mpillama.formats.foreign import (
     regular_size,
     split_experts,
 )
+from mpillama.formats.quantization import assemble, quantization_of
+from mpillama.formats.scaled_tensor import ScaledTensor
 from mpillama.formats.stand_ins import what_folder
+from mpillama.formats.stored_arrays import DTYPES, StoredArray
 from mpillama.models.families import FAMILIES
 from mpillama.quant.registry import STORED_TYPES
 
@@ -32,16 +35,19 @@ IGNORED = "rotary_emb.inv_freq"
 """Old checkpoints carry the rotary frequencies, which follow from the configuration."""
 
 
-def read_safetensors_table(path: str, number: int) -> list[StoredTensor]:
-    """The tensors of a file, which is number `number` of its checkpoint, by the names they have there."""
+def read_safetensors_table(path: str, number: int, dtypes: Collection[str] = tuple(STORED)) -> list[StoredArray]:
+    """The tensors of a file, which is number `number` of its checkpoint, by the names they have there.
+
+    UserError for those of other types than `dtypes`.
+    """
     with Cursor(path, MOST_HEADER + 8) as cursor:
         length = cursor.number("Q", "the length of its header")
         cursor.expect(length, "header")
         header = _parse(path, cursor.take(length, "header"))
-        _refuse_dtypes(path, header)
+        _refuse_dtypes(path, header, dtypes)
         _validate(path)
     named = ((name, info) for name, info in header.items() if name != "__metadata__" and not name.endswith(IGNORED))
-    return [_stored_tensor(path, name, info, number, 8 + length) for name, info in named]
+    return [_stored_array(path, name, info, number, 8 + length) for name, info in named]
 
 
 def _validate(path: str) -> None:
@@ -77,26 +83,30 @@ def _parse(path: str, header: bytes) -> dict[str, Any]:
     return value
 
 
-def _refuse_dtypes(path: str, header: dict[str, Any]) -> None:
+def _refuse_dtypes(path: str, header: dict[str, Any], dtypes: Collection[str]) -> None:
     """Refuse other types by name, also those that the installed safetensors package does not know."""
     for name, info in header.items():
         dtype = info.get("dtype") if isinstance(info, dict) else None
-        if not isinstance(dtype, str) or not dtype.isidentifier() or dtype in STORED:
+        if not isinstance(dtype, str) or not dtype.isidentifier() or dtype in dtypes:
             continue
         if name != "__metadata__" and not name.endswith(IGNORED):
-            raise UserError(
-                f"{path}: tensor {name!r} is stored as {dtype[:32]}: mpillama reads {', '.join(STORED)}, "
-                "take the model in one of these, or a GGUF file of it."
-            )
+            raise _other_dtype(path, name, dtype)
 
 
-def _stored_tensor(path: str, name: str, info: Any, number: int, start: int) -> StoredTensor:
+def _other_dtype(path: str, name: str, dtype: str) -> UserError:
+    return UserError(
+        f"{path}: tensor {name!r} is stored as {dtype[:32]}: mpillama reads {', '.join(STORED)}, and others only as "
+        f"quantization_config in config.json describes them: take the model in one of these, or a GGUF file of it."
+    )
+
+
+def _stored_array(path: str, name: str, info: Any, number: int, start: int) -> StoredArray:
     try:
         dtype, shape, (begin, _) = info["dtype"], tuple(int(n) for n in info["shape"]), info["data_offsets"]
         offset = start + int(begin)
     except (KeyError, TypeError, ValueError) as error:
         raise damaged(path, f"tensor {name!r}: {one_line(error)}") from error
-    return StoredTensor(name, shape, STORED[dtype], number, offset)
+    return StoredArray(name, dtype, shape, number, offset)
 
 
 WEIGHTS = "model.safetensors"
@@ -108,7 +118,6 @@ OLDER_TOKENIZER = ("tokenizer.model", "added_tokens.json")
 """What stands for tokenizer.json in older folders: a model of SentencePiece, and ids of more tokens by their names."""
 SENTENCES = "modules.json"
 """Beside models that make embeddings of sentences (sentence-transformers)."""
-QUANTISED = ("quantization_config", "compression_config", "quantization")
 FUSED_EXPERTS = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
 
 
@@ -117,15 +126,17 @@ def read_hugging_face(path: str) -> Checkpoint:
     folder = Path(path)
     config = read_json(folder / "config.json")
     _refuse_nested(path, config)
-    _refuse_quantised(path, config)
+    quantisation = quantization_of(path, config)
     placed = _placed_by_index(folder)
     names = sorted(set(placed.values())) or [WEIGHTS]
     files = tuple(str(folder / name) for name in names)
     sizes = tuple(regular_size(file) for file in files)
-    tables = [read_safetensors_table(file, number) for number, file in enumerate(files)]
+    dtypes = tuple(DTYPES if quantisation else STORED)
+    tables = [read_safetensors_table(file, number, dtypes) for number, file in enumerate(files)]
     _check_index(folder, placed, names, tables)
-    tensors = [tensor for table in tables for tensor in table]
-    check_extents(files, sizes, tensors)
+    arrays = [array for table in tables for array in table]
+    check_extents(files, sizes, arrays)
+    tensors = list(_tensors(files, assemble(files, quantisation, arrays) if quantisation else arrays))
     family = FAMILIES.get(str(config.get("model_type")))
     renames = family.renames if family else {}
     stored = by_name(files, (c for tensor in tensors for c in _canonical(files[tensor.file], tensor, renames)))
@@ -144,18 +155,6 @@ def _refuse_nested(path: str, config: Mapping[str, Any]) -> None:
             f"{path}: model_type={config.get('model_type')!r} keeps its language model under text_config: "
             "mpillama reads models of text alone."
         )
-
-
-def _refuse_quantised(path: str, config: Mapping[str, Any]) -> None:
-    found = next((config[key] for key in QUANTISED if config.get(key)), None)
-    if found is None:
-        return
-    method = found.get("quant_method") if isinstance(found, dict) else None
-    name = repr(method) if method else "'mlx'" if "quantization" in config else "an unnamed method"
-    raise UserError(
-        f"{path}: the weights are quantised with {name}: "
-        "give the model's original weights (F32, F16 or BF16), or a GGUF file of it."
-    )
 
 
 # -- which files ----------------------------------------------------------------------------------------------------
@@ -186,7 +185,7 @@ def _is_file_name(name: Any) -> bool:
     return isinstance(name, str) and name not in ("", ".", "..") and not set(name) & {"/", "\\", "\0"}
 
 
-def _check_index(folder: Path, placed: Mapping[str, str], names: list[str], tables: list[list[StoredTensor]]) -> None:
+def _check_index(folder: Path, placed: Mapping[str, str], names: list[str], tables: list[list[StoredArray]]) -> None:
     """Refuse an index that names a tensor which its file does not hold."""
     held = {name: {tensor.name for tensor in table} for name, table in zip(names, tables, strict=True)}
     for tensor, file in placed.items():
@@ -197,13 +196,24 @@ def _check_index(folder: Path, placed: Mapping[str, str], names: list[str], tabl
 # -- names ----------------------------------------------------------------------------------------------------------
 
 
+def _tensors(files: Sequence[str], found: Iterable[StoredArray | ScaledTensor]) -> Iterator[StoredTensor]:
+    """Arrays that are rows of weights as tensors; UserError for those that nothing else made one of."""
+    for part in found:
+        if isinstance(part, ScaledTensor):
+            yield part
+        elif part.dtype in STORED:
+            yield StoredTensor(part.name, part.shape, STORED[part.dtype], part.file, part.offset)
+        else:
+            raise _other_dtype(files[part.file], part.name, part.dtype)
+
+
 def _canonical(path: str, tensor: StoredTensor, renames: Mapping[str, str]) -> Iterator[StoredTensor]:
     """The tensor under its canonical name; stacked experts one by one."""
     name = tensor.name
     for pattern, replacement in renames.items():
         name = re.sub(pattern, replacement, name)
     fused = re.fullmatch(r"(.*\.mlp\.experts\.)(gate_up_proj|down_proj)", name)
-    if fused:
+    if fused and not isinstance(tensor, ScaledTensor):
         yield from split_experts(path, fused[1], tensor, FUSED_EXPERTS[fused[2]])
     else:
         yield replace(tensor, name=name)

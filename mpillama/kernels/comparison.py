@@ -24,7 +24,7 @@ def _anything(random: np.random.Generator, lane: LaneArray, size: int) -> np.nda
     if not lane.suffix:
         return random.integers(0, 256, size).astype("u1")
     if np.dtype(lane.dtype).kind == "f":
-        return random.integers(0x1C00, 0x2000, size).astype("u2")
+        return random.integers(0x1C00, 0x2000, size).astype("u2").view("f2").astype(lane.dtype)
     return random.integers(110, 124, size).astype("u1")
 
 

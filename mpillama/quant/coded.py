@@ -113,3 +113,11 @@ class KeepsCodes(Protocol):
 
     def take(self, coded: Coded) -> Blocks:
         """Its own numbers of them; columns are padded to whole blocks of 32, each of which has a scale or two."""
+
+
+@runtime_checkable
+class HasFactor(Protocol):
+    """A weight type with a number that a whole tensor is multiplied by."""
+
+    def times(self, blocks: Blocks, factor: np.float32) -> Blocks:
+        """Its numbers, multiplied by another."""

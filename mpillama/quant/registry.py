@@ -19,9 +19,11 @@ def _kept() -> Iterator[WeightType]:
 WEIGHT_TYPES: Mapping[str, WeightType] = {t.name: t for t in sorted(_kept(), key=lambda t: t.number)}
 """Those that kernels take."""
 STORED_TYPES: Mapping[str, StoredType] = {
-    t.name: t for t in sorted((*WEIGHT_TYPES.values(), *ggml.TYPES), key=lambda t: (t.block, t.ggml is None, t.ggml))
+    t.name: t
+    for t in sorted((*WEIGHT_TYPES.values(), *ggml.TYPES), key=lambda t: (t.block, t.ggml is None, t.ggml))
+    if t.ggml is not None or t.safetensors
 }
-"""All that are read: these, and those that become one of these."""
+"""Those whose rows files have: of these, and such as become one of these."""
 
 
 def weight_type_named(name: str) -> WeightType | None:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from mpillama.quant.coded import Coded
 from mpillama.quant.weight_type import BLOCK, LANES, Arrays, Blocks, Float32, LaneArray, WeightType, by_group, by_row
 
 SCALES = LaneArray(".scales", "<f2", LANES)
@@ -51,6 +52,11 @@ class ScaledBlocks(WeightType):
     @abstractmethod
     def values_of(self, packed: np.ndarray) -> np.ndarray:
         """Return values [rows, blocks, 32] from a file's bytes, uint8 [rows, blocks, bytes without the scale]."""
+
+    def take(self, coded: Coded) -> Blocks:
+        """The numbers of a checkpoint that has the same in arrays of their own."""
+        values = coded.code_blocks() if coded.zeros is None else coded.raised_blocks()
+        return values, coded.of_blocks(coded.scales)
 
     @abstractmethod
     def integers(self, values: np.ndarray) -> np.ndarray:

@@ -33,8 +33,8 @@ def write(folder: Path, changes: dict[str, np.ndarray | None], config: dict[str,
         ({}, {"model_type": "gemma"}, ["model_type='gemma'"]),
         ({}, {"rope_scaling": {"rope_type": "longrope"}}, ["longrope"]),
         ({}, {"hidden_act": "gelu"}, ["gelu"]),
-        ({}, {"quantization_config": {"quant_method": "awq"}}, ["awq"]),
-        ({}, {"quantization_config": {"quant_method": "gptq"}}, ["gptq"]),
+        ({}, {"quantization_config": {"quant_method": "aqlm"}}, ["aqlm"]),
+        ({}, {"quantization_config": {"quant_method": "bitsandbytes"}}, ["bitsandbytes"]),
     ],
 )
 def test_what_does_not_fit(tmp_path, changes, config, words):

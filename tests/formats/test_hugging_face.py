@@ -256,12 +256,11 @@ def test_a_text_beyond_all_measure(plain, name):
 @pytest.mark.parametrize(
     ("added", "named"),
     [
-        ({"quantization_config": {"quant_method": "awq", "bits": 4}}, "'awq'"),
         ({"quantization_config": {"quant_method": "bitsandbytes"}}, "'bitsandbytes'"),
-        ({"quantization_config": {"quant_method": "fp8"}}, "'fp8'"),
+        ({"quantization_config": {"quant_method": "hqq", "bits": 4}}, "'hqq'"),
         ({"quantization": {"bits": 4}, "quantization_config": {"bits": 4}}, "'mlx'"),
         ({"quantization": {"bits": 4}}, "'mlx'"),
-        ({"compression_config": {"quant_method": "compressed-tensors"}}, "'compressed-tensors'"),
+        ({"compression_config": {"quant_method": "sparse"}}, "'sparse'"),
         ({"quantization_config": [1]}, "quantised"),
     ],
 )

@@ -22,9 +22,14 @@ namespace {
 
 constexpr i64 MOST_THREADS = 2, SPINS = 100;
 const i64 SOME_TOKENS[] = {1, 2, 7, 17, 40};
-const char* const TYPE_NAMES[] = {"f32", "f16", "bf16", "q8_0", "q4_0", "q5_0", "iq4_nl", "mxfp4", "q4_1", "q5_1"};
-const i64 TYPE_NUMBERS[] = {F32::NUMBER,  F16::NUMBER,    BF16::NUMBER,  Q8_0::NUMBER, Q4_0::NUMBER,
-                            Q5_0::NUMBER, IQ4_NL::NUMBER, MXFP4::NUMBER, Q4_1::NUMBER, Q5_1::NUMBER};
+const char* const TYPE_NAMES[] = {"f32",  "f16",  "bf16", "q8_0", "q4_0", "q5_0", "iq4_nl", "mxfp4",
+                                  "q4_1", "q5_1", "q2_k", "q3_k", "q4_k", "q5_k", "q6_k",   "iq4_xs",  "fp8",  "int4",
+                                  "int4_f16", "int4_bf16", "int8", "nvfp4"};
+const i64 TYPE_NUMBERS[] = {F32::NUMBER,    F16::NUMBER,   BF16::NUMBER, Q8_0::NUMBER, Q4_0::NUMBER, Q5_0::NUMBER,
+                            IQ4_NL::NUMBER, MXFP4::NUMBER, Q4_1::NUMBER, Q5_1::NUMBER, Q2_K::NUMBER, Q3_K::NUMBER,
+                            Q4_K::NUMBER,   Q5_K::NUMBER,  Q6_K::NUMBER, IQ4_XS::NUMBER, FP8::NUMBER,  INT4::NUMBER,
+                            INT4_F16::NUMBER, INT4_BF16::NUMBER, INT8::NUMBER, NVFP4::NUMBER};
+constexpr i64 FIRST_WITH_SUPERS = 10, TYPES = 22;
 
 void* library;
 bool failed = false;
@@ -100,11 +105,20 @@ u8* numbers(Random& random, i64 type, i64 count) {
     return made;
 }
 
+constexpr i64 SUPER_COLUMNS = 32;
+
 Matrix matrix(Random& random, i64 type, i64 panels, i64 groups, i64 columns, i64 experts = 1) {
     const i64 values = experts * panels * groups * LANES * columns;
     const u8* of_blocks = type == MXFP4::NUMBER ? exponents(random, values / BLOCK)
                                                 : reinterpret_cast<const u8*>(scales(random, 2 * values / BLOCK));
-    return {numbers(random, type, values), of_blocks, nullptr, type, experts, panels, groups, columns, BLOCK};
+    const u8* supers = nullptr;
+    bool has_supers = false;
+    for (i64 i = FIRST_WITH_SUPERS; i < TYPES; i++) has_supers |= type == TYPE_NUMBERS[i];
+    if (has_supers) {  // any integers as scales, and small steps
+        of_blocks = numbers(random, type, 2 * values / BLOCK);
+        supers = reinterpret_cast<const u8*>(scales(random, 3 * values / SUPER_COLUMNS));
+    }
+    return {numbers(random, type, values), of_blocks, supers, type, experts, panels, groups, columns, SUPER_COLUMNS};
 }
 
 Activations activations(i64 tokens, i64 columns) {
@@ -388,7 +402,8 @@ void mlp(i64 weights, i64 tokens, i64 experts) {
 }
 
 void all_cases() {
-    for (i64 type = 0; type < 5; type++) {
+    for (i64 type = 0; type < TYPES; type++) {
+        if (type >= 5 && type < FIRST_WITH_SUPERS) continue;
         for (i64 tokens : SOME_TOKENS) products(type, tokens, 1);
         products(type, 1, 2);
         embedding(type);

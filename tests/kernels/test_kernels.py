@@ -230,14 +230,15 @@ def test_a_bad_activation_shows_in_its_token_only(weight_type, tokens, bad):
 @pytest.mark.parametrize("tokens", [1, 3, 8, 17])
 @pytest.mark.parametrize("weight_type", TYPES)
 def test_a_bad_weight_shows_in_its_row_only(weight_type, tokens):
+    if weight_type == "mxfp4":
+        pytest.skip("its scales are numbers all")
+    dense = random_matrix(32, 64)
+    dense[5, 40] = np.nan
     for product, panel in ((column_parallel, None), (row_parallel, 32)):
-        w, _ = packed(random_matrix(32, 64), weight_type, panel)
-        bad = w.arrays[-1]
-        if weight_type == "mxfp4":
-            pytest.skip("its scales are numbers all")
-        bad.reshape(-1, 16)[0, 5] = np.nan if bad.dtype.kind == "f" else 0x7FC0  # bfloat16's
+        with np.errstate(all="ignore"):
+            w, _ = packed(dense, weight_type, panel)
         found = each_way(product, w, random_matrix(tokens, 64, seed=9))
-        assert np.isnan(found[:, 5]).all()
+        assert not np.isfinite(found[:, 5]).any()
         assert np.isfinite(np.delete(found, 5, axis=1)).all()
 
 

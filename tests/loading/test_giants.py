@@ -19,9 +19,9 @@ from mpillama.formats.native.writer import create_file, seal_file
 from mpillama.models.config import ModelConfig
 from mpillama.models.shapes import shape_config
 from mpillama.models.tensors import TensorSpec, WeightTypes
-from mpillama.quant.registry import STORED_TYPES
+from mpillama.quant.registry import STORED_TYPES, WEIGHT_TYPES
 from mpillama.quant.types.q4_0 import Q4_0
-from mpillama.quant.types.q8_0 import Q8_0
+from mpillama.quant.weight_type import StoredType
 
 CONFIG = {**shape_config("llama-3.1-405b"), "rope_scaling": None}
 RANKS = 4
@@ -51,9 +51,9 @@ def near_borders(offset: int, size: int, step: int) -> set[int]:
 # -- native ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def native(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path, types = tmp_path_factory.mktemp("giants") / "405b.h5", WeightTypes(Q8_0)
+@pytest.fixture(scope="module", params=["q8_0", "q4_k"])
+def native(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path, types = tmp_path_factory.mktemp("giants") / "405b.h5", WeightTypes(WEIGHT_TYPES[request.param])
     specs = ModelConfig.from_hf(CONFIG).tensors(types)
     entries = create_file(str(path), CONFIG, types, specs, {})
     seal_file(str(path), CONFIG, types, entries, {}, {name: e.checksums for name, e in entries.items()})
@@ -76,7 +76,7 @@ def native_marks(model) -> dict[tuple[str, int], int]:
 
 def test_every_mark_of_a_native_file_is_found_by_its_owner(native: Path) -> None:
     model = read_table(str(native))
-    assert native.stat().st_size > 400 * 10**9
+    assert native.stat().st_size > 220 * 10**9
     marks, rng = native_marks(model), np.random.default_rng(0)
     values = {key: rng.integers(1, 255, MARK, np.uint8) for key in marks}
     with native.open("r+b") as file:
@@ -127,7 +127,7 @@ def write_sparse_dllama(path: Path) -> None:
     )
 
 
-def write_sparse_gguf(path: Path) -> None:
+def write_sparse_gguf(path: Path, kept: StoredType) -> None:
     """A GGUF header by hand: the gguf package would write the data too."""
     c = CONFIG
 
@@ -152,7 +152,7 @@ def write_sparse_gguf(path: Path) -> None:
         layer, _, rest = module.removeprefix("model.layers.").partition(".")
         inside = module.startswith("model.layers.")
         name = f"blk.{layer}.{names[rest]}" if inside else names[module]
-        kind, stored = (0, "f32") if spec.vector or name == "token_embd" else (2, "q4_0")
+        kind, stored = (0, "f32") if spec.vector or name == "token_embd" else (kept.ggml, kept.name)
         dims = spec.source_shape[::-1]
         infos.append(text(name + ".weight") + struct.pack(f"<I{len(dims)}QIQ", len(dims), *dims, kind, offset))
         offset += -(-stored_size(spec, stored) // 32) * 32
@@ -162,32 +162,34 @@ def write_sparse_gguf(path: Path) -> None:
         file.truncate(-(-len(head) // 32) * 32 + offset)
 
 
-@pytest.fixture(scope="module", params=["m", "gguf"])
+@pytest.fixture(scope="module", params=["m", "gguf", "gguf q4_k"])
 def foreign(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
-    path = tmp_path_factory.mktemp("giants") / f"405b.{request.param}"
-    if request.param == "m":
+    kind, _, kept = request.param.partition(" ")
+    path = tmp_path_factory.mktemp("giants") / f"405b.{kind}"
+    if kind == "m":
         write_sparse_dllama(path)
         return read_dllama(str(path), None)
-    write_sparse_gguf(path)
+    write_sparse_gguf(path, STORED_TYPES[kept or "q4_0"])
     return read_gguf(str(path))
 
 
 def test_every_mark_of_a_foreign_file_is_found_by_its_owner(foreign: Checkpoint) -> None:
-    """A block of 32 weights of each marked row: its scale is 1 and its first value 3."""
+    """The first block of each marked row: its first value is 3."""
     path = Path(foreign.files[0])
     assert path.stat().st_size > 230 * 10**9
     embedding = foreign.tensors["model.embed_tokens.weight"]
     behind = min((t for t in foreign.tensors.values() if t.offset > embedding.offset), key=lambda t: t.offset)
     assert behind.offset - embedding.offset == 8_405_385_216
-    model = checkpoint_model(foreign, "q4_0")
-    marked = [s for s in model.specs if is_marked(foreign, s)]
+    kept = foreign.tensors["model.layers.0.self_attn.q_proj.weight"].type
+    model = checkpoint_model(foreign, kept.name)
+    marked = [s for s in model.specs if is_marked(foreign, s, kept)]
     assert "model.layers.0.self_attn.q_proj.weight" in [s.name for s in marked]
     with path.open("r+b") as file:
         for spec in marked:
             tensor = foreign.tensors[spec.name]
             for unit in (0, spec.units - 1):
-                file.seek(tensor.offset + row_of(spec, unit) * Q4_0.row_bytes(tensor.shape[1]))
-                file.write(struct.pack("<e", 1.0) + bytes([8 + 3]) + bytes([8]) * 15)
+                file.seek(tensor.offset + row_of(spec, unit) * kept.row_bytes(tensor.shape[1]))
+                file.write(FIRST_IS_3[kept.name])
     assert small_on_disk(path)
     reader = model.reader(lambda count: None, 2)
     for spec in marked:
@@ -200,9 +202,16 @@ def test_every_mark_of_a_foreign_file_is_found_by_its_owner(foreign: Checkpoint)
     reader.close()
 
 
-def is_marked(checkpoint: Checkpoint, spec: TensorSpec) -> bool:
+FIRST_IS_3 = {
+    "q4_0": struct.pack("<e", 1.0) + bytes([8 + 3]) + bytes([8]) * 15,  # scale, nibbles
+    "q4_k": struct.pack("<ee", 0.5, 0.0) + bytes([2]) + bytes(11) + bytes([3]),  # steps, scales, the first nibble
+}
+"""A block whose first value is 3."""
+
+
+def is_marked(checkpoint: Checkpoint, spec: TensorSpec, kept: StoredType) -> bool:
     """Column-parallel matrices before and behind each border, and the first and the last of the file."""
-    if spec.vector or spec.panel or checkpoint.tensors[spec.name].stored != "q4_0":
+    if spec.vector or spec.panel or checkpoint.tensors[spec.name].type != kept:
         return False
     offset, size = checkpoint.tensors[spec.name].offset, 2**31
     return spec.name == "lm_head.weight" or ".layers.0." in spec.name or any(abs(offset - b) < size for b in BORDERS)

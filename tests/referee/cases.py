@@ -22,7 +22,8 @@ Edit = Callable[[str, np.ndarray], None]
 
 WEIGHTS = ("f32", "f16", "bf16", "q8_0", "q4_0")
 SUPER_BLOCKS = ("q4_k", "q6_k", "q5_k", "q3_k", "q2_k", "iq4_xs")
-LATER_WEIGHTS = ("q5_0", "iq4_nl", "mxfp4", "q4_1", "q5_1", *SUPER_BLOCKS)
+OF_GROUPS = ("fp8", "int4", "int4_f16", "int4_bf16", "int8", "nvfp4")
+LATER_WEIGHTS = ("q5_0", "iq4_nl", "mxfp4", "q4_1", "q5_1", *SUPER_BLOCKS, *OF_GROUPS)
 """Types that came later: in cases of their own, so that the others stay what they are."""
 KV_TYPES = ("f32", "f16", "q8")
 
@@ -488,7 +489,7 @@ def later() -> Iterator[Case]:
                 f"{what}, {weights}", in_chunks(30, (256, 2), (1, 1)), config=SMALL, weights=weights, kv_type="f16",
                 edit=edit,
             )  # fmt: skip
-    for weights in SUPER_BLOCKS:
+    for weights in (*SUPER_BLOCKS, *OF_GROUPS):
         yield from each_way(
             f"rows of whole super-blocks, {weights}", in_chunks(40, (40, 2), (7, 1), (1, 2)), config=WIDE,
             weights=weights, kv_type="f16",

@@ -3,6 +3,7 @@
 import json
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import numpy as np
 
 from mpillama.errors import UserError
 from mpillama.formats.checkpoint import DEFAULT, Checkpoint, StoredTensor, named_templates, only_template
-from mpillama.formats.foreign import by_name, check_extents, damaged, unreadable
+from mpillama.formats.foreign import PathSource, by_name, check_extents, damaged, unreadable
 from mpillama.formats.gguf.config import EMBEDDING, ROPE_FACTORS, TOKENIZER, Metadata, canonical, hugging_face_config
 from mpillama.formats.gguf.header import GgufHeader, read_gguf_header
 from mpillama.formats.reading import read_exactly
@@ -32,7 +33,12 @@ def read_gguf(path: str) -> Checkpoint:
     factors = _rope_factors(files, stored.pop(ROPE_FACTORS, None), metadata.head_dim)
     config = hugging_face_config(metadata, stored.keys(), _vocab_size(metadata, stored), factors)
     gguf, head_dim = metadata.gguf, metadata.head_dim
-    named = (c for tensor in stored.values() for c in canonical(files[tensor.file], tensor, gguf, head_dim))
+    factors_of = _factors_of(files, stored)
+    named = (
+        _scaled(c, factors_of.get(tensor.name))
+        for tensor in stored.values()
+        for c in canonical(files[tensor.file], tensor, gguf, head_dim)
+    )
     table = by_name(files, named)
     return Checkpoint(str(path), "gguf", config, _texts(headers[0].metadata), files, sizes, table)
 
@@ -118,6 +124,34 @@ def _rope_factors(files: tuple[str, ...], tensor: StoredTensor | None, head_dim:
     if not np.all((factors > 0) & np.isfinite(factors)):
         raise damaged(path, f"{ROPE_FACTORS} holds divisors that are not positive numbers")
     return [float(factor) for factor in factors]
+
+
+def _factors_of(files: tuple[str, ...], stored: dict[str, StoredTensor]) -> Mapping[str, np.ndarray]:
+    """What tensors in NVFP4 are multiplied by, taken out of the table: a number each, or one for each expert."""
+    found = {}
+    for name in [name for name, tensor in stored.items() if tensor.stored == "nvfp4"]:
+        stored.pop(name.removesuffix("weight") + "input_scale", None)  # of activations
+        scale = stored.pop(name.removesuffix("weight") + "scale", None)
+        if scale is None:
+            continue
+        experts = stored[name].shape[0] if len(stored[name].shape) == 3 else 1
+        if scale.stored != "f32" or scale.shape not in ((experts,), ()):
+            raise damaged(
+                files[scale.file],
+                f"tensor {scale.name} is {scale.stored} of shape {scale.shape}, expected f32 ({experts},)",
+            )
+        found[name] = scale.read(PathSource(files), range(1), range(experts)).decode()[0]
+        if not np.isfinite(found[name]).all():
+            raise damaged(files[scale.file], f"tensor {scale.name} holds what is no number")
+    return found
+
+
+def _scaled(tensor: StoredTensor, factors: np.ndarray | None) -> StoredTensor:
+    """With the factor of the whole tensor, or of its expert."""
+    if factors is None:
+        return tensor
+    expert = re.search(r"\.experts\.([0-9]+)\.", tensor.name)
+    return replace(tensor, factor=factors[int(expert[1]) if expert else 0])
 
 
 def _texts(values: Mapping[str, Any]) -> dict[str, bytes]:

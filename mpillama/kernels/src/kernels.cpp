@@ -119,9 +119,15 @@ MPILLAMA_API void mpillama_embed(const Matrix* matrix, const i64* rows, i64 toke
                     for (int i = 0; i < BLOCK; i++) to[b * BLOCK + i] += static_cast<double>(row[i]);
                 }
             } else {
+                ScalePlace<typename T::Scales> scales(w.scales, group * (w.columns / BLOCK));
                 for (i64 k = 0; k < w.columns; k++) {
                     float lanes[W];
-                    store(lanes, T::load(w.values + (group * w.columns + k) * T::bytes, lane / W));
+                    Vf rows = T::load(w.values + (group * w.columns + k) * T::bytes, lane / W);
+                    if constexpr (SCALED_FLOATS<T>) {
+                        rows = mul(rows, scale_of(scales, lane / W));
+                        if (k % BLOCK == BLOCK - 1) scales.advance();
+                    }
+                    store(lanes, rows);
                     to[k] += static_cast<double>(lanes[lane % W]);
                 }
             }

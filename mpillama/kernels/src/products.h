@@ -40,10 +40,7 @@ struct Slice {
 template <class T> inline Slice slice(const Matrix& m, i64 expert, i64 panel) {
     const i64 units = T::BLOCKS ? m.columns / BLOCK : m.columns, groups = (expert * m.panels + panel) * m.groups;
     const ScaleArrays scales{m.scales, m.supers, m.super_columns / BLOCK};
-    if constexpr (T::BLOCKS)
-        return {m.values + groups * units * T::bytes, scales.from<typename T::Scales>(groups * units), m.columns};
-    else
-        return {m.values + groups * units * T::bytes, scales, m.columns};
+    return {m.values + groups * units * T::bytes, scales.from<typename T::Scales>(groups * (m.columns / BLOCK)), m.columns};
 }
 
 inline i64 panel_bytes(const Matrix& m) {
@@ -100,6 +97,11 @@ inline void prefetch_run(const u8* at, i64 bytes) {
 
 // -- sums over one slice's columns --------------------------------------------------------------------------------------
 
+// What W rows of a block of floats are multiplied by.
+template <class Scales> inline Vf scale_of(const ScalePlace<Scales>& place, int part) {
+    return Scales::load(place.scales, place.supers, part).scale;
+}
+
 // sums[g][part] += rows of adjacent groups times a single token: nothing but streaming the weights.
 template <class T, int GROUPS> inline void stream(const Slice& w, i64 group, const Input& in, Vf (&sums)[GROUPS][PARTS]) {
     if constexpr (T::BLOCKS) {
@@ -114,6 +116,27 @@ template <class T, int GROUPS> inline void stream(const Slice& w, i64 group, con
                 prefetch_run(here + AHEAD, T::bytes);
                 for (int part = 0; part < PARTS; part++)
                     sums[g][part] = BlockPart<T>(here, scales[g], part).add(x[i], sums[g][part]);
+                scales[g].advance();
+            }
+        }
+    } else if constexpr (SCALED_FLOATS<T>) {
+        const i64 blocks = w.columns / BLOCK;
+        const float* x = in.x(0);
+        const u8* values = w.values + group * w.columns * T::bytes;
+        ScalePlace<typename T::Scales> scales[GROUPS];
+        for (int g = 0; g < GROUPS; g++) scales[g] = {w.scales, (group + g) * blocks};
+        for (i64 i = 0; i < blocks; i++) {
+            Vf parts[GROUPS][PARTS] = {};
+            for (int g = 0; g < GROUPS; g++) prefetch_run(values + (g * w.columns + BLOCK * i) * T::bytes + AHEAD, BLOCK * T::bytes);
+            for (i64 k = BLOCK * i; k < BLOCK * (i + 1); k++) {
+                const Vf here = splat(x[k]);
+                for (int g = 0; g < GROUPS; g++)
+                    for (int part = 0; part < PARTS; part++)
+                        parts[g][part] = fma(T::load(values + (g * w.columns + k) * T::bytes, part), here, parts[g][part]);
+            }
+            for (int g = 0; g < GROUPS; g++) {
+                for (int part = 0; part < PARTS; part++)
+                    sums[g][part] = fma(parts[g][part], scale_of(scales[g], part), sums[g][part]);
                 scales[g].advance();
             }
         }
@@ -158,23 +181,43 @@ template <class T, int TOKENS>
     for (i64 i = 0; i < blocks; i++) rows[i].template add<TOKENS>(x, i * width, sums);
 }
 
-// The same over columns of floats.
+// sums[part][t] += columns first:last of floats times some tokens.
 template <class T, int TOKENS>
-[[gnu::always_inline]] inline void float_tile(const u8* values, i64 columns, const Input& in, i64 token, Sums<TOKENS>& sums) {
-    const float* x = in.x(token);
+[[gnu::always_inline]] inline void float_run(const u8* values, i64 first, i64 last, const float* x, i64 stride,
+                                             Sums<TOKENS>& sums) {
     Sums<TOKENS> here;
     std::memcpy(&here, &sums, sizeof here);
-    for (i64 k = 0; k < columns; k++) {
+    for (i64 k = first; k < last; k++) {
         Vf rows[PARTS];
         for (int part = 0; part < PARTS; part++) rows[part] = T::load(values + k * T::bytes, part);
 #pragma GCC unroll 8
         for (int t = 0; t < TOKENS; t++) {
-            const Vf of_token = splat(x[t * in.from.columns + k]);
+            const Vf of_token = splat(x[t * stride + k]);
 #pragma GCC unroll 4
             for (int part = 0; part < PARTS; part++) here[part][t] = fma(rows[part], of_token, here[part][t]);
         }
     }
     std::memcpy(&sums, &here, sizeof here);
+}
+
+// The same over a slice's columns, each block by itself where floats have scales.
+template <class T, int TOKENS>
+[[gnu::always_inline]] inline void float_tile(const u8* values, [[maybe_unused]] ScalePlace<typename T::Scales> scales,
+                                              i64 columns, const Input& in, i64 token, Sums<TOKENS>& sums) {
+    const float* x = in.x(token);
+    const i64 stride = in.from.columns;
+    if constexpr (SCALED_FLOATS<T>) {
+        for (i64 k = 0; k < columns; k += BLOCK, scales.advance()) {
+            Sums<TOKENS> of_block = {};
+            float_run<T, TOKENS>(values, k, k + BLOCK, x, stride, of_block);
+            for (int part = 0; part < PARTS; part++) {
+                const Vf scale = scale_of(scales, part);
+                for (int t = 0; t < TOKENS; t++) sums[part][t] = fma(of_block[part][t], scale, sums[part][t]);
+            }
+        }
+    } else {
+        float_run<T, TOKENS>(values, 0, columns, x, stride, sums);
+    }
 }
 
 // Unpack adjacent blocks of a group; returns where the scales of the next one are.
@@ -246,7 +289,8 @@ inline void column_group(const Slice& w, i64 group, const Input& in, i64 first, 
             tile<T, TOKENS>(w.values + group * blocks * T::bytes, {w.scales, group * blocks}, blocks, AHEAD, in, token,
                             sums);
         } else {
-            float_tile<T, TOKENS>(w.values + group * w.columns * T::bytes, w.columns, in, token, sums);
+            float_tile<T, TOKENS>(w.values + group * w.columns * T::bytes, {w.scales, group * (w.columns / BLOCK)},
+                                  w.columns, in, token, sums);
         }
         store_sums<TOKENS>(sums, out + token * stride, stride);
     });
@@ -407,7 +451,7 @@ inline void panels(const Matrix& m, i64 expert, i64 group, const Input& in, i64 
             if constexpr (T::BLOCKS)
                 tile<T, TOKENS>(values, {from.scales, group * units}, units, units * T::bytes, here, token, sums);
             else
-                float_tile<T, TOKENS>(values, units, here, token, sums);
+                float_tile<T, TOKENS>(values, {from.scales, group * (units / BLOCK)}, units, here, token, sums);
             add_panel<TOKENS>(sums, totals);
         }
         store_totals<TOKENS>(totals, to, token, group);
@@ -439,7 +483,10 @@ inline void ready_panels(const Matrix& m, i64 expert, i64 group, i64 first_panel
             const Input here{in.from, in.tokens, panel * m.columns};
             Sums<TOKENS> sums = {};
             if constexpr (T::BLOCKS) ready_tile<T, TOKENS>(ready_blocks<T>(scratch) + place, units, here, token, sums);
-            else float_tile<T, TOKENS>(scratch + place * T::bytes, units, here, token, sums);
+            else
+                float_tile<T, TOKENS>(scratch + place * T::bytes,
+                                      {slice<T>(m, expert, panel).scales, group * (units / BLOCK)}, units, here, token,
+                                      sums);
             add_panel<TOKENS>(sums, totals);
         }
         store_totals<TOKENS>(totals, to, token, group);

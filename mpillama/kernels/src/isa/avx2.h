@@ -23,6 +23,7 @@ inline Vf sub(Vf x, Vf y) { return _mm256_sub_ps(x, y); }
 inline Vf mul(Vf x, Vf y) { return _mm256_mul_ps(x, y); }
 inline Vf div(Vf x, Vf y) { return _mm256_div_ps(x, y); }
 inline Vf fma(Vf x, Vf y, Vf z) { return _mm256_fmadd_ps(x, y, z); }
+inline Vf fnma(Vf x, Vf y, Vf z) { return _mm256_fnmadd_ps(x, y, z); }  // z - x * y
 inline Vm less(Vf x, Vf y) { return {_mm256_cmp_ps(x, y, _CMP_LT_OQ)}; }
 inline Vm not_less(Vf x, Vf y) { return {_mm256_cmp_ps(x, y, _CMP_NLT_UQ)}; }
 inline Vm is_nan(Vf x) { return {_mm256_cmp_ps(x, x, _CMP_UNORD_Q)}; }
@@ -76,6 +77,11 @@ inline void store_half(u16* p, Vf x) {
 inline Vf load_bf16(const u16* p) {
     const __m128i bits = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
     return as_float(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16));
+}
+// Floats of 8 bits (E4M3), times 2^-8: what they are as halves of which they have all but the lowest bits.
+inline Vf load_e4m3(const u8* p) {
+    const __m128i wide = _mm_cvtepi8_epi16(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+    return _mm256_cvtph_ps(_mm_and_si128(_mm_slli_epi16(wide, 7), _mm_set1_epi16(static_cast<short>(0xbfff))));
 }
 
 inline Vb load_bytes(const u8* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
@@ -157,6 +163,18 @@ template <int MOST> inline Vi dot_halves(const Vb (&w)[STEPS], const i8* x, Vi f
         else sum = add(sum, add(_mm256_madd_epi16(low, factor), _mm256_madd_epi16(high, factor)));
     }
     return sum;
+}
+
+// The dots of the first and of the last four steps by themselves, of bytes below 32: four steps fit 16 bits.
+inline void dot_each_half(const Vb (&w)[STEPS], const i8* x, Vi& first, Vi& last) {
+    Vi words[2];
+    for (int half = 0; half < 2; half++) {
+        words[half] = _mm256_maddubs_epi16(w[4 * half], splat_bytes(x, 4 * half));
+        for (int j = 4 * half + 1; j < 4 * half + 4; j++)
+            words[half] = _mm256_add_epi16(words[half], _mm256_maddubs_epi16(w[j], splat_bytes(x, j)));
+    }
+    first = word_pairs(words[0]);
+    last = word_pairs(words[1]);
 }
 
 // |w| <= 128 and |x| <= 127: a pair stays below 2 * 128 * 127 = 32,512, so moving w's sign to x cannot saturate.

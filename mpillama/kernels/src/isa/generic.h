@@ -32,6 +32,7 @@ inline Vf fma(Vf x, Vf y, Vf z) {
     for (int i = 0; i < W; i++) result[i] = __builtin_fmaf(x[i], y[i], z[i]);
     return result;
 }
+inline Vf fnma(Vf x, Vf y, Vf z) { return fma(-x, y, z); }  // z - x * y
 inline Vm less(Vf x, Vf y) { return {x < y}; }
 inline Vm not_less(Vf x, Vf y) { return {~(x < y)}; }
 inline Vm is_nan(Vf x) { return {x != x}; }
@@ -101,6 +102,12 @@ inline void store_half(u16* p, Vf x) {
 }
 
 inline Vf load_bf16(const u16* p) { return as_float(shift_left<16>(load_u16(p))); }
+// Floats of 8 bits (E4M3), times 2^-8.
+inline Vf load_e4m3(const u8* p) {
+    const Vi wide{p[0], p[1], p[2], p[3]};
+    const Vf scaled = as_float(shift_left<20>(wide & splat(0x7f))) * splat(0x1p112f);  // exact, subnormals too
+    return as_float(as_int(scaled) | shift_left<24>(wide & splat(0x80)));
+}
 
 inline Vb load_bytes(const u8* p) { return load_any<Vb>(p); }
 inline Vb low_nibbles(Vb x) { return x & 15; }
@@ -185,6 +192,16 @@ template <int MOST> inline Vi dot_halves(const Vb (&w)[STEPS], const i8* x, Vi f
         for (int row = 0; row < W; row++)
             for (int i = 0; i < 4; i++) sums[j / 4][row] += w[j][4 * row + i] * x[4 * j + i];
     return add(mul(load(sums[0]), first), mul(load(sums[1]), last));
+}
+
+// The dots of the first and of the last four steps by themselves, of bytes below 32.
+inline void dot_each_half(const Vb (&w)[STEPS], const i8* x, Vi& first, Vi& last) {
+    i32 sums[2][W] = {};
+    for (int j = 0; j < STEPS; j++)
+        for (int row = 0; row < W; row++)
+            for (int i = 0; i < 4; i++) sums[j / 4][row] += w[j][4 * row + i] * x[4 * j + i];
+    first = load(sums[0]);
+    last = load(sums[1]);
 }
 
 inline void prefetch(const void* p) { __builtin_prefetch(p, 0, 2); }

@@ -23,6 +23,7 @@ inline Vf sub(Vf x, Vf y) { return vsubq_f32(x, y); }
 inline Vf mul(Vf x, Vf y) { return vmulq_f32(x, y); }
 inline Vf div(Vf x, Vf y) { return vdivq_f32(x, y); }
 inline Vf fma(Vf x, Vf y, Vf z) { return vfmaq_f32(z, x, y); }
+inline Vf fnma(Vf x, Vf y, Vf z) { return vfmsq_f32(z, x, y); }  // z - x * y
 inline Vm less(Vf x, Vf y) { return {vcltq_f32(x, y)}; }
 inline Vm not_less(Vf x, Vf y) { return {vmvnq_u32(vcltq_f32(x, y))}; }
 inline Vm is_nan(Vf x) { return {vmvnq_u32(vceqq_f32(x, x))}; }
@@ -74,6 +75,12 @@ inline Vf narrow(Vd x) { return vcvt_high_f32_f64(vcvt_f32_f64(x.low), x.high); 
 inline Vf load_half(const u16* p) { return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(p))); }
 inline void store_half(u16* p, Vf x) { vst1_u16(p, vreinterpret_u16_f16(vcvt_f16_f32(x))); }
 inline Vf load_bf16(const u16* p) { return vreinterpretq_f32_u32(vshll_n_u16(vld1_u16(p), 16)); }
+// Floats of 8 bits (E4M3), times 2^-8: what they are as halves of which they have all but the lowest bits.
+inline Vf load_e4m3(const u8* p) {
+    const int8x8_t bytes = vreinterpret_s8_s32(vdup_n_s32(load_i32(p)));
+    const int16x4_t wide = vshl_n_s16(vget_low_s16(vmovl_s8(bytes)), 7);
+    return vcvt_f32_f16(vreinterpret_f16_s16(vand_s16(wide, vdup_n_s16(static_cast<std::int16_t>(0xbfff)))));
+}
 
 inline Vb load_bytes(const u8* p) { return vreinterpretq_s8_u8(vld1q_u8(p)); }
 inline Vb low_nibbles(Vb x) { return vandq_s8(x, vdupq_n_s8(15)); }
@@ -170,6 +177,20 @@ template <int MOST> inline Vi dot_halves(const Vb (&w)[STEPS], const i8* x, Vi f
     sums[1] = vdotq_laneq_s32(sums[1], w[6], high, 2);
     sums[1] = vdotq_laneq_s32(sums[1], w[7], high, 3);
     return vmlaq_s32(vmulq_s32(sums[0], first), sums[1], last);
+}
+
+// The dots of the first and of the last four steps by themselves, of bytes below 32.
+inline void dot_each_half(const Vb (&w)[STEPS], const i8* x, Vi& first, Vi& last) {
+    const int8x16_t low = vld1q_s8(x), high = vld1q_s8(x + 16);
+    first = last = splat(0);
+    first = vdotq_laneq_s32(first, w[0], low, 0);
+    first = vdotq_laneq_s32(first, w[1], low, 1);
+    first = vdotq_laneq_s32(first, w[2], low, 2);
+    first = vdotq_laneq_s32(first, w[3], low, 3);
+    last = vdotq_laneq_s32(last, w[4], high, 0);
+    last = vdotq_laneq_s32(last, w[5], high, 1);
+    last = vdotq_laneq_s32(last, w[6], high, 2);
+    last = vdotq_laneq_s32(last, w[7], high, 3);
 }
 
 inline void prefetch(const void* p) { __builtin_prefetch(p, 0, 2); }

@@ -1,12 +1,13 @@
 // float32.
 #pragma once
-#include "lanes.h"
+#include "types/scales.h"
 
 namespace mpillama {
 
 struct F32 {
     static constexpr i64 NUMBER = 0;
     static constexpr bool BLOCKS = false;
+    using Scales = NoScale;
     static constexpr i64 bytes = 64;
 
     static Vf load(const u8* values, int part) {

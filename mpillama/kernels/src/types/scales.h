@@ -46,6 +46,12 @@ template <class Scales> struct ScalePlace {
     }
 };
 
+// Of floats that stand for themselves.
+struct NoScale {
+    static constexpr i64 bytes = 0, super_bytes = 0;
+    static constexpr bool HALVES = false;
+};
+
 // A float16 for each row.
 struct HalfScale {
     static constexpr i64 bytes = 2 * LANES, super_bytes = 0;

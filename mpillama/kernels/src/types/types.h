@@ -8,14 +8,21 @@
 //     at(values, lane, k): one of a row;
 //     signed_steps(values, out): 8 steps of 64 signed bytes, for tiles of AMX.
 // Where Scales differ between a block's halves, `add(steps, scales, x, sum)` stands for `dot`.
-// A type of floats has `bytes` for one k-value of 16 rows and load(values, part).
+// A type of floats has `bytes` for one k-value of 16 rows and load(values, part). Its Scales are NoScale, or have a
+// `scale` for 32 k-values: then these are added up by themselves.
 #pragma once
 #include "types/bf16.h"
 #include "types/f16.h"
 #include "types/f32.h"
+#include "types/fp8.h"
+#include "types/int4.h"
+#include "types/int4_bf16.h"
+#include "types/int4_f16.h"
+#include "types/int8.h"
 #include "types/iq4_nl.h"
 #include "types/iq4_xs.h"
 #include "types/mxfp4.h"
+#include "types/nvfp4.h"
 #include "types/q2_k.h"
 #include "types/q3_k.h"
 #include "types/q4_0.h"
@@ -48,6 +55,12 @@ template <class Use> inline void with_type(i64 number, Use use) {
         case Q5_K::NUMBER: return use(Q5_K());
         case Q4_K::NUMBER: return use(Q4_K());
         case IQ4_XS::NUMBER: return use(IQ4_XS());
+        case FP8::NUMBER: return use(FP8());
+        case INT4::NUMBER: return use(INT4());
+        case INT4_F16::NUMBER: return use(INT4_F16());
+        case INT4_BF16::NUMBER: return use(INT4_BF16());
+        case INT8::NUMBER: return use(INT8());
+        case NVFP4::NUMBER: return use(NVFP4());
     }
     __builtin_trap();
 }
@@ -104,15 +117,12 @@ inline void block_row(const u8* values, const ScalePlace<typename T::Scales>& pl
     T::Scales::apply(place.scales, place.supers, lane, out);
 }
 
-// Bytes of the scales that belong to a unit of 16 rows, 0 for floats.
-template <class T> constexpr i64 scale_bytes() {
-    if constexpr (T::BLOCKS) return T::Scales::bytes;
-    else return 0;
-}
-template <class T> constexpr i64 super_bytes() {
-    if constexpr (T::BLOCKS) return T::Scales::super_bytes;
-    else return 0;
-}
+// Bytes of the scales that belong to a block of 16 rows, and of those that several blocks have in common.
+template <class T> constexpr i64 scale_bytes() { return T::Scales::bytes; }
+template <class T> constexpr i64 super_bytes() { return T::Scales::super_bytes; }
+
+// Whether a type of floats has scales.
+template <class T> constexpr bool SCALED_FLOATS = !T::BLOCKS && super_bytes<T>() > 0;
 
 inline bool has_blocks(i64 number) {
     bool result = false;
