@@ -9,21 +9,23 @@ import time
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import NoReturn, Self, cast
 
 from mpillama.cli.display import watched
-from mpillama.cli.engines import ReplicaWorld, check_engine_options, opener, prompter, replicated
+from mpillama.cli.engines import ReplicaWorld, check_engine_options, prompter, replicated
 from mpillama.cli.options import ServeOptions
-from mpillama.cli.running import Run, loaded, running
+from mpillama.cli.running import loaded, running
 from mpillama.cli.values import parse_bytes, refuse_unwritable
 from mpillama.comm.failure import Interrupted
-from mpillama.engine.engine import Engine
 from mpillama.engine.sequence import Pooling
 from mpillama.errors import UserError
 from mpillama.job.deadline import Deadline, StopRequest, ignore_stop_signals
 from mpillama.job.start import World
+from mpillama.loading.load import open_shared_executor
+from mpillama.loading.session import Session
 from mpillama.openai.reasoning import reasoning_format
 from mpillama.openai.tool_calls import tool_format
 from mpillama.redaction import keep_secret
@@ -107,11 +109,15 @@ def serve(options: ServeOptions, world: World) -> int:
     with running(options, world) as job:
         size = replica_size(options, world)
         api = world.comm.on_root_only(lambda: listen(options, cast(Settings, settings)))
-        with api or nullcontext(), replicated(job, size) as replica, loaded(job, opener(options), replica.world) as run:
+        with (
+            api or nullcontext(),
+            replicated(job, size) as replica,
+            loaded(job, partial(open_shared_executor, options), replica.world) as session,
+        ):
             if api:
-                ServeJob(options, api, replica, world.comm.size).run(run)
-            elif run.is_root and replica.mailbox:
-                job.status = follow_router(replica.mailbox, make_runner(run, make_grammars(run), options))
+                ServeJob(options, api, replica, world.comm.size).run(session)
+            elif session.is_root and replica.mailbox:
+                job.status = follow_router(replica.mailbox, make_runner(session, make_grammars(session), options))
     return job.status
 
 
@@ -177,11 +183,11 @@ class ServeJob:
         self.ranks = ranks
         self.stop = StopRequest(SIGNALS)
 
-    def run(self, run: Run) -> None:
+    def run(self, session: Session) -> None:
         """Serve until the end."""
-        grammars = make_grammars(run)
-        router = self.replica.router(make_runner(run, grammars, self.options), "start the server again.")
-        state, rendezvous = self._state(run, grammars, router.replicas), self._rendezvous(run)
+        grammars = make_grammars(session)
+        router = self.replica.router(make_runner(session, grammars, self.options), "start the server again.")
+        state, rendezvous = self._state(session, grammars, router.replicas), self._rendezvous(session)
         shutdown = Shutdown(self.stop, Deadline.of_run(self.options.time_limit), self.options.grace)
         self.stop.install()
         self.api.engine.now_serving(state)
@@ -195,29 +201,31 @@ class ServeJob:
     def _tell_end(self, reason: str) -> None:
         self._say(f"{reason}: no more requests, running answers have {self.options.grace:g} s to finish")
 
-    def _state(self, run: Run, grammars: Grammars, replicas: Sequence[Replica[ServerRequest, Output]]) -> ServerState:
-        options, file = self.options, run.loaded.file
+    def _state(
+        self, session: Session, grammars: Grammars, replicas: Sequence[Replica[ServerRequest, Output]]
+    ) -> ServerState:
+        options, file = self.options, session.loaded.file
         source = file.texts.get("chat_template.jinja")
         tools = tool_format(source.decode()) if source is not None else None
         thoughts = reasoning_format(source.decode(), grammars.token_id) if source is not None else None
-        asks = prompter(run, options)
+        asks = prompter(session, options)
         asks = replace(asks, for_template=tools.for_template) if tools else asks
         path = Path(file.path)
         name = options.model_name or path.stem
         return ServerState(
-            name, frozenset({name, path.name, path.stem}), int(time.time()), run.executor.max_seq_len, asks,
+            name, frozenset({name, path.name, path.stem}), int(time.time()), session.executor.max_seq_len, asks,
             grammars, tools, thoughts, cast(Pooling, options.pooling), replicas,
             options.queue + options.sequences * len(replicas), file.config.hidden_size,
             generates=file.config.lm_head,
         )  # fmt: skip
 
-    def _rendezvous(self, run: Run) -> Rendezvous:
+    def _rendezvous(self, session: Session) -> Rendezvous:
         host, node, environment = self.options.host, os.uname().nodename, os.environ
         reached = host if is_loopback(host) else node
         shown = f"[{reached}]" if ":" in reached else reached
         url = f"{'https' if self.options.tls_certificate else 'http'}://{shown}:{self.api.port}"
         ssh = tunnel(host, self.api.port, node, environment.get("SLURM_SUBMIT_HOST"))
-        model, job = self.options.model_name or Path(run.loaded.file.path).stem, environment.get("SLURM_JOB_ID")
+        model, job = self.options.model_name or Path(session.path).stem, environment.get("SLURM_JOB_ID")
         return Rendezvous(url, self.settings.key, model, node, self.api.port, ssh, job)
 
     def _announce(self, rendezvous: Rendezvous) -> None:
@@ -236,14 +244,14 @@ class ServeJob:
             sys.stderr.flush()
 
 
-def make_runner(run: Run, grammars: Grammars, options: ServeOptions) -> EngineRunner[ServerRequest, Output]:
+def make_runner(session: Session, grammars: Grammars, options: ServeOptions) -> EngineRunner[ServerRequest, Output]:
     """The engine of this process's replica."""
-    return EngineRunner(Engine(run.executor, run.tokenizer, options.speculate), ServerAdapter(grammars))
+    return EngineRunner(session.engine, ServerAdapter(grammars))
 
 
-def make_grammars(run: Run) -> Grammars:
+def make_grammars(session: Session) -> Grammars:
     """What builds grammars; the first takes a second for a large vocabulary, and not every tokenizer allows them."""
-    grammars = Grammars(run.tokenizer, run.loaded.file.config.vocab_size)
+    grammars = Grammars(session.tokenizer, session.loaded.file.config.vocab_size)
     try:
         grammars.check(json_object_grammar())
     except UserError as error:

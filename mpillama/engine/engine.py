@@ -83,6 +83,8 @@ class Engine:
         self.drafter = Drafter(speculate) if speculate else None
         self.scheduler = Scheduler(self.pool, executor.slots, executor.max_tokens, executor.max_seq_len, self.drafter)
         self.counts = EngineCounts()
+        self.in_step = False
+        """Whether a step is being computed, or was left by an exception: the other ranks then wait for its rest."""
         self._number = 0
         self._inboxes: dict[int, deque[Update]] = {}
 
@@ -147,9 +149,11 @@ class Engine:
         clock = self.counts.decode if decodes else self.counts.prefill
         segments = [share.sequence.segment(share.count, share.drafts) for share in shares]
         clock.tokens += sum(share.count for share in shares)
+        self.in_step = True
         with timed(clock):
             pieces = self.executor.forward_in_pieces(segments)
         updates = list(self._take(shares, self._rows(pieces, clock)))
+        self.in_step = False
         for update in updates:
             clock.tokens += max(0, len(update.token_ids) - 1)
             if (inbox := self._inboxes.get(update.sequence.number)) is not None:

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from mpillama.cli.running import write
 from mpillama.comm.liveness import Kind, RollCall, State, describe
 from tests.system.faults.running import (
     LONG,
@@ -155,8 +156,6 @@ def test_timeouts_out_of_range(given: str, toy: Path) -> None:
 @pytest.mark.parametrize("reader", ["quick", "slow"])
 def test_a_reader_that_takes_its_time_is_announced(reader: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """As a pager does: the pipe is full for a while."""
-    from mpillama.cli.running import Run
-
     idle: list[str] = []
 
     @contextmanager
@@ -167,14 +166,12 @@ def test_a_reader_that_takes_its_time_is_announced(reader: str, monkeypatch: pyt
     read_end, write_end = os.pipe()
     filling = b"x" * 65536 if reader == "slow" else b""
     os.write(write_end, filling)
-    fields: Any = {"target": None, "loaded": None, "executor": None, "tokenizer": None}
-    fields |= {f.name: None for f in Run.__dataclass_fields__.values() if f.name not in fields}
-    comm = SimpleNamespace(idle=note_idle)
+    comm: Any = SimpleNamespace(idle=note_idle)
     with os.fdopen(write_end, "w") as stream, os.fdopen(read_end, "rb") as source:
         monkeypatch.setattr("sys.stdout", stream)
         reading = threading.Timer(2.0, lambda: source.read(len(filling)))
         reading.start()
-        Run(**{**fields, "world": SimpleNamespace(comm=comm)}).write("hello")
+        write(comm, "hello")
         reading.join()
         assert source.read(5) == b"hello"
     assert idle == (["begins"] if reader == "slow" else [])
