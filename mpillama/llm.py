@@ -23,7 +23,7 @@ from mpillama.formats.checkpoint_model import refuse_headless
 from mpillama.job.start import Intracomm, World, join
 from mpillama.loading.load import open_shared_executor
 from mpillama.loading.session import Session, choose_target, open_session
-from mpillama.loading.settings import EngineSettings
+from mpillama.loading.settings import EngineSettings, check_numbers
 from mpillama.text.sampling_params import SamplingParams, derived_seed, new_seed
 from mpillama.text.tokenizer import Tokenizer
 
@@ -153,8 +153,7 @@ class LLM(EngineSettings):
             choices = each.metadata.get("choices")
             if choices and getattr(self, each.name) not in choices:
                 raise UserError(f"{each.name} is {getattr(self, each.name)!r}: choose one of {', '.join(choices)}.")
-        if self.sequences < 1 or self.speculate < 0 or (self.cache_tokens is not None and self.cache_tokens < 1):
-            raise UserError("sequences and cache_tokens must be at least 1, speculate at least 0.")
+        check_numbers(self)
         world = join(self.comm, self.threads, self.timeout)
         object.__setattr__(self, "is_root", world.comm.is_root)  # settings do not change, so this class is frozen
         with _aborting(world):

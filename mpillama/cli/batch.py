@@ -15,7 +15,7 @@ from mpillama.batch.results import Provenance, Result, RowAdapter
 from mpillama.batch.rows import Line, read_lines
 from mpillama.batch.run import REQUEUE_STATUS, BatchRun, Counts
 from mpillama.cli.display import terminal_console, watched
-from mpillama.cli.engines import ReplicaWorld, check_engine_options, prompter, replicated
+from mpillama.cli.engines import ReplicaWorld, prompter, replicated
 from mpillama.cli.options import BatchOptions, recorded_sampling
 from mpillama.cli.running import loaded, running
 from mpillama.cli.values import refuse_unwritable
@@ -156,7 +156,6 @@ def group_size(options: BatchOptions, world: World) -> int:
 
 def check(options: BatchOptions) -> None:
     """Raise UserError for what is wrong with the options."""
-    check_engine_options(options)
     refuse_unwritable("OUTPUT", options.output)
     refuse_unwritable("--metrics", options.metrics)
     if not Path(options.input).is_file():

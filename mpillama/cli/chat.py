@@ -10,7 +10,7 @@ import numpy as np
 
 from mpillama.cli.keyboard import Keyboard
 from mpillama.cli.options import ChatOptions
-from mpillama.cli.running import check_speculation, loaded, pieces_of, running, write
+from mpillama.cli.running import loaded, pieces_of, running, write
 from mpillama.engine.sequence import Request
 from mpillama.errors import UserError
 from mpillama.job.start import World
@@ -23,7 +23,6 @@ Message = dict[str, Any]
 
 def chat(options: ChatOptions, world: World) -> int:
     """Run the command; returns the exit status."""
-    check_speculation(options)
     # A launcher passes Ctrl-C on to every rank: only rank 0 acts on it, and not before it can answer.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     with running(options, world) as job, loaded(job) as session:

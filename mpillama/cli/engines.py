@@ -4,11 +4,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from mpillama.cli.options import BatchOptions, EngineOptions, ServeOptions
-from mpillama.cli.running import Job, check_speculation
+from mpillama.cli.options import BatchOptions, ServeOptions
+from mpillama.cli.running import Job
 from mpillama.comm.failure import USER_ERROR_STATUS
 from mpillama.comm.mailbox import Mailbox
-from mpillama.errors import UserError
 from mpillama.job.start import World
 from mpillama.loading.session import Session
 from mpillama.openai.prompts import Defaults, Prompter
@@ -55,15 +54,6 @@ def replicated(job: Job, size: int) -> Iterator[ReplicaWorld]:
         yield ReplicaWorld(own, mailbox)
     except Exception as error:  # noqa: BLE001 - whatever it is, the replica fails and rank 0 tells the user
         job.status = wait_for_end(mailbox, own.comm.watch, error)
-
-
-def check_engine_options(options: EngineOptions) -> None:
-    """UserError for numbers out of range."""
-    if options.sequences < 1:
-        raise UserError(f"--sequences is {options.sequences}: give at least 1.")
-    check_speculation(options)
-    if options.cache_tokens is not None and options.cache_tokens < 1:
-        raise UserError(f"--cache-tokens is {options.cache_tokens}: give at least 1.")
 
 
 def prompter(session: Session, options: BatchOptions | ServeOptions) -> Prompter:

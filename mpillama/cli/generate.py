@@ -10,7 +10,6 @@ import numpy as np
 from mpillama.cli.display import in_units
 from mpillama.cli.options import GenerateOptions, recorded
 from mpillama.cli.running import (
-    check_speculation,
     closing_line,
     communication_share,
     loaded,
@@ -30,22 +29,11 @@ from mpillama.text.sampling_params import new_seed
 
 def generate(options: GenerateOptions, world: World) -> int:
     """Run the command; returns the exit status."""
-    world.comm.on_root_only(lambda: check(options))
+    world.comm.on_root_only(lambda: refuse_unwritable("--logits-out", options.logits_out))
     with running(options, world) as job, loaded(job) as session:
         if session.is_root:
             _generate(session, options)
     return job.status
-
-
-def check(options: GenerateOptions) -> None:
-    """UserError for what is wrong with the options."""
-    if options.chat and options.raw:
-        raise UserError("--chat and --raw exclude each other: give one of them.")
-    check_speculation(options)
-    _given_token_ids(options)
-    if not options.prompt and options.prompt_token_ids is None:
-        raise UserError("the prompt is empty: give a text with --prompt, or - and a text on standard input.")
-    refuse_unwritable("--logits-out", options.logits_out)
 
 
 class SampledLogits:
@@ -96,9 +84,8 @@ def _generate(session: Session, options: GenerateOptions) -> None:
 
 def _prompt_ids(session: Session, options: GenerateOptions) -> list[int]:
     """The prompt's token ids: as given, or of the text, in the chat template if asked."""
-    given = _given_token_ids(options)
-    if given is not None:
-        return given
+    if options.given_token_ids is not None:
+        return options.given_token_ids
     with session.world.comm.idle():
         text = read_standard_input() if options.prompt == "-" else options.prompt
     if not text:
@@ -107,17 +94,6 @@ def _prompt_ids(session: Session, options: GenerateOptions) -> list[int]:
         rendered = session.chat_template.render_marked([{"role": "user", "content": text}])
         return session.tokenizer.encode_marked(rendered)
     return session.tokenizer.encode(text)
-
-
-def _given_token_ids(options: GenerateOptions) -> list[int] | None:
-    if options.prompt_token_ids is None:
-        return None
-    try:
-        return [int(part) for part in options.prompt_token_ids.split(",")]
-    except ValueError as error:
-        raise UserError(
-            f"--prompt-token-ids {options.prompt_token_ids!r} is not a list of numbers like 1,2,3."
-        ) from error
 
 
 def _finish(session: Session, options: GenerateOptions, done: Generation) -> None:

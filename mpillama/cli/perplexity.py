@@ -20,21 +20,12 @@ from mpillama.loading.session import Session
 
 def perplexity(options: PerplexityOptions, world: World) -> int:
     """Run the command; returns the exit status."""
-    _check(options)
     with running(options, world) as job:
         world.comm.on_root_only(lambda: refuse_unreadable(options.file))
         with loaded(job, partial(_open_executor, options)) as session:
             if session.is_root:
                 _perplexity(session, options)
     return job.status
-
-
-def _check(options: PerplexityOptions) -> None:
-    """UserError for impossible sizes."""
-    if options.context < 2:
-        raise UserError(f"--context is {options.context}: a window has at least 2 tokens.")
-    if options.stride is not None and not 1 <= options.stride <= options.context:
-        raise UserError(f"--stride is {options.stride}: give 1 to {options.context} tokens (--context).")
 
 
 def _open_executor(options: PerplexityOptions, model: LoadedModel) -> Executor:

@@ -12,7 +12,6 @@ from functools import partial
 from mpillama.cli.display import in_number, in_units, load_progress, stages
 from mpillama.cli.logs import OF_RUN, logged
 from mpillama.cli.options import RunOptions
-from mpillama.cli.values import parse_bytes
 from mpillama.comm.communicator import Communicator
 from mpillama.comm.failure import USER_ERROR_STATUS, stop_printing
 from mpillama.engine.sequence import EngineSequence
@@ -24,7 +23,6 @@ from mpillama.loading.load import LoadedModel, open_executor
 from mpillama.loading.memory import RankUsage
 from mpillama.loading.model_file import ModelFile
 from mpillama.loading.session import OpenExecutor, Session, choose_target, open_session
-from mpillama.loading.settings import SpeculationSettings
 from mpillama.quant.registry import STORED_TYPES
 from mpillama.text.sampler import NonFiniteLogits
 
@@ -47,12 +45,11 @@ class Job:
 @contextmanager
 def running(options: RunOptions, world: World) -> Iterator[Job]:
     """Log and monitor a run as its options say, tell on rank 0 what takes long, and set up the kernels."""
-    check_observed(options)
     quiet = options.is_quiet
     world.comm.watch.display = stages(world.comm.is_root, quiet)
     with (
         logged(world, quiet, options.log_dir, options.log_level),
-        Monitor(options.monitor, _memory_floor(options), world.neighbours.is_root) as monitor,
+        Monitor(options.monitor, options.memory_floor_bytes, world.neighbours.is_root) as monitor,
     ):
         yield Job(options, world, choose_target(world), monitor)
 
@@ -110,17 +107,6 @@ def write(comm: Communicator, text: str) -> None:
         sys.stdout.flush()
 
 
-def check_observed(options: RunOptions) -> None:
-    """UserError for what --monitor and --memory-floor cannot be."""
-    if options.monitor is not None and not options.monitor > 0:
-        raise UserError(f"--monitor is {options.monitor}: give a number of seconds above 0.")
-    _memory_floor(options)
-
-
-def _memory_floor(options: RunOptions) -> int | None:
-    return None if options.memory_floor is None else parse_bytes("--memory-floor", options.memory_floor)
-
-
 def warn_of_idle_ranks(file: ModelFile, size: int) -> None:
     """Say so if the model has too few heads, FFN panels or vocabulary groups for all ranks."""
     if any(part.is_idle() for part in file.config.partition(size)):
@@ -154,12 +140,6 @@ def warn_of_requantised(file: ModelFile) -> None:
             "%s weights stored as %s have no kernel and become %s: %s in memory.",
             f"{count:,}", stored, kept.name, in_units(count * kept.group_bytes(256) / 4096), extra=OF_RUN,
         )  # fmt: skip
-
-
-def check_speculation(flags: SpeculationSettings) -> None:
-    """UserError for fewer than 0 drafts."""
-    if flags.speculate < 0:
-        raise UserError(f"--speculate is {flags.speculate}: give 0 (off) or more.")
 
 
 def pieces_of(session: Session, sequence: EngineSequence) -> Generator[str, None, None]:

@@ -15,10 +15,10 @@ from types import FrameType
 from typing import NoReturn, Self, cast
 
 from mpillama.cli.display import watched
-from mpillama.cli.engines import ReplicaWorld, check_engine_options, prompter, replicated
+from mpillama.cli.engines import ReplicaWorld, prompter, replicated
 from mpillama.cli.options import ServeOptions
 from mpillama.cli.running import loaded, running
-from mpillama.cli.values import parse_bytes, refuse_unwritable
+from mpillama.cli.values import refuse_unwritable
 from mpillama.comm.failure import Interrupted
 from mpillama.engine.sequence import Pooling
 from mpillama.errors import UserError
@@ -54,14 +54,6 @@ class Settings:
 
 def check(options: ServeOptions) -> Settings:
     """Raise UserError for what is wrong with the options."""
-    check_engine_options(options)
-    for name in ("queue", "connections", "body_timeout", "write_timeout", "request_timeout"):
-        if getattr(options, name) < (0 if name == "queue" else 1):
-            raise UserError(f"--{name.replace('_', '-')} is {getattr(options, name)}: give at least 1.")
-    if options.grace < 0:
-        raise UserError(f"--grace is {options.grace:g}: give 0 seconds or more.")
-    if (options.tls_certificate is None) != (options.tls_key is None):
-        raise UserError("--tls-certificate and --tls-key go together: give both.")
     key, made = _key(options)
     if key is None and not options.no_auth and not is_loopback(options.host):
         raise UserError(
@@ -71,7 +63,7 @@ def check(options: ServeOptions) -> Settings:
     keep_secret(key)
     path = Path(options.rendezvous) if options.rendezvous else default_path(os.environ)
     refuse_unwritable("--rendezvous", str(path))
-    return Settings(key, made, parse_bytes("--body-limit", options.body_limit), path)
+    return Settings(key, made, options.body_limit_bytes, path)
 
 
 def _key(options: ServeOptions) -> tuple[str | None, bool]:
@@ -123,7 +115,7 @@ def serve(options: ServeOptions, world: World) -> int:
 
 def replica_size(options: ServeOptions, world: World) -> int:
     """Ranks that share a model; UserError if they do not divide so."""
-    if options.replicas < 1 or world.comm.size % options.replicas:
+    if world.comm.size % options.replicas:
         reason = f"{world.comm.size} ranks do not divide into so many groups"
         raise UserError(f"--replicas is {options.replicas}: {reason}.")
     return world.comm.size // options.replicas

@@ -224,16 +224,10 @@ def test_without_a_group_left_all_ends_and_clients_are_told(tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (("--replicas", "0"), "--replicas is 0"),
         (("--replicas", "3"), "2 ranks do not divide"),
-        (("--sequences", "0"), "--sequences"),
-        (("--temperature", "-1"), "temperature"),
-        (("--tls-key", "x"), "go together"),
         (("--api-key", "with blank"), "API key"),
         (("--api-key-file", "/nowhere"), "--api-key-file"),
         (("--no-auth", "--api-key", "x"), "exclude each other"),
-        (("--body-limit", "much"), "--body-limit"),
-        (("--grace", "-1"), "--grace"),
         (("--rendezvous", "/nowhere/file"), "--rendezvous"),
     ],
 )

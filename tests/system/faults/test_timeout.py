@@ -22,7 +22,6 @@ from tests.system.faults.running import (
     in_the_midst,
     name,
     sabotage,
-    the_mistake,
     the_sentence,
     wait_for,
 )
@@ -146,11 +145,6 @@ def test_a_wait_inside_mpi_ends_too() -> None:
         sentence = the_sentence(launch.stderr())
     assert f"{name(0, 3)} has been stuck in the start" in sentence
     assert "cannot be known" in sentence
-
-
-@pytest.mark.parametrize("given", ["-1", "0.5", "nan"])
-def test_timeouts_out_of_range(given: str, toy: Path) -> None:
-    assert "--timeout is" in the_mistake(run(None, *PROGRAM, "--model", toy, "--timeout", given))
 
 
 @pytest.mark.parametrize("reader", ["quick", "slow"])
