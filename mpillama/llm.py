@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Self, cast
 import numpy as np
 
 from mpillama.comm.launcher import check_start
-from mpillama.comm.watchdog import GroupFailedError
+from mpillama.comm.watchdog import PeerFailedError
 from mpillama.engine.answer import LogprobRecorder, TokenLogprob
 from mpillama.engine.engine import Engine
 from mpillama.engine.perplexity import NOTHING, Losses, losses_of
@@ -24,7 +24,8 @@ from mpillama.job.start import Intracomm, World, join
 from mpillama.loading.load import open_shared_executor
 from mpillama.loading.session import Session, choose_target, open_session
 from mpillama.loading.settings import EngineSettings, check_numbers
-from mpillama.text.sampling_params import SamplingParams, derived_seed, new_seed
+from mpillama.text.sampler import derived_seed
+from mpillama.text.sampling_params import SamplingParams, new_seed
 from mpillama.text.tokenizer import Tokenizer
 
 Prompt = str | Sequence[int]
@@ -205,9 +206,9 @@ class LLM(EngineSettings):
 
     def _follow(self, session: Session) -> None:
         try:
-            with _aborting(session.world, GroupFailedError):
+            with _aborting(session.world, PeerFailedError):
                 session.executor.follow(patient=True)
-        except GroupFailedError as error:
+        except PeerFailedError as error:
             self._hold(None)
             raise RuntimeError(f"{error} failed in the midst of a step") from None
 

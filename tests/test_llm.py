@@ -11,7 +11,7 @@ import pytest
 import mpillama
 from mpillama import LLM, SamplingParams, UserError
 from mpillama.comm.communicator import Communicator
-from mpillama.text.sampling_params import derived_seed
+from mpillama.text.sampler import derived_seed
 from tests import golden_models
 from tests.conftest import ModelFile
 from tests.system.mpi.launch import DEMO_MODEL, END_SECONDS, PROGRAM, ROOT, TIMEOUT, Result, run, started

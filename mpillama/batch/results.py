@@ -15,7 +15,7 @@ from mpillama.errors import UserError
 from mpillama.openai.body import BadRequest
 from mpillama.openai.prompts import Prompter
 from mpillama.replicas.runner import Adapter
-from mpillama.text.sampling_params import derived_seed
+from mpillama.text.sampler import derived_seed
 
 
 @dataclass(frozen=True)

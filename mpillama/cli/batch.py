@@ -65,7 +65,7 @@ class Reporter:
             raise UserError(f"--metrics {self.metrics}: cannot be written ({error.strerror}).") from error
 
     def figures(self, counts: Counts) -> dict[str, Any]:
-        """What a machine may want to know; the engine's are those of rank 0's group."""
+        """What a machine may want to know; the engine's are those of rank 0's replica."""
         seconds, engine = time.monotonic() - counts.began, self.engine
         totals = engine.counts
         return {
@@ -126,7 +126,7 @@ ANSWER_OPTIONS = ("weights", "kv_type", "layers")
 
 
 def batch(options: BatchOptions, world: World) -> int:
-    """Run the command; returns the exit status: 85 if it stopped before the end, 3 if a group of ranks failed."""
+    """Run the command; returns the exit status: 85 if it stopped before the end, 3 if a replica failed."""
     world.comm.on_root_only(lambda: check(options))
     stop, deadline = StopRequest(), Deadline.of_run(options.time_limit)
     stop.install() if world.comm.is_root else ignore_stop_signals()
@@ -217,9 +217,9 @@ class BatchJob:
         }
 
     def _tell_end(self, reporter: Reporter, counts: Counts, status: int, failures: list[str]) -> None:
-        """Say how the run ended, and which groups did not see the end."""
+        """Say how the run ended, and which replicas failed."""
         for failure in failures:
-            sys.stderr.write(f"mpillama: warning: a group of ranks retired, others did its rows: {failure}\n")
+            sys.stderr.write(f"mpillama: warning: a replica failed, others answered its rows: {failure}\n")
         if self.options.json:
             sys.stdout.write(json.dumps({"status": status, **reporter.figures(counts)}) + "\n")
         elif not self.options.quiet:

@@ -13,7 +13,8 @@ from mpillama.cli.options import ConvertOptions
 from mpillama.cli.running import warn_of_requantised
 from mpillama.job.start import World
 from mpillama.loading.convert import convert_model, refuse_target, target_bytes, with_importance
-from mpillama.loading.model_file import ModelFile, make_tokenizer, open_model
+from mpillama.loading.model_file import ModelFile, open_model
+from mpillama.loading.texts import make_tokenizer
 
 
 def convert(options: ConvertOptions, world: World) -> int:

@@ -39,7 +39,7 @@ class OthersFailedError(Exception):
     """What this rank does is in vain: another one has failed at its part, and says so as soon as all ranks meet."""
 
 
-class GroupFailedError(Exception):
+class PeerFailedError(Exception):
     """A rank of this group has given up: the group does nothing more, but other groups may."""
 
 
@@ -130,7 +130,7 @@ class Watch:
             elif kind is Kind.FAILED:
                 self.failed_at = state.entered
             elif kind is Kind.GONE:
-                raise GroupFailedError(self.names[rank] if self.names else f"rank {rank}")
+                raise PeerFailedError(self.names[rank] if self.names else f"rank {rank}")
             elif self.roll_call is not None:
                 self.roll_call.hear(rank, kind, state)
 

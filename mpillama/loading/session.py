@@ -12,8 +12,8 @@ from mpillama.errors import UserError
 from mpillama.job.start import World
 from mpillama.kernels.target import Target, prepare, requested_isa
 from mpillama.loading.load import LoadedModel, Progress, load_model
-from mpillama.loading.model_file import make_chat_template, make_tokenizer
 from mpillama.loading.settings import ModelSettings
+from mpillama.loading.texts import make_chat_template, make_tokenizer
 from mpillama.text.chat_template import ChatTemplate
 from mpillama.text.tokenizer import Tokenizer
 

@@ -81,7 +81,7 @@ class Router(Generic[RequestT, OutputT]):
 
     def _fail_over(self) -> None:
         if len(self.failures) == len(self.replicas):
-            raise UserError(f"no group of ranks is left: {'; '.join(self.failures)}; {self.advice}")
+            raise UserError(f"no replica is left: {'; '.join(self.failures)}; {self.advice}")
         left, self._waiting = self._waiting, {}
         for replica in self.replicas:
             if replica.failure:

@@ -26,7 +26,8 @@ from mpillama.server.errors import Refused, Unprocessable
 from mpillama.server.tokenizing import check_prompt_text, size, size_of_chat
 from mpillama.text.constraint import json_schema_grammar
 from mpillama.text.json_schema import rewritten
-from mpillama.text.sampling_params import SamplingParams, derived_seed
+from mpillama.text.sampler import derived_seed
+from mpillama.text.sampling_params import SamplingParams
 
 LONGEST_OPENING = 16
 """Tokens at a prompt's end among which a thought is opened."""

@@ -8,7 +8,6 @@ import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from hashlib import blake2b
 from typing import Any
 
 from mpillama.errors import UserError
@@ -191,9 +190,3 @@ class SamplingParams:
 def new_seed() -> int:
     """A random seed below 2^53, exact in any JSON reader."""
     return int.from_bytes(os.urandom(7)) >> 3
-
-
-def derived_seed(seed: int, text: str) -> int:
-    """A seed of its own for each text, the same in every run; below 2^53, exact in any JSON reader."""
-    digest = blake2b(text.encode(errors="surrogatepass"), digest_size=8, salt=seed.to_bytes(8, "little"))
-    return int.from_bytes(digest.digest(), "little") >> 11

@@ -105,7 +105,7 @@ def test_a_cancelled_answer_is_forgotten():
 
 def test_without_a_replica_left_who_waits_is_told():
     server = Server(ScriptedReplica(finish, fails=1))
-    with pytest.raises(UserError, match=r"no group of ranks is left: out of memory; start the server again\."):
+    with pytest.raises(UserError, match=r"no replica is left: out of memory; start the server again\."):
         server.run(lambda queue: server.engine.submit(request(1), queue))
     assert [output.finish_reason for output in server.outputs] == ["error"]
 

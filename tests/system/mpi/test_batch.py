@@ -220,7 +220,7 @@ def test_a_group_that_fails_retires_and_the_others_do_its_rows(
 def test_no_group_left_keeps_what_was_finished(demo: Path, tmp_path: Path) -> None:
     source, target = write_rows(tmp_path / "in.jsonl", mixed_rows(100)), tmp_path / "out.jsonl"
     ran = failing(2, "0,1", "bug", source, target, demo, 1)
-    assert (ran.status, ran.stderr.count("no group of ranks is left")) == (2, 1), ran.stderr
+    assert (ran.status, ran.stderr.count("no replica is left")) == (2, 1), ran.stderr
     assert len(answer(2, source, target, demo)) == 100
 
 
