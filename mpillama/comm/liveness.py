@@ -27,7 +27,7 @@ class Kind(IntEnum):
     """What a message says.
 
     Asking, answering; that rank 0 may be silent because it waits for a person; that what all ranks do cannot succeed;
-    that a rank does nothing more at all.
+    that a rank does nothing more at all; that a rank ends the job and has said why.
     """
 
     CALL = 1
@@ -36,6 +36,7 @@ class Kind(IntEnum):
     BACK = 4
     FAILED = 5
     GONE = 6
+    ENDING = 7
 
 
 @dataclass(frozen=True)

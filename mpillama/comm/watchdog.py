@@ -11,7 +11,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from typing import Generic, TypeVar
 
 from mpillama.comm.failure import Aborter
@@ -23,6 +23,8 @@ TICK = 1.0
 """Time between two looks of the thread."""
 MARGIN = 5.0
 """The thread leaves the main thread this much longer, since the main thread can say more."""
+MOST_TURNS = 5
+"""So many ranks take turns in saying that they are stuck, a TICK after one another."""
 SIGNAL_SECONDS = 2.5
 """How long the main thread may take to act upon a signal."""
 
@@ -68,6 +70,7 @@ class Watch:
         self.roll_call: RollCall | None = None
         self.idle_at = -1
         self.failed_at = -1
+        self.job_ends = False
         self.display: Display = no_display
         self._reserve: mmap.mmap | None = mmap.mmap(-1, RESERVE_BYTES, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
 
@@ -129,10 +132,24 @@ class Watch:
                 self.idle_at = state.entered if kind is Kind.IDLE else -1
             elif kind is Kind.FAILED:
                 self.failed_at = state.entered
+            elif kind is Kind.ENDING:
+                self.job_ends = True
             elif kind is Kind.GONE:
                 raise PeerFailedError(self.names[rank] if self.names else f"rank {rank}")
             elif self.roll_call is not None:
                 self.roll_call.hear(rank, kind, state)
+
+    def tell_end(self) -> None:
+        """Let the other ranks know that this one ends the job and says why."""
+        if self.messages is not None and threading.current_thread() is threading.main_thread():
+            self.messages.send_all(Kind.ENDING, self.state())
+
+    def knows_of_end(self) -> bool:
+        """Whether another rank has told so."""
+        if threading.current_thread() is threading.main_thread():
+            with suppress(PeerFailedError):
+                self._listen()
+        return self.job_ends
 
     def strike(self, sentence: str) -> None:
         """End the job with a sentence."""
@@ -222,7 +239,8 @@ class Guard(threading.Thread):
         now, place = (self.watch.entered, self.watch.looks), self.watch.place
         self.waited = self.waited + TICK if place and now == self.seen else 0.0
         self.seen = now
-        if self.watch.timeout and self.waited >= self.watch.timeout + MARGIN:
+        turn = TICK * min(self.aborter.rank, MOST_TURNS)  # the lowest rank that waits has the word
+        if self.watch.timeout and self.waited >= self.watch.timeout + MARGIN + turn:
             self.aborter.fail(
                 f"mpillama: {self.aborter.where} has been stuck in {place} for {self.waited:.0f} s; which rank it "
                 "waits for cannot be known: a rank was stopped, or its host or the network hangs; all ranks end "

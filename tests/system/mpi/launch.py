@@ -96,7 +96,7 @@ class Launch:
     def stderr(self) -> str:
         """What was written to standard error so far."""
         self.errors.seek(0)
-        return self.errors.read().decode(errors="replace")
+        return self.errors.read().decode(errors="replace").replace("\0", "")  # Open MPI ends its own words so
 
     def processes(self) -> list[psutil.Process]:
         """The launcher and all ranks that are still there."""
