@@ -70,27 +70,22 @@ class RequestOutput:
 
     @property
     def text(self) -> str:
-        """The first answer's."""
         return self.outputs[0].text
 
     @property
     def token_ids(self) -> list[int]:
-        """The first answer's."""
         return self.outputs[0].token_ids
 
     @property
     def finish_reason(self) -> str:
-        """The first answer's."""
         return self.outputs[0].finish_reason
 
     @property
     def logprobs(self) -> list[TokenLogprob] | None:
-        """The first answer's."""
         return self.outputs[0].logprobs
 
     @property
     def cumulative_logprob(self) -> float | None:
-        """The first answer's."""
         return self.outputs[0].cumulative_logprob
 
 

@@ -45,7 +45,6 @@ class Reporter:
         self._next_show = self._next_metrics = 0.0
 
     def __call__(self, counts: Counts) -> None:
-        """A step was done."""
         now = time.monotonic()
         if now >= self._next_show:
             self._next_show = now + SHOW_SECONDS

@@ -164,7 +164,6 @@ def _draw_split(axes: Any, report: Report) -> None:
 
 
 def bench(options: BenchOptions, world: World) -> int:
-    """Run the command; returns the exit status."""
     world.comm.on_root_only(lambda: refuse_unwritable("--plot", options.plot))
     with running(options, world) as job:
         model, whole_layers = _load(options, world, job.target)

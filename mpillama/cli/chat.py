@@ -22,7 +22,6 @@ Message = dict[str, Any]
 
 
 def chat(options: ChatOptions, world: World) -> int:
-    """Run the command; returns the exit status."""
     # A launcher passes Ctrl-C on to every rank: only rank 0 acts on it, and not before it can answer.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     with running(options, world) as job, loaded(job) as session:

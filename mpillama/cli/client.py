@@ -23,7 +23,6 @@ PATTERN = "mpillama-serve*.json"
 
 
 def client(options: ClientOptions) -> int:
-    """Run the command; returns the exit status."""
     where = Server.find(options)
     talk = Talk(where, options.sampling, options.system)
     if options.prompt is not None:

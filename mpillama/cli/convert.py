@@ -18,7 +18,6 @@ from mpillama.loading.texts import make_tokenizer
 
 
 def convert(options: ConvertOptions, world: World) -> int:
-    """Run the command; returns the exit status."""
     comm = world.comm
     with logged(world, quiet=False):
         comm.watch.display = stages(comm.is_root, options.json)

@@ -28,7 +28,6 @@ from mpillama.text.sampling_params import new_seed
 
 
 def generate(options: GenerateOptions, world: World) -> int:
-    """Run the command; returns the exit status."""
     world.comm.on_root_only(lambda: refuse_unwritable("--logits-out", options.logits_out))
     with running(options, world) as job, loaded(job) as session:
         if session.is_root:

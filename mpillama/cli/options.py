@@ -87,7 +87,6 @@ class RunOptions(OnRanks, ModelSettings):
     )
 
     def check(self) -> None:
-        """See Options."""
         super().check()
         if self.monitor is not None and not self.monitor > 0:
             raise UserError(f"--monitor is {self.monitor}: give a number of seconds above 0.")
@@ -163,8 +162,6 @@ def _assembled(command: type, values: dict[str, Any]) -> Any:
 
 @dataclass(frozen=True, kw_only=True)
 class GenerateOptions(RunOptions, SpeculationSettings):
-    """Options of `generate`."""
-
     sampling: SamplingParams = sampling()
     prompt: str = option(
         "text to continue, or - to read it from standard input (default: Once upon a time)",
@@ -182,11 +179,9 @@ class GenerateOptions(RunOptions, SpeculationSettings):
 
     @property
     def needs_template(self) -> bool:
-        """See ModelSettings."""
         return self.chat
 
     def check(self) -> None:
-        """See Options."""
         super().check()
         if self.chat and self.raw:
             raise UserError("--chat and --raw exclude each other: give one of them.")
@@ -208,22 +203,17 @@ class GenerateOptions(RunOptions, SpeculationSettings):
 
 @dataclass(frozen=True, kw_only=True)
 class ChatOptions(RunOptions, SpeculationSettings):
-    """Options of `chat`."""
-
     sampling: SamplingParams = sampling()
     system: Optional[str] = option("the system message to begin with", metavar="TEXT")
     quiet: bool = option("no progress and no closing lines", False)
 
     @property
     def needs_template(self) -> bool:
-        """See ModelSettings."""
         return True
 
 
 @dataclass(frozen=True, kw_only=True)
 class BenchOptions(RunOptions):
-    """Options of `bench`."""
-
     shape: Optional[str] = option(
         "generate weights of a known shape in memory instead of reading a file, e.g. llama-3.2-1b, llama-3.1-405b",
         metavar="NAME",
@@ -245,7 +235,6 @@ class BenchOptions(RunOptions):
     plot: Optional[str] = option("plot the roofline and the breakdown of time (needs matplotlib)", metavar="FILE.png")
 
     def check(self) -> None:
-        """See Options."""
         super().check()
         if (self.shape is None) == (self.model is None):
             raise UserError("bench needs --shape NAME (weights made in memory) or --model FILE, one of them.")
@@ -253,8 +242,6 @@ class BenchOptions(RunOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class PerplexityOptions(RunOptions):
-    """Options of `perplexity`."""
-
     file: str = option("text file, or - for standard input (default: -)", "-", metavar="PATH")
     context: int = option(
         "tokens in a window; as many windows as --prefill-chunk holds are computed together (default: 512)",
@@ -268,7 +255,6 @@ class PerplexityOptions(RunOptions):
     json: bool = option("print one JSON object", False)
 
     def check(self) -> None:
-        """See Options."""
         super().check()
         if self.stride is not None and not 1 <= self.stride <= self.context:
             raise UserError(f"--stride is {self.stride}: give 1 to {self.context} tokens (--context).")
@@ -281,8 +267,6 @@ class EngineOptions(RunOptions, EngineSettings):
 
 @dataclass(frozen=True, kw_only=True)
 class BatchOptions(EngineOptions):
-    """Options of `batch`."""
-
     input: str = positional("input", "JSON lines: OpenAI's batch format, or id with prompt or messages")
     output: str = positional("output", "JSON lines to append to; run the same command again to continue")
     sampling: SamplingParams = sampling(
@@ -302,7 +286,6 @@ class BatchOptions(EngineOptions):
     json: bool = option("print the summary as one JSON object", False)
 
     def check(self) -> None:
-        """See Options."""
         super().check()
         if self.time_limit is not None:
             parse_duration(self.time_limit)
@@ -369,7 +352,6 @@ class ServeOptions(EngineOptions):
     quiet: bool = option("no progress and no messages", False)
 
     def check(self) -> None:
-        """See Options."""
         super().check()
         if (self.tls_certificate is None) != (self.tls_key is None):
             raise UserError("--tls-certificate and --tls-key go together: give both.")
@@ -405,8 +387,6 @@ class ClientOptions(Options):
 
 @dataclass(frozen=True)
 class PlanOptions(Options):
-    """Options of `plan`."""
-
     model: Optional[str] = option("model in any format", metavar="PATH")
     shape: Optional[str] = option("a known shape instead of a file, e.g. llama-3.1-405b", metavar="NAME")
     weights: str = option(
@@ -441,7 +421,6 @@ class PlanOptions(Options):
     json: bool = option("print one JSON object", False)
 
     def check(self) -> None:
-        """See Options."""
         super().check()
         if (self.shape is None) == (self.model is None):
             raise UserError("plan needs --shape NAME or --model PATH, one of them.")
@@ -449,8 +428,6 @@ class PlanOptions(Options):
 
 @dataclass(frozen=True)
 class ConvertOptions(OnRanks):
-    """Options of `convert`."""
-
     source: str = positional("source", "Hugging Face folder, .gguf file or distributed-llama .m file")
     target: str = positional("target", "the .h5 file to write")
     weights: str = option(
@@ -473,8 +450,6 @@ class ConvertOptions(OnRanks):
 
 @dataclass(frozen=True)
 class VerifyOptions(OnRanks):
-    """Options of `verify`."""
-
     file: str = positional("file", "model in any format, as for --model")
     tokenizer: Optional[str] = option("the .t file of a distributed-llama model", metavar="PATH")
     json: bool = option("print one JSON object", False)
@@ -482,8 +457,6 @@ class VerifyOptions(OnRanks):
 
 @dataclass(frozen=True)
 class TokenizeOptions(Options):
-    """Options of `tokenize`."""
-
     text: str = positional("text", "text, or - for standard input")
     model: Optional[str] = option("model in any format (default: data/demo.h5)", metavar="PATH")
     tokenizer: Optional[str] = option("the .t file of a distributed-llama model", metavar="PATH")
@@ -493,8 +466,6 @@ class TokenizeOptions(Options):
 
 @dataclass(frozen=True)
 class InspectOptions(Options):
-    """Options of `inspect`."""
-
     file: str = positional("file", "model in any format, as for --model")
     tokenizer: Optional[str] = option("the .t file of a distributed-llama model", metavar="PATH")
     json: bool = option("print one JSON object", False)
@@ -502,8 +473,6 @@ class InspectOptions(Options):
 
 @dataclass(frozen=True)
 class DoctorOptions(OnRanks):
-    """Options of `doctor`."""
-
     needs_one_job: ClassVar[bool] = False
 
     threads: Optional[int] = option("threads of each rank, as for generate", metavar="COUNT")

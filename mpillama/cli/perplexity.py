@@ -19,7 +19,6 @@ from mpillama.loading.session import Session
 
 
 def perplexity(options: PerplexityOptions, world: World) -> int:
-    """Run the command; returns the exit status."""
     with running(options, world) as job:
         world.comm.on_root_only(lambda: refuse_unreadable(options.file))
         with loaded(job, partial(_open_executor, options)) as session:

@@ -44,8 +44,6 @@ from mpillama.text.constraint import Grammars, json_object_grammar
 
 @dataclass(frozen=True)
 class Settings:
-    """What the options come to."""
-
     key: str | None = field(repr=False)
     made_key: bool
     body_bytes: int
@@ -176,7 +174,6 @@ class ServeJob:
         self.stop = StopRequest(SIGNALS)
 
     def run(self, session: Session) -> None:
-        """Serve until the end."""
         grammars = make_grammars(session)
         router = self.replica.router(make_runner(session, grammars, self.options), "start the server again.")
         state, rendezvous = self._state(session, grammars, router.replicas), self._rendezvous(session)

@@ -11,7 +11,6 @@ from mpillama.loading.texts import make_tokenizer
 
 
 def tokenize(options: TokenizeOptions) -> int:
-    """Run the command; returns the exit status."""
     display = stages(is_root=True, quiet=options.json)
     with display("building the tokenizer"):
         tokenizer = make_tokenizer(open_model(model_path(options.model), tokenizer=options.tokenizer))

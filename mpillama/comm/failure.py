@@ -24,6 +24,7 @@ LAST_WORD_SECONDS = 2
 """How long MPI may take to end the job before this process ends by itself, whatever MPI does."""
 LONGEST_TURN = 2.0
 """How long a rank leaves it to lower ranks to say what may have struck all of them."""
+POLL_SECONDS = 0.02
 DELIVERY_SECONDS = 0.2
 """Left to the launcher to pass the last words on: some drop what they have not read when a job is aborted."""
 OPEN_MPI = "OMPI_COMM_WORLD_SIZE"
@@ -130,25 +131,32 @@ class Aborter:
     def end_by_signal(self, number: int) -> NoReturn:
         """Say so, and end all ranks."""
         self.ending, name = True, signal.Signals(number).name
-        if number == signal.SIGTERM and OPEN_MPI in os.environ and not self.knows_of_end():
-            time.sleep(KILL_SECONDS)
+        if number == signal.SIGTERM and OPEN_MPI in os.environ and self._is_told_within(KILL_SECONDS):
+            self.end(128 + number)
         self.fail(f"mpillama: {self.where}: ended by {name}; all ranks end.", 128 + number)
 
     def fail(self, text: str, status: int = FAILURE_STATUS) -> NoReturn:
         """Print a text, unless another rank has said why the job ends, and end all ranks."""
         self.ending = True
-        if self.rank:
-            time.sleep(min(0.3 + 0.05 * self.rank, LONGEST_TURN))
+        if self.rank and self._is_told_within(min(0.3 + 0.05 * self.rank, LONGEST_TURN)):
+            self.end(status)
         with suppress(Exception):  # whatever is wrong with MPI by now
-            if self.knows_of_end():
-                self.end(status)
             self.tell_end()
         print_error(text)
         time.sleep(DELIVERY_SECONDS)
         self.end(status)
 
+    def _is_told_within(self, seconds: float) -> bool:
+        """Whether another rank says meanwhile that it ends the job, and why."""
+        until = time.monotonic() + seconds
+        while time.monotonic() < until:
+            with suppress(Exception):  # whatever is wrong with MPI by now
+                if self.knows_of_end():
+                    return True
+            time.sleep(POLL_SECONDS)
+        return False
+
     def end(self, status: int) -> NoReturn:
-        """End every rank now."""
         end_within(LAST_WORD_SECONDS)
         with suppress(Exception):
             self.tell_end()

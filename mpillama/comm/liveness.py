@@ -59,13 +59,11 @@ class Messages:
         self.sent: list[tuple[MPI.Request, np.ndarray]] = []
 
     def send(self, to: int, kind: Kind, state: State) -> None:
-        """Send to one rank."""
         message = np.array([kind, state.entered, state.work, state.waits], np.int64)
         self.sent = [(request, buffer) for request, buffer in self.sent if not request.Test()]
         self.sent.append((self.mpi.Isend(message, to), message))
 
     def send_all(self, kind: Kind, state: State) -> None:
-        """Send to all other ranks."""
         for rank in range(self.mpi.size):
             if rank != self.mpi.rank:
                 self.send(rank, kind, state)
@@ -179,5 +177,4 @@ def _work_done(mates: Sequence[Mate]) -> str:
 
 
 def monotonic() -> float:
-    """Seconds."""
     return time.perf_counter()

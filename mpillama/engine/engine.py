@@ -53,7 +53,6 @@ class EngineCounts:
 
     @property
     def model_seconds(self) -> float:
-        """Seconds in the model."""
         return self.prefill.seconds + self.decode.seconds
 
 
@@ -100,7 +99,6 @@ class Engine:
 
     @property
     def load(self) -> int:
-        """Sequences that wait or run."""
         return len(self.scheduler.waiting) + len(self.scheduler.running)
 
     def submit(self, request: Request) -> EngineSequence:

@@ -21,7 +21,6 @@ class Share:
 
     @property
     def tokens(self) -> int:
-        """All of them."""
         return self.count + len(self.drafts)
 
 
@@ -45,7 +44,6 @@ class Scheduler:
         self._shares: dict[int, Share] = {}
 
     def add(self, sequence: EngineSequence) -> None:
-        """Queue a new sequence."""
         self.waiting.append(sequence)
 
     def remove(self, sequence: EngineSequence) -> None:

@@ -50,7 +50,6 @@ class Program:
 
 
 def this_program() -> Program:
-    """What this process runs."""
     folder = Path(mpillama.__file__).parent
     digest = hashlib.sha256()
     for path in sorted(p for p in folder.rglob("*") if p.suffix in SOURCES):

@@ -48,16 +48,14 @@ class SliceReader(Protocol):
     def stop(self) -> None:
         """Make reads that are under way end soon."""
 
-    def close(self) -> None:
-        """Give the files back."""
+    def close(self) -> None: ...
 
 
 class ModelFile(Protocol):
     """What rank 0 reads of a model and gives to the others: everything but the weights."""
 
     @property
-    def path(self) -> str:
-        """Where it lies."""
+    def path(self) -> str: ...
 
     @property
     def files(self) -> Mapping[str, int]:
@@ -76,12 +74,10 @@ class ModelFile(Protocol):
         """How the tensors are held in memory."""
 
     @property
-    def config(self) -> ModelConfig:
-        """The model's shape."""
+    def config(self) -> ModelConfig: ...
 
     @property
-    def specs(self) -> list[TensorSpec]:
-        """The model's tensors."""
+    def specs(self) -> list[TensorSpec]: ...
 
     @property
     def metadata_sha256(self) -> str:

@@ -10,8 +10,7 @@ from typing import Protocol
 
 import numpy as np
 
-from mpillama.comm.communicator import Communicator
-from mpillama.comm.rounds import Rounds
+from mpillama.comm.communicator import Communicator, Rounds
 from mpillama.errors import UserError
 
 INTERVAL = 0.1

@@ -45,7 +45,6 @@ class Session:
 
     @property
     def path(self) -> str:
-        """The model's file."""
         return self.loaded.file.path
 
     @cached_property

@@ -1,12 +1,14 @@
 """A model's tokenizer and chat template, made of the texts in its file."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from mpillama.errors import UserError
 from mpillama.loading.model_file import TOKENIZER_CONFIG, ModelFile, chat_template_source, settings_in
 from mpillama.text.chat_template import ChatTemplate
-from mpillama.text.end_tokens import end_tokens
 from mpillama.text.tokenizer import Tokenizer
+
+ANSWER = "mpillama-answers"
 
 
 def make_tokenizer(file: ModelFile) -> Tokenizer:
@@ -34,3 +36,29 @@ def _ids(found: Any) -> tuple[int, ...]:
 def make_chat_template(file: ModelFile, tokenizer: Tokenizer) -> ChatTemplate:
     """The model's own chat template; UserError if it has none, or several of which none is the default."""
     return ChatTemplate(chat_template_source(file), bos_token=tokenizer.bos_token, eos_token=tokenizer.eos_token)
+
+
+def end_tokens(
+    tokenizer: Tokenizer, tokenizer_config: Mapping[str, Any], configured: tuple[int, ...], template: str
+) -> tuple[int, ...]:
+    """Which tokens end an answer: everything that comes with a model names some, and seldom all of them the same.
+
+    The ids, first the one that texts call eos_token: of tokenizer_config.json, of the others, of the template.
+    """
+    named = tokenizer_config.get("eos_token")
+    name = named.get("content") if isinstance(named, dict) else named
+    eos = tokenizer.token_id(name) if isinstance(name, str) else None
+    found = [eos, *configured, end_of_turn(tokenizer, template)]
+    return tuple(dict.fromkeys(i for i in found if i is not None))
+
+
+def end_of_turn(tokenizer: Tokenizer, template: str) -> int | None:
+    """The control token that a chat template writes behind an answer, None if it writes another text there."""
+    turns = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": ANSWER}]
+    try:
+        made = ChatTemplate(template, bos_token=tokenizer.bos_token, eos_token=tokenizer.eos_token)
+        _, _, rest = made.render(turns, add_generation_prompt=False).rpartition(ANSWER)
+    except UserError:
+        return None  # a template that cannot show this tells nothing; who chats with it is told what is wrong
+    ids = tokenizer.encode(rest.lstrip(), add_bos=False)[:1]
+    return ids[0] if ids and tokenizer.is_control(ids[0]) and ids[0] != tokenizer.bos_token_id else None

@@ -30,7 +30,6 @@ class Router(Generic[RequestT, OutputT]):
 
     @property
     def active(self) -> int:
-        """Requests under way."""
         return len(self._waiting) + sum(len(replica.requests) for replica in self.replicas)
 
     @property

@@ -55,7 +55,6 @@ class Metrics:
         self._asked = 0.0
 
     def note(self, path: str, status: int, seconds: float) -> None:
-        """A request has ended."""
         self.requests.labels(path, str(status)).inc()
         self.seconds.labels(path).observe(seconds)
 
@@ -81,7 +80,6 @@ class TokenWatch:
         self._begin = time.monotonic()
 
     def note(self, index: int, output: Output) -> None:
-        """An answer went on."""
         if not output.token_ids:
             return
         now, count = time.monotonic(), len(output.token_ids)
