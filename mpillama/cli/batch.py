@@ -35,7 +35,7 @@ SHOW_SECONDS = 0.5
 
 
 class Reporter:
-    """Takes the counts after each step and tells of them from time to time."""
+    """Reports the counts from time to time; it is called after each step."""
 
     def __init__(self, engine: Engine, input_bytes: int, metrics: str | None, show: Callable[[str], None]):
         self.engine = engine
@@ -110,7 +110,7 @@ class Reporter:
 
 @contextmanager
 def shown(quiet: bool) -> Iterator[Callable[[str], None]]:
-    """A line that is written over on a terminal; nothing where nobody watches."""
+    """A status line on a terminal, nothing elsewhere."""
     if not watched(quiet):
         yield lambda text: None
         return

@@ -1,4 +1,4 @@
-"""`bench`: how fast the ranks and threads as started run a model or a shape, and how near the limit that is."""
+"""`bench`: how fast this job's ranks and threads run a model or a shape, and how close that is to the limit."""
 
 import json
 import sys

@@ -69,7 +69,7 @@ class Conversation:
             self.keyboard.tell(HELP)
 
     def _reset(self, system: str | None) -> None:
-        """Begin anew; what the cache shares with the next prompt is kept by itself."""
+        """Start a new conversation; the cache keeps whatever the next prompt shares with it."""
         self.messages = [{"role": "system", "content": system}] if system else []
 
     def _system_message(self) -> str | None:
@@ -77,7 +77,7 @@ class Conversation:
         return first[0]["content"] if first and first[0]["role"] == "system" else None
 
     def _answer(self, text: str) -> None:
-        """Stream the answer to a message; a message that does not fit is told and dropped."""
+        """Stream the answer to a message; one that does not fit is reported and dropped."""
         self.messages.append({"role": "user", "content": text})
         try:
             rendered = self.session.chat_template.render_marked(self.messages)

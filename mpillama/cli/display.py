@@ -79,14 +79,14 @@ def _link(pid: int, descriptor: int) -> str:
 
 
 def console(output: int) -> Any:
-    """What rich prints with on a terminal, in its width."""
+    """A rich console as wide as the terminal."""
     from rich.console import Console
 
     return Console(stderr=output == STANDARD_ERROR, force_terminal=True, width=_columns(terminal_of(output)))
 
 
 def _columns(name: str) -> int | None:
-    """The width of a terminal, None if it cannot be told."""
+    """The width of a terminal, None if unknown."""
     try:
         terminal = os.open(name, os.O_RDONLY | os.O_NOCTTY)
     except OSError:
@@ -171,7 +171,7 @@ def terminal_console() -> Any:
 
 
 def stages(is_root: bool, quiet: bool) -> Display:
-    """Return what tells of things that take long: a line with their seconds on rank 0's terminal, else one sentence."""
+    """Return a display for long operations: a line with the elapsed seconds on rank 0's terminal, else one sentence."""
     if quiet or not is_root:
         return lambda what: nullcontext(lambda how_far: None)
 

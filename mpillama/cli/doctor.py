@@ -1,4 +1,4 @@
-"""`doctor`: what this run would have: MPI, hosts, cores, threads, instruction set, Slurm; with advice."""
+"""`doctor`: what a run would get: MPI, hosts, cores, threads, instruction set, Slurm; with advice."""
 
 import json
 import os

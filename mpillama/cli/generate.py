@@ -51,7 +51,7 @@ class SampledLogits:
 
 @dataclass(frozen=True)
 class Generation:
-    """What has come of the command."""
+    """What was generated."""
 
     sequence: EngineSequence
     logits: SampledLogits
@@ -122,7 +122,7 @@ def _memory(session: Session, options: GenerateOptions, positions: int) -> list[
 
 
 def _trial(session: Session, options: GenerateOptions, done: Generation) -> Extrapolation | None:
-    """What a trial with --layers says of the whole model."""
+    """What a trial run (--layers) predicts for the whole model."""
     file = session.loaded.file
     if not isinstance(file, TruncatedModel):
         return None

@@ -52,7 +52,7 @@ class Options:
     """A command's options."""
 
     def check(self) -> None:
-        """UserError for what can be told to be wrong by the options alone, before MPI starts."""
+        """UserError for whatever the options alone show to be wrong; called before MPI starts."""
         check_numbers(self, "--")
 
 
@@ -66,7 +66,7 @@ class OnRanks(Options):
 
     @property
     def is_quiet(self) -> bool:
-        """Whether nobody wants to read of progress."""
+        """Whether progress is unwanted."""
         return bool(getattr(self, "quiet", False) or getattr(self, "json", False))
 
 

@@ -44,7 +44,7 @@ class Job:
 
 @contextmanager
 def running(options: RunOptions, world: World) -> Iterator[Job]:
-    """Log and monitor a run as its options say, tell on rank 0 what takes long, and set up the kernels."""
+    """Set up a run: logs, monitor, rank 0's display of long operations, kernels."""
     quiet = options.is_quiet
     world.comm.watch.display = stages(world.comm.is_root, quiet)
     with (
@@ -83,7 +83,7 @@ def loaded(job: Job, open_: OpenExecutor | None = None, world: World | None = No
 
 @contextmanager
 def leading(session: Session, job: Job) -> Iterator[None]:
-    """Rank 0's work; however it ends short of a failure of the program, the other ranks are told."""
+    """Rank 0's work. However it ends, short of a crash, the other ranks are told."""
     try:
         yield
     except NonFiniteLogits as error:
@@ -98,7 +98,7 @@ def leading(session: Session, job: Job) -> Iterator[None]:
 
 
 def write(comm: Communicator, text: str) -> None:
-    """Print on standard output; a reader that takes its time (a pager, a stopped terminal) is waited for."""
+    """Print on standard output, and wait for a slow reader (a pager, a stopped terminal)."""
     ready = select.poll()
     ready.register(sys.stdout.fileno(), select.POLLOUT)
     goes_at_once = len(text) < select.PIPE_BUF // 4 and ready.poll(BUSY_READER_SECONDS * 1000)
@@ -143,7 +143,7 @@ def warn_of_requantised(file: ModelFile) -> None:
 
 
 def pieces_of(session: Session, sequence: EngineSequence) -> Generator[str, None, None]:
-    """The text of an answer as it comes; until it begins, whoever watches is told how much of the prompt is read.
+    """The text of an answer as it comes; until it begins, a display shows how much of the prompt is read.
 
     UserError if the answer cannot be sampled. If the iterator is closed early, the answer is cancelled.
     """

@@ -112,7 +112,7 @@ def serve(options: ServeOptions, world: World) -> int:
 
 
 def replica_size(options: ServeOptions, world: World) -> int:
-    """Ranks that share a model; UserError if they do not divide so."""
+    """Ranks that share a model; UserError if the ranks do not divide evenly."""
     if world.comm.size % options.replicas:
         reason = f"{world.comm.size} ranks do not divide into so many groups"
         raise UserError(f"--replicas is {options.replicas}: {reason}.")
@@ -125,7 +125,7 @@ def _interrupt(number: int, frame: FrameType | None) -> NoReturn:
 
 @dataclass(frozen=True)
 class Listener:
-    """The HTTP server, which says until the model is loaded that it is being loaded; leaving its block stops it."""
+    """The HTTP server, which answers that the model is loading until it is; leaving its block stops it."""
 
     settings: Settings
     engine: AsyncEngine
@@ -140,7 +140,7 @@ class Listener:
 
 
 def listen(options: ServeOptions, settings: Settings) -> Listener:
-    """Begin to answer; UserError if the address or the certificate cannot be had."""
+    """Start the HTTP server; UserError if the address or the certificate cannot be used."""
     address = Address(options.host, options.port, options.tls_certificate, options.tls_key)
     bound, engine = address.bind(), AsyncEngine()
     app = create_app(engine, options.request_timeout, options.log_prompts)

@@ -76,7 +76,7 @@ class Communicator:
             start = time.perf_counter()
             if shared := self.shared_for(partial.size):
                 self.watch.enter(ALL_REDUCE)
-                shared.all_reduce(partial, self.yields, self.watch.look)
+                shared.all_reduce(partial, self.yields, self.watch.poll)
                 self.watch.leave()
             else:
                 self._all_reduce_by_mpi(partial.reshape(-1))
@@ -94,7 +94,7 @@ class Communicator:
         self.watch.enter(ALL_REDUCE)
         backoff = Backoff(self.yields)
         while not done:
-            self.watch.look()
+            self.watch.poll()
             backoff.pause()
             done = go_on()
         self.watch.leave()
@@ -158,7 +158,7 @@ class Communicator:
         request = self.mpi.Ibcast(plan)
         backoff = Backoff(self.yields)
         while not request.Test():
-            self.watch.look()
+            self.watch.poll()
             backoff.pause()
         self.watch.leave()
 
@@ -168,7 +168,7 @@ class Communicator:
         request, backoff = start(*buffers), Backoff(self.yields)
         while not request.Test():
             backoff.pause()
-            self.watch.look()
+            self.watch.poll()
         self.watch.leave()
 
     @contextmanager

@@ -1,4 +1,4 @@
-"""How a run ends when something fails: all ranks within seconds, one message, a status that is not 0."""
+"""How a run ends when something fails: all ranks within seconds, one message, a nonzero status."""
 
 import errno
 import faulthandler
@@ -82,7 +82,7 @@ def out_of_memory(error: BaseException) -> str | None:
 
 
 class Aborter:
-    """Ends all ranks when something escapes on one of them, which else would leave the rest waiting.
+    """Ends all ranks when an exception escapes on one of them; otherwise the rest would wait forever.
 
     `abort` is MPI's, once MPI has started; with `tell_end` and `knows_of_end` one rank alone says why the job ends.
     """

@@ -1,4 +1,4 @@
-"""Who is missing: ranks that wait long ask the others whether they get on.
+"""Liveness: ranks that have waited long ask the others how far they are.
 
 A waiting rank polls, so it can also answer; a rank that reads or writes answers now and then (Watch.attend); one that
 is stopped, or whose host is gone, does not. Nothing is sent as long as every wait is short.
@@ -26,8 +26,8 @@ MEGABYTE = 10**6
 class Kind(IntEnum):
     """What a message says.
 
-    Asking, answering; that rank 0 may be silent because it waits for a person; that what all ranks do cannot succeed;
-    that a rank does nothing more at all; that a rank ends the job and has said why.
+    Asking, answering; that rank 0 may be silent because it waits for a person; that the ranks' common task cannot
+    succeed; that a rank has given up; that a rank ends the job and has said why.
     """
 
     CALL = 1
@@ -93,7 +93,7 @@ class Mate:
             self.state, self.got_on = state, now
 
 
-class RollCall:
+class Liveness:
     """One wait of a rank for the others."""
 
     def __init__(self, state: State, rank: int, size: int, timeout: float, clock: Callable[[], float]):

@@ -12,7 +12,7 @@ import numpy as np
 from mpillama.engine.answer import Answer, Mark
 from mpillama.engine.block_pool import BlockPool
 from mpillama.engine.executor import Executor
-from mpillama.engine.scheduler import Scheduler, Share
+from mpillama.engine.scheduler import ScheduledSequence, Scheduler
 from mpillama.engine.sequence import EngineSequence, Request, check_prompt
 from mpillama.engine.speculation import Drafter
 from mpillama.errors import UserError
@@ -169,7 +169,7 @@ class Engine:
                 return
             yield from piece
 
-    def _take(self, shares: list[Share], rows: Iterator[np.ndarray]) -> Iterator[Update]:
+    def _take(self, shares: list[ScheduledSequence], rows: Iterator[np.ndarray]) -> Iterator[Update]:
         """Note what was computed and sample where a sequence's last token was among it."""
         token = 0
         for share in shares:

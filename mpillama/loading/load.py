@@ -63,7 +63,7 @@ def is_read(spec: TensorSpec, comm: Communicator) -> bool:
 
 
 def choose_reduction(comm: Communicator, world: World, team: Team, hidden_size: int, chunk: int) -> None:
-    """Let the ranks of one host add up through shared memory where that is faster than MPI."""
+    """Let the ranks of one host reduce through shared memory where that is faster than MPI."""
     if comm.size > 1 and world.neighbours.size == comm.size and hidden_size <= CAPACITY:
         with comm.watch.blocking("the making of memory that the ranks share"):
             shared = SharedReduction(comm.mpi, window_bytes, partial(SharedWindow, team))
@@ -166,7 +166,7 @@ def _read_weights(
 
 
 def _stamps(file: ModelFile) -> dict[str, tuple[int, int]]:
-    """What would tell that a file is another one, by name; nothing for one that is gone, which is read all the same."""
+    """Modification stamps by name, which show whether a file was replaced; one that is gone is read all the same."""
     return {path: modified(Path(path).stat()) for path in file.files if Path(path).exists()}
 
 
