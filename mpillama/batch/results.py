@@ -13,8 +13,9 @@ from mpillama.engine.engine import Update
 from mpillama.engine.sequence import EngineSequence, Request
 from mpillama.errors import UserError
 from mpillama.openai.body import BadRequest
-from mpillama.openai.prompts import Prompter, derived_seed
+from mpillama.openai.prompts import Prompter
 from mpillama.replicas.runner import Adapter
+from mpillama.text.sampler import derived_seed
 
 
 @dataclass(frozen=True)

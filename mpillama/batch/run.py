@@ -16,7 +16,7 @@ from mpillama.replicas.router import Router
 REQUEUE_STATUS = 85
 """The exit status of a run that stopped before its end and wants to be started again."""
 PARTIAL_STATUS = 3
-"""The exit status when a group of ranks failed and the others did its rows."""
+"""The exit status when a replica failed and others answered its rows."""
 IDLE_SECONDS = 0.002
 
 

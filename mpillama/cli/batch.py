@@ -5,6 +5,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,17 +15,18 @@ from mpillama.batch.results import Provenance, Result, RowAdapter
 from mpillama.batch.rows import Line, read_lines
 from mpillama.batch.run import REQUEUE_STATUS, BatchRun, Counts
 from mpillama.cli.display import terminal_console, watched
-from mpillama.cli.engines import ReplicaWorld, check_engine_options, model_name, opener, prompter, replicated
+from mpillama.cli.engines import ReplicaWorld, prompter, replicated
 from mpillama.cli.options import BatchOptions, recorded_sampling
-from mpillama.cli.running import Run, loaded, running
+from mpillama.cli.running import loaded, running
 from mpillama.cli.values import refuse_unwritable
 from mpillama.engine.engine import Engine
 from mpillama.errors import UserError
 from mpillama.job.deadline import Deadline, StopRequest, ignore_stop_signals
 from mpillama.job.start import World
-from mpillama.loading.load import DEFAULT_BATCH_CONTEXT
+from mpillama.loading.load import DEFAULT_BATCH_CONTEXT, open_shared_executor
 from mpillama.loading.model_file import model_path, open_model
 from mpillama.loading.preflight import smallest_group
+from mpillama.loading.session import Session
 from mpillama.replicas.replica import follow_router
 from mpillama.replicas.runner import EngineRunner
 
@@ -33,7 +35,7 @@ SHOW_SECONDS = 0.5
 
 
 class Reporter:
-    """Takes the counts after each step and tells of them from time to time."""
+    """Reports the counts from time to time; it is called after each step."""
 
     def __init__(self, engine: Engine, input_bytes: int, metrics: str | None, show: Callable[[str], None]):
         self.engine = engine
@@ -43,7 +45,6 @@ class Reporter:
         self._next_show = self._next_metrics = 0.0
 
     def __call__(self, counts: Counts) -> None:
-        """A step was done."""
         now = time.monotonic()
         if now >= self._next_show:
             self._next_show = now + SHOW_SECONDS
@@ -63,7 +64,7 @@ class Reporter:
             raise UserError(f"--metrics {self.metrics}: cannot be written ({error.strerror}).") from error
 
     def figures(self, counts: Counts) -> dict[str, Any]:
-        """What a machine may want to know; the engine's are those of rank 0's group."""
+        """What a machine may want to know; the engine's are those of rank 0's replica."""
         seconds, engine = time.monotonic() - counts.began, self.engine
         totals = engine.counts
         return {
@@ -109,7 +110,7 @@ class Reporter:
 
 @contextmanager
 def shown(quiet: bool) -> Iterator[Callable[[str], None]]:
-    """A line that is written over on a terminal; nothing where nobody watches."""
+    """A status line on a terminal, nothing elsewhere."""
     if not watched(quiet):
         yield lambda text: None
         return
@@ -124,19 +125,19 @@ ANSWER_OPTIONS = ("weights", "kv_type", "layers")
 
 
 def batch(options: BatchOptions, world: World) -> int:
-    """Run the command; returns the exit status: 85 if it stopped before the end, 3 if a group of ranks failed."""
+    """Run the command; returns the exit status: 85 if it stopped before the end, 3 if a replica failed."""
     world.comm.on_root_only(lambda: check(options))
     stop, deadline = StopRequest(), Deadline.of_run(options.time_limit)
     stop.install() if world.comm.is_root else ignore_stop_signals()
     with (
         running(options, world) as job,
         replicated(job, group_size(options, world)) as replica,
-        loaded(job, opener(options), replica.world) as run,
+        loaded(job, partial(open_shared_executor, options), replica.world) as session,
     ):
         if world.comm.is_root:
-            job.status = BatchJob(options, stop, deadline, replica, world.comm.size).run(run)
-        elif run.is_root and replica.mailbox:
-            job.status = follow_router(replica.mailbox, make_runner(run, options))
+            job.status = BatchJob(options, stop, deadline, replica, world.comm.size).run(session)
+        elif session.is_root and replica.mailbox:
+            job.status = follow_router(replica.mailbox, make_runner(session, options))
     return job.status
 
 
@@ -154,7 +155,6 @@ def group_size(options: BatchOptions, world: World) -> int:
 
 def check(options: BatchOptions) -> None:
     """Raise UserError for what is wrong with the options."""
-    check_engine_options(options)
     refuse_unwritable("OUTPUT", options.output)
     refuse_unwritable("--metrics", options.metrics)
     if not Path(options.input).is_file():
@@ -173,20 +173,20 @@ class BatchJob:
         self.replica = replica
         self.ranks = ranks
 
-    def run(self, run: Run) -> int:
+    def run(self, session: Session) -> int:
         """Answer the rows; returns the exit status."""
-        used = answer_options(self.options, run)
-        journal = Journal(self.options.output, make_provenance(run, used), used, last_options(self.options.output))
+        used = answer_options(self.options, session)
+        journal = Journal(self.options.output, make_provenance(session, used), used, last_options(self.options.output))
         try:
-            record(self.options.output, "start", {**self._facts(run), "options": used})
-            status, counts = self._answer(run, journal)
+            record(self.options.output, "start", {**self._facts(session), "options": used})
+            status, counts = self._answer(session, journal)
             record(self.options.output, "end", {"status": status, "rows": counts.rows, "errors": counts.errors})
         finally:
             journal.close()
         return status
 
-    def _answer(self, run: Run, journal: Journal) -> tuple[int, Counts]:
-        options, runner = self.options, make_runner(run, self.options)
+    def _answer(self, session: Session, journal: Journal) -> tuple[int, Counts]:
+        options, runner = self.options, make_runner(session, self.options)
         router = self.replica.router(runner, "what was finished stays, start again.")
         with shown(options.quiet or options.json) as show:
             size = Path(options.input).stat().st_size
@@ -200,25 +200,25 @@ class BatchJob:
         self._tell_end(reporter, batch_run.counts, status, router.failures)
         return status, batch_run.counts
 
-    def _facts(self, run: Run) -> dict[str, Any]:
+    def _facts(self, session: Session) -> dict[str, Any]:
         """What stays the same during a run."""
         return {
             "mpillama": __version__,
-            "model": run.loaded.file.path,
-            "model_sha256": run.loaded.file.metadata_sha256,
+            "model": session.path,
+            "model_sha256": session.loaded.file.metadata_sha256,
             "ranks": self.ranks,
-            "tensor_parallel": run.world.comm.size,
-            "threads": run.target.threads,
-            "isa": run.target.isa.name,
-            "hosts": run.hosts,
+            "tensor_parallel": session.world.comm.size,
+            "threads": session.target.threads,
+            "isa": session.target.isa.name,
+            "hosts": session.hosts,
             "sequences": self.options.sequences,
-            "cache_tokens": run.executor.blocks * 64,
+            "cache_tokens": session.executor.blocks * 64,
         }
 
     def _tell_end(self, reporter: Reporter, counts: Counts, status: int, failures: list[str]) -> None:
-        """Say how the run ended, and which groups did not see the end."""
+        """Say how the run ended, and which replicas failed."""
         for failure in failures:
-            sys.stderr.write(f"mpillama: warning: a group of ranks retired, others did its rows: {failure}\n")
+            sys.stderr.write(f"mpillama: warning: a replica failed, others answered its rows: {failure}\n")
         if self.options.json:
             sys.stdout.write(json.dumps({"status": status, **reporter.figures(counts)}) + "\n")
         elif not self.options.quiet:
@@ -227,21 +227,21 @@ class BatchJob:
             sys.stderr.write(f"mpillama: {end}: {reporter.line(counts)}\n")
 
 
-def make_runner(run: Run, options: BatchOptions) -> EngineRunner[Line, Result]:
+def make_runner(session: Session, options: BatchOptions) -> EngineRunner[Line, Result]:
     """The engine of this process's replica."""
-    engine = Engine(run.executor, run.tokenizer, options.speculate)
-    provenance = make_provenance(run, answer_options(options, run))
+    engine = session.engine
+    provenance = make_provenance(session, answer_options(options, session))
     return EngineRunner(
-        engine, RowAdapter(prompter(run, options), model_name(run), options.sampling.seed or 0, provenance)
+        engine, RowAdapter(prompter(session, options), Path(session.path).name, options.sampling.seed or 0, provenance)
     )
 
 
-def make_provenance(run: Run, used: dict[str, Any]) -> Provenance:
+def make_provenance(session: Session, used: dict[str, Any]) -> Provenance:
     """What each result says of its origin."""
-    return Provenance(run.loaded.file.metadata_sha256, options_digest(used), __version__)
+    return Provenance(session.loaded.file.metadata_sha256, options_digest(used), __version__)
 
 
-def answer_options(options: BatchOptions, run: Run) -> dict[str, Any]:
+def answer_options(options: BatchOptions, session: Session) -> dict[str, Any]:
     """The options that an answer depends on, as they are used."""
     others = {name: getattr(options, name) for name in ANSWER_OPTIONS}
-    return {**recorded_sampling(options.sampling), **others, "max_seq_len": run.executor.max_seq_len}
+    return {**recorded_sampling(options.sampling), **others, "max_seq_len": session.executor.max_seq_len}

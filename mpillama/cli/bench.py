@@ -1,4 +1,4 @@
-"""`bench`: how fast the ranks and threads as started run a model or a shape, and how near the limit that is."""
+"""`bench`: how fast this job's ranks and threads run a model or a shape, and how close that is to the limit."""
 
 import json
 import sys
@@ -164,8 +164,7 @@ def _draw_split(axes: Any, report: Report) -> None:
 
 
 def bench(options: BenchOptions, world: World) -> int:
-    """Run the command; returns the exit status."""
-    world.comm.on_root_only(lambda: check(options))
+    world.comm.on_root_only(lambda: refuse_unwritable("--plot", options.plot))
     with running(options, world) as job:
         model, whole_layers = _load(options, world, job.target)
         job.monitor.watch(model)
@@ -173,18 +172,6 @@ def bench(options: BenchOptions, world: World) -> int:
         if world.comm.is_root:
             _publish(options, report)
     return job.status
-
-
-def check(options: BenchOptions) -> None:
-    """UserError for what is wrong with the options."""
-    if (options.shape is None) == (options.model is None):
-        raise UserError("bench needs --shape NAME (weights made in memory) or --model FILE, one of them.")
-    for name in ("decode", "repetitions", "prefill_chunk"):
-        if getattr(options, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')} is {getattr(options, name)}: it must be at least 1.")
-    if min([*options.prefill, *options.batch, 1]) < 1:
-        raise UserError("--prefill and --batch take numbers of at least 1.")
-    refuse_unwritable("--plot", options.plot)
 
 
 def _load(options: BenchOptions, world: World, target: Target) -> tuple[Decoder, int]:

@@ -10,11 +10,11 @@ import numpy as np
 
 from mpillama.cli.keyboard import Keyboard
 from mpillama.cli.options import ChatOptions
-from mpillama.cli.running import Run, check_speculation, loaded, pieces_of, running
-from mpillama.engine.engine import Engine
+from mpillama.cli.running import loaded, pieces_of, running, write
 from mpillama.engine.sequence import Request
 from mpillama.errors import UserError
 from mpillama.job.start import World
+from mpillama.loading.session import Session
 from mpillama.text.sampling_params import SamplingParams
 
 HELP = "/reset forgets the conversation, /system TEXT sets the system message, /quit leaves; Ctrl-C stops an answer."
@@ -22,24 +22,20 @@ Message = dict[str, Any]
 
 
 def chat(options: ChatOptions, world: World) -> int:
-    """Run the command; returns the exit status."""
-    check_speculation(options)
     # A launcher passes Ctrl-C on to every rank: only rank 0 acts on it, and not before it can answer.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    with running(options, world) as job, loaded(job) as run:
-        if run.is_root:
-            Conversation(run, options).run()
+    with running(options, world) as job, loaded(job) as session:
+        if session.is_root:
+            Conversation(session, options).run()
     return job.status
 
 
 class Conversation:
     """Messages of a chat, and the engine whose cache knows what was said before."""
 
-    def __init__(self, run: Run, options: ChatOptions):
-        self.run_state = run
-        self.engine = Engine(run.executor, run.tokenizer, options.speculate)
+    def __init__(self, session: Session, options: ChatOptions):
+        self.session = session
         self.options = options
-        self.template = run.chat_template
         self.keyboard = Keyboard()
         self.turn = 0
         self.messages: list[Message] = []
@@ -60,7 +56,7 @@ class Conversation:
                     self._answer(text)
 
     def _line(self) -> str | None:
-        with self.run_state.world.comm.idle():
+        with self.session.world.comm.idle():
             return self.keyboard.line("" if self.options.quiet else "> ")
 
     def _command(self, text: str) -> None:
@@ -73,7 +69,7 @@ class Conversation:
             self.keyboard.tell(HELP)
 
     def _reset(self, system: str | None) -> None:
-        """Begin anew; what the cache shares with the next prompt is kept by itself."""
+        """Start a new conversation; the cache keeps whatever the next prompt shares with it."""
         self.messages = [{"role": "system", "content": system}] if system else []
 
     def _system_message(self) -> str | None:
@@ -81,10 +77,11 @@ class Conversation:
         return first[0]["content"] if first and first[0]["role"] == "system" else None
 
     def _answer(self, text: str) -> None:
-        """Stream the answer to a message; a message that does not fit is told and dropped."""
+        """Stream the answer to a message; one that does not fit is reported and dropped."""
         self.messages.append({"role": "user", "content": text})
         try:
-            answer = self._stream(self.run_state.tokenizer.encode_marked(self.template.render_marked(self.messages)))
+            rendered = self.session.chat_template.render_marked(self.messages)
+            answer = self._stream(self.session.tokenizer.encode_marked(rendered))
         except UserError as error:
             self.messages.pop()
             self.keyboard.tell(f"mpillama: {error} /reset begins a new conversation.")
@@ -93,11 +90,11 @@ class Conversation:
 
     def _stream(self, prompt_ids: list[int]) -> str:
         """Print the answer as it comes and return it; what the cache knows of the prompt is not computed again."""
-        sequence = self.engine.submit(Request(prompt_ids, self._sampling()))
-        with closing(pieces_of(self.run_state, self.engine, sequence)) as pieces:
+        sequence = self.session.engine.submit(Request(prompt_ids, self._sampling()))
+        with closing(pieces_of(self.session, sequence)) as pieces:
             answer = ""
             for piece in pieces:
-                self.run_state.write(piece)
+                write(self.session.world.comm, piece)
                 answer += piece
                 if self.keyboard.interrupted:
                     sys.stdout.write(" (stopped)")

@@ -23,7 +23,6 @@ PATTERN = "mpillama-serve*.json"
 
 
 def client(options: ClientOptions) -> int:
-    """Run the command; returns the exit status."""
     where = Server.find(options)
     talk = Talk(where, options.sampling, options.system)
     if options.prompt is not None:
@@ -56,7 +55,7 @@ def converse(talk: "Talk", quiet: bool) -> int:
 
 
 def _ask_kindly(talk: "Talk", text: str, keyboard: Keyboard) -> None:
-    """Ask; what goes wrong is told and the conversation goes on."""
+    """Ask; an error is reported, and the conversation goes on."""
     try:
         talk.ask(text, lambda: keyboard.interrupted)
     except UserError as error:
@@ -153,7 +152,7 @@ class Talk:
         self.messages = [{"role": "system", "content": system}] if system else []
 
     def ask(self, text: str, is_stopped: Any) -> None:
-        """Print the answer as it comes; leaving off in its midst cancels it on the server."""
+        """Print the answer as it comes; stopping midway cancels it on the server."""
         asked, answer = [*self.messages, {"role": "user", "content": text}], ""
         pieces = self.server.answer({**self.sampling, "messages": asked})
         for piece in pieces:

@@ -13,11 +13,11 @@ from mpillama.cli.options import ConvertOptions
 from mpillama.cli.running import warn_of_requantised
 from mpillama.job.start import World
 from mpillama.loading.convert import convert_model, refuse_target, target_bytes, with_importance
-from mpillama.loading.model_file import ModelFile, make_tokenizer, open_model
+from mpillama.loading.model_file import ModelFile, open_model
+from mpillama.loading.texts import make_tokenizer
 
 
 def convert(options: ConvertOptions, world: World) -> int:
-    """Run the command; returns the exit status."""
     comm = world.comm
     with logged(world, quiet=False):
         comm.watch.display = stages(comm.is_root, options.json)

@@ -1,29 +1,20 @@
 """Progress for people, on standard error; silent where nobody watches."""
 
-import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import TYPE_CHECKING, Protocol
-
-import numpy as np
-
-from mpillama.comm.failure import print_error
-
-if TYPE_CHECKING:
-    from rich.console import Console
-    from rich.progress import Progress
 import os
 import stat
 import sys
-from typing import TYPE_CHECKING
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, Protocol
 
+import numpy as np
 import psutil
 from psutil import Process
 
-if TYPE_CHECKING:
-    from rich.console import Console
+from mpillama.comm.failure import print_error
 
-STANDARD_OUTPUT, STANDARD_ERROR = 1, 2
+STANDARD_INPUT, STANDARD_OUTPUT, STANDARD_ERROR = 0, 1, 2
 LAUNCHERS = ("mpirun", "mpiexec", "prterun", "orterun")
 DAEMONS = ("orted", "prted")
 """Open MPI's processes on other hosts: they make terminals for their ranks, whatever mpirun's own output is."""
@@ -33,12 +24,12 @@ LONG_CELL = 24
 
 
 def is_terminal(output: int) -> bool:
-    """Whether a person sees what is written to this file descriptor."""
+    """Whether a person is at the other end of this file descriptor."""
     return bool(terminal_of(output))
 
 
 def terminal_of(output: int) -> str:
-    """The terminal that an output comes to, perhaps by way of mpirun on this host; "" for none."""
+    """The terminal that an output comes to (or the input from), perhaps by way of mpirun on this host; "" for none."""
     is_tty, mode = os.isatty(output), os.fstat(output).st_mode
     if not (is_tty or stat.S_ISFIFO(mode) or stat.S_ISSOCK(mode)):
         return ""  # a file
@@ -87,15 +78,15 @@ def _link(pid: int, descriptor: int) -> str:
         return ""
 
 
-def console(output: int) -> "Console":
-    """What rich prints with on a terminal, in its width."""
+def console(output: int) -> Any:
+    """A rich console as wide as the terminal."""
     from rich.console import Console
 
     return Console(stderr=output == STANDARD_ERROR, force_terminal=True, width=_columns(terminal_of(output)))
 
 
 def _columns(name: str) -> int | None:
-    """The width of a terminal, None if it cannot be told."""
+    """The width of a terminal, None if unknown."""
     try:
         terminal = os.open(name, os.O_RDONLY | os.O_NOCTTY)
     except OSError:
@@ -174,13 +165,13 @@ def watched(quiet: bool) -> bool:
     return not quiet and is_terminal(STANDARD_ERROR)
 
 
-def terminal_console() -> "Console":
+def terminal_console() -> Any:
     """Standard error with the size of the terminal that it comes to."""
     return console(STANDARD_ERROR)
 
 
 def stages(is_root: bool, quiet: bool) -> Display:
-    """Return what tells of things that take long: a line with their seconds on rank 0's terminal, else one sentence."""
+    """Return a display for long operations: a line with the elapsed seconds on rank 0's terminal, else one sentence."""
     if quiet or not is_root:
         return lambda what: nullcontext(lambda how_far: None)
 
@@ -266,7 +257,7 @@ def _silent(total: int) -> Iterator[Callable[[object], None]]:
     yield lambda news: None
 
 
-def _bytes_bar(label: str) -> "Progress":
+def _bytes_bar(label: str) -> Any:
     from rich.progress import (
         BarColumn,
         DownloadColumn,

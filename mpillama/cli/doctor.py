@@ -1,4 +1,4 @@
-"""`doctor`: what this run would have: MPI, hosts, cores, threads, instruction set, Slurm; with advice."""
+"""`doctor`: what a run would get: MPI, hosts, cores, threads, instruction set, Slurm; with advice."""
 
 import json
 import os
@@ -9,12 +9,12 @@ from typing import Any
 from mpillama import __version__
 from mpillama.cli.display import print_sentence, print_table
 from mpillama.cli.options import DoctorOptions
-from mpillama.cli.running import choose_target
 from mpillama.comm.launcher import launched_size
 from mpillama.job.start import World, mpi_library
 from mpillama.kernels.isa import host_features, sets_of
 from mpillama.kernels.library import is_built
 from mpillama.kernels.target import Target
+from mpillama.loading.session import choose_target
 
 SLURM_VARIABLES = (
     "SLURM_JOB_ID",

@@ -1,28 +1,19 @@
-"""What `batch` and `serve` share: replicas, the executor of many sequences, options as defaults of requests."""
+"""What `batch` and `serve` share: replicas, and options as defaults of requests."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
-from pathlib import Path
 
-from mpillama.cli.options import BatchOptions, EngineOptions, ServeOptions
-from mpillama.cli.running import Job, Run, check_speculation
+from mpillama.cli.options import BatchOptions, ServeOptions
+from mpillama.cli.running import Job
 from mpillama.comm.failure import USER_ERROR_STATUS
 from mpillama.comm.mailbox import Mailbox
-from mpillama.engine.executor import Executor
-from mpillama.errors import UserError
 from mpillama.job.start import World
-from mpillama.loading.load import LoadedModel, open_shared_executor
+from mpillama.loading.session import Session
 from mpillama.openai.prompts import Defaults, Prompter
 from mpillama.replicas.replica import LocalReplica, RemoteReplica, end_job, wait_for_end
 from mpillama.replicas.router import Router
 from mpillama.replicas.runner import EngineRunner, OutputT, RequestT
-
-
-def opener(options: EngineOptions) -> Callable[[LoadedModel], Executor]:
-    """What makes the executor of many sequences."""
-    return partial(open_shared_executor, options)
 
 
 @dataclass(frozen=True)
@@ -65,21 +56,8 @@ def replicated(job: Job, size: int) -> Iterator[ReplicaWorld]:
         job.status = wait_for_end(mailbox, own.comm.watch, error)
 
 
-def check_engine_options(options: EngineOptions) -> None:
-    """UserError for numbers out of range."""
-    if options.sequences < 1:
-        raise UserError(f"--sequences is {options.sequences}: give at least 1.")
-    check_speculation(options)
-    if options.cache_tokens is not None and options.cache_tokens < 1:
-        raise UserError(f"--cache-tokens is {options.cache_tokens}: give at least 1.")
-
-
-def model_name(run: Run) -> str:
-    """The model's name in answers."""
-    return Path(run.loaded.file.path).name
-
-
-def prompter(run: Run, options: BatchOptions | ServeOptions) -> Prompter:
+def prompter(session: Session, options: BatchOptions | ServeOptions) -> Prompter:
     """What turns bodies into requests, with the command's sampling options as defaults."""
     defaults = Defaults(options.sampling)
-    return Prompter(run.tokenizer, run.cached_chat_template, run.loaded.file.config.vocab_size, defaults)
+    vocab_size = session.loaded.file.config.vocab_size
+    return Prompter(session.tokenizer, lambda: session.chat_template, vocab_size, defaults)

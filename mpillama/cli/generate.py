@@ -10,42 +10,29 @@ import numpy as np
 from mpillama.cli.display import in_units
 from mpillama.cli.options import GenerateOptions, recorded
 from mpillama.cli.running import (
-    Run,
-    check_speculation,
     closing_line,
     communication_share,
     loaded,
     pieces_of,
     running,
+    write,
 )
 from mpillama.cli.values import output_file, read_standard_input, refuse_unwritable
-from mpillama.engine.engine import Engine
 from mpillama.engine.sequence import EngineSequence, Request
 from mpillama.errors import UserError
 from mpillama.job.start import World
 from mpillama.loading.memory import MemoryModel, RankUsage, memory_of_ranks
+from mpillama.loading.session import Session
 from mpillama.loading.truncated import Extrapolation, TruncatedModel, extrapolate
 from mpillama.text.sampling_params import new_seed
 
 
 def generate(options: GenerateOptions, world: World) -> int:
-    """Run the command; returns the exit status."""
-    world.comm.on_root_only(lambda: check(options))
-    with running(options, world) as job, loaded(job) as run:
-        if run.is_root:
-            _generate(run, options)
+    world.comm.on_root_only(lambda: refuse_unwritable("--logits-out", options.logits_out))
+    with running(options, world) as job, loaded(job) as session:
+        if session.is_root:
+            _generate(session, options)
     return job.status
-
-
-def check(options: GenerateOptions) -> None:
-    """UserError for what is wrong with the options."""
-    if options.chat and options.raw:
-        raise UserError("--chat and --raw exclude each other: give one of them.")
-    check_speculation(options)
-    _given_token_ids(options)
-    if not options.prompt and options.prompt_token_ids is None:
-        raise UserError("the prompt is empty: give a text with --prompt, or - and a text on standard input.")
-    refuse_unwritable("--logits-out", options.logits_out)
 
 
 class SampledLogits:
@@ -64,9 +51,8 @@ class SampledLogits:
 
 @dataclass(frozen=True)
 class Generation:
-    """What has come of the command."""
+    """What was generated."""
 
-    engine: Engine
     sequence: EngineSequence
     logits: SampledLogits
     memory: list[RankUsage]
@@ -77,61 +63,49 @@ class Generation:
         return len(self.sequence.tokens) - 1
 
 
-def _generate(run: Run, options: GenerateOptions) -> None:
-    prompt_ids, params = _prompt_ids(run, options), options.sampling
+def _generate(session: Session, options: GenerateOptions) -> None:
+    prompt_ids, params = _prompt_ids(session, options), options.sampling
     if params.seed is None:
         params = replace(params, seed=new_seed())
-    engine, logits = Engine(run.executor, run.tokenizer, options.speculate), SampledLogits(bool(options.logits_out))
-    sequence = engine.submit(Request(prompt_ids, params, on_logits=logits, continues=not options.chat))
-    text = "" if options.quiet or options.chat else run.tokenizer.decode(prompt_ids)
-    for piece in pieces_of(run, engine, sequence):
+    logits = SampledLogits(bool(options.logits_out))
+    sequence = session.engine.submit(Request(prompt_ids, params, on_logits=logits, continues=not options.chat))
+    text = "" if options.quiet or options.chat else session.tokenizer.decode(prompt_ids)
+    for piece in pieces_of(session, sequence):
         if not options.json:
-            run.write(text + piece)
+            write(session.world.comm, text + piece)
         text = ""
     if options.logits_out:
         with output_file("--logits-out", options.logits_out) as file:
             np.save(file, np.array(logits.kept, np.float32))
-    memory = _memory(run, options, len(sequence.tokens) - 1)
-    _finish(run, options, Generation(engine, sequence, logits, memory))
+    memory = _memory(session, options, len(sequence.tokens) - 1)
+    _finish(session, options, Generation(sequence, logits, memory))
 
 
-def _prompt_ids(run: Run, options: GenerateOptions) -> list[int]:
+def _prompt_ids(session: Session, options: GenerateOptions) -> list[int]:
     """The prompt's token ids: as given, or of the text, in the chat template if asked."""
-    given = _given_token_ids(options)
-    if given is not None:
-        return given
-    with run.world.comm.idle():
+    if options.given_token_ids is not None:
+        return options.given_token_ids
+    with session.world.comm.idle():
         text = read_standard_input() if options.prompt == "-" else options.prompt
     if not text:
         raise UserError("the prompt is empty: give a text with --prompt, or - and a text on standard input.")
     if options.chat:
-        rendered = run.chat_template.render_marked([{"role": "user", "content": text}])
-        return run.tokenizer.encode_marked(rendered)
-    return run.tokenizer.encode(text)
+        rendered = session.chat_template.render_marked([{"role": "user", "content": text}])
+        return session.tokenizer.encode_marked(rendered)
+    return session.tokenizer.encode(text)
 
 
-def _given_token_ids(options: GenerateOptions) -> list[int] | None:
-    if options.prompt_token_ids is None:
-        return None
-    try:
-        return [int(part) for part in options.prompt_token_ids.split(",")]
-    except ValueError as error:
-        raise UserError(
-            f"--prompt-token-ids {options.prompt_token_ids!r} is not a list of numbers like 1,2,3."
-        ) from error
-
-
-def _finish(run: Run, options: GenerateOptions, done: Generation) -> None:
+def _finish(session: Session, options: GenerateOptions, done: Generation) -> None:
     """Print what is said after the text."""
     if options.json:
-        run.write(json.dumps(_result(run, options, done)) + "\n")
+        write(session.world.comm, json.dumps(_result(session, options, done)) + "\n")
         return
-    run.write("\n")
+    write(session.world.comm, "\n")
     if not options.quiet:
-        drafter, seed = done.engine.drafter, done.sequence.request.sampling.seed
+        drafter, seed = session.engine.drafter, done.sequence.request.sampling.seed
         guesses = f" | drafts {100 * drafter.acceptance:.0f} % true" if drafter else ""
-        sys.stderr.write(closing_line(run, done.engine.counts, done.memory) + f"{guesses} | seed {seed}\n")
-        if trial := _trial(run, options, done):
+        sys.stderr.write(closing_line(session, done.memory) + f"{guesses} | seed {seed}\n")
+        if trial := _trial(session, options, done):
             sys.stderr.write(
                 f"mpillama: trial of {trial.layers} of {trial.whole_layers} layers: the whole model needs "
                 f"{in_units(trial.memory_bytes_per_rank)} per rank at the full context, loads in "
@@ -140,25 +114,25 @@ def _finish(run: Run, options: GenerateOptions, done: Generation) -> None:
             )
 
 
-def _memory(run: Run, options: GenerateOptions, positions: int) -> list[RankUsage]:
-    executor, file = run.executor, run.loaded.file
+def _memory(session: Session, options: GenerateOptions, positions: int) -> list[RankUsage]:
+    executor, file = session.executor, session.loaded.file
     chunk = executor.model.workspace.capacity
     model = MemoryModel(file.config, file.specs, executor.comm.size, options.kv_type, chunk)
     return memory_of_ranks(model, executor.blocks, positions, executor.memory_per_rank())
 
 
-def _trial(run: Run, options: GenerateOptions, done: Generation) -> Extrapolation | None:
-    """What a trial with --layers says of the whole model."""
-    file = run.loaded.file
+def _trial(session: Session, options: GenerateOptions, done: Generation) -> Extrapolation | None:
+    """What a trial run (--layers) predicts for the whole model."""
+    file = session.loaded.file
     if not isinstance(file, TruncatedModel):
         return None
     processes = [m.process for m in done.memory]
-    return extrapolate(file, done.engine, done.positions, run.loaded.seconds, processes, options.kv_type)
+    return extrapolate(file, session.engine, done.positions, session.loaded.seconds, processes, options.kv_type)
 
 
-def _result(run: Run, options: GenerateOptions, done: Generation) -> dict[str, object]:
-    trial = _trial(run, options, done)
-    answer, counts, drafter = done.sequence.answer, done.engine.counts, done.engine.drafter
+def _result(session: Session, options: GenerateOptions, done: Generation) -> dict[str, object]:
+    trial = _trial(session, options, done)
+    answer, counts, drafter = done.sequence.answer, session.engine.counts, session.engine.drafter
     return {
         "prompt_token_ids": done.sequence.request.prompt_ids,
         "token_ids": answer.token_ids,
@@ -169,18 +143,18 @@ def _result(run: Run, options: GenerateOptions, done: Generation) -> dict[str, o
         "decode_tokens_per_second": counts.decode.tokens_per_second,
         "drafts_proposed": drafter.proposed if drafter else 0,
         "drafts_accepted": drafter.accepted if drafter else 0,
-        "communication_share": communication_share(run, counts),
-        "ranks": run.world.comm.size,
-        "threads": run.target.threads,
+        "communication_share": communication_share(session),
+        "ranks": session.world.comm.size,
+        "threads": session.target.threads,
         "rss_bytes_per_rank": [m.process for m in done.memory],
         "memory_bytes_per_rank": [asdict(m) for m in done.memory],
         "trial": asdict(trial) if trial else None,
         "options": {
             **recorded(options),
-            "model": run.loaded.file.path,
-            "max_seq_len": done.engine.longest,
-            "threads": run.target.threads,
+            "model": session.path,
+            "max_seq_len": session.engine.longest,
+            "threads": session.target.threads,
             "seed": done.sequence.request.sampling.seed,
-            "isa": run.target.isa.name,
+            "isa": session.target.isa.name,
         },
     }

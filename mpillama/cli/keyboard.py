@@ -20,7 +20,7 @@ from types import FrameType
 
 import psutil
 
-from mpillama.cli.display import STANDARD_OUTPUT, is_terminal
+from mpillama.cli.display import STANDARD_INPUT, STANDARD_OUTPUT, is_terminal
 
 CTRL_C = b"\x03"
 LEAVE_SECONDS = 1.0
@@ -34,6 +34,8 @@ class Keyboard:
         self.interrupted = False
         self.asking = False
         self.last_interrupt = 0.0
+        self.is_person = is_terminal(STANDARD_INPUT) and is_terminal(STANDARD_OUTPUT)
+        """Whether somebody types and reads, perhaps by way of a launcher; a pipe needs no prompts."""
         self.lines: queue.Queue[str | None] = queue.Queue()
 
     @contextmanager
@@ -49,13 +51,14 @@ class Keyboard:
             yield self
 
     def line(self, prompt: str) -> str | None:
-        """Ask for a line: None at the end of input, "" after a Ctrl-C."""
+        """Ask for a line, with a prompt for a person: None at the end of input, "" after a Ctrl-C."""
         self.interrupted, self.asking = False, True
         try:
             if sys.stdin.isatty():
                 return input(prompt)
-            sys.stdout.write(prompt)
-            sys.stdout.flush()
+            if self.is_person:
+                sys.stdout.write(prompt)
+                sys.stdout.flush()
             text = self.lines.get()
             sys.stdout.write("\n" if self.interrupted else "")
             return text

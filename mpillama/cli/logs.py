@@ -34,7 +34,7 @@ class Sentences(logging.Handler):
         self.monitor = monitor
 
     def filter(self, record: logging.LogRecord) -> bool:
-        """Whether a line is to be printed."""
+        """Whether to print a line."""
         if record.levelno == logging.WARNING:
             return self.warnings
         return self.monitor and record.name == MONITOR and record.levelno == logging.INFO
@@ -60,7 +60,6 @@ class RankFile(logging.Handler):
         self.setFormatter(logging.Formatter(f"%(asctime)s.%(msecs)03d {where} %(levelname)s %(message)s", "%FT%T"))
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Write one line."""
         if self.fd < 0:
             return
         line = (hide(self.format(record)) + "\n").encode(errors="replace")
@@ -75,7 +74,6 @@ class RankFile(logging.Handler):
             )
 
     def close(self) -> None:
-        """Give the file back."""
         fd, self.fd = self.fd, -1
         if fd >= 0:
             _close(fd)

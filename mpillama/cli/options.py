@@ -11,8 +11,10 @@ from typing import Any, ClassVar, NoReturn, Optional
 import argparse_dataclass
 
 from mpillama import __version__
+from mpillama.cli.values import parse_bytes
 from mpillama.errors import UserError
-from mpillama.loading.settings import EngineSettings, ModelSettings, SpeculationSettings, option
+from mpillama.job.deadline import parse_duration
+from mpillama.loading.settings import EngineSettings, ModelSettings, SpeculationSettings, check_numbers, option
 from mpillama.quant import WEIGHT_TYPE_NAMES
 from mpillama.text.sampling_params import About, Number, SamplingParams
 
@@ -46,8 +48,16 @@ def positional(name: str, text: str) -> Any:
     return field(metadata={"args": [name], "help": text})
 
 
-class OnRanks:
-    """Marks the options of commands that run on all ranks of an MPI job."""
+class Options:
+    """A command's options."""
+
+    def check(self) -> None:
+        """UserError for whatever the options alone show to be wrong; called before MPI starts."""
+        check_numbers(self, "--")
+
+
+class OnRanks(Options):
+    """Options of commands that run on all ranks of an MPI job."""
 
     needs_one_job: ClassVar[bool] = True
     """Whether several processes that MPI does not connect are refused."""
@@ -56,7 +66,7 @@ class OnRanks:
 
     @property
     def is_quiet(self) -> bool:
-        """Whether nobody wants to read of progress."""
+        """Whether progress is unwanted."""
         return bool(getattr(self, "quiet", False) or getattr(self, "json", False))
 
 
@@ -75,6 +85,17 @@ class RunOptions(OnRanks, ModelSettings):
     log_level: str = option(
         "lowest level in the log files (default: info)", "info", choices=["debug", "info", "warning"]
     )
+
+    def check(self) -> None:
+        super().check()
+        if self.monitor is not None and not self.monitor > 0:
+            raise UserError(f"--monitor is {self.monitor}: give a number of seconds above 0.")
+        _ = self.memory_floor_bytes
+
+    @property
+    def memory_floor_bytes(self) -> int | None:
+        """--memory-floor; UserError if it is no number of bytes."""
+        return None if self.memory_floor is None else parse_bytes("--memory-floor", self.memory_floor)
 
 
 def sampling(**changed: tuple[str, Any]) -> Any:
@@ -141,8 +162,6 @@ def _assembled(command: type, values: dict[str, Any]) -> Any:
 
 @dataclass(frozen=True, kw_only=True)
 class GenerateOptions(RunOptions, SpeculationSettings):
-    """Options of `generate`."""
-
     sampling: SamplingParams = sampling()
     prompt: str = option(
         "text to continue, or - to read it from standard input (default: Once upon a time)",
@@ -160,28 +179,41 @@ class GenerateOptions(RunOptions, SpeculationSettings):
 
     @property
     def needs_template(self) -> bool:
-        """See ModelSettings."""
         return self.chat
+
+    def check(self) -> None:
+        super().check()
+        if self.chat and self.raw:
+            raise UserError("--chat and --raw exclude each other: give one of them.")
+        if self.given_token_ids is None and not self.prompt:
+            raise UserError("the prompt is empty: give a text with --prompt, or - and a text on standard input.")
+
+    @property
+    def given_token_ids(self) -> list[int] | None:
+        """--prompt-token-ids; UserError if they are no numbers."""
+        if self.prompt_token_ids is None:
+            return None
+        try:
+            return [int(part) for part in self.prompt_token_ids.split(",")]
+        except ValueError as error:
+            raise UserError(
+                f"--prompt-token-ids {self.prompt_token_ids!r} is not a list of numbers like 1,2,3."
+            ) from error
 
 
 @dataclass(frozen=True, kw_only=True)
 class ChatOptions(RunOptions, SpeculationSettings):
-    """Options of `chat`."""
-
     sampling: SamplingParams = sampling()
     system: Optional[str] = option("the system message to begin with", metavar="TEXT")
     quiet: bool = option("no progress and no closing lines", False)
 
     @property
     def needs_template(self) -> bool:
-        """See ModelSettings."""
         return True
 
 
 @dataclass(frozen=True, kw_only=True)
 class BenchOptions(RunOptions):
-    """Options of `bench`."""
-
     shape: Optional[str] = option(
         "generate weights of a known shape in memory instead of reading a file, e.g. llama-3.2-1b, llama-3.1-405b",
         metavar="NAME",
@@ -191,30 +223,41 @@ class BenchOptions(RunOptions):
         "as-stored",
         choices=["as-stored", *WEIGHT_TYPE_NAMES],
     )
-    prefill: list[int] = option("prompt lengths to time (default: 512)", [512], nargs="*", metavar="TOKENS")
-    decode: int = option("decode steps to time (default: 64)", 64, metavar="STEPS")
-    batch: list[int] = option("numbers of sequences decoded together (default: 1)", [1], nargs="*", metavar="COUNT")
-    context: int = option("position at which decoding begins (default: 512)", 512, metavar="TOKENS")
-    repetitions: int = option("runs of each prompt length (default: 5)", 5, metavar="COUNT")
+    prefill: list[int] = option("prompt lengths to time (default: 512)", [512], nargs="*", metavar="TOKENS", least=1)
+    decode: int = option("decode steps to time (default: 64)", 64, metavar="STEPS", least=1)
+    batch: list[int] = option(
+        "numbers of sequences decoded together (default: 1)", [1], nargs="*", metavar="COUNT", least=1
+    )
+    context: int = option("position at which decoding begins (default: 512)", 512, metavar="TOKENS", least=0)
+    repetitions: int = option("runs of each prompt length (default: 5)", 5, metavar="COUNT", least=1)
     where: bool = option("break down a step's time, part by part", False)
     json: bool = option("print one JSON object", False)
     plot: Optional[str] = option("plot the roofline and the breakdown of time (needs matplotlib)", metavar="FILE.png")
 
+    def check(self) -> None:
+        super().check()
+        if (self.shape is None) == (self.model is None):
+            raise UserError("bench needs --shape NAME (weights made in memory) or --model FILE, one of them.")
+
 
 @dataclass(frozen=True, kw_only=True)
 class PerplexityOptions(RunOptions):
-    """Options of `perplexity`."""
-
     file: str = option("text file, or - for standard input (default: -)", "-", metavar="PATH")
     context: int = option(
         "tokens in a window; as many windows as --prefill-chunk holds are computed together (default: 512)",
         512,
         metavar="TOKENS",
+        least=2,
     )
     stride: Optional[int] = option(
         "tokens from one window to the next (default: the window's size, as llama.cpp does)", metavar="TOKENS"
     )
     json: bool = option("print one JSON object", False)
+
+    def check(self) -> None:
+        super().check()
+        if self.stride is not None and not 1 <= self.stride <= self.context:
+            raise UserError(f"--stride is {self.stride}: give 1 to {self.context} tokens (--context).")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -224,8 +267,6 @@ class EngineOptions(RunOptions, EngineSettings):
 
 @dataclass(frozen=True, kw_only=True)
 class BatchOptions(EngineOptions):
-    """Options of `batch`."""
-
     input: str = positional("input", "JSON lines: OpenAI's batch format, or id with prompt or messages")
     output: str = positional("output", "JSON lines to append to; run the same command again to continue")
     sampling: SamplingParams = sampling(
@@ -238,10 +279,16 @@ class BatchOptions(EngineOptions):
     tensor_parallel: Optional[int] = option(
         "ranks that share a model; several such groups share the rows (default: the fewest ranks that fit the memory)",
         metavar="RANKS",
+        least=1,
     )
     metrics: Optional[str] = option("append a JSON line of metrics every ten seconds", metavar="FILE")
     quiet: bool = option("no progress and no closing lines", False)
     json: bool = option("print the summary as one JSON object", False)
+
+    def check(self) -> None:
+        super().check()
+        if self.time_limit is not None:
+            parse_duration(self.time_limit)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -273,12 +320,18 @@ class ServeOptions(EngineOptions):
             None,
         )
     )
-    queue: int = option("answers that may wait, beyond those being computed (default: 256)", 256, metavar="COUNT")
-    connections: int = option("requests that may be open at once (default: 1000)", 1000, metavar="COUNT")
+    queue: int = option(
+        "answers that may wait, beyond those being computed (default: 256)", 256, metavar="COUNT", least=0
+    )
+    connections: int = option("requests that may be open at once (default: 1000)", 1000, metavar="COUNT", least=1)
     body_limit: str = option("limit of a request body (default: 16MB)", "16MB", metavar="BYTES")
-    body_timeout: float = option("time for a request body to arrive (default: 60.0)", 60.0, metavar="SECONDS")
-    write_timeout: float = option("time for a client to accept what is sent (default: 60.0)", 60.0, metavar="SECONDS")
-    request_timeout: float = option("answers that take longer are cut off (default: 3600.0)", 3600.0, metavar="SECONDS")
+    body_timeout: float = option("time for a request body to arrive (default: 60.0)", 60.0, metavar="SECONDS", least=1)
+    write_timeout: float = option(
+        "time for a client to accept what is sent (default: 60.0)", 60.0, metavar="SECONDS", least=1
+    )
+    request_timeout: float = option(
+        "answers that take longer are cut off (default: 3600.0)", 3600.0, metavar="SECONDS", least=1
+    )
     cors: list[str] = option(
         "origins whose web pages may send requests, e.g. https://example.org", [], nargs="*", metavar="ORIGIN"
     )
@@ -286,19 +339,34 @@ class ServeOptions(EngineOptions):
         "embeddings: the mean over all positions, or the last one (default: mean)", "mean", choices=["mean", "last"]
     )
     replicas: int = option(
-        "groups that the ranks divide into, each with the whole model (default: 1)", 1, metavar="COUNT"
+        "groups that the ranks divide into, each with the whole model (default: 1)", 1, metavar="COUNT", least=1
     )
     time_limit: Optional[str] = option(
         "shut down before this time: seconds, MM:SS, HH:MM:SS or D-HH:MM:SS (default: the Slurm job's end)",
         metavar="TIME",
     )
-    grace: float = option("time for running answers to finish at shutdown (default: 60.0)", 60.0, metavar="SECONDS")
+    grace: float = option(
+        "time for running answers to finish at shutdown (default: 60.0)", 60.0, metavar="SECONDS", least=0
+    )
     log_prompts: bool = option("write prompts into the log files (--log-dir)", False)
     quiet: bool = option("no progress and no messages", False)
 
+    def check(self) -> None:
+        super().check()
+        if (self.tls_certificate is None) != (self.tls_key is None):
+            raise UserError("--tls-certificate and --tls-key go together: give both.")
+        if self.time_limit is not None:
+            parse_duration(self.time_limit)
+        _ = self.body_limit_bytes
+
+    @property
+    def body_limit_bytes(self) -> int:
+        """--body-limit; UserError if it is no number of bytes."""
+        return parse_bytes("--body-limit", self.body_limit)
+
 
 @dataclass(frozen=True)
-class ClientOptions:
+class ClientOptions(Options):
     """Options of `client`; a sampling option that is not given is the server's."""
 
     rendezvous: Optional[str] = option(
@@ -318,9 +386,7 @@ class ClientOptions:
 
 
 @dataclass(frozen=True)
-class PlanOptions:
-    """Options of `plan`."""
-
+class PlanOptions(Options):
     model: Optional[str] = option("model in any format", metavar="PATH")
     shape: Optional[str] = option("a known shape instead of a file, e.g. llama-3.1-405b", metavar="NAME")
     weights: str = option(
@@ -329,8 +395,8 @@ class PlanOptions:
         choices=["as-stored", *WEIGHT_TYPE_NAMES],
     )
     tokenizer: Optional[str] = option("the .t file of a distributed-llama model", metavar="PATH")
-    nodes: int = option("nodes of the job (default: 1)", 1, metavar="COUNT")
-    ranks_per_node: int = option("ranks on each node (default: 1)", 1, metavar="COUNT")
+    nodes: int = option("nodes of the job (default: 1)", 1, metavar="COUNT", least=1)
+    ranks_per_node: int = option("ranks on each node (default: 1)", 1, metavar="COUNT", least=1)
     memory_per_node: str = option("memory of a node, e.g. 64GB or 60GiB (default: 64GB)", "64GB", metavar="BYTES")
     layers: Optional[int] = option(
         "plan a trial of the first N layers; with --shape as `bench` runs it, which has no tokenizer", metavar="N"
@@ -338,7 +404,7 @@ class PlanOptions:
     max_seq_len: Optional[int] = option(
         "limit of prompt and answer together, in tokens (default: the model's own context)", metavar="TOKENS"
     )
-    batch: int = option("sequences computed together (default: 1)", 1, metavar="COUNT")
+    batch: int = option("sequences computed together (default: 1)", 1, metavar="COUNT", least=1)
     kv_type: str = option("type of the KV cache (default: f16)", "f16", choices=["f16", "f32", "q8"])
     memory_bandwidth: str = option("memory bandwidth of a node (default: 200GB/s)", "200GB/s", metavar="BYTES/s")
     compute: str = option(
@@ -354,11 +420,14 @@ class PlanOptions:
     sbatch: Optional[str] = option("write a job script for this plan", metavar="FILE")
     json: bool = option("print one JSON object", False)
 
+    def check(self) -> None:
+        super().check()
+        if (self.shape is None) == (self.model is None):
+            raise UserError("plan needs --shape NAME or --model PATH, one of them.")
+
 
 @dataclass(frozen=True)
 class ConvertOptions(OnRanks):
-    """Options of `convert`."""
-
     source: str = positional("source", "Hugging Face folder, .gguf file or distributed-llama .m file")
     target: str = positional("target", "the .h5 file to write")
     weights: str = option(
@@ -381,17 +450,13 @@ class ConvertOptions(OnRanks):
 
 @dataclass(frozen=True)
 class VerifyOptions(OnRanks):
-    """Options of `verify`."""
-
     file: str = positional("file", "model in any format, as for --model")
     tokenizer: Optional[str] = option("the .t file of a distributed-llama model", metavar="PATH")
     json: bool = option("print one JSON object", False)
 
 
 @dataclass(frozen=True)
-class TokenizeOptions:
-    """Options of `tokenize`."""
-
+class TokenizeOptions(Options):
     text: str = positional("text", "text, or - for standard input")
     model: Optional[str] = option("model in any format (default: data/demo.h5)", metavar="PATH")
     tokenizer: Optional[str] = option("the .t file of a distributed-llama model", metavar="PATH")
@@ -400,9 +465,7 @@ class TokenizeOptions:
 
 
 @dataclass(frozen=True)
-class InspectOptions:
-    """Options of `inspect`."""
-
+class InspectOptions(Options):
     file: str = positional("file", "model in any format, as for --model")
     tokenizer: Optional[str] = option("the .t file of a distributed-llama model", metavar="PATH")
     json: bool = option("print one JSON object", False)
@@ -410,8 +473,6 @@ class InspectOptions:
 
 @dataclass(frozen=True)
 class DoctorOptions(OnRanks):
-    """Options of `doctor`."""
-
     needs_one_job: ClassVar[bool] = False
 
     threads: Optional[int] = option("threads of each rank, as for generate", metavar="COUNT")
@@ -513,4 +574,6 @@ def parse(arguments: Sequence[str]) -> tuple[str, Any]:
         arguments = ["generate", *arguments]
     values = vars(build_parser(arguments[:1]).parse_args(list(arguments)))
     command = values.pop("command")
-    return command, _assembled(COMMANDS[command][0], values)
+    options = _assembled(COMMANDS[command][0], values)
+    options.check()
+    return command, options

@@ -8,33 +8,23 @@ from pathlib import Path
 
 from mpillama.cli.display import in_number, steps_progress
 from mpillama.cli.options import PerplexityOptions
-from mpillama.cli.running import Run, loaded, running
+from mpillama.cli.running import loaded, running
 from mpillama.cli.values import read_standard_input
-from mpillama.engine.engine import Engine
 from mpillama.engine.executor import Executor
 from mpillama.engine.perplexity import Score, text_perplexity, windows
 from mpillama.errors import UserError
 from mpillama.job.start import World
 from mpillama.loading.load import LoadedModel
+from mpillama.loading.session import Session
 
 
 def perplexity(options: PerplexityOptions, world: World) -> int:
-    """Run the command; returns the exit status."""
-    _check(options)
     with running(options, world) as job:
         world.comm.on_root_only(lambda: refuse_unreadable(options.file))
-        with loaded(job, partial(_open_executor, options)) as run:
-            if run.is_root:
-                _perplexity(run, options)
+        with loaded(job, partial(_open_executor, options)) as session:
+            if session.is_root:
+                _perplexity(session, options)
     return job.status
-
-
-def _check(options: PerplexityOptions) -> None:
-    """UserError for impossible sizes."""
-    if options.context < 2:
-        raise UserError(f"--context is {options.context}: a window has at least 2 tokens.")
-    if options.stride is not None and not 1 <= options.stride <= options.context:
-        raise UserError(f"--stride is {options.stride}: give 1 to {options.context} tokens (--context).")
 
 
 def _open_executor(options: PerplexityOptions, model: LoadedModel) -> Executor:
@@ -50,17 +40,18 @@ def _window(options: PerplexityOptions, longest: int) -> int:
     return min(options.context, longest)
 
 
-def _perplexity(run: Run, options: PerplexityOptions) -> None:
-    with run.world.comm.idle():
+def _perplexity(session: Session, options: PerplexityOptions) -> None:
+    comm, tokenizer = session.world.comm, session.tokenizer
+    with comm.idle():
         text = read_text(options.file)
-    encode = lambda: run.tokenizer.encode(text, add_bos=False, parse_special=False)  # noqa: E731
-    ids = run.world.comm.busy(encode, "tokenizing the text")
-    context = run.executor.max_seq_len
+    encode = lambda: tokenizer.encode(text, add_bos=False, parse_special=False)  # noqa: E731
+    ids = comm.busy(encode, "tokenizing the text")
+    context = session.executor.max_seq_len
     stride = min(options.stride or context, context)
     count = sum(1 for _ in windows(len(ids), context, stride))
-    bos = run.tokenizer.bos_token_id if run.tokenizer.adds_bos else None
+    bos = tokenizer.bos_token_id if tokenizer.adds_bos else None
     with steps_progress("windows", count, options.json) as on_window:
-        score = text_perplexity(Engine(run.executor, run.tokenizer), ids, bos, context, stride, on_window)
+        score = text_perplexity(session.engine, ids, bos, context, stride, on_window)
     _report(options, score, context, stride, count)
 
 

@@ -103,10 +103,6 @@ def plan(options: PlanOptions) -> int:
 
 def _request(options: PlanOptions) -> PlanRequest:
     config, types = _model(options)
-    counts = {"--nodes": options.nodes, "--ranks-per-node": options.ranks_per_node, "--batch": options.batch}
-    for name, value in counts.items():
-        if value < 1:
-            raise UserError(f"{name} is {value}: give at least 1.")
     known = config.max_position_embeddings
     context = known if options.max_seq_len is None else options.max_seq_len
     if not 1 <= context <= known:
@@ -123,8 +119,6 @@ def _request(options: PlanOptions) -> PlanRequest:
 
 
 def _model(options: PlanOptions) -> tuple[ModelConfig, WeightTypes]:
-    if (options.shape is None) == (options.model is None):
-        raise UserError("plan needs --shape NAME or --model PATH, one of them.")
     if options.shape is not None:
         name = "q4_0" if options.weights == "as-stored" else options.weights
         return ModelConfig.from_hf(shape_config(options.shape)), WeightTypes(WEIGHT_TYPES[name])

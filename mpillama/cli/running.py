@@ -1,80 +1,34 @@
-"""What `generate` and `chat` share: starting the ranks, texts of a model, statistics of a run."""
+"""What commands that run a model share: logs and monitor, loading it, text and statistics of a run."""
 
 import gc
 import logging
 import select
 import sys
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from functools import cached_property
-from typing import cast
+from functools import partial
 
 from mpillama.cli.display import in_number, in_units, load_progress, stages
 from mpillama.cli.logs import OF_RUN, logged
 from mpillama.cli.options import RunOptions
-from mpillama.cli.values import parse_bytes
+from mpillama.comm.communicator import Communicator
 from mpillama.comm.failure import USER_ERROR_STATUS, stop_printing
-from mpillama.engine.engine import Engine, EngineCounts
-from mpillama.engine.executor import Executor
 from mpillama.engine.sequence import EngineSequence
 from mpillama.errors import UserError
 from mpillama.job.monitor import Monitor
 from mpillama.job.start import World
-from mpillama.kernels.target import Target, prepare, requested_isa
-from mpillama.loading.load import LoadedModel, load_model, open_executor
+from mpillama.kernels.target import Target
+from mpillama.loading.load import LoadedModel, open_executor
 from mpillama.loading.memory import RankUsage
-from mpillama.loading.model_file import ModelFile, make_chat_template, make_tokenizer
-from mpillama.loading.settings import SpeculationSettings
+from mpillama.loading.model_file import ModelFile
+from mpillama.loading.session import OpenExecutor, Session, choose_target, open_session
 from mpillama.quant.registry import STORED_TYPES
-from mpillama.text.chat_template import ChatTemplate
 from mpillama.text.sampler import NonFiniteLogits
-from mpillama.text.tokenizer import Tokenizer
 
-OpenExecutor = Callable[[LoadedModel], Executor]
 LOG = logging.getLogger(__name__)
 BUSY_READER_SECONDS = 1
 """How long rank 0 tries to print before it tells the others that it waits for whoever reads its output."""
-
-
-@dataclass(frozen=True)
-class Run:
-    """A loaded model and what rank 0 needs to answer; the other ranks just follow."""
-
-    world: World
-    target: Target
-    loaded: LoadedModel
-    executor: Executor
-    tokenizer: Tokenizer
-    """On rank 0 only."""
-    hosts: list[str]
-
-    @property
-    def is_root(self) -> bool:
-        """Whether this rank leads those that share the model."""
-        return self.world.comm.is_root
-
-    @cached_property
-    def _chat_template(self) -> ChatTemplate:
-        return self.chat_template
-
-    def cached_chat_template(self) -> ChatTemplate:
-        """The model's own template, compiled when first asked for."""
-        return self._chat_template
-
-    def write(self, text: str) -> None:
-        """Print on standard output; a reader that takes its time (a pager, a stopped terminal) is waited for."""
-        ready = select.poll()
-        ready.register(sys.stdout.fileno(), select.POLLOUT)
-        goes_at_once = len(text) < select.PIPE_BUF // 4 and ready.poll(BUSY_READER_SECONDS * 1000)
-        with nullcontext() if goes_at_once else self.world.comm.idle():
-            sys.stdout.write(text)
-            sys.stdout.flush()
-
-    @property
-    def chat_template(self) -> ChatTemplate:
-        """The model's own template; UserError if it has none."""
-        return make_chat_template(self.loaded.file, self.tokenizer)
 
 
 @dataclass
@@ -90,77 +44,67 @@ class Job:
 
 @contextmanager
 def running(options: RunOptions, world: World) -> Iterator[Job]:
-    """Log and monitor a run as its options say, tell on rank 0 what takes long, and set up the kernels."""
-    check_observed(options)
+    """Set up a run: logs, monitor, rank 0's display of long operations, kernels."""
     quiet = options.is_quiet
     world.comm.watch.display = stages(world.comm.is_root, quiet)
     with (
         logged(world, quiet, options.log_dir, options.log_level),
-        Monitor(options.monitor, _memory_floor(options), world.neighbours.is_root) as monitor,
+        Monitor(options.monitor, options.memory_floor_bytes, world.neighbours.is_root) as monitor,
     ):
         yield Job(options, world, choose_target(world), monitor)
 
 
-def choose_target(world: World) -> Target:
-    """This rank's kernels and threads; UserError on all ranks if one cannot have what is asked for."""
-    return world.comm.together(lambda: prepare(requested_isa(), world.threads, world.comm.yields))
-
-
 @contextmanager
-def loaded(job: Job, open_: OpenExecutor | None = None, world: World | None = None) -> Iterator[Run]:
-    """Load the model on all ranks of the job, or of a part of it: the block is for their rank 0 (`run.is_root`).
+def loaded(job: Job, open_: OpenExecutor | None = None, world: World | None = None) -> Iterator[Session]:
+    """Load the model on all ranks of the job, or of a part of it: the block is for their rank 0 (`session.is_root`).
 
     The others follow rank 0 when they leave the block, until it leaves its own, and take over its `job.status`.
     `open_` makes the executor; without it, one for a single sequence.
     """
     world = world or job.world
-    comm, quiet = world.comm, job.options.is_quiet or not job.world.comm.is_root
-    model = load_model(job.options, world, job.target, load_progress(comm.is_root, quiet))
-    job.monitor.watch(model.model)
-    executor = comm.together(lambda: open_(model) if open_ else open_executor(job.options, model))
-    if comm.is_root:
-        warn_of_idle_ranks(model.file, comm.size)
-        warn_of_requantised(model.file)
-        tell_lowered_context(job.options, model, quiet)
-    hosts = sorted(set(comm.gather(world.host)))
-    build = lambda: make_tokenizer(model.file)  # noqa: E731
-    tokenizer = comm.on_root_only(lambda: comm.busy(build, "building the tokenizer"))
+    is_root, quiet = world.comm.is_root, job.options.is_quiet or not job.world.comm.is_root
+    open_ = open_ or partial(open_executor, job.options)
+    session = open_session(job.options, world, job.target, open_, load_progress(is_root, quiet))
+    file, model = session.loaded.file, session.loaded.model
+    job.monitor.watch(model)
+    if is_root:
+        warn_of_idle_ranks(file, world.comm.size)
+        warn_of_requantised(file)
+        tell_lowered_context(job.options, session.loaded, quiet)
     gc.freeze()  # what is loaded stays: the collector need not look at it again
-    run = Run(world, job.target, model, executor, cast(Tokenizer, tokenizer), hosts)
-    if comm.is_root:
-        with leading(run, job):
-            yield run
+    if is_root:
+        with leading(session, job):
+            yield session
     else:
-        yield run
-        job.status = executor.follow()
-    LOG.info("status %d after %d tokens.", job.status, model.model.tokens_run)
+        yield session
+        job.status = session.executor.follow()
+    LOG.info("status %d after %d tokens.", job.status, model.tokens_run)
 
 
 @contextmanager
-def leading(run: Run, job: Job) -> Iterator[None]:
-    """Rank 0's work; however it ends short of a failure of the program, the other ranks are told."""
+def leading(session: Session, job: Job) -> Iterator[None]:
+    """Rank 0's work. However it ends, short of a crash, the other ranks are told."""
     try:
         yield
     except NonFiniteLogits as error:
-        run.executor.end(USER_ERROR_STATUS)
-        raise UserError(f"{run.loaded.file.path}: {error}") from error
+        session.executor.end(USER_ERROR_STATUS)
+        raise session.failed(error) from error
     except UserError:
-        run.executor.end(USER_ERROR_STATUS)
+        session.executor.end(USER_ERROR_STATUS)
         raise
     except BrokenPipeError:
         job.status = stop_printing()
-    run.executor.end(job.status)
+    session.executor.end(job.status)
 
 
-def check_observed(options: RunOptions) -> None:
-    """UserError for what --monitor and --memory-floor cannot be."""
-    if options.monitor is not None and not options.monitor > 0:
-        raise UserError(f"--monitor is {options.monitor}: give a number of seconds above 0.")
-    _memory_floor(options)
-
-
-def _memory_floor(options: RunOptions) -> int | None:
-    return None if options.memory_floor is None else parse_bytes("--memory-floor", options.memory_floor)
+def write(comm: Communicator, text: str) -> None:
+    """Print on standard output, and wait for a slow reader (a pager, a stopped terminal)."""
+    ready = select.poll()
+    ready.register(sys.stdout.fileno(), select.POLLOUT)
+    goes_at_once = len(text) < select.PIPE_BUF // 4 and ready.poll(BUSY_READER_SECONDS * 1000)
+    with nullcontext() if goes_at_once else comm.idle():
+        sys.stdout.write(text)
+        sys.stdout.flush()
 
 
 def warn_of_idle_ranks(file: ModelFile, size: int) -> None:
@@ -198,19 +142,13 @@ def warn_of_requantised(file: ModelFile) -> None:
         )  # fmt: skip
 
 
-def check_speculation(flags: SpeculationSettings) -> None:
-    """UserError for fewer than 0 drafts."""
-    if flags.speculate < 0:
-        raise UserError(f"--speculate is {flags.speculate}: give 0 (off) or more.")
+def pieces_of(session: Session, sequence: EngineSequence) -> Generator[str, None, None]:
+    """The text of an answer as it comes; until it begins, a display shows how much of the prompt is read.
 
-
-def pieces_of(run: Run, engine: Engine, sequence: EngineSequence) -> Generator[str, None, None]:
-    """The text of an answer as it comes; until it begins, whoever watches is told how much of the prompt is read.
-
-    NonFiniteLogits if the answer cannot be sampled. If the iterator is closed early, the answer is cancelled.
+    UserError if the answer cannot be sampled. If the iterator is closed early, the answer is cancelled.
     """
-    updates = engine.run(sequence)
-    with run.world.comm.doing("reading the prompt") as tell:
+    updates = session.engine.run(sequence)
+    with session.world.comm.doing("reading the prompt") as tell:
         for update in updates:
             if update.token_ids or sequence.finished:
                 break
@@ -219,24 +157,26 @@ def pieces_of(run: Run, engine: Engine, sequence: EngineSequence) -> Generator[s
     for update in updates:
         yield update.text
     if sequence.error is not None:
-        raise NonFiniteLogits(sequence.error)
+        raise session.failed(sequence.error)
 
 
-def closing_line(run: Run, counts: EngineCounts, memory: list[RankUsage]) -> str:
+def closing_line(session: Session, memory: list[RankUsage]) -> str:
     """Speed, communication, and the fullest rank's memory in one line."""
+    counts, target = session.engine.counts, session.target
     fullest = max(range(len(memory)), key=lambda rank: memory[rank].process)
     m = memory[fullest]
     return (
         f"prefill {counts.prefill.tokens} tokens, {counts.prefill.tokens_per_second:.0f} tok/s | "
         f"decode {counts.decode.tokens} tokens, {counts.decode.tokens_per_second:.1f} tok/s | "
-        f"communication {100 * communication_share(run, counts):.0f} % of the time | "
+        f"communication {100 * communication_share(session):.0f} % of the time | "
         f"memory{f' of rank {fullest}' if len(memory) > 1 else ''}: weights {in_units(m.weights)}, "
         f"KV cache {in_units(m.kv_cache_filled)} of {in_units(m.kv_cache)}, buffers {in_units(m.buffers)}, "
         f"whole process {in_units(m.process)} | "
-        f"{in_number(run.world.comm.size, 'rank')} x {in_number(run.target.threads, 'thread')}, {run.target.isa.name}"
+        f"{in_number(session.world.comm.size, 'rank')} x {in_number(target.threads, 'thread')}, {target.isa.name}"
     )
 
 
-def communication_share(run: Run, counts: EngineCounts) -> float:
+def communication_share(session: Session) -> float:
     """The share of rank 0's step time that went into collectives, waiting for other ranks included."""
-    return run.world.comm.seconds / counts.model_seconds if counts.model_seconds else 0.0
+    seconds = session.engine.counts.model_seconds
+    return session.world.comm.seconds / seconds if seconds else 0.0

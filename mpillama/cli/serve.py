@@ -9,21 +9,23 @@ import time
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import NoReturn, Self, cast
 
 from mpillama.cli.display import watched
-from mpillama.cli.engines import ReplicaWorld, check_engine_options, opener, prompter, replicated
+from mpillama.cli.engines import ReplicaWorld, prompter, replicated
 from mpillama.cli.options import ServeOptions
-from mpillama.cli.running import Run, loaded, running
-from mpillama.cli.values import parse_bytes, refuse_unwritable
+from mpillama.cli.running import loaded, running
+from mpillama.cli.values import refuse_unwritable
 from mpillama.comm.failure import Interrupted
-from mpillama.engine.engine import Engine
 from mpillama.engine.sequence import Pooling
 from mpillama.errors import UserError
 from mpillama.job.deadline import Deadline, StopRequest, ignore_stop_signals
 from mpillama.job.start import World
+from mpillama.loading.load import open_shared_executor
+from mpillama.loading.session import Session
 from mpillama.openai.reasoning import reasoning_format
 from mpillama.openai.tool_calls import tool_format
 from mpillama.redaction import keep_secret
@@ -42,8 +44,6 @@ from mpillama.text.constraint import Grammars, json_object_grammar
 
 @dataclass(frozen=True)
 class Settings:
-    """What the options come to."""
-
     key: str | None = field(repr=False)
     made_key: bool
     body_bytes: int
@@ -52,14 +52,6 @@ class Settings:
 
 def check(options: ServeOptions) -> Settings:
     """Raise UserError for what is wrong with the options."""
-    check_engine_options(options)
-    for name in ("queue", "connections", "body_timeout", "write_timeout", "request_timeout"):
-        if getattr(options, name) < (0 if name == "queue" else 1):
-            raise UserError(f"--{name.replace('_', '-')} is {getattr(options, name)}: give at least 1.")
-    if options.grace < 0:
-        raise UserError(f"--grace is {options.grace:g}: give 0 seconds or more.")
-    if (options.tls_certificate is None) != (options.tls_key is None):
-        raise UserError("--tls-certificate and --tls-key go together: give both.")
     key, made = _key(options)
     if key is None and not options.no_auth and not is_loopback(options.host):
         raise UserError(
@@ -69,7 +61,7 @@ def check(options: ServeOptions) -> Settings:
     keep_secret(key)
     path = Path(options.rendezvous) if options.rendezvous else default_path(os.environ)
     refuse_unwritable("--rendezvous", str(path))
-    return Settings(key, made, parse_bytes("--body-limit", options.body_limit), path)
+    return Settings(key, made, options.body_limit_bytes, path)
 
 
 def _key(options: ServeOptions) -> tuple[str | None, bool]:
@@ -107,17 +99,21 @@ def serve(options: ServeOptions, world: World) -> int:
     with running(options, world) as job:
         size = replica_size(options, world)
         api = world.comm.on_root_only(lambda: listen(options, cast(Settings, settings)))
-        with api or nullcontext(), replicated(job, size) as replica, loaded(job, opener(options), replica.world) as run:
+        with (
+            api or nullcontext(),
+            replicated(job, size) as replica,
+            loaded(job, partial(open_shared_executor, options), replica.world) as session,
+        ):
             if api:
-                ServeJob(options, api, replica, world.comm.size).run(run)
-            elif run.is_root and replica.mailbox:
-                job.status = follow_router(replica.mailbox, make_runner(run, make_grammars(run), options))
+                ServeJob(options, api, replica, world.comm.size).run(session)
+            elif session.is_root and replica.mailbox:
+                job.status = follow_router(replica.mailbox, make_runner(session, make_grammars(session), options))
     return job.status
 
 
 def replica_size(options: ServeOptions, world: World) -> int:
-    """Ranks that share a model; UserError if they do not divide so."""
-    if options.replicas < 1 or world.comm.size % options.replicas:
+    """Ranks that share a model; UserError if the ranks do not divide evenly."""
+    if world.comm.size % options.replicas:
         reason = f"{world.comm.size} ranks do not divide into so many groups"
         raise UserError(f"--replicas is {options.replicas}: {reason}.")
     return world.comm.size // options.replicas
@@ -129,7 +125,7 @@ def _interrupt(number: int, frame: FrameType | None) -> NoReturn:
 
 @dataclass(frozen=True)
 class Listener:
-    """The HTTP server, which says until the model is loaded that it is being loaded; leaving its block stops it."""
+    """The HTTP server, which answers that the model is loading until it is; leaving its block stops it."""
 
     settings: Settings
     engine: AsyncEngine
@@ -144,7 +140,7 @@ class Listener:
 
 
 def listen(options: ServeOptions, settings: Settings) -> Listener:
-    """Begin to answer; UserError if the address or the certificate cannot be had."""
+    """Start the HTTP server; UserError if the address or the certificate cannot be used."""
     address = Address(options.host, options.port, options.tls_certificate, options.tls_key)
     bound, engine = address.bind(), AsyncEngine()
     app = create_app(engine, options.request_timeout, options.log_prompts)
@@ -177,11 +173,10 @@ class ServeJob:
         self.ranks = ranks
         self.stop = StopRequest(SIGNALS)
 
-    def run(self, run: Run) -> None:
-        """Serve until the end."""
-        grammars = make_grammars(run)
-        router = self.replica.router(make_runner(run, grammars, self.options), "start the server again.")
-        state, rendezvous = self._state(run, grammars, router.replicas), self._rendezvous(run)
+    def run(self, session: Session) -> None:
+        grammars = make_grammars(session)
+        router = self.replica.router(make_runner(session, grammars, self.options), "start the server again.")
+        state, rendezvous = self._state(session, grammars, router.replicas), self._rendezvous(session)
         shutdown = Shutdown(self.stop, Deadline.of_run(self.options.time_limit), self.options.grace)
         self.stop.install()
         self.api.engine.now_serving(state)
@@ -195,29 +190,31 @@ class ServeJob:
     def _tell_end(self, reason: str) -> None:
         self._say(f"{reason}: no more requests, running answers have {self.options.grace:g} s to finish")
 
-    def _state(self, run: Run, grammars: Grammars, replicas: Sequence[Replica[ServerRequest, Output]]) -> ServerState:
-        options, file = self.options, run.loaded.file
+    def _state(
+        self, session: Session, grammars: Grammars, replicas: Sequence[Replica[ServerRequest, Output]]
+    ) -> ServerState:
+        options, file = self.options, session.loaded.file
         source = file.texts.get("chat_template.jinja")
         tools = tool_format(source.decode()) if source is not None else None
         thoughts = reasoning_format(source.decode(), grammars.token_id) if source is not None else None
-        asks = prompter(run, options)
+        asks = prompter(session, options)
         asks = replace(asks, for_template=tools.for_template) if tools else asks
         path = Path(file.path)
         name = options.model_name or path.stem
         return ServerState(
-            name, frozenset({name, path.name, path.stem}), int(time.time()), run.executor.max_seq_len, asks,
+            name, frozenset({name, path.name, path.stem}), int(time.time()), session.executor.max_seq_len, asks,
             grammars, tools, thoughts, cast(Pooling, options.pooling), replicas,
             options.queue + options.sequences * len(replicas), file.config.hidden_size,
             generates=file.config.lm_head,
         )  # fmt: skip
 
-    def _rendezvous(self, run: Run) -> Rendezvous:
+    def _rendezvous(self, session: Session) -> Rendezvous:
         host, node, environment = self.options.host, os.uname().nodename, os.environ
         reached = host if is_loopback(host) else node
         shown = f"[{reached}]" if ":" in reached else reached
         url = f"{'https' if self.options.tls_certificate else 'http'}://{shown}:{self.api.port}"
         ssh = tunnel(host, self.api.port, node, environment.get("SLURM_SUBMIT_HOST"))
-        model, job = self.options.model_name or Path(run.loaded.file.path).stem, environment.get("SLURM_JOB_ID")
+        model, job = self.options.model_name or Path(session.path).stem, environment.get("SLURM_JOB_ID")
         return Rendezvous(url, self.settings.key, model, node, self.api.port, ssh, job)
 
     def _announce(self, rendezvous: Rendezvous) -> None:
@@ -236,14 +233,14 @@ class ServeJob:
             sys.stderr.flush()
 
 
-def make_runner(run: Run, grammars: Grammars, options: ServeOptions) -> EngineRunner[ServerRequest, Output]:
+def make_runner(session: Session, grammars: Grammars, options: ServeOptions) -> EngineRunner[ServerRequest, Output]:
     """The engine of this process's replica."""
-    return EngineRunner(Engine(run.executor, run.tokenizer, options.speculate), ServerAdapter(grammars))
+    return EngineRunner(session.engine, ServerAdapter(grammars))
 
 
-def make_grammars(run: Run) -> Grammars:
+def make_grammars(session: Session) -> Grammars:
     """What builds grammars; the first takes a second for a large vocabulary, and not every tokenizer allows them."""
-    grammars = Grammars(run.tokenizer, run.loaded.file.config.vocab_size)
+    grammars = Grammars(session.tokenizer, session.loaded.file.config.vocab_size)
     try:
         grammars.check(json_object_grammar())
     except UserError as error:

@@ -6,11 +6,11 @@ import sys
 from mpillama.cli.display import stages
 from mpillama.cli.options import TokenizeOptions
 from mpillama.cli.values import read_standard_input
-from mpillama.loading.model_file import make_tokenizer, model_path, open_model
+from mpillama.loading.model_file import model_path, open_model
+from mpillama.loading.texts import make_tokenizer
 
 
 def tokenize(options: TokenizeOptions) -> int:
-    """Run the command; returns the exit status."""
     display = stages(is_root=True, quiet=options.json)
     with display("building the tokenizer"):
         tokenizer = make_tokenizer(open_model(model_path(options.model), tokenizer=options.tokenizer))

@@ -19,7 +19,7 @@ def parse_bytes(option: str, text: str) -> int:
 
 
 def parse_number(option: str, text: str, unit: str, what: str) -> int:
-    """Read a number with a factor and perhaps a unit; `what` names what is expected to a user who wrote another."""
+    """Read a number with a factor and perhaps a unit; `what` names the expected quantity in the error."""
     match = re.fullmatch(rf"\s*([0-9]*\.?[0-9]+)\s*([kMGT]?i?)({unit})?(/s)?\s*", text)
     if not match or match[2] not in UNITS:
         raise UserError(f"{option} {text!r} is no number of {what}.")

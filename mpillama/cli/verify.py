@@ -16,7 +16,6 @@ DAMAGED = 1
 
 
 def verify(options: VerifyOptions, world: World) -> int:
-    """Run the command; returns the exit status."""
     comm = world.comm
     with logged(world, quiet=False):
         comm.watch.display = stages(comm.is_root, options.json)

@@ -63,7 +63,6 @@ class Communicator:
 
     @property
     def is_root(self) -> bool:
-        """Whether this is rank 0."""
         return self.rank == 0
 
     # -- the collectives of a step -----------------------------------------------------------------------------------
@@ -77,7 +76,7 @@ class Communicator:
             start = time.perf_counter()
             if shared := self.shared_for(partial.size):
                 self.watch.enter(ALL_REDUCE)
-                shared.all_reduce(partial, self.yields, self.watch.look)
+                shared.all_reduce(partial, self.yields, self.watch.poll)
                 self.watch.leave()
             else:
                 self._all_reduce_by_mpi(partial.reshape(-1))
@@ -95,7 +94,7 @@ class Communicator:
         self.watch.enter(ALL_REDUCE)
         backoff = Backoff(self.yields)
         while not done:
-            self.watch.look()
+            self.watch.poll()
             backoff.pause()
             done = go_on()
         self.watch.leave()
@@ -159,7 +158,7 @@ class Communicator:
         request = self.mpi.Ibcast(plan)
         backoff = Backoff(self.yields)
         while not request.Test():
-            self.watch.look()
+            self.watch.poll()
             backoff.pause()
         self.watch.leave()
 
@@ -169,7 +168,7 @@ class Communicator:
         request, backoff = start(*buffers), Backoff(self.yields)
         while not request.Test():
             backoff.pause()
-            self.watch.look()
+            self.watch.poll()
         self.watch.leave()
 
     @contextmanager
@@ -224,7 +223,6 @@ class Communicator:
         return [pickle.loads(part.tobytes()) for part in np.split(gathered, np.cumsum(lengths)[:-1])]
 
     def barrier(self) -> None:
-        """Wait for all ranks."""
         self._complete("a barrier", self.mpi.Ibarrier)
 
     def attend(self) -> None:
@@ -306,3 +304,30 @@ def attempt(action: Callable[[], T]) -> tuple[T | None, str | None]:
         if sentence := out_of_memory(error):
             return None, f"host {os.uname().nodename} is {sentence}"
         raise
+
+
+class Rounds:
+    """News of every rank, a few numbers each, while all are busy, so that nobody waits for anybody.
+
+    One all-gather after the other is begun and completed on the way; the main thread alone may use it.
+
+    All ranks see the same rounds: whatever they decide by a round's numbers, they decide alike. Rounds have a
+    communicator of their own, which all ranks make together, so that one that never comes disturbs no other collective.
+    """
+
+    def __init__(self, comm: Communicator):
+        with comm.watch.blocking("the start of loading"):
+            self.mpi = comm.mpi.Dup()
+        self.under_way: MPI.Request | None = None
+        self.told = self.heard = np.empty(0, np.int64)
+
+    def exchange(self, news: np.ndarray) -> np.ndarray | None:
+        """Tell int64 [count] in the next round that begins; returns [ranks, count] when a round is complete."""
+        if self.under_way is None:
+            self.told = news.astype(np.int64)
+            self.heard = np.empty((self.mpi.size, len(news)), np.int64)
+            self.under_way = self.mpi.Iallgather(self.told, self.heard)
+        if not self.under_way.Test():
+            return None
+        self.under_way = None
+        return self.heard

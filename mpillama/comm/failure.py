@@ -1,4 +1,4 @@
-"""How a run ends when something fails: all ranks within seconds, one message, a status that is not 0."""
+"""How a run ends when something fails: all ranks within seconds, one message, a nonzero status."""
 
 import errno
 import faulthandler
@@ -10,7 +10,7 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType, TracebackType
 from typing import Any, NoReturn
 
@@ -24,8 +24,12 @@ LAST_WORD_SECONDS = 2
 """How long MPI may take to end the job before this process ends by itself, whatever MPI does."""
 LONGEST_TURN = 2.0
 """How long a rank leaves it to lower ranks to say what may have struck all of them."""
+POLL_SECONDS = 0.02
 DELIVERY_SECONDS = 0.2
 """Left to the launcher to pass the last words on: some drop what they have not read when a job is aborted."""
+OPEN_MPI = "OMPI_COMM_WORLD_SIZE"
+KILL_SECONDS = 2.0
+"""Open MPI ends the ranks of an aborted job by SIGTERM, and kills them a second later: none need say so."""
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 NOT_MAPPED = "failed to map segment"
 """What the system says of an extension module for which there are no addresses left."""
@@ -78,13 +82,16 @@ def out_of_memory(error: BaseException) -> str | None:
 
 
 class Aborter:
-    """Ends all ranks when something escapes on one of them, which else would leave the rest waiting.
+    """Ends all ranks when an exception escapes on one of them; otherwise the rest would wait forever.
 
-    `abort` is MPI's, once MPI has started.
+    `abort` is MPI's, once MPI has started; with `tell_end` and `knows_of_end` one rank alone says why the job ends.
     """
 
     def __init__(self, rank: int, size: int):
         self.abort: Callable[[int], Any] = os._exit
+        self.tell_end: Callable[[], None] = lambda: None
+        self.knows_of_end: Callable[[], bool] = lambda: False
+        self.ending = False
         self.rank = rank
         self.where = describe_rank(rank, size)
 
@@ -99,9 +106,10 @@ class Aborter:
             if signal.getsignal(number) is default:  # a command may have a use of its own for it
                 signal.signal(number, self.on_signal)
 
-    def on_signal(self, number: int, frame: FrameType | None) -> NoReturn:
+    def on_signal(self, number: int, frame: FrameType | None) -> None:
         """Leave by way of an exception, so that unfinished files are removed and the terminal is put back."""
-        raise Interrupted(number)
+        if not self.ending:
+            raise Interrupted(number)
 
     def answers(self, number: int) -> bool:
         """Whether a signal still is this object's to answer: a command may have put a handler of its own."""
@@ -122,20 +130,36 @@ class Aborter:
 
     def end_by_signal(self, number: int) -> NoReturn:
         """Say so, and end all ranks."""
-        name = signal.Signals(number).name
+        self.ending, name = True, signal.Signals(number).name
+        if number == signal.SIGTERM and OPEN_MPI in os.environ and self._is_told_within(KILL_SECONDS):
+            self.end(128 + number)
         self.fail(f"mpillama: {self.where}: ended by {name}; all ranks end.", 128 + number)
 
     def fail(self, text: str, status: int = FAILURE_STATUS) -> NoReturn:
-        """Print a text, unless a lower rank with the same trouble has ended the job meanwhile, and end all ranks."""
-        if self.rank:
-            time.sleep(min(0.3 + 0.05 * self.rank, LONGEST_TURN))
+        """Print a text, unless another rank has said why the job ends, and end all ranks."""
+        self.ending = True
+        if self.rank and self._is_told_within(min(0.3 + 0.05 * self.rank, LONGEST_TURN)):
+            self.end(status)
+        with suppress(Exception):  # whatever is wrong with MPI by now
+            self.tell_end()
         print_error(text)
         time.sleep(DELIVERY_SECONDS)
         self.end(status)
 
+    def _is_told_within(self, seconds: float) -> bool:
+        """Whether another rank says meanwhile that it ends the job, and why."""
+        until = time.monotonic() + seconds
+        while time.monotonic() < until:
+            with suppress(Exception):  # whatever is wrong with MPI by now
+                if self.knows_of_end():
+                    return True
+            time.sleep(POLL_SECONDS)
+        return False
+
     def end(self, status: int) -> NoReturn:
-        """End every rank now."""
         end_within(LAST_WORD_SECONDS)
+        with suppress(Exception):
+            self.tell_end()
         self.abort(status)
         os._exit(status)
 

@@ -1,4 +1,4 @@
-"""Who is missing: ranks that wait long ask the others whether they get on.
+"""Liveness: ranks that have waited long ask the others how far they are.
 
 A waiting rank polls, so it can also answer; a rank that reads or writes answers now and then (Watch.attend); one that
 is stopped, or whose host is gone, does not. Nothing is sent as long as every wait is short.
@@ -26,8 +26,8 @@ MEGABYTE = 10**6
 class Kind(IntEnum):
     """What a message says.
 
-    Asking, answering; that rank 0 may be silent because it waits for a person; that what all ranks do cannot succeed;
-    that a rank does nothing more at all.
+    Asking, answering; that rank 0 may be silent because it waits for a person; that the ranks' common task cannot
+    succeed; that a rank has given up; that a rank ends the job and has said why.
     """
 
     CALL = 1
@@ -36,6 +36,7 @@ class Kind(IntEnum):
     BACK = 4
     FAILED = 5
     GONE = 6
+    ENDING = 7
 
 
 @dataclass(frozen=True)
@@ -58,13 +59,11 @@ class Messages:
         self.sent: list[tuple[MPI.Request, np.ndarray]] = []
 
     def send(self, to: int, kind: Kind, state: State) -> None:
-        """Send to one rank."""
         message = np.array([kind, state.entered, state.work, state.waits], np.int64)
         self.sent = [(request, buffer) for request, buffer in self.sent if not request.Test()]
         self.sent.append((self.mpi.Isend(message, to), message))
 
     def send_all(self, kind: Kind, state: State) -> None:
-        """Send to all other ranks."""
         for rank in range(self.mpi.size):
             if rank != self.mpi.rank:
                 self.send(rank, kind, state)
@@ -94,7 +93,7 @@ class Mate:
             self.state, self.got_on = state, now
 
 
-class RollCall:
+class Liveness:
     """One wait of a rank for the others."""
 
     def __init__(self, state: State, rank: int, size: int, timeout: float, clock: Callable[[], float]):
@@ -178,5 +177,4 @@ def _work_done(mates: Sequence[Mate]) -> str:
 
 
 def monotonic() -> float:
-    """Seconds."""
     return time.perf_counter()

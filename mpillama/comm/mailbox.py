@@ -70,7 +70,7 @@ class Mailbox:
             if own_pause:  # this rank was in a long step and has not listened meanwhile
                 self._heard[rank] = now
             elif timeout and now - heard > timeout:
-                self._watchdog.strike(
+                self._watchdog.abort(
                     f"{self._watchdog.names[rank]} has not been heard of for {timeout:g} s: it was stopped, or its "
                     "host or the network hangs; all ranks end (--timeout SECONDS waits longer, 0 for ever)."
                 )

@@ -1,6 +1,6 @@
-"""No rank waits for another for ever.
+"""Bounded waits: no rank waits for another forever.
 
-Communicator's waits poll, and look here now and then: a RollCall finds out who is missing. What blocks inside MPI
+Communicator's waits poll, and look here now and then: a Liveness check finds out who is missing. What blocks inside MPI
 itself, and signals that come while no Python runs, are left to a thread.
 """
 
@@ -11,11 +11,11 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from typing import Generic, TypeVar
 
 from mpillama.comm.failure import Aborter
-from mpillama.comm.liveness import Kind, Messages, RollCall, State, describe
+from mpillama.comm.liveness import Kind, Liveness, Messages, State, describe
 
 LOOK_SECONDS = 0.1
 """Time between two looks of a wait, or of a rank that works."""
@@ -23,6 +23,8 @@ TICK = 1.0
 """Time between two looks of the thread."""
 MARGIN = 5.0
 """The thread leaves the main thread this much longer, since the main thread can say more."""
+MOST_TURNS = 5
+"""So many ranks take turns in saying that they are stuck, a TICK after one another."""
 SIGNAL_SECONDS = 2.5
 """How long the main thread may take to act upon a signal."""
 
@@ -31,15 +33,15 @@ Display = Callable[[str], AbstractContextManager[Callable[[str], None]]]
 
 
 def no_display(what: str) -> AbstractContextManager[Callable[[str], None]]:
-    """Where nobody is told."""
+    """The display of ranks that show nothing."""
     return nullcontext(lambda how_far: None)
 
 
 class OthersFailedError(Exception):
-    """What this rank does is in vain: another one has failed at its part, and says so as soon as all ranks meet."""
+    """Another rank has failed at its part, so this rank's work is pointless; it says so once all ranks meet."""
 
 
-class GroupFailedError(Exception):
+class PeerFailedError(Exception):
     """A rank of this group has given up: the group does nothing more, but other groups may."""
 
 
@@ -61,62 +63,63 @@ class Watch:
         self.clock: Callable[[], float] = time.perf_counter
         self.entered = 0
         self.work = 0
-        self.looks = 0
+        self.polls = 0
         self.place = ""
         self.next_look = 0.0
         self.next_attention = 0.0
-        self.roll_call: RollCall | None = None
+        self.liveness: Liveness | None = None
         self.idle_at = -1
         self.failed_at = -1
+        self.job_ends = False
         self.display: Display = no_display
         self._reserve: mmap.mmap | None = mmap.mmap(-1, RESERVE_BYTES, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
 
     # -- waits ---------------------------------------------------------------------------------------------------------
 
     def enter(self, place: str, of_all: bool = True) -> None:
-        """A wait begins; only those of all ranks together are counted, since hosts may differ in others."""
+        """Begin a wait. Only waits of all ranks together are counted: the others may differ between hosts."""
         self.entered += of_all
         self.place = place
-        self.roll_call = None
+        self.liveness = None
         self.next_look = 0.0
 
     def leave(self) -> None:
         """The wait is over."""
         self.place = ""
 
-    def look(self) -> None:
-        """A poll found that the wait is not over; ends the job if it lasts too long."""
+    def poll(self) -> None:
+        """Called whenever a poll finds that the wait is not over; ends the job if it lasts too long."""
         now = self.clock()
         if now < self.next_look:
             return
         is_new, self.next_look = not self.next_look, now + LOOK_SECONDS
         if is_new:
             return
-        self.looks += 1
+        self.polls += 1
         if self.messages is None:
             return
         mpi = self.messages.mpi
-        if self.roll_call is None:
-            self.roll_call = RollCall(self.state(), mpi.rank, mpi.size, self.timeout, self.clock)
+        if self.liveness is None:
+            self.liveness = Liveness(self.state(), mpi.rank, mpi.size, self.timeout, self.clock)
         self._listen()
         if self.timeout:
-            self._call(self.roll_call)
+            self._call(self.liveness)
 
     def state(self) -> State:
         """How far this rank is."""
         return State(self.entered, self.work, bool(self.place))
 
-    def _call(self, roll_call: RollCall) -> None:
-        roll_call.pass_time()
+    def _call(self, liveness: Liveness) -> None:
+        liveness.pass_time()
         if self.idle_at >= 0 and self.entered == self.idle_at + 1:
-            roll_call.restart()  # rank 0 waits for a person before it comes here
+            liveness.restart()  # rank 0 waits for a person before it comes here
             return
-        if roll_call.is_time_to_call() and self.messages is not None:
+        if liveness.is_time_to_call() and self.messages is not None:
             self.messages.send_all(Kind.CALL, self.state())
-        verdict, mates = roll_call.verdict()
+        verdict, mates = liveness.verdict()
         if verdict:
             me = self.messages.mpi.rank if self.messages else 0
-            self.strike(describe(verdict, mates, self.names, self.place, me, self.timeout))
+            self.abort(describe(verdict, mates, self.names, self.place, me, self.timeout))
 
     def _listen(self) -> None:
         """Answer whoever asks, and note what others say."""
@@ -129,12 +132,26 @@ class Watch:
                 self.idle_at = state.entered if kind is Kind.IDLE else -1
             elif kind is Kind.FAILED:
                 self.failed_at = state.entered
+            elif kind is Kind.ENDING:
+                self.job_ends = True
             elif kind is Kind.GONE:
-                raise GroupFailedError(self.names[rank] if self.names else f"rank {rank}")
-            elif self.roll_call is not None:
-                self.roll_call.hear(rank, kind, state)
+                raise PeerFailedError(self.names[rank] if self.names else f"rank {rank}")
+            elif self.liveness is not None:
+                self.liveness.hear(rank, kind, state)
 
-    def strike(self, sentence: str) -> None:
+    def tell_end(self) -> None:
+        """Let the other ranks know that this one ends the job and says why."""
+        if self.messages is not None and threading.current_thread() is threading.main_thread():
+            self.messages.send_all(Kind.ENDING, self.state())
+
+    def knows_of_end(self) -> bool:
+        """Whether another rank has told so."""
+        if threading.current_thread() is threading.main_thread():
+            with suppress(PeerFailedError):
+                self._listen()
+        return self.job_ends
+
+    def abort(self, sentence: str) -> None:
         """End the job with a sentence."""
         if self.aborter is not None:
             self.aborter.fail(f"mpillama: {sentence}")
@@ -142,14 +159,14 @@ class Watch:
     # -- work, silence, MPI's own waits --------------------------------------------------------------------------------
 
     def answer(self) -> None:
-        """Let a rank that is long at work answer the others, from its main thread; elsewhere nothing happens."""
+        """Answer the others during long work; does nothing outside the main thread."""
         now = self.clock()
         if now >= self.next_attention and threading.current_thread() is threading.main_thread():
             self.next_attention = now + LOOK_SECONDS
             self._listen()
 
     def attend(self) -> None:
-        """Answer, and raise OthersFailedError if the work is in vain."""
+        """Answer, and raise OthersFailedError if another rank has failed."""
         self.answer()
         if self.failed_at == self.entered:
             raise OthersFailedError
@@ -169,7 +186,7 @@ class Watch:
 
     @contextmanager
     def idle(self) -> Iterator[None]:
-        """Rank 0 waits for a person or a pipe: the others may wait for its next word as long as it takes."""
+        """Rank 0 waits for a person or a pipe: for that long the others' waits are not counted."""
         if self.messages is None:
             yield
             return
@@ -206,7 +223,7 @@ class Guard(threading.Thread):
         signal.set_wakeup_fd(wake, warn_on_full_buffer=False)
 
     def run(self) -> None:
-        """Look at the main thread for ever."""
+        """Watch the main thread until the process ends."""
         while True:
             if select.select([self.awake], [], [], TICK)[0]:
                 self._after_signals(os.read(self.awake, 64))
@@ -219,10 +236,11 @@ class Guard(threading.Thread):
                 self.aborter.end_by_signal(number)
 
     def _look(self) -> None:
-        now, place = (self.watch.entered, self.watch.looks), self.watch.place
+        now, place = (self.watch.entered, self.watch.polls), self.watch.place
         self.waited = self.waited + TICK if place and now == self.seen else 0.0
         self.seen = now
-        if self.watch.timeout and self.waited >= self.watch.timeout + MARGIN:
+        turn = TICK * min(self.aborter.rank, MOST_TURNS)  # the lowest rank that waits has the word
+        if self.watch.timeout and self.waited >= self.watch.timeout + MARGIN + turn:
             self.aborter.fail(
                 f"mpillama: {self.aborter.where} has been stuck in {place} for {self.waited:.0f} s; which rank it "
                 "waits for cannot be known: a rank was stopped, or its host or the network hangs; all ranks end "

@@ -48,7 +48,6 @@ class BlockPool:
 
     @property
     def used(self) -> int:
-        """Blocks that sequences hold."""
         return self.blocks - self.available
 
     def take(self) -> int:

@@ -12,7 +12,7 @@ import numpy as np
 from mpillama.engine.answer import Answer, Mark
 from mpillama.engine.block_pool import BlockPool
 from mpillama.engine.executor import Executor
-from mpillama.engine.scheduler import Scheduler, Share
+from mpillama.engine.scheduler import ScheduledSequence, Scheduler
 from mpillama.engine.sequence import EngineSequence, Request, check_prompt
 from mpillama.engine.speculation import Drafter
 from mpillama.errors import UserError
@@ -53,7 +53,6 @@ class EngineCounts:
 
     @property
     def model_seconds(self) -> float:
-        """Seconds in the model."""
         return self.prefill.seconds + self.decode.seconds
 
 
@@ -83,6 +82,8 @@ class Engine:
         self.drafter = Drafter(speculate) if speculate else None
         self.scheduler = Scheduler(self.pool, executor.slots, executor.max_tokens, executor.max_seq_len, self.drafter)
         self.counts = EngineCounts()
+        self.in_step = False
+        """Whether a step is being computed, or was left by an exception: the other ranks then wait for its rest."""
         self._number = 0
         self._inboxes: dict[int, deque[Update]] = {}
 
@@ -98,7 +99,6 @@ class Engine:
 
     @property
     def load(self) -> int:
-        """Sequences that wait or run."""
         return len(self.scheduler.waiting) + len(self.scheduler.running)
 
     def submit(self, request: Request) -> EngineSequence:
@@ -147,9 +147,11 @@ class Engine:
         clock = self.counts.decode if decodes else self.counts.prefill
         segments = [share.sequence.segment(share.count, share.drafts) for share in shares]
         clock.tokens += sum(share.count for share in shares)
+        self.in_step = True
         with timed(clock):
             pieces = self.executor.forward_in_pieces(segments)
         updates = list(self._take(shares, self._rows(pieces, clock)))
+        self.in_step = False
         for update in updates:
             clock.tokens += max(0, len(update.token_ids) - 1)
             if (inbox := self._inboxes.get(update.sequence.number)) is not None:
@@ -167,7 +169,7 @@ class Engine:
                 return
             yield from piece
 
-    def _take(self, shares: list[Share], rows: Iterator[np.ndarray]) -> Iterator[Update]:
+    def _take(self, shares: list[ScheduledSequence], rows: Iterator[np.ndarray]) -> Iterator[Update]:
         """Note what was computed and sample where a sequence's last token was among it."""
         token = 0
         for share in shares:

@@ -97,7 +97,6 @@ class StepPlan:
 
     @property
     def order(self) -> int:
-        """What the message asks for."""
         return int(self.buffer[0])
 
     @property

@@ -12,7 +12,7 @@ from mpillama.models.cache import blocks_for
 
 
 @dataclass(frozen=True)
-class Share:
+class ScheduledSequence:
     """A sequence's part of a step: its next `count` tokens, and drafts of those to come."""
 
     sequence: EngineSequence
@@ -21,7 +21,6 @@ class Share:
 
     @property
     def tokens(self) -> int:
-        """All of them."""
         return self.count + len(self.drafts)
 
 
@@ -42,10 +41,9 @@ class Scheduler:
         self.running: list[EngineSequence] = []
         self.preemptions = 0
         self._slots = list(range(slots - 1, -1, -1))
-        self._shares: dict[int, Share] = {}
+        self._shares: dict[int, ScheduledSequence] = {}
 
     def add(self, sequence: EngineSequence) -> None:
-        """Queue a new sequence."""
         self.waiting.append(sequence)
 
     def remove(self, sequence: EngineSequence) -> None:
@@ -56,7 +54,7 @@ class Scheduler:
             self.running.remove(sequence)
             self._give_back(sequence)
 
-    def schedule(self) -> list[Share]:
+    def schedule(self) -> list[ScheduledSequence]:
         """Choose the next step; empty if nothing waits or runs."""
         self._shares = {}
         before = self.preemptions
@@ -86,7 +84,7 @@ class Scheduler:
             return
         drafts = self._drafts(sequence, count)
         self._extend(sequence, count + len(drafts))
-        self._shares[sequence.number] = Share(sequence, count, drafts)
+        self._shares[sequence.number] = ScheduledSequence(sequence, count, drafts)
 
     def _drafts(self, sequence: EngineSequence, count: int) -> list[int]:
         """Guesses for which there is room in the step, the answer, and the blocks that nobody uses."""

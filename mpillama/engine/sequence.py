@@ -105,7 +105,6 @@ class EngineSequence:
 
     @property
     def finished(self) -> bool:
-        """Whether the answer has ended."""
         return self.answer.finish_reason is not None
 
     @property

@@ -1,4 +1,4 @@
-"""Guesses of the next tokens that cost nothing: what followed the same tokens earlier in the text.
+"""Guesses at the next tokens, for free: what followed the same tokens earlier in the text.
 
 Prompt-lookup decoding (Saxena 2023): summaries and edits repeat long pieces of their prompt. A wrong guess costs a
 little of a step; the answer is the same, since every guess is checked against the token that is sampled.

@@ -50,7 +50,6 @@ class Program:
 
 
 def this_program() -> Program:
-    """What this process runs."""
     folder = Path(mpillama.__file__).parent
     digest = hashlib.sha256()
     for path in sorted(p for p in folder.rglob("*") if p.suffix in SOURCES):
@@ -169,6 +168,7 @@ def join(mpi: Intracomm | None, threads: int | None, timeout: float) -> World:
 def _meet(mpi: MPI.Intracomm, aborter: Aborter, timeout: float, guarded: bool) -> Communicator:
     aborter.abort, aborter.rank, aborter.where = mpi.Abort, mpi.rank, describe_rank(mpi.rank, mpi.size)
     watch = Watch(aborter, timeout)
+    aborter.tell_end, aborter.knows_of_end = watch.tell_end, watch.knows_of_end
     if guarded:
         Guard(watch, aborter).start()
     with watch.blocking("the start"):
@@ -181,6 +181,7 @@ def _meet(mpi: MPI.Intracomm, aborter: Aborter, timeout: float, guarded: bool) -
 def _finish(comm: Communicator, timeout: float) -> None:
     """Leave MPI when all ranks are there."""
     comm.barrier()
+    comm.watch.messages = None
     with no_longer_than(timeout):
         MPI.Finalize()
 

@@ -63,7 +63,7 @@ def is_read(spec: TensorSpec, comm: Communicator) -> bool:
 
 
 def choose_reduction(comm: Communicator, world: World, team: Team, hidden_size: int, chunk: int) -> None:
-    """Let the ranks of one host add up through shared memory where that is faster than MPI."""
+    """Let the ranks of one host reduce through shared memory where that is faster than MPI."""
     if comm.size > 1 and world.neighbours.size == comm.size and hidden_size <= CAPACITY:
         with comm.watch.blocking("the making of memory that the ranks share"):
             shared = SharedReduction(comm.mpi, window_bytes, partial(SharedWindow, team))
@@ -104,7 +104,7 @@ def load_model(settings: ModelSettings, world: World, target: Target, progress: 
         chat_template_source(file)
     _refuse_other_contents(file, world)
     file = truncated(file, settings.layers)
-    _check_sizes(settings, file)
+    _check_context(settings, file)
     LOG.info("table of %s with %d tensors after %.1f s.", file.path, len(file.specs), time.perf_counter() - start)
     warn_of_hosts(world)
     comm.together(lambda: refuse_no_room(settings.force))
@@ -166,7 +166,7 @@ def _read_weights(
 
 
 def _stamps(file: ModelFile) -> dict[str, tuple[int, int]]:
-    """What would tell that a file is another one, by name; nothing for one that is gone, which is read all the same."""
+    """Modification stamps by name, which show whether a file was replaced; one that is gone is read all the same."""
     return {path: modified(Path(path).stat()) for path in file.files if Path(path).exists()}
 
 
@@ -177,13 +177,11 @@ def _check_stamps(stamps: Mapping[str, tuple[int, int]]) -> None:
             raise changed(path)
 
 
-def _check_sizes(settings: ModelSettings, file: ModelFile) -> None:
-    """UserError for a context that the model does not have, and for chunks of nothing."""
+def _check_context(settings: ModelSettings, file: ModelFile) -> None:
+    """UserError for a context that the model does not have."""
     known = file.config.max_position_embeddings
     if settings.max_seq_len is not None and not 1 <= settings.max_seq_len <= known:
         raise UserError(f"--max-seq-len is {settings.max_seq_len}: this model's context holds 1 to {known} tokens.")
-    if settings.prefill_chunk < 1:
-        raise UserError(f"--prefill-chunk is {settings.prefill_chunk}: it must be at least 1.")
 
 
 def open_executor(settings: ModelSettings, loaded: LoadedModel) -> Executor:

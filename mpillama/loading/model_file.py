@@ -18,12 +18,9 @@ from mpillama.formats.native.table import HDF5_SIGNATURE, read_table
 from mpillama.models.config import ModelConfig
 from mpillama.models.families import FAMILIES
 from mpillama.models.tensors import TensorSpec, WeightTypes
-from mpillama.text.chat_template import ChatTemplate
 from mpillama.text.dllama_vocabulary import tokenizer_json_of_dllama
-from mpillama.text.end_tokens import end_tokens
 from mpillama.text.gguf_vocabulary import tokenizer_json_of_gguf
 from mpillama.text.sentencepiece_model import added_by_id, tokenizer_json_of_sentencepiece
-from mpillama.text.tokenizer import Tokenizer
 from mpillama.text.vocabulary import TokenizerFiles
 
 DEMO_MODEL = Path("data") / "demo.h5"
@@ -51,16 +48,14 @@ class SliceReader(Protocol):
     def stop(self) -> None:
         """Make reads that are under way end soon."""
 
-    def close(self) -> None:
-        """Give the files back."""
+    def close(self) -> None: ...
 
 
 class ModelFile(Protocol):
     """What rank 0 reads of a model and gives to the others: everything but the weights."""
 
     @property
-    def path(self) -> str:
-        """Where it lies."""
+    def path(self) -> str: ...
 
     @property
     def files(self) -> Mapping[str, int]:
@@ -79,12 +74,10 @@ class ModelFile(Protocol):
         """How the tensors are held in memory."""
 
     @property
-    def config(self) -> ModelConfig:
-        """The model's shape."""
+    def config(self) -> ModelConfig: ...
 
     @property
-    def specs(self) -> list[TensorSpec]:
-        """The model's tensors."""
+    def specs(self) -> list[TensorSpec]: ...
 
     @property
     def metadata_sha256(self) -> str:
@@ -173,33 +166,6 @@ def _with_sentencepiece(checkpoint: Checkpoint) -> Checkpoint:
     roles = {"bos_token_id": files.bos_token_id, "eos_token_id": list(files.eos_token_ids)}
     known = {key: value for key, value in checkpoint.config_json.items() if value is not None}
     return replace(checkpoint, texts=texts, config_json={**checkpoint.config_json, **roles, **known})
-
-
-def make_tokenizer(file: ModelFile) -> Tokenizer:
-    """The tokenizer of a model, with the ids that its configuration names."""
-    if "tokenizer.json" not in file.texts:
-        raise UserError(f"{file.path}: the model has no tokenizer.json; write the file again with one.")
-    config, generation = file.config_json, settings_in(file.texts, "generation_config.json", file.path)
-    bos = generation.get("bos_token_id", config.get("bos_token_id"))
-    configured = (*_ids(generation.get("eos_token_id")), *_ids(config.get("eos_token_id")))
-    of_tokenizer = settings_in(file.texts, TOKENIZER_CONFIG, file.path)
-    template = file.texts.get("chat_template.jinja", b"").decode(errors="replace")
-    tokenizer = Tokenizer(
-        file.texts["tokenizer.json"], bos_token_id=bos, eos_token_ids=configured,
-        add_bos=of_tokenizer.get("add_bos_token"), template=template,
-    )  # fmt: skip
-    tokenizer.end_at(end_tokens(tokenizer, of_tokenizer, configured, template))
-    return tokenizer
-
-
-def _ids(found: Any) -> tuple[int, ...]:
-    """A configuration's token ids: none, one or a list."""
-    return () if found is None else tuple(found) if isinstance(found, list) else (found,)
-
-
-def make_chat_template(file: ModelFile, tokenizer: Tokenizer) -> ChatTemplate:
-    """The model's own chat template; UserError if it has none, or several of which none is the default."""
-    return ChatTemplate(chat_template_source(file), bos_token=tokenizer.bos_token, eos_token=tokenizer.eos_token)
 
 
 def chat_template_source(file: ModelFile) -> str:

@@ -69,7 +69,6 @@ class Plan:
 
     @property
     def fits(self) -> bool:
-        """Whether every node has room."""
         return self.headroom >= 0
 
     @property

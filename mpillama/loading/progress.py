@@ -10,8 +10,7 @@ from typing import Protocol
 
 import numpy as np
 
-from mpillama.comm.communicator import Communicator
-from mpillama.comm.rounds import Rounds
+from mpillama.comm.communicator import Communicator, Rounds
 from mpillama.errors import UserError
 
 INTERVAL = 0.1
@@ -56,7 +55,7 @@ class Source(Protocol):
         """So far."""
 
     def stop(self) -> None:
-        """Let what is under way end soon."""
+        """Make reads that are under way end soon."""
 
 
 class AbandonedError(Exception):
@@ -115,12 +114,12 @@ class LoadWatch:
                 nap = min(2 * nap, LONGEST_NAP)
 
     def _live(self, reading: bool) -> None:
-        """Answer who asks for this rank; one that has read its part looks after the others."""
+        """Answer the others; a rank that has read its part watches the rest."""
         if reading:
             self.comm.watch.work = self.reader.bytes_read
             self.comm.attend()
         elif self.waits:
-            self.comm.watch.look()
+            self.comm.watch.poll()
             if self.comm.watch.failed_at >= self.began:  # of what a round does not tell, as too little memory
                 raise AbandonedError
         else:

@@ -1,9 +1,10 @@
 """How a model is loaded and run: the one list of these settings, for command-line options and `LLM` alike."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, Optional
 
 from mpillama.comm.launcher import DEFAULT_TIMEOUT
+from mpillama.errors import UserError
 from mpillama.quant import WEIGHT_TYPE_NAMES
 
 # argparse-dataclass evaluates the annotations itself and knows Optional[int], not int | None.
@@ -11,11 +12,21 @@ from mpillama.quant import WEIGHT_TYPE_NAMES
 
 
 def option(text: str, default: Any = None, **metadata: Any) -> Any:
-    """A field with its help text; one that is `secret` is neither shown nor recorded."""
+    """A field with its help text; a number is at least `least`, and a `secret` is neither shown nor recorded."""
     shown = not metadata.get("secret", False)
     if isinstance(default, list):
         return field(default_factory=lambda: list(default), metadata={"help": text, **metadata}, repr=shown)
     return field(default=default, metadata={"help": text, **metadata}, repr=shown)
+
+
+def check_numbers(settings: Any, prefix: str = "") -> None:
+    """UserError for a number below what its field allows; a `prefix` of -- spells names as options."""
+    for each in fields(settings):
+        value, least = getattr(settings, each.name), each.metadata.get("least")
+        for number in value if isinstance(value, list) else [value]:
+            if least is not None and number is not None and not number >= least:
+                name = prefix + each.name.replace("_", "-") if prefix else each.name
+                raise UserError(f"{name} is {number:g}: give at least {least}.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,18 +48,20 @@ class ModelSettings:
     tokenizer: Optional[str] = option(
         "the .t file of a distributed-llama model (default: the one beside it)", metavar="PATH"
     )
-    layers: Optional[int] = option("run only the first N layers and extrapolate to the whole model", metavar="N")
+    layers: Optional[int] = option(
+        "run only the first N layers and extrapolate to the whole model", metavar="N", least=1
+    )
     force: bool = option("load even if a host does not have enough memory", False)
     verify: bool = option("check the bytes that are read against the file's checksums", False)
     max_seq_len: Optional[int] = option(
-        "limit of prompt and answer together, in tokens (default: the model's own context)", metavar="TOKENS"
+        "limit of prompt and answer together, in tokens (default: the model's own context)", metavar="TOKENS", least=1
     )
     kv_type: str = option("type of the KV cache (default: f16)", "f16", choices=["f16", "f32", "q8"])
     threads: Optional[int] = option(
         "threads of each rank (default: the cores this rank may use, shared fairly with the ranks on them)",
         metavar="COUNT",
     )
-    prefill_chunk: int = option("prompt tokens computed together (default: 256)", 256, metavar="TOKENS")
+    prefill_chunk: int = option("prompt tokens computed together (default: 256)", 256, metavar="TOKENS", least=1)
     timeout: float = option(
         "end the job if a rank keeps the others waiting this long without progress, 0 for never (default: 600.0)",
         DEFAULT_TIMEOUT,
@@ -66,7 +79,7 @@ class SpeculationSettings:
     """Of everything that generates."""
 
     speculate: int = option(
-        "guess up to N tokens ahead from the text so far; answers stay the same (default: 0)", 0, metavar="N"
+        "guess up to N tokens ahead from the text so far; answers stay the same (default: 0)", 0, metavar="N", least=0
     )
 
 
@@ -74,9 +87,10 @@ class SpeculationSettings:
 class EngineSettings(ModelSettings, SpeculationSettings):
     """How many sequences run at once."""
 
-    sequences: int = option("sequences computed together (default: 32)", 32, metavar="COUNT")
+    sequences: int = option("sequences computed together (default: 32)", 32, metavar="COUNT", least=1)
     cache_tokens: Optional[int] = option(
         "total positions in the KV cache, for all sequences together "
         "(default: what they can need, up to nine tenths of the memory)",
         metavar="TOKENS",
+        least=1,
     )

@@ -1,6 +1,5 @@
 """From the body of a request to what the engine runs."""
 
-import hashlib
 import secrets
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -126,9 +125,3 @@ def _check_continuation(messages: Sequence[Message], how: TemplateFields) -> Non
         raise BadRequest(f"{place}: excludes add_generation_prompt, which begins another message", place)
     if messages[-1].role != "assistant":
         raise BadRequest(f"{place}: the last message is not the assistant's", place)
-
-
-def derived_seed(seed: int, text: str) -> int:
-    """A seed of its own for each text, the same in every run; below 2^53, exact in any JSON reader."""
-    digest = hashlib.blake2b(text.encode(errors="surrogatepass"), digest_size=8, salt=seed.to_bytes(8, "little"))
-    return int.from_bytes(digest.digest(), "little") >> 11

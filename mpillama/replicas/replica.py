@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Generic
 
 from mpillama.comm.mailbox import Mailbox
-from mpillama.comm.watchdog import GroupFailedError, Watch
+from mpillama.comm.watchdog import PeerFailedError, Watch
 from mpillama.replicas.runner import EngineRunner, EngineStats, OutputT, RequestT
 
 
@@ -27,7 +27,7 @@ class End:
 def wait_for_end(mailbox: Mailbox, watch: Watch, error: Exception) -> int:
     """What a rank does whose replica has failed, but for rank 0; returns the exit status that rank 0 sends."""
     sentence = give_up(error, watch)
-    if not isinstance(error, GroupFailedError):
+    if not isinstance(error, PeerFailedError):
         mailbox.send(0, Failed(sentence))
     mailbox.watch(0)
     while True:
@@ -39,7 +39,7 @@ def wait_for_end(mailbox: Mailbox, watch: Watch, error: Exception) -> int:
 
 def give_up(error: Exception, watch: Watch) -> str:
     """Tell the other ranks of the replica, and say in a sentence what went wrong."""
-    if isinstance(error, GroupFailedError):
+    if isinstance(error, PeerFailedError):
         return f"{error} has given up"
     watch.tell_gone()
     where = watch.aborter.where if watch.aborter else "this rank"

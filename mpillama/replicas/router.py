@@ -30,7 +30,6 @@ class Router(Generic[RequestT, OutputT]):
 
     @property
     def active(self) -> int:
-        """Requests under way."""
         return len(self._waiting) + sum(len(replica.requests) for replica in self.replicas)
 
     @property
@@ -81,7 +80,7 @@ class Router(Generic[RequestT, OutputT]):
 
     def _fail_over(self) -> None:
         if len(self.failures) == len(self.replicas):
-            raise UserError(f"no group of ranks is left: {'; '.join(self.failures)}; {self.advice}")
+            raise UserError(f"no replica is left: {'; '.join(self.failures)}; {self.advice}")
         left, self._waiting = self._waiting, {}
         for replica in self.replicas:
             if replica.failure:

@@ -96,6 +96,7 @@ class AsyncEngine:
         self._keys = itertools.count()
         self._waiting: dict[int, _Waiting] = {}
         self._loop: asyncio.AbstractEventLoop | None = None
+        self._ended = False
 
     # -- the engine's thread ---------------------------------------------------------------------------------------
 
@@ -154,7 +155,10 @@ class AsyncEngine:
     def submit(self, request: ServerRequest, queue: "asyncio.Queue[Output]") -> None:
         """Bring a request to the engine's thread; its outputs come into the queue."""
         self._waiting[request.key] = _Waiting(queue)
-        self.inbox.put(lambda router: router.submit(request))
+        if self._ended:  # while it was prepared
+            self._cut()
+        else:
+            self.inbox.put(lambda router: router.submit(request))
 
     def cancel(self, key: int) -> None:
         """Nobody waits for that request any more."""
@@ -165,6 +169,7 @@ class AsyncEngine:
         self.inbox.put(lambda router: router.ask_memory())
 
     def _cut(self) -> None:
+        self._ended = True
         reason = "the server ends before this answer is finished"
         self._deliver([Output(key, finish_reason="error", error=reason) for key in self._waiting])
 

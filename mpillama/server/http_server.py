@@ -145,7 +145,6 @@ class CrowdedServer(uvicorn.Server):
         self.crowd = Crowd(most_connections)
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Listen."""
         await self.lifespan.startup()
         self.servers = [Door(bound, self.crowd, self._protocol, self.config.ssl) for bound in sockets or ()]  # type: ignore[misc]
         self.started = True

@@ -55,7 +55,6 @@ class Metrics:
         self._asked = 0.0
 
     def note(self, path: str, status: int, seconds: float) -> None:
-        """A request has ended."""
         self.requests.labels(path, str(status)).inc()
         self.seconds.labels(path).observe(seconds)
 
@@ -81,7 +80,6 @@ class TokenWatch:
         self._begin = time.monotonic()
 
     def note(self, index: int, output: Output) -> None:
-        """An answer went on."""
         if not output.token_ids:
             return
         now, count = time.monotonic(), len(output.token_ids)
@@ -95,7 +93,7 @@ class TokenWatch:
 
 
 class EngineCollector(Collector):
-    """The engines' state, one time series for each group of ranks."""
+    """The engines' state, one time series for each replica."""
 
     def __init__(self, engine: AsyncEngine):
         self.engine = engine
@@ -106,7 +104,9 @@ class EngineCollector(Collector):
         replicas = self.engine.state.replicas if self.engine.state else ()
         known = [(str(r.ranks.start), r.stats) for r in replicas]
         yield GaugeMetricFamily(
-            "mpillama_groups_failed", "Groups of ranks that were taken out", sum(bool(r.failure) for r in replicas)
+            "mpillama_replicas_failed",
+            "Replicas that failed",
+            sum(bool(r.failure) for r in replicas),
         )
         yield from (_series(GaugeMetricFamily, name, text, known) for name, text in GAUGES.items())
         yield from (_series(CounterMetricFamily, name, text, known) for name, text in COUNTERS.items())
@@ -117,9 +117,9 @@ def _series(
     kind: type[GaugeMetricFamily] | type[CounterMetricFamily], name: str, text: str,
     known: list[tuple[str, EngineStats]],
 ) -> Metric:  # fmt: skip
-    family = kind(f"mpillama_{name}", text, labels=["group"])
-    for group, stats in known:
-        family.add_metric([group], getattr(stats, name))
+    family = kind(f"mpillama_{name}", text, labels=["replica"])
+    for replica, stats in known:
+        family.add_metric([replica], getattr(stats, name))
     return family
 
 

@@ -9,7 +9,6 @@ from mpillama.engine.sequence import check_prompt
 from mpillama.errors import UserError
 from mpillama.openai.bodies import SamplingBody
 from mpillama.openai.body import BadRequest
-from mpillama.openai.prompts import derived_seed
 from mpillama.openai.reasoning import ThoughtParser
 from mpillama.openai.served import (
     AllowedTools,
@@ -27,6 +26,7 @@ from mpillama.server.errors import Refused, Unprocessable
 from mpillama.server.tokenizing import check_prompt_text, size, size_of_chat
 from mpillama.text.constraint import json_schema_grammar
 from mpillama.text.json_schema import rewritten
+from mpillama.text.sampler import derived_seed
 from mpillama.text.sampling_params import SamplingParams
 
 LONGEST_OPENING = 16

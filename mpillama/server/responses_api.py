@@ -29,7 +29,6 @@ responses = APIRouter(route_class=StrictRoute)
 
 
 def the_store(request: Request) -> ResponseStore:
-    """Where responses are kept."""
     store: ResponseStore = request.app.state.responses
     return store
 

@@ -105,12 +105,10 @@ class _Sandbox(ImmutableSandboxedEnvironment):
         return super().call_binop(context, operator, left, right)
 
     def call(self, context: Any, called: Any, /, *args: Any, **kwargs: Any) -> Any:
-        """Call a function or method."""
         return remark(super().call(context, called, *args, **kwargs))
 
     @staticmethod
     def concat(pieces: Iterable[str]) -> str:
-        """Put output together."""
         joined: str = remark("".join(pieces))
         return joined
 

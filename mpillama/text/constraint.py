@@ -197,7 +197,6 @@ class Constraint:
 
 
 def json_object_grammar() -> str:
-    """Any JSON object."""
     return json_schema_grammar({"type": "object"})
 
 

@@ -82,7 +82,6 @@ class _Rewriting:
         self._seen: set[int] = set()
 
     def run(self) -> Rewritten:
-        """Rewrite all of it."""
         while self._waiting:
             place, part = self._waiting.pop()
             if isinstance(part, dict):

@@ -145,56 +145,44 @@ class Marked(str):
         return map(Marked, str.__iter__(self))
 
     def lstrip(self, chars: str | None = None) -> "Marked":
-        """As of any text."""
         return self[len(self) - len(self._plain.lstrip(_seen(chars))) :]
 
     def rstrip(self, chars: str | None = None) -> "Marked":
-        """As of any text."""
         return self[: len(self._plain.rstrip(_seen(chars)))]
 
     def strip(self, chars: str | None = None) -> "Marked":
-        """As of any text."""
         return self.lstrip(chars).rstrip(chars)
 
     def removeprefix(self, prefix: str) -> "Marked":
-        """As of any text."""
         return self[len(self) - len(self._plain.removeprefix(plain(prefix))) :]
 
     def removesuffix(self, suffix: str) -> "Marked":
-        """As of any text."""
         return self[: len(self._plain.removesuffix(plain(suffix)))]
 
     def split(self, sep: str | None = None, maxsplit: SupportsIndex = -1) -> list[str]:
-        """As of any text."""
         return list(self._parts(self._plain.split(_seen(sep), maxsplit), sep))
 
     def rsplit(self, sep: str | None = None, maxsplit: SupportsIndex = -1) -> list[str]:
-        """As of any text."""
         return list(self._parts(self._plain.rsplit(_seen(sep), maxsplit), sep))
 
     def partition(self, sep: str) -> tuple[str, str, str]:
-        """As of any text."""
         first, middle, last = self._parts(self._plain.partition(plain(sep)), "")
         return first, middle, last
 
     def rpartition(self, sep: str) -> tuple[str, str, str]:
-        """As of any text."""
         first, middle, last = self._parts(self._plain.rpartition(plain(sep)), "")
         return first, middle, last
 
     def splitlines(self, keepends: bool = False) -> list[str]:
-        """As of any text."""
         lines = self._parts(self._plain.splitlines(True), "")
         return [line if keepends else line[: len(line._plain.splitlines()[0])] for line in lines]
 
     def replace(self, old: str, new: str, count: SupportsIndex = -1) -> "Marked":
-        """As of any text."""
         if not old:
             return Marked(_shade(self._plain.replace("", plain(new), count)))
         return Marked(str.join(new, self.split(old, count)))
 
     def join(self, iterable: Iterable[str], /) -> "Marked":
-        """As of any text."""
         return Marked(str.join(self, iterable))
 
     def _parts(self, texts: Sequence[str], between: str | None) -> Iterator["Marked"]:

@@ -90,7 +90,7 @@ def _read_bias(text: str) -> tuple[int, float]:
 
 
 def _is_texts(value: Any) -> bool:
-    return all(isinstance(text, str) for text in value)
+    return all(isinstance(text, str) and text for text in ([value] if isinstance(value, str) else value))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -159,7 +159,9 @@ class SamplingParams:
         option="the same seed gives the same text", metavar="N", when_none="a new one, reported",
         asked=Number(int, ge=0, le=2**53 - 1), hint="The same seed, the same answer",
     )  # fmt: skip
-    stop: str | Sequence[str] = _param((), _is_texts, "texts", option="stop before any of these texts", metavar="TEXT")
+    stop: str | Sequence[str] = _param(
+        (), _is_texts, "texts, none of them empty", option="stop before any of these texts", metavar="TEXT"
+    )
     ignore_eos: bool = _param(False, lambda value: isinstance(value, bool), "true or false")
     logprobs: int | None = _param(None, COUNT, "a whole number, 0 or more")
     prompt_logprobs: int | None = _param(None, COUNT, "a whole number, 0 or more")

@@ -42,14 +42,12 @@ class VocabularyValues:
         logging.getLogger(__name__).warning("the tokenizer in %s %s.", self.origin, fact, extra={"of_run": True})
 
     def text(self, key: str, default: str = "") -> str:
-        """A string."""
         value = self._get(key, default)
         if not isinstance(value, str):
             raise self.refuse(f"has a {key} that is no text")
         return value
 
     def flag(self, key: str, default: bool) -> bool:
-        """True or false."""
         value = self._get(key, default)
         if not isinstance(value, bool | np.bool_):
             raise self.refuse(f"has a {key} that is neither true nor false")
@@ -102,7 +100,6 @@ class VocabularyValues:
             raise self.refuse(f"has {key} that are no numbers") from error
 
     def items(self, key: str) -> list[Any]:
-        """A list of anything."""
         value = self._get(key, None)
         if isinstance(value, np.ndarray):
             value = value.tolist()

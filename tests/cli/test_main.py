@@ -1,10 +1,11 @@
-"""The program's entrance: commands that cannot be imported."""
+"""The program's entrance: mistakes that are told before MPI starts, and commands that cannot be imported."""
 
+import shlex
 import sys
 
 import pytest
 
-from mpillama.__main__ import import_command
+from mpillama.__main__ import import_command, main
 from mpillama.errors import UserError
 
 
@@ -27,3 +28,80 @@ def test_an_optional_package_that_is_missing_is_named_with_its_remedy() -> None:
 def test_a_module_of_the_package_that_is_missing_is_a_failure() -> None:
     with pytest.raises(ModuleNotFoundError, match=r"mpillama\.redaction"):
         import_command("client")
+
+
+MISTAKES = {
+    "unknown option": ("--modell x", "--modell"),
+    "unknown command": ("generat", "generat"),
+    "unknown value": ("--kv-type q9", "q9"),
+    "not a number": ("--max-tokens many", "many"),
+    "missing value": ("--model", "--model"),
+    "too many arguments": ("inspect a.h5 b.h5", "b.h5"),
+    "too few arguments": ("inspect", "file"),
+    "no tokens": ("--max-tokens 0", "--max-tokens"),
+    "no tokens in chat": ("chat --max-tokens 0", "--max-tokens"),
+    "no threads": ("--threads 0", "--threads is 0"),
+    "negative threads": ("--threads -2", "--threads is -2"),
+    "no threads for doctor": ("doctor --threads 0", "--threads is 0"),
+    "negative timeout": ("--timeout -1", "--timeout is -1"),
+    "short timeout": ("--timeout 0.5", "--timeout is 0.5"),
+    "timeout not a number": ("--timeout nan", "--timeout is nan"),
+    "chat and raw": ("--chat --raw", "--raw"),
+    "bias without value": ("--logit-bias 17", "'17'"),
+    "bias of no number": ("--logit-bias 1=2 3=much", "'3=much'"),
+    "infinite bias": ("--logit-bias 3=inf", "logit_bias"),
+    "negative temperature": ("--temperature -1", "temperature"),
+    "temperature not a number": ("--temperature nan", "temperature"),
+    "top_p above 1": ("--top-p 1.5", "top_p"),
+    "negative top_k": ("--top-k -1", "top_k"),
+    "negative seed": ("--seed -1", "seed"),
+    "empty stop": ("--stop ''", "stop"),
+    "ids that are no numbers": ("--prompt-token-ids 1,two", "1,two"),
+    "no ids": ("--prompt-token-ids=", "--prompt-token-ids"),
+    "no prompt": ("--prompt= --model none.h5", "prompt is empty"),
+    "no context": ("--max-seq-len 0", "--max-seq-len is 0"),
+    "negative context": ("--max-seq-len -5", "--max-seq-len is -5"),
+    "no chunk": ("chat --prefill-chunk 0", "--prefill-chunk is 0"),
+    "negative chunk": ("--prefill-chunk -5", "--prefill-chunk is -5"),
+    "no layers": ("--layers 0", "--layers is 0"),
+    "no interval": ("--monitor 0", "--monitor is 0"),
+    "negative interval": ("--monitor -1", "--monitor is -1"),
+    "floor of no number": ("--memory-floor much", "--memory-floor 'much'"),
+    "negative drafts": ("chat --speculate -1", "--speculate is -1"),
+    "negative drafts of batch": ("batch in out --speculate -1", "--speculate is -1"),
+    "no sequences": ("batch in out --sequences 0", "--sequences is 0"),
+    "no cache": ("batch in out --cache-tokens 0", "--cache-tokens is 0"),
+    "no ranks": ("batch in out --tensor-parallel 0", "--tensor-parallel is 0"),
+    "time of no number": ("batch in out --time-limit soon", "--time-limit 'soon'"),
+    "small window": ("perplexity --context 1", "--context is 1"),
+    "long stride": ("perplexity --context 4 --stride 9", "--stride is 9"),
+    "no model to measure": ("bench", "--shape"),
+    "no steps": ("bench --shape llama-3.2-1b --decode 0", "--decode is 0"),
+    "no batch": ("bench --shape llama-3.2-1b --batch 1 0", "--batch is 0"),
+    "no replicas": ("serve --replicas 0", "--replicas is 0"),
+    "no sequences of serve": ("serve --sequences 0", "--sequences is 0"),
+    "negative temperature of serve": ("serve --temperature -1", "temperature"),
+    "half of TLS": ("serve --tls-key x", "go together"),
+    "body of no number": ("serve --body-limit much", "--body-limit 'much'"),
+    "negative grace": ("serve --grace -1", "--grace is -1"),
+    "negative queue": ("serve --queue -1", "--queue is -1"),
+    "no nodes": ("plan --shape llama-3.2-1b --nodes 0", "--nodes is 0"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_is_one_sentence_before_anything_starts(
+    mistake: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments, words = MISTAKES[mistake]
+
+    def refuse(name: str) -> None:
+        raise AssertionError(f"{name} is imported")  # MPI and commands come by import_module
+
+    monkeypatch.setattr("mpillama.__main__.import_module", refuse)
+    assert main(shlex.split(arguments)) == 2
+    said = capsys.readouterr()
+    assert said.out == ""
+    (line,) = said.err.splitlines()
+    assert line.startswith("mpillama: ")
+    assert words in line

@@ -153,7 +153,7 @@ def test_requests_wait_for_a_replica_that_is_still_loading():
 def test_once_all_have_failed_it_says_why():
     routing = router(scripted(fails=1), scripted(fails=1))
     routing.submit(Request(1))
-    with pytest.raises(UserError, match=r"no group of ranks is left: out of memory; out of memory; start again\."):
+    with pytest.raises(UserError, match=r"no replica is left: out of memory; out of memory; start again\."):
         finished(routing)
 
 

@@ -105,7 +105,7 @@ def test_a_cancelled_answer_is_forgotten():
 
 def test_without_a_replica_left_who_waits_is_told():
     server = Server(ScriptedReplica(finish, fails=1))
-    with pytest.raises(UserError, match=r"no group of ranks is left: out of memory; start the server again\."):
+    with pytest.raises(UserError, match=r"no replica is left: out of memory; start the server again\."):
         server.run(lambda queue: server.engine.submit(request(1), queue))
     assert [output.finish_reason for output in server.outputs] == ["error"]
 
@@ -136,3 +136,21 @@ def test_an_answer_that_begins_again_elsewhere_goes_on_where_it_was():
     outputs = server.run(act)
     assert [(list(o.token_ids), o.text) for o in outputs] == [([5, 6], "ab"), ([], ""), ([7], "c"), ([8], "d")]
     assert [output.prompt_logprobs for output in outputs] == [("p",), (), (), ()]
+
+
+def test_a_request_that_was_still_prepared_when_the_engines_ended_is_told():
+    """Else it would wait for as long as the HTTP server waits for its connections."""
+    server = Server(ScriptedReplica(finish))
+
+    async def ask_late() -> Output:
+        late: asyncio.Queue[Output] = asyncio.Queue()
+        server.stop.name = "SIGTERM"
+        await server._run(lambda queue: None)
+        server.engine.submit(request(7), late)
+        async with asyncio.timeout(5):
+            return await late.get()
+
+    output = asyncio.run(ask_late())
+    assert (output.key, output.finish_reason) == (7, "error")
+    assert "the server ends" in (output.error or "")
+    assert server.engine.active == 0

@@ -1,4 +1,4 @@
-"""A server's life in a job: where it is found, how it ends, groups of ranks that fail, and the client."""
+"""A server's life in a job: where it is found, how it ends, replicas that fail, and the client."""
 
 import json
 import signal
@@ -147,7 +147,7 @@ def test_idle_ranks_rest(served: Served) -> None:
     assert max(sum(p.cpu_times()[:2]) - b for p, b in zip(processes, before, strict=True)) < 2.0 / 3
 
 
-# -- groups of ranks --------------------------------------------------------------------------------------------------
+# -- replicas ---------------------------------------------------------------------------------------------------------
 
 
 def answers_of(served: Served, count: int = 12) -> list[str]:
@@ -198,7 +198,7 @@ def test_a_group_that_fails_is_taken_out_and_its_answers_go_on(
         assert len(failed) == 1
         assert culprit in failed[0]["ranks"]
         assert f"rank {culprit} of {ranks}" in failed[0]["failure"]
-        assert "mpillama_groups_failed 1.0" in served.http().get("/metrics").text
+        assert "mpillama_replicas_failed 1.0" in served.http().get("/metrics").text
         assert answers_of(served, 4) == expected[:4]
         launch.ranks()[0].send_signal(signal.SIGTERM)
         assert ends(served)[0] == 0, launch.stderr()
@@ -215,7 +215,7 @@ def test_without_a_group_left_all_ends_and_clients_are_told(tmp_path: Path) -> N
         reader.join(END_SECONDS)
         assert "the server ends before this answer is finished" in str(reader.failure)
         status, said = ends(served)
-        assert (status, said.count("no group of ranks is left")) == (2, 1), said
+        assert (status, said.count("no replica is left")) == (2, 1), said
 
 
 # -- mistakes and the client ------------------------------------------------------------------------------------------
@@ -224,16 +224,10 @@ def test_without_a_group_left_all_ends_and_clients_are_told(tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (("--replicas", "0"), "--replicas is 0"),
         (("--replicas", "3"), "2 ranks do not divide"),
-        (("--sequences", "0"), "--sequences"),
-        (("--temperature", "-1"), "temperature"),
-        (("--tls-key", "x"), "go together"),
         (("--api-key", "with blank"), "API key"),
         (("--api-key-file", "/nowhere"), "--api-key-file"),
         (("--no-auth", "--api-key", "x"), "exclude each other"),
-        (("--body-limit", "much"), "--body-limit"),
-        (("--grace", "-1"), "--grace"),
         (("--rendezvous", "/nowhere/file"), "--rendezvous"),
     ],
 )

@@ -47,7 +47,7 @@ PLAIN = {
     "POST /tokenize": {"prompt": "x"},
     "POST /detokenize": {"tokens": [5]},
 }
-"""A request of each kind that is answered, where chance made none."""
+"""A request of each kind that is answered; chance alone may make none (what it makes depends on Python's hashes)."""
 TRACES = re.compile(r"Traceback|site-packages|pydantic_core")
 asked: dict[str, set[int]] = {}
 
@@ -80,14 +80,19 @@ def test_answers_are_as_the_document_says(label: str, mode: GenerationMode, docu
         phases=[Phase.generate],
     )  # fmt: skip
     @given(case=operation.as_strategy(generation_mode=mode))
-    def ask(case: schemathesis.Case) -> None:
+    def ask_by_chance(case: schemathesis.Case) -> None:
         keep_short(case)
+        ask(case)
+
+    def ask(case: schemathesis.Case) -> None:
         response = case.call(timeout=30)
         case.validate_response(response, checks=CHECKS)
         assert not TRACES.search(response.text)
         asked.setdefault(label, set()).add(response.status_code)
 
-    ask()
+    ask_by_chance()
+    if mode is GenerationMode.POSITIVE and label in PLAIN:
+        ask(operation.Case(body=PLAIN[label], media_type="application/json"))
 
 
 def keep_short(case: schemathesis.Case) -> None:
@@ -106,12 +111,8 @@ def test_every_operation_was_asked_and_some_were_answered(server: Served):
     document = httpx.get(f"{server.url}/openapi.json", trust_env=False).json()
     labels = {f"{method.upper()} {path}" for path, methods in document["paths"].items() for method in methods}
     assert labels == OPERATIONS == set(asked)
-    unanswered = [label for label, statuses in asked.items() if "{" not in label and 200 not in statuses]
-    assert len(unanswered) <= 1, asked
+    assert all(200 in statuses for label, statuses in asked.items() if "{" not in label), asked
     with server.http() as http:
-        for label in unanswered:
-            answer = http.post(label.split()[1], json=PLAIN[label])
-            assert answer.status_code == 200, (label, answer.text)
         until(lambda: active(http) == 0, "no answers are under way")
         assert http.post("/v1/completions", json={"prompt": "x"}).status_code == 200
     assert "Traceback" not in server.launch.stderr()

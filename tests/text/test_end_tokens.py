@@ -10,8 +10,8 @@ from mpillama.errors import UserError
 from mpillama.formats.checkpoint import Checkpoint
 from mpillama.formats.gguf.file import TEMPLATE
 from mpillama.formats.gguf.file import _texts as texts_of
-from mpillama.loading.model_file import make_chat_template, make_tokenizer, open_model, with_tokenizer
-from mpillama.text.end_tokens import end_of_turn, end_tokens
+from mpillama.loading.model_file import open_model, with_tokenizer
+from mpillama.loading.texts import end_of_turn, end_tokens, make_chat_template, make_tokenizer
 
 from .chat_families import FAMILIES, tokenizer
 

@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mpillama.errors import UserError
-from mpillama.loading.model_file import make_tokenizer, open_model
+from mpillama.loading.model_file import open_model
+from mpillama.loading.texts import make_tokenizer
 from mpillama.text.sentencepiece_model import added_by_id, tokenizer_json_of_sentencepiece
 from mpillama.text.tokenizer import Tokenizer
 

@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 
-from mpillama.comm.liveness import Kind, RollCall, State, describe
+from mpillama.cli.running import write
+from mpillama.comm.liveness import Kind, Liveness, State, describe
 from tests.system.faults.running import (
     LONG,
     QUICK,
@@ -21,7 +22,6 @@ from tests.system.faults.running import (
     in_the_midst,
     name,
     sabotage,
-    the_mistake,
     the_sentence,
     wait_for,
 )
@@ -147,16 +147,9 @@ def test_a_wait_inside_mpi_ends_too() -> None:
     assert "cannot be known" in sentence
 
 
-@pytest.mark.parametrize("given", ["-1", "0.5", "nan"])
-def test_timeouts_out_of_range(given: str, toy: Path) -> None:
-    assert "--timeout is" in the_mistake(run(None, *PROGRAM, "--model", toy, "--timeout", given))
-
-
 @pytest.mark.parametrize("reader", ["quick", "slow"])
 def test_a_reader_that_takes_its_time_is_announced(reader: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """As a pager does: the pipe is full for a while."""
-    from mpillama.cli.running import Run
-
     idle: list[str] = []
 
     @contextmanager
@@ -167,20 +160,18 @@ def test_a_reader_that_takes_its_time_is_announced(reader: str, monkeypatch: pyt
     read_end, write_end = os.pipe()
     filling = b"x" * 65536 if reader == "slow" else b""
     os.write(write_end, filling)
-    fields: Any = {"target": None, "loaded": None, "executor": None, "tokenizer": None}
-    fields |= {f.name: None for f in Run.__dataclass_fields__.values() if f.name not in fields}
-    comm = SimpleNamespace(idle=note_idle)
+    comm: Any = SimpleNamespace(idle=note_idle)
     with os.fdopen(write_end, "w") as stream, os.fdopen(read_end, "rb") as source:
         monkeypatch.setattr("sys.stdout", stream)
         reading = threading.Timer(2.0, lambda: source.read(len(filling)))
         reading.start()
-        Run(**{**fields, "world": SimpleNamespace(comm=comm)}).write("hello")
+        write(comm, "hello")
         reading.join()
         assert source.read(5) == b"hello"
     assert idle == (["begins"] if reader == "slow" else [])
 
 
-# -- the roll call, by a clock of its own -----------------------------------------------------------------------------
+# -- liveness, by a clock of its own -----------------------------------------------------------------------------
 
 
 class Hour:
@@ -189,19 +180,19 @@ class Hour:
     def __init__(self, timeout: float = 600, mates: int = 4):
         self.now = 0.0
         self.calls: list[float] = []
-        self.roll_call = RollCall(State(7, 0, True), 1, mates, timeout, lambda: self.now)
+        self.liveness = Liveness(State(7, 0, True), 1, mates, timeout, lambda: self.now)
 
     def wait(self, seconds: float, others: dict[int, Any], step: float = 0.5) -> tuple[str, list[int]]:
         """Pass time until a verdict."""
         for _ in range(int(seconds / step)):
             self.now += step
-            self.roll_call.pass_time()
-            if self.roll_call.is_time_to_call():
+            self.liveness.pass_time()
+            if self.liveness.is_time_to_call():
                 self.calls.append(self.now)
                 for rank, answer in others.items():
                     if state := answer(self.now):
-                        self.roll_call.hear(rank, Kind.HERE, state)
-            verdict, found = self.roll_call.verdict()
+                        self.liveness.hear(rank, Kind.HERE, state)
+            verdict, found = self.liveness.verdict()
             if verdict:
                 return verdict, [mate.rank for mate in found]
         return "", []
@@ -248,7 +239,7 @@ def test_verdicts(case: str) -> None:
     assert not expected[0] or 600 <= hour.now <= 620
     names = [f"rank {rank} of 4 on n{rank}" for rank in range(4)]
     if expected[0]:
-        mates = [hour.roll_call.mates[rank] for rank in expected[1]]
+        mates = [hour.liveness.mates[rank] for rank in expected[1]]
         sentence = describe(expected[0], mates, names, "a sum", 1, 600)
         assert all(names[rank] in sentence for rank in expected[1][:1])
         assert "600 s" in sentence
@@ -280,7 +271,7 @@ def test_the_lowest_rank_asks_for_all() -> None:
     hour = Hour()
     others = {0: waits, 2: silent, 3: waits}
     for _ in range(100):
-        hour.roll_call.hear(0, Kind.CALL, State(7, 0, True))
+        hour.liveness.hear(0, Kind.CALL, State(7, 0, True))
         assert hour.wait(10, others) == ("", [])
     assert hour.calls == []
     assert hour.wait(60, others) == ("silent", [2])  # rank 0 asks no more
@@ -288,7 +279,7 @@ def test_the_lowest_rank_asks_for_all() -> None:
 
 def test_a_call_from_another_collective_or_a_higher_rank_does_not_silence() -> None:
     hour = Hour()
-    hour.roll_call.hear(0, Kind.CALL, State(6, 0, True))
-    hour.roll_call.hear(3, Kind.CALL, State(7, 0, True))
+    hour.liveness.hear(0, Kind.CALL, State(6, 0, True))
+    hour.liveness.hear(3, Kind.CALL, State(7, 0, True))
     hour.wait(5, {})
     assert hour.calls

@@ -10,8 +10,7 @@ import pytest
 from mpi4py import MPI
 
 from mpillama.comm import communicator
-from mpillama.comm.communicator import MESSAGE_BYTES, Communicator
-from mpillama.comm.rounds import Rounds
+from mpillama.comm.communicator import MESSAGE_BYTES, Communicator, Rounds
 from mpillama.comm.shared_memory import CAPACITY, POLLING_SECONDS, SharedReduction
 from mpillama.errors import UserError
 from mpillama.kernels.shared_sum import SharedWindow, window_bytes

@@ -1,6 +1,7 @@
 """Starting the program and small scripts, with or without mpirun, so that nothing outlives its test."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -28,6 +29,8 @@ TIMEOUT = 240.0
 END_SECONDS = 5.0
 """Within this time after a failure every process must be gone."""
 
+STRAY = re.compile("[\x00-\x08\ufffd]")
+"""Bytes that Open MPI's launcher leaves between the words of ranks."""
 MARK = "LAUNCHED_BY_TEST"
 FOREIGN = ("PMI_", "PMIX_", "OMPI_", "PRTE_", "SLURM_", "HYDRA_", "MPI_", "MPIR_", "MPIEXEC_")
 OURS = ("MPILLAMA_ISA",)
@@ -96,7 +99,8 @@ class Launch:
     def stderr(self) -> str:
         """What was written to standard error so far."""
         self.errors.seek(0)
-        return self.errors.read().decode(errors="replace")
+        text = self.errors.read().decode(errors="replace")
+        return STRAY.sub("", text) if is_open_mpi() else text
 
     def processes(self) -> list[psutil.Process]:
         """The launcher and all ranks that are still there."""

@@ -16,7 +16,8 @@ from safetensors.numpy import save_file
 from mpillama.cli.options import COMMANDS
 from mpillama.formats.native.reader import NativeModel
 from mpillama.formats.native.table import read_table
-from mpillama.loading.model_file import make_tokenizer, open_model
+from mpillama.loading.model_file import open_model
+from mpillama.loading.texts import make_tokenizer
 from mpillama.text.tokenizer import Tokenizer
 from tests import golden_models
 from tests.system.mpi.launch import PROGRAM, SCRIPTS, TIMEOUT, run, started

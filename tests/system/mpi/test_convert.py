@@ -236,7 +236,6 @@ def test_perplexity_mistakes(demo: Path, tmp_path: Path) -> None:
     text.write_text("short")
     assert "--context" in refused(None, "perplexity", "--model", demo, "--file", text)
     assert "no such file" in refused(None, "perplexity", "--model", demo, "--file", tmp_path / "none")
-    assert "--stride" in refused(None, "perplexity", "--model", demo, "--file", text, "--context", "4", "--stride", "9")
 
 
 def test_tokenize(demo: Path) -> None:

@@ -29,43 +29,20 @@ def check(result: Result, *fragments: str) -> None:
 
 # -- the command line -------------------------------------------------------------------------------------------------
 
-MISTAKES: dict[str, tuple[tuple[str, ...], str]] = {
+BEFORE_MPI: dict[str, tuple[tuple[str, ...], str]] = {
     "unknown option": (("--modell", "x"), "--modell"),
     "unknown command": (("generat",), "generat"),
-    "unknown value": (("--kv-type", "q9"), "q9"),
-    "not a number": (("--max-tokens", "many"), "many"),
-    "missing value": (("--model",), "--model"),
-    "too many arguments": (("inspect", "a.h5", "b.h5"), "b.h5"),
-    "too few arguments": (("inspect",), "file"),
-    "no tokens": (("--max-tokens", "0"), "--max-tokens"),
-    "no tokens in chat": (("chat", "--max-tokens", "0"), "--max-tokens"),
     "no threads": (("--threads", "0"), "--threads"),
-    "negative threads": (("--threads", "-2"), "--threads"),
-    "no threads for doctor": (("doctor", "--threads", "0"), "--threads"),
     "chat and raw": (("--chat", "--raw"), "--raw"),
-    "bias without value": (("--logit-bias", "17"), "'17'"),
-    "bias of no number": (("--logit-bias", "1=2", "3=much"), "'3=much'"),
-    "infinite bias": (("--logit-bias", "3=inf"), "logit_bias"),
-    "negative temperature": (("--temperature", "-1"), "temperature"),
-    "temperature not a number": (("--temperature", "nan"), "temperature"),
-    "top_p above 1": (("--top-p", "1.5"), "top_p"),
-    "negative top_k": (("--top-k", "-1"), "top_k"),
-    "negative seed": (("--seed", "-1"), "seed"),
-    "ids that are no numbers": (("--prompt-token-ids", "1,two"), "1,two"),
-    "no prompt": (("--prompt", "", "--model", "none.h5"), "prompt is empty"),
 }
+"""Some of those that tests/cli/test_main.py has in one process."""
 
 
-@pytest.mark.parametrize("mistake", MISTAKES)
-def test_command_line(mistake: str) -> None:
-    arguments, fragment = MISTAKES[mistake]
-    check(run(None, *PROGRAM, *arguments), fragment)
-
-
-@pytest.mark.parametrize("mistake", ["unknown option", "unknown command", "no threads", "chat and raw"])
-def test_command_line_on_several_ranks(mistake: str) -> None:
-    arguments, fragment = MISTAKES[mistake]
-    check(run(3, *PROGRAM, *arguments), fragment)
+@pytest.mark.parametrize("ranks", [None, 3])
+@pytest.mark.parametrize("mistake", BEFORE_MPI)
+def test_command_line(mistake: str, ranks: int | None) -> None:
+    arguments, fragment = BEFORE_MPI[mistake]
+    check(run(ranks, *PROGRAM, *arguments), fragment)
 
 
 @RANKS
@@ -154,20 +131,13 @@ def test_model_that_returns_nan(ranks: int | None, toy: Path, tmp_path: Path) ->
 WITH_MODEL: dict[str, tuple[tuple[str, ...], str]] = {
     "prompt too long": (("--prompt", "once upon a time", "--max-seq-len", "3"), "context"),
     "context too long": (("--max-seq-len", "100000"), "--max-seq-len"),
-    "no context": (("--max-seq-len", "0"), "--max-seq-len"),
-    "negative context": (("--max-seq-len", "-5"), "--max-seq-len"),
-    "no chunk": (("--prefill-chunk", "0"), "--prefill-chunk"),
-    "negative chunk": (("--prefill-chunk", "-5"), "--prefill-chunk"),
-    "empty prompt": (("--prompt", ""), "empty"),
     "empty input": (("--prompt", "-"), "empty"),
-    "no ids": (("--prompt-token-ids", ""), "--prompt-token-ids"),
     "id beyond the vocabulary": (("--prompt-token-ids", "1,320"), "320"),
     "id beyond 64 bits": (("--prompt-token-ids", "1,99999999999999999999"), "99999999999999999999"),
     "negative id": (("--prompt-token-ids=-1,2",), "-1"),
     "biased id beyond the vocabulary": (("--logit-bias", "320=1"), "320"),
-    "empty stop": (("--stop", ""), "stop"),
 }
-ON_SEVERAL_RANKS = ("prompt too long", "negative chunk", "empty input", "id beyond the vocabulary", "empty stop")
+ON_SEVERAL_RANKS = ("prompt too long", "context too long", "empty input", "id beyond the vocabulary")
 
 
 @pytest.mark.parametrize("mistake", WITH_MODEL)

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from mpillama.loading.model_file import make_tokenizer, open_model
+from mpillama.loading.model_file import open_model
+from mpillama.loading.texts import make_tokenizer
 from tests.system.mpi.launch import PROGRAM, TIMEOUT, run
 
 pytestmark = pytest.mark.timeout(TIMEOUT + 60)
