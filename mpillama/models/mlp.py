@@ -8,6 +8,7 @@ import numpy as np
 
 from mpillama.errors import UserError
 from mpillama.kernels import arguments
+from mpillama.kernels.arguments import Activation
 from mpillama.kernels.library import Team
 from mpillama.models.config_values import ConfigValues
 from mpillama.models.linear import LayerWeights
@@ -58,10 +59,11 @@ def ffn_panel(intermediate_size: int) -> int:
 
 @dataclass(frozen=True)
 class GatedMlp:
-    """down(silu(gate(x)) * up(x)); `bias` adds one to each of the three."""
+    """down(activation(gate(x)) * up(x)); `bias` adds one to each of the three."""
 
     intermediate_size: int
     bias: bool = False
+    activation: Activation = Activation.SILU
 
     prefix: ClassVar[str] = "mlp."
     products: ClassVar[Mapping[str, tuple[str, ...]]] = {
@@ -72,8 +74,7 @@ class GatedMlp:
     @classmethod
     def read(cls, values: ConfigValues) -> "GatedMlp":
         """From Hugging Face's names."""
-        _check_activation(values)
-        return cls(values.size("intermediate_size"), values.flag("mlp_bias"))
+        return cls(values.size("intermediate_size"), values.flag("mlp_bias"), read_activation(values))
 
     @property
     def padded_size(self) -> int:
@@ -120,7 +121,7 @@ class GatedMlp:
         return arguments.MlpLayer(
             gate=gate.column_parallel(), up=up.column_parallel(), down=down.row_parallel(), norm=weights.address(norm),
             gate_bias=weights.address(f"{self.prefix}gate_proj.bias"), eps=eps, hidden_size=hidden_size,
-            up_bias=weights.address(f"{self.prefix}up_proj.bias"),
+            up_bias=weights.address(f"{self.prefix}up_proj.bias"), activation=self.activation,
         )  # fmt: skip
 
     def run(self, team: Team, layer: arguments.MlpLayer, step: arguments.Step, total: arguments.Sum | None) -> bool:
@@ -150,10 +151,10 @@ class Experts(GatedMlp):
 
     @classmethod
     def read(cls, values: ConfigValues) -> "Experts":
-        _check_activation(values)
         key = "intermediate_size" if values.get("moe_intermediate_size") is None else "moe_intermediate_size"
         found = cls(
             intermediate_size=values.size(key),
+            activation=read_activation(values),
             # transformers 5 writes num_local_experts for all families, transformers 4 num_experts for Qwen's.
             count=values.size("num_experts", values.get("num_local_experts"), limit=MOST_EXPERTS),
             chosen=values.size("num_experts_per_tok"),
@@ -181,5 +182,8 @@ class Experts(GatedMlp):
         return layer
 
 
-def _check_activation(values: ConfigValues) -> None:
-    values.expect("hidden_act", ("silu", "swish"), "silu")
+ACTIVATIONS = {"silu": Activation.SILU, "swish": Activation.SILU, "gelu_pytorch_tanh": Activation.GELU_TANH}
+
+
+def read_activation(values: ConfigValues, key: str = "hidden_act") -> Activation:
+    return ACTIVATIONS[values.expect(key, ACTIVATIONS, "silu")]
