@@ -22,7 +22,7 @@ from tests.tiny_models import random_tensors
 FOLDER = Path(__file__).parent / "golden"
 FAMILIES = (
     "llama", "llama3", "llama_bias", "llama_linear", "llama_yarn", "mistral", "qwen2", "qwen3", "mixtral", "qwen3_moe",
-    "seed_oss",
+    "seed_oss", "olmo2", "granite", "smollm3", "ministral", "ministral3", "phi3", "gemma2", "gemma3",
 )  # fmt: skip
 Tensors = Mapping[str, np.ndarray]
 
@@ -44,7 +44,7 @@ def _values(tensor: StoredTensor, raw: bytes) -> np.ndarray:
     size = tensor.type.row_bytes(tensor.shape[-1])
     rows = int(np.prod(tensor.shape[:-1]))
     data = np.frombuffer(raw, np.uint8, rows * size, tensor.offset).reshape(rows, size)
-    return tensor.type.decode(data).reshape(tensor.shape)
+    return tensor.type.decode(data).reshape(tensor.shape) + np.float32(tensor.added)
 
 
 def family_tensors(family: str) -> dict[str, np.ndarray]:
@@ -69,14 +69,25 @@ def interleaved(rows: np.ndarray, head_dim: int) -> np.ndarray:
 # -- GGUF -----------------------------------------------------------------------------------------------------------
 
 ARCHITECTURES = {"llama": "llama", "mistral": "llama", "mixtral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
-ARCHITECTURES |= {"qwen3_moe": "qwen3moe", "seed_oss": "seed_oss"}
+ARCHITECTURES |= {"qwen3_moe": "qwen3moe", "seed_oss": "seed_oss", "olmo2": "olmo2", "granite": "granite"}
+ARCHITECTURES |= {"smollm3": "smollm3", "ministral3": "mistral3", "phi3": "phi3", "gemma2": "gemma2"}
+ARCHITECTURES |= {"gemma3_text": "gemma3"}
+IN_PAIRS = ("llama", "granite", "smollm3", "mistral3")
+"""Architectures whose rows of q and k stand in rotary pairs."""
 GGUF_NAMES = {
     "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
     "self_attn.o_proj": "attn_output", "self_attn.q_norm": "attn_q_norm", "self_attn.k_norm": "attn_k_norm",
     "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm", "mlp.gate": "ffn_gate_inp",
     "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down",
 }  # fmt: skip
-OTHER_NAMES = {"seed_oss": {"post_attention_layernorm": "post_attention_norm"}}
+POST_NORMS = {
+    "post_attention_layernorm": "post_attention_norm", "post_feedforward_layernorm": "post_ffw_norm",
+    "pre_feedforward_layernorm": "ffn_norm",
+}  # fmt: skip
+OTHER_NAMES = {
+    "seed_oss": {"post_attention_layernorm": "post_attention_norm"}, "olmo2": POST_NORMS, "gemma2": POST_NORMS,
+    "gemma3": POST_NORMS,
+}  # fmt: skip
 """What single architectures call otherwise."""
 EXPERT_NAMES = {"gate_proj": "ffn_gate_exps", "up_proj": "ffn_up_exps", "down_proj": "ffn_down_exps"}
 
@@ -131,10 +142,72 @@ def _write_metadata(writer: gguf.GGUFWriter, family: str, config: ModelConfig) -
     writer.add_value_length(attention(config).head_dim)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_rope_freq_base(config.rope.theta)
+    settings = json.loads((FOLDER / family / "config.json").read_text())
+    MORE_METADATA.get(config.model_type, lambda writer, settings: None)(writer, settings)
     if experts(config):
         writer.add_expert_count(experts(config))
         writer.add_expert_used_count(getattr(mlp(config), "chosen", 0))
         writer.add_expert_feed_forward_length(mlp(config).intermediate_size)
+
+
+def _granite_metadata(writer: gguf.GGUFWriter, settings: Mapping[str, Any]) -> None:
+    writer.add_attention_scale(settings["attention_multiplier"])
+    writer.add_embedding_scale(settings["embedding_multiplier"])
+    writer.add_residual_scale(settings["residual_multiplier"])
+    writer.add_logit_scale(settings["logits_scaling"])
+
+
+def _ministral3_metadata(writer: gguf.GGUFWriter, settings: Mapping[str, Any]) -> None:
+    rope = settings["rope_parameters"]
+    writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
+    writer.add_rope_scaling_factor(rope["factor"])
+    writer.add_rope_scaling_orig_ctx_len(rope["original_max_position_embeddings"])
+    writer.add_rope_scaling_yarn_log_mul(rope["mscale_all_dim"])
+    writer.add_attn_temperature_scale(rope["llama_4_scaling_beta"])
+
+
+def _phi3_metadata(writer: gguf.GGUFWriter, settings: Mapping[str, Any]) -> None:
+    head_dim = settings["hidden_size"] // settings["num_attention_heads"]
+    writer.add_rope_dimension_count(int(settings["partial_rotary_factor"] * head_dim))
+    writer.add_rope_scaling_orig_ctx_len(settings["original_max_position_embeddings"])
+    writer.add_sliding_window(settings["sliding_window"] or 0)
+
+
+def _gemma2_metadata(writer: gguf.GGUFWriter, settings: Mapping[str, Any]) -> None:
+    writer.add_attn_logit_softcapping(settings["attn_logit_softcapping"])
+    writer.add_final_logit_softcapping(settings["final_logit_softcapping"])
+    writer.add_sliding_window(settings["sliding_window"])
+
+
+def _gemma3_metadata(writer: gguf.GGUFWriter, settings: Mapping[str, Any]) -> None:
+    rope = settings["rope_parameters"]
+    writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
+    writer.add_rope_scaling_factor(rope["full_attention"]["factor"])
+    writer.add_float32("gemma3.rope.freq_base_swa", rope["sliding_attention"]["rope_theta"])
+    writer.add_sliding_window(settings["sliding_window"])
+    writer.add_uint32("gemma3.attention.sliding_window_pattern", settings["sliding_window_pattern"])
+
+
+MORE_METADATA: Mapping[str, Callable[[gguf.GGUFWriter, Mapping[str, Any]], None]] = {
+    "granite": _granite_metadata, "ministral3": _ministral3_metadata, "phi3": _phi3_metadata,
+    "gemma2": _gemma2_metadata, "gemma3_text": _gemma3_metadata,
+}  # fmt: skip
+"""What files of single architectures hold besides."""
+FUSED = {
+    "attn_qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    "ffn_up": ("mlp.gate_proj", "mlp.up_proj"),
+}
+"""What files of Phi-3 hold as one."""
+
+
+def _fused(tensors: Mapping[str, np.ndarray], layers: int) -> Tensors:
+    """The fused matrices, and what is left."""
+    rest, found = dict(tensors), {}
+    for layer in range(layers):
+        for name, modules in FUSED.items():
+            parts = [rest.pop(f"model.layers.{layer}.{module}.weight") for module in modules]
+            found[f"blk.{layer}.{name}.weight"] = np.concatenate(parts)
+    return {**found, **rest}
 
 
 def _write_vocabulary(writer: gguf.GGUFWriter, family: str, pre: str) -> None:
@@ -157,12 +230,16 @@ def _write_vocabulary(writer: gguf.GGUFWriter, family: str, pre: str) -> None:
 def _gguf_tensors(family: str, architecture: str, config: ModelConfig) -> Tensors:
     found: dict[str, np.ndarray] = {}
     stacked: dict[str, list[np.ndarray]] = {}
-    for name, tensor in family_tensors(family).items():
+    tensors = family_tensors(family)
+    for name, tensor in (_fused(tensors, config.num_hidden_layers) if architecture == "phi3" else tensors).items():
+        if name.startswith("blk."):
+            found[name] = tensor
+            continue
         *_, layer, module, kind = ["", "", *_parts(name)]
         if ".experts." in name:
             stacked.setdefault(f"blk.{layer}.{EXPERT_NAMES[module.split('.')[-1]]}.weight", []).append(tensor)
         elif layer:
-            straight = architecture != "llama" or module not in ("self_attn.q_proj", "self_attn.k_proj")
+            straight = architecture not in IN_PAIRS or module not in ("self_attn.q_proj", "self_attn.k_proj")
             names = {**GGUF_NAMES, **OTHER_NAMES.get(architecture, {})}
             found[f"blk.{layer}.{names[module]}.{kind}"] = (
                 tensor if straight else interleaved(tensor, attention(config).head_dim)
@@ -172,7 +249,7 @@ def _gguf_tensors(family: str, architecture: str, config: ModelConfig) -> Tensor
                 {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}[module]
                 + ".weight"
             ] = tensor
-    if config.rope.scaling is not None:
+    if config.rope.scaling is not None and config.model_type not in MORE_METADATA:
         plain = config.rope.theta ** -(np.arange(0, attention(config).head_dim, 2) / attention(config).head_dim)
         found["rope_freqs.weight"] = (plain / np.array(config.inverse_frequencies())).astype(np.float32)
     return {**found, **{name: np.stack(parts) for name, parts in stacked.items()}}

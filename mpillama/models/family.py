@@ -52,6 +52,10 @@ class OuterFactors:
 class GgufMetadata(Protocol):
     """Checked values out of a GGUF file's metadata, by keys without the architecture."""
 
+    @property
+    def head_dim(self) -> int:
+        """Channels of a head."""
+
     def get(self, key: str) -> Any:
         """The value, None if there is none."""
 
@@ -87,7 +91,7 @@ class Gguf:
     `experts`: of the files of this architecture the family has those with experts, else those without. `rotary_pairs`:
     the rows of q and k stand in pairs that RoPE turns. `flags` are options of the configuration that are true if and
     only if the first layer has the tensor; `fields` gives what else the configuration says. `partial_rope`: the family
-    reads partial_rotary_factor.
+    reads partial_rotary_factor; `rope_keys`: what else it reads of `rope.`.
     """
 
     architecture: str
@@ -97,6 +101,7 @@ class Gguf:
     flags: Mapping[str, str] = field(default_factory=lambda: GGUF_BIASES)
     fields: Callable[[GgufMetadata], Json] = lambda metadata: {}
     partial_rope: bool = False
+    rope_keys: Sequence[str] = ()
 
 
 @dataclass(frozen=True)

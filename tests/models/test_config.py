@@ -132,7 +132,7 @@ def test_llama3_frequencies_at_the_ends_of_the_ramp():
 @pytest.mark.parametrize("name", list(SHAPES))
 def test_known_shapes_are_configurations(name):
     config = ModelConfig.from_hf(shape_config(name))
-    assert (config.rope.scaling is not None) == name.startswith("llama-3")
+    assert (config.rope.scaling is not None) == name.startswith(("llama-3", "ministral-3", "gemma-3"))
     assert isinstance(mlp(config), Experts) == (config.model_type in ("mixtral", "qwen3_moe"))
 
 
