@@ -10,7 +10,7 @@ from typing import Any
 
 import gguf
 import numpy as np
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 
 from mpillama.formats.checkpoint import Checkpoint, StoredTensor
 from mpillama.formats.hugging_face import read_hugging_face
@@ -34,8 +34,13 @@ def golden(family: str) -> tuple[np.ndarray, np.ndarray]:
         return found["ids"], found["logits"]
 
 
+def stored_tensors(family: str) -> dict[str, np.ndarray]:
+    """A golden model's tensors as its file has them."""
+    return load_file(FOLDER / family / "model.safetensors")
+
+
 def tensors(checkpoint: Checkpoint) -> dict[str, np.ndarray]:
-    """Every tensor of a small checkpoint, float32 in Hugging Face's shape."""
+    """Every tensor of a small checkpoint, float32 in Hugging Face's shape, vectors as they are meant."""
     raw = [Path(path).read_bytes() for path in checkpoint.files]
     return {name: _values(tensor, raw[tensor.file]) for name, tensor in checkpoint.tensors.items()}
 

@@ -49,6 +49,26 @@ def test_a_head_of_its_own_is_used_though_the_configuration_ties_it(prefix, tmp_
     assert error(logits(open_model(str(tmp_path), "f32"), "llama"), "llama") < F32_TOLERANCE
 
 
+@pytest.mark.parametrize("prefix", ["language_model.model.", "model.language_model."])
+@pytest.mark.parametrize(("family", "outer"), [("gemma3", "gemma3"), ("ministral3", "mistral3")])
+def test_a_language_model_within_one_that_sees(family, outer, prefix, tmp_path, caplog):
+    """Under its older and newer names; what sees is left out, with a warning."""
+    inner = json.loads((g.FOLDER / family / "config.json").read_text())
+    ends = {key: inner.pop(key) for key in ("eos_token_id", "bos_token_id", "tie_word_embeddings")}
+    config = {"model_type": outer, "text_config": inner, "vision_config": {"hidden_size": 8}, **ends}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    head = prefix.removesuffix("model.") if prefix.endswith(".model.") else ""
+    tensors = {
+        name.replace("model.", prefix, 1) if name.startswith("model.") else head + name: tensor
+        for name, tensor in g.stored_tensors(family).items()
+    }
+    seeing = dict.fromkeys(("vision_tower.x.weight", "multi_modal_projector.norm.weight"), np.ones((2, 3), np.float32))
+    save_file({**tensors, **seeing}, tmp_path / "model.safetensors")
+    assert error(logits(open_model(str(tmp_path), "f32"), family), family) < F32_TOLERANCE
+    assert "2 tensors" in caplog.text
+    assert open_model(str(tmp_path)).config_json["eos_token_id"] == ends["eos_token_id"]
+
+
 @pytest.mark.parametrize("weights", list(BOUNDS))
 @pytest.mark.parametrize("family", ["llama", "qwen2", "mixtral"])
 def test_weights_in_other_types_stay_near(family, weights):
