@@ -1,6 +1,7 @@
 """The tiny checkpoints of tests/golden, and the same weights written in the other formats."""
 
 import json
+import math
 import shutil
 import struct
 from collections.abc import Callable, Mapping
@@ -22,7 +23,8 @@ from tests.tiny_models import random_tensors
 FOLDER = Path(__file__).parent / "golden"
 FAMILIES = (
     "llama", "llama3", "llama_bias", "llama_linear", "llama_yarn", "mistral", "qwen2", "qwen3", "mixtral", "qwen3_moe",
-    "seed_oss", "olmo2", "granite", "smollm3", "ministral", "ministral3", "phi3", "gemma2", "gemma3",
+    "seed_oss", "olmo2", "granite", "smollm3", "ministral", "ministral3", "phi3", "phi3_longrope",
+    "gemma2", "gemma3",
 )  # fmt: skip
 Tensors = Mapping[str, np.ndarray]
 
@@ -137,7 +139,7 @@ def experts(config: ModelConfig) -> int:
 
 
 def _write_metadata(writer: gguf.GGUFWriter, family: str, config: ModelConfig) -> None:
-    writer.add_context_length(config.max_position_embeddings)
+    writer.add_context_length(config.longest_context)
     writer.add_embedding_length(config.hidden_size)
     writer.add_block_count(config.num_hidden_layers)
     writer.add_feed_forward_length(mlp(config).intermediate_size)
@@ -173,9 +175,15 @@ def _ministral3_metadata(writer: gguf.GGUFWriter, settings: Mapping[str, Any]) -
 
 def _phi3_metadata(writer: gguf.GGUFWriter, settings: Mapping[str, Any]) -> None:
     head_dim = settings["hidden_size"] // settings["num_attention_heads"]
+    original, context = settings["original_max_position_embeddings"], settings["max_position_embeddings"]
     writer.add_rope_dimension_count(int(settings["partial_rotary_factor"] * head_dim))
-    writer.add_rope_scaling_orig_ctx_len(settings["original_max_position_embeddings"])
+    writer.add_rope_scaling_orig_ctx_len(original)
     writer.add_sliding_window(settings["sliding_window"] or 0)
+    for length in ("short", "long"):
+        if factors := settings["rope_parameters"].get(f"{length}_factor"):
+            writer.add_tensor(f"rope_factors_{length}.weight", np.array(factors, np.float32))
+    if "long_factor" in settings["rope_parameters"]:
+        writer.add_rope_scaling_attn_factors(math.sqrt(1 + math.log(context / original) / math.log(original)))
 
 
 def _gemma2_metadata(writer: gguf.GGUFWriter, settings: Mapping[str, Any]) -> None:

@@ -29,8 +29,8 @@ def load(path: str | Path, threads: int) -> Decoder:
     return load_file(read_table(str(path)), threads)
 
 
-def load_file(file: ModelFile, threads: int) -> Decoder:
-    """The whole model on one rank."""
+def load_file(file: ModelFile, threads: int, context: int | None = None) -> Decoder:
+    """The whole model on one rank, for sequences of up to `context` tokens."""
     part = file.config.partition(1)[0]
     reader = file.reader(lambda count: None)
     try:
@@ -38,7 +38,7 @@ def load_file(file: ModelFile, threads: int) -> Decoder:
     finally:
         reader.close()
     assert weights.bytes == reader.bytes_read or not isinstance(file, NativeModel)
-    return Decoder(file.config, weights, Communicator.alone(), team(threads))
+    return Decoder(file.config.for_context(context), weights, Communicator.alone(), team(threads))
 
 
 def new_cache(model: Decoder, blocks: int, kv_type: str) -> KVCache:

@@ -27,6 +27,7 @@ from mpillama.quant.weight_type import BLOCK, LANES, round_up
 class ModelConfig:
     """A decoder's sizes and constants, in Hugging Face's names, and its layers.
 
+    `max_position_embeddings` is the context of a run that asks for no other, `longest_context` the longest.
     `lm_head` is false for models that make embeddings and have no head at all.
     """
 
@@ -34,6 +35,7 @@ class ModelConfig:
     vocab_size: int
     hidden_size: int
     max_position_embeddings: int
+    longest_context: int
     rms_norm_eps: float
     rope: Rope
     factors: OuterFactors
@@ -72,6 +74,10 @@ class ModelConfig:
     def has_post_norms(self) -> bool:
         """Whether a norm follows on attention or MLP in some layer."""
         return any(kind.has_post_norms for kind in self.kinds)
+
+    def for_context(self, context: int | None) -> "ModelConfig":
+        """The model as it runs with so long sequences."""
+        return self if context is None else replace(self, rope=self.rope.for_context(context))
 
     def first_layers(self, layers: int) -> "ModelConfig":
         """The same model with its first layers only."""
@@ -130,13 +136,15 @@ class ModelConfig:
         family = FAMILIES[ConfigValues(source).expect("model_type", FAMILIES)]
         values = family.values(source)
         context = values.size("max_position_embeddings")
+        rope = family.rope(values, context)
         config = cls(
             model_type=family.model_type,
             vocab_size=values.size("vocab_size"),
             hidden_size=values.size("hidden_size"),
-            max_position_embeddings=context,
+            max_position_embeddings=rope.usual_context(context),
+            longest_context=context,
             rms_norm_eps=values.number("rms_norm_eps"),
-            rope=family.rope(values, context),
+            rope=rope,
             factors=family.factors(values),
             tie_word_embeddings=values.flag("tie_word_embeddings"),
             lm_head=values.flag("lm_head", True),
@@ -146,7 +154,8 @@ class ModelConfig:
         return config
 
     def _check_frequencies(self) -> None:
-        for rotation in self.rotations:
+        longest = self.for_context(self.longest_context)
+        for rotation in dict.fromkeys((*self.rotations, *longest.rotations)):
             try:
                 frequencies = rotation.inverse_frequencies()
             except (ValueError, ArithmeticError):

@@ -56,6 +56,10 @@ class GgufMetadata(Protocol):
     def head_dim(self) -> int:
         """Channels of a head."""
 
+    @property
+    def rope_factors(self) -> Mapping[str, Sequence[float]]:
+        """The divisors of the rotary frequencies that lie in tensors, by their names in a configuration."""
+
     def get(self, key: str) -> Any:
         """The value, None if there is none."""
 

@@ -7,8 +7,10 @@ The rules are those of Hugging Face's modeling_rope_utils: linear (https://kaiok
 import math
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
+
+import numpy as np
 
 from mpillama.errors import UserError
 from mpillama.models.config_values import ConfigValues, Json
@@ -103,6 +105,24 @@ class YarnScaling:
         return pairs * math.log(self.original_max_position_embeddings / (turns * 2 * math.pi)) / math.log(theta)
 
 
+@dataclass(frozen=True)
+class LongRopeScaling:
+    """LongRoPE: a divisor for each frequency, one set within the original context, another beyond it.
+
+    A run takes one of them for all positions, as its context says: bits must not depend on how far a text has come.
+    """
+
+    short: tuple[float, ...]
+    long: tuple[float, ...]
+    attention_factor: float
+    original_max_position_embeddings: int
+    beyond: bool = False
+
+    def apply(self, frequencies: list[float], theta: float) -> list[float]:
+        """Divide one by one."""
+        return [f / factor for f, factor in zip(frequencies, self.long if self.beyond else self.short, strict=True)]
+
+
 def yarn_attention_factor(factor: float, mscale: float, mscale_all_dim: float) -> float:
     """The factor for queries and keys that YaRN's paper finds, in DeepSeek's general form."""
     if mscale and mscale_all_dim:
@@ -146,6 +166,20 @@ class Rope:
         """1 / theta^(2i / channels) for each pair of channels, scaled."""
         plain = [1.0 / math.pow(self.theta, i / channels) for i in range(0, channels, 2)]
         return self.scaling.apply(plain, self.theta) if self.scaling else plain
+
+    def for_context(self, context: int) -> "Rope":
+        """The RoPE of a run whose sequences may be so long."""
+        scaling = self.scaling
+        if not isinstance(scaling, LongRopeScaling):
+            return self
+        return replace(self, scaling=replace(scaling, beyond=context > scaling.original_max_position_embeddings))
+
+    def usual_context(self, longest: int) -> int:
+        """How far a run may go that does not ask for more."""
+        original = (
+            self.scaling.original_max_position_embeddings if isinstance(self.scaling, LongRopeScaling) else longest
+        )
+        return min(longest, original)
 
     @property
     def factor(self) -> float:
@@ -259,6 +293,14 @@ def _yarn(values: ConfigValues, context: int) -> RopeScaling:
     )
 
 
+def _longrope(values: ConfigValues, context: int) -> RopeScaling:
+    original = values.size(ORIGINAL, context)
+    factor = values.number("factor", context / original)
+    usual = math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.0
+    short, long = (tuple(float(np.float32(f)) for f in values.numbers(key)) for key in ("short_factor", "long_factor"))
+    return LongRopeScaling(short, long, values.number("attention_factor", usual), original)
+
+
 FACTORS = "factors"
 """Our own name for the divisors that GGUF has in a tensor; no file of others has it."""
 ORIGINAL = "original_max_position_embeddings"
@@ -270,6 +312,7 @@ RULES: dict[str, RopeRule] = {
         _yarn,
         ("factor", ORIGINAL, "attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate"),
     ),
+    "longrope": RopeRule(_longrope, ("factor", "short_factor", "long_factor", "attention_factor", ORIGINAL)),
     FACTORS: RopeRule(_factors, ("factors",)),
 }
 SHOWN = tuple(name for name in RULES if name != FACTORS)

@@ -78,6 +78,19 @@ LLAMA3_ROPE = rope(  # of the 8 frequencies one stays, two are smoothed, five ar
 )
 YARN_ROPE = rope("yarn", 100.0, factor=2.0, original_max_position_embeddings=256)  # 8 frequencies, 6 within the ramp
 
+PHI_LONG: Mapping[str, Any] = {
+    "num_hidden_layers": 2,
+    "pad_token_id": EOS[0],
+    "partial_rotary_factor": 0.75,
+    "tie_word_embeddings": True,
+    "rope_parameters": {
+        "rope_type": "longrope",
+        "rope_theta": 100.0,
+        "short_factor": [1.0, 1.3, 2.7],
+        "long_factor": [1.1, 3.1, 9.3],
+    },
+}
+
 FAMILIES: Mapping[str, Family] = {
     "llama": Family("llama", {"head_dim": 16}, torch.float32, prompt=16),
     "llama_yarn": Family("llama", {"head_dim": 16} | YARN_ROPE, torch.float32, prompt=16, weights_of="llama"),
@@ -145,6 +158,10 @@ FAMILIES: Mapping[str, Family] = {
         },
         torch.float32,
         prompt=16,
+    ),
+    "phi3_longrope": Family("phi3", PHI_LONG | {"original_max_position_embeddings": 256}, prompt=16),
+    "phi3_beyond": Family(
+        "phi3", PHI_LONG | {"original_max_position_embeddings": 8}, prompt=16, weights_of="phi3_longrope"
     ),
     "gemma2": Family(
         "gemma2",

@@ -49,6 +49,17 @@ def test_a_head_of_its_own_is_used_though_the_configuration_ties_it(prefix, tmp_
     assert error(logits(open_model(str(tmp_path), "f32"), "llama"), "llama") < F32_TOLERANCE
 
 
+def test_a_context_beyond_the_original_takes_longropes_other_factors(tmp_path):
+    """For all positions, as transformers does with a prompt of so many tokens; a run that does not ask stays within."""
+    model = open_model(str(g.FOLDER / "phi3_beyond"), "f32")
+    assert (model.config.max_position_embeddings, model.config.longest_context) == (8, 512)
+    found = running.all_logits(running.load_file(model, THREADS, 16), [g.golden("phi3_beyond")[0]])
+    assert error(found, "phi3_beyond") < F32_TOLERANCE
+    g.write_gguf(tmp_path / "model.gguf", "phi3_beyond", g.as_float32)
+    again = running.load_file(open_model(str(tmp_path / "model.gguf")), THREADS, 16)
+    assert np.array_equal(running.all_logits(again, [g.golden("phi3_beyond")[0]]), found)
+
+
 @pytest.mark.parametrize("prefix", ["language_model.model.", "model.language_model."])
 @pytest.mark.parametrize(("family", "outer"), [("gemma3", "gemma3"), ("ministral3", "mistral3")])
 def test_a_language_model_within_one_that_sees(family, outer, prefix, tmp_path, caplog):

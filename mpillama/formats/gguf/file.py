@@ -14,6 +14,7 @@ from mpillama.formats.foreign import by_name, check_extents, cut_fused, damaged,
 from mpillama.formats.gguf.config import EMBEDDING, ROPE_FACTORS, TOKENIZER, Metadata, canonical, hugging_face_config
 from mpillama.formats.gguf.header import GgufHeader, read_gguf_header
 from mpillama.formats.reading import read_exactly
+from mpillama.models.attention import MOST_CHANNELS
 from mpillama.models.config_values import ConfigValues
 
 PART = re.compile(r"(.*)-([0-9]{5})-of-([0-9]{5})\.gguf", re.DOTALL)
@@ -29,9 +30,9 @@ def read_gguf(path: str) -> Checkpoint:
     found = [tensor for header in headers for tensor in header.tensors]
     check_extents(files, sizes, found)
     stored = by_name(files, found)
-    metadata = Metadata(headers[0])
-    factors = _rope_factors(files, stored.pop(ROPE_FACTORS, None), metadata.head_dim)
-    config = hugging_face_config(metadata, stored.keys(), _vocab_size(metadata, stored), factors)
+    factors = {key: _rope_factors(files, stored.pop(name)) for name, key in ROPE_FACTORS.items() if name in stored}
+    metadata = Metadata(headers[0], factors)
+    config = hugging_face_config(metadata, stored.keys(), _vocab_size(metadata, stored))
     table = by_name(files, _canonical_tensors(files, stored.values(), metadata, config))
     return Checkpoint(str(path), "gguf", config, _texts(headers[0].metadata), files, sizes, table)
 
@@ -109,15 +110,11 @@ def _vocab_size(metadata: Metadata, stored: Mapping[str, StoredTensor]) -> int:
     return metadata.size("vocab_size", len(tokens) if isinstance(tokens, list) else None)
 
 
-def _rope_factors(files: tuple[str, ...], tensor: StoredTensor | None, head_dim: int) -> list[float] | None:
-    """The divisors of the rotary frequencies, which are weights in GGUF and configuration to us."""
-    if tensor is None:
-        return None
+def _rope_factors(files: tuple[str, ...], tensor: StoredTensor) -> list[float]:
+    """The values of a tensor of divisors."""
     path = files[tensor.file]
-    if tensor.stored != "f32" or tensor.shape != (head_dim // 2,):
-        raise damaged(
-            path, f"{ROPE_FACTORS} is {tensor.stored} of shape {tensor.shape}, expected f32 ({head_dim // 2},)"
-        )
+    if tensor.stored != "f32" or len(tensor.shape) != 1 or tensor.shape[0] > MOST_CHANNELS:
+        raise damaged(path, f"{tensor.name} is {tensor.stored} of shape {tensor.shape}, expected a vector of f32")
     data = bytearray(4 * tensor.shape[0])
     try:
         with Path(path).open("rb") as file:
@@ -126,7 +123,7 @@ def _rope_factors(files: tuple[str, ...], tensor: StoredTensor | None, head_dim:
         raise unreadable(path, error) from error
     factors = np.frombuffer(data, "<f4")
     if not np.all((factors > 0) & np.isfinite(factors)):
-        raise damaged(path, f"{ROPE_FACTORS} holds divisors that are not positive numbers")
+        raise damaged(path, f"{tensor.name} holds divisors that are not positive numbers")
     return [float(factor) for factor in factors]
 
 
