@@ -148,7 +148,9 @@ def with_tokenizer(checkpoint: Checkpoint) -> Checkpoint:
     if not vocabulary.get("tokens"):  # weights alone: they can be measured and converted
         return replace(checkpoint, texts={key: text for key, text in checkpoint.texts.items() if key != name})
     family = FAMILIES.get(checkpoint.config_json["model_type"])
-    files = CONVERTERS[name](vocabulary | {"pre_of_family": family.pre_tokenizer if family else ""})
+    if family:
+        vocabulary |= {"pre_of_family": family.pre_tokenizer, "strips_of_family": family.tokens_strip}
+    files = CONVERTERS[name](vocabulary)
     settings = settings_in(checkpoint.texts, TOKENIZER_CONFIG, checkpoint.path)
     ends = {"bos_token_id": files.bos_token_id, "eos_token_id": list(files.eos_token_ids)}
     texts = {

@@ -151,7 +151,7 @@ class Family:
     `renames` turns a checkpoint's names of tensors into ours by regular expressions. `fused` gives, for modules of a
     layer that hold several of ours, these and their rows, one below the other. `from_one` is a regular expression for
     the vectors that a Hugging Face folder stores less 1. `pre_tokenizer` names the rules of vocabularies in GGUF files
-    that name none.
+    that name none; `tokens_strip`: control tokens of a vocabulary of pieces take the white space behind them along.
     """
 
     model_type: str
@@ -167,6 +167,7 @@ class Family:
     gguf: Gguf | None = None
     dllama: Dllama | None = None
     pre_tokenizer: str = ""
+    tokens_strip: bool = False
 
     def values(self, source: Json) -> ConfigValues:
         """A configuration with the family's defaults; UserError for an option that nobody reads."""

@@ -73,4 +73,5 @@ FAMILY = Family(
         partial_rope=True,
         rope_keys=("scaling.original_context_length", "scaling.attn_factor"),
     ),
+    tokens_strip=True,
 )
