@@ -13,7 +13,7 @@ from typing import Any, Self
 from mpillama.errors import UserError
 from mpillama.formats.checkpoint import StoredTensor
 from mpillama.formats.stand_ins import HEAD_BYTES, refuse_stand_in, refuse_text_stand_in
-from mpillama.models.mlp import MOST_EXPERTS
+from mpillama.models.router import MOST_EXPERTS
 
 MOST_TEXT = 2**28
 """Bytes of a text file that are read at the most; the largest tokenizer.json has a tenth of it."""

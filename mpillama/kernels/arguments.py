@@ -66,14 +66,27 @@ class AttentionLayer(ctypes.Structure):
     ]
 
 
+class Router(ctypes.Structure):
+    """How tokens choose among experts."""
+
+    _fields_: ClassVar = [
+        ("matrix", Matrix),
+        *((name, Address) for name in ("bias", "correction")),
+        *((name, ctypes.c_double) for name in ("epsilon", "scaling")),
+        *((name, ctypes.c_int64) for name in ("scores", "chosen", "renormalise", "groups", "chosen_groups")),
+    ]
+
+
 class MlpLayer(ctypes.Structure):
     """The second half of a decoder layer."""
 
     _fields_: ClassVar = [
-        *((name, Matrix) for name in ("gate", "up", "down", "router")),
-        *((name, Address) for name in ("norm", "gate_bias", "up_bias")),
+        *((name, Matrix) for name in ("gate", "up", "down")),
+        ("router", Router),
+        *((name, Matrix) for name in ("shared_gate", "shared_up", "shared_down", "shared_router")),
+        *((name, Address) for name in ("norm", "gate_bias", "up_bias", "down_bias")),
         ("eps", ctypes.c_double),
-        *((name, ctypes.c_int64) for name in ("hidden_size", "chosen", "renormalise")),
+        ("hidden_size", ctypes.c_int64),
     ]
 
 
@@ -109,7 +122,7 @@ class Sum(ctypes.Structure):
     ]
 
 
-STRUCTS = (Matrix, Activations, Cache, AttentionLayer, MlpLayer, Step, Sum, Window)
+STRUCTS = (Matrix, Activations, Cache, AttentionLayer, Router, MlpLayer, Step, Sum, Window)
 
 
 # -- How much memory quantised activations take; kernels/src/activations.h says how they lie --------------------------

@@ -106,6 +106,10 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
         c_int64,
         [c_void_p, POINTER(arguments.MlpLayer), POINTER(arguments.Step), POINTER(arguments.Sum)],
     ),
+    "choose_experts": (
+        c_int64,
+        [c_void_p, POINTER(arguments.Router), c_int64, c_void_p, c_int64, c_void_p, c_void_p],
+    ),
     "finish_sum": (c_int64, [c_void_p, POINTER(arguments.Step), POINTER(arguments.Sum)]),
     "add_rounded": (None, [c_void_p, c_void_p, c_void_p, c_void_p, c_int64, c_int64]),
     "round_to_float": (None, [c_void_p, c_void_p, c_void_p, c_int64, c_int64]),
@@ -205,6 +209,16 @@ class Team:
     def mlp_half(self, layer: arguments.MlpLayer, step: arguments.Step, total: arguments.Sum | None = None) -> bool:
         """Norm, SwiGLU or experts; `total` and the result are those of attention_half."""
         return self._done(self._calls.mlp_half(self._handle, byref(layer), byref(step), _optional(total)))
+
+    def choose_experts(self, router: arguments.Router, experts: int, logits: Array) -> tuple[Array, Array]:
+        """Which experts tokens take by their logits, and the shares, the best first: int64, float32 [tokens, chosen].
+
+        `logits` float32 [tokens, width] are overwritten.
+        """
+        chosen, shares = (np.empty((len(logits), router.chosen), kind) for kind in (np.int64, np.float32))
+        addresses = logits.ctypes.data, len(logits), chosen.ctypes.data, shares.ctypes.data
+        self._enough(self._calls.choose_experts(self._handle, byref(router), experts, *addresses))
+        return chosen, shares
 
     def finish_sum(self, step: arguments.Step, total: arguments.Sum) -> bool:
         """Go on to add up with ranks that were late; returns whether it is done."""

@@ -127,10 +127,7 @@ class Workspace:
 
 def step_widths(config: ModelConfig, part: Partition) -> Mapping[str, int]:
     """Channels of the step's arrays on a rank: of each the widest of all layers."""
-    of_layers = [
-        {**kind.attention.step_widths(part), "inner": len(part[kind.mlp.split]) * kind.mlp.panel}
-        for kind in config.kinds
-    ]
+    of_layers = [{**kind.attention.step_widths(part), "inner": kind.mlp.step_width(part)} for kind in config.kinds]
     return {name: max(widths.get(name, 0) for widths in of_layers) for name in ("q", "k", "v", "context", "inner")}
 
 

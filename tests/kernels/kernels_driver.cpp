@@ -371,14 +371,15 @@ void mlp(i64 weights, i64 tokens, i64 experts) {
         layer.gate = matrix(random, type, 1, inner / LANES, HIDDEN, each);
         layer.up = matrix(random, type, 1, inner / LANES, HIDDEN, each);
         layer.down = matrix(random, type, 3, HIDDEN / LANES, inner / 3, each);
-        if (experts > 0) layer.router = matrix(random, F32::NUMBER, 1, 1, HIDDEN);
+        if (experts > 0) layer.router.matrix = matrix(random, F32::NUMBER, 1, 1, HIDDEN);
         layer.norm = floats(random, HIDDEN, 0.5f, 1.0f);
         layer.gate_bias = experts > 0 ? nullptr : floats(random, inner);
         layer.up_bias = experts > 0 ? nullptr : floats(random, inner);
         layer.eps = 1e-5;
         layer.hidden_size = HIDDEN;
-        layer.chosen = experts > 0 ? 3 : 0;
-        layer.renormalise = tokens % 2;
+        layer.router.chosen = experts > 0 ? 3 : 0;
+        layer.router.renormalise = tokens % 2;
+        layer.router.scaling = 1.0;
         const Step step = step_of(random, tokens, HIDDEN, inner, 2);
         if (!find<i64(Team*, const MlpLayer*, const Step*, Sum*)>("mlp_half")(team, &layer, &step, nullptr)) std::abort();
         digest.add(step.partial, tokens * HIDDEN);

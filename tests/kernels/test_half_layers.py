@@ -474,10 +474,12 @@ class MlpCase:
         a = blank_step(self.x, 0, 0, 32, self.inner)
         layer = arguments.MlpLayer(
             gate=self.gate.column_parallel(), up=self.up.column_parallel(), down=self.down.row_parallel(), eps=EPS,
-            hidden_size=HIDDEN, chosen=self.chosen, renormalise=self.renormalise,
+            hidden_size=HIDDEN,
         )  # fmt: skip
         if self.router:
-            layer.router = self.router.column_parallel()
+            layer.router = arguments.Router(
+                matrix=self.router.column_parallel(), chosen=self.chosen, renormalise=self.renormalise, scaling=1.0
+            )
         for name, vector in zip(("norm", "gate_bias", "up_bias"), [self.norm, *self.biases], strict=True):
             setattr(layer, name, arguments.address(vector))
         a.argument.in_flight = in_flight

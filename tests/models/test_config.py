@@ -10,6 +10,7 @@ from mpillama.errors import UserError
 from mpillama.models.attention import GroupedQueryAttention
 from mpillama.models.config import ModelConfig
 from mpillama.models.mlp import Experts
+from mpillama.models.router import Router
 from mpillama.models.shapes import SHAPES, shape_config
 from tests.reference import llama3_frequencies
 
@@ -265,7 +266,7 @@ def test_experts(key):
     config = read(
         model_type="qwen3_moe", num_key_value_heads=2, **{key: 8}, num_experts_per_tok=2, moe_intermediate_size=48
     )
-    assert mlp(config) == Experts(48, count=8, chosen=2, renormalise=False)
+    assert mlp(config) == Experts(48, router=Router(8, chosen=2))
     with pytest.raises(UserError, match="num_experts_per_tok=9"):
         read(model_type="qwen3_moe", num_key_value_heads=2, **{key: 8}, num_experts_per_tok=9, moe_intermediate_size=48)
     for other in ({"mlp_only_layers": [0]}, {"decoder_sparse_step": 2}):

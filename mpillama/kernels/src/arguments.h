@@ -47,12 +47,25 @@ struct AttentionLayer {
     i64 hidden_size, heads, kv_heads, head_dim, window;
 };
 
-// SwiGLU, or experts of it chosen by a router.
+// How tokens choose among experts, as router.h says; without experts `matrix` has no groups. `bias` is added to the
+// logits, `correction` to the scores by which experts are chosen; both may be null.
+struct Router {
+    Matrix matrix;
+    const float *bias, *correction;
+    double epsilon, scaling;
+    i64 scores, chosen, renormalise, groups, chosen_groups;
+};
+
+// SwiGLU, or experts of it chosen by a router, and one that all tokens share: `shared_gate` and so on have no groups
+// without it, `shared_router` none if nothing weighs it. Biases may be null; of experts they are [experts, rows], and
+// down_bias is there for one rank only.
 struct MlpLayer {
-    Matrix gate, up, down, router;
-    const float *norm, *gate_bias, *up_bias;
+    Matrix gate, up, down;
+    Router router;
+    Matrix shared_gate, shared_up, shared_down, shared_router;
+    const float *norm, *gate_bias, *up_bias, *down_bias;
     double eps;
-    i64 hidden_size, chosen, renormalise;
+    i64 hidden_size;
 };
 
 // The tokens that go through the model together; `segments` [segment_count, 3]: first token, tokens, first position of

@@ -65,10 +65,23 @@ MPILLAMA_API i64 mpillama_attention_half(Team* team, const AttentionLayer* layer
 }
 
 MPILLAMA_API i64 mpillama_mlp_half(Team* team, const MlpLayer* layer, const Step* step, Sum* sum) {
-    const i64 common = layer->router.groups > 0 ? mixture_shared_bytes(*layer, *step, team->threads)
+    const i64 common = layer->router.matrix.groups > 0 ? mixture_shared_bytes(*layer, *step, team->threads)
                                                 : row_shared_bytes(layer->down, step->tokens, team->threads);
     if (!team->reserve(mlp_half_scratch_bytes(*layer), common)) return NO_MEMORY;
     return run_half(team, *step, sum, [&](const Member& member, const Step& own) { mlp_half(member, *layer, own); });
+}
+
+// Which experts tokens take by their logits, float32 [tokens, width], which are overwritten: i64 and float32
+// [tokens, chosen], the best expert first. Returns 0 when there is no memory.
+MPILLAMA_API i64 mpillama_choose_experts(Team* team, const Router* router, i64 experts, float* logits, i64 tokens,
+                                         i64* chosen, float* shares) {
+    const i64 width = router->matrix.groups * LANES, room = Routing::room_to_choose(*router);
+    if (!team->reserve(0, room * static_cast<i64>(sizeof(float)))) return NO_MEMORY;
+    float* choices = reinterpret_cast<float*>(team->member(0).shared);
+    for (i64 t = 0; t < tokens; t++)
+        choose_experts(*router, experts, logits + t * width, choices, chosen + t * router->chosen,
+                       shares + t * router->chosen);
+    return DONE;
 }
 
 // Wait on for ranks that were late.
@@ -235,10 +248,14 @@ MPILLAMA_API i64 mpillama_offset(i64 index) {
         offsetof(AttentionLayer, eps), offsetof(AttentionLayer, scale), offsetof(AttentionLayer, hidden_size),
         offsetof(AttentionLayer, heads), offsetof(AttentionLayer, kv_heads), offsetof(AttentionLayer, head_dim),
         offsetof(AttentionLayer, window),
+        sizeof(Router), offsetof(Router, matrix), offsetof(Router, bias), offsetof(Router, correction),
+        offsetof(Router, epsilon), offsetof(Router, scaling), offsetof(Router, scores), offsetof(Router, chosen),
+        offsetof(Router, renormalise), offsetof(Router, groups), offsetof(Router, chosen_groups),
         sizeof(MlpLayer), offsetof(MlpLayer, gate), offsetof(MlpLayer, up), offsetof(MlpLayer, down),
-        offsetof(MlpLayer, router), offsetof(MlpLayer, norm), offsetof(MlpLayer, gate_bias),
-        offsetof(MlpLayer, up_bias), offsetof(MlpLayer, eps), offsetof(MlpLayer, hidden_size),
-        offsetof(MlpLayer, chosen), offsetof(MlpLayer, renormalise),
+        offsetof(MlpLayer, router), offsetof(MlpLayer, shared_gate), offsetof(MlpLayer, shared_up),
+        offsetof(MlpLayer, shared_down), offsetof(MlpLayer, shared_router), offsetof(MlpLayer, norm),
+        offsetof(MlpLayer, gate_bias), offsetof(MlpLayer, up_bias), offsetof(MlpLayer, down_bias),
+        offsetof(MlpLayer, eps), offsetof(MlpLayer, hidden_size),
         sizeof(Step), offsetof(Step, tokens), offsetof(Step, x), offsetof(Step, hidden), offsetof(Step, context),
         offsetof(Step, gate), offsetof(Step, q), offsetof(Step, k), offsetof(Step, v), offsetof(Step, up),
         offsetof(Step, partial), offsetof(Step, cosines), offsetof(Step, sines), offsetof(Step, slots),
