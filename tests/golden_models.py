@@ -22,7 +22,7 @@ from tests.tiny_models import random_tensors
 FOLDER = Path(__file__).parent / "golden"
 FAMILIES = (
     "llama", "llama3", "llama_bias", "llama_linear", "llama_yarn", "mistral", "qwen2", "qwen3", "mixtral", "qwen3_moe",
-    "seed_oss",
+    "seed_oss", "hy_v3",
 )  # fmt: skip
 Tensors = Mapping[str, np.ndarray]
 
@@ -32,6 +32,13 @@ def golden(family: str) -> tuple[np.ndarray, np.ndarray]:
     """Token ids [tokens] and the logits [tokens, vocab_size] that transformers computed in float32."""
     with np.load(FOLDER / family / "golden.npz") as found:
         return found["ids"], found["logits"]
+
+
+@cache
+def golden_experts(family: str) -> np.ndarray | None:
+    """The experts that transformers chose, ascending: int64 [layers with a router, tokens, chosen]; None of others."""
+    with np.load(FOLDER / family / "golden.npz") as found:
+        return found["experts"].astype(np.int64) if "experts" in found else None
 
 
 def tensors(checkpoint: Checkpoint) -> dict[str, np.ndarray]:
@@ -69,12 +76,14 @@ def interleaved(rows: np.ndarray, head_dim: int) -> np.ndarray:
 # -- GGUF -----------------------------------------------------------------------------------------------------------
 
 ARCHITECTURES = {"llama": "llama", "mistral": "llama", "mixtral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
-ARCHITECTURES |= {"qwen3_moe": "qwen3moe", "seed_oss": "seed_oss"}
+ARCHITECTURES |= {"qwen3_moe": "qwen3moe", "seed_oss": "seed_oss", "hy_v3": "hy_v3"}
 GGUF_NAMES = {
     "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
     "self_attn.o_proj": "attn_output", "self_attn.q_norm": "attn_q_norm", "self_attn.k_norm": "attn_k_norm",
     "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm", "mlp.gate": "ffn_gate_inp",
     "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down",
+    "mlp.shared_experts.gate_proj": "ffn_gate_shexp", "mlp.shared_experts.up_proj": "ffn_up_shexp",
+    "mlp.shared_experts.down_proj": "ffn_down_shexp", "mlp.gate.e_score_correction_bias": "exp_probs_b.bias",
 }  # fmt: skip
 OTHER_NAMES = {"seed_oss": {"post_attention_layernorm": "post_attention_norm"}}
 """What single architectures call otherwise."""
@@ -83,17 +92,17 @@ EXPERT_NAMES = {"gate_proj": "ffn_gate_exps", "up_proj": "ffn_up_exps", "down_pr
 
 def write_gguf(
     path: Path, family: str, quantise: Callable[[np.ndarray], tuple[np.ndarray, Any]], pre: str = "llama-bpe",
-    part_tensors: int = 0,
+    part_tensors: int = 0, drafts: int = 0,
 ) -> None:  # fmt: skip
     """Write a golden model (or any folder, by its path) as llama.cpp's converter does.
 
     `quantise` gives a matrix's data and GGML type, `pre` is the name of the pre-tokenizer; with `part_tensors` the file
-    is split into parts of so many tensors.
+    is split into parts of so many tensors, and so many layers behind the last are those that only draft tokens.
     """
     config = open_model(str(FOLDER / family)).config
     architecture = ARCHITECTURES[config.model_type]
     writer = gguf.GGUFWriter(path, architecture, split_max_tensors=part_tensors)
-    _write_metadata(writer, family, config)
+    _write_metadata(writer, config, drafts)
     _write_vocabulary(writer, family, pre)
     for name, tensor in _gguf_tensors(family, architecture, config).items():
         if tensor.ndim == 1 or "ffn_gate_inp" in name:
@@ -116,14 +125,27 @@ def mlp(config: ModelConfig) -> Any:
     return config.blocks[0].mlp
 
 
+def last_mlp(config: ModelConfig) -> Any:
+    """That with experts, if there are any."""
+    return config.blocks[-1].mlp
+
+
 def experts(config: ModelConfig) -> int:
-    return getattr(mlp(config), "count", 0)
+    return last_mlp(config).router.count if hasattr(last_mlp(config), "router") else 0
 
 
-def _write_metadata(writer: gguf.GGUFWriter, family: str, config: ModelConfig) -> None:
+def chosen(config: ModelConfig) -> int:
+    return last_mlp(config).router.chosen if experts(config) else 0
+
+
+def _write_metadata(writer: gguf.GGUFWriter, config: ModelConfig, drafts: int) -> None:
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
-    writer.add_block_count(config.num_hidden_layers)
+    writer.add_block_count(config.num_hidden_layers + drafts)
+    if drafts:
+        writer.add_nextn_predict_layers(drafts)
+        writer.add_tensor(f"blk.{config.num_hidden_layers}.nextn.eh_proj.weight", np.ones((4, 8), np.float32))
+        writer.add_tensor(f"blk.{config.num_hidden_layers}.attn_norm.weight", np.ones(8, np.float32))
     writer.add_feed_forward_length(mlp(config).intermediate_size)
     writer.add_head_count(attention(config).heads)
     writer.add_head_count_kv(attention(config).kv_heads)
@@ -133,8 +155,24 @@ def _write_metadata(writer: gguf.GGUFWriter, family: str, config: ModelConfig) -
     writer.add_rope_freq_base(config.rope.theta)
     if experts(config):
         writer.add_expert_count(experts(config))
-        writer.add_expert_used_count(getattr(mlp(config), "chosen", 0))
-        writer.add_expert_feed_forward_length(mlp(config).intermediate_size)
+        writer.add_expert_used_count(chosen(config))
+        writer.add_expert_feed_forward_length(last_mlp(config).intermediate_size)
+        if last_mlp(config).router.scores == "sigmoid":
+            _write_sigmoids(writer, config)
+
+
+def _write_sigmoids(writer: gguf.GGUFWriter, config: ModelConfig) -> None:
+    """What llama.cpp's converter writes of routers of DeepSeek V3's kind and of shared experts."""
+    router, shared = last_mlp(config).router, last_mlp(config).shared
+    writer.add_expert_gating_func(gguf.ExpertGatingFuncType.SIGMOID)
+    writer.add_expert_weights_scale(router.scaling)
+    writer.add_expert_weights_norm(router.renormalise)
+    writer.add_leading_dense_block_count(sum(not hasattr(block.mlp, "router") for block in config.blocks))
+    if shared:
+        writer.add_expert_shared_count(shared.intermediate_size // last_mlp(config).intermediate_size)
+    if router.groups > 1:
+        writer.add_expert_group_count(router.groups)
+        writer.add_expert_group_used_count(router.chosen_groups)
 
 
 def _write_vocabulary(writer: gguf.GGUFWriter, family: str, pre: str) -> None:
@@ -164,9 +202,8 @@ def _gguf_tensors(family: str, architecture: str, config: ModelConfig) -> Tensor
         elif layer:
             straight = architecture != "llama" or module not in ("self_attn.q_proj", "self_attn.k_proj")
             names = {**GGUF_NAMES, **OTHER_NAMES.get(architecture, {})}
-            found[f"blk.{layer}.{names[module]}.{kind}"] = (
-                tensor if straight else interleaved(tensor, attention(config).head_dim)
-            )
+            own = names.get(f"{module}.{kind}") or f"{names[module]}.{kind}"
+            found[f"blk.{layer}.{own}"] = tensor if straight else interleaved(tensor, attention(config).head_dim)
         else:
             found[
                 {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}[module]
@@ -258,7 +295,7 @@ def write_dllama(path: Path, family: str) -> None:
     pairs = {
         0: 0, 1: architecture, 2: config.hidden_size, 3: mlp(config).intermediate_size, 4: config.num_hidden_layers,
         5: attention(config).heads, 6: attention(config).kv_heads, 7: experts(config),
-        8: getattr(mlp(config), "chosen", 0), 9: config.vocab_size, 10: config.max_position_embeddings, 11: 1,
+        8: chosen(config), 9: config.vocab_size, 10: config.max_position_embeddings, 11: 1,
         12: int(config.rope.theta), 13: 0, 19: attention(config).head_dim, 20: 5, 21: mlp(config).intermediate_size,
     }  # fmt: skip
     assert config.rms_norm_eps == 1e-5

@@ -3,9 +3,10 @@
 import hashlib
 import json
 import logging
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from math import prod
 from pathlib import Path
@@ -19,6 +20,7 @@ from mpillama.formats.checkpoint_reader import CheckpointReader
 from mpillama.formats.foreign import unreadable
 from mpillama.formats.reading import read_exactly
 from mpillama.models.config import ModelConfig
+from mpillama.models.family import DRAFT_LAYERS
 from mpillama.models.tensors import EMBEDDING, LM_HEAD, TensorSpec, WeightTypes
 from mpillama.quant.registry import WEIGHT_TYPES
 from mpillama.quant.types.f32 import F32
@@ -97,6 +99,7 @@ class CheckpointModel:
 def checkpoint_model(checkpoint: Checkpoint, weights: str) -> CheckpointModel:
     """Check a checkpoint against its configuration and choose the weight types; `weights` is a name or as-stored."""
     config = ModelConfig.from_hf(checkpoint.config_json)
+    checkpoint = _without_drafts(checkpoint, config)
     specs = config.tensors(WeightTypes(F32))
     _check_tensors(checkpoint, config, specs)
     if weights != AS_STORED:
@@ -106,6 +109,29 @@ def checkpoint_model(checkpoint: Checkpoint, weights: str) -> CheckpointModel:
     default = Counter(types.values()).most_common(1)[0][0]
     others = {name: kind for name, kind in types.items() if kind != default}
     return CheckpointModel(checkpoint, WeightTypes(default, others or None))
+
+
+DRAFTS = re.compile(r"(?:(?:model\.layers|blk)\.(?P<layer>[0-9]{1,6})|(?:model\.)?mtp)\..*", re.DOTALL)
+"""Tensors of layers that only draft tokens, by the names of formats; they have a number or a prefix of their own."""
+
+
+def _without_drafts(checkpoint: Checkpoint, config: ModelConfig) -> Checkpoint:
+    """The checkpoint without layers that only draft tokens, as transformers loads it, which is told."""
+    drafting, first = checkpoint.config_json.get(DRAFT_LAYERS), config.num_hidden_layers
+    layers = range(first, first + drafting if isinstance(drafting, int) else first)
+    left_out = [
+        name
+        for name in checkpoint.tensors
+        if (found := DRAFTS.fullmatch(name)) and (found["layer"] is None or int(found["layer"]) in layers)
+    ]
+    if not left_out:
+        return checkpoint
+    logging.getLogger(__name__).info(
+        "%s: %d tensors of layers that only draft tokens (%s and so on) are left out: the answers are the same.",
+        checkpoint.path, len(left_out), left_out[0],
+    )  # fmt: skip
+    kept = {name: tensor for name, tensor in checkpoint.tensors.items() if name not in set(left_out)}
+    return replace(checkpoint, tensors=kept)
 
 
 def _check_tensors(checkpoint: Checkpoint, config: ModelConfig, specs: list[TensorSpec]) -> None:

@@ -13,6 +13,8 @@ from mpillama.models.mlp import Mlp
 
 MOST_LAYERS = 10_000
 """A damaged file may claim more; listing their tensors would take for ever."""
+DRAFT_LAYERS = "num_nextn_predict_layers"
+"""How many layers behind the last of a checkpoint only draft tokens (multi-token prediction); they are left out."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,14 @@ GGUF_NAMES: Mapping[str, str] = {
     "ffn_down": "mlp.down_proj",
 }
 """What GGUF calls the modules of a layer, in Hugging Face's names."""
+GGUF_EXPERTS: Mapping[str, str] = {
+    **GGUF_NAMES,
+    "ffn_gate_shexp": "mlp.shared_experts.gate_proj",
+    "ffn_up_shexp": "mlp.shared_experts.up_proj",
+    "ffn_down_shexp": "mlp.shared_experts.down_proj",
+    "exp_probs_b.bias": "mlp.gate.e_score_correction_bias",
+}
+"""The same with a shared expert and a correction of scores; a name with an ending stands for one tensor."""
 GGUF_BIASES: Mapping[str, str] = {"attention_bias": "attn_q.bias", "mlp_bias": "ffn_up.bias"}
 
 
@@ -99,6 +109,51 @@ class Refusal:
     harmless: Sequence[Any] = (None, False, 0, [])
 
 
+@dataclass(frozen=True)
+class GgufExperts:
+    """What metadata says of experts: `scores` in DeepSeek's words, `layer_types` of the layers that are run."""
+
+    count: int
+    chosen: int
+    width: int
+    shared: int
+    scaling: float
+    renormalise: bool
+    groups: int
+    chosen_groups: int
+    scores: str
+    layer_types: list[str]
+
+
+GATING = {0: "sigmoid", 1: "softmax", 2: "sigmoid", 3: "softmax_of_chosen", 4: "sqrtsoftplus"}
+"""expert_gating_func; without it llama.cpp takes the architecture's own, which all that read this have as sigmoids."""
+
+
+def gguf_experts(metadata: GgufMetadata) -> GgufExperts:
+    """The metadata of routers of DeepSeek V3's kind."""
+    norm, gating, dense = (
+        metadata.get(key) for key in ("expert_weights_norm", "expert_gating_func", "leading_dense_block_count")
+    )
+    layers = metadata.size("block_count") - gguf_draft_layers(metadata)
+    return GgufExperts(
+        count=metadata.size("expert_count"),
+        chosen=metadata.size("expert_used_count"),
+        width=metadata.size("expert_feed_forward_length"),
+        shared=metadata.size("expert_shared_count", 1),
+        scaling=float(metadata.number("expert_weights_scale", 1.0)),
+        renormalise=True if norm is None else bool(norm),
+        groups=metadata.size("expert_group_count", 1),
+        chosen_groups=metadata.size("expert_group_used_count", 1),
+        scores=GATING.get(gating or 0, str(gating)),
+        layer_types=["dense" if layer < (dense or 0) else "sparse" for layer in range(layers)],
+    )
+
+
+def gguf_draft_layers(metadata: GgufMetadata) -> int:
+    """How many of a file's last layers only draft tokens."""
+    return metadata.size("nextn_predict_layers") if metadata.get("nextn_predict_layers") else 0
+
+
 def no_such_biases(model_type: str, *keys: str) -> tuple[Refusal, ...]:
     """Refuse the biases that the family lacks."""
     return tuple(Refusal(key, f"a model of type {model_type} has no such biases") for key in keys)
@@ -138,6 +193,22 @@ class Family:
 
 def layer_count(values: ConfigValues) -> int:
     return values.size("num_hidden_layers", limit=MOST_LAYERS)
+
+
+def dense_or_sparse(values: ConfigValues) -> list[bool]:
+    """Which layers have experts: `mlp_layer_types` or, where it is left out, those from `first_k_dense_replace` on."""
+    layers, kinds = layer_count(values), values.get("mlp_layer_types")
+    if kinds is None:
+        dense = values.get("first_k_dense_replace")
+        first = 0 if dense == 0 else values.size("first_k_dense_replace")
+        kinds = ["dense" if layer < first else "sparse" for layer in range(layers)]
+    if (
+        not isinstance(kinds, Sequence)
+        or len(kinds) != layers
+        or any(kind not in ("dense", "sparse") for kind in kinds)
+    ):
+        raise values.refuse("mlp_layer_types", f"it must name dense or sparse for {layers} layers")
+    return [kind == "sparse" for kind in kinds]
 
 
 def layer_windows(values: ConfigValues, kinds: Sequence[str]) -> list[int]:

@@ -52,6 +52,23 @@ MISTRAL = {
 }
 MIXTRAL = {"model_type": "mixtral", "vocab_size": 32000, "num_local_experts": 8, "num_experts_per_tok": 2}
 
+HY3 = {
+    "model_type": "hy_v3",
+    "vocab_size": 120832,
+    "max_position_embeddings": 131072,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 11158840.0,
+    "head_dim": 128,
+    "num_key_value_heads": 8,
+    "num_experts": 192,
+    "num_experts_per_tok": 8,
+    "moe_intermediate_size": 1536,
+    "num_shared_experts": 1,
+    "router_scaling_factor": 2.826,
+    "first_k_dense_replace": 1,
+    "tie_word_embeddings": False,
+}
+
 
 def _sizes(base: dict[str, Any], hidden: int, inner: int, layers: int, heads: int, **other: Any) -> dict[str, Any]:
     return {
@@ -80,6 +97,7 @@ SHAPES: dict[str, dict[str, Any]] = {
     "qwen3-235b-a22b": _sizes(
         {**QWEN3, **EXPERTS, "model_type": "qwen3_moe", "moe_intermediate_size": 1536}, 4096, 12288, 94, 64
     ),
+    "hy3": _sizes(HY3, 4096, 13312, 80, 64),
 }
 
 

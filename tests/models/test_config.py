@@ -134,7 +134,7 @@ def test_llama3_frequencies_at_the_ends_of_the_ramp():
 def test_known_shapes_are_configurations(name):
     config = ModelConfig.from_hf(shape_config(name))
     assert (config.rope.scaling is not None) == name.startswith("llama-3")
-    assert isinstance(mlp(config), Experts) == (config.model_type in ("mixtral", "qwen3_moe"))
+    assert isinstance(config.blocks[-1].mlp, Experts) == ("num_experts_per_tok" in shape_config(name))
 
 
 def test_an_unknown_shape_is_refused_with_the_known_ones():

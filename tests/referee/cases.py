@@ -194,6 +194,7 @@ FAMILIES: Mapping[str, Mapping[str, Any]] = {
     "qwen3_moe": {**QWEN, **EXPERTS, "model_type": "qwen3_moe", "norm_topk_prob": True},
     "qwen3_moe without renormalising": {**QWEN, **EXPERTS, "model_type": "qwen3_moe", "norm_topk_prob": False},
     "seed_oss": {**QWEN, "model_type": "seed_oss", "attention_out_bias": True},
+    "hy_v3": {**QWEN, **EXPERTS, "model_type": "hy_v3", "num_attention_heads": 6},
 }  # fmt: skip
 
 # -- special values --------------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from mpillama.formats.checkpoint import StoredTensor
 from mpillama.formats.foreign import damaged, split_experts
 from mpillama.formats.gguf.header import GgufHeader
 from mpillama.models.families import gguf_architectures
-from mpillama.models.family import Gguf
+from mpillama.models.family import DRAFT_LAYERS, Gguf, gguf_draft_layers
 from mpillama.models.rope import yarn_attention_factor
 
 ROPE_FACTORS = "rope_freqs.weight"
@@ -45,6 +45,8 @@ def canonical(path: str, tensor: StoredTensor, gguf: Gguf, head_dim: int) -> Ite
     elif expert and kind in ("ffn_gate", "ffn_up", "ffn_down"):
         name = f"{prefix}mlp.experts.{int(expert)}.{kind.removeprefix('ffn_')}_proj.{ending}"
         yield replace(tensor, name=name)
+    elif f"{kind}.{ending}" in gguf.names and not expert:
+        yield replace(tensor, name=prefix + gguf.names[f"{kind}.{ending}"])
     elif kind in gguf.names and not expert:
         pairs = head_dim if gguf.rotary_pairs and kind in ROTATED else 0
         yield replace(tensor, name=f"{prefix}{gguf.names[kind]}.{ending}", interleaved=pairs)
@@ -158,12 +160,12 @@ def hugging_face_config(
     metadata: Metadata, names: Collection[str], vocab_size: int, factors: Sequence[float] | None
 ) -> dict[str, Any]:
     """Build config.json; `names` are GGUF's names of tensors, `factors` the divisors of the rotary frequencies."""
-    heads = metadata.size("attention.head_count")
+    heads, drafting = metadata.size("attention.head_count"), gguf_draft_layers(metadata)
     config = {
         "model_type": metadata.family.model_type,
         "hidden_size": metadata.size("embedding_length"),
         "intermediate_size": metadata.size("feed_forward_length", _expert_width(metadata)),
-        "num_hidden_layers": metadata.size("block_count"),
+        "num_hidden_layers": max(1, metadata.size("block_count") - drafting),
         "num_attention_heads": heads,
         "num_key_value_heads": metadata.size("attention.head_count_kv", heads),
         "head_dim": metadata.head_dim,
@@ -177,6 +179,8 @@ def hugging_face_config(
     present = {key: f"blk.0.{ending}" in names for key, ending in metadata.gguf.flags.items()}
     flags = {key: found for key, found in present.items() if found != metadata.family.defaults.get(key, False)}
     optional = {**flags, **metadata.gguf.fields(metadata), **_special_tokens(metadata)}
+    if drafting:
+        optional[DRAFT_LAYERS] = drafting
     window = metadata.get("attention.sliding_window")
     return {**config, **optional, **({"sliding_window": metadata.size("attention.sliding_window")} if window else {})}
 

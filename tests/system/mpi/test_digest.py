@@ -200,8 +200,8 @@ def test_demo_model(ranks: int, isa: str, threads: int, measure: Measure, demo: 
     assert measure(cases, ranks, isa, threads) == demo_truth
 
 
-FAMILIES = ("llama_bias", "llama_yarn", "mistral", "qwen2", "seed_oss", "qwen3", "mixtral", "qwen3_moe")
-"""Folders of tests/golden: biases, scaled RoPE, a sliding window, norms of heads, experts."""
+FAMILIES = ("llama_bias", "llama_yarn", "mistral", "qwen2", "seed_oss", "qwen3", "mixtral", "qwen3_moe", "hy_v3")
+"""Folders of tests/golden: biases, scaled RoPE, a sliding window, norms of heads, experts, shared ones."""
 
 
 def family_cases(ways: int) -> list[dict[str, Any]]:
