@@ -18,7 +18,8 @@ class StoredTensor:
     `stored` names the type of the values, one of STORED_TYPES; rows follow each other without gaps. `offset` is the
     64-bit byte offset in file number `file`.
     `interleaved` is head_dim where the rows of each head stand as rotary pairs (row 2i of the file is row i of the
-    head, row 2i + 1 is row i + head_dim / 2), else 0.
+    head, row 2i + 1 is row i + head_dim / 2), else 0. `added` is what a vector's stored values lack, as those of norms
+    that count from 1.
     """
 
     name: str
@@ -27,6 +28,7 @@ class StoredTensor:
     file: int
     offset: int
     interleaved: int = 0
+    added: float = 0.0
 
     @property
     def type(self) -> StoredType:

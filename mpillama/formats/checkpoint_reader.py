@@ -118,7 +118,7 @@ class CheckpointReader:
 
     def _read_vector(self, spec: TensorSpec, tensor: StoredTensor, units: range, out: np.ndarray) -> int:
         raw = self._rows(tensor, range(1), range(tensor.shape[0]))
-        values = tensor.type.decode(raw).reshape(-1, 1)
+        values = tensor.type.decode(raw).reshape(-1, 1) + np.float32(tensor.added)
         whole = spec.pad(_straightened(values, tensor.interleaved).reshape(-1))
         out[:] = whole[units.start * spec.unit : units.stop * spec.unit]
         return raw.nbytes

@@ -1,8 +1,9 @@
 """A checkpoint in Hugging Face's layout: a folder with config.json, safetensors files and the texts beside them."""
 
 import json
+import logging
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from mpillama.formats.foreign import (
     Cursor,
     by_name,
     check_extents,
+    cut_fused,
     damaged,
     one_line,
     read_json,
@@ -22,7 +24,9 @@ from mpillama.formats.foreign import (
     split_experts,
 )
 from mpillama.formats.stand_ins import what_folder
+from mpillama.models.config_values import ConfigValues
 from mpillama.models.families import FAMILIES
+from mpillama.models.family import Family
 from mpillama.quant.registry import STORED_TYPES
 
 STORED = {t.safetensors: t.name for t in STORED_TYPES.values() if t.safetensors}
@@ -115,9 +119,10 @@ FUSED_EXPERTS = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_p
 def read_hugging_face(path: str) -> Checkpoint:
     """Read everything but the weights of a folder; UserError says what is missing, damaged or not taken."""
     folder = Path(path)
-    config = read_json(folder / "config.json")
-    _refuse_nested(path, config)
-    _refuse_quantised(path, config)
+    outer = read_json(folder / "config.json")
+    config = _language_model(path, outer)
+    for holder in (outer, config):
+        _refuse_quantised(path, holder)
     placed = _placed_by_index(folder)
     names = sorted(set(placed.values())) or [WEIGHTS]
     files = tuple(str(folder / name) for name in names)
@@ -126,24 +131,56 @@ def read_hugging_face(path: str) -> Checkpoint:
     _check_index(folder, placed, names, tables)
     tensors = [tensor for table in tables for tensor in table]
     check_extents(files, sizes, tensors)
+    if outer is not config:
+        tensors = _of_language_model(path, tensors)
     family = FAMILIES.get(str(config.get("model_type")))
-    renames = family.renames if family else {}
-    stored = by_name(files, (c for tensor in tensors for c in _canonical(files[tensor.file], tensor, renames)))
+    stored = by_name(files, _canonical_tensors(files, tensors, family, config))
     table = with_prefix(stored)
     without_head = table is not stored and not config.get(TIED)
     config, table = settle_head(str(path), config, table, files, without_head or (folder / SENTENCES).exists())
     return Checkpoint(str(path), "hugging_face", config, _texts(folder), files, sizes, table)
 
 
-# -- what is not taken ----------------------------------------------------------------------------------------------
+# -- the language model of a checkpoint that also sees ---------------------------------------------------------------
+
+TEXT_CONFIG = "text_config"
+OF_BOTH = ("bos_token_id", "eos_token_id", TIED)
+"""What the outer configuration may say of the language model, too."""
+SEES = re.compile(r"(?:model\.)?(?:vision_tower|vision_model|multi_modal_projector)\.")
+INNER_PREFIX = re.compile(r"(?:model\.)?language_model\.(?:model\.)?")
 
 
-def _refuse_nested(path: str, config: Mapping[str, Any]) -> None:
-    if "text_config" in config:
+def _language_model(path: str, config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The configuration of the language model; UserError if it lies within another that nobody knows."""
+    if TEXT_CONFIG not in config:
+        return config
+    inner, outer_type = config[TEXT_CONFIG], config.get("model_type")
+    family = FAMILIES.get(str(inner.get("model_type"))) if isinstance(inner, dict) else None
+    if family is None or outer_type not in family.within:
         raise UserError(
-            f"{path}: model_type={config.get('model_type')!r} keeps its language model under text_config: "
-            "mpillama reads models of text alone."
+            f"{path}: model_type={outer_type!r} keeps its language model under {TEXT_CONFIG}: "
+            "mpillama does not know it there, take a model of text alone."
         )
+    return {**{key: config[key] for key in OF_BOTH if config.get(key) is not None}, **inner}
+
+
+def _of_language_model(path: str, tensors: Sequence[StoredTensor]) -> list[StoredTensor]:
+    """The tensors of the language model, under the names that it has alone."""
+    own = [tensor for tensor in tensors if not SEES.match(tensor.name)]
+    if len(own) < len(tensors):
+        logging.getLogger(__name__).warning(
+            "%s: the model also sees pictures: the %d tensors that do this are left out, it runs for text.",
+            path, len(tensors) - len(own), extra={"of_run": True},
+        )  # fmt: skip
+    return [replace(tensor, name=_inner_name(tensor.name)) for tensor in own]
+
+
+def _inner_name(name: str) -> str:
+    inner = INNER_PREFIX.sub("", name, count=1) if INNER_PREFIX.match(name) else name
+    return inner if inner == name or inner.startswith("lm_head.") else "model." + inner
+
+
+# -- what is not taken ----------------------------------------------------------------------------------------------
 
 
 def _refuse_quantised(path: str, config: Mapping[str, Any]) -> None:
@@ -195,6 +232,19 @@ def _check_index(folder: Path, placed: Mapping[str, str], names: list[str], tabl
 
 
 # -- names ----------------------------------------------------------------------------------------------------------
+
+
+def _canonical_tensors(
+    files: Sequence[str], tensors: Iterable[StoredTensor], family: Family | None, config: Mapping[str, Any]
+) -> Iterator[StoredTensor]:
+    """The tensors under their canonical names, each part of a fused one by itself."""
+    fused = family.fused(ConfigValues(config, family.defaults)) if family else {}
+    from_one = re.compile(family.from_one if family and family.from_one else r"(?!)")
+    for tensor in tensors:
+        path = files[tensor.file]
+        for whole in _canonical(path, tensor, family.renames if family else {}):
+            for part in cut_fused(path, whole, fused):
+                yield replace(part, added=1.0) if from_one.search(part.name) else part
 
 
 def _canonical(path: str, tensor: StoredTensor, renames: Mapping[str, str]) -> Iterator[StoredTensor]:

@@ -4,6 +4,7 @@ They hold addresses only: whoever makes one keeps the arrays alive.
 """
 
 import ctypes
+from enum import IntEnum
 from typing import ClassVar
 
 import numpy as np
@@ -54,6 +55,21 @@ class Cache(ctypes.Structure):
     ]
 
 
+class HeadNorm(IntEnum):
+    """How queries and keys are normalised: each head before RoPE or after it, or the heads of a projection together."""
+
+    BEFORE_ROPE = 0
+    AFTER_ROPE = 1
+    WHOLE_PROJECTION = 2
+
+
+class Activation(IntEnum):
+    """What a gated MLP does with its gate."""
+
+    SILU = 0
+    GELU_TANH = 1
+
+
 class AttentionLayer(ctypes.Structure):
     """The first half of a decoder layer."""
 
@@ -61,8 +77,9 @@ class AttentionLayer(ctypes.Structure):
         *((name, Matrix) for name in ("q", "k", "v", "o")),
         ("cache", Cache),
         *((name, Address) for name in ("norm", "q_bias", "k_bias", "v_bias", "q_norm", "k_norm", "head_start")),
-        *((name, ctypes.c_double) for name in ("eps", "scale")),
-        *((name, ctypes.c_int64) for name in ("hidden_size", "heads", "kv_heads", "head_dim", "window")),
+        *((name, ctypes.c_double) for name in ("eps", "scale", "soft_cap")),
+        *((name, ctypes.c_int64) for name in ("hidden_size", "heads", "kv_heads", "head_dim", "channels", "window")),
+        *((name, ctypes.c_int64) for name in ("chunk", "head_norm", "q_width", "k_width", "first_counted")),
     ]
 
 
@@ -86,7 +103,7 @@ class MlpLayer(ctypes.Structure):
         *((name, Matrix) for name in ("shared_gate", "shared_up", "shared_down", "shared_router")),
         *((name, Address) for name in ("norm", "gate_bias", "up_bias", "down_bias")),
         ("eps", ctypes.c_double),
-        ("hidden_size", ctypes.c_int64),
+        *((name, ctypes.c_int64) for name in ("hidden_size", "activation")),
     ]
 
 
@@ -97,8 +114,8 @@ class Step(ctypes.Structure):
         ("tokens", ctypes.c_int64),
         ("x", Address),
         *((name, Activations) for name in ("hidden", "context", "gate")),
-        *((name, Address) for name in ("q", "k", "v", "up", "partial", "cosines", "sines")),
-        *((name, Address) for name in ("slots", "segments", "tables")),
+        *((name, Address) for name in ("q", "k", "v", "up", "partial", "squares", "cosines", "sines")),
+        *((name, Address) for name in ("query_factors", "slots", "segments", "tables")),
         *((name, ctypes.c_int64) for name in ("rotary_half", "segment_count", "table_width", "in_flight")),
     ]
 
@@ -117,7 +134,8 @@ class Sum(ctypes.Structure):
     """How a half layer's results are added up over ranks and to the residual stream."""
 
     _fields_: ClassVar = [
-        *((name, Address) for name in ("window", "bias", "progress")),
+        *((name, Address) for name in ("window", "bias", "progress", "addend")),
+        ("factor", ctypes.c_double),
         *((name, ctypes.c_int64) for name in ("sequence", "spins", "yields", "waited")),
     ]
 

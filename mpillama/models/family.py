@@ -10,7 +10,10 @@ from typing import Any, Protocol
 from mpillama.models.attention import Attention
 from mpillama.models.config_values import ConfigValues, Json
 from mpillama.models.mlp import Mlp
+from mpillama.models.rope import Rope, read_rope
 
+Fused = Mapping[str, Sequence[tuple[str, int]]]
+"""Modules of a layer, each with the modules and numbers of rows that it is cut into."""
 MOST_LAYERS = 10_000
 """A damaged file may claim more; listing their tensors would take for ever."""
 DRAFT_LAYERS = "num_nextn_predict_layers"
@@ -19,15 +22,33 @@ DRAFT_LAYERS = "num_nextn_predict_layers"
 
 @dataclass(frozen=True)
 class Block:
-    """One decoder layer: RMSNorm and attention, RMSNorm and MLP, each added to the residual stream.
+    """One decoder layer: attention, then the MLP, each added to the residual stream times `residual_factor`.
 
-    The norms are named as the checkpoint does, within the layer.
+    The norms before and after each are named as the checkpoint does, within the layer, "" for none. `rope` is that of
+    the layer, None for the model's.
     """
 
     attention: Attention
     mlp: Mlp
     attention_norm: str = "input_layernorm.weight"
     mlp_norm: str = "post_attention_layernorm.weight"
+    attention_post_norm: str = ""
+    mlp_post_norm: str = ""
+    rope: Rope | None = None
+    residual_factor: float = 1.0
+
+    @property
+    def has_post_norms(self) -> bool:
+        return bool(self.attention_post_norm or self.mlp_post_norm)
+
+
+@dataclass(frozen=True)
+class OuterFactors:
+    """What the embedding is multiplied by, logits are divided by, and to within what they are bent, 0 for nothing."""
+
+    embedding: float = 1.0
+    logits: float = 1.0
+    logits_cap: float = 0.0
 
 
 class GgufMetadata(Protocol):
@@ -75,7 +96,8 @@ class Gguf:
 
     `experts`: of the files of this architecture the family has those with experts, else those without. `rotary_pairs`:
     the rows of q and k stand in pairs that RoPE turns. `flags` are options of the configuration that are true if and
-    only if the first layer has the tensor; `fields` gives what else the configuration says.
+    only if the first layer has the tensor; `fields` gives what else the configuration says. `partial_rope`: the family
+    reads partial_rotary_factor.
     """
 
     architecture: str
@@ -84,6 +106,7 @@ class Gguf:
     names: Mapping[str, str] = field(default_factory=lambda: GGUF_NAMES)
     flags: Mapping[str, str] = field(default_factory=lambda: GGUF_BIASES)
     fields: Callable[[GgufMetadata], Json] = lambda metadata: {}
+    partial_rope: bool = False
 
 
 @dataclass(frozen=True)
@@ -169,8 +192,12 @@ class Family:
     """A `model_type` of Hugging Face.
 
     `blocks` reads the decoder layers out of a configuration; `defaults` are those of transformers' configuration class.
-    `renames` turns a checkpoint's names of tensors into ours by regular expressions. `pre_tokenizer` names the rules of
-    vocabularies in GGUF files that name none.
+    `rope` reads the model's RoPE, given its context, `factors` what is around the layers. `within` are types of models
+    that hold one of this family under text_config, among other parts.
+    `renames` turns a checkpoint's names of tensors into ours by regular expressions. `fused` gives, for modules of a
+    layer that hold several of ours, these and their rows, one below the other. `from_one` is a regular expression for
+    the vectors that a Hugging Face folder stores less 1. `pre_tokenizer` names the rules of vocabularies in GGUF files
+    that name none.
     """
 
     model_type: str
@@ -178,6 +205,11 @@ class Family:
     defaults: Json
     refusals: tuple[Refusal, ...] = ()
     renames: Mapping[str, str] = field(default_factory=dict)
+    fused: Callable[[ConfigValues], Fused] = lambda values: {}
+    from_one: str = ""
+    within: Sequence[str] = ()
+    rope: Callable[[ConfigValues, int], Rope] = read_rope
+    factors: Callable[[ConfigValues], OuterFactors] = lambda values: OuterFactors()
     gguf: Gguf | None = None
     dllama: Dllama | None = None
     pre_tokenizer: str = ""

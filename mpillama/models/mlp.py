@@ -7,6 +7,7 @@ from typing import Any, ClassVar, Protocol
 import numpy as np
 
 from mpillama.kernels import arguments
+from mpillama.kernels.arguments import Activation
 from mpillama.kernels.library import Team
 from mpillama.models.config_values import ConfigValues
 from mpillama.models.linear import LayerWeights
@@ -56,18 +57,18 @@ def ffn_panel(intermediate_size: int) -> int:
 
 @dataclass(frozen=True)
 class GatedMlp:
-    """down(silu(gate(x)) * up(x)); `bias` adds one to each of the three."""
+    """down(activation(gate(x)) * up(x)); `bias` adds one to each of the three."""
 
     intermediate_size: int
     bias: bool = False
+    activation: Activation = Activation.SILU
 
     prefix: ClassVar[str] = "mlp."
 
     @classmethod
     def read(cls, values: ConfigValues) -> "GatedMlp":
         """From Hugging Face's names."""
-        _check_activation(values)
-        return cls(values.size("intermediate_size"), values.flag("mlp_bias"))
+        return cls(values.size("intermediate_size"), values.flag("mlp_bias"), read_activation(values))
 
     @property
     def products(self) -> Mapping[str, tuple[str, ...]]:
@@ -128,7 +129,7 @@ class GatedMlp:
         return arguments.MlpLayer(
             gate=gate.column_parallel(), up=up.column_parallel(), down=down.row_parallel(), norm=weights.address(norm),
             gate_bias=weights.address(f"{self.prefix}gate_proj.bias"), eps=eps, hidden_size=hidden_size,
-            up_bias=weights.address(f"{self.prefix}up_proj.bias"),
+            up_bias=weights.address(f"{self.prefix}up_proj.bias"), activation=self.activation,
         )  # fmt: skip
 
     def run(self, team: Team, layer: arguments.MlpLayer, step: arguments.Step, total: arguments.Sum | None) -> bool:
@@ -173,9 +174,10 @@ class Experts(GatedMlp):
     @classmethod
     def read(cls, values: ConfigValues, router: Router | None = None, shared: SharedExpert | None = None) -> "Experts":
         """From Hugging Face's names; without a router the family has Mixtral's."""
-        _check_activation(values)
         key = "intermediate_size" if values.get("moe_intermediate_size") is None else "moe_intermediate_size"
-        return cls(values.size(key), router=router or Router.read(values), shared=shared)
+        return cls(
+            values.size(key), activation=read_activation(values), router=router or Router.read(values), shared=shared
+        )
 
     @property
     def products(self) -> Mapping[str, tuple[str, ...]]:
@@ -210,5 +212,8 @@ class Experts(GatedMlp):
         return layer
 
 
-def _check_activation(values: ConfigValues) -> None:
-    values.expect("hidden_act", ("silu", "swish"), "silu")
+ACTIVATIONS = {"silu": Activation.SILU, "swish": Activation.SILU, "gelu_pytorch_tanh": Activation.GELU_TANH}
+
+
+def read_activation(values: ConfigValues, key: str = "hidden_act") -> Activation:
+    return ACTIVATIONS[values.expect(key, ACTIVATIONS, "silu")]

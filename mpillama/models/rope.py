@@ -6,10 +6,11 @@ The rules are those of Hugging Face's modeling_rope_utils: linear (https://kaiok
 
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from mpillama.errors import UserError
 from mpillama.models.config_values import ConfigValues, Json
 
 
@@ -122,11 +123,24 @@ class RopeRule:
 
 
 @dataclass(frozen=True)
+class QueryFactors:
+    """Queries grow with their position p: times 1 + beta * ln(1 + floor((p + shift) / length))."""
+
+    beta: float
+    length: float
+    shift: int = 0
+
+    def at(self, position: int) -> float:
+        return 1.0 + self.beta * math.log(1.0 + (position + self.shift) // self.length)
+
+
+@dataclass(frozen=True)
 class Rope:
-    """The base of the frequencies, and the rule that scales them, None for plain RoPE."""
+    """Base of the frequencies, the rule that scales them (None for plain RoPE), and factors of queries."""
 
     theta: float
     scaling: RopeScaling | None
+    query_factors: QueryFactors | None = None
 
     def inverse_frequencies(self, channels: int) -> list[float]:
         """1 / theta^(2i / channels) for each pair of channels, scaled."""
@@ -139,23 +153,57 @@ class Rope:
         return self.scaling.attention_factor if self.scaling else 1.0
 
 
-def read_rope(values: ConfigValues, context: int) -> Rope:
+@dataclass(frozen=True)
+class Rotation:
+    """A RoPE, and how many channels of a head it turns."""
+
+    rope: Rope
+    channels: int
+
+    def inverse_frequencies(self) -> list[float]:
+        """The angle of each pair of channels at position 1."""
+        return self.rope.inverse_frequencies(self.channels)
+
+
+def read_rope(values: ConfigValues, context: int, also: Sequence[str] = ()) -> Rope:
     """What a configuration says of RoPE.
 
     As in transformers 5, a rope_scaling that is not empty stands in the place of rope_parameters, and a field that the
-    rule leaves out is looked for beside it. `context` is the model's max_position_embeddings. UserError for an unknown
-    rule, for impossible constants, and for a field that no rule reads.
+    rule leaves out is looked for beside it. `context` is the model's max_position_embeddings, `also` are fields that the
+    family itself reads. UserError for an unknown rule, for impossible constants, and for a field that nobody reads.
     """
-    _refuse_unread({k: v for k, v in values.source.items() if SPEAKS_OF_ROPE.search(k) and k not in OUTER_FIELDS})
-    rope = _rope_fields(values)
+    known = (*OUTER_FIELDS, *also)
+    _refuse_unread({k: v for k, v in values.source.items() if SPEAKS_OF_ROPE.search(k) and k not in known})
+    rope = rope_fields(values)
     kind = "type" if rope.get("rope_type") is None and rope.get("type") else "rope_type"
     rule = RULES[rope.expect(kind, RULES, "default", shown=SHOWN)]
-    _refuse_unread({k: v for k, v in rope.source.items() if k not in (*INNER_FIELDS, *rule.fields)})
+    _refuse_unread({k: v for k, v in rope.source.items() if k not in (*INNER_FIELDS, *rule.fields, *also)})
     theta = rope if rope.get("rope_theta") is not None else values
     return Rope(theta.number("rope_theta"), rule.read(_with_original(rope, values, rule), context))
 
 
-def _rope_fields(values: ConfigValues) -> ConfigValues:
+PARTIAL = "partial_rotary_factor"
+
+
+def read_partial_rope(values: ConfigValues, context: int) -> Rope:
+    """As read_rope, for a family whose attention reads rotary_channels."""
+    return read_rope(values, context, (PARTIAL,))
+
+
+def rotary_channels(values: ConfigValues, head_dim: int) -> int:
+    """How many channels of a head RoPE turns, as partial_rotary_factor says."""
+    rope = rope_fields(values)
+    factor = (rope if rope.get(PARTIAL) is not None else values).number(PARTIAL, 1.0)
+    channels = int(head_dim * factor)
+    if channels > head_dim or channels % 2:
+        raise UserError(
+            f"The model's configuration has {PARTIAL}={factor!r}: RoPE would turn {channels} of {head_dim} channels, "
+            "and must turn an even number of them."
+        )
+    return channels
+
+
+def rope_fields(values: ConfigValues) -> ConfigValues:
     """What stands in rope_scaling or, without one, in rope_parameters."""
     key = "rope_scaling" if values.get("rope_scaling") else "rope_parameters"
     fields = values.get(key) or {}

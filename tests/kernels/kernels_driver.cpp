@@ -334,6 +334,7 @@ void attention(const char* cache_name, i64 cache_type, i64 weights, bool with_ev
         layer.heads = heads;
         layer.kv_heads = kv_heads;
         layer.head_dim = size;
+        layer.channels = 2 * ROTARY_HALF;
         Step step = step_of(random, tokens, heads * size, HIDDEN, 1);
         step.q = zeros<float>(tokens * heads * size);
         step.k = zeros<float>(tokens * kv_heads * size);

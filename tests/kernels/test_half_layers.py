@@ -16,7 +16,7 @@ from mpillama.kernels import arguments
 from mpillama.kernels.shared_sum import PROGRESS_STRIDE, SharedWindow
 from mpillama.models import attention
 from mpillama.models.linear import Matrix
-from mpillama.models.workspace import StepArrays
+from mpillama.models.workspace import Angles, StepArrays
 from mpillama.quant.registry import WEIGHT_TYPES
 from mpillama.quant.weight_type import LANES
 from tests.kernels.kernel_parts import (
@@ -53,7 +53,7 @@ def blank_step(x: np.ndarray, heads: int, kv_heads: int, head_dim: int, inner: i
         x=x.copy(), hidden=blank_activations(*x.shape), q=nan(heads, head_dim), k=nan(kv_heads, head_dim),
         v=nan(kv_heads, head_dim), context=blank_activations(tokens, heads * head_dim),
         gate=blank_activations(tokens, inner), up=nan(inner), partial=nan(x.shape[1], dtype=np.float64),
-        cosines=nan(half), sines=nan(half),
+        addend=nan(0), squares=nan(4, dtype=np.float64), angles=(Angles(nan(half), nan(half)),),
     )  # fmt: skip
 
 
@@ -171,13 +171,13 @@ class AttentionCase:
     def run(self, team, cache: list[np.ndarray] | None = None) -> SimpleNamespace:
         """All that the half layer leaves."""
         a = blank_step(self.x, self.heads, self.kv_heads, self.head_dim, 0, self.cosines.shape[1])
-        a.cosines[:], a.sines[:] = self.cosines, self.sines
+        a.angles[0].cosines[:], a.angles[0].sines[:] = self.cosines, self.sines
         cache = [array.copy() for array in cache or self.cache()]
         layer = arguments.AttentionLayer(
             **{name: m.column_parallel() for name, m in zip("qkv", self.qkv, strict=True)}, o=self.o.row_parallel(),
             cache=arguments.Cache(*map(arguments.address, cache), attention.KV_TYPES[self.kv_type].number),
             eps=EPS, scale=self.scale, hidden_size=HIDDEN, heads=self.heads, kv_heads=self.kv_heads,
-            head_dim=self.head_dim, window=self.window,
+            head_dim=self.head_dim, channels=2 * self.cosines.shape[1] or self.head_dim, window=self.window,
         )  # fmt: skip
         named = dict(
             zip(("q_bias", "k_bias", "v_bias", "q_norm", "k_norm"), self.biases + self.head_norms, strict=True)
@@ -659,7 +659,7 @@ class SummingRank:
 
     def begin(self, sequence: int) -> bool:
         self.total = arguments.Sum(
-            progress=arguments.address(self.progress), bias=arguments.address(self.bias), sequence=sequence,
+            factor=1.0, progress=arguments.address(self.progress), bias=arguments.address(self.bias), sequence=sequence,
             spins=20, yields=20,
         )  # fmt: skip
         if self.window:

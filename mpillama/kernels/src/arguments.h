@@ -36,15 +36,23 @@ struct Cache {
     i64 type;
 };
 
-// Heads lie head_dim (a multiple of 32) apart, of which rotary_dim are turned; `head_start` [kv_heads + 1]: the query
-// heads of KV head i are head_start[i] : head_start[i + 1]. Biases and norms of heads may be null.
+// How queries and keys are normalised, if q_norm and k_norm are not null: each head before RoPE or after it, or all heads
+// of a projection together.
+enum HeadNorm : i64 { BEFORE_ROPE, AFTER_ROPE, WHOLE_PROJECTION };
+
+// Heads lie head_dim (a multiple of 32) apart, of which `channels` are no padding; `head_start` [kv_heads + 1]: the query
+// heads of KV head i are head_start[i] : head_start[i + 1]. Norm, biases and norms of heads may be null. A token sees the
+// last `window` positions, or those of its own `chunk`; 0 is all. Scores are bent to +-soft_cap, unless it is 0. With
+// WHOLE_PROJECTION the projections have q_width and k_width channels on all ranks together, and the KV heads before
+// first_counted belong to the rank before, too.
 struct AttentionLayer {
     Matrix q, k, v, o;
     Cache cache;
     const float *norm, *q_bias, *k_bias, *v_bias, *q_norm, *k_norm;
     const i64* head_start;
-    double eps, scale;
-    i64 hidden_size, heads, kv_heads, head_dim, window;
+    double eps, scale, soft_cap;
+    i64 hidden_size, heads, kv_heads, head_dim, channels, window, chunk;
+    i64 head_norm, q_width, k_width, first_counted;
 };
 
 // How tokens choose among experts, as router.h says; without experts `matrix` has no groups. `bias` is added to the
@@ -56,27 +64,31 @@ struct Router {
     i64 scores, chosen, renormalise, groups, chosen_groups;
 };
 
-// SwiGLU, or experts of it chosen by a router, and one that all tokens share: `shared_gate` and so on have no groups
-// without it, `shared_router` none if nothing weighs it. Biases may be null; of experts they are [experts, rows], and
-// down_bias is there for one rank only.
+enum Activation : i64 { SILU, GELU_TANH };
+
+// A gated MLP, or experts of it chosen by a router, and one that all tokens share: `shared_gate` and so on have no groups
+// without it, `shared_router` none if nothing weighs it. The norm may be null, and biases may; of experts biases are
+// [experts, rows], and down_bias is there for one rank only.
 struct MlpLayer {
     Matrix gate, up, down;
     Router router;
     Matrix shared_gate, shared_up, shared_down, shared_router;
     const float *norm, *gate_bias, *up_bias, *down_bias;
     double eps;
-    i64 hidden_size;
+    i64 hidden_size, activation;
 };
 
 // The tokens that go through the model together; `segments` [segment_count, 3]: first token, tokens, first position of
 // each sequence; `tables` [segment_count, table_width]: its cache blocks; `slots`: where each token's key and value go.
+// RoPE turns the first 2 * rotary_half channels of a head, queries are multiplied by `query_factors` [tokens] (or null).
+// `squares` [tokens, 4]: sums of squares of queries and keys, as norm.h says.
 struct Step {
     i64 tokens;
     float* x;
     Activations hidden, context, gate;
     float *q, *k, *v, *up;
-    double* partial;
-    const float *cosines, *sines;
+    double *partial, *squares;
+    const float *cosines, *sines, *query_factors;
     const i64 *slots, *segments, *tables;
     i64 rotary_half, segment_count, table_width;
     i64 in_flight;  // row groups that a single token goes through together: 1 or 2, whichever is faster

@@ -91,7 +91,7 @@ struct Routing {
     u8* end;
 };
 
-// SwiGLU of 32-row pairs first:last for some tokens of an expert, with its quantised form for the down projection.
+// The gated MLP's inner channels of 32-row pairs first:last for some tokens of an expert, with its quantised form for the down projection.
 inline void gate_up_span(const MlpLayer& layer, i64 expert, const Activations& x, i64 tokens, const float* shares,
                          const Activations& gate, float* up, i64 first, i64 last, i64 in_flight, u8* scratch) {
     if (last <= first) return;
@@ -106,7 +106,7 @@ inline void gate_up_span(const MlpLayer& layer, i64 expert, const Activations& x
             add_to(g, layer.gate_bias + rows, BLOCK * first, BLOCK * last);
             add_to(u, layer.up_bias + rows, BLOCK * first, BLOCK * last);
         }
-        silu_multiply(g, u, BLOCK * first, BLOCK * last);
+        activate(layer.activation, g, u, BLOCK * first, BLOCK * last);
         if (shares != nullptr) multiply(g, shares[t], BLOCK * first, BLOCK * last);
         if (quantised) quantise_blocks(g + BLOCK * first, last - first, gate, tokens, t, first);
     }

@@ -11,12 +11,14 @@
 
 namespace mpillama {
 
-// h = RMSNorm(x) for this thread's tokens, and its quantised form if a matrix of blocks follows.
+// h = RMSNorm(x), or x itself without a weight, for this thread's tokens; and its quantised form if a matrix of blocks
+// follows.
 inline void normalise(const Member& member, const float* x, i64 tokens, const float* weight, i64 size, double eps,
                       bool quantised, const Activations& h) {
     for (i64 t = member.first(tokens); t < member.last(tokens); t++) {
         float* row = h.x + t * h.columns;
-        rms_norm_row(x + t * h.columns, weight, h.columns, size, eps, row);
+        if (weight != nullptr) rms_norm_row(x + t * h.columns, weight, h.columns, size, eps, row);
+        else std::memcpy(row, x + t * h.columns, h.columns * sizeof(float));
         if (quantised) quantise_blocks(row, h.columns / BLOCK, h, tokens, t, 0);
     }
 }
@@ -85,8 +87,8 @@ inline i64 mlp_half_scratch_bytes(const MlpLayer& layer) {
     return bytes;
 }
 
-// Norm, q/k/v, RoPE and cache, attention, o_proj: step.partial is this rank's part of the sum.
-inline void attention_half(const Member& member, const AttentionLayer& layer, const Step& step) {
+// Norm and q/k/v.
+inline void project(const Member& member, const AttentionLayer& layer, const Step& step) {
     const bool quantised = has_blocks(layer.q.type) || has_blocks(layer.k.type) || has_blocks(layer.v.type);
     normalise(member, step.x, step.tokens, layer.norm, layer.hidden_size, layer.eps, quantised, step.hidden);
     member.did(Part::NORM);
@@ -96,6 +98,17 @@ inline void attention_half(const Member& member, const AttentionLayer& layer, co
     column_part(member, layer.v, step.hidden, step.tokens, step.v, step.in_flight);
     member.did(Part::QKV);
     member.barrier();
+}
+
+// The same, and what this rank adds to the sums of squares for norms of whole projections.
+inline void project_and_sum(const Member& member, const AttentionLayer& layer, const Step& step) {
+    project(member, layer, step);
+    sum_squares(layer, step, member.first(step.tokens), member.last(step.tokens));
+    member.did(Part::NORM);
+}
+
+// RoPE and cache, attention, o_proj: step.partial is this rank's part of the sum.
+inline void attend_projected(const Member& member, const AttentionLayer& layer, const Step& step) {
     rotate_and_store(layer, step, member.first(step.tokens), member.last(step.tokens));
     member.did(Part::ROPE);
     member.barrier();
@@ -106,7 +119,12 @@ inline void attention_half(const Member& member, const AttentionLayer& layer, co
     member.did(Part::O_PROJ);
 }
 
-// Norm, then SwiGLU or experts: step.partial is this rank's part of the sum.
+inline void attention_half(const Member& member, const AttentionLayer& layer, const Step& step) {
+    project(member, layer, step);
+    attend_projected(member, layer, step);
+}
+
+// Norm, then the gated MLP or experts: step.partial is this rank's part of the sum.
 inline void mlp_half(const Member& member, const MlpLayer& layer, const Step& step) {
     bool quantised = false;
     for_each_input_matrix(layer, [&](const Matrix& m) { quantised = quantised || (m.groups > 0 && has_blocks(m.type)); });
