@@ -22,7 +22,7 @@ from tests.tiny_models import random_tensors
 FOLDER = Path(__file__).parent / "golden"
 FAMILIES = (
     "llama", "llama3", "llama_bias", "llama_linear", "llama_yarn", "mistral", "qwen2", "qwen3", "mixtral", "qwen3_moe",
-    "seed_oss", "hy_v3",
+    "seed_oss", "hy_v3", "glm4_moe", "minimax_m2",
 )  # fmt: skip
 Tensors = Mapping[str, np.ndarray]
 
@@ -76,7 +76,8 @@ def interleaved(rows: np.ndarray, head_dim: int) -> np.ndarray:
 # -- GGUF -----------------------------------------------------------------------------------------------------------
 
 ARCHITECTURES = {"llama": "llama", "mistral": "llama", "mixtral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
-ARCHITECTURES |= {"qwen3_moe": "qwen3moe", "seed_oss": "seed_oss", "hy_v3": "hy_v3"}
+ARCHITECTURES |= {"qwen3_moe": "qwen3moe", "seed_oss": "seed_oss", "hy_v3": "hy_v3", "glm4_moe": "glm4moe"}
+ARCHITECTURES |= {"minimax_m2": "minimax-m2"}
 GGUF_NAMES = {
     "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
     "self_attn.o_proj": "attn_output", "self_attn.q_norm": "attn_q_norm", "self_attn.k_norm": "attn_k_norm",
@@ -85,7 +86,9 @@ GGUF_NAMES = {
     "mlp.shared_experts.gate_proj": "ffn_gate_shexp", "mlp.shared_experts.up_proj": "ffn_up_shexp",
     "mlp.shared_experts.down_proj": "ffn_down_shexp", "mlp.gate.e_score_correction_bias": "exp_probs_b.bias",
 }  # fmt: skip
-OTHER_NAMES = {"seed_oss": {"post_attention_layernorm": "post_attention_norm"}}
+OTHER_NAMES = {
+    architecture: {"post_attention_layernorm": "post_attention_norm"} for architecture in ("seed_oss", "glm4moe")
+}
 """What single architectures call otherwise."""
 EXPERT_NAMES = {"gate_proj": "ffn_gate_exps", "up_proj": "ffn_up_exps", "down_proj": "ffn_down_exps"}
 
@@ -153,6 +156,8 @@ def _write_metadata(writer: gguf.GGUFWriter, config: ModelConfig, drafts: int) -
     writer.add_value_length(attention(config).head_dim)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_rope_freq_base(config.rope.theta)
+    if attention(config).rotary_channels != attention(config).head_dim:
+        writer.add_rope_dimension_count(attention(config).rotary_channels)
     if experts(config):
         writer.add_expert_count(experts(config))
         writer.add_expert_used_count(chosen(config))

@@ -8,6 +8,7 @@ It rewrites the models of these names, or everything in this folder but the text
 chat_templates/*.jinja and chat_templates/conversations.json). CI does not run it.
 """
 
+import copy
 import json
 import sys
 import zlib
@@ -114,6 +115,38 @@ FAMILIES: Mapping[str, Family] = {
             "tie_word_embeddings": True,
         },
     ),
+    "glm4_moe": Family(
+        "glm4_moe",
+        {
+            "num_hidden_layers": 3,
+            "num_attention_heads": 14,
+            "num_key_value_heads": 7,
+            "head_dim": 12,  # of which RoPE turns 6
+            "attention_bias": True,
+            "use_qk_norm": True,
+            "n_routed_experts": 10,
+            "n_group": 5,
+            "topk_group": 3,
+            "num_experts_per_tok": 3,
+            "moe_intermediate_size": 40,
+            "n_shared_experts": 2,
+            "routed_scaling_factor": 2.5,
+            "tie_word_embeddings": True,
+        },
+    ),
+    "minimax_m2": Family(
+        "minimax_m2",
+        {
+            "num_attention_heads": 14,
+            "num_key_value_heads": 7,
+            "head_dim": 12,
+            "rotary_dim": 8,
+            "intermediate_size": 40,
+            "num_local_experts": 9,
+            "num_experts_per_tok": 3,
+            "tie_word_embeddings": True,
+        },
+    ),
 }
 
 
@@ -150,7 +183,8 @@ def write_family(name: str, family: Family) -> None:
 
 def random_model(family: Family) -> transformers.PreTrainedModel:
     """A float32 model whose weights are exact in the family's dtype."""
-    config = transformers.AutoConfig.for_model(family.model_type, **(SIZES | family.options))
+    # A copy, since some configurations write into what they are given.
+    config = transformers.AutoConfig.for_model(family.model_type, **copy.deepcopy(SIZES | family.options))
     model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager", dtype=torch.float32)
     with torch.no_grad():
         corrections = [pair for pair in model.named_buffers() if "correction" in pair[0]]

@@ -195,6 +195,15 @@ FAMILIES: Mapping[str, Mapping[str, Any]] = {
     "qwen3_moe without renormalising": {**QWEN, **EXPERTS, "model_type": "qwen3_moe", "norm_topk_prob": False},
     "seed_oss": {**QWEN, "model_type": "seed_oss", "attention_out_bias": True},
     "hy_v3": {**QWEN, **EXPERTS, "model_type": "hy_v3", "num_attention_heads": 6},
+    "glm4_moe": {
+        **QWEN, **EXPERTS, "model_type": "glm4_moe", "attention_bias": True, "use_qk_norm": True, "n_group": 3,
+        "topk_group": 2, "n_shared_experts": 2, "routed_scaling_factor": 2.5,
+    },
+    "glm4_moe without norms and groups": {
+        **QWEN, **EXPERTS, "model_type": "glm4_moe", "attention_bias": True, "n_shared_experts": 1,
+        "routed_scaling_factor": 1.0, "first_k_dense_replace": 0,
+    },
+    "minimax_m2": {**QWEN, **EXPERTS, "model_type": "minimax_m2", "num_attention_heads": 6, "rotary_dim": 16},
 }  # fmt: skip
 
 # -- special values --------------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from mpillama.formats.foreign import damaged, split_experts
 from mpillama.formats.gguf.header import GgufHeader
 from mpillama.models.families import gguf_architectures
 from mpillama.models.family import DRAFT_LAYERS, Gguf, gguf_draft_layers
-from mpillama.models.rope import yarn_attention_factor
+from mpillama.models.rope import PARTIAL, yarn_attention_factor
 
 ROPE_FACTORS = "rope_freqs.weight"
 EMBEDDING = "token_embd.weight"
@@ -144,16 +144,23 @@ class Metadata:
 
     @property
     def head_dim(self) -> int:
-        """Channels of a head; refused if only a part of them is rotated."""
+        """Channels of a head; refused if only a part of them is rotated, but by a family that knows it."""
         default = self.size("embedding_length") // self.size("attention.head_count")
         head_dim = self.size("attention.key_length", default)
-        for key in ("rope.dimension_count", "attention.value_length"):
+        whole = () if self.gguf.partial_rope else ("rope.dimension_count",)
+        for key in (*whole, "attention.value_length"):
             if self.size(key, head_dim) != head_dim:
                 raise UserError(
                     f"{self.path}: {key}={self.get(key)!r}, but the heads have {head_dim} channels: "
                     "mpillama runs models whose heads are rotated whole."
                 )
         return head_dim
+
+    @property
+    def partial_rope(self) -> dict[str, float]:
+        """The share of a head's channels that is rotated; a little more, for the product is rounded down."""
+        channels = self.size("rope.dimension_count", self.head_dim)
+        return {PARTIAL: (channels + 0.25) / self.head_dim} if channels != self.head_dim else {}
 
 
 def hugging_face_config(
@@ -178,7 +185,7 @@ def hugging_face_config(
     }
     present = {key: f"blk.0.{ending}" in names for key, ending in metadata.gguf.flags.items()}
     flags = {key: found for key, found in present.items() if found != metadata.family.defaults.get(key, False)}
-    optional = {**flags, **metadata.gguf.fields(metadata), **_special_tokens(metadata)}
+    optional = {**flags, **metadata.gguf.fields(metadata), **metadata.partial_rope, **_special_tokens(metadata)}
     if drafting:
         optional[DRAFT_LAYERS] = drafting
     window = metadata.get("attention.sliding_window")
