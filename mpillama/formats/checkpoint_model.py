@@ -9,21 +9,21 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from math import prod
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from mpillama.errors import UserError
-from mpillama.formats.checkpoint import Checkpoint, StoredTensor
-from mpillama.formats.checkpoint_reader import CheckpointReader
-from mpillama.formats.foreign import unreadable
-from mpillama.formats.reading import read_exactly
+from mpillama.formats.checkpoint import Checkpoint, StoredRows, StoredTensor
+from mpillama.formats.checkpoint_reader import CheckpointReader, Rows
+from mpillama.formats.foreign import PathSource
+from mpillama.formats.scaled_tensor import ScaledTensor
 from mpillama.models.config import ModelConfig
 from mpillama.models.family import DRAFT_LAYERS
 from mpillama.models.tensors import EMBEDDING, LM_HEAD, TensorSpec, WeightTypes
 from mpillama.quant.registry import WEIGHT_TYPES
 from mpillama.quant.types.f32 import F32
+from mpillama.quant.weight_type import WeightType
 
 AS_STORED = "as-stored"
 
@@ -69,7 +69,7 @@ class CheckpointModel:
     def metadata_sha256(self) -> str:
         """SHA-256 over everything that is not weights: it tells checkpoints apart, but not their values."""
         c = self.checkpoint
-        table = [[t.name, list(t.shape), t.stored, t.file, t.offset] for t in c.tensors.values()]
+        table = [[t.name, list(t.shape), t.stored, t.file, t.offset, *_others(t)] for t in c.tensors.values()]
         head = [c.config_json, table, list(c.file_sizes), {k: len(v) for k, v in sorted(c.texts.items())}]
         digest = hashlib.sha256(json.dumps(head, sort_keys=True).encode())
         for _, text in sorted(c.texts.items()):
@@ -91,7 +91,7 @@ class CheckpointModel:
         """Stored types that are turned into others since no kernel knows them: their weights' number."""
         found: dict[str, int] = {}
         for tensor in self.checkpoint.tensors.values():
-            if tensor.stored not in WEIGHT_TYPES:
+            if tensor.loses:
                 found[tensor.stored] = found.get(tensor.stored, 0) + prod(tensor.shape)
         return found
 
@@ -105,10 +105,23 @@ def checkpoint_model(checkpoint: Checkpoint, weights: str) -> CheckpointModel:
     if weights != AS_STORED:
         return CheckpointModel(checkpoint, WeightTypes(WEIGHT_TYPES[weights]))
     matrices = [s for s in specs if s.split]
-    types = {s.name: checkpoint.tensors[s.source_names[0]].type.held_as() for s in matrices}
+    types = {s.name: _held_as(s, checkpoint) for s in matrices}
     default = Counter(types.values()).most_common(1)[0][0]
     others = {name: kind for name, kind in types.items() if kind != default}
     return CheckpointModel(checkpoint, WeightTypes(default, others or None))
+
+
+def _held_as(spec: TensorSpec, checkpoint: Checkpoint) -> WeightType:
+    """The type of a matrix in memory: that of its experts with the most bits, if they differ."""
+    types = {checkpoint.tensors[name].held_as(spec.column_chunk) for name in spec.source_names}
+    return max(types, key=lambda t: (t.group_bytes(spec.panel or spec.columns), t.name))
+
+
+def _others(tensor: StoredTensor) -> list[Any]:
+    """What else tells a tensor that is spread over several arrays."""
+    if isinstance(tensor, ScaledTensor):
+        return [[[p.name, p.dtype, list(p.shape), p.file, p.offset] for p in tensor.parts]]
+    return []
 
 
 DRAFTS = re.compile(r"(?:(?:model\.layers|blk)\.(?P<layer>[0-9]{1,6})|(?:model\.)?mtp)\..*", re.DOTALL)
@@ -211,24 +224,21 @@ def _equal(first: StoredTensor, second: StoredTensor, files: Sequence[str]) -> b
     if first.shape != second.shape or len(first.shape) != 2:
         return False
     runs = zip(_runs(first, files), _runs(second, files), strict=True)
-    if first.stored == second.stored:
-        return all(np.array_equal(a, b) for a, b in runs)
-    return all(np.array_equal(first.type.decode(a), second.type.decode(b)) for a, b in runs)
+    return all(_same(a, b) for a, b in runs)
 
 
-def _runs(tensor: StoredTensor, files: Sequence[str]) -> Iterator[np.ndarray]:
-    """The bytes of a matrix, some rows at a time: as many for any type of the same width."""
+def _same(first: Rows, second: Rows) -> bool:
+    if isinstance(first, StoredRows) and isinstance(second, StoredRows) and first.type == second.type:
+        return np.array_equal(first.raw, second.raw)
+    return np.array_equal(first.decode(), second.decode())
+
+
+def _runs(tensor: StoredTensor, files: Sequence[str]) -> Iterator[Rows]:
+    """The rows of a matrix, some at a time: as many for any type of the same width."""
     rows, columns = tensor.shape
-    size, step = tensor.type.row_bytes(columns), max(1, RUN_BYTES // (4 * columns))
-    path = files[tensor.file]
-    try:
-        with Path(path).open("rb") as file:
-            for start in range(0, rows, step):
-                raw = np.empty((min(step, rows - start), size), np.uint8)
-                read_exactly(file.fileno(), raw.reshape(-1).data, tensor.offset + start * size)
-                yield raw
-    except OSError as error:
-        raise unreadable(path, error) from error
+    step, source = max(1, RUN_BYTES // (4 * columns)), PathSource(files)
+    for start in range(0, rows, step):
+        yield tensor.read(source, range(start, min(start + step, rows)), range(columns))
 
 
 def refuse_headless(path: str, has_head: bool) -> None:

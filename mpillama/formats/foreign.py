@@ -13,7 +13,9 @@ from typing import Any, Self
 
 from mpillama.errors import UserError
 from mpillama.formats.checkpoint import StoredTensor
+from mpillama.formats.reading import read_exactly
 from mpillama.formats.stand_ins import HEAD_BYTES, refuse_stand_in, refuse_text_stand_in
+from mpillama.formats.stored_arrays import StoredArray
 from mpillama.models.family import Fused
 from mpillama.models.router import MOST_EXPERTS
 from mpillama.models.tensors import LAYER_PREFIX
@@ -76,7 +78,29 @@ def read_json(path: Path) -> Mapping[str, Any]:
     return value
 
 
-def check_extents(files: Sequence[str], sizes: Sequence[int], tensors: Iterable[StoredTensor]) -> None:
+class PathSource:
+    """A checkpoint's files for the few bytes that rank 0 reads before there are readers; see Source."""
+
+    def __init__(self, files: Sequence[str]):
+        self.files = files
+
+    def path(self, file: int) -> str:
+        return self.files[file]
+
+    def fill(self, file: int, buffer: memoryview, offset: int, name: str) -> None:
+        try:
+            with Path(self.files[file]).open("rb") as opened:
+                read_exactly(opened.fileno(), buffer, offset)
+        except OSError as error:
+            raise unreadable(self.files[file], error) from error
+
+    def forget(self, file: int, offset: int, count: int) -> None:
+        """They may be wanted again."""
+
+
+def check_extents(
+    files: Sequence[str], sizes: Sequence[int], tensors: Iterable[StoredTensor] | Iterable[StoredArray]
+) -> None:
     """Refuse tensors of impossible shape, past the end of their file, or over each other."""
     extents = []
     for tensor in tensors:

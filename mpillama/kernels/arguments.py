@@ -23,11 +23,13 @@ class Matrix(ctypes.Structure):
     _fields_: ClassVar = [
         ("values", Address),
         ("scales", Address),
+        ("supers", Address),
         ("type", ctypes.c_int64),
         ("experts", ctypes.c_int64),
         ("panels", ctypes.c_int64),
         ("groups", ctypes.c_int64),
         ("columns", ctypes.c_int64),
+        ("super_columns", ctypes.c_int64),
     ]
 
 
@@ -39,6 +41,7 @@ class Activations(ctypes.Structure):
         ("values", Address),
         ("scales", Address),
         ("starts", Address),
+        ("halves", Address),
         ("columns", ctypes.c_int64),
     ]
 

@@ -169,8 +169,8 @@ def read_rope(values: ConfigValues, context: int, also: Sequence[str] = ()) -> R
     """What a configuration says of RoPE.
 
     As in transformers 5, a rope_scaling that is not empty stands in the place of rope_parameters, and a field that the
-    rule leaves out is looked for beside it. `context` is the model's max_position_embeddings, `also` are fields that the
-    family itself reads. UserError for an unknown rule, for impossible constants, and for a field that nobody reads.
+    rule leaves out is looked for beside it. `context` is the model's max_position_embeddings; `also` are fields that
+    the family itself reads. UserError for an unknown rule, impossible constants, and a field that nobody reads.
     """
     known = (*OUTER_FIELDS, *also)
     _refuse_unread({k: v for k, v in values.source.items() if SPEAKS_OF_ROPE.search(k) and k not in known})

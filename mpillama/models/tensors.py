@@ -77,6 +77,11 @@ class TensorSpec:
         return padded.reshape(self.rows) if self.vector else padded.reshape(self.rows, self.columns)
 
     @property
+    def column_chunk(self) -> int:
+        """The columns of the checkpoint that are padded by themselves, 0 if all are together."""
+        return self.source_shape[1] // self.column_chunks if self.column_chunks > 1 else 0
+
+    @property
     def source_names(self) -> tuple[str, ...]:
         """The checkpoint's names of the tensor: one, or one for each expert."""
         before, _, after = self.name.partition(EXPERTS)
@@ -106,9 +111,8 @@ class TensorSpec:
         lead: tuple[int, ...] = (self.experts,) if self.experts else ()
         lead += (self.columns // self.panel, groups) if self.panel else (groups,)
         unit = 1 if self.panel else self.unit // LANES
-        units = k // self.weight_type.unit
         return tuple(
-            ArraySpec(self.name + a.suffix, a.dtype, (*lead, units, a.entry), unit, self.experts)
+            ArraySpec(self.name + a.suffix, a.dtype, (*lead, a.entries(k), a.entry), unit, self.experts)
             for a in self.weight_type.lanes
         )
 

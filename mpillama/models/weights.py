@@ -125,7 +125,7 @@ def _finish(tasks: Sequence[Future[None]]) -> None:
 
 
 def _matrix(spec: TensorSpec, arrays: Sequence[np.ndarray]) -> Matrix:
-    return Matrix(spec.weight_type, *arrays)
+    return Matrix.of(spec.weight_type, arrays)
 
 
 def _assemble(config: ModelConfig, specs: Sequence[TensorSpec], loaded: Mapping[str, Loaded], size: int) -> Weights:

@@ -24,10 +24,11 @@ class Activations:
     values: Array
     scales: Array
     starts: Array
+    halves: Array
 
     def argument(self) -> arguments.Activations:
         """For kernels."""
-        parts = (arguments.address(part) for part in (self.x, self.values, self.scales, self.starts))
+        parts = (arguments.address(part) for part in (self.x, self.values, self.scales, self.starts, self.halves))
         return arguments.Activations(*parts, self.x.shape[1])
 
     @classmethod
@@ -39,17 +40,18 @@ class Activations:
             np.empty((count, BLOCK), np.int8),
             np.empty(count, np.float32),
             np.empty(count, np.int32),
+            np.empty(count, np.int32),
         )
 
     @staticmethod
     def bytes(tokens: int, k: int) -> int:
         """Bytes of these arrays."""
-        return 4 * tokens * k + places(tokens, k // BLOCK) * (BLOCK + 4 + 4)
+        return 4 * tokens * k + places(tokens, k // BLOCK) * (BLOCK + 4 + 4 + 4)
 
     def first(self, tokens: int) -> "Activations":
         """The first tokens' arrays."""
         count = places(tokens, self.x.shape[1] // BLOCK)
-        return Activations(self.x[:tokens], self.values[:count], self.scales[:count], self.starts[:count])
+        return Activations(self.x[:tokens], *(a[:count] for a in (self.values, self.scales, self.starts, self.halves)))
 
 
 @dataclass(frozen=True)

@@ -104,12 +104,13 @@ Matrix matrix(Random& random, i64 type, i64 panels, i64 groups, i64 columns, i64
     const i64 values = experts * panels * groups * LANES * columns;
     const u8* of_blocks = type == MXFP4::NUMBER ? exponents(random, values / BLOCK)
                                                 : reinterpret_cast<const u8*>(scales(random, 2 * values / BLOCK));
-    return {numbers(random, type, values), of_blocks, type, experts, panels, groups, columns};
+    return {numbers(random, type, values), of_blocks, nullptr, type, experts, panels, groups, columns, BLOCK};
 }
 
 Activations activations(i64 tokens, i64 columns) {
     const i64 blocks = places(tokens, columns / BLOCK);
-    return {zeros<float>(tokens * columns), zeros<i8>(blocks * BLOCK), zeros<float>(blocks), zeros<i32>(blocks), columns};
+    return {zeros<float>(tokens * columns), zeros<i8>(blocks * BLOCK), zeros<float>(blocks), zeros<i32>(blocks), zeros<i32>(blocks),
+            columns};
 }
 
 // -- digests ------------------------------------------------------------------------------------------------------------
@@ -136,6 +137,7 @@ struct Digest {
         add(h.values, blocks * BLOCK);
         add(h.scales, blocks);
         add(h.starts, blocks);
+        add(h.halves, blocks);
     }
 };
 

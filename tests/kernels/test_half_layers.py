@@ -625,8 +625,7 @@ def test_experts_may_be_split_over_ranks(weights, tokens):
 
 
 def of_each(experts: Matrix, index: slice) -> Matrix:
-    taken = (a if a is None else np.ascontiguousarray(a[:, index]) for a in (experts.values, experts.scales))
-    return Matrix(experts.weight_type, *taken)
+    return Matrix.of(experts.weight_type, [np.ascontiguousarray(a[:, index]) for a in experts.arrays])
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])

@@ -7,15 +7,17 @@
 namespace mpillama {
 
 // A rank's slice of a weight matrix in row lanes. Column-parallel: panels is 1. With experts there is one such slice for
-// each, one after the other.
+// each, one after the other. `supers` are numbers that a row has for every `super_columns` k-values, which divide a panel.
 struct Matrix {
     const u8* values;
     const u8* scales;
+    const u8* supers;
     i64 type;
     i64 experts;
     i64 panels;
     i64 groups;
     i64 columns;  // of a panel
+    i64 super_columns;
 };
 
 // float32 [tokens, columns] and the same in int8 blocks, as activations.h says.
@@ -24,6 +26,7 @@ struct Activations {
     i8* values;
     float* scales;
     i32* starts;
+    i32* halves;
     i64 columns;
 };
 

@@ -79,10 +79,10 @@ inline void block_scores(const CacheBlock<Kv>& here, const CacheBlock<Kv>& next,
                 prefetch(next.key_scales + scales_at);
                 const u8* steps = reinterpret_cast<const u8*>(here.keys) + at;
                 const u8* scales = reinterpret_cast<const u8*>(here.key_scales + scales_at);
-                const BlockPart<Q8_0> keys(steps, scales, part);
+                const BlockPart<Q8_0> keys(steps, scales, nullptr, part);
                 for (int r = 0; r < ROWS; r++) {
                     const i64 place = r * blocks + i;
-                    sums[r] = keys.add(q.values + BLOCK * place, q.scales[place], q.starts[place], sums[r]);
+                    sums[r] = keys.add({q.values + BLOCK * place, q.scales[place], q.starts[place], 0}, sums[r]);
                 }
             }
             for (int r = 0; r < ROWS; r++) store(out + POSITIONS * r + LANES * group + W * part, sums[r]);

@@ -24,7 +24,7 @@ struct Arena {
     Activations activations(i64 tokens, i64 tiled, i64 columns, bool floats) {
         const i64 blocks = tiled * (columns / BLOCK);
         return {floats ? take<float>(tokens * columns) : nullptr, take<i8>(blocks * BLOCK), take<float>(blocks),
-                take<i32>(blocks), columns};
+                take<i32>(blocks), take<i32>(blocks), columns};
     }
 };
 
@@ -67,7 +67,7 @@ struct Routing {
     Activations of(const Activations& all, i64 expert) const {
         const i64 place = tiles[expert] * (all.columns / BLOCK);
         return {all.x + ends[expert] * all.columns, all.values + place * BLOCK, all.scales + place, all.starts + place,
-                all.columns};
+                all.halves + place, all.columns};
     }
 
     void sort(const MlpLayer& layer, i64 step_tokens) const {
@@ -128,6 +128,7 @@ inline void gather(const MlpLayer& layer, const Step& step, const Routing& r, i6
                 std::memcpy(to.values + BLOCK * here, step.hidden.values + BLOCK * there, BLOCK);
                 to.scales[here] = step.hidden.scales[there];
                 to.starts[here] = step.hidden.starts[there];
+                to.halves[here] = step.hidden.halves[there];
             }
         }
     }
@@ -186,7 +187,7 @@ inline void mixture_of_one(const Member& member, const MlpLayer& layer, const St
     const i64 inner = r.gate.columns, count = layer.router.chosen;
     const auto expert_gate = [&](i64 j) {
         return Activations{r.gate.x + j * inner, r.gate.values + j * inner, r.gate.scales + j * pairs,
-                           r.gate.starts + j * pairs, inner};
+                           r.gate.starts + j * pairs, r.gate.halves + j * pairs, inner};
     };
     const i64 begin = member.first(count * pairs), end = member.last(count * pairs);
     for (i64 j = 0; j < count; j++) {

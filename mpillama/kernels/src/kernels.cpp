@@ -165,10 +165,10 @@ MPILLAMA_API void mpillama_embed(const Matrix* matrix, const i64* rows, i64 toke
             const int lane = static_cast<int>(rows[t] % LANES);
             if constexpr (T::BLOCKS) {
                 const i64 blocks = w.columns / BLOCK;
-                for (i64 b = 0; b < blocks; b++) {
+                ScalePlace<typename T::Scales> scales(w.scales, group * blocks);
+                for (i64 b = 0; b < blocks; b++, scales.advance()) {
                     float row[BLOCK];
-                    const i64 place = group * blocks + b;
-                    block_row<T>(w.values + place * T::bytes, w.scales + place * T::Scales::bytes, lane, row);
+                    block_row<T>(w.values + (group * blocks + b) * T::bytes, scales, lane, row);
                     for (int i = 0; i < BLOCK; i++) to[b * BLOCK + i] += static_cast<double>(row[i]);
                 }
             } else {
@@ -275,10 +275,11 @@ MPILLAMA_API void mpillama_barriers(Team* team, i64 count) {
 // The sizes and offsets of the structs that Python describes too, one after the other; -1 behind the last.
 MPILLAMA_API i64 mpillama_offset(i64 index) {
     static const i64 offsets[] = {
-        sizeof(Matrix), offsetof(Matrix, values), offsetof(Matrix, scales), offsetof(Matrix, type),
+        sizeof(Matrix), offsetof(Matrix, values), offsetof(Matrix, scales), offsetof(Matrix, supers), offsetof(Matrix, type),
         offsetof(Matrix, experts), offsetof(Matrix, panels), offsetof(Matrix, groups), offsetof(Matrix, columns),
+        offsetof(Matrix, super_columns),
         sizeof(Activations), offsetof(Activations, x), offsetof(Activations, values), offsetof(Activations, scales),
-        offsetof(Activations, starts), offsetof(Activations, columns),
+        offsetof(Activations, starts), offsetof(Activations, halves), offsetof(Activations, columns),
         sizeof(Cache), offsetof(Cache, keys), offsetof(Cache, key_scales), offsetof(Cache, values),
         offsetof(Cache, value_scales), offsetof(Cache, type),
         sizeof(AttentionLayer), offsetof(AttentionLayer, q), offsetof(AttentionLayer, k), offsetof(AttentionLayer, v),
