@@ -13,6 +13,7 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from mpillama.formats.checkpoint import Checkpoint, StoredTensor
+from mpillama.formats.foreign import PathSource
 from mpillama.formats.hugging_face import read_hugging_face
 from mpillama.loading.model_file import open_model
 from mpillama.models.config import ModelConfig
@@ -22,7 +23,7 @@ from tests.tiny_models import random_tensors
 FOLDER = Path(__file__).parent / "golden"
 FAMILIES = (
     "llama", "llama3", "llama_bias", "llama_linear", "llama_yarn", "mistral", "qwen2", "qwen3", "mixtral", "qwen3_moe",
-    "seed_oss", "hy_v3", "glm4_moe", "minimax_m2",
+    "seed_oss", "hy_v3", "glm4_moe", "minimax_m2", "gpt_oss",
 )  # fmt: skip
 Tensors = Mapping[str, np.ndarray]
 
@@ -43,15 +44,13 @@ def golden_experts(family: str) -> np.ndarray | None:
 
 def tensors(checkpoint: Checkpoint) -> dict[str, np.ndarray]:
     """Every tensor of a small checkpoint, float32 in Hugging Face's shape."""
-    raw = [Path(path).read_bytes() for path in checkpoint.files]
-    return {name: _values(tensor, raw[tensor.file]) for name, tensor in checkpoint.tensors.items()}
+    source = PathSource(checkpoint.files)
+    return {name: _values(tensor, source) for name, tensor in checkpoint.tensors.items()}
 
 
-def _values(tensor: StoredTensor, raw: bytes) -> np.ndarray:
-    size = tensor.type.row_bytes(tensor.shape[-1])
-    rows = int(np.prod(tensor.shape[:-1]))
-    data = np.frombuffer(raw, np.uint8, rows * size, tensor.offset).reshape(rows, size)
-    return tensor.type.decode(data).reshape(tensor.shape)
+def _values(tensor: StoredTensor, source: PathSource) -> np.ndarray:
+    rows = tensor.shape[0] if len(tensor.shape) > 1 else 1
+    return tensor.read(source, range(rows), range(tensor.shape[-1])).decode().reshape(tensor.shape)
 
 
 def family_tensors(family: str) -> dict[str, np.ndarray]:
@@ -77,7 +76,7 @@ def interleaved(rows: np.ndarray, head_dim: int) -> np.ndarray:
 
 ARCHITECTURES = {"llama": "llama", "mistral": "llama", "mixtral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
 ARCHITECTURES |= {"qwen3_moe": "qwen3moe", "seed_oss": "seed_oss", "hy_v3": "hy_v3", "glm4_moe": "glm4moe"}
-ARCHITECTURES |= {"minimax_m2": "minimax-m2"}
+ARCHITECTURES |= {"minimax_m2": "minimax-m2", "gpt_oss": "gpt-oss"}
 GGUF_NAMES = {
     "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
     "self_attn.o_proj": "attn_output", "self_attn.q_norm": "attn_q_norm", "self_attn.k_norm": "attn_k_norm",
@@ -85,9 +84,11 @@ GGUF_NAMES = {
     "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down",
     "mlp.shared_experts.gate_proj": "ffn_gate_shexp", "mlp.shared_experts.up_proj": "ffn_up_shexp",
     "mlp.shared_experts.down_proj": "ffn_down_shexp", "mlp.gate.e_score_correction_bias": "exp_probs_b.bias",
+    "self_attn.sinks": "attn_sinks.weight",
 }  # fmt: skip
 OTHER_NAMES = {
-    architecture: {"post_attention_layernorm": "post_attention_norm"} for architecture in ("seed_oss", "glm4moe")
+    architecture: {"post_attention_layernorm": "post_attention_norm"}
+    for architecture in ("seed_oss", "glm4moe", "gpt-oss")
 }
 """What single architectures call otherwise."""
 EXPERT_NAMES = {"gate_proj": "ffn_gate_exps", "up_proj": "ffn_up_exps", "down_proj": "ffn_down_exps"}
@@ -108,7 +109,7 @@ def write_gguf(
     _write_metadata(writer, config, drafts)
     _write_vocabulary(writer, family, pre)
     for name, tensor in _gguf_tensors(family, architecture, config).items():
-        if tensor.ndim == 1 or "ffn_gate_inp" in name:
+        if tensor.ndim == 1 or "ffn_gate_inp" in name or name.endswith(".bias"):
             writer.add_tensor(name, tensor)
         else:
             data, kind = quantise(tensor)
@@ -164,6 +165,18 @@ def _write_metadata(writer: gguf.GGUFWriter, config: ModelConfig, drafts: int) -
         writer.add_expert_feed_forward_length(last_mlp(config).intermediate_size)
         if last_mlp(config).router.scores == "sigmoid":
             _write_sigmoids(writer, config)
+    if config.model_type == "gpt_oss":
+        _write_gpt_oss(writer, config)
+
+
+def _write_gpt_oss(writer: gguf.GGUFWriter, config: ModelConfig) -> None:
+    """Windows and YaRN, which has its constants as usual."""
+    scaling: Any = config.rope.scaling
+    writer.add_sliding_window(attention(config).window)
+    writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
+    writer.add_rope_scaling_factor(scaling.factor)
+    writer.add_rope_scaling_orig_ctx_len(int(scaling.original_max_position_embeddings))
+    writer.add_rope_scaling_yarn_beta_fast(scaling.beta_fast)
 
 
 def _write_sigmoids(writer: gguf.GGUFWriter, config: ModelConfig) -> None:
@@ -203,7 +216,7 @@ def _gguf_tensors(family: str, architecture: str, config: ModelConfig) -> Tensor
     for name, tensor in family_tensors(family).items():
         *_, layer, module, kind = ["", "", *_parts(name)]
         if ".experts." in name:
-            stacked.setdefault(f"blk.{layer}.{EXPERT_NAMES[module.split('.')[-1]]}.weight", []).append(tensor)
+            stacked.setdefault(f"blk.{layer}.{EXPERT_NAMES[module.split('.')[-1]]}.{kind}", []).append(tensor)
         elif layer:
             straight = architecture != "llama" or module not in ("self_attn.q_proj", "self_attn.k_proj")
             names = {**GGUF_NAMES, **OTHER_NAMES.get(architecture, {})}
@@ -214,7 +227,7 @@ def _gguf_tensors(family: str, architecture: str, config: ModelConfig) -> Tensor
                 {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}[module]
                 + ".weight"
             ] = tensor
-    if config.rope.scaling is not None:
+    if config.rope.scaling is not None and config.model_type != "gpt_oss":
         plain = config.rope.theta ** -(np.arange(0, attention(config).head_dim, 2) / attention(config).head_dim)
         found["rope_freqs.weight"] = (plain / np.array(config.inverse_frequencies())).astype(np.float32)
     return {**found, **{name: np.stack(parts) for name, parts in stacked.items()}}

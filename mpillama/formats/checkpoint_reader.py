@@ -124,7 +124,9 @@ class CheckpointReader:
         """Fill the arrays of a tensor with the given units; UserError names the file if it cannot be read."""
         tensors = [self.checkpoint.tensors[name] for name in spec.source_names]
         if spec.vector:
-            self._finish(iter([partial(self._read_vector, spec, tensors[0], units, arrays[0])]))
+            outs = arrays[0] if spec.experts else arrays
+            pieces = (partial(self._read_vector, spec, t, units, out) for t, out in zip(tensors, outs, strict=True))
+            self._finish(pieces)
             return
         parts = [[a[e] for a in arrays] for e in range(spec.experts)] if spec.experts else [arrays]
         slices = [Slice(spec, tensor, units, part) for tensor, part in zip(tensors, parts, strict=True)]

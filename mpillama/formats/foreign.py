@@ -139,6 +139,16 @@ def split_experts(path: str, prefix: str, tensor: StoredTensor, parts: Sequence[
         yield replace(tensor, name=name, shape=(rows, columns), offset=tensor.offset + number * step)
 
 
+def split_expert_vectors(path: str, prefix: str, tensor: StoredTensor, part: str) -> Iterator[StoredTensor]:
+    """Cut [experts, rows] into a bias for each expert."""
+    if len(tensor.shape) != 2 or tensor.shape[0] > MOST_EXPERTS:
+        raise damaged(path, f"tensor {tensor.name!r} of stacked experts has shape {tensor.shape}")
+    experts, rows = tensor.shape
+    for number in range(experts):
+        offset = tensor.offset + number * tensor.type.row_bytes(rows)
+        yield replace(tensor, name=f"{prefix}{number}.{part}.bias", shape=(rows,), offset=offset)
+
+
 def cut_fused(path: str, tensor: StoredTensor, fused: Fused) -> Iterator[StoredTensor]:
     """The tensors that lie one below the other in one of a layer's modules; any other tensor as it is."""
     name = re.fullmatch(LAYER_PREFIX.format("[0-9]+") + r"(.+)\.(weight|bias)", tensor.name)

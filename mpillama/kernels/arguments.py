@@ -71,6 +71,7 @@ class Activation(IntEnum):
 
     SILU = 0
     GELU_TANH = 1
+    CLAMPED_SILU = 2
 
 
 class AttentionLayer(ctypes.Structure):
@@ -79,7 +80,8 @@ class AttentionLayer(ctypes.Structure):
     _fields_: ClassVar = [
         *((name, Matrix) for name in ("q", "k", "v", "o")),
         ("cache", Cache),
-        *((name, Address) for name in ("norm", "q_bias", "k_bias", "v_bias", "q_norm", "k_norm", "head_start")),
+        *((name, Address) for name in ("norm", "q_bias", "k_bias", "v_bias", "q_norm", "k_norm", "sinks")),
+        ("head_start", Address),
         *((name, ctypes.c_double) for name in ("eps", "scale", "soft_cap")),
         *((name, ctypes.c_int64) for name in ("hidden_size", "heads", "kv_heads", "head_dim", "channels", "window")),
         *((name, ctypes.c_int64) for name in ("chunk", "head_norm", "q_width", "k_width", "first_counted")),
@@ -105,7 +107,7 @@ class MlpLayer(ctypes.Structure):
         ("router", Router),
         *((name, Matrix) for name in ("shared_gate", "shared_up", "shared_down", "shared_router")),
         *((name, Address) for name in ("norm", "gate_bias", "up_bias", "down_bias")),
-        ("eps", ctypes.c_double),
+        *((name, ctypes.c_double) for name in ("eps", "alpha", "limit")),
         *((name, ctypes.c_int64) for name in ("hidden_size", "activation")),
     ]
 

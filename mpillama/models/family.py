@@ -97,7 +97,7 @@ class Gguf:
     `experts`: of the files of this architecture the family has those with experts, else those without. `rotary_pairs`:
     the rows of q and k stand in pairs that RoPE turns. `flags` are options of the configuration that are true if and
     only if the first layer has the tensor; `fields` gives what else the configuration says. `partial_rope`: the family
-    reads partial_rotary_factor.
+    reads partial_rotary_factor; `scaling`: what its YaRN has that files do not tell.
     """
 
     architecture: str
@@ -107,6 +107,7 @@ class Gguf:
     flags: Mapping[str, str] = field(default_factory=lambda: GGUF_BIASES)
     fields: Callable[[GgufMetadata], Json] = lambda metadata: {}
     partial_rope: bool = False
+    scaling: Json = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -148,12 +149,12 @@ class GgufExperts:
     layer_types: list[str]
 
 
-GATING = {0: "sigmoid", 1: "softmax", 2: "sigmoid", 3: "softmax_of_chosen", 4: "sqrtsoftplus"}
-"""expert_gating_func; without it llama.cpp takes the architecture's own, which all that read this have as sigmoids."""
+GATING = {1: "softmax", 2: "sigmoid", 3: "softmax_of_chosen", 4: "sqrtsoftplus"}
+"""The numbers of expert_gating_func; without one llama.cpp takes the architecture's own."""
 
 
-def gguf_experts(metadata: GgufMetadata) -> GgufExperts:
-    """The metadata of routers of DeepSeek V3's kind."""
+def gguf_experts(metadata: GgufMetadata, without: str = "sigmoid") -> GgufExperts:
+    """The metadata of routers; `without` are the scores of a file that does not tell them."""
     norm, gating, dense = (
         metadata.get(key) for key in ("expert_weights_norm", "expert_gating_func", "leading_dense_block_count")
     )
@@ -167,7 +168,7 @@ def gguf_experts(metadata: GgufMetadata) -> GgufExperts:
         renormalise=True if norm is None else bool(norm),
         groups=metadata.size("expert_group_count", 1),
         chosen_groups=metadata.size("expert_group_used_count", 1),
-        scores=GATING.get(gating or 0, str(gating)),
+        scores=GATING.get(gating, str(gating)) if gating else without,
         layer_types=["dense" if layer < (dense or 0) else "sparse" for layer in range(layers)],
     )
 
@@ -196,7 +197,8 @@ class Family:
     that hold one of this family under text_config, among other parts.
     `renames` turns a checkpoint's names of tensors into ours by regular expressions. `fused` gives, for modules of a
     layer that hold several of ours, these and their rows, one below the other. `from_one` is a regular expression for
-    the vectors that a Hugging Face folder stores less 1. `pre_tokenizer` names the rules of vocabularies in GGUF files
+    the vectors that a Hugging Face folder stores less 1. `turned_experts`: stacked experts are as in
+    formats/turned_experts.py. `pre_tokenizer` names the rules of vocabularies in GGUF files
     that name none.
     """
 
@@ -207,6 +209,7 @@ class Family:
     renames: Mapping[str, str] = field(default_factory=dict)
     fused: Callable[[ConfigValues], Fused] = lambda values: {}
     from_one: str = ""
+    turned_experts: bool = False
     within: Sequence[str] = ()
     rope: Callable[[ConfigValues, int], Rope] = read_rope
     factors: Callable[[ConfigValues], OuterFactors] = lambda values: OuterFactors()

@@ -1,7 +1,7 @@
 """Kinds of MLP, the second half of a decoder layer; see attention.py for what a kind is."""
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Protocol
 
 import numpy as np
@@ -39,7 +39,7 @@ class Mlp(Protocol):
     def specs(self, prefix: str, hidden_size: int, types: WeightTypes) -> Iterator[TensorSpec]:
         """Its tensors in the order of the file; `prefix` is that of the layer."""
 
-    def layer(self, weights: LayerWeights, hidden_size: int, norm: str, eps: float) -> Any:
+    def layer(self, weights: LayerWeights, part: Partition, hidden_size: int, norm: str, eps: float) -> Any:
         """What kernels are told of a layer; `norm` names the vector of its norm."""
 
     def run(self, team: Team, layer: Any, step: arguments.Step, total: arguments.Sum | None) -> bool:
@@ -57,11 +57,16 @@ def ffn_panel(intermediate_size: int) -> int:
 
 @dataclass(frozen=True)
 class GatedMlp:
-    """down(activation(gate(x)) * up(x)); `bias` adds one to each of the three."""
+    """down(activation(gate(x)) * up(x)); `bias` adds one to each of the three.
+
+    `alpha` and `limit` are those of the clamped activation, kernels/src/elementwise.h.
+    """
 
     intermediate_size: int
     bias: bool = False
     activation: Activation = Activation.SILU
+    alpha: float = 0.0
+    limit: float = 0.0
 
     prefix: ClassVar[str] = "mlp."
 
@@ -115,21 +120,26 @@ class GatedMlp:
                 experts=experts, chosen=chosen,
             )  # fmt: skip
             if self.bias:
-                yield TensorSpec(name + ".bias", split, self.padded_size, 1, F32, panel, source[:1], vector=True)
+                yield TensorSpec(
+                    name + ".bias", split, self.padded_size, 1, F32, panel, source[:1], vector=True, experts=experts
+                )
         name, source = f"{prefix}{self.prefix}down_proj", (hidden_size, self.intermediate_size)
         yield TensorSpec(
             name + ".weight", split, hidden, self.padded_size, types.of(name + ".weight"), panel, source, panel,
             experts=experts, chosen=chosen,
         )  # fmt: skip
         if self.bias:
-            yield whole_vector(name + ".bias", hidden_size, hidden)
+            yield replace(whole_vector(name + ".bias", hidden_size, hidden), experts=experts)
 
-    def layer(self, weights: LayerWeights, hidden_size: int, norm: str, eps: float) -> arguments.MlpLayer:
+    def layer(
+        self, weights: LayerWeights, part: Partition, hidden_size: int, norm: str, eps: float
+    ) -> arguments.MlpLayer:
         gate, up, down = (weights.matrix(f"{self.prefix}{part}_proj.weight") for part in ("gate", "up", "down"))
         return arguments.MlpLayer(
             gate=gate.column_parallel(), up=up.column_parallel(), down=down.row_parallel(), norm=weights.address(norm),
             gate_bias=weights.address(f"{self.prefix}gate_proj.bias"), eps=eps, hidden_size=hidden_size,
             up_bias=weights.address(f"{self.prefix}up_proj.bias"), activation=self.activation,
+            alpha=self.alpha, limit=self.limit,
         )  # fmt: skip
 
     def run(self, team: Team, layer: arguments.MlpLayer, step: arguments.Step, total: arguments.Sum | None) -> bool:
@@ -164,7 +174,10 @@ class SharedExpert(GatedMlp):
 
 @dataclass(frozen=True)
 class Experts(GatedMlp):
-    """A mixture of gated MLPs among which a router chooses for each token, and perhaps one that all tokens share."""
+    """A mixture of gated MLPs among which a router chooses for each token, and perhaps one that all tokens share.
+
+    Biases are those of each expert, weighed as its result is.
+    """
 
     router: Router = Router(1, 1)
     shared: SharedExpert | None = None
@@ -204,12 +217,19 @@ class Experts(GatedMlp):
         if self.shared:
             yield from self.shared.specs(prefix, hidden_size, types)
 
-    def layer(self, weights: LayerWeights, hidden_size: int, norm: str, eps: float) -> arguments.MlpLayer:
-        layer = super().layer(weights, hidden_size, norm, eps)
+    def layer(
+        self, weights: LayerWeights, part: Partition, hidden_size: int, norm: str, eps: float
+    ) -> arguments.MlpLayer:
+        layer = super().layer(weights, part, hidden_size, norm, eps)
         layer.router = self.router.argument(weights)
+        if 0 in part[self.split]:  # one rank adds what is not divided
+            layer.down_bias = weights.address(f"{self.prefix}down_proj.bias")
         if self.shared:
             self.shared.add_to(layer, weights)
         return layer
+
+    def output_bias_of(self, weights: LayerWeights) -> None:
+        """None: those of experts depend on the token."""
 
 
 ACTIVATIONS = {"silu": Activation.SILU, "swish": Activation.SILU, "gelu_pytorch_tanh": Activation.GELU_TANH}

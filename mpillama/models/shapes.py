@@ -112,6 +112,29 @@ MINIMAX_M2 = {
     "tie_word_embeddings": False,
 }
 
+GPT_OSS = {
+    "model_type": "gpt_oss",
+    "vocab_size": 201088,
+    "max_position_embeddings": 131072,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 150000.0,
+    "rope_scaling": {
+        "rope_type": "yarn",
+        "factor": 32.0,
+        "beta_fast": 32.0,
+        "beta_slow": 1.0,
+        "truncate": False,
+        "original_max_position_embeddings": 4096,
+    },
+    "head_dim": 64,
+    "num_key_value_heads": 8,
+    "attention_bias": True,
+    "sliding_window": 128,
+    "num_experts_per_tok": 4,
+    "swiglu_limit": 7.0,
+    "tie_word_embeddings": False,
+}
+
 
 def _sizes(base: dict[str, Any], hidden: int, inner: int, layers: int, heads: int, **other: Any) -> dict[str, Any]:
     return {
@@ -143,6 +166,8 @@ SHAPES: dict[str, dict[str, Any]] = {
     "glm-4.5-air": _sizes({**GLM4, **GLM45_AIR}, 4096, 10944, 46, 96),
     "glm-4.6": _sizes({**GLM4, **GLM46}, 5120, 12288, 92, 96),
     "minimax-m2": _sizes(MINIMAX_M2, 3072, 1536, 62, 48),
+    "gpt-oss-20b": _sizes(GPT_OSS, 2880, 2880, 24, 64, num_local_experts=32),
+    "gpt-oss-120b": _sizes(GPT_OSS, 2880, 2880, 36, 64, num_local_experts=128),
     "hy3": _sizes(HY3, 4096, 13312, 80, 64),
 }
 

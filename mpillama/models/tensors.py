@@ -105,10 +105,10 @@ class TensorSpec:
 
     def arrays(self) -> tuple[ArraySpec, ...]:
         """The stored arrays: one for a vector, those of its weight type for a matrix."""
-        if self.vector:
-            return (ArraySpec(self.name, self.weight_type.lanes[0].dtype, (self.rows,), self.unit),)
-        k, groups = self.panel or self.columns, self.rows // LANES
         lead: tuple[int, ...] = (self.experts,) if self.experts else ()
+        if self.vector:
+            return (ArraySpec(self.name, self.weight_type.lanes[0].dtype, (*lead, self.rows), self.unit, self.experts),)
+        k, groups = self.panel or self.columns, self.rows // LANES
         lead += (self.columns // self.panel, groups) if self.panel else (groups,)
         unit = 1 if self.panel else self.unit // LANES
         return tuple(

@@ -147,6 +147,22 @@ FAMILIES: Mapping[str, Family] = {
             "tie_word_embeddings": True,
         },
     ),
+    "gpt_oss": Family(
+        "gpt_oss",
+        {
+            "num_hidden_layers": 3,
+            "num_attention_heads": 14,
+            "num_key_value_heads": 7,
+            "head_dim": 12,
+            "intermediate_size": 40,
+            "num_local_experts": 9,
+            "num_experts_per_tok": 3,
+            "sliding_window": 8,
+            "tie_word_embeddings": True,
+        }
+        | rope("yarn", factor=4.0, original_max_position_embeddings=64, beta_fast=4.0, truncate=False),
+        prompt=24,
+    ),
 }
 
 
@@ -199,9 +215,10 @@ def random_values(name: str, shape: tuple[int, ...]) -> np.ndarray:
     normal = np.random.default_rng(zlib.crc32(name.encode())).standard_normal(shape, np.float32)
     if "norm" in name:
         return 1 + 0.3 * normal
-    if name.endswith(
-        ("mlp.gate.weight", "router.weight", "bias")
-    ):  # a router that hardly hesitates, biases of the size of values
+    if name.endswith("gate_up_proj_bias"):  # some are beyond the limits of 7
+        return 5 * normal
+    # Routers that hardly hesitate, biases of the size of values.
+    if name.endswith(("mlp.gate.weight", "router.weight", "bias")):
         return 0.5 * normal
     return 0.2 * normal
 

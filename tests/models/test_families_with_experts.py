@@ -40,6 +40,10 @@ def read(family: str, **options) -> ModelConfig:
         ("minimax_m2", "use_routing_bias", False),
         ("minimax_m2", "shared_intermediate_size", 64),
         ("minimax_m2", "rotary_dim", 256),
+        ("gpt_oss", "hidden_act", "gelu"),
+        ("gpt_oss", "scoring_func", "sigmoid"),
+        ("gpt_oss", "swiglu_limit", 0),
+        ("gpt_oss", "layer_types", ["full_attention", "chunked_attention", "full_attention"]),
     ],
 )
 def test_a_variant_that_nobody_runs_is_refused_by_name(family, option, value):
@@ -56,14 +60,14 @@ def test_layers_are_dense_before_those_with_experts():
 
 
 def test_routers_are_as_published():
-    routers = {
-        name: ModelConfig.from_hf(SHAPES[name]).blocks[-1].mlp.router for name in ("glm-4.6", "minimax-m2", "hy3")
-    }
+    names = ("glm-4.6", "minimax-m2", "hy3", "gpt-oss-120b")
+    routers = {name: ModelConfig.from_hf(SHAPES[name]).blocks[-1].mlp.router for name in names}
     sigmoids = {"chosen": 8, "scores": "sigmoid", "renormalise": True, "correction": True}
     assert routers == {
         "glm-4.6": Router(160, epsilon=1e-20, scaling=2.5, **sigmoids),
         "minimax-m2": Router(256, **sigmoids),
         "hy3": Router(192, epsilon=1e-20, scaling=2.826, **sigmoids),
+        "gpt-oss-120b": Router(128, 4, scores="logits", renormalise=True, bias=True),
     }
 
 
@@ -73,3 +77,11 @@ def test_the_channels_that_rope_turns():
     configs = [ModelConfig.from_hf(SHAPES["glm-4.6"]), ModelConfig.from_hf(SHAPES["minimax-m2"])]
     configs += [read("minimax_m2", **plain), read("minimax_m2", **plain, rotary_dim=None)]
     assert [config.blocks[0].attention.rotary_channels for config in configs] == [64, 64, 8, 12]
+
+
+def test_windows_of_every_other_layer():
+    """Also where the configuration leaves the kinds of layers and YaRN's constants out."""
+    config = ModelConfig.from_hf(SHAPES["gpt-oss-20b"])
+    assert [block.attention.window for block in config.blocks[:4]] == [128, 0, 128, 0]
+    plain = {key: value for key, value in SHAPES["gpt-oss-20b"].items() if key not in ("rope_scaling", "swiglu_limit")}
+    assert ModelConfig.from_hf(plain) == config

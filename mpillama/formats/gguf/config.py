@@ -10,7 +10,7 @@ import numpy as np
 
 from mpillama.errors import UserError
 from mpillama.formats.checkpoint import StoredTensor
-from mpillama.formats.foreign import damaged, split_experts
+from mpillama.formats.foreign import damaged, split_expert_vectors, split_experts
 from mpillama.formats.gguf.header import GgufHeader
 from mpillama.models.families import gguf_architectures
 from mpillama.models.family import DRAFT_LAYERS, Gguf, gguf_draft_layers
@@ -42,6 +42,8 @@ def canonical(path: str, tensor: StoredTensor, gguf: Gguf, head_dim: int) -> Ite
     prefix, kind, expert, ending = f"model.layers.{int(layer[1])}.", layer[2], layer[3], layer[4]
     if kind in EXPERTS and not expert and ending == "weight":
         yield from split_experts(path, prefix + "mlp.experts.", tensor, EXPERTS[kind])
+    elif kind in EXPERTS and len(EXPERTS[kind]) == 1 and not expert:
+        yield from split_expert_vectors(path, prefix + "mlp.experts.", tensor, *EXPERTS[kind])
     elif expert and kind in ("ffn_gate", "ffn_up", "ffn_down"):
         name = f"{prefix}mlp.experts.{int(expert)}.{kind.removeprefix('ffn_')}_proj.{ending}"
         yield replace(tensor, name=name)
@@ -237,7 +239,10 @@ def _rope_scaling(metadata: Metadata, factors: Sequence[float] | None) -> dict[s
             "of both."
         )
     metadata.refuse_unread("rope.", (*ALWAYS_READ, *ROPE_FIELDS[kind]))
-    return {"rope_type": "factors", "factors": list(factors)} if factors else known[kind](metadata)
+    if factors:
+        return {"rope_type": "factors", "factors": list(factors)}
+    found = known[kind](metadata)
+    return {**metadata.gguf.scaling, **found} if found and kind == "yarn" else found
 
 
 def _linear(metadata: Metadata) -> dict[str, Any]:

@@ -47,11 +47,12 @@ enum HeadNorm : i64 { BEFORE_ROPE, AFTER_ROPE, WHOLE_PROJECTION };
 // heads of KV head i are head_start[i] : head_start[i + 1]. Norm, biases and norms of heads may be null. A token sees the
 // last `window` positions, or those of its own `chunk`; 0 is all. Scores are bent to +-soft_cap, unless it is 0. With
 // WHOLE_PROJECTION the projections have q_width and k_width channels on all ranks together, and the KV heads before
-// first_counted belong to the rank before, too.
+// first_counted belong to the rank before, too. `sinks` [heads], or null: a score of each head that takes part in the
+// softmax and has no value.
 struct AttentionLayer {
     Matrix q, k, v, o;
     Cache cache;
-    const float *norm, *q_bias, *k_bias, *v_bias, *q_norm, *k_norm;
+    const float *norm, *q_bias, *k_bias, *v_bias, *q_norm, *k_norm, *sinks;
     const i64* head_start;
     double eps, scale, soft_cap;
     i64 hidden_size, heads, kv_heads, head_dim, channels, window, chunk;
@@ -67,7 +68,8 @@ struct Router {
     i64 scores, chosen, renormalise, groups, chosen_groups;
 };
 
-enum Activation : i64 { SILU, GELU_TANH };
+// The last is that of elementwise.h's clamped_silu, which alone reads alpha and limit.
+enum Activation : i64 { SILU, GELU_TANH, CLAMPED_SILU };
 
 // A gated MLP, or experts of it chosen by a router, and one that all tokens share: `shared_gate` and so on have no groups
 // without it, `shared_router` none if nothing weighs it. The norm may be null, and biases may; of experts biases are
@@ -77,7 +79,7 @@ struct MlpLayer {
     Router router;
     Matrix shared_gate, shared_up, shared_down, shared_router;
     const float *norm, *gate_bias, *up_bias, *down_bias;
-    double eps;
+    double eps, alpha, limit;
     i64 hidden_size, activation;
 };
 

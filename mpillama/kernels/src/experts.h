@@ -106,7 +106,7 @@ inline void gate_up_span(const MlpLayer& layer, i64 expert, const Activations& x
             add_to(g, layer.gate_bias + rows, BLOCK * first, BLOCK * last);
             add_to(u, layer.up_bias + rows, BLOCK * first, BLOCK * last);
         }
-        activate(layer.activation, g, u, BLOCK * first, BLOCK * last);
+        activate(layer, g, u, BLOCK * first, BLOCK * last);
         if (shares != nullptr) multiply(g, shares[t], BLOCK * first, BLOCK * last);
         if (quantised) quantise_blocks(g + BLOCK * first, last - first, gate, tokens, t, first);
     }
