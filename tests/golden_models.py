@@ -23,7 +23,8 @@ from tests.tiny_models import random_tensors
 FOLDER = Path(__file__).parent / "golden"
 FAMILIES = (
     "llama", "llama3", "llama_bias", "llama_linear", "llama_yarn", "mistral", "qwen2", "qwen3", "mixtral", "qwen3_moe",
-    "seed_oss", "hy_v3", "glm4_moe", "minimax_m2", "gpt_oss",
+    "seed_oss", "olmo2", "granite", "smollm3", "ministral", "ministral3", "phi3", "gemma2", "gemma3",
+    "hy_v3", "glm4_moe", "minimax_m2", "gpt_oss",
 )  # fmt: skip
 Tensors = Mapping[str, np.ndarray]
 
@@ -50,7 +51,9 @@ def tensors(checkpoint: Checkpoint) -> dict[str, np.ndarray]:
 
 def _values(tensor: StoredTensor, source: PathSource) -> np.ndarray:
     rows = tensor.shape[0] if len(tensor.shape) > 1 else 1
-    return tensor.read(source, range(rows), range(tensor.shape[-1])).decode().reshape(tensor.shape)
+    return tensor.read(source, range(rows), range(tensor.shape[-1])).decode().reshape(tensor.shape) + np.float32(
+        tensor.added
+    )
 
 
 def family_tensors(family: str) -> dict[str, np.ndarray]:
@@ -75,8 +78,12 @@ def interleaved(rows: np.ndarray, head_dim: int) -> np.ndarray:
 # -- GGUF -----------------------------------------------------------------------------------------------------------
 
 ARCHITECTURES = {"llama": "llama", "mistral": "llama", "mixtral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
-ARCHITECTURES |= {"qwen3_moe": "qwen3moe", "seed_oss": "seed_oss", "hy_v3": "hy_v3", "glm4_moe": "glm4moe"}
-ARCHITECTURES |= {"minimax_m2": "minimax-m2", "gpt_oss": "gpt-oss"}
+ARCHITECTURES |= {"qwen3_moe": "qwen3moe", "seed_oss": "seed_oss", "olmo2": "olmo2", "granite": "granite"}
+ARCHITECTURES |= {"smollm3": "smollm3", "ministral3": "mistral3", "phi3": "phi3", "gemma2": "gemma2"}
+ARCHITECTURES |= {"gemma3_text": "gemma3"}
+ARCHITECTURES |= {"hy_v3": "hy_v3", "glm4_moe": "glm4moe", "minimax_m2": "minimax-m2", "gpt_oss": "gpt-oss"}
+IN_PAIRS = ("llama", "granite", "smollm3", "mistral3")
+"""Architectures whose rows of q and k stand in rotary pairs."""
 GGUF_NAMES = {
     "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
     "self_attn.o_proj": "attn_output", "self_attn.q_norm": "attn_q_norm", "self_attn.k_norm": "attn_k_norm",
@@ -86,10 +93,15 @@ GGUF_NAMES = {
     "mlp.shared_experts.down_proj": "ffn_down_shexp", "mlp.gate.e_score_correction_bias": "exp_probs_b.bias",
     "self_attn.sinks": "attn_sinks.weight",
 }  # fmt: skip
+POST_NORMS = {
+    "post_attention_layernorm": "post_attention_norm", "post_feedforward_layernorm": "post_ffw_norm",
+    "pre_feedforward_layernorm": "ffn_norm",
+}  # fmt: skip
+POST_ATTENTION = {"post_attention_layernorm": "post_attention_norm"}
 OTHER_NAMES = {
-    architecture: {"post_attention_layernorm": "post_attention_norm"}
-    for architecture in ("seed_oss", "glm4moe", "gpt-oss")
-}
+    **dict.fromkeys(("seed_oss", "glm4moe", "gpt-oss"), POST_ATTENTION),
+    **dict.fromkeys(("olmo2", "gemma2", "gemma3"), POST_NORMS),
+}  # fmt: skip
 """What single architectures call otherwise."""
 EXPERT_NAMES = {"gate_proj": "ffn_gate_exps", "up_proj": "ffn_up_exps", "down_proj": "ffn_down_exps"}
 
@@ -106,7 +118,7 @@ def write_gguf(
     config = open_model(str(FOLDER / family)).config
     architecture = ARCHITECTURES[config.model_type]
     writer = gguf.GGUFWriter(path, architecture, split_max_tensors=part_tensors)
-    _write_metadata(writer, config, drafts)
+    _write_metadata(writer, family, config, drafts)
     _write_vocabulary(writer, family, pre)
     for name, tensor in _gguf_tensors(family, architecture, config).items():
         if tensor.ndim == 1 or "ffn_gate_inp" in name or name.endswith(".bias"):
@@ -142,7 +154,7 @@ def chosen(config: ModelConfig) -> int:
     return last_mlp(config).router.chosen if experts(config) else 0
 
 
-def _write_metadata(writer: gguf.GGUFWriter, config: ModelConfig, drafts: int) -> None:
+def _write_metadata(writer: gguf.GGUFWriter, family: str, config: ModelConfig, drafts: int) -> None:
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
     writer.add_block_count(config.num_hidden_layers + drafts)
@@ -157,7 +169,9 @@ def _write_metadata(writer: gguf.GGUFWriter, config: ModelConfig, drafts: int) -
     writer.add_value_length(attention(config).head_dim)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_rope_freq_base(config.rope.theta)
-    if attention(config).rotary_channels != attention(config).head_dim:
+    settings = json.loads((FOLDER / family / "config.json").read_text())
+    MORE_METADATA.get(config.model_type, lambda writer, settings: None)(writer, settings)
+    if config.model_type not in MORE_METADATA and attention(config).rotary_channels != attention(config).head_dim:
         writer.add_rope_dimension_count(attention(config).rotary_channels)
     if experts(config):
         writer.add_expert_count(experts(config))
@@ -193,6 +207,66 @@ def _write_sigmoids(writer: gguf.GGUFWriter, config: ModelConfig) -> None:
         writer.add_expert_group_used_count(router.chosen_groups)
 
 
+def _granite_metadata(writer: gguf.GGUFWriter, settings: Mapping[str, Any]) -> None:
+    writer.add_attention_scale(settings["attention_multiplier"])
+    writer.add_embedding_scale(settings["embedding_multiplier"])
+    writer.add_residual_scale(settings["residual_multiplier"])
+    writer.add_logit_scale(settings["logits_scaling"])
+
+
+def _ministral3_metadata(writer: gguf.GGUFWriter, settings: Mapping[str, Any]) -> None:
+    rope = settings["rope_parameters"]
+    writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
+    writer.add_rope_scaling_factor(rope["factor"])
+    writer.add_rope_scaling_orig_ctx_len(rope["original_max_position_embeddings"])
+    writer.add_rope_scaling_yarn_log_mul(rope["mscale_all_dim"])
+    writer.add_attn_temperature_scale(rope["llama_4_scaling_beta"])
+
+
+def _phi3_metadata(writer: gguf.GGUFWriter, settings: Mapping[str, Any]) -> None:
+    head_dim = settings["hidden_size"] // settings["num_attention_heads"]
+    writer.add_rope_dimension_count(int(settings["partial_rotary_factor"] * head_dim))
+    writer.add_rope_scaling_orig_ctx_len(settings["original_max_position_embeddings"])
+    writer.add_sliding_window(settings["sliding_window"] or 0)
+
+
+def _gemma2_metadata(writer: gguf.GGUFWriter, settings: Mapping[str, Any]) -> None:
+    writer.add_attn_logit_softcapping(settings["attn_logit_softcapping"])
+    writer.add_final_logit_softcapping(settings["final_logit_softcapping"])
+    writer.add_sliding_window(settings["sliding_window"])
+
+
+def _gemma3_metadata(writer: gguf.GGUFWriter, settings: Mapping[str, Any]) -> None:
+    rope = settings["rope_parameters"]
+    writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
+    writer.add_rope_scaling_factor(rope["full_attention"]["factor"])
+    writer.add_float32("gemma3.rope.freq_base_swa", rope["sliding_attention"]["rope_theta"])
+    writer.add_sliding_window(settings["sliding_window"])
+    writer.add_uint32("gemma3.attention.sliding_window_pattern", settings["sliding_window_pattern"])
+
+
+MORE_METADATA: Mapping[str, Callable[[gguf.GGUFWriter, Mapping[str, Any]], None]] = {
+    "granite": _granite_metadata, "ministral3": _ministral3_metadata, "phi3": _phi3_metadata,
+    "gemma2": _gemma2_metadata, "gemma3_text": _gemma3_metadata,
+}  # fmt: skip
+"""What files of single architectures hold besides."""
+FUSED = {
+    "attn_qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    "ffn_up": ("mlp.gate_proj", "mlp.up_proj"),
+}
+"""What files of Phi-3 hold as one."""
+
+
+def _fused(tensors: Mapping[str, np.ndarray], layers: int) -> Tensors:
+    """The fused matrices, and what is left."""
+    rest, found = dict(tensors), {}
+    for layer in range(layers):
+        for name, modules in FUSED.items():
+            parts = [rest.pop(f"model.layers.{layer}.{module}.weight") for module in modules]
+            found[f"blk.{layer}.{name}.weight"] = np.concatenate(parts)
+    return {**found, **rest}
+
+
 def _write_vocabulary(writer: gguf.GGUFWriter, family: str, pre: str) -> None:
     tokenizer = json.loads((FOLDER / family / "tokenizer.json").read_text())
     settings = json.loads((FOLDER / family / "config.json").read_text())
@@ -213,12 +287,16 @@ def _write_vocabulary(writer: gguf.GGUFWriter, family: str, pre: str) -> None:
 def _gguf_tensors(family: str, architecture: str, config: ModelConfig) -> Tensors:
     found: dict[str, np.ndarray] = {}
     stacked: dict[str, list[np.ndarray]] = {}
-    for name, tensor in family_tensors(family).items():
+    tensors = family_tensors(family)
+    for name, tensor in (_fused(tensors, config.num_hidden_layers) if architecture == "phi3" else tensors).items():
+        if name.startswith("blk."):
+            found[name] = tensor
+            continue
         *_, layer, module, kind = ["", "", *_parts(name)]
         if ".experts." in name:
             stacked.setdefault(f"blk.{layer}.{EXPERT_NAMES[module.split('.')[-1]]}.{kind}", []).append(tensor)
         elif layer:
-            straight = architecture != "llama" or module not in ("self_attn.q_proj", "self_attn.k_proj")
+            straight = architecture not in IN_PAIRS or module not in ("self_attn.q_proj", "self_attn.k_proj")
             names = {**GGUF_NAMES, **OTHER_NAMES.get(architecture, {})}
             own = names.get(f"{module}.{kind}") or f"{names[module]}.{kind}"
             found[f"blk.{layer}.{own}"] = tensor if straight else interleaved(tensor, attention(config).head_dim)
@@ -227,7 +305,7 @@ def _gguf_tensors(family: str, architecture: str, config: ModelConfig) -> Tensor
                 {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}[module]
                 + ".weight"
             ] = tensor
-    if config.rope.scaling is not None and config.model_type != "gpt_oss":
+    if config.rope.scaling is not None and config.model_type not in (*MORE_METADATA, "gpt_oss"):
         plain = config.rope.theta ** -(np.arange(0, attention(config).head_dim, 2) / attention(config).head_dim)
         found["rope_freqs.weight"] = (plain / np.array(config.inverse_frequencies())).astype(np.float32)
     return {**found, **{name: np.stack(parts) for name, parts in stacked.items()}}

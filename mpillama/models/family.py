@@ -54,6 +54,10 @@ class OuterFactors:
 class GgufMetadata(Protocol):
     """Checked values out of a GGUF file's metadata, by keys without the architecture."""
 
+    @property
+    def head_dim(self) -> int:
+        """Channels of a head."""
+
     def get(self, key: str) -> Any:
         """The value, None if there is none."""
 
@@ -97,7 +101,8 @@ class Gguf:
     `experts`: of the files of this architecture the family has those with experts, else those without. `rotary_pairs`:
     the rows of q and k stand in pairs that RoPE turns. `flags` are options of the configuration that are true if and
     only if the first layer has the tensor; `fields` gives what else the configuration says. `partial_rope`: the family
-    reads partial_rotary_factor; `scaling`: what its YaRN has that files do not tell.
+    reads partial_rotary_factor; `rope_keys`: what else it reads of `rope.`; `scaling`: what its YaRN has that files do
+    not tell.
     """
 
     architecture: str
@@ -108,6 +113,7 @@ class Gguf:
     fields: Callable[[GgufMetadata], Json] = lambda metadata: {}
     partial_rope: bool = False
     scaling: Json = field(default_factory=dict)
+    rope_keys: Sequence[str] = ()
 
 
 @dataclass(frozen=True)

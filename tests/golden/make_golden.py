@@ -8,11 +8,11 @@ It rewrites the models of these names, or everything in this folder but the text
 chat_templates/*.jinja and chat_templates/conversations.json). CI does not run it.
 """
 
-import copy
 import json
 import sys
 import zlib
 from collections.abc import Mapping
+from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -64,6 +64,7 @@ class Family:
     options: Mapping[str, Any] = field(default_factory=dict)
     dtype: torch.dtype = torch.bfloat16
     prompt: int = 12
+    norms: float = 1.0  # about which the weights of norms lie
     weights_of: str = ""
 
 
@@ -89,6 +90,96 @@ FAMILIES: Mapping[str, Family] = {
     "qwen2": Family("qwen2", {"use_sliding_window": False, "sliding_window": 8, "tie_word_embeddings": True}),
     "qwen3": Family("qwen3", {"head_dim": 16, "tie_word_embeddings": True}),
     "seed_oss": Family("seed_oss", {"head_dim": 16, "attention_out_bias": True, "tie_word_embeddings": True}),
+    "olmo2": Family("olmo2", {"num_attention_heads": 6, "num_key_value_heads": 3, "hidden_size": 48}, torch.float32),
+    "granite": Family(
+        "granite",
+        {
+            "attention_multiplier": 0.2,
+            "embedding_multiplier": 6.0,
+            "residual_multiplier": 0.22,
+            "logits_scaling": 3.0,
+            "tie_word_embeddings": True,
+        },
+        torch.float32,
+    ),
+    "smollm3": Family(
+        "smollm3",
+        {"num_hidden_layers": 4, "intermediate_size": 40, "pad_token_id": EOS[0]},
+        torch.float32,
+        prompt=16,
+    ),
+    "ministral": Family(
+        "ministral",
+        {"head_dim": 12, "sliding_window": 5, "layer_types": ["sliding_attention", "full_attention"]},
+        torch.float16,
+        prompt=16,
+    ),
+    "ministral3": Family(
+        "ministral3",
+        {
+            "head_dim": 16,
+            "rope_parameters": {
+                "rope_type": "yarn",
+                "rope_theta": 100.0,
+                "factor": 2.0,
+                "original_max_position_embeddings": 6,
+                "max_position_embeddings": 512,
+                "mscale": 1.0,
+                "mscale_all_dim": 1.0,
+                "llama_4_scaling_beta": 0.4,
+            },
+        },
+        torch.float32,
+        prompt=16,
+    ),
+    "phi3": Family(
+        "phi3",
+        {
+            "num_attention_heads": 3,
+            "num_key_value_heads": 1,
+            "hidden_size": 48,
+            "sliding_window": 9,
+            "pad_token_id": EOS[0],
+            "partial_rotary_factor": 0.75,
+            "original_max_position_embeddings": 512,
+        },
+        torch.float32,
+        prompt=16,
+    ),
+    "gemma2": Family(
+        "gemma2",
+        {
+            "num_hidden_layers": 3,
+            "head_dim": 24,
+            "query_pre_attn_scalar": 24,
+            "sliding_window": 6,
+            "attn_logit_softcapping": 5.0,
+            "final_logit_softcapping": 9.0,
+            "pad_token_id": EOS[0],
+        },
+        torch.float32,
+        prompt=16,
+        norms=0.0,
+    ),
+    "gemma3": Family(
+        "gemma3_text",
+        {
+            "num_hidden_layers": 4,
+            "num_key_value_heads": 1,
+            "head_dim": 16,
+            "query_pre_attn_scalar": 16,
+            "sliding_window": 6,
+            "sliding_window_pattern": 3,
+            "pad_token_id": EOS[0],
+            "rope_parameters": {
+                "full_attention": {"rope_type": "linear", "factor": 4.0, "rope_theta": 50000.0},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
+            },
+        },
+        torch.float32,
+        prompt=16,
+        norms=0.0,
+    ),
     "mixtral": Family("mixtral", {"intermediate_size": 32, "num_local_experts": 4, "num_experts_per_tok": 2}),
     "qwen3_moe": Family(
         "qwen3_moe",
@@ -200,21 +291,21 @@ def write_family(name: str, family: Family) -> None:
 def random_model(family: Family) -> transformers.PreTrainedModel:
     """A float32 model whose weights are exact in the family's dtype."""
     # A copy, since some configurations write into what they are given.
-    config = transformers.AutoConfig.for_model(family.model_type, **copy.deepcopy(SIZES | family.options))
+    config = transformers.AutoConfig.for_model(family.model_type, **deepcopy(SIZES | family.options))
     model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager", dtype=torch.float32)
     with torch.no_grad():
         corrections = [pair for pair in model.named_buffers() if "correction" in pair[0]]
         for name, parameter in [*model.named_parameters(), *corrections]:
-            values = torch.from_numpy(random_values(name, tuple(parameter.shape)))
+            values = torch.from_numpy(random_values(name, tuple(parameter.shape), family.norms))
             parameter.copy_(values.to(family.dtype).float())
     return model.eval()
 
 
-def random_values(name: str, shape: tuple[int, ...]) -> np.ndarray:
+def random_values(name: str, shape: tuple[int, ...], norms: float) -> np.ndarray:
     """Larger than what training starts from, so that every mistake shows in the logits."""
     normal = np.random.default_rng(zlib.crc32(name.encode())).standard_normal(shape, np.float32)
     if "norm" in name:
-        return 1 + 0.3 * normal
+        return norms + 0.3 * normal
     if name.endswith("gate_up_proj_bias"):  # some are beyond the limits of 7
         return 5 * normal
     # Routers that hardly hesitate, biases of the size of values.

@@ -161,6 +161,8 @@ class AttentionCase:
         vector = lambda n: rng.standard_normal(n).astype(np.float32) if full else None  # noqa: E731
         self.biases = [vector(n * head_dim) for n in rows]
         self.head_norms = [vector(head_dim), vector(head_dim)]
+        self.changes: dict[str, float] = {}
+        self.query_factors: np.ndarray | None = None
 
     def cache(self) -> list[np.ndarray]:
         """Keys, their scales, values, their scales."""
@@ -172,6 +174,7 @@ class AttentionCase:
         """All that the half layer leaves."""
         a = blank_step(self.x, self.heads, self.kv_heads, self.head_dim, 0, self.cosines.shape[1])
         a.angles[0].cosines[:], a.angles[0].sines[:] = self.cosines, self.sines
+        a.argument.query_factors = arguments.address(self.query_factors)
         cache = [array.copy() for array in cache or self.cache()]
         layer = arguments.AttentionLayer(
             **{name: m.column_parallel() for name, m in zip("qkv", self.qkv, strict=True)}, o=self.o.row_parallel(),
@@ -184,12 +187,18 @@ class AttentionCase:
         )
         for name, vector in {**named, "norm": self.norm, "head_start": self.head_start}.items():
             setattr(layer, name, arguments.address(vector))
+        for name, value in self.changes.items():
+            setattr(layer, name, value)
         step = a.argument
         for name in ("slots", "segments", "tables"):
             setattr(step, name, arguments.address(getattr(self, name)))
         step.segment_count, step.table_width = self.tables.shape
         step.in_flight = 1
-        team.attention_half(layer, step)
+        if layer.head_norm == arguments.HeadNorm.WHOLE_PROJECTION:
+            team.project_and_sum(layer, step)
+            team.attend_projected(layer, step)
+        else:
+            team.attention_half(layer, step)
         return SimpleNamespace(a=a, cache=cache)
 
     def everywhere(self, cache: list[np.ndarray] | None = None) -> SimpleNamespace:
@@ -223,12 +232,15 @@ class AttentionCase:
         rows, out = rows.reshape(q.shape), np.zeros(q.shape)
         for (first, count, start), table in zip(self.segments, self.tables, strict=True):
             for t in range(count):
-                seen = slice(max(0, start + t + 1 - self.window) if self.window else 0, start + t + 1)
+                position, chunk, cap = start + t, self.changes.get("chunk", 0), self.changes.get("soft_cap", 0.0)
+                first_seen = position - position % chunk if chunk else max(0, position + 1 - (self.window or 1 << 30))
+                seen = slice(first_seen, position + 1)
                 for kv in range(self.kv_heads):
                     k = keys[table, kv].transpose(0, 2, 1).reshape(-1, self.head_dim)[seen]
                     v = values[table, kv].reshape(-1, self.head_dim)[seen]
                     for h in range(self.head_start[kv], self.head_start[kv + 1]):
                         scores = k @ rows[first + t, h]
+                        scores = cap * np.tanh(scores / cap) if cap else scores
                         weights = np.exp(scores - scores.max())
                         out[first + t, h] = weights @ v / weights.sum()
         return out.reshape(len(out), -1)

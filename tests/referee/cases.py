@@ -194,6 +194,29 @@ FAMILIES: Mapping[str, Mapping[str, Any]] = {
     "qwen3_moe": {**QWEN, **EXPERTS, "model_type": "qwen3_moe", "norm_topk_prob": True},
     "qwen3_moe without renormalising": {**QWEN, **EXPERTS, "model_type": "qwen3_moe", "norm_topk_prob": False},
     "seed_oss": {**QWEN, "model_type": "seed_oss", "attention_out_bias": True},
+    "olmo2": {**SMALL, "model_type": "olmo2", "num_attention_heads": 6, "num_key_value_heads": 3},
+    "granite": {
+        **SMALL, "model_type": "granite", "attention_multiplier": 0.2, "embedding_multiplier": 5.0,
+        "residual_multiplier": 0.22, "logits_scaling": 3.0,
+    },
+    "smollm3": {**SMALL, "model_type": "smollm3", "no_rope_layers": [1, 0]},
+    "ministral": {
+        **SMALL, "model_type": "ministral", "sliding_window": 11,
+        "layer_types": ["full_attention", "sliding_attention"],
+    },
+    "ministral3": {
+        **SMALL, "model_type": "ministral3",
+        **rope("yarn", factor=4.0, original_max_position_embeddings=16, llama_4_scaling_beta=0.3),
+    },
+    "phi3": {**SMALL, "model_type": "phi3", "partial_rotary_factor": 0.7, "sliding_window": 30},
+    "gemma2": {
+        **SMALL, "model_type": "gemma2", "query_pre_attn_scalar": 20, "sliding_window": 13,
+        "attn_logit_softcapping": 5.0, "final_logit_softcapping": 2.0,
+    },
+    "gemma3_text": {
+        **SMALL, "model_type": "gemma3_text", "query_pre_attn_scalar": 20, "sliding_window": 13,
+        "sliding_window_pattern": 2, "rope_local_base_freq": 100.0, **rope("linear", factor=4.0),
+    },
 }  # fmt: skip
 LATER_FAMILIES: Mapping[str, Mapping[str, Any]] = {
     "hy_v3": {**QWEN, **EXPERTS, "model_type": "hy_v3", "num_attention_heads": 6},

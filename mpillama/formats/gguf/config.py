@@ -238,7 +238,7 @@ def _rope_scaling(metadata: Metadata, factors: Sequence[float] | None) -> dict[s
             f"{metadata.path}: rope.scaling.type={kind!r} together with the tensor {ROPE_FACTORS}: mpillama runs one "
             "of both."
         )
-    metadata.refuse_unread("rope.", (*ALWAYS_READ, *ROPE_FIELDS[kind]))
+    metadata.refuse_unread("rope.", (*ALWAYS_READ, *ROPE_FIELDS[kind], *metadata.gguf.rope_keys))
     if factors:
         return {"rope_type": "factors", "factors": list(factors)}
     found = known[kind](metadata)

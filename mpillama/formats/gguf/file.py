@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +10,11 @@ import numpy as np
 
 from mpillama.errors import UserError
 from mpillama.formats.checkpoint import DEFAULT, Checkpoint, StoredTensor, named_templates, only_template
-from mpillama.formats.foreign import by_name, check_extents, damaged, unreadable
+from mpillama.formats.foreign import by_name, check_extents, cut_fused, damaged, unreadable
 from mpillama.formats.gguf.config import EMBEDDING, ROPE_FACTORS, TOKENIZER, Metadata, canonical, hugging_face_config
 from mpillama.formats.gguf.header import GgufHeader, read_gguf_header
 from mpillama.formats.reading import read_exactly
+from mpillama.models.config_values import ConfigValues
 
 PART = re.compile(r"(.*)-([0-9]{5})-of-([0-9]{5})\.gguf", re.DOTALL)
 VOCABULARY = "gguf_vocabulary.json"
@@ -31,10 +32,19 @@ def read_gguf(path: str) -> Checkpoint:
     metadata = Metadata(headers[0])
     factors = _rope_factors(files, stored.pop(ROPE_FACTORS, None), metadata.head_dim)
     config = hugging_face_config(metadata, stored.keys(), _vocab_size(metadata, stored), factors)
-    gguf, head_dim = metadata.gguf, metadata.head_dim
-    named = (c for tensor in stored.values() for c in canonical(files[tensor.file], tensor, gguf, head_dim))
-    table = by_name(files, named)
+    table = by_name(files, _canonical_tensors(files, stored.values(), metadata, config))
     return Checkpoint(str(path), "gguf", config, _texts(headers[0].metadata), files, sizes, table)
+
+
+def _canonical_tensors(
+    files: tuple[str, ...], tensors: Iterable[StoredTensor], metadata: Metadata, config: Mapping[str, Any]
+) -> Iterator[StoredTensor]:
+    """The tensors under Hugging Face's names, each part of a fused one by itself."""
+    fused = metadata.family.fused(ConfigValues(config, metadata.family.defaults))
+    for tensor in tensors:
+        path = files[tensor.file]
+        for whole in canonical(path, tensor, metadata.gguf, metadata.head_dim):
+            yield from cut_fused(path, whole, fused)
 
 
 # -- parts ----------------------------------------------------------------------------------------------------------
