@@ -17,15 +17,18 @@ from mpillama.errors import UserError
 from mpillama.formats.checkpoint import Checkpoint, StoredRows, StoredTensor
 from mpillama.formats.checkpoint_reader import CheckpointReader, Rows
 from mpillama.formats.foreign import PathSource
+from mpillama.formats.part_of_heads import part_of_heads
 from mpillama.formats.scaled_tensor import ScaledTensor
 from mpillama.models.config import ModelConfig
 from mpillama.models.family import DRAFT_LAYERS
 from mpillama.models.tensors import EMBEDDING, LM_HEAD, TensorSpec, WeightTypes
 from mpillama.quant.registry import WEIGHT_TYPES
-from mpillama.quant.types.f32 import F32
+from mpillama.quant.types.q8_0 import Q8_0
 from mpillama.quant.weight_type import WeightType
 
 AS_STORED = "as-stored"
+CHOSEN = Q8_0
+"""Stands for the type to be chosen; matrices that have another one, such as routers, have it always."""
 
 
 @dataclass(frozen=True)
@@ -100,11 +103,12 @@ def checkpoint_model(checkpoint: Checkpoint, weights: str) -> CheckpointModel:
     """Check a checkpoint against its configuration and choose the weight types; `weights` is a name or as-stored."""
     config = ModelConfig.from_hf(checkpoint.config_json)
     checkpoint = _without_drafts(checkpoint, config)
-    specs = config.tensors(WeightTypes(F32))
+    specs = config.tensors(WeightTypes(CHOSEN))
+    checkpoint = _with_parts(checkpoint, specs)
     _check_tensors(checkpoint, config, specs)
     if weights != AS_STORED:
         return CheckpointModel(checkpoint, WeightTypes(WEIGHT_TYPES[weights]))
-    matrices = [s for s in specs if s.split]
+    matrices = [s for s in specs if s.weight_type is CHOSEN]
     types = {s.name: _held_as(s, checkpoint) for s in matrices}
     default = Counter(types.values()).most_common(1)[0][0]
     others = {name: kind for name, kind in types.items() if kind != default}
@@ -145,6 +149,18 @@ def _without_drafts(checkpoint: Checkpoint, config: ModelConfig) -> Checkpoint:
     )  # fmt: skip
     kept = {name: tensor for name, tensor in checkpoint.tensors.items() if name not in set(left_out)}
     return replace(checkpoint, tensors=kept)
+
+
+def _with_parts(checkpoint: Checkpoint, specs: Sequence[TensorSpec]) -> Checkpoint:
+    """With the tensors that are parts of another one in its place; of a file that has both, the parts count."""
+    table = dict(checkpoint.tensors)
+    for spec in specs:
+        if spec.name not in table and (part := part_of_heads(spec, checkpoint.tensors)):
+            table[spec.name] = part
+    for spec in specs:
+        if spec.part_of and spec.name in table:
+            table.pop(spec.part_of.name, None)
+    return replace(checkpoint, tensors=table)
 
 
 def _check_tensors(checkpoint: Checkpoint, config: ModelConfig, specs: list[TensorSpec]) -> None:

@@ -109,8 +109,10 @@ INDEX = "model.safetensors.index.json"
 TEMPLATE = "chat_template.jinja"
 TOKENIZER_CONFIG = "tokenizer_config.json"
 TEXTS = ("tokenizer.json", TEMPLATE, "generation_config.json", TOKENIZER_CONFIG)
-OLDER_TOKENIZER = ("tokenizer.model", "added_tokens.json")
-"""What stands for tokenizer.json in older folders: a model of SentencePiece, and ids of more tokens by their names."""
+OLDER_TOKENIZERS = ("tokenizer.model", "tiktoken.model")
+"""What stands for tokenizer.json in some folders: a model of SentencePiece, or ranks of byte-level BPE."""
+ADDED_TOKENS = "added_tokens.json"
+"""Ids of more tokens by their names."""
 SENTENCES = "modules.json"
 """Beside models that make embeddings of sentences (sentence-transformers)."""
 QUANTISED = ("quantization_config", "compression_config", "quantization")
@@ -268,8 +270,9 @@ def _canonical(path: str, tensor: StoredTensor, family: Family | None) -> Iterat
 def _texts(folder: Path) -> dict[str, bytes]:
     """The texts that are there; an older checkpoint's chat template is taken out of its tokenizer_config.json."""
     texts = {name: read_text(folder / name) for name in TEXTS if (folder / name).exists()}
-    if "tokenizer.json" not in texts and (folder / OLDER_TOKENIZER[0]).exists():
-        texts |= {name: read_text(folder / name) for name in OLDER_TOKENIZER if (folder / name).exists()}
+    older = next((name for name in OLDER_TOKENIZERS if (folder / name).exists()), None)
+    if "tokenizer.json" not in texts and older:
+        texts |= {name: read_text(folder / name) for name in (older, ADDED_TOKENS) if (folder / name).exists()}
     if TEMPLATE not in texts and TOKENIZER_CONFIG in texts:
         template = only_template(named_templates(read_json(folder / TOKENIZER_CONFIG).get("chat_template")))
         if template:

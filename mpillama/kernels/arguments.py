@@ -99,6 +99,24 @@ class Router(ctypes.Structure):
     ]
 
 
+class LatentCache(ctypes.Structure):
+    """One layer's latents."""
+
+    _fields_: ClassVar = [("values", Address), ("scales", Address), ("type", ctypes.c_int64)]
+
+
+class LatentLayer(ctypes.Structure):
+    """The first half of a decoder layer with multi-head latent attention."""
+
+    _fields_: ClassVar = [
+        *((name, Matrix) for name in ("q_a", "q", "kv_a", "k_b", "v_b", "o")),
+        ("cache", LatentCache),
+        *((name, Address) for name in ("norm", "q_norm", "kv_norm")),
+        *((name, ctypes.c_double) for name in ("eps", "latent_eps", "scale")),
+        *((name, ctypes.c_int64) for name in ("hidden_size", "heads", "q_rank", "kv_rank", "nope", "rope", "pairs")),
+    ]
+
+
 class MlpLayer(ctypes.Structure):
     """The second half of a decoder layer."""
 
@@ -118,7 +136,7 @@ class Step(ctypes.Structure):
     _fields_: ClassVar = [
         ("tokens", ctypes.c_int64),
         ("x", Address),
-        *((name, Activations) for name in ("hidden", "context", "gate")),
+        *((name, Activations) for name in ("hidden", "context", "gate", "latent")),
         *((name, Address) for name in ("q", "k", "v", "up", "partial", "squares", "cosines", "sines")),
         *((name, Address) for name in ("query_factors", "slots", "segments", "tables")),
         *((name, ctypes.c_int64) for name in ("rotary_half", "segment_count", "table_width", "in_flight")),
@@ -145,7 +163,9 @@ class Sum(ctypes.Structure):
     ]
 
 
-STRUCTS = (Matrix, Activations, Cache, AttentionLayer, Router, MlpLayer, Step, Sum, Window)
+STRUCTS = (
+    Matrix, Activations, Cache, AttentionLayer, LatentCache, LatentLayer, Router, MlpLayer, Step, Sum, Window,
+)  # fmt: skip
 
 
 # -- How much memory quantised activations take; kernels/src/activations.h says how they lie --------------------------

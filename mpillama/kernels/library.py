@@ -102,6 +102,10 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
         c_int64,
         [c_void_p, POINTER(arguments.AttentionLayer), POINTER(arguments.Step), POINTER(arguments.Sum)],
     ),
+    "latent_half": (
+        c_int64,
+        [c_void_p, POINTER(arguments.LatentLayer), POINTER(arguments.Step), POINTER(arguments.Sum)],
+    ),
     "mlp_half": (
         c_int64,
         [c_void_p, POINTER(arguments.MlpLayer), POINTER(arguments.Step), POINTER(arguments.Sum)],
@@ -225,6 +229,12 @@ class Team:
     ) -> bool:
         """The rest of attention_half, when step.squares holds the sums over ranks."""
         return self._done(self._calls.attend_projected(self._handle, byref(layer), byref(step), _optional(total)))
+
+    def latent_half(
+        self, layer: arguments.LatentLayer, step: arguments.Step, total: arguments.Sum | None = None
+    ) -> bool:
+        """As attention_half, for multi-head latent attention."""
+        return self._done(self._calls.latent_half(self._handle, byref(layer), byref(step), _optional(total)))
 
     def mlp_half(self, layer: arguments.MlpLayer, step: arguments.Step, total: arguments.Sum | None = None) -> bool:
         """Norm, SwiGLU or experts; `total` and the result are those of attention_half."""

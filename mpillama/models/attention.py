@@ -70,7 +70,7 @@ class Attention(Protocol):
         """What kernels are told of these arrays."""
 
     def step_widths(self, part: Partition) -> Mapping[str, int]:
-        """Channels of the step's arrays q, k, v and context on a rank."""
+        """Channels of the step's arrays q, k, v, context and latent on a rank; what is left out is not needed."""
 
     def layer(self, weights: LayerWeights, part: Partition, hidden_size: int, norm: str, eps: float) -> Any:
         """What kernels are told of a layer; `norm` names the vector of its norm."""

@@ -52,8 +52,9 @@ def blank_step(x: np.ndarray, heads: int, kv_heads: int, head_dim: int, inner: i
     return StepArrays(
         x=x.copy(), hidden=blank_activations(*x.shape), q=nan(heads, head_dim), k=nan(kv_heads, head_dim),
         v=nan(kv_heads, head_dim), context=blank_activations(tokens, heads * head_dim),
-        gate=blank_activations(tokens, inner), up=nan(inner), partial=nan(x.shape[1], dtype=np.float64),
-        addend=nan(0), squares=nan(4, dtype=np.float64), angles=(Angles(nan(half), nan(half)),),
+        gate=blank_activations(tokens, inner), latent=blank_activations(tokens, 0), up=nan(inner),
+        partial=nan(x.shape[1], dtype=np.float64), addend=nan(0), squares=nan(4, dtype=np.float64),
+        angles=(Angles(nan(half), nan(half)),),
     )  # fmt: skip
 
 

@@ -59,6 +59,24 @@ struct AttentionLayer {
     i64 head_norm, q_width, k_width, first_counted;
 };
 
+// One layer's cache of latents: [blocks, 64, width] numbers, as latent_cache.h says.
+struct LatentCache {
+    u8* values;
+    u16* scales;
+    i64 type;
+};
+
+// Multi-head latent attention: queries and, with `pairs`, how their rotary channels stand. Matrices of heads have the
+// heads' rows one after the other; the channels of a head are padded to multiples of 32. Without `q_a` (no groups), `q`
+// reads the layer's input.
+struct LatentLayer {
+    Matrix q_a, q, kv_a, k_b, v_b, o;
+    LatentCache cache;
+    const float *norm, *q_norm, *kv_norm;
+    double eps, latent_eps, scale;
+    i64 hidden_size, heads, q_rank, kv_rank, nope, rope, pairs;
+};
+
 // How tokens choose among experts, as router.h says; without experts `matrix` has no groups. `bias` is added to the
 // logits, `correction` to the scores by which experts are chosen; both may be null.
 struct Router {
@@ -90,7 +108,7 @@ struct MlpLayer {
 struct Step {
     i64 tokens;
     float* x;
-    Activations hidden, context, gate;
+    Activations hidden, context, gate, latent;
     float *q, *k, *v, *up;
     double *partial, *squares;
     const float *cosines, *sines, *query_factors;

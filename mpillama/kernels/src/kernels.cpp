@@ -1,6 +1,7 @@
 // What Python calls (mpillama/kernels/library.py), compiled once for each instruction set.
 #include <new>
 
+#include "latent_layer.h"
 #include "layers.h"
 #include "shared_sum.h"
 #include "threads.h"
@@ -76,6 +77,13 @@ MPILLAMA_API i64 mpillama_attend_projected(Team* team, const AttentionLayer* lay
                               row_shared_bytes(layer->o, step->tokens, team->threads));
     if (!team->reserve(attention_half_scratch_bytes(*layer), common)) return NO_MEMORY;
     return run_half(team, *step, sum, [&](const Member& member, const Step& own) { attend_projected(member, *layer, own); });
+}
+
+MPILLAMA_API i64 mpillama_latent_half(Team* team, const LatentLayer* layer, const Step* step, Sum* sum) {
+    const i64 common = larger(latent_attention_shared_bytes(*layer, *step, team->threads),
+                              row_shared_bytes(layer->o, step->tokens, team->threads));
+    if (!team->reserve(latent_half_scratch_bytes(*layer), common)) return NO_MEMORY;
+    return run_half(team, *step, sum, [&](const Member& member, const Step& own) { latent_half(member, *layer, own); });
 }
 
 MPILLAMA_API i64 mpillama_mlp_half(Team* team, const MlpLayer* layer, const Step* step, Sum* sum) {
@@ -292,6 +300,14 @@ MPILLAMA_API i64 mpillama_offset(i64 index) {
         offsetof(AttentionLayer, head_dim), offsetof(AttentionLayer, channels), offsetof(AttentionLayer, window),
         offsetof(AttentionLayer, chunk), offsetof(AttentionLayer, head_norm), offsetof(AttentionLayer, q_width),
         offsetof(AttentionLayer, k_width), offsetof(AttentionLayer, first_counted),
+        sizeof(LatentCache), offsetof(LatentCache, values), offsetof(LatentCache, scales), offsetof(LatentCache, type),
+        sizeof(LatentLayer), offsetof(LatentLayer, q_a), offsetof(LatentLayer, q), offsetof(LatentLayer, kv_a),
+        offsetof(LatentLayer, k_b), offsetof(LatentLayer, v_b), offsetof(LatentLayer, o), offsetof(LatentLayer, cache),
+        offsetof(LatentLayer, norm), offsetof(LatentLayer, q_norm), offsetof(LatentLayer, kv_norm),
+        offsetof(LatentLayer, eps), offsetof(LatentLayer, latent_eps), offsetof(LatentLayer, scale),
+        offsetof(LatentLayer, hidden_size), offsetof(LatentLayer, heads), offsetof(LatentLayer, q_rank),
+        offsetof(LatentLayer, kv_rank), offsetof(LatentLayer, nope), offsetof(LatentLayer, rope),
+        offsetof(LatentLayer, pairs),
         sizeof(Router), offsetof(Router, matrix), offsetof(Router, bias), offsetof(Router, correction),
         offsetof(Router, epsilon), offsetof(Router, scaling), offsetof(Router, scores), offsetof(Router, chosen),
         offsetof(Router, renormalise), offsetof(Router, groups), offsetof(Router, chosen_groups),
@@ -302,8 +318,9 @@ MPILLAMA_API i64 mpillama_offset(i64 index) {
         offsetof(MlpLayer, eps), offsetof(MlpLayer, alpha), offsetof(MlpLayer, limit), offsetof(MlpLayer, hidden_size),
         offsetof(MlpLayer, activation),
         sizeof(Step), offsetof(Step, tokens), offsetof(Step, x), offsetof(Step, hidden), offsetof(Step, context),
-        offsetof(Step, gate), offsetof(Step, q), offsetof(Step, k), offsetof(Step, v), offsetof(Step, up),
-        offsetof(Step, partial), offsetof(Step, squares), offsetof(Step, cosines), offsetof(Step, sines),
+        offsetof(Step, gate), offsetof(Step, latent), offsetof(Step, q), offsetof(Step, k), offsetof(Step, v),
+        offsetof(Step, up), offsetof(Step, partial), offsetof(Step, squares), offsetof(Step, cosines),
+        offsetof(Step, sines),
         offsetof(Step, query_factors), offsetof(Step, slots),
         offsetof(Step, segments), offsetof(Step, tables), offsetof(Step, rotary_half), offsetof(Step, segment_count),
         offsetof(Step, table_width), offsetof(Step, in_flight),
