@@ -64,9 +64,10 @@ def _arrays(model: ModelFile, spec: TensorSpec) -> list[dict[str, Any]]:
     if isinstance(model, CheckpointModel):
         found = [model.checkpoint.tensors[name] for name in spec.source_names]
         files = model.checkpoint.files
+        parts = ((tensor.stored, part) for tensor in found for part in tensor.parts)
         return [
-            {"name": t.name, "shape": list(t.shape), "offset": t.offset, "stored": t.stored, "file": files[t.file]}
-            for t in found
+            {"name": p.name, "shape": list(p.shape), "offset": p.offset, "stored": stored, "file": files[p.file]}
+            for stored, p in parts
         ]
     assert isinstance(model, NativeModel)
     entries = [model.entries[array.name] for array in spec.arrays()]

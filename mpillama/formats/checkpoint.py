@@ -7,8 +7,31 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from mpillama.quant.registry import STORED_TYPES
-from mpillama.quant.weight_type import StoredType
+import numpy as np
+
+from mpillama.formats.stored_arrays import Source, StoredArray
+from mpillama.quant.coded import Coded
+from mpillama.quant.registry import STORED_TYPES, WEIGHT_TYPES
+from mpillama.quant.weight_type import BLOCK, Float32, StoredType, WeightType
+
+
+@dataclass(frozen=True)
+class StoredRows:
+    """Rows of a tensor in their own bytes, uint8 [rows, bytes]: all columns, or whole blocks of some."""
+
+    type: StoredType
+    raw: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.raw)
+
+    def rows(self, index: slice) -> "StoredRows":
+        """Some of the rows."""
+        return StoredRows(self.type, self.raw[index])
+
+    def decode(self) -> Float32:
+        """The values."""
+        return self.type.decode(self.raw)
 
 
 @dataclass(frozen=True)
@@ -16,7 +39,7 @@ class StoredTensor:
     """One tensor of a checkpoint: its shape as Hugging Face has it, and where its bytes lie.
 
     `stored` names the type of the values, one of STORED_TYPES; rows follow each other without gaps. `offset` is the
-    64-bit byte offset in file number `file`.
+    64-bit byte offset in file number `file`. A ScaledTensor is spread over several arrays.
     `interleaved` is head_dim where the rows of each head stand as rotary pairs (row 2i of the file is row i of the
     head, row 2i + 1 is row i + head_dim / 2), else 0. `added` is what a vector's stored values lack, as those of norms
     that count from 1.
@@ -38,6 +61,51 @@ class StoredTensor:
     def bytes(self) -> int:
         """ValueError if the shape is impossible, or rows are no whole number of blocks."""
         return self.type.tensor_bytes(self.shape)
+
+    @property
+    def parts(self) -> tuple[StoredArray, ...]:
+        """The arrays of the files that it consists of."""
+        return (StoredArray(self.name, self.stored, self.shape, self.file, self.offset),)
+
+    @property
+    def block(self) -> int:
+        """Columns that can be read only together."""
+        return self.type.block
+
+    @property
+    def loses(self) -> bool:
+        """Whether no type of weights has its numbers, so that they are rounded to another."""
+        return self.stored not in WEIGHT_TYPES
+
+    @property
+    def is_wide(self) -> bool:
+        """Whether the file has columns one after the other, so that runs of many rows are better."""
+        return False
+
+    def held_as(self, chunk: int = 0) -> WeightType:
+        """The type that it has in memory unless the user asks for another.
+
+        `chunk` is the number of columns that are padded to whole blocks of 32 by themselves, 0 for all together.
+        """
+        return self.type.held_as()
+
+    def keeps(self, weight_type: WeightType, chunk: int = 0) -> bool:
+        """Whether the stored numbers go over as they are: the same type, and no block of 32 is cut or padded."""
+        return self.type == weight_type and (chunk or self.shape[1]) % BLOCK == 0
+
+    def read(self, source: Source, rows: range, columns: range) -> StoredRows | Coded:
+        """A range of columns (whole blocks) of a range of rows."""
+        whole = self.type.row_bytes(self.shape[-1])
+        first, last = (self.type.row_bytes(c) for c in (columns.start, columns.stop))
+        raw = np.empty((len(rows), last - first), np.uint8)
+        start = self.offset + rows.start * whole + first
+        if last - first == whole:
+            source.fill(self.file, raw.reshape(-1).data, start, self.name)
+            source.forget(self.file, start, raw.nbytes)
+        else:  # the rest of each row is for other ranks, perhaps of this host: it may stay in the cache
+            for i in range(len(rows) if raw.size else 0):
+                source.fill(self.file, raw[i].data, start + i * whole, self.name)
+        return StoredRows(self.type, raw)
 
 
 @dataclass(frozen=True)

@@ -3,27 +3,32 @@
 import hashlib
 import json
 import logging
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from math import prod
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from mpillama.errors import UserError
-from mpillama.formats.checkpoint import Checkpoint, StoredTensor
-from mpillama.formats.checkpoint_reader import CheckpointReader
-from mpillama.formats.foreign import unreadable
-from mpillama.formats.reading import read_exactly
+from mpillama.formats.checkpoint import Checkpoint, StoredRows, StoredTensor
+from mpillama.formats.checkpoint_reader import CheckpointReader, Rows
+from mpillama.formats.foreign import PathSource
+from mpillama.formats.part_of_heads import part_of_heads
+from mpillama.formats.scaled_tensor import ScaledTensor
 from mpillama.models.config import ModelConfig
+from mpillama.models.family import DRAFT_LAYERS
 from mpillama.models.tensors import EMBEDDING, LM_HEAD, TensorSpec, WeightTypes
 from mpillama.quant.registry import WEIGHT_TYPES
-from mpillama.quant.types.f32 import F32
+from mpillama.quant.types.q8_0 import Q8_0
+from mpillama.quant.weight_type import WeightType
 
 AS_STORED = "as-stored"
+CHOSEN = Q8_0
+"""Stands for the type to be chosen; matrices that have another one, such as routers, have it always."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +72,7 @@ class CheckpointModel:
     def metadata_sha256(self) -> str:
         """SHA-256 over everything that is not weights: it tells checkpoints apart, but not their values."""
         c = self.checkpoint
-        table = [[t.name, list(t.shape), t.stored, t.file, t.offset] for t in c.tensors.values()]
+        table = [[t.name, list(t.shape), t.stored, t.file, t.offset, *_others(t)] for t in c.tensors.values()]
         head = [c.config_json, table, list(c.file_sizes), {k: len(v) for k, v in sorted(c.texts.items())}]
         digest = hashlib.sha256(json.dumps(head, sort_keys=True).encode())
         for _, text in sorted(c.texts.items()):
@@ -89,7 +94,7 @@ class CheckpointModel:
         """Stored types that are turned into others since no kernel knows them: their weights' number."""
         found: dict[str, int] = {}
         for tensor in self.checkpoint.tensors.values():
-            if tensor.stored not in WEIGHT_TYPES:
+            if tensor.loses:
                 found[tensor.stored] = found.get(tensor.stored, 0) + prod(tensor.shape)
         return found
 
@@ -97,15 +102,65 @@ class CheckpointModel:
 def checkpoint_model(checkpoint: Checkpoint, weights: str) -> CheckpointModel:
     """Check a checkpoint against its configuration and choose the weight types; `weights` is a name or as-stored."""
     config = ModelConfig.from_hf(checkpoint.config_json)
-    specs = config.tensors(WeightTypes(F32))
+    checkpoint = _without_drafts(checkpoint, config)
+    specs = config.tensors(WeightTypes(CHOSEN))
+    checkpoint = _with_parts(checkpoint, specs)
     _check_tensors(checkpoint, config, specs)
     if weights != AS_STORED:
         return CheckpointModel(checkpoint, WeightTypes(WEIGHT_TYPES[weights]))
-    matrices = [s for s in specs if s.split]
-    types = {s.name: checkpoint.tensors[s.source_names[0]].type.held_as() for s in matrices}
+    matrices = [s for s in specs if s.weight_type is CHOSEN]
+    types = {s.name: _held_as(s, checkpoint) for s in matrices}
     default = Counter(types.values()).most_common(1)[0][0]
     others = {name: kind for name, kind in types.items() if kind != default}
     return CheckpointModel(checkpoint, WeightTypes(default, others or None))
+
+
+def _held_as(spec: TensorSpec, checkpoint: Checkpoint) -> WeightType:
+    """The type of a matrix in memory: that of its experts with the most bits, if they differ."""
+    types = {checkpoint.tensors[name].held_as(spec.column_chunk) for name in spec.source_names}
+    return max(types, key=lambda t: (t.group_bytes(spec.panel or spec.columns), t.name))
+
+
+def _others(tensor: StoredTensor) -> list[Any]:
+    """What else tells a tensor that is spread over several arrays."""
+    if isinstance(tensor, ScaledTensor):
+        return [[[p.name, p.dtype, list(p.shape), p.file, p.offset] for p in tensor.parts]]
+    return []
+
+
+DRAFTS = re.compile(r"(?:(?:model\.layers|blk)\.(?P<layer>[0-9]{1,6})|(?:model\.)?mtp)\..*", re.DOTALL)
+"""Tensors of layers that only draft tokens, by the names of formats; they have a number or a prefix of their own."""
+
+
+def _without_drafts(checkpoint: Checkpoint, config: ModelConfig) -> Checkpoint:
+    """The checkpoint without layers that only draft tokens, as transformers loads it, which is told."""
+    drafting, first = checkpoint.config_json.get(DRAFT_LAYERS), config.num_hidden_layers
+    layers = range(first, first + drafting if isinstance(drafting, int) else first)
+    left_out = [
+        name
+        for name in checkpoint.tensors
+        if (found := DRAFTS.fullmatch(name)) and (found["layer"] is None or int(found["layer"]) in layers)
+    ]
+    if not left_out:
+        return checkpoint
+    logging.getLogger(__name__).info(
+        "%s: %d tensors of layers that only draft tokens (%s and so on) are left out: the answers are the same.",
+        checkpoint.path, len(left_out), left_out[0],
+    )  # fmt: skip
+    kept = {name: tensor for name, tensor in checkpoint.tensors.items() if name not in set(left_out)}
+    return replace(checkpoint, tensors=kept)
+
+
+def _with_parts(checkpoint: Checkpoint, specs: Sequence[TensorSpec]) -> Checkpoint:
+    """With the tensors that are parts of another one in its place; of a file that has both, the parts count."""
+    table = dict(checkpoint.tensors)
+    for spec in specs:
+        if spec.name not in table and (part := part_of_heads(spec, checkpoint.tensors)):
+            table[spec.name] = part
+    for spec in specs:
+        if spec.part_of and spec.name in table:
+            table.pop(spec.part_of.name, None)
+    return replace(checkpoint, tensors=table)
 
 
 def _check_tensors(checkpoint: Checkpoint, config: ModelConfig, specs: list[TensorSpec]) -> None:
@@ -185,24 +240,21 @@ def _equal(first: StoredTensor, second: StoredTensor, files: Sequence[str]) -> b
     if first.shape != second.shape or len(first.shape) != 2:
         return False
     runs = zip(_runs(first, files), _runs(second, files), strict=True)
-    if first.stored == second.stored:
-        return all(np.array_equal(a, b) for a, b in runs)
-    return all(np.array_equal(first.type.decode(a), second.type.decode(b)) for a, b in runs)
+    return all(_same(a, b) for a, b in runs)
 
 
-def _runs(tensor: StoredTensor, files: Sequence[str]) -> Iterator[np.ndarray]:
-    """The bytes of a matrix, some rows at a time: as many for any type of the same width."""
+def _same(first: Rows, second: Rows) -> bool:
+    if isinstance(first, StoredRows) and isinstance(second, StoredRows) and first.type == second.type:
+        return np.array_equal(first.raw, second.raw)
+    return np.array_equal(first.decode(), second.decode())
+
+
+def _runs(tensor: StoredTensor, files: Sequence[str]) -> Iterator[Rows]:
+    """The rows of a matrix, some at a time: as many for any type of the same width."""
     rows, columns = tensor.shape
-    size, step = tensor.type.row_bytes(columns), max(1, RUN_BYTES // (4 * columns))
-    path = files[tensor.file]
-    try:
-        with Path(path).open("rb") as file:
-            for start in range(0, rows, step):
-                raw = np.empty((min(step, rows - start), size), np.uint8)
-                read_exactly(file.fileno(), raw.reshape(-1).data, tensor.offset + start * size)
-                yield raw
-    except OSError as error:
-        raise unreadable(path, error) from error
+    step, source = max(1, RUN_BYTES // (4 * columns)), PathSource(files)
+    for start in range(0, rows, step):
+        yield tensor.read(source, range(start, min(start + step, rows)), range(columns))
 
 
 def refuse_headless(path: str, has_head: bool) -> None:

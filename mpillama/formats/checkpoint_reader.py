@@ -9,17 +9,21 @@ from math import prod
 import numpy as np
 
 from mpillama.errors import UserError
-from mpillama.formats.checkpoint import Checkpoint, StoredTensor
+from mpillama.formats.checkpoint import Checkpoint, StoredRows, StoredTensor
 from mpillama.formats.reading import MAX_READ, SourceFile
 from mpillama.models.tensors import TensorSpec
-from mpillama.quant.weight_type import BLOCK, LANES, Arrays
+from mpillama.quant.coded import Coded, KeepsCodes
+from mpillama.quant.weight_type import LANES, Arrays
 
 PIECE = 1 << 19
 """Values that a worker turns into lanes at a time: what it needs besides is a few times this in float64."""
 RUN = 8
 """Pieces that are read at a time, if the tensor is large enough to keep all workers busy so."""
 MOST_WORKERS = 8
+WIDE_RUN_BYTES = 64 << 20
+"""About as much is read together of tensors whose file has columns one after the other, by all workers."""
 
+Rows = StoredRows | Coded
 Piece = Callable[[], int]
 """Reads and places some rows; returns the bytes it read."""
 
@@ -35,9 +39,8 @@ class Slice:
 
     @property
     def takes_blocks(self) -> bool:
-        """Whether the stored numbers go over as they are: the same type, and no block of 32 is cut or padded."""
-        same = self.tensor.type == self.spec.weight_type
-        return same and self.tensor.shape[1] // self.spec.column_chunks % BLOCK == 0
+        """Whether the stored numbers go over as they are."""
+        return self.tensor.keeps(self.spec.weight_type, self.spec.column_chunk)
 
     @property
     def columns(self) -> range:
@@ -47,6 +50,34 @@ class Slice:
             return range(width)
         unit = width // self.spec.column_chunks if self.spec.column_chunks > 1 else self.spec.panel
         return range(min(self.units.start * unit, width), min(self.units.stop * unit, width))
+
+    @property
+    def width(self) -> int:
+        """The padded columns."""
+        return len(self.units) * self.spec.panel if self.spec.panel else self.spec.columns
+
+    @property
+    def column_chunks(self) -> int:
+        """The parts of the columns that are padded one by one."""
+        return len(self.units) if self.spec.panel and self.spec.column_chunks > 1 else 1
+
+
+class Tally:
+    """A reader's files, and how many bytes were read of them; see Source."""
+
+    def __init__(self, files: Sequence[SourceFile]):
+        self.files = files
+        self.bytes = 0
+
+    def path(self, file: int) -> str:
+        return self.files[file].path
+
+    def fill(self, file: int, buffer: memoryview, offset: int, name: str) -> None:
+        self.files[file].read(buffer, offset, name)
+        self.bytes += len(buffer)
+
+    def forget(self, file: int, offset: int, count: int) -> None:
+        self.files[file].drop(offset, count)
 
 
 class CheckpointReader:
@@ -93,7 +124,9 @@ class CheckpointReader:
         """Fill the arrays of a tensor with the given units; UserError names the file if it cannot be read."""
         tensors = [self.checkpoint.tensors[name] for name in spec.source_names]
         if spec.vector:
-            self._finish(iter([partial(self._read_vector, spec, tensors[0], units, arrays[0])]))
+            outs = arrays[0] if spec.experts else arrays
+            pieces = (partial(self._read_vector, spec, t, units, out) for t, out in zip(tensors, outs, strict=True))
+            self._finish(pieces)
             return
         parts = [[a[e] for a in arrays] for e in range(spec.experts)] if spec.experts else [arrays]
         slices = [Slice(spec, tensor, units, part) for tensor, part in zip(tensors, parts, strict=True)]
@@ -117,11 +150,11 @@ class CheckpointReader:
     # -- vectors --------------------------------------------------------------------------------------------------
 
     def _read_vector(self, spec: TensorSpec, tensor: StoredTensor, units: range, out: np.ndarray) -> int:
-        raw = self._rows(tensor, range(1), range(tensor.shape[0]))
-        values = tensor.type.decode(raw).reshape(-1, 1) + np.float32(tensor.added)
+        tally = Tally(self.files)
+        values = tensor.read(tally, range(1), range(tensor.shape[0])).decode().reshape(-1, 1) + np.float32(tensor.added)
         whole = spec.pad(_straightened(values, tensor.interleaved).reshape(-1))
         out[:] = whole[units.start * spec.unit : units.stop * spec.unit]
-        return raw.nbytes
+        return tally.bytes
 
     # -- matrices -------------------------------------------------------------------------------------------------
 
@@ -134,6 +167,9 @@ class CheckpointReader:
             rows = range(wanted.units.start * spec.unit, wanted.units.stop * spec.unit)
         step *= max(1, PIECE // (step * max(1, len(wanted.columns))))
         run = step * max(1, min(RUN, len(rows) // (4 * self.count * step)))
+        if wanted.tensor.is_wide:
+            row_bytes = -(-wanted.tensor.bytes // wanted.tensor.shape[0])
+            run = step * max(1, min(-(-len(rows) // step), WIDE_RUN_BYTES // (self.count * row_bytes * step)))
         for start in range(rows.start, rows.stop, run):
             yield partial(self._read_run, wanted, range(start, min(start + run, rows.stop)), step, rows.start)
 
@@ -141,18 +177,19 @@ class CheckpointReader:
         """Read padded rows of a matrix and put them in lanes into their places, `step` rows at a time."""
         spec, tensor = wanted.spec, wanted.tensor
         stored = self._stored_rows(spec, tensor, rows)
-        block, columns = tensor.type.block, wanted.columns
+        block, columns, tally = tensor.block, wanted.columns, Tally(self.files)
         around = range(columns.start // block * block, -(-columns.stop // block) * block)
-        raw = self._rows(tensor, stored, around)
+        found = tensor.read(tally, stored, around)
         for start in range(rows.start, rows.stop, step):
             part = range(start, min(start + step, rows.stop))
             of_part = self._stored_rows(spec, tensor, part)
-            self._place(wanted, part, raw[of_part.start - stored.start : of_part.stop - stored.start], around, first)
-        return raw.nbytes
+            rows_of_part = found.rows(slice(of_part.start - stored.start, of_part.stop - stored.start))
+            self._place(wanted, part, rows_of_part, around, first)
+        return tally.bytes
 
-    def _place(self, wanted: Slice, rows: range, raw: np.ndarray, around: range, first: int) -> None:
-        """Put the bytes of padded rows in lanes into their places."""
-        packed = self._pack_blocks(wanted, rows, raw) if wanted.takes_blocks else self._pack(wanted, rows, raw, around)
+    def _place(self, wanted: Slice, rows: range, found: Rows, around: range, first: int) -> None:
+        """Put what stands behind padded rows in lanes into their places."""
+        packed = (self._pack_blocks if wanted.takes_blocks else self._pack)(wanted, rows, found, around)
         groups = slice((rows.start - first) // LANES, (rows.stop - first) // LANES)
         for array, values in zip(wanted.arrays, packed, strict=True):
             if wanted.spec.panel is None:
@@ -167,46 +204,34 @@ class CheckpointReader:
         padded, true = spec.rows // spec.row_chunks, tensor.shape[0] // spec.row_chunks
         return range(rows.start // padded * true, rows.stop // padded * true)
 
-    def _pack(self, wanted: Slice, rows: range, raw: np.ndarray, around: range) -> Arrays:
+    def _pack(self, wanted: Slice, rows: range, found: Rows, around: range) -> Arrays:
         spec, columns = wanted.spec, wanted.columns
-        values = wanted.tensor.type.decode(raw) if raw.size else np.zeros((len(raw), len(around)), np.float32)
+        values = found.decode() if len(found) and around else np.zeros((len(found), len(around)), np.float32)
         values = _straightened(values, wanted.tensor.interleaved)
         values = values[:, columns.start - around.start : columns.stop - around.start]
-        chunks = len(wanted.units) if spec.panel and spec.column_chunks > 1 else 1
-        width = len(wanted.units) * spec.panel if spec.panel else spec.columns
-        padded = _padded(values, len(rows), self._row_chunks(spec, rows), width, chunks)
+        padded = _padded(values, len(rows), self._row_chunks(spec, rows), wanted.width, wanted.column_chunks)
         return spec.weight_type.pack(padded, spec.panel)
 
-    def _pack_blocks(self, wanted: Slice, rows: range, raw: np.ndarray) -> Arrays:
+    def _pack_blocks(self, wanted: Slice, rows: range, found: Rows, around: range) -> Arrays:
         """As _pack, but the type's own numbers stay as they are."""
-        spec, chunks = wanted.spec, self._row_chunks(wanted.spec, rows)
-        width = (len(wanted.units) * spec.panel if spec.panel else spec.columns) // spec.weight_type.unit
+        spec, chunks, unit = wanted.spec, self._row_chunks(wanted.spec, rows), wanted.spec.weight_type.unit
+        width = wanted.width // unit
+        if isinstance(found, Coded):
+            assert isinstance(spec.weight_type, KeepsCodes)
+            first, last, stored = 0, width, spec.weight_type.take(found.padded(wanted.width, wanted.column_chunks))
+        else:
+            first, last = ((column - around.start) // unit for column in (wanted.columns.start, wanted.columns.stop))
+            stored = spec.weight_type.blocks_of(found.raw)
         blocks = []
-        for part in spec.weight_type.blocks_of(raw):
+        for whole in stored:
+            part = whole[:, first:last]
             straight, size = _straightened(part, wanted.tensor.interleaved), prod(part.shape[2:])
-            padded = _padded(straight.reshape(len(raw), -1), len(rows), chunks, width * size, 1)
+            padded = _padded(straight.reshape(len(found), -1), len(rows), chunks, width * size, 1)
             blocks.append(padded.reshape(len(rows), width, *part.shape[2:]))
         return spec.weight_type.pack_blocks(tuple(blocks), spec.panel)
 
     def _row_chunks(self, spec: TensorSpec, rows: range) -> int:
         return len(rows) // (spec.rows // spec.row_chunks) if spec.row_chunks > 1 else 1
-
-    # -- bytes ----------------------------------------------------------------------------------------------------
-
-    def _rows(self, tensor: StoredTensor, rows: range, columns: range) -> np.ndarray:
-        """The bytes of a range of columns (whole blocks) of a range of rows: uint8 [rows, bytes]."""
-        whole = tensor.type.row_bytes(tensor.shape[-1])
-        first, last = (tensor.type.row_bytes(c) for c in (columns.start, columns.stop))
-        raw = np.empty((len(rows), last - first), np.uint8)
-        start = tensor.offset + rows.start * whole + first
-        file = self.files[tensor.file]
-        if last - first == whole:
-            file.read(raw.reshape(-1).data, start, tensor.name)
-            file.drop(start, raw.nbytes)
-        else:  # the rest of each row is for other ranks, perhaps of this host: it may stay in the cache
-            for i in range(len(rows) if raw.size else 0):
-                file.read(raw[i].data, start + i * whole, tensor.name)
-        return raw
 
 
 def _straightened(rows: np.ndarray, head_dim: int) -> np.ndarray:

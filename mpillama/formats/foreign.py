@@ -13,9 +13,11 @@ from typing import Any, Self
 
 from mpillama.errors import UserError
 from mpillama.formats.checkpoint import StoredTensor
+from mpillama.formats.reading import read_exactly
 from mpillama.formats.stand_ins import HEAD_BYTES, refuse_stand_in, refuse_text_stand_in
+from mpillama.formats.stored_arrays import StoredArray
 from mpillama.models.family import Fused
-from mpillama.models.mlp import MOST_EXPERTS
+from mpillama.models.router import MOST_EXPERTS
 from mpillama.models.tensors import LAYER_PREFIX
 
 MOST_TEXT = 2**28
@@ -76,7 +78,29 @@ def read_json(path: Path) -> Mapping[str, Any]:
     return value
 
 
-def check_extents(files: Sequence[str], sizes: Sequence[int], tensors: Iterable[StoredTensor]) -> None:
+class PathSource:
+    """A checkpoint's files for the few bytes that rank 0 reads before there are readers; see Source."""
+
+    def __init__(self, files: Sequence[str]):
+        self.files = files
+
+    def path(self, file: int) -> str:
+        return self.files[file]
+
+    def fill(self, file: int, buffer: memoryview, offset: int, name: str) -> None:
+        try:
+            with Path(self.files[file]).open("rb") as opened:
+                read_exactly(opened.fileno(), buffer, offset)
+        except OSError as error:
+            raise unreadable(self.files[file], error) from error
+
+    def forget(self, file: int, offset: int, count: int) -> None:
+        """They may be wanted again."""
+
+
+def check_extents(
+    files: Sequence[str], sizes: Sequence[int], tensors: Iterable[StoredTensor] | Iterable[StoredArray]
+) -> None:
     """Refuse tensors of impossible shape, past the end of their file, or over each other."""
     extents = []
     for tensor in tensors:
@@ -113,6 +137,16 @@ def split_experts(path: str, prefix: str, tensor: StoredTensor, parts: Sequence[
     for number in range(experts * len(parts)):
         name = f"{prefix}{number // len(parts)}.{parts[number % len(parts)]}.weight"
         yield replace(tensor, name=name, shape=(rows, columns), offset=tensor.offset + number * step)
+
+
+def split_expert_vectors(path: str, prefix: str, tensor: StoredTensor, part: str) -> Iterator[StoredTensor]:
+    """Cut [experts, rows] into a bias for each expert."""
+    if len(tensor.shape) != 2 or tensor.shape[0] > MOST_EXPERTS:
+        raise damaged(path, f"tensor {tensor.name!r} of stacked experts has shape {tensor.shape}")
+    experts, rows = tensor.shape
+    for number in range(experts):
+        offset = tensor.offset + number * tensor.type.row_bytes(rows)
+        yield replace(tensor, name=f"{prefix}{number}.{part}.bias", shape=(rows,), offset=offset)
 
 
 def cut_fused(path: str, tensor: StoredTensor, fused: Fused) -> Iterator[StoredTensor]:

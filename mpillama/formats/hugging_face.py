@@ -24,6 +24,7 @@ from mpillama.formats.foreign import (
     split_experts,
 )
 from mpillama.formats.stand_ins import what_folder
+from mpillama.formats.turned_experts import turned_experts
 from mpillama.models.config_values import ConfigValues
 from mpillama.models.families import FAMILIES
 from mpillama.models.family import Family
@@ -108,12 +109,14 @@ INDEX = "model.safetensors.index.json"
 TEMPLATE = "chat_template.jinja"
 TOKENIZER_CONFIG = "tokenizer_config.json"
 TEXTS = ("tokenizer.json", TEMPLATE, "generation_config.json", TOKENIZER_CONFIG)
-OLDER_TOKENIZER = ("tokenizer.model", "added_tokens.json")
-"""What stands for tokenizer.json in older folders: a model of SentencePiece, and ids of more tokens by their names."""
+OLDER_TOKENIZERS = ("tokenizer.model", "tiktoken.model")
+"""What stands for tokenizer.json in some folders: a model of SentencePiece, or ranks of byte-level BPE."""
+ADDED_TOKENS = "added_tokens.json"
+"""Ids of more tokens by their names."""
 SENTENCES = "modules.json"
 """Beside models that make embeddings of sentences (sentence-transformers)."""
 QUANTISED = ("quantization_config", "compression_config", "quantization")
-FUSED_EXPERTS = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
+FUSED_EXPERTS: Mapping[str, tuple[str, ...]] = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
 
 
 def read_hugging_face(path: str) -> Checkpoint:
@@ -242,18 +245,20 @@ def _canonical_tensors(
     from_one = re.compile(family.from_one if family and family.from_one else r"(?!)")
     for tensor in tensors:
         path = files[tensor.file]
-        for whole in _canonical(path, tensor, family.renames if family else {}):
+        for whole in _canonical(path, tensor, family):
             for part in cut_fused(path, whole, fused):
                 yield replace(part, added=1.0) if from_one.search(part.name) else part
 
 
-def _canonical(path: str, tensor: StoredTensor, renames: Mapping[str, str]) -> Iterator[StoredTensor]:
+def _canonical(path: str, tensor: StoredTensor, family: Family | None) -> Iterator[StoredTensor]:
     """The tensor under its canonical name; stacked experts one by one."""
     name = tensor.name
-    for pattern, replacement in renames.items():
+    for pattern, replacement in (family.renames if family else {}).items():
         name = re.sub(pattern, replacement, name)
-    fused = re.fullmatch(r"(.*\.mlp\.experts\.)(gate_up_proj|down_proj)", name)
-    if fused:
+    fused = re.fullmatch(r"(.*\.mlp\.experts\.)(gate_up_proj|down_proj)(_bias)?", name)
+    if fused and family and family.turned_experts:
+        yield from turned_experts(path, fused[1], tensor, FUSED_EXPERTS[fused[2]])
+    elif fused and not fused[3]:
         yield from split_experts(path, fused[1], tensor, FUSED_EXPERTS[fused[2]])
     else:
         yield replace(tensor, name=name)
@@ -265,8 +270,9 @@ def _canonical(path: str, tensor: StoredTensor, renames: Mapping[str, str]) -> I
 def _texts(folder: Path) -> dict[str, bytes]:
     """The texts that are there; an older checkpoint's chat template is taken out of its tokenizer_config.json."""
     texts = {name: read_text(folder / name) for name in TEXTS if (folder / name).exists()}
-    if "tokenizer.json" not in texts and (folder / OLDER_TOKENIZER[0]).exists():
-        texts |= {name: read_text(folder / name) for name in OLDER_TOKENIZER if (folder / name).exists()}
+    older = next((name for name in OLDER_TOKENIZERS if (folder / name).exists()), None)
+    if "tokenizer.json" not in texts and older:
+        texts |= {name: read_text(folder / name) for name in (older, ADDED_TOKENS) if (folder / name).exists()}
     if TEMPLATE not in texts and TOKENIZER_CONFIG in texts:
         template = only_template(named_templates(read_json(folder / TOKENIZER_CONFIG).get("chat_template")))
         if template:

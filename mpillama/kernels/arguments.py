@@ -23,11 +23,13 @@ class Matrix(ctypes.Structure):
     _fields_: ClassVar = [
         ("values", Address),
         ("scales", Address),
+        ("supers", Address),
         ("type", ctypes.c_int64),
         ("experts", ctypes.c_int64),
         ("panels", ctypes.c_int64),
         ("groups", ctypes.c_int64),
         ("columns", ctypes.c_int64),
+        ("super_columns", ctypes.c_int64),
     ]
 
 
@@ -39,6 +41,7 @@ class Activations(ctypes.Structure):
         ("values", Address),
         ("scales", Address),
         ("starts", Address),
+        ("halves", Address),
         ("columns", ctypes.c_int64),
     ]
 
@@ -68,6 +71,7 @@ class Activation(IntEnum):
 
     SILU = 0
     GELU_TANH = 1
+    CLAMPED_SILU = 2
 
 
 class AttentionLayer(ctypes.Structure):
@@ -76,10 +80,40 @@ class AttentionLayer(ctypes.Structure):
     _fields_: ClassVar = [
         *((name, Matrix) for name in ("q", "k", "v", "o")),
         ("cache", Cache),
-        *((name, Address) for name in ("norm", "q_bias", "k_bias", "v_bias", "q_norm", "k_norm", "head_start")),
+        *((name, Address) for name in ("norm", "q_bias", "k_bias", "v_bias", "q_norm", "k_norm", "sinks")),
+        ("head_start", Address),
         *((name, ctypes.c_double) for name in ("eps", "scale", "soft_cap")),
         *((name, ctypes.c_int64) for name in ("hidden_size", "heads", "kv_heads", "head_dim", "channels", "window")),
         *((name, ctypes.c_int64) for name in ("chunk", "head_norm", "q_width", "k_width", "first_counted")),
+    ]
+
+
+class Router(ctypes.Structure):
+    """How tokens choose among experts."""
+
+    _fields_: ClassVar = [
+        ("matrix", Matrix),
+        *((name, Address) for name in ("bias", "correction")),
+        *((name, ctypes.c_double) for name in ("epsilon", "scaling")),
+        *((name, ctypes.c_int64) for name in ("scores", "chosen", "renormalise", "groups", "chosen_groups")),
+    ]
+
+
+class LatentCache(ctypes.Structure):
+    """One layer's latents."""
+
+    _fields_: ClassVar = [("values", Address), ("scales", Address), ("type", ctypes.c_int64)]
+
+
+class LatentLayer(ctypes.Structure):
+    """The first half of a decoder layer with multi-head latent attention."""
+
+    _fields_: ClassVar = [
+        *((name, Matrix) for name in ("q_a", "q", "kv_a", "k_b", "v_b", "o")),
+        ("cache", LatentCache),
+        *((name, Address) for name in ("norm", "q_norm", "kv_norm")),
+        *((name, ctypes.c_double) for name in ("eps", "latent_eps", "scale")),
+        *((name, ctypes.c_int64) for name in ("hidden_size", "heads", "q_rank", "kv_rank", "nope", "rope", "pairs")),
     ]
 
 
@@ -87,10 +121,12 @@ class MlpLayer(ctypes.Structure):
     """The second half of a decoder layer."""
 
     _fields_: ClassVar = [
-        *((name, Matrix) for name in ("gate", "up", "down", "router")),
-        *((name, Address) for name in ("norm", "gate_bias", "up_bias")),
-        ("eps", ctypes.c_double),
-        *((name, ctypes.c_int64) for name in ("hidden_size", "activation", "chosen", "renormalise")),
+        *((name, Matrix) for name in ("gate", "up", "down")),
+        ("router", Router),
+        *((name, Matrix) for name in ("shared_gate", "shared_up", "shared_down", "shared_router")),
+        *((name, Address) for name in ("norm", "gate_bias", "up_bias", "down_bias")),
+        *((name, ctypes.c_double) for name in ("eps", "alpha", "limit")),
+        *((name, ctypes.c_int64) for name in ("hidden_size", "activation")),
     ]
 
 
@@ -100,7 +136,7 @@ class Step(ctypes.Structure):
     _fields_: ClassVar = [
         ("tokens", ctypes.c_int64),
         ("x", Address),
-        *((name, Activations) for name in ("hidden", "context", "gate")),
+        *((name, Activations) for name in ("hidden", "context", "gate", "latent")),
         *((name, Address) for name in ("q", "k", "v", "up", "partial", "squares", "cosines", "sines")),
         *((name, Address) for name in ("query_factors", "slots", "segments", "tables")),
         *((name, ctypes.c_int64) for name in ("rotary_half", "segment_count", "table_width", "in_flight")),
@@ -127,7 +163,9 @@ class Sum(ctypes.Structure):
     ]
 
 
-STRUCTS = (Matrix, Activations, Cache, AttentionLayer, MlpLayer, Step, Sum, Window)
+STRUCTS = (
+    Matrix, Activations, Cache, AttentionLayer, LatentCache, LatentLayer, Router, MlpLayer, Step, Sum, Window,
+)  # fmt: skip
 
 
 # -- How much memory quantised activations take; kernels/src/activations.h says how they lie --------------------------

@@ -28,20 +28,27 @@ def _anything(random: np.random.Generator, lane: LaneArray, size: int) -> np.nda
     return random.integers(110, 124, size).astype("u1")
 
 
+def _matrix(kind: WeightType, arrays: list[np.ndarray], panels: int, columns: int) -> arguments.Matrix:
+    matrix = arguments.Matrix(type=kind.number, experts=1, panels=panels, groups=GROUPS, columns=columns)
+    matrix.super_columns = kind.super_columns(columns)
+    for lane, array in zip(kind.lanes, arrays, strict=True):
+        setattr(matrix, lane.part, array.ctypes.data)
+    return matrix
+
+
 def _products(library: Library, kind: WeightType) -> np.ndarray:
     """Some products of one token and of many, with one thread: the bits as int32."""
     random = np.random.default_rng(0)
     blocks, rows = BLOCKS * PANELS, 16 * GROUPS
-    sizes = [PANELS * GROUPS * BLOCKS * 32 // kind.unit * lane.entry for lane in kind.lanes]
+    sizes = [PANELS * GROUPS * lane.entries(32 * BLOCKS) * lane.entry for lane in kind.lanes]
     arrays = [_anything(random, lane, size) for lane, size in zip(kind.lanes, sizes, strict=True)]
-    at = [array.ctypes.data for array in arrays]
-    column = arguments.Matrix(*at, kind.number, 1, 1, GROUPS, 32 * blocks)
-    row = arguments.Matrix(*at, kind.number, 1, PANELS, GROUPS, 32 * BLOCKS)
+    column = _matrix(kind, arrays, 1, 32 * blocks)
+    row = _matrix(kind, arrays, PANELS, 32 * BLOCKS)
     team, found = library.team(1), []
     for tokens in (1, TOKENS):
         count = places(tokens, blocks)
         x = random.standard_normal((tokens, 32 * blocks)).astype(np.float32)
-        room = np.empty((count, 32), np.int8), np.empty(count, np.float32), np.empty(count, np.int32)
+        room = np.empty((count, 32), np.int8), np.empty(count, np.float32), *np.empty((2, count), np.int32)
         h = arguments.Activations(x.ctypes.data, *(part.ctypes.data for part in room), x.shape[1])
         library.calls.quantise(byref(h), tokens)
         out, total = np.empty((tokens, rows), np.float32), np.empty((tokens, rows))

@@ -102,9 +102,17 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
         c_int64,
         [c_void_p, POINTER(arguments.AttentionLayer), POINTER(arguments.Step), POINTER(arguments.Sum)],
     ),
+    "latent_half": (
+        c_int64,
+        [c_void_p, POINTER(arguments.LatentLayer), POINTER(arguments.Step), POINTER(arguments.Sum)],
+    ),
     "mlp_half": (
         c_int64,
         [c_void_p, POINTER(arguments.MlpLayer), POINTER(arguments.Step), POINTER(arguments.Sum)],
+    ),
+    "choose_experts": (
+        c_int64,
+        [c_void_p, POINTER(arguments.Router), c_int64, c_void_p, c_int64, c_void_p, c_void_p],
     ),
     "project_and_sum": (c_int64, [c_void_p, POINTER(arguments.AttentionLayer), POINTER(arguments.Step)]),
     "attend_projected": (
@@ -222,9 +230,25 @@ class Team:
         """The rest of attention_half, when step.squares holds the sums over ranks."""
         return self._done(self._calls.attend_projected(self._handle, byref(layer), byref(step), _optional(total)))
 
+    def latent_half(
+        self, layer: arguments.LatentLayer, step: arguments.Step, total: arguments.Sum | None = None
+    ) -> bool:
+        """As attention_half, for multi-head latent attention."""
+        return self._done(self._calls.latent_half(self._handle, byref(layer), byref(step), _optional(total)))
+
     def mlp_half(self, layer: arguments.MlpLayer, step: arguments.Step, total: arguments.Sum | None = None) -> bool:
         """Norm, SwiGLU or experts; `total` and the result are those of attention_half."""
         return self._done(self._calls.mlp_half(self._handle, byref(layer), byref(step), _optional(total)))
+
+    def choose_experts(self, router: arguments.Router, experts: int, logits: Array) -> tuple[Array, Array]:
+        """Which experts tokens take by their logits, and the shares, the best first: int64, float32 [tokens, chosen].
+
+        `logits` float32 [tokens, width] are overwritten.
+        """
+        chosen, shares = (np.empty((len(logits), router.chosen), kind) for kind in (np.int64, np.float32))
+        addresses = logits.ctypes.data, len(logits), chosen.ctypes.data, shares.ctypes.data
+        self._enough(self._calls.choose_experts(self._handle, byref(router), experts, *addresses))
+        return chosen, shares
 
     def finish_sum(self, step: arguments.Step, total: arguments.Sum) -> bool:
         """Go on to add up with ranks that were late; returns whether it is done."""

@@ -3,16 +3,20 @@
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
+from math import prod
 
 import numpy as np
 
 from mpillama.comm.communicator import Communicator
-from mpillama.formats.checkpoint import Checkpoint, StoredTensor
+from mpillama.formats.checkpoint import Checkpoint
 from mpillama.formats.checkpoint_model import CheckpointModel
 from mpillama.formats.native.reader import NativeModel, NativeReader, unit_checksums
 from mpillama.formats.reading import SourceFile
+from mpillama.formats.stored_arrays import DTYPES, StoredArray
 from mpillama.loading.model_file import ModelFile
 from mpillama.models.partition import split_units
+from mpillama.quant.coded import as_float32
+from mpillama.quant.registry import STORED_TYPES
 
 RUN_BYTES = 64 << 20
 RUN_VALUES = 4 << 20
@@ -45,7 +49,7 @@ def checked_bytes(model: ModelFile) -> int:
     """The bytes that a check reads, on all ranks together."""
     if isinstance(model, NativeModel):
         return sum(entry.bytes for entry in model.entries.values())
-    return sum(t.bytes for t in _checkpoint(model).tensors.values())
+    return sum(part.bytes for part in _parts(_checkpoint(model)))
 
 
 def verify_file(model: ModelFile, comm: Communicator, on_bytes: Callable[[int], None]) -> Check:
@@ -94,28 +98,44 @@ def _not_finite(model: ModelFile, comm: Communicator, on_bytes: Callable[[int], 
     with ExitStack() as stack:
         pairs = zip(checkpoint.files, checkpoint.file_sizes, strict=True)
         files = [stack.enter_context(closing(SourceFile(path, size))) for path, size in pairs]
-        for tensor in checkpoint.tensors.values():
-            yield from _rows_not_finite(tensor, files[tensor.file], comm, on_bytes)
+        for part in _parts(checkpoint):
+            yield from _rows_not_finite(part, files[part.file], comm, on_bytes)
         for file in files:
             file.check_unchanged()
 
 
+def _parts(checkpoint: Checkpoint) -> list[StoredArray]:
+    """The arrays of all tensors, each once: those of gate and up may lie in the same."""
+    parts = (part for tensor in checkpoint.tensors.values() for part in tensor.parts)
+    return list({(part.file, part.offset): part for part in parts}.values())
+
+
 def _rows_not_finite(
-    tensor: StoredTensor, file: SourceFile, comm: Communicator, on_bytes: Callable[[int], None]
+    part: StoredArray, file: SourceFile, comm: Communicator, on_bytes: Callable[[int], None]
 ) -> Iterator[Difference]:
     """The rows of this rank's share that hold NaN or an infinity."""
-    columns = tensor.shape[-1] if tensor.shape else 1
-    size = tensor.type.row_bytes(columns)
-    rows = split_units(tensor.bytes // size, comm.size)[comm.rank]
+    columns = part.shape[-1] if part.shape else 1
+    size = part.bytes // max(1, prod(part.shape[:-1]))
+    rows = split_units(part.bytes // size, comm.size)[comm.rank]
     step = max(1, RUN_VALUES // columns)
     for start in range(rows.start, rows.stop, step):
         raw = np.empty((min(step, rows.stop - start), size), np.uint8)
-        place = tensor.offset + start * size
-        file.read(raw.reshape(-1).data, place, tensor.name)
+        place = part.offset + start * size
+        file.read(raw.reshape(-1).data, place, part.name)
         file.drop(place, raw.nbytes)
         on_bytes(raw.nbytes)
         with np.errstate(all="ignore"):  # damage is what is looked for
-            finite = np.isfinite(tensor.type.decode(raw)).all(axis=1)
+            finite = np.isfinite(_values(part, raw)).all(axis=1)
         for i in np.flatnonzero(~finite):
             first = place + int(i) * size
-            yield Difference(tensor.name, file.path, first, first + size - 1)
+            yield Difference(part.name, file.path, first, first + size - 1)
+
+
+def _values(part: StoredArray, raw: np.ndarray) -> np.ndarray:
+    """What can be no number of a part's rows: weights, and the scales of those that are spread over several arrays."""
+    if part.dtype in STORED_TYPES:
+        return STORED_TYPES[part.dtype].decode(raw)
+    numbers = raw.view(DTYPES[part.dtype])
+    if part.dtype == "U8" and not part.name.endswith(("scale", "scales")):
+        return numbers
+    return as_float32(numbers, part.dtype)

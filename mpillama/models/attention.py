@@ -70,7 +70,7 @@ class Attention(Protocol):
         """What kernels are told of these arrays."""
 
     def step_widths(self, part: Partition) -> Mapping[str, int]:
-        """Channels of the step's arrays q, k, v and context on a rank."""
+        """Channels of the step's arrays q, k, v, context and latent on a rank; what is left out is not needed."""
 
     def layer(self, weights: LayerWeights, part: Partition, hidden_size: int, norm: str, eps: float) -> Any:
         """What kernels are told of a layer; `norm` names the vector of its norm."""
@@ -93,7 +93,7 @@ class GroupedQueryAttention:
     `head_norm` says; after RoPE it has no weights. A token sees the last `window` positions, or those of its `chunk`;
     0 sees all.
     Scores are multiplied by `scale`, 0 for the usual 1 / sqrt(head_dim), and bent to +-soft_cap unless that is 0. RoPE
-    turns the first `turned` channels of a head, None for all.
+    turns the first `turned` channels of a head, None for all. With `sinks` each head has a score more, of no value.
     """
 
     heads: int
@@ -108,6 +108,7 @@ class GroupedQueryAttention:
     soft_cap: float = 0.0
     turned: int | None = None
     head_norm: HeadNorm = HeadNorm.BEFORE_ROPE
+    sinks: bool = False
 
     products: ClassVar[Mapping[str, tuple[str, ...]]] = {
         "q/k/v": tuple(f"self_attn.{letter}_proj.weight" for letter in "qkv"),
@@ -175,6 +176,8 @@ class GroupedQueryAttention:
                 )
             if self.qk_norm and letter != "v":
                 yield from self._norm(f"{prefix}{letter}_norm.weight", split)
+        if self.sinks:
+            yield TensorSpec(prefix + "sinks", self.query_split, self.heads, 1, F32, 1, (self.heads,), vector=True)
         name = prefix + "o_proj"
         yield TensorSpec(
             name + ".weight", self.query_split, hidden, self.heads * head, types.of(name + ".weight"), head,
@@ -224,6 +227,7 @@ class GroupedQueryAttention:
         layer.norm, layer.head_start = weights.address(norm), arguments.address(starts)
         layer.q_bias, layer.k_bias, layer.v_bias = (weights.address(f"self_attn.{x}_proj.bias") for x in "qkv")
         layer.q_norm, layer.k_norm = (weights.address(f"self_attn.{x}_norm.weight") for x in "qk")
+        layer.sinks = weights.address("self_attn.sinks")
         if self.qk_norm and self.head_norm == HeadNorm.AFTER_ROPE:
             layer.q_norm = layer.k_norm = arguments.address(layer.kept[1])
         return layer

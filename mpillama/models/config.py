@@ -93,7 +93,7 @@ class ModelConfig:
     @cached_property
     def splits(self) -> tuple[Split, ...]:
         """Everything by which ranks divide the model."""
-        found = [split for kind in self.kinds for split in (*kind.attention.splits, kind.mlp.split)]
+        found = [split for kind in self.kinds for split in (*kind.attention.splits, *kind.mlp.splits)]
         return tuple(dict.fromkeys((*found, self.vocabulary_split)))
 
     def partition(self, size: int, weights: Sequence[float] | None = None) -> list[Partition]:

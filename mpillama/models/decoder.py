@@ -117,7 +117,7 @@ class DecoderLayer:
         self.all_reduce = all_reduce
         hidden, eps = config.hidden_size, config.rms_norm_eps
         self.attention = block.attention.layer(weights, part, hidden, block.attention_norm, eps)
-        self.mlp = block.mlp.layer(weights, hidden, block.mlp_norm, eps)
+        self.mlp = block.mlp.layer(weights, part, hidden, block.mlp_norm, eps)
         factor, vector = block.residual_factor, weights.vector
         self.attention_ending = Ending(
             block.attention.output_bias_of(weights), vector(block.attention_post_norm), factor

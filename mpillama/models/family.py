@@ -16,6 +16,8 @@ Fused = Mapping[str, Sequence[tuple[str, int]]]
 """Modules of a layer, each with the modules and numbers of rows that it is cut into."""
 MOST_LAYERS = 10_000
 """A damaged file may claim more; listing their tensors would take for ever."""
+DRAFT_LAYERS = "num_nextn_predict_layers"
+"""How many layers behind the last of a checkpoint only draft tokens (multi-token prediction); they are left out."""
 
 
 @dataclass(frozen=True)
@@ -85,6 +87,14 @@ GGUF_NAMES: Mapping[str, str] = {
     "ffn_down": "mlp.down_proj",
 }
 """What GGUF calls the modules of a layer, in Hugging Face's names."""
+GGUF_EXPERTS: Mapping[str, str] = {
+    **GGUF_NAMES,
+    "ffn_gate_shexp": "mlp.shared_experts.gate_proj",
+    "ffn_up_shexp": "mlp.shared_experts.up_proj",
+    "ffn_down_shexp": "mlp.shared_experts.down_proj",
+    "exp_probs_b.bias": "mlp.gate.e_score_correction_bias",
+}
+"""The same with a shared expert and a correction of scores; a name with an ending stands for one tensor."""
 GGUF_BIASES: Mapping[str, str] = {"attention_bias": "attn_q.bias", "mlp_bias": "ffn_up.bias"}
 
 
@@ -95,7 +105,8 @@ class Gguf:
     `experts`: of the files of this architecture the family has those with experts, else those without. `rotary_pairs`:
     the rows of q and k stand in pairs that RoPE turns. `flags` are options of the configuration that are true if and
     only if the first layer has the tensor; `fields` gives what else the configuration says. `partial_rope`: the family
-    reads partial_rotary_factor; `rope_keys`: what else it reads of `rope.`.
+    reads partial_rotary_factor; `rope_keys`: what else it reads of `rope.`; `scaling`: what its YaRN has that files do
+    not tell.
     """
 
     architecture: str
@@ -105,6 +116,7 @@ class Gguf:
     flags: Mapping[str, str] = field(default_factory=lambda: GGUF_BIASES)
     fields: Callable[[GgufMetadata], Json] = lambda metadata: {}
     partial_rope: bool = False
+    scaling: Json = field(default_factory=dict)
     rope_keys: Sequence[str] = ()
 
 
@@ -131,6 +143,51 @@ class Refusal:
     harmless: Sequence[Any] = (None, False, 0, [])
 
 
+@dataclass(frozen=True)
+class GgufExperts:
+    """What metadata says of experts: `scores` in DeepSeek's words, `layer_types` of the layers that are run."""
+
+    count: int
+    chosen: int
+    width: int
+    shared: int
+    scaling: float
+    renormalise: bool
+    groups: int
+    chosen_groups: int
+    scores: str
+    layer_types: list[str]
+
+
+GATING = {1: "softmax", 2: "sigmoid", 3: "softmax_of_chosen", 4: "sqrtsoftplus"}
+"""The numbers of expert_gating_func; without one llama.cpp takes the architecture's own."""
+
+
+def gguf_experts(metadata: GgufMetadata, without: str = "sigmoid") -> GgufExperts:
+    """The metadata of routers; `without` are the scores of a file that does not tell them."""
+    norm, gating, dense = (
+        metadata.get(key) for key in ("expert_weights_norm", "expert_gating_func", "leading_dense_block_count")
+    )
+    layers = metadata.size("block_count") - gguf_draft_layers(metadata)
+    return GgufExperts(
+        count=metadata.size("expert_count"),
+        chosen=metadata.size("expert_used_count"),
+        width=metadata.size("expert_feed_forward_length"),
+        shared=metadata.size("expert_shared_count", 1),
+        scaling=float(metadata.number("expert_weights_scale", 1.0)),
+        renormalise=True if norm is None else bool(norm),
+        groups=metadata.size("expert_group_count", 1),
+        chosen_groups=metadata.size("expert_group_used_count", 1),
+        scores=GATING.get(gating, str(gating)) if gating else without,
+        layer_types=["dense" if layer < (dense or 0) else "sparse" for layer in range(layers)],
+    )
+
+
+def gguf_draft_layers(metadata: GgufMetadata) -> int:
+    """How many of a file's last layers only draft tokens."""
+    return metadata.size("nextn_predict_layers") if metadata.get("nextn_predict_layers") else 0
+
+
 def no_such_biases(model_type: str, *keys: str) -> tuple[Refusal, ...]:
     """Refuse the biases that the family lacks."""
     return tuple(Refusal(key, f"a model of type {model_type} has no such biases") for key in keys)
@@ -150,8 +207,9 @@ class Family:
     that hold one of this family under text_config, among other parts.
     `renames` turns a checkpoint's names of tensors into ours by regular expressions. `fused` gives, for modules of a
     layer that hold several of ours, these and their rows, one below the other. `from_one` is a regular expression for
-    the vectors that a Hugging Face folder stores less 1. `pre_tokenizer` names the rules of vocabularies in GGUF files
-    that name none; `tokens_strip`: control tokens of a vocabulary of pieces take the white space behind them along.
+    the vectors that a Hugging Face folder stores less 1. `turned_experts`: stacked experts are as in
+    formats/turned_experts.py. `pre_tokenizer` names the rules of vocabularies in GGUF files that name none;
+    `tokens_strip`: control tokens of a vocabulary of pieces take the white space behind them along.
     """
 
     model_type: str
@@ -161,6 +219,7 @@ class Family:
     renames: Mapping[str, str] = field(default_factory=dict)
     fused: Callable[[ConfigValues], Fused] = lambda values: {}
     from_one: str = ""
+    turned_experts: bool = False
     within: Sequence[str] = ()
     rope: Callable[[ConfigValues, int], Rope] = read_rope
     factors: Callable[[ConfigValues], OuterFactors] = lambda values: OuterFactors()
@@ -180,6 +239,22 @@ class Family:
 
 def layer_count(values: ConfigValues) -> int:
     return values.size("num_hidden_layers", limit=MOST_LAYERS)
+
+
+def dense_or_sparse(values: ConfigValues) -> list[bool]:
+    """Which layers have experts: `mlp_layer_types` or, where it is left out, those from `first_k_dense_replace` on."""
+    layers, kinds = layer_count(values), values.get("mlp_layer_types")
+    if kinds is None:
+        dense = values.get("first_k_dense_replace")
+        first = 0 if dense == 0 else values.size("first_k_dense_replace")
+        kinds = ["dense" if layer < first else "sparse" for layer in range(layers)]
+    if (
+        not isinstance(kinds, Sequence)
+        or len(kinds) != layers
+        or any(kind not in ("dense", "sparse") for kind in kinds)
+    ):
+        raise values.refuse("mlp_layer_types", f"it must name dense or sparse for {layers} layers")
+    return [kind == "sparse" for kind in kinds]
 
 
 def layer_windows(values: ConfigValues, kinds: Sequence[str]) -> list[int]:

@@ -1,6 +1,6 @@
 """Weight matrices in row lanes, and a layer's tensors by name."""
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 
@@ -14,17 +14,28 @@ from mpillama.quant.weight_type import LANES, WeightType
 class Matrix:
     """This rank's slice of a weight matrix: the arrays that its type has in row lanes.
 
-    Column-parallel: values [groups, …]; row-parallel: [panels, groups, …]; `scales` is None for types of one array.
+    Column-parallel: values [groups, …]; row-parallel: [panels, groups, …]. What the type does not have is None.
     """
 
     weight_type: WeightType
     values: np.ndarray
     scales: np.ndarray | None = None
+    supers: np.ndarray | None = None
+
+    @classmethod
+    def of(cls, weight_type: WeightType, arrays: Sequence[np.ndarray]) -> "Matrix":
+        """From the arrays of a type, in its order."""
+        return cls(weight_type, **{a.part: array for a, array in zip(weight_type.lanes, arrays, strict=True)})
+
+    @property
+    def arrays(self) -> tuple[np.ndarray, ...]:
+        """Those that there are, in the order of the type."""
+        return tuple(getattr(self, a.part) for a in self.weight_type.lanes)
 
     @property
     def columns(self) -> int:
         """Columns, of a panel if it is row-parallel."""
-        return int(self.values.shape[-2]) * self.weight_type.unit
+        return int(self.values.shape[-2]) * self.weight_type.lanes[0].unit
 
     def column_parallel(self) -> arguments.Matrix:
         """For kernels: rows are this rank's; [groups, …], with experts [experts, groups, …]."""
@@ -37,8 +48,9 @@ class Matrix:
         return self._argument(prod(experts), panels, groups)
 
     def _argument(self, experts: int, panels: int, groups: int) -> arguments.Matrix:
-        values, scales = arguments.address(self.values), arguments.address(self.scales)
-        return arguments.Matrix(values, scales, self.weight_type.number, experts, panels, groups, self.columns)
+        addresses = (arguments.address(array) for array in (self.values, self.scales, self.supers))
+        of_supers = self.weight_type.super_columns(self.columns)
+        return arguments.Matrix(*addresses, self.weight_type.number, experts, panels, groups, self.columns, of_supers)
 
     @property
     def rows(self) -> int:
@@ -47,7 +59,7 @@ class Matrix:
 
     @property
     def bytes(self) -> int:
-        return self.values.nbytes + (0 if self.scales is None else self.scales.nbytes)
+        return sum(array.nbytes for array in self.arrays)
 
 
 def any_quantised(*matrices: Matrix) -> bool:

@@ -237,6 +237,14 @@ def rotary_channels(values: ConfigValues, head_dim: int) -> int:
     return channels
 
 
+def softmax_factor(values: ConfigValues) -> float:
+    """What DeepSeek multiplies scores by where RoPE is scaled: the square of the magnitude of `mscale_all_dim`."""
+    rope = rope_fields(values)
+    kind = rope.get("rope_type") or rope.get("type") or "default"
+    scale = rope.number("mscale_all_dim") if rope.get("mscale_all_dim") else 0.0
+    return _magnitude(rope.number("factor"), scale) ** 2 if scale and kind != "default" else 1.0
+
+
 def rope_fields(values: ConfigValues) -> ConfigValues:
     """What stands in rope_scaling or, without one, in rope_parameters."""
     key = "rope_scaling" if values.get("rope_scaling") else "rope_parameters"

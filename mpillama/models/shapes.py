@@ -52,6 +52,89 @@ MISTRAL = {
 }
 MIXTRAL = {"model_type": "mixtral", "vocab_size": 32000, "num_local_experts": 8, "num_experts_per_tok": 2}
 
+HY3 = {
+    "model_type": "hy_v3",
+    "vocab_size": 120832,
+    "max_position_embeddings": 131072,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 11158840.0,
+    "head_dim": 128,
+    "num_key_value_heads": 8,
+    "num_experts": 192,
+    "num_experts_per_tok": 8,
+    "moe_intermediate_size": 1536,
+    "num_shared_experts": 1,
+    "router_scaling_factor": 2.826,
+    "first_k_dense_replace": 1,
+    "tie_word_embeddings": False,
+}
+
+GLM4 = {
+    "model_type": "glm4_moe",
+    "vocab_size": 151552,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 1e6,
+    "partial_rotary_factor": 0.5,
+    "head_dim": 128,
+    "num_key_value_heads": 8,
+    "attention_bias": True,
+    "num_experts_per_tok": 8,
+    "n_shared_experts": 1,
+    "norm_topk_prob": True,
+    "tie_word_embeddings": False,
+}
+GLM45_AIR = {
+    "max_position_embeddings": 131072,
+    "n_routed_experts": 128,
+    "moe_intermediate_size": 1408,
+    "routed_scaling_factor": 1.0,
+    "first_k_dense_replace": 1,
+}
+GLM46 = {
+    "max_position_embeddings": 202752,
+    "use_qk_norm": True,
+    "n_routed_experts": 160,
+    "moe_intermediate_size": 1536,
+    "routed_scaling_factor": 2.5,
+    "first_k_dense_replace": 3,
+}
+MINIMAX_M2 = {
+    "model_type": "minimax_m2",
+    "vocab_size": 200064,
+    "max_position_embeddings": 196608,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 5e6,
+    "rotary_dim": 64,
+    "head_dim": 128,
+    "num_key_value_heads": 8,
+    "num_local_experts": 256,
+    "num_experts_per_tok": 8,
+    "tie_word_embeddings": False,
+}
+
+GPT_OSS = {
+    "model_type": "gpt_oss",
+    "vocab_size": 201088,
+    "max_position_embeddings": 131072,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 150000.0,
+    "rope_scaling": {
+        "rope_type": "yarn",
+        "factor": 32.0,
+        "beta_fast": 32.0,
+        "beta_slow": 1.0,
+        "truncate": False,
+        "original_max_position_embeddings": 4096,
+    },
+    "head_dim": 64,
+    "num_key_value_heads": 8,
+    "attention_bias": True,
+    "sliding_window": 128,
+    "num_experts_per_tok": 4,
+    "swiglu_limit": 7.0,
+    "tie_word_embeddings": False,
+}
+
 
 def _sizes(base: dict[str, Any], hidden: int, inner: int, layers: int, heads: int, **other: Any) -> dict[str, Any]:
     return {
@@ -133,6 +216,12 @@ SHAPES: dict[str, dict[str, Any]] = {
     "qwen3-235b-a22b": _sizes(
         {**QWEN3, **EXPERTS, "model_type": "qwen3_moe", "moe_intermediate_size": 1536}, 4096, 12288, 94, 64
     ),
+    "glm-4.5-air": _sizes({**GLM4, **GLM45_AIR}, 4096, 10944, 46, 96),
+    "glm-4.6": _sizes({**GLM4, **GLM46}, 5120, 12288, 92, 96),
+    "minimax-m2": _sizes(MINIMAX_M2, 3072, 1536, 62, 48),
+    "gpt-oss-20b": _sizes(GPT_OSS, 2880, 2880, 24, 64, num_local_experts=32),
+    "gpt-oss-120b": _sizes(GPT_OSS, 2880, 2880, 36, 64, num_local_experts=128),
+    "hy3": _sizes(HY3, 4096, 13312, 80, 64),
 }
 
 

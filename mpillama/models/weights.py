@@ -125,7 +125,7 @@ def _finish(tasks: Sequence[Future[None]]) -> None:
 
 
 def _matrix(spec: TensorSpec, arrays: Sequence[np.ndarray]) -> Matrix:
-    return Matrix(spec.weight_type, *arrays)
+    return Matrix.of(spec.weight_type, arrays)
 
 
 def _assemble(config: ModelConfig, specs: Sequence[TensorSpec], loaded: Mapping[str, Loaded], size: int) -> Weights:
@@ -135,7 +135,7 @@ def _assemble(config: ModelConfig, specs: Sequence[TensorSpec], loaded: Mapping[
         if spec.layer is not None:
             name = spec.name.removeprefix(layer_prefix(spec.layer))
             of_layers[spec.layer][name] = loaded[spec.name]
-            experts[spec.layer] += [name] * bool(spec.experts)
+            experts[spec.layer] += [name] * bool(spec.experts and not spec.vector)
     layers = zip(of_layers, experts, config.blocks, strict=True)
     embedding = loaded[EMBEDDING]
     return Weights(

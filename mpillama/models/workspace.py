@@ -24,10 +24,11 @@ class Activations:
     values: Array
     scales: Array
     starts: Array
+    halves: Array
 
     def argument(self) -> arguments.Activations:
         """For kernels."""
-        parts = (arguments.address(part) for part in (self.x, self.values, self.scales, self.starts))
+        parts = (arguments.address(part) for part in (self.x, self.values, self.scales, self.starts, self.halves))
         return arguments.Activations(*parts, self.x.shape[1])
 
     @classmethod
@@ -39,17 +40,18 @@ class Activations:
             np.empty((count, BLOCK), np.int8),
             np.empty(count, np.float32),
             np.empty(count, np.int32),
+            np.empty(count, np.int32),
         )
 
     @staticmethod
     def bytes(tokens: int, k: int) -> int:
         """Bytes of these arrays."""
-        return 4 * tokens * k + places(tokens, k // BLOCK) * (BLOCK + 4 + 4)
+        return 4 * tokens * k + places(tokens, k // BLOCK) * (BLOCK + 4 + 4 + 4)
 
     def first(self, tokens: int) -> "Activations":
         """The first tokens' arrays."""
         count = places(tokens, self.x.shape[1] // BLOCK)
-        return Activations(self.x[:tokens], self.values[:count], self.scales[:count], self.starts[:count])
+        return Activations(self.x[:tokens], *(a[:count] for a in (self.values, self.scales, self.starts, self.halves)))
 
 
 @dataclass(frozen=True)
@@ -81,6 +83,7 @@ class StepArrays:
     v: Array
     context: Activations
     gate: Activations
+    latent: Activations
     up: Array
     partial: Array
     addend: Array
@@ -93,7 +96,8 @@ class StepArrays:
         step = arguments.Step(tokens=len(self.x))
         for name in ("x", "q", "k", "v", "up", "partial", "squares"):
             setattr(step, name, arguments.address(getattr(self, name)))
-        step.hidden, step.context, step.gate = (a.argument() for a in (self.hidden, self.context, self.gate))
+        for name in ("hidden", "context", "gate", "latent"):
+            setattr(step, name, getattr(self, name).argument())
         object.__setattr__(self, "argument", step)
         self.turn_by(0)
 
@@ -133,6 +137,7 @@ class Workspace:
             v=np.empty((tokens, widths["v"]), np.float32),
             context=Activations.empty(tokens, widths["context"]),
             gate=Activations.empty(tokens, widths["inner"]),
+            latent=Activations.empty(tokens, widths["latent"]),
             up=np.empty((tokens, widths["inner"]), np.float32),
             partial=np.empty((tokens, hidden), np.float64),
             addend=np.empty((tokens, hidden if self.config.has_post_norms else 0), np.float32),
@@ -156,17 +161,16 @@ class Workspace:
 
 def step_widths(config: ModelConfig, part: Partition) -> Mapping[str, int]:
     """Channels of the step's arrays on a rank: of each the widest of all layers."""
-    of_layers = [
-        {**kind.attention.step_widths(part), "inner": len(part[kind.mlp.split]) * kind.mlp.panel}
-        for kind in config.kinds
-    ]
-    return {name: max(widths.get(name, 0) for widths in of_layers) for name in ("q", "k", "v", "context", "inner")}
+    of_layers = [{**kind.attention.step_widths(part), "inner": kind.mlp.step_width(part)} for kind in config.kinds]
+    names = ("q", "k", "v", "context", "latent", "inner")
+    return {name: max(widths.get(name, 0) for widths in of_layers) for name in names}
 
 
 def workspace_bytes(config: ModelConfig, part: Partition, tokens: int) -> int:
     """Bytes of the arrays for steps of up to so many tokens."""
     hidden, widths = config.padded_hidden_size, step_widths(config, part)
-    activations = sum(Activations.bytes(tokens, k) for k in (hidden, widths["context"], widths["inner"]))
+    of_layers = (widths[name] for name in ("context", "latent", "inner"))
+    activations = sum(Activations.bytes(tokens, k) for k in (hidden, *of_layers))
     floats = hidden * (1 + config.has_post_norms) + sum(widths[name] for name in ("q", "k", "v", "inner"))
     floats += sum(rotation.channels for rotation in config.rotations)
     return activations + tokens * (4 * floats + 8 * (hidden + 4))

@@ -8,7 +8,7 @@ into panels of columns: [panels, groups, …].
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import prod
+from math import gcd, prod
 from typing import ClassVar
 
 import numpy as np
@@ -66,25 +66,53 @@ class StoredType(ABC):
 
 @dataclass(frozen=True)
 class LaneArray:
-    """A stored array of a matrix: `entry` numbers of `dtype` for a unit of k-values of 16 rows."""
+    """A stored array of a matrix: `entry` numbers of `dtype` for `unit` k-values of 16 rows; 0: for all of a row.
+
+    `suffix` is "" for the values, ".scales" for what a block of 32 is multiplied by, ".supers" for what several blocks
+    have in common. An entry never reaches over the border of a panel: where panels are narrower than the unit, or no
+    multiple of it, the array has an entry for every greatest common divisor of both.
+    """
 
     suffix: str
     dtype: str
     entry: int
+    unit: int = BLOCK
+
+    @property
+    def part(self) -> str:
+        """Its name among a matrix's arrays."""
+        return self.suffix.removeprefix(".") or "values"
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of an entry."""
+        return self.entry * np.dtype(self.dtype).itemsize
+
+    def columns(self, k: int) -> int:
+        """The k-values of an entry, in a matrix or panel of `k` columns."""
+        return gcd(self.unit, k) or BLOCK
+
+    def entries(self, k: int) -> int:
+        """The number of entries for `k` columns."""
+        return k // self.columns(k)
 
 
 @dataclass(frozen=True)
 class WeightType(StoredType):
     """A stored type that kernels take as it is.
 
-    `number` is the kernels' (kernels/src/types). A unit is the k-values that a number of each LaneArray stands for.
-    `quantised` types meet activations that are quantised as well.
+    `number` is the kernels' (kernels/src/types). A unit is the k-values that Blocks have an entry of each array for; a
+    number that stands for more is repeated there. `quantised` types meet activations that are quantised as well.
     """
 
     number: int = -1
     unit: ClassVar[int]
-    lanes: ClassVar[tuple[LaneArray, ...]]
     quantised: ClassVar[bool]
+
+    @property
+    @abstractmethod
+    def lanes(self) -> tuple[LaneArray, ...]:
+        """The stored arrays of a matrix, the values first."""
 
     @abstractmethod
     def blocks_of(self, raw: np.ndarray) -> Blocks:
@@ -94,13 +122,20 @@ class WeightType(StoredType):
     def quantise(self, x: Float32) -> Blocks:
         """Round float32 [rows, k] to what the type holds."""
 
+    def quantise_within(self, x: Float32, width: int, importance: Float32 | None = None) -> Blocks:
+        """As quantise, but no number stands for k-values on both sides of a border between `width` columns.
+
+        `importance` float32 [k] weighs the squares of errors; types whose rounding has no choice leave it aside.
+        """
+        return self.quantise(x)
+
     @abstractmethod
     def dequantise(self, blocks: Blocks) -> Float32:
         """Return float32 [rows, k]."""
 
     @abstractmethod
     def to_lanes(self, blocks: Blocks) -> Arrays:
-        """Return an array [groups, units, entry] for each of `lanes`."""
+        """Return an array [groups, units, entry] for each of `lanes`, whatever unit that has."""
 
     @abstractmethod
     def from_lanes(self, arrays: Arrays) -> Blocks:
@@ -115,18 +150,27 @@ class WeightType(StoredType):
 
     def group_bytes(self, k: int) -> int:
         """Bytes of one group of 16 rows with `k` columns."""
-        return k // self.unit * sum(a.entry * np.dtype(a.dtype).itemsize for a in self.lanes)
+        return sum(a.entries(k) * a.bytes for a in self.lanes)
 
-    def pack(self, x: Float32, panel: int | None = None) -> Arrays:
+    def super_columns(self, k: int) -> int:
+        """The k-values of an entry of ".supers" in a matrix or panel of `k` columns, as kernels want to know it."""
+        return next((a.columns(k) for a in self.lanes if a.part == "supers"), BLOCK)
+
+    def pack(self, x: Float32, panel: int | None = None, importance: Float32 | None = None) -> Arrays:
         """Turn float32 [rows, k] into row lanes; with `panel`, into panels of that many columns.
 
         rows must be a multiple of 16 and k (and panel) of 32: pad with zeros before.
         """
-        return self.pack_blocks(self.quantise(x), panel)
+        return self.pack_blocks(self.quantise_within(x, panel or x.shape[1], importance), panel)
 
     def pack_blocks(self, blocks: Blocks, panel: int | None = None) -> Arrays:
         """As pack, from the type's own numbers."""
-        return tuple(_to_panels(array, panel and panel // self.unit) for array in self.to_lanes(blocks))
+        units = blocks[0].shape[1]
+        width = panel // self.unit if panel else units
+        return tuple(
+            _to_panels(array, width, lane.columns(width * self.unit) // self.unit, panel is not None)
+            for lane, array in zip(self.lanes, self.to_lanes(blocks), strict=True)
+        )
 
     def unpack(self, arrays: Sequence[np.ndarray]) -> Float32:
         """Return the float32 matrix [rows, k] that row lanes hold."""
@@ -134,7 +178,8 @@ class WeightType(StoredType):
 
     def unpack_blocks(self, arrays: Sequence[np.ndarray]) -> Blocks:
         """Undo pack_blocks."""
-        return self.from_lanes(tuple(_from_panels(array) for array in arrays))
+        units = arrays[0].shape[-2] * self.lanes[0].unit // self.unit  # of a panel
+        return self.from_lanes(tuple(_from_panels(array, units) for array in arrays))
 
 
 def by_group(rows: np.ndarray) -> np.ndarray:
@@ -147,17 +192,25 @@ def by_row(lanes: np.ndarray) -> np.ndarray:
     return lanes.swapaxes(1, 2).reshape(-1, lanes.shape[1])
 
 
-def _to_panels(lanes: np.ndarray, panel: int | None) -> np.ndarray:
-    """Cut [groups, units, …] into [panels, groups, units of a panel, …]; None leaves it as it is."""
-    if panel is None:
-        return lanes
+def _to_panels(lanes: np.ndarray, panel: int, each: int, cut: bool) -> np.ndarray:
+    """Of every `each` units' entries take one, and if they are to be `cut`, make panels of [groups, units, …].
+
+    That is [panels, groups, entries of a panel, …].
+    """
     groups, units, *rest = lanes.shape
-    return np.ascontiguousarray(lanes.reshape(groups, units // panel, panel, *rest).swapaxes(0, 1))
+    if each > 1:
+        lanes = lanes[:, ::each]
+    if not cut:
+        return np.ascontiguousarray(lanes)
+    entries = panel // each
+    return np.ascontiguousarray(lanes.reshape(groups, units // panel, entries, *rest).swapaxes(0, 1))
 
 
-def _from_panels(lanes: np.ndarray) -> np.ndarray:
-    """Undo _to_panels, if there are panels."""
+def _from_panels(lanes: np.ndarray, panel: int) -> np.ndarray:
+    """Undo _to_panels, if there are panels: [groups, units, …]."""
+    if lanes.shape[-2] != panel and lanes.shape[-2]:
+        lanes = np.repeat(lanes, panel // lanes.shape[-2], axis=-2)
     if lanes.ndim == 3:
         return lanes
-    panels, groups, panel, *rest = lanes.shape
-    return lanes.swapaxes(0, 1).reshape(groups, panels * panel, *rest)
+    panels, groups, units, *rest = lanes.shape
+    return lanes.swapaxes(0, 1).reshape(groups, panels * units, *rest)

@@ -307,7 +307,7 @@ def test_the_configuration_of_a_qwen3_moe(tmp_path, norm, expected):
     assert (config["model_type"], config["num_experts"], config["num_experts_per_tok"]) == ("qwen3_moe", 8, 2)
     assert (config["moe_intermediate_size"], config["head_dim"]) == (32, 24)
     assert config["norm_topk_prob"] is expected
-    assert ModelConfig.from_hf(config).blocks[0].mlp.count == 8
+    assert ModelConfig.from_hf(config).blocks[0].mlp.router.count == 8
 
 
 @pytest.mark.parametrize(("names", "tied"), [((), True), (("output.weight",), False)])

@@ -210,6 +210,67 @@ FAMILIES: Mapping[str, Family] = {
             "tie_word_embeddings": True,
         },
     ),
+    "hy_v3": Family(
+        "hy_v3",
+        {
+            "num_hidden_layers": 3,
+            "num_attention_heads": 7,  # no number of ranks divides them
+            "num_key_value_heads": 7,
+            "head_dim": 8,
+            "num_experts": 9,
+            "num_experts_per_tok": 3,
+            "moe_intermediate_size": 40,
+            "tie_word_embeddings": True,
+        },
+    ),
+    "glm4_moe": Family(
+        "glm4_moe",
+        {
+            "num_hidden_layers": 3,
+            "num_attention_heads": 14,
+            "num_key_value_heads": 7,
+            "head_dim": 12,  # of which RoPE turns 6
+            "attention_bias": True,
+            "use_qk_norm": True,
+            "n_routed_experts": 10,
+            "n_group": 5,
+            "topk_group": 3,
+            "num_experts_per_tok": 3,
+            "moe_intermediate_size": 40,
+            "n_shared_experts": 2,
+            "routed_scaling_factor": 2.5,
+            "tie_word_embeddings": True,
+        },
+    ),
+    "minimax_m2": Family(
+        "minimax_m2",
+        {
+            "num_attention_heads": 14,
+            "num_key_value_heads": 7,
+            "head_dim": 12,
+            "rotary_dim": 8,
+            "intermediate_size": 40,
+            "num_local_experts": 9,
+            "num_experts_per_tok": 3,
+            "tie_word_embeddings": True,
+        },
+    ),
+    "gpt_oss": Family(
+        "gpt_oss",
+        {
+            "num_hidden_layers": 3,
+            "num_attention_heads": 14,
+            "num_key_value_heads": 7,
+            "head_dim": 12,
+            "intermediate_size": 40,
+            "num_local_experts": 9,
+            "num_experts_per_tok": 3,
+            "sliding_window": 8,
+            "tie_word_embeddings": True,
+        }
+        | rope("yarn", factor=4.0, original_max_position_embeddings=64, beta_fast=4.0, truncate=False),
+        prompt=24,
+    ),
 }
 
 
@@ -240,15 +301,18 @@ def write_family(name: str, family: Family) -> None:
         ids=np.array(prompt, np.int32),
         logits=logits(model, prompt),
         continuation=np.array(continuation(model, prompt), np.int32),
+        **chosen_experts(model, prompt),
     )
 
 
 def random_model(family: Family) -> transformers.PreTrainedModel:
     """A float32 model whose weights are exact in the family's dtype."""
+    # A copy, since some configurations write into what they are given.
     config = transformers.AutoConfig.for_model(family.model_type, **deepcopy(SIZES | family.options))
     model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager", dtype=torch.float32)
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
+        corrections = [pair for pair in model.named_buffers() if "correction" in pair[0]]
+        for name, parameter in [*model.named_parameters(), *corrections]:
             values = torch.from_numpy(random_values(name, tuple(parameter.shape), family.norms))
             parameter.copy_(values.to(family.dtype).float())
     return model.eval()
@@ -259,7 +323,10 @@ def random_values(name: str, shape: tuple[int, ...], norms: float) -> np.ndarray
     normal = np.random.default_rng(zlib.crc32(name.encode())).standard_normal(shape, np.float32)
     if "norm" in name:
         return norms + 0.3 * normal
-    if name.endswith(("mlp.gate.weight", "bias")):  # a router that hardly hesitates, biases of the size of values
+    if name.endswith("gate_up_proj_bias"):  # some are beyond the limits of 7
+        return 5 * normal
+    # Routers that hardly hesitate, biases of the size of values.
+    if name.endswith(("mlp.gate.weight", "router.weight", "bias")):
         return 0.5 * normal
     return 0.2 * normal
 
@@ -293,6 +360,20 @@ def logits(model: transformers.PreTrainedModel, ids: list[int]) -> np.ndarray:
     """Logits [tokens, vocabulary] of the whole prompt at once, without a cache."""
     with torch.no_grad():
         return model(torch.tensor([ids]), use_cache=False).logits[0].numpy()
+
+
+def chosen_experts(model: transformers.PreTrainedModel, ids: list[int]) -> dict[str, np.ndarray]:
+    """`experts`, uint8 [layers with a router, tokens, chosen]: which experts each token takes, in ascending order."""
+    chosen: list[np.ndarray] = []
+    routers = [module for module in model.modules() if type(module).__name__.lower().endswith("topkrouter")]
+    hooks = [
+        router.register_forward_hook(lambda module, inputs, outputs: chosen.append(outputs[2].sort(dim=-1)[0].numpy()))
+        for router in routers
+    ]
+    logits(model, ids)
+    for hook in hooks:
+        hook.remove()
+    return {"experts": np.stack(chosen).astype(np.uint8)} if chosen else {}
 
 
 def continuation(model: transformers.PreTrainedModel, prompt: list[int]) -> list[int]:

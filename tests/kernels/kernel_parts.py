@@ -76,31 +76,29 @@ def packed(x: Array, weight_type: WeightType | str, panel: int | None = None) ->
     """The matrix as the kernels take it, and the float64 values that it holds."""
     kind = WEIGHT_TYPES[weight_type] if isinstance(weight_type, str) else weight_type
     arrays = kind.pack(x, panel)
-    return matrix(kind, *arrays), kind.unpack(arrays).astype(np.float64)
+    return Matrix.of(kind, arrays), kind.unpack(arrays).astype(np.float64)
 
 
-def matrix(kind: WeightType, values: Array, scales: Array | None = None) -> Matrix:
+def matrix(kind: WeightType, *arrays: Array) -> Matrix:
     """From arrays in row lanes."""
-    return Matrix(kind, values, scales)
+    return Matrix.of(kind, arrays)
 
 
 def part(of: Matrix, index: slice | Array) -> Matrix:
     """Some groups of a column-parallel matrix, or some panels of a row-parallel one."""
-    taken = (a if a is None else np.ascontiguousarray(a[index]) for a in (of.values, of.scales))
-    return Matrix(of.weight_type, *taken)
+    return Matrix.of(of.weight_type, [np.ascontiguousarray(a[index]) for a in of.arrays])
 
 
 def stacked(matrices: list[Matrix]) -> Matrix:
     """Experts."""
-    scales = None if matrices[0].scales is None else np.stack([m.scales for m in matrices])
-    return Matrix(matrices[0].weight_type, np.stack([m.values for m in matrices]), scales)
+    return Matrix.of(matrices[0].weight_type, [np.stack(a) for a in zip(*(m.arrays for m in matrices), strict=True)])
 
 
 def blank_activations(tokens: int, columns: int) -> Activations:
     """NaN where floats are to be written, zeros where blocks are."""
     h = Activations.empty(tokens, columns)
     h.x[:] = np.nan
-    for array in (h.values, h.scales, h.starts):
+    for array in (h.values, h.scales, h.starts, h.halves):
         array[:] = 0
     return h
 
@@ -113,9 +111,9 @@ def activations(library: Library, x: Array) -> Activations:
     return h
 
 
-def blocks_of(h: Activations) -> tuple[Array, Array, Array]:
-    """Its blocks, scales and starts in memory's order."""
-    return h.values.copy(), h.scales.copy(), h.starts.copy()
+def blocks_of(h: Activations) -> tuple[Array, Array, Array, Array]:
+    """Its blocks, scales, starts and halves in memory's order."""
+    return h.values.copy(), h.scales.copy(), h.starts.copy(), h.halves.copy()
 
 
 def by_token(h: Activations, array: Array) -> Array:

@@ -52,8 +52,9 @@ def blank_step(x: np.ndarray, heads: int, kv_heads: int, head_dim: int, inner: i
     return StepArrays(
         x=x.copy(), hidden=blank_activations(*x.shape), q=nan(heads, head_dim), k=nan(kv_heads, head_dim),
         v=nan(kv_heads, head_dim), context=blank_activations(tokens, heads * head_dim),
-        gate=blank_activations(tokens, inner), up=nan(inner), partial=nan(x.shape[1], dtype=np.float64),
-        addend=nan(0), squares=nan(4, dtype=np.float64), angles=(Angles(nan(half), nan(half)),),
+        gate=blank_activations(tokens, inner), latent=blank_activations(tokens, 0), up=nan(inner),
+        partial=nan(x.shape[1], dtype=np.float64), addend=nan(0), squares=nan(4, dtype=np.float64),
+        angles=(Angles(nan(half), nan(half)),),
     )  # fmt: skip
 
 
@@ -486,10 +487,12 @@ class MlpCase:
         a = blank_step(self.x, 0, 0, 32, self.inner)
         layer = arguments.MlpLayer(
             gate=self.gate.column_parallel(), up=self.up.column_parallel(), down=self.down.row_parallel(), eps=EPS,
-            hidden_size=HIDDEN, chosen=self.chosen, renormalise=self.renormalise,
+            hidden_size=HIDDEN,
         )  # fmt: skip
         if self.router:
-            layer.router = self.router.column_parallel()
+            layer.router = arguments.Router(
+                matrix=self.router.column_parallel(), chosen=self.chosen, renormalise=self.renormalise, scaling=1.0
+            )
         for name, vector in zip(("norm", "gate_bias", "up_bias"), [self.norm, *self.biases], strict=True):
             setattr(layer, name, arguments.address(vector))
         a.argument.in_flight = in_flight
@@ -635,8 +638,7 @@ def test_experts_may_be_split_over_ranks(weights, tokens):
 
 
 def of_each(experts: Matrix, index: slice) -> Matrix:
-    taken = (a if a is None else np.ascontiguousarray(a[:, index]) for a in (experts.values, experts.scales))
-    return Matrix(experts.weight_type, *taken)
+    return Matrix.of(experts.weight_type, [np.ascontiguousarray(a[:, index]) for a in experts.arrays])
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])

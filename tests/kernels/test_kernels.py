@@ -252,7 +252,7 @@ def first_column(x: np.ndarray, panel: int | None = None):
 
 
 def blocks(x: np.ndarray) -> tuple[np.ndarray, ...]:
-    """Values [tokens, blocks, 32], scales and starts [tokens, blocks]."""
+    """Values [tokens, blocks, 32], scales, starts and halves [tokens, blocks]."""
 
     def run(team):
         h = activations(team.library, x)
@@ -265,11 +265,13 @@ def blocks(x: np.ndarray) -> tuple[np.ndarray, ...]:
 def test_quantise_rounds_to_127ths_of_the_largest(tokens):
     sizes = np.float32(10) ** (np.arange(tokens) % 9 - 4).astype(np.float32)
     x = random_matrix(tokens, 96) * sizes[:, None]
-    values, scales, starts = blocks(x)
+    values, scales, starts, halves = blocks(x)
     expected, expected_scales = quantised(x)
     assert np.array_equal(scales, expected_scales)
     assert np.array_equal(values, expected)
     assert np.array_equal(starts, -8 * values.astype(np.int32).sum(axis=2))
+    of_halves = values.reshape(tokens, 3, 2, 16).sum(axis=3, dtype=np.int16)
+    assert np.array_equal(halves[:, :, None].copy().view(np.int16), of_halves)
     assert np.array_equal(np.abs(values).max(axis=2), np.full((tokens, 3), 127))
 
 
@@ -280,7 +282,7 @@ def test_quantise_takes_tiny_blocks_for_zeros(tiny):
 
 def test_quantise_holds_the_smallest_and_the_largest_numbers():
     for largest in (np.float32(1.1e-30), np.finfo(np.float32).max):
-        values, scales, _ = blocks(np.r_[[largest, -largest], np.zeros(30)][None].astype(np.float32))
+        values, scales, *_ = blocks(np.r_[[largest, -largest], np.zeros(30)][None].astype(np.float32))
         assert list(values[0, 0, :2]) == [127, -127]
         assert scales[0, 0] == largest / np.float32(127)
 
@@ -290,7 +292,7 @@ def test_quantise_holds_the_smallest_and_the_largest_numbers():
 def test_quantise_marks_a_block_with_a_bad_number(place, bad):
     x = random_matrix(1, 96)
     x[0, 32 + place] = bad
-    values, scales, _ = blocks(x)
+    values, scales, *_ = blocks(x)
     assert list(np.isnan(scales[0])) == [False, True, False]
     assert not values[0, 1].any()
 

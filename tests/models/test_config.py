@@ -10,6 +10,7 @@ from mpillama.errors import UserError
 from mpillama.models.attention import GroupedQueryAttention
 from mpillama.models.config import ModelConfig
 from mpillama.models.mlp import Experts
+from mpillama.models.router import Router
 from mpillama.models.shapes import SHAPES, shape_config
 from tests.reference import llama3_frequencies
 
@@ -132,8 +133,8 @@ def test_llama3_frequencies_at_the_ends_of_the_ramp():
 @pytest.mark.parametrize("name", list(SHAPES))
 def test_known_shapes_are_configurations(name):
     config = ModelConfig.from_hf(shape_config(name))
-    assert (config.rope.scaling is not None) == name.startswith(("llama-3", "ministral-3", "gemma-3"))
-    assert isinstance(mlp(config), Experts) == (config.model_type in ("mixtral", "qwen3_moe"))
+    assert (config.rope.scaling is not None) == ("rope_scaling" in shape_config(name))
+    assert isinstance(config.blocks[-1].mlp, Experts) == ("num_experts_per_tok" in shape_config(name))
 
 
 def test_an_unknown_shape_is_refused_with_the_known_ones():
@@ -265,7 +266,7 @@ def test_experts(key):
     config = read(
         model_type="qwen3_moe", num_key_value_heads=2, **{key: 8}, num_experts_per_tok=2, moe_intermediate_size=48
     )
-    assert mlp(config) == Experts(48, count=8, chosen=2, renormalise=False)
+    assert mlp(config) == Experts(48, router=Router(8, chosen=2))
     with pytest.raises(UserError, match="num_experts_per_tok=9"):
         read(model_type="qwen3_moe", num_key_value_heads=2, **{key: 8}, num_experts_per_tok=9, moe_intermediate_size=48)
     for other in ({"mlp_only_layers": [0]}, {"decoder_sparse_step": 2}):

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+from mpillama.errors import UserError
 from mpillama.loading.model_file import ModelFile, open_model
 from mpillama.models.weights import slice_shapes
 from mpillama.quant.registry import WEIGHT_TYPES
@@ -37,6 +38,13 @@ def error(found: np.ndarray, family: str) -> float:
 def test_a_folder_gives_the_logits_of_transformers(family):
     model = open_model(str(g.FOLDER / family), "f32")
     assert error(logits(model, family), family) < F32_TOLERANCE
+
+
+@pytest.mark.parametrize("family", [family for family in g.FAMILIES if g.golden_experts(family) is not None])
+def test_experts_are_those_that_transformers_chooses(family):
+    """Exactly, in every layer and for every token."""
+    model = running.load_file(open_model(str(g.FOLDER / family), "f32"), THREADS)
+    assert np.array_equal(running.chosen_experts(model, g.golden(family)[0]), g.golden_experts(family))
 
 
 @pytest.mark.parametrize("prefix", ["model.", ""])
@@ -100,6 +108,30 @@ def test_a_gguf_gives_the_same_bits_as_the_folder(family, tmp_path):
         assert error(found, family) < F32_TOLERANCE
     else:
         assert np.array_equal(found, logits(open_model(str(g.FOLDER / family), "f32"), family))
+
+
+@pytest.mark.parametrize("name", ["model.layers.3.eh_proj.weight", "mtp.0.fc.weight", "model.mtp.norm.weight"])
+def test_layers_that_only_draft_tokens_are_left_out_and_told(name, tmp_path, caplog):
+    """As in transformers; a layer that the configuration does not count is refused."""
+    config = json.loads((g.FOLDER / "hy_v3" / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "num_nextn_predict_layers": 1}))
+    tensors = dict(g.family_tensors("hy_v3"))
+    save_file({**tensors, name: np.ones((4, 8), np.float32)}, tmp_path / "model.safetensors")
+    with caplog.at_level("INFO", "mpillama"):
+        found = logits(open_model(str(tmp_path), "f32"), "hy_v3")
+    assert np.array_equal(found, logits(open_model(str(g.FOLDER / "hy_v3"), "f32"), "hy_v3"))
+    assert name in caplog.text
+    other = name.replace("layers.3", "layers.4").replace("mtp", "drafts")
+    save_file({**tensors, other: np.ones((4, 8), np.float32)}, tmp_path / "model.safetensors")
+    with pytest.raises(UserError, match=other):
+        open_model(str(tmp_path), "f32")
+
+
+def test_layers_of_a_gguf_that_only_draft_tokens_are_left_out(tmp_path):
+    g.write_gguf(tmp_path / "model.gguf", "hy_v3", g.as_float32, drafts=1)
+    model = open_model(str(tmp_path / "model.gguf"))
+    assert model.config.num_hidden_layers == 3
+    assert np.array_equal(logits(model, "hy_v3"), logits(open_model(str(g.FOLDER / "hy_v3"), "f32"), "hy_v3"))
 
 
 @pytest.mark.parametrize("kind", ["F16", "BF16"])

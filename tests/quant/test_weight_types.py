@@ -163,8 +163,9 @@ def test_pack_and_unpack_undo_each_other(weight_type, panel):
     packed = weight_type.pack(x, panel)
     back = weight_type.unpack(packed)
     groups = (256 // panel, 3) if panel else (3,)
-    units = (panel or 256) // weight_type.unit
-    assert [a.shape for a in packed] == [(*groups, units, lane.entry) for lane in weight_type.lanes]
+    assert [a.shape for a in packed] == [
+        (*groups, lane.entries(panel or 256), lane.entry) for lane in weight_type.lanes
+    ]
     assert [a.dtype for a in packed] == [np.dtype(lane.dtype) for lane in weight_type.lanes]
     assert sum(a.nbytes for a in packed) == 3 * weight_type.group_bytes(256)
     assert all(a.flags.c_contiguous for a in packed)

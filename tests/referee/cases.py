@@ -218,6 +218,22 @@ FAMILIES: Mapping[str, Mapping[str, Any]] = {
         "sliding_window_pattern": 2, "rope_local_base_freq": 100.0, **rope("linear", factor=4.0),
     },
 }  # fmt: skip
+LATER_FAMILIES: Mapping[str, Mapping[str, Any]] = {
+    "hy_v3": {**QWEN, **EXPERTS, "model_type": "hy_v3", "num_attention_heads": 6},
+    "glm4_moe": {
+        **QWEN, **EXPERTS, "model_type": "glm4_moe", "attention_bias": True, "use_qk_norm": True, "n_group": 3,
+        "topk_group": 2, "n_shared_experts": 2, "routed_scaling_factor": 2.5,
+    },
+    "glm4_moe without norms and groups": {
+        **QWEN, **EXPERTS, "model_type": "glm4_moe", "attention_bias": True, "n_shared_experts": 1,
+        "routed_scaling_factor": 1.0, "first_k_dense_replace": 0,
+    },
+    "gpt_oss": {
+        **QWEN, **EXPERTS, "model_type": "gpt_oss", "num_attention_heads": 6, "sliding_window": 20,
+        **rope("yarn", factor=4.0, original_max_position_embeddings=32, truncate=False),
+    },
+    "minimax_m2": {**QWEN, **EXPERTS, "model_type": "minimax_m2", "num_attention_heads": 6, "rotary_dim": 16},
+}  # fmt: skip
 
 # -- special values --------------------------------------------------------------------------------------------------
 
@@ -411,8 +427,9 @@ def mixed_types() -> Iterator[Case]:
 
 
 def families() -> Iterator[Case]:
-    """Every family in every weight type."""
-    for i, (family, config) in enumerate(FAMILIES.items()):
+    """Every family in every weight type; of those that came later the place in the list does not matter."""
+    numbered = [*enumerate(FAMILIES.items()), *((len(name), (name, c)) for name, c in LATER_FAMILIES.items())]
+    for i, (family, config) in numbered:
         for j, weights in enumerate(WEIGHTS):
             kv_type = KV_TYPES[(i + j) % len(KV_TYPES)]
             yield from each_way(

@@ -10,10 +10,10 @@ import numpy as np
 
 from mpillama.errors import UserError
 from mpillama.formats.checkpoint import StoredTensor
-from mpillama.formats.foreign import damaged, split_experts
+from mpillama.formats.foreign import damaged, split_expert_vectors, split_experts
 from mpillama.formats.gguf.header import GgufHeader
 from mpillama.models.families import gguf_architectures
-from mpillama.models.family import Gguf
+from mpillama.models.family import DRAFT_LAYERS, Gguf, gguf_draft_layers
 from mpillama.models.rope import PARTIAL, yarn_attention_factor
 
 ROPE_FACTORS = {
@@ -48,9 +48,13 @@ def canonical(path: str, tensor: StoredTensor, gguf: Gguf, head_dim: int) -> Ite
     prefix, kind, expert, ending = f"model.layers.{int(layer[1])}.", layer[2], layer[3], layer[4]
     if kind in EXPERTS and not expert and ending == "weight":
         yield from split_experts(path, prefix + "mlp.experts.", tensor, EXPERTS[kind])
+    elif kind in EXPERTS and len(EXPERTS[kind]) == 1 and not expert:
+        yield from split_expert_vectors(path, prefix + "mlp.experts.", tensor, *EXPERTS[kind])
     elif expert and kind in ("ffn_gate", "ffn_up", "ffn_down"):
         name = f"{prefix}mlp.experts.{int(expert)}.{kind.removeprefix('ffn_')}_proj.{ending}"
         yield replace(tensor, name=name)
+    elif f"{kind}.{ending}" in gguf.names and not expert:
+        yield replace(tensor, name=prefix + gguf.names[f"{kind}.{ending}"])
     elif kind in gguf.names and not expert:
         pairs = head_dim if gguf.rotary_pairs and kind in ROTATED else 0
         yield replace(tensor, name=f"{prefix}{gguf.names[kind]}.{ending}", interleaved=pairs)
@@ -171,12 +175,13 @@ class Metadata:
 def hugging_face_config(metadata: Metadata, names: Collection[str], vocab_size: int) -> dict[str, Any]:
     """Build config.json; `names` are GGUF's names of tensors."""
     heads, fields = metadata.size("attention.head_count"), metadata.gguf.fields(metadata)
+    drafting = gguf_draft_layers(metadata)
     _check_rope_factors(metadata, fields)
     config = {
         "model_type": metadata.family.model_type,
         "hidden_size": metadata.size("embedding_length"),
         "intermediate_size": metadata.size("feed_forward_length", _expert_width(metadata)),
-        "num_hidden_layers": metadata.size("block_count"),
+        "num_hidden_layers": max(1, metadata.size("block_count") - drafting),
         "num_attention_heads": heads,
         "num_key_value_heads": metadata.size("attention.head_count_kv", heads),
         "head_dim": metadata.head_dim,
@@ -190,6 +195,8 @@ def hugging_face_config(metadata: Metadata, names: Collection[str], vocab_size: 
     present = {key: f"blk.0.{ending}" in names for key, ending in metadata.gguf.flags.items()}
     flags = {key: found for key, found in present.items() if found != metadata.family.defaults.get(key, False)}
     optional = {**flags, **fields, **metadata.partial_rope, **_special_tokens(metadata)}
+    if drafting:
+        optional[DRAFT_LAYERS] = drafting
     window = metadata.get("attention.sliding_window")
     return {**config, **optional, **({"sliding_window": metadata.size("attention.sliding_window")} if window else {})}
 
@@ -256,7 +263,10 @@ def _rope_scaling(metadata: Metadata) -> dict[str, Any] | None:
             "both."
         )
     metadata.refuse_unread("rope.", (*ALWAYS_READ, *ROPE_FIELDS[kind], *metadata.gguf.rope_keys))
-    return {"rope_type": "factors", "factors": list(factors)} if factors else known[kind](metadata)
+    if factors:
+        return {"rope_type": "factors", "factors": list(factors)}
+    found = known[kind](metadata)
+    return {**metadata.gguf.scaling, **found} if found and kind == "yarn" else found
 
 
 def _linear(metadata: Metadata) -> dict[str, Any]:

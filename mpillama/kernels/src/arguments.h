@@ -7,15 +7,17 @@
 namespace mpillama {
 
 // A rank's slice of a weight matrix in row lanes. Column-parallel: panels is 1. With experts there is one such slice for
-// each, one after the other.
+// each, one after the other. `supers` are numbers that a row has for every `super_columns` k-values, which divide a panel.
 struct Matrix {
     const u8* values;
     const u8* scales;
+    const u8* supers;
     i64 type;
     i64 experts;
     i64 panels;
     i64 groups;
     i64 columns;  // of a panel
+    i64 super_columns;
 };
 
 // float32 [tokens, columns] and the same in int8 blocks, as activations.h says.
@@ -24,6 +26,7 @@ struct Activations {
     i8* values;
     float* scales;
     i32* starts;
+    i32* halves;
     i64 columns;
 };
 
@@ -44,25 +47,58 @@ enum HeadNorm : i64 { BEFORE_ROPE, AFTER_ROPE, WHOLE_PROJECTION };
 // heads of KV head i are head_start[i] : head_start[i + 1]. Norm, biases and norms of heads may be null. A token sees the
 // last `window` positions, or those of its own `chunk`; 0 is all. Scores are bent to +-soft_cap, unless it is 0. With
 // WHOLE_PROJECTION the projections have q_width and k_width channels on all ranks together, and the KV heads before
-// first_counted belong to the rank before, too.
+// first_counted belong to the rank before, too. `sinks` [heads], or null: a score of each head that takes part in the
+// softmax and has no value.
 struct AttentionLayer {
     Matrix q, k, v, o;
     Cache cache;
-    const float *norm, *q_bias, *k_bias, *v_bias, *q_norm, *k_norm;
+    const float *norm, *q_bias, *k_bias, *v_bias, *q_norm, *k_norm, *sinks;
     const i64* head_start;
     double eps, scale, soft_cap;
     i64 hidden_size, heads, kv_heads, head_dim, channels, window, chunk;
     i64 head_norm, q_width, k_width, first_counted;
 };
 
-enum Activation : i64 { SILU, GELU_TANH };
+// One layer's cache of latents: [blocks, 64, width] numbers, as latent_cache.h says.
+struct LatentCache {
+    u8* values;
+    u16* scales;
+    i64 type;
+};
 
-// A gated MLP, or experts of it chosen by a router; the norm may be null.
+// Multi-head latent attention: queries and, with `pairs`, how their rotary channels stand. Matrices of heads have the
+// heads' rows one after the other; the channels of a head are padded to multiples of 32. Without `q_a` (no groups), `q`
+// reads the layer's input.
+struct LatentLayer {
+    Matrix q_a, q, kv_a, k_b, v_b, o;
+    LatentCache cache;
+    const float *norm, *q_norm, *kv_norm;
+    double eps, latent_eps, scale;
+    i64 hidden_size, heads, q_rank, kv_rank, nope, rope, pairs;
+};
+
+// How tokens choose among experts, as router.h says; without experts `matrix` has no groups. `bias` is added to the
+// logits, `correction` to the scores by which experts are chosen; both may be null.
+struct Router {
+    Matrix matrix;
+    const float *bias, *correction;
+    double epsilon, scaling;
+    i64 scores, chosen, renormalise, groups, chosen_groups;
+};
+
+// The last is that of elementwise.h's clamped_silu, which alone reads alpha and limit.
+enum Activation : i64 { SILU, GELU_TANH, CLAMPED_SILU };
+
+// A gated MLP, or experts of it chosen by a router, and one that all tokens share: `shared_gate` and so on have no groups
+// without it, `shared_router` none if nothing weighs it. The norm may be null, and biases may; of experts biases are
+// [experts, rows], and down_bias is there for one rank only.
 struct MlpLayer {
-    Matrix gate, up, down, router;
-    const float *norm, *gate_bias, *up_bias;
-    double eps;
-    i64 hidden_size, activation, chosen, renormalise;
+    Matrix gate, up, down;
+    Router router;
+    Matrix shared_gate, shared_up, shared_down, shared_router;
+    const float *norm, *gate_bias, *up_bias, *down_bias;
+    double eps, alpha, limit;
+    i64 hidden_size, activation;
 };
 
 // The tokens that go through the model together; `segments` [segment_count, 3]: first token, tokens, first position of
@@ -72,7 +108,7 @@ struct MlpLayer {
 struct Step {
     i64 tokens;
     float* x;
-    Activations hidden, context, gate;
+    Activations hidden, context, gate, latent;
     float *q, *k, *v, *up;
     double *partial, *squares;
     const float *cosines, *sines, *query_factors;

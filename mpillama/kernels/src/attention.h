@@ -112,6 +112,7 @@ inline void scatter_rows(const AttentionLayer& layer, const Step& step, const Ti
     for (i64 r = 0; r < tile.rows(); r++) {
         const i64 token = tile.token + r / tile.heads, head = tile.first_head + r % tile.heads;
         float* out = step.context.x + token * step.context.columns + head * layer.head_dim;
+        if (layer.sinks != nullptr) add_sink(total.row(r, layer.head_dim), layer.sinks[head], layer.head_dim);
         finish_row(total.row(r, layer.head_dim), layer.head_dim, out);
         if (quantised) quantise_blocks(out, blocks, step.context, step.tokens, token, head * blocks);
     }

@@ -79,10 +79,10 @@ inline void block_scores(const CacheBlock<Kv>& here, const CacheBlock<Kv>& next,
                 prefetch(next.key_scales + scales_at);
                 const u8* steps = reinterpret_cast<const u8*>(here.keys) + at;
                 const u8* scales = reinterpret_cast<const u8*>(here.key_scales + scales_at);
-                const BlockPart<Q8_0> keys(steps, scales, part);
+                const BlockPart<Q8_0> keys(steps, scales, nullptr, part);
                 for (int r = 0; r < ROWS; r++) {
                     const i64 place = r * blocks + i;
-                    sums[r] = keys.add(q.values + BLOCK * place, q.scales[place], q.starts[place], sums[r]);
+                    sums[r] = keys.add({q.values + BLOCK * place, q.scales[place], q.starts[place], 0}, sums[r]);
                 }
             }
             for (int r = 0; r < ROWS; r++) store(out + POSITIONS * r + LANES * group + W * part, sums[r]);
@@ -208,6 +208,16 @@ inline void combine_span(const RowSums& total, const RowSums& span, i64 head_dim
     };
     mix(total.sums, span.sums, LANES);
     mix(total.out, span.out, head_dim);
+    *total.largest = now;
+}
+
+// Let a score without a value take part in the softmax.
+inline void add_sink(const RowSums& total, float sink, i64 head_dim) {
+    const float now = maximum(*total.largest, sink);
+    const Vf keep = exponential(splat(*total.largest - now));
+    multiply_row(total.sums, keep, LANES);
+    multiply_row(total.out, keep, head_dim);
+    total.sums[0] += exponential(sink - now);
     *total.largest = now;
 }
 

@@ -24,9 +24,22 @@ inline Vf gelu_tanh(Vf x) {
     return div(x, add(splat(1.0f), exponential(power)));
 }
 
+// x / (1 + e^(-alpha x)), of x up to `limit`, times 1 + up within +-limit, as in gpt-oss. A NaN stays.
+inline Vf clamped_silu(Vf x, Vf up, Vf alpha, Vf limit) {
+    const Vf gate = select(less(limit, x), limit, x), low = negate(limit);
+    Vf factor = select(less(limit, up), limit, up);
+    factor = select(less(factor, low), low, factor);
+    const Vf one = splat(1.0f);
+    return mul(add(factor, one), div(gate, add(one, exponential(negate(mul(alpha, gate))))));
+}
+
 // gate = activation(gate) * up (https://arxiv.org/abs/2002.05202).
-inline void activate(i64 activation, float* gate, const float* up, i64 first, i64 last) {
-    if (activation == GELU_TANH)
+inline void activate(const MlpLayer& layer, float* gate, const float* up, i64 first, i64 last) {
+    const Vf alpha = splat(static_cast<float>(layer.alpha)), limit = splat(static_cast<float>(layer.limit));
+    if (layer.activation == CLAMPED_SILU)
+        for (i64 i = first; i < last; i += W)
+            store(gate + i, clamped_silu(load(gate + i), load(up + i), alpha, limit));
+    else if (layer.activation == GELU_TANH)
         for (i64 i = first; i < last; i += W) store(gate + i, mul(gelu_tanh(load(gate + i)), load(up + i)));
     else
         for (i64 i = first; i < last; i += W) store(gate + i, mul(silu(load(gate + i)), load(up + i)));

@@ -1,6 +1,7 @@
 // What Python calls (mpillama/kernels/library.py), compiled once for each instruction set.
 #include <new>
 
+#include "latent_layer.h"
 #include "layers.h"
 #include "shared_sum.h"
 #include "threads.h"
@@ -78,11 +79,31 @@ MPILLAMA_API i64 mpillama_attend_projected(Team* team, const AttentionLayer* lay
     return run_half(team, *step, sum, [&](const Member& member, const Step& own) { attend_projected(member, *layer, own); });
 }
 
+MPILLAMA_API i64 mpillama_latent_half(Team* team, const LatentLayer* layer, const Step* step, Sum* sum) {
+    const i64 common = larger(latent_attention_shared_bytes(*layer, *step, team->threads),
+                              row_shared_bytes(layer->o, step->tokens, team->threads));
+    if (!team->reserve(latent_half_scratch_bytes(*layer), common)) return NO_MEMORY;
+    return run_half(team, *step, sum, [&](const Member& member, const Step& own) { latent_half(member, *layer, own); });
+}
+
 MPILLAMA_API i64 mpillama_mlp_half(Team* team, const MlpLayer* layer, const Step* step, Sum* sum) {
-    const i64 common = layer->router.groups > 0 ? mixture_shared_bytes(*layer, *step, team->threads)
+    const i64 common = layer->router.matrix.groups > 0 ? mixture_shared_bytes(*layer, *step, team->threads)
                                                 : row_shared_bytes(layer->down, step->tokens, team->threads);
     if (!team->reserve(mlp_half_scratch_bytes(*layer), common)) return NO_MEMORY;
     return run_half(team, *step, sum, [&](const Member& member, const Step& own) { mlp_half(member, *layer, own); });
+}
+
+// Which experts tokens take by their logits, float32 [tokens, width], which are overwritten: i64 and float32
+// [tokens, chosen], the best expert first. Returns 0 when there is no memory.
+MPILLAMA_API i64 mpillama_choose_experts(Team* team, const Router* router, i64 experts, float* logits, i64 tokens,
+                                         i64* chosen, float* shares) {
+    const i64 width = router->matrix.groups * LANES, room = Routing::room_to_choose(*router);
+    if (!team->reserve(0, room * static_cast<i64>(sizeof(float)))) return NO_MEMORY;
+    float* choices = reinterpret_cast<float*>(team->member(0).shared);
+    for (i64 t = 0; t < tokens; t++)
+        choose_experts(*router, experts, logits + t * width, choices, chosen + t * router->chosen,
+                       shares + t * router->chosen);
+    return DONE;
 }
 
 // Wait on for ranks that were late.
@@ -152,10 +173,10 @@ MPILLAMA_API void mpillama_embed(const Matrix* matrix, const i64* rows, i64 toke
             const int lane = static_cast<int>(rows[t] % LANES);
             if constexpr (T::BLOCKS) {
                 const i64 blocks = w.columns / BLOCK;
-                for (i64 b = 0; b < blocks; b++) {
+                ScalePlace<typename T::Scales> scales(w.scales, group * blocks);
+                for (i64 b = 0; b < blocks; b++, scales.advance()) {
                     float row[BLOCK];
-                    const i64 place = group * blocks + b;
-                    block_row<T>(w.values + place * T::bytes, w.scales + place * T::Scales::bytes, lane, row);
+                    block_row<T>(w.values + (group * blocks + b) * T::bytes, scales, lane, row);
                     for (int i = 0; i < BLOCK; i++) to[b * BLOCK + i] += static_cast<double>(row[i]);
                 }
             } else {
@@ -262,28 +283,44 @@ MPILLAMA_API void mpillama_barriers(Team* team, i64 count) {
 // The sizes and offsets of the structs that Python describes too, one after the other; -1 behind the last.
 MPILLAMA_API i64 mpillama_offset(i64 index) {
     static const i64 offsets[] = {
-        sizeof(Matrix), offsetof(Matrix, values), offsetof(Matrix, scales), offsetof(Matrix, type),
+        sizeof(Matrix), offsetof(Matrix, values), offsetof(Matrix, scales), offsetof(Matrix, supers), offsetof(Matrix, type),
         offsetof(Matrix, experts), offsetof(Matrix, panels), offsetof(Matrix, groups), offsetof(Matrix, columns),
+        offsetof(Matrix, super_columns),
         sizeof(Activations), offsetof(Activations, x), offsetof(Activations, values), offsetof(Activations, scales),
-        offsetof(Activations, starts), offsetof(Activations, columns),
+        offsetof(Activations, starts), offsetof(Activations, halves), offsetof(Activations, columns),
         sizeof(Cache), offsetof(Cache, keys), offsetof(Cache, key_scales), offsetof(Cache, values),
         offsetof(Cache, value_scales), offsetof(Cache, type),
         sizeof(AttentionLayer), offsetof(AttentionLayer, q), offsetof(AttentionLayer, k), offsetof(AttentionLayer, v),
         offsetof(AttentionLayer, o), offsetof(AttentionLayer, cache), offsetof(AttentionLayer, norm),
         offsetof(AttentionLayer, q_bias), offsetof(AttentionLayer, k_bias), offsetof(AttentionLayer, v_bias),
-        offsetof(AttentionLayer, q_norm), offsetof(AttentionLayer, k_norm), offsetof(AttentionLayer, head_start),
+        offsetof(AttentionLayer, q_norm), offsetof(AttentionLayer, k_norm), offsetof(AttentionLayer, sinks),
+        offsetof(AttentionLayer, head_start),
         offsetof(AttentionLayer, eps), offsetof(AttentionLayer, scale), offsetof(AttentionLayer, soft_cap),
         offsetof(AttentionLayer, hidden_size), offsetof(AttentionLayer, heads), offsetof(AttentionLayer, kv_heads),
         offsetof(AttentionLayer, head_dim), offsetof(AttentionLayer, channels), offsetof(AttentionLayer, window),
         offsetof(AttentionLayer, chunk), offsetof(AttentionLayer, head_norm), offsetof(AttentionLayer, q_width),
         offsetof(AttentionLayer, k_width), offsetof(AttentionLayer, first_counted),
+        sizeof(LatentCache), offsetof(LatentCache, values), offsetof(LatentCache, scales), offsetof(LatentCache, type),
+        sizeof(LatentLayer), offsetof(LatentLayer, q_a), offsetof(LatentLayer, q), offsetof(LatentLayer, kv_a),
+        offsetof(LatentLayer, k_b), offsetof(LatentLayer, v_b), offsetof(LatentLayer, o), offsetof(LatentLayer, cache),
+        offsetof(LatentLayer, norm), offsetof(LatentLayer, q_norm), offsetof(LatentLayer, kv_norm),
+        offsetof(LatentLayer, eps), offsetof(LatentLayer, latent_eps), offsetof(LatentLayer, scale),
+        offsetof(LatentLayer, hidden_size), offsetof(LatentLayer, heads), offsetof(LatentLayer, q_rank),
+        offsetof(LatentLayer, kv_rank), offsetof(LatentLayer, nope), offsetof(LatentLayer, rope),
+        offsetof(LatentLayer, pairs),
+        sizeof(Router), offsetof(Router, matrix), offsetof(Router, bias), offsetof(Router, correction),
+        offsetof(Router, epsilon), offsetof(Router, scaling), offsetof(Router, scores), offsetof(Router, chosen),
+        offsetof(Router, renormalise), offsetof(Router, groups), offsetof(Router, chosen_groups),
         sizeof(MlpLayer), offsetof(MlpLayer, gate), offsetof(MlpLayer, up), offsetof(MlpLayer, down),
-        offsetof(MlpLayer, router), offsetof(MlpLayer, norm), offsetof(MlpLayer, gate_bias),
-        offsetof(MlpLayer, up_bias), offsetof(MlpLayer, eps), offsetof(MlpLayer, hidden_size),
-        offsetof(MlpLayer, activation), offsetof(MlpLayer, chosen), offsetof(MlpLayer, renormalise),
+        offsetof(MlpLayer, router), offsetof(MlpLayer, shared_gate), offsetof(MlpLayer, shared_up),
+        offsetof(MlpLayer, shared_down), offsetof(MlpLayer, shared_router), offsetof(MlpLayer, norm),
+        offsetof(MlpLayer, gate_bias), offsetof(MlpLayer, up_bias), offsetof(MlpLayer, down_bias),
+        offsetof(MlpLayer, eps), offsetof(MlpLayer, alpha), offsetof(MlpLayer, limit), offsetof(MlpLayer, hidden_size),
+        offsetof(MlpLayer, activation),
         sizeof(Step), offsetof(Step, tokens), offsetof(Step, x), offsetof(Step, hidden), offsetof(Step, context),
-        offsetof(Step, gate), offsetof(Step, q), offsetof(Step, k), offsetof(Step, v), offsetof(Step, up),
-        offsetof(Step, partial), offsetof(Step, squares), offsetof(Step, cosines), offsetof(Step, sines),
+        offsetof(Step, gate), offsetof(Step, latent), offsetof(Step, q), offsetof(Step, k), offsetof(Step, v),
+        offsetof(Step, up), offsetof(Step, partial), offsetof(Step, squares), offsetof(Step, cosines),
+        offsetof(Step, sines),
         offsetof(Step, query_factors), offsetof(Step, slots),
         offsetof(Step, segments), offsetof(Step, tables), offsetof(Step, rotary_half), offsetof(Step, segment_count),
         offsetof(Step, table_width), offsetof(Step, in_flight),

@@ -75,9 +75,16 @@ inline i64 attention_half_scratch_bytes(const AttentionLayer& layer) {
     return larger(larger(products, row_scratch_bytes(layer.o)), attention_scratch_bytes(layer));
 }
 
+// Call `use` with every matrix that meets the hidden state; those that a layer lacks have no groups.
+template <class Use> inline void for_each_input_matrix(const MlpLayer& layer, Use use) {
+    use(layer.gate), use(layer.up), use(layer.router.matrix);
+    use(layer.shared_gate), use(layer.shared_up), use(layer.shared_router);
+}
+
 inline i64 mlp_half_scratch_bytes(const MlpLayer& layer) {
-    const i64 products = larger(larger(steps_bytes(layer.gate), steps_bytes(layer.up)), steps_bytes(layer.router));
-    return larger(products, row_scratch_bytes(layer.down));
+    i64 bytes = larger(row_scratch_bytes(layer.down), row_scratch_bytes(layer.shared_down));
+    for_each_input_matrix(layer, [&](const Matrix& m) { bytes = larger(bytes, steps_bytes(m)); });
+    return bytes;
 }
 
 // Norm and q/k/v.
@@ -119,12 +126,12 @@ inline void attention_half(const Member& member, const AttentionLayer& layer, co
 
 // Norm, then the gated MLP or experts: step.partial is this rank's part of the sum.
 inline void mlp_half(const Member& member, const MlpLayer& layer, const Step& step) {
-    const bool quantised = has_blocks(layer.gate.type) || has_blocks(layer.up.type) ||
-                           (layer.router.groups > 0 && has_blocks(layer.router.type));
+    bool quantised = false;
+    for_each_input_matrix(layer, [&](const Matrix& m) { quantised = quantised || (m.groups > 0 && has_blocks(m.type)); });
     normalise(member, step.x, step.tokens, layer.norm, layer.hidden_size, layer.eps, quantised, step.hidden);
     member.did(Part::NORM);
     member.barrier();
-    if (layer.router.groups > 0) return mixture(member, layer, step);
+    if (layer.router.matrix.groups > 0) return mixture(member, layer, step);
     const i64 pairs = layer.gate.groups / 2;  // a quantised block is two groups
     gate_up_span(layer, 0, step.hidden, step.tokens, nullptr, step.gate, step.up, member.first(pairs),
                  member.last(pairs), step.in_flight, member.scratch);

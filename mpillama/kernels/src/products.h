@@ -20,14 +20,18 @@ constexpr int MOST_TOKENS = 8;
 // One column-parallel matrix, or one panel of a row-parallel one: [groups, columns].
 struct Slice {
     const u8* values;
-    const u8* scales;
+    ScaleArrays scales;
     i64 columns;
 };
 
 // Panel `panel` of expert `expert`.
 template <class T> inline Slice slice(const Matrix& m, i64 expert, i64 panel) {
     const i64 units = T::BLOCKS ? m.columns / BLOCK : m.columns, groups = (expert * m.panels + panel) * m.groups;
-    return {m.values + groups * units * T::bytes, m.scales + groups * units * scale_bytes<T>(), m.columns};
+    const ScaleArrays scales{m.scales, m.supers, m.super_columns / BLOCK};
+    if constexpr (T::BLOCKS)
+        return {m.values + groups * units * T::bytes, scales.from<typename T::Scales>(groups * units), m.columns};
+    else
+        return {m.values + groups * units * T::bytes, scales, m.columns};
 }
 
 inline i64 panel_bytes(const Matrix& m) {
@@ -44,6 +48,7 @@ struct Input {
     const Activations& from;
     i64 tokens, column;
 
+    InputBlocks blocks(i64 token) const { return InputBlocks(from, place(token)); }
     i64 place(i64 token) const { return block_place(tokens, from.columns / BLOCK, token, column / BLOCK); }
     const float* x(i64 token) const { return from.x + token * from.columns + column; }
     i64 width() const { return tile_width(tokens); }
@@ -64,20 +69,18 @@ inline void prefetch_run(const u8* at, i64 bytes) {
 // sums[g][part] += rows of adjacent groups times a single token: nothing but streaming the weights.
 template <class T, int GROUPS> inline void stream(const Slice& w, i64 group, const Input& in, Vf (&sums)[GROUPS][PARTS]) {
     if constexpr (T::BLOCKS) {
-        const i64 blocks = w.columns / BLOCK, place = in.place(0);
-        const i8* x = in.from.values + BLOCK * place;
-        const float* x_scales = in.from.scales + place;
-        const i32* starts = in.from.starts + place;
+        const i64 blocks = w.columns / BLOCK;
+        const InputBlocks x = in.blocks(0);
         const u8* values = w.values + group * blocks * T::bytes;
-        const u8* scales = w.scales + group * blocks * T::Scales::bytes;
+        ScalePlace<typename T::Scales> scales[GROUPS];
+        for (int g = 0; g < GROUPS; g++) scales[g] = {w.scales, (group + g) * blocks};
         for (i64 i = 0; i < blocks; i++) {
             for (int g = 0; g < GROUPS; g++) {
                 const u8* here = values + (g * blocks + i) * T::bytes;
-                const u8* here_scales = scales + (g * blocks + i) * T::Scales::bytes;
                 prefetch_run(here + AHEAD, T::bytes);
                 for (int part = 0; part < PARTS; part++)
-                    sums[g][part] = BlockPart<T>(here, here_scales, part)
-                                        .add(x + BLOCK * i, x_scales[i], starts[i], sums[g][part]);
+                    sums[g][part] = BlockPart<T>(here, scales[g], part).add(x[i], sums[g][part]);
+                scales[g].advance();
             }
         }
     } else {
@@ -96,18 +99,15 @@ template <class T, int GROUPS> inline void stream(const Slice& w, i64 group, con
 template <class T, int TOKENS>
 inline void tile(const Slice& w, i64 group, int part, const Input& in, i64 token, Vf (&sums)[TOKENS]) {
     if constexpr (T::BLOCKS) {
-        const i64 blocks = w.columns / BLOCK, width = in.width(), place = in.place(token);
-        const i8* x = in.from.values + BLOCK * place;
-        const float* x_scales = in.from.scales + place;
-        const i32* starts = in.from.starts + place;
+        const i64 blocks = w.columns / BLOCK, width = in.width();
+        const InputBlocks x = in.blocks(token);
         const u8* values = w.values + group * blocks * T::bytes;
-        const u8* scales = w.scales + group * blocks * T::Scales::bytes;
-        for (i64 i = 0; i < blocks; i++) {
+        ScalePlace<typename T::Scales> scales(w.scales, group * blocks);
+        for (i64 i = 0; i < blocks; i++, scales.advance()) {
             if (part == 0) prefetch_run(values + i * T::bytes + AHEAD, T::bytes);
-            const BlockPart<T> rows(values + i * T::bytes, scales + i * T::Scales::bytes, part);
+            const BlockPart<T> rows(values + i * T::bytes, scales, part);
 #pragma GCC unroll 8
-            for (int t = 0; t < TOKENS; t++)
-                sums[t] = rows.add(x + BLOCK * (i * width + t), x_scales[i * width + t], starts[i * width + t], sums[t]);
+            for (int t = 0; t < TOKENS; t++) sums[t] = rows.add(x[i * width + t], sums[t]);
         }
     } else {
         const float* x = in.x(token);
@@ -149,17 +149,15 @@ inline i64 column_tiles(const Slice& w, const Input& in, i64 first, i64 last, fl
     const i64 blocks = w.columns / BLOCK, tokens = in.tokens / AMX_TOKENS * AMX_TOKENS;
     if (!T::BLOCKS || tokens == 0) return 0;
     if constexpr (T::BLOCKS) {
-        const Tiles tiles;
+        using Scales = typename T::Scales;
+        const Tiles tiles(Scales::HALVES);
         u8* const steps = scratch + AMX_PRODUCTS;
         for (i64 group = first; group < last; group++) {
             const i64 place = group * blocks;
             for (i64 i = 0; i < blocks; i++) T::signed_steps(w.values + (place + i) * T::bytes, steps + 512 * i);
             for (i64 token = 0; token < tokens; token += AMX_TOKENS) {
-                const i64 at = in.place(token);
                 Vf sums[AMX_TOKENS] = {};
-                amx_sums<typename T::Scales>(steps, w.scales + place * T::Scales::bytes, blocks,
-                                             in.from.values + BLOCK * at, in.from.scales + at, in.from.starts + at,
-                                             scratch, sums);
+                amx_sums<Scales>(steps, {w.scales, place}, blocks, in.blocks(token), scratch, sums);
                 for (int t = 0; t < AMX_TOKENS; t++) store(out + (token + t) * stride + group * LANES, sums[t]);
             }
         }
@@ -254,16 +252,15 @@ struct Output {
     double* at(i64 token) const { return out + (rows == nullptr ? token : rows[token]) * stride; }
 };
 
+// `w` has the panels of one group, each in the place of a group.
 template <class T, int TOKENS>
 inline void panel_tile(const Slice& w, i64 panels, const Input& in, i64 token, const Output& to, i64 group) {
-    const i64 units = T::BLOCKS ? w.columns / BLOCK : w.columns;
     for (int part = 0; part < PARTS; part++) {
         Vd totals[TOKENS];
         for (int t = 0; t < TOKENS; t++) totals[t] = load(to.at(token + t) + group * LANES + W * part);
         for (i64 panel = 0; panel < panels; panel++) {
-            const Slice here{w.values + panel * units * T::bytes, w.scales + panel * units * scale_bytes<T>(), w.columns};
             Vf sums[TOKENS] = {};
-            tile<T, TOKENS>(here, 0, part, Input{in.from, in.tokens, panel * w.columns}, token, sums);
+            tile<T, TOKENS>(w, panel, part, Input{in.from, in.tokens, panel * w.columns}, token, sums);
             for (int t = 0; t < TOKENS; t++) totals[t] = add(totals[t], round_to_grid(sums[t]));
         }
         for (int t = 0; t < TOKENS; t++) store(to.at(token + t) + group * LANES + W * part, totals[t]);
@@ -277,17 +274,15 @@ inline i64 panel_tiles(const Slice& w, i64 panels, const Input& in, const Output
     const i64 blocks = w.columns / BLOCK, tokens = in.tokens / AMX_TOKENS * AMX_TOKENS;
     if (!T::BLOCKS || tokens == 0) return 0;
     if constexpr (T::BLOCKS) {
-        const Tiles tiles;
+        using Scales = typename T::Scales;
+        const Tiles tiles(Scales::HALVES);
         u8* const steps = scratch + AMX_PRODUCTS;
         for (i64 i = 0; i < panels * blocks; i++) T::signed_steps(w.values + i * T::bytes, steps + 512 * i);
         for (i64 token = 0; token < tokens; token += AMX_TOKENS) {
             for (i64 panel = 0; panel < panels; panel++) {
-                const i64 at = Input{in.from, in.tokens, panel * w.columns}.place(token);
+                const InputBlocks x = Input{in.from, in.tokens, panel * w.columns}.blocks(token);
                 Vf sums[AMX_TOKENS] = {};
-                amx_sums<typename T::Scales>(steps + 512 * panel * blocks,
-                                             w.scales + panel * blocks * T::Scales::bytes, blocks,
-                                             in.from.values + BLOCK * at, in.from.scales + at, in.from.starts + at,
-                                             scratch, sums);
+                amx_sums<Scales>(steps + 512 * panel * blocks, {w.scales, panel * blocks}, blocks, x, scratch, sums);
                 for (int t = 0; t < AMX_TOKENS; t++) {
                     double* row = to.at(token + t) + group * LANES;
                     store(row, add(load(row), round_to_grid(sums[t])));
@@ -302,9 +297,23 @@ inline i64 panel_tiles(const Slice& w, i64 panels, const Input& in, const Output
 #endif
 }
 
+// Bytes of a panel's group: its values, its scales, and what several blocks have in common.
+struct PanelGroup {
+    i64 values, scales, supers;
+
+    template <class T> static PanelGroup of(const Matrix& m) {
+        const i64 units = T::BLOCKS ? m.columns / BLOCK : m.columns;
+        const i64 supers = super_bytes<T>() > 0 ? m.columns / m.super_columns * super_bytes<T>() : 0;
+        return {units * T::bytes, units * scale_bytes<T>(), supers};
+    }
+    i64 all() const { return values + scales + supers; }
+};
+
 // Bytes of a thread's scratch that add_rows needs: one group's panels.
 inline i64 row_scratch_bytes(const Matrix& m) {
-    return m.groups == 0 ? 0 : steps_bytes(m) + m.panels * (panel_bytes(m) / m.groups + (m.columns / BLOCK) * MOST_SCALE_BYTES) + 2 * AHEAD;
+    i64 panel = 0;
+    with_type(m.type, [&](auto type) { panel = PanelGroup::of<decltype(type)>(m).all(); });
+    return steps_bytes(m) + m.panels * panel + 2 * AHEAD;
 }
 
 // Add all panels of groups first:last times x[t]. A group's panels are brought together once, so that they stay in the
@@ -313,21 +322,22 @@ inline void add_rows(const Matrix& m, i64 expert, const Activations& x, i64 toke
                      u8* scratch) {
     with_type(m.type, [&](auto type) {
         using T = decltype(type);
-        const i64 units = T::BLOCKS ? m.columns / BLOCK : m.columns;
-        constexpr i64 scales_of_unit = scale_bytes<T>();
-        u8* const scales = scratch + m.panels * units * T::bytes + AHEAD;
-        u8* const steps = scales + m.panels * units * scales_of_unit;
-        const Slice together{scratch, scales, m.columns};
+        const PanelGroup bytes = PanelGroup::of<T>(m);
+        u8* const scales = scratch + m.panels * bytes.values + AHEAD;
+        u8* const supers = scales + m.panels * bytes.scales;
+        u8* const steps = supers + m.panels * bytes.supers;
+        const Slice together{scratch, {scales, supers, m.super_columns / BLOCK}, m.columns};
         const Input in{x, tokens, 0};
         for (i64 group = first; group < last; group++) {
             for (i64 panel = 0; panel < m.panels; panel++) {
                 const Slice from = slice<T>(m, expert, panel);
-                const u8* run = from.values + group * units * T::bytes;
-                std::memcpy(scratch + panel * units * T::bytes, run, units * T::bytes);
-                prefetch_run(run + units * T::bytes, units * T::bytes);
-                if constexpr (T::BLOCKS)
-                    std::memcpy(scales + panel * units * scales_of_unit, from.scales + group * units * scales_of_unit,
-                                units * scales_of_unit);
+                const u8* run = from.values + group * bytes.values;
+                std::memcpy(scratch + panel * bytes.values, run, bytes.values);
+                prefetch_run(run + bytes.values, bytes.values);
+                if constexpr (scale_bytes<T>() > 0)
+                    std::memcpy(scales + panel * bytes.scales, from.scales.scales + group * bytes.scales, bytes.scales);
+                if constexpr (super_bytes<T>() > 0)
+                    std::memcpy(supers + panel * bytes.supers, from.scales.supers + group * bytes.supers, bytes.supers);
             }
             const i64 begin = panel_tiles<T>(together, m.panels, in, to, group, steps);
             for (i64 token = begin, count; token < tokens; token += count) {

@@ -7,7 +7,7 @@ from mpillama.quant.weight_type import LANES, Blocks, Float32, LaneArray
 
 
 class BFloat16Type(FloatType):
-    lanes = (LaneArray("", "<u2", LANES),)
+    lanes = (LaneArray("", "<u2", LANES, 1),)
 
     def quantise(self, x: Float32) -> Blocks:
         return (round_to_bfloat16(x),)

@@ -5,7 +5,7 @@ from mpillama.quant.weight_type import LANES, LaneArray
 
 
 class Float16Type(FloatType):
-    lanes = (LaneArray("", "<f2", LANES),)
+    lanes = (LaneArray("", "<f2", LANES, 1),)
 
 
 F16 = Float16Type("f16", 1, 2, ggml=1, safetensors="F16", number=1)

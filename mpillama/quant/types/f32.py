@@ -5,7 +5,7 @@ from mpillama.quant.weight_type import LANES, LaneArray
 
 
 class Float32Type(FloatType):
-    lanes = (LaneArray("", "<f4", LANES),)
+    lanes = (LaneArray("", "<f4", LANES, 1),)
 
 
 F32 = Float32Type("f32", 1, 4, ggml=0, safetensors="F32", number=0)

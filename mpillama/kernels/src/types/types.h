@@ -6,6 +6,7 @@
 //     dot(steps, x, start): their exact dots with 32 int8 activations, whose sum times -8 is `start`;
 //     at(values, lane, k): one of a row;
 //     signed_steps(values, out): 8 steps of 64 signed bytes, for tiles of AMX.
+// Where Scales differ between a block's halves, `add(steps, scales, x, sum)` stands for `dot`.
 // A type of floats has `bytes` for one k-value of 16 rows and load(values, part).
 #pragma once
 #include "types/bf16.h"
@@ -43,25 +44,34 @@ template <class T> struct BlockPart {
     typename T::Steps steps;
     typename T::Scales scales;
 
-    BlockPart(const u8* values, const u8* scale_values, int part) : scales(T::Scales::load(scale_values, part)) {
+    BlockPart(const u8* values, const u8* of_block, const u8* supers, int part)
+        : scales(T::Scales::load(of_block, supers, part)) {
         T::load(values, part, steps);
     }
+    BlockPart(const u8* values, const ScalePlace<typename T::Scales>& place, int part)
+        : BlockPart(values, place.scales, place.supers, part) {}
 
     // sum + the product with 32 int8 activations.
-    Vf add(const i8* x, float x_scale, i32 start, Vf sum) const {
-        return scales.add_scaled(T::dot(steps, x, start), x_scale, start, sum);
+    Vf add(const InputBlock& x, Vf sum) const {
+        if constexpr (T::Scales::HALVES) return T::add(steps, scales, x, sum);
+        else return scales.add_scaled(T::dot(steps, x.values, x.start), x.scale, x.start, sum);
     }
 };
 
 // One row's 32 values of a block, as the file format defines them.
-template <class T> inline void block_row(const u8* values, const u8* scales, int lane, float* out) {
+template <class T>
+inline void block_row(const u8* values, const ScalePlace<typename T::Scales>& place, int lane, float* out) {
     for (int k = 0; k < BLOCK; k++) out[k] = static_cast<float>(T::at(values, lane, k));
-    T::Scales::apply(scales, lane, out);
+    T::Scales::apply(place.scales, place.supers, lane, out);
 }
 
 // Bytes of the scales that belong to a unit of 16 rows, 0 for floats.
 template <class T> constexpr i64 scale_bytes() {
     if constexpr (T::BLOCKS) return T::Scales::bytes;
+    else return 0;
+}
+template <class T> constexpr i64 super_bytes() {
+    if constexpr (T::BLOCKS) return T::Scales::super_bytes;
     else return 0;
 }
 
