@@ -1,6 +1,7 @@
 """The tiny checkpoints of tests/golden, and the same weights written in the other formats."""
 
 import json
+import math
 import shutil
 import struct
 from collections.abc import Callable, Mapping
@@ -10,9 +11,10 @@ from typing import Any
 
 import gguf
 import numpy as np
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 
 from mpillama.formats.checkpoint import Checkpoint, StoredTensor
+from mpillama.formats.foreign import PathSource
 from mpillama.formats.hugging_face import read_hugging_face
 from mpillama.loading.model_file import open_model
 from mpillama.models.config import ModelConfig
@@ -22,7 +24,8 @@ from tests.tiny_models import random_tensors
 FOLDER = Path(__file__).parent / "golden"
 FAMILIES = (
     "llama", "llama3", "llama_bias", "llama_linear", "llama_yarn", "mistral", "qwen2", "qwen3", "mixtral", "qwen3_moe",
-    "seed_oss",
+    "seed_oss", "olmo2", "granite", "smollm3", "ministral", "ministral3", "phi3", "phi3_longrope", "gemma2", "gemma3",
+    "hy_v3", "glm4_moe", "minimax_m2", "gpt_oss",
 )  # fmt: skip
 Tensors = Mapping[str, np.ndarray]
 
@@ -34,17 +37,29 @@ def golden(family: str) -> tuple[np.ndarray, np.ndarray]:
         return found["ids"], found["logits"]
 
 
+def stored_tensors(family: str) -> dict[str, np.ndarray]:
+    """A golden model's tensors as its file has them."""
+    return load_file(FOLDER / family / "model.safetensors")
+
+
+@cache
+def golden_experts(family: str) -> np.ndarray | None:
+    """The experts that transformers chose, ascending: int64 [layers with a router, tokens, chosen]; None of others."""
+    with np.load(FOLDER / family / "golden.npz") as found:
+        return found["experts"].astype(np.int64) if "experts" in found else None
+
+
 def tensors(checkpoint: Checkpoint) -> dict[str, np.ndarray]:
-    """Every tensor of a small checkpoint, float32 in Hugging Face's shape."""
-    raw = [Path(path).read_bytes() for path in checkpoint.files]
-    return {name: _values(tensor, raw[tensor.file]) for name, tensor in checkpoint.tensors.items()}
+    """Every tensor of a small checkpoint, float32 in Hugging Face's shape, vectors as they are meant."""
+    source = PathSource(checkpoint.files)
+    return {name: _values(tensor, source) for name, tensor in checkpoint.tensors.items()}
 
 
-def _values(tensor: StoredTensor, raw: bytes) -> np.ndarray:
-    size = tensor.type.row_bytes(tensor.shape[-1])
-    rows = int(np.prod(tensor.shape[:-1]))
-    data = np.frombuffer(raw, np.uint8, rows * size, tensor.offset).reshape(rows, size)
-    return tensor.type.decode(data).reshape(tensor.shape)
+def _values(tensor: StoredTensor, source: PathSource) -> np.ndarray:
+    rows = tensor.shape[0] if len(tensor.shape) > 1 else 1
+    return tensor.read(source, range(rows), range(tensor.shape[-1])).decode().reshape(tensor.shape) + np.float32(
+        tensor.added
+    )
 
 
 def family_tensors(family: str) -> dict[str, np.ndarray]:
@@ -69,34 +84,50 @@ def interleaved(rows: np.ndarray, head_dim: int) -> np.ndarray:
 # -- GGUF -----------------------------------------------------------------------------------------------------------
 
 ARCHITECTURES = {"llama": "llama", "mistral": "llama", "mixtral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
-ARCHITECTURES |= {"qwen3_moe": "qwen3moe", "seed_oss": "seed_oss"}
+ARCHITECTURES |= {"qwen3_moe": "qwen3moe", "seed_oss": "seed_oss", "olmo2": "olmo2", "granite": "granite"}
+ARCHITECTURES |= {"smollm3": "smollm3", "ministral3": "mistral3", "phi3": "phi3", "gemma2": "gemma2"}
+ARCHITECTURES |= {"gemma3_text": "gemma3"}
+ARCHITECTURES |= {"hy_v3": "hy_v3", "glm4_moe": "glm4moe", "minimax_m2": "minimax-m2", "gpt_oss": "gpt-oss"}
+IN_PAIRS = ("llama", "granite", "smollm3", "mistral3")
+"""Architectures whose rows of q and k stand in rotary pairs."""
 GGUF_NAMES = {
     "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
     "self_attn.o_proj": "attn_output", "self_attn.q_norm": "attn_q_norm", "self_attn.k_norm": "attn_k_norm",
     "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm", "mlp.gate": "ffn_gate_inp",
     "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down",
+    "mlp.shared_experts.gate_proj": "ffn_gate_shexp", "mlp.shared_experts.up_proj": "ffn_up_shexp",
+    "mlp.shared_experts.down_proj": "ffn_down_shexp", "mlp.gate.e_score_correction_bias": "exp_probs_b.bias",
+    "self_attn.sinks": "attn_sinks.weight",
 }  # fmt: skip
-OTHER_NAMES = {"seed_oss": {"post_attention_layernorm": "post_attention_norm"}}
+POST_NORMS = {
+    "post_attention_layernorm": "post_attention_norm", "post_feedforward_layernorm": "post_ffw_norm",
+    "pre_feedforward_layernorm": "ffn_norm",
+}  # fmt: skip
+POST_ATTENTION = {"post_attention_layernorm": "post_attention_norm"}
+OTHER_NAMES = {
+    **dict.fromkeys(("seed_oss", "glm4moe", "gpt-oss"), POST_ATTENTION),
+    **dict.fromkeys(("olmo2", "gemma2", "gemma3"), POST_NORMS),
+}  # fmt: skip
 """What single architectures call otherwise."""
 EXPERT_NAMES = {"gate_proj": "ffn_gate_exps", "up_proj": "ffn_up_exps", "down_proj": "ffn_down_exps"}
 
 
 def write_gguf(
     path: Path, family: str, quantise: Callable[[np.ndarray], tuple[np.ndarray, Any]], pre: str = "llama-bpe",
-    part_tensors: int = 0,
+    part_tensors: int = 0, drafts: int = 0,
 ) -> None:  # fmt: skip
     """Write a golden model (or any folder, by its path) as llama.cpp's converter does.
 
     `quantise` gives a matrix's data and GGML type, `pre` is the name of the pre-tokenizer; with `part_tensors` the file
-    is split into parts of so many tensors.
+    is split into parts of so many tensors, and so many layers behind the last are those that only draft tokens.
     """
     config = open_model(str(FOLDER / family)).config
     architecture = ARCHITECTURES[config.model_type]
     writer = gguf.GGUFWriter(path, architecture, split_max_tensors=part_tensors)
-    _write_metadata(writer, family, config)
+    _write_metadata(writer, family, config, drafts)
     _write_vocabulary(writer, family, pre)
     for name, tensor in _gguf_tensors(family, architecture, config).items():
-        if tensor.ndim == 1 or "ffn_gate_inp" in name:
+        if tensor.ndim == 1 or "ffn_gate_inp" in name or name.endswith(".bias"):
             writer.add_tensor(name, tensor)
         else:
             data, kind = quantise(tensor)
@@ -116,14 +147,27 @@ def mlp(config: ModelConfig) -> Any:
     return config.blocks[0].mlp
 
 
+def last_mlp(config: ModelConfig) -> Any:
+    """That with experts, if there are any."""
+    return config.blocks[-1].mlp
+
+
 def experts(config: ModelConfig) -> int:
-    return getattr(mlp(config), "count", 0)
+    return last_mlp(config).router.count if hasattr(last_mlp(config), "router") else 0
 
 
-def _write_metadata(writer: gguf.GGUFWriter, family: str, config: ModelConfig) -> None:
-    writer.add_context_length(config.max_position_embeddings)
+def chosen(config: ModelConfig) -> int:
+    return last_mlp(config).router.chosen if experts(config) else 0
+
+
+def _write_metadata(writer: gguf.GGUFWriter, family: str, config: ModelConfig, drafts: int) -> None:
+    writer.add_context_length(config.longest_context)
     writer.add_embedding_length(config.hidden_size)
-    writer.add_block_count(config.num_hidden_layers)
+    writer.add_block_count(config.num_hidden_layers + drafts)
+    if drafts:
+        writer.add_nextn_predict_layers(drafts)
+        writer.add_tensor(f"blk.{config.num_hidden_layers}.nextn.eh_proj.weight", np.ones((4, 8), np.float32))
+        writer.add_tensor(f"blk.{config.num_hidden_layers}.attn_norm.weight", np.ones(8, np.float32))
     writer.add_feed_forward_length(mlp(config).intermediate_size)
     writer.add_head_count(attention(config).heads)
     writer.add_head_count_kv(attention(config).kv_heads)
@@ -131,10 +175,108 @@ def _write_metadata(writer: gguf.GGUFWriter, family: str, config: ModelConfig) -
     writer.add_value_length(attention(config).head_dim)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_rope_freq_base(config.rope.theta)
+    settings = json.loads((FOLDER / family / "config.json").read_text())
+    MORE_METADATA.get(config.model_type, lambda writer, settings: None)(writer, settings)
+    if config.model_type not in MORE_METADATA and attention(config).rotary_channels != attention(config).head_dim:
+        writer.add_rope_dimension_count(attention(config).rotary_channels)
     if experts(config):
         writer.add_expert_count(experts(config))
-        writer.add_expert_used_count(getattr(mlp(config), "chosen", 0))
-        writer.add_expert_feed_forward_length(mlp(config).intermediate_size)
+        writer.add_expert_used_count(chosen(config))
+        writer.add_expert_feed_forward_length(last_mlp(config).intermediate_size)
+        if last_mlp(config).router.scores == "sigmoid":
+            _write_sigmoids(writer, config)
+    if config.model_type == "gpt_oss":
+        _write_gpt_oss(writer, config)
+
+
+def _write_gpt_oss(writer: gguf.GGUFWriter, config: ModelConfig) -> None:
+    """Windows and YaRN, which has its constants as usual."""
+    scaling: Any = config.rope.scaling
+    writer.add_sliding_window(attention(config).window)
+    writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
+    writer.add_rope_scaling_factor(scaling.factor)
+    writer.add_rope_scaling_orig_ctx_len(int(scaling.original_max_position_embeddings))
+    writer.add_rope_scaling_yarn_beta_fast(scaling.beta_fast)
+
+
+def _write_sigmoids(writer: gguf.GGUFWriter, config: ModelConfig) -> None:
+    """What llama.cpp's converter writes of routers of DeepSeek V3's kind and of shared experts."""
+    router, shared = last_mlp(config).router, last_mlp(config).shared
+    writer.add_expert_gating_func(gguf.ExpertGatingFuncType.SIGMOID)
+    writer.add_expert_weights_scale(router.scaling)
+    writer.add_expert_weights_norm(router.renormalise)
+    writer.add_leading_dense_block_count(sum(not hasattr(block.mlp, "router") for block in config.blocks))
+    if shared:
+        writer.add_expert_shared_count(shared.intermediate_size // last_mlp(config).intermediate_size)
+    if router.groups > 1:
+        writer.add_expert_group_count(router.groups)
+        writer.add_expert_group_used_count(router.chosen_groups)
+
+
+def _granite_metadata(writer: gguf.GGUFWriter, settings: Mapping[str, Any]) -> None:
+    writer.add_attention_scale(settings["attention_multiplier"])
+    writer.add_embedding_scale(settings["embedding_multiplier"])
+    writer.add_residual_scale(settings["residual_multiplier"])
+    writer.add_logit_scale(settings["logits_scaling"])
+
+
+def _ministral3_metadata(writer: gguf.GGUFWriter, settings: Mapping[str, Any]) -> None:
+    rope = settings["rope_parameters"]
+    writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
+    writer.add_rope_scaling_factor(rope["factor"])
+    writer.add_rope_scaling_orig_ctx_len(rope["original_max_position_embeddings"])
+    writer.add_rope_scaling_yarn_log_mul(rope["mscale_all_dim"])
+    writer.add_attn_temperature_scale(rope["llama_4_scaling_beta"])
+
+
+def _phi3_metadata(writer: gguf.GGUFWriter, settings: Mapping[str, Any]) -> None:
+    head_dim = settings["hidden_size"] // settings["num_attention_heads"]
+    original, context = settings["original_max_position_embeddings"], settings["max_position_embeddings"]
+    writer.add_rope_dimension_count(int(settings["partial_rotary_factor"] * head_dim))
+    writer.add_rope_scaling_orig_ctx_len(original)
+    writer.add_sliding_window(settings["sliding_window"] or 0)
+    for length in ("short", "long"):
+        if factors := settings["rope_parameters"].get(f"{length}_factor"):
+            writer.add_tensor(f"rope_factors_{length}.weight", np.array(factors, np.float32))
+    if "long_factor" in settings["rope_parameters"]:
+        writer.add_rope_scaling_attn_factors(math.sqrt(1 + math.log(context / original) / math.log(original)))
+
+
+def _gemma2_metadata(writer: gguf.GGUFWriter, settings: Mapping[str, Any]) -> None:
+    writer.add_attn_logit_softcapping(settings["attn_logit_softcapping"])
+    writer.add_final_logit_softcapping(settings["final_logit_softcapping"])
+    writer.add_sliding_window(settings["sliding_window"])
+
+
+def _gemma3_metadata(writer: gguf.GGUFWriter, settings: Mapping[str, Any]) -> None:
+    rope = settings["rope_parameters"]
+    writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
+    writer.add_rope_scaling_factor(rope["full_attention"]["factor"])
+    writer.add_float32("gemma3.rope.freq_base_swa", rope["sliding_attention"]["rope_theta"])
+    writer.add_sliding_window(settings["sliding_window"])
+    writer.add_uint32("gemma3.attention.sliding_window_pattern", settings["sliding_window_pattern"])
+
+
+MORE_METADATA: Mapping[str, Callable[[gguf.GGUFWriter, Mapping[str, Any]], None]] = {
+    "granite": _granite_metadata, "ministral3": _ministral3_metadata, "phi3": _phi3_metadata,
+    "gemma2": _gemma2_metadata, "gemma3_text": _gemma3_metadata,
+}  # fmt: skip
+"""What files of single architectures hold besides."""
+FUSED = {
+    "attn_qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    "ffn_up": ("mlp.gate_proj", "mlp.up_proj"),
+}
+"""What files of Phi-3 hold as one."""
+
+
+def _fused(tensors: Mapping[str, np.ndarray], layers: int) -> Tensors:
+    """The fused matrices, and what is left."""
+    rest, found = dict(tensors), {}
+    for layer in range(layers):
+        for name, modules in FUSED.items():
+            parts = [rest.pop(f"model.layers.{layer}.{module}.weight") for module in modules]
+            found[f"blk.{layer}.{name}.weight"] = np.concatenate(parts)
+    return {**found, **rest}
 
 
 def _write_vocabulary(writer: gguf.GGUFWriter, family: str, pre: str) -> None:
@@ -157,22 +299,25 @@ def _write_vocabulary(writer: gguf.GGUFWriter, family: str, pre: str) -> None:
 def _gguf_tensors(family: str, architecture: str, config: ModelConfig) -> Tensors:
     found: dict[str, np.ndarray] = {}
     stacked: dict[str, list[np.ndarray]] = {}
-    for name, tensor in family_tensors(family).items():
+    tensors = family_tensors(family)
+    for name, tensor in (_fused(tensors, config.num_hidden_layers) if architecture == "phi3" else tensors).items():
+        if name.startswith("blk."):
+            found[name] = tensor
+            continue
         *_, layer, module, kind = ["", "", *_parts(name)]
         if ".experts." in name:
-            stacked.setdefault(f"blk.{layer}.{EXPERT_NAMES[module.split('.')[-1]]}.weight", []).append(tensor)
+            stacked.setdefault(f"blk.{layer}.{EXPERT_NAMES[module.split('.')[-1]]}.{kind}", []).append(tensor)
         elif layer:
-            straight = architecture != "llama" or module not in ("self_attn.q_proj", "self_attn.k_proj")
+            straight = architecture not in IN_PAIRS or module not in ("self_attn.q_proj", "self_attn.k_proj")
             names = {**GGUF_NAMES, **OTHER_NAMES.get(architecture, {})}
-            found[f"blk.{layer}.{names[module]}.{kind}"] = (
-                tensor if straight else interleaved(tensor, attention(config).head_dim)
-            )
+            own = names.get(f"{module}.{kind}") or f"{names[module]}.{kind}"
+            found[f"blk.{layer}.{own}"] = tensor if straight else interleaved(tensor, attention(config).head_dim)
         else:
             found[
                 {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}[module]
                 + ".weight"
             ] = tensor
-    if config.rope.scaling is not None:
+    if config.rope.scaling is not None and config.model_type not in (*MORE_METADATA, "gpt_oss"):
         plain = config.rope.theta ** -(np.arange(0, attention(config).head_dim, 2) / attention(config).head_dim)
         found["rope_freqs.weight"] = (plain / np.array(config.inverse_frequencies())).astype(np.float32)
     return {**found, **{name: np.stack(parts) for name, parts in stacked.items()}}
@@ -276,7 +421,7 @@ def write_dllama(path: Path, family: str) -> None:
     pairs = {
         0: 0, 1: architecture, 2: config.hidden_size, 3: mlp(config).intermediate_size, 4: config.num_hidden_layers,
         5: attention(config).heads, 6: attention(config).kv_heads, 7: experts(config),
-        8: getattr(mlp(config), "chosen", 0), 9: config.vocab_size, 10: config.max_position_embeddings, 11: 1,
+        8: chosen(config), 9: config.vocab_size, 10: config.max_position_embeddings, 11: 1,
         12: int(config.rope.theta), 13: 0, 19: attention(config).head_dim, 20: 5, 21: mlp(config).intermediate_size,
     }  # fmt: skip
     assert config.rms_norm_eps == 1e-5

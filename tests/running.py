@@ -2,6 +2,7 @@
 
 from functools import cache
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 
@@ -14,6 +15,7 @@ from mpillama.loading.model_file import ModelFile
 from mpillama.models.cache import KVCache, Step, blocks_for, joint_step, single_sequence_step
 from mpillama.models.decoder import Decoder
 from mpillama.models.weights import load_weights
+from mpillama.quant.weight_type import LANES
 
 Chunks = list[np.ndarray]
 
@@ -29,8 +31,8 @@ def load(path: str | Path, threads: int) -> Decoder:
     return load_file(read_table(str(path)), threads)
 
 
-def load_file(file: ModelFile, threads: int) -> Decoder:
-    """The whole model on one rank."""
+def load_file(file: ModelFile, threads: int, context: int | None = None) -> Decoder:
+    """The whole model on one rank, for sequences of up to `context` tokens."""
     part = file.config.partition(1)[0]
     reader = file.reader(lambda count: None)
     try:
@@ -38,7 +40,7 @@ def load_file(file: ModelFile, threads: int) -> Decoder:
     finally:
         reader.close()
     assert weights.bytes == reader.bytes_read or not isinstance(file, NativeModel)
-    return Decoder(file.config, weights, Communicator.alone(), team(threads))
+    return Decoder(file.config.for_context(context), weights, Communicator.alone(), team(threads))
 
 
 def new_cache(model: Decoder, blocks: int, kv_type: str) -> KVCache:
@@ -57,6 +59,29 @@ def all_logits(model: Decoder, chunks: Chunks, kv_type: str = "f32") -> np.ndarr
         logits.append(model.forward(single_sequence_step(chunk, start, table, len(chunk)), cache))
         start += len(chunk)
     return np.concatenate(logits)
+
+
+def chosen_experts(model: Decoder, tokens: np.ndarray) -> np.ndarray:
+    """Which experts each token takes, in ascending order: int64 [layers with a router, tokens, chosen]."""
+    found: list[np.ndarray] = []
+    kinds = {
+        id(layer.mlp): layer.block.mlp.router.count for layer in model.layers if hasattr(layer.block.mlp, "router")
+    }
+
+    def mlp_half(layer, step, total):
+        done = half(layer, step, total)
+        if id(layer) in kinds:
+            matrix = layer.router.matrix
+            logits = np.empty((step.tokens, matrix.groups * LANES), np.float32)
+            model.team.column_parallel(matrix, step.hidden, logits)
+            chosen, _ = model.team.choose_experts(layer.router, kinds[id(layer)], logits)
+            found.append(np.sort(chosen, axis=1))
+        return done
+
+    half = model.team.mlp_half
+    with patch.object(model.team, "mlp_half", mlp_half):
+        all_logits(model, [tokens])
+    return np.stack(found)
 
 
 def cut(tokens: np.ndarray, size: int) -> Chunks:

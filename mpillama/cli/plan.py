@@ -103,8 +103,8 @@ def plan(options: PlanOptions) -> int:
 
 def _request(options: PlanOptions) -> PlanRequest:
     config, types = _model(options)
-    known = config.max_position_embeddings
-    context = known if options.max_seq_len is None else options.max_seq_len
+    known = config.longest_context
+    context = config.max_position_embeddings if options.max_seq_len is None else options.max_seq_len
     if not 1 <= context <= known:
         raise UserError(f"--max-seq-len is {context}: this model's context holds 1 to {known} tokens.")
     memory = parse_bytes("--memory-per-node", options.memory_per_node)

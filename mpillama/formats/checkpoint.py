@@ -4,7 +4,7 @@ Rank 0 reads it and gives it to the others, who then read the bytes of their own
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -49,7 +49,8 @@ class StoredTensor:
     `stored` names the type of the values, one of STORED_TYPES; rows follow each other without gaps. `offset` is the
     64-bit byte offset in file number `file`. A ScaledTensor is spread over several arrays.
     `interleaved` is head_dim where the rows of each head stand as rotary pairs (row 2i of the file is row i of the
-    head, row 2i + 1 is row i + head_dim / 2), else 0. All values are multiplied by `factor`.
+    head, row 2i + 1 is row i + head_dim / 2), else 0. All values are multiplied by `factor`. `added` is what a vector's
+    stored values lack, as those of norms that count from 1.
     """
 
     name: str
@@ -59,6 +60,7 @@ class StoredTensor:
     offset: int
     interleaved: int = 0
     factor: np.float32 = np.float32(1)
+    added: float = 0.0
 
     @property
     def type(self) -> StoredType:
@@ -99,6 +101,11 @@ class StoredTensor:
     def keeps(self, weight_type: WeightType, chunk: int = 0) -> bool:
         """Whether the stored numbers go over as they are: the same type, and no block of 32 is cut or padded."""
         return self.type == weight_type and (chunk or self.shape[1]) % BLOCK == 0
+
+    def some_rows(self, name: str, first: int, count: int) -> "StoredTensor":
+        """Rows of a matrix, or numbers of a vector, as a tensor with a name of its own."""
+        size = self.type.row_bytes(self.shape[1] if len(self.shape) > 1 else 1)
+        return replace(self, name=name, shape=(count, *self.shape[1:]), offset=self.offset + first * size)
 
     def read(self, source: Source, rows: range, columns: range) -> StoredRows | Coded:
         """A range of columns (whole blocks) of a range of rows."""

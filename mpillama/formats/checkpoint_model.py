@@ -3,9 +3,10 @@
 import hashlib
 import json
 import logging
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from math import prod
 from typing import Any
@@ -16,14 +17,18 @@ from mpillama.errors import UserError
 from mpillama.formats.checkpoint import Checkpoint, StoredRows, StoredTensor
 from mpillama.formats.checkpoint_reader import CheckpointReader, Rows
 from mpillama.formats.foreign import PathSource
+from mpillama.formats.part_of_heads import part_of_heads
 from mpillama.formats.scaled_tensor import ScaledTensor
 from mpillama.models.config import ModelConfig
+from mpillama.models.family import DRAFT_LAYERS
 from mpillama.models.tensors import EMBEDDING, LM_HEAD, TensorSpec, WeightTypes
 from mpillama.quant.registry import WEIGHT_TYPES
-from mpillama.quant.types.f32 import F32
+from mpillama.quant.types.q8_0 import Q8_0
 from mpillama.quant.weight_type import Float32, WeightType
 
 AS_STORED = "as-stored"
+CHOSEN = Q8_0
+"""Stands for the type to be chosen; matrices that have another one, such as routers, have it always."""
 
 
 @dataclass(frozen=True)
@@ -101,11 +106,13 @@ class CheckpointModel:
 def checkpoint_model(checkpoint: Checkpoint, weights: str) -> CheckpointModel:
     """Check a checkpoint against its configuration and choose the weight types; `weights` is a name or as-stored."""
     config = ModelConfig.from_hf(checkpoint.config_json)
-    specs = config.tensors(WeightTypes(F32))
+    checkpoint = _without_drafts(checkpoint, config)
+    specs = config.tensors(WeightTypes(CHOSEN))
+    checkpoint = _with_parts(checkpoint, specs)
     _check_tensors(checkpoint, config, specs)
     if weights != AS_STORED:
         return CheckpointModel(checkpoint, WeightTypes(WEIGHT_TYPES[weights]))
-    matrices = [s for s in specs if s.split]
+    matrices = [s for s in specs if s.weight_type is CHOSEN]
     types = {s.name: _held_as(s, checkpoint) for s in matrices}
     default = Counter(types.values()).most_common(1)[0][0]
     others = {name: kind for name, kind in types.items() if kind != default}
@@ -123,6 +130,41 @@ def _others(tensor: StoredTensor) -> list[Any]:
     if isinstance(tensor, ScaledTensor):
         return [[[p.name, p.dtype, list(p.shape), p.file, p.offset] for p in tensor.parts]]
     return []
+
+
+DRAFTS = re.compile(r"(?:(?:model\.layers|blk)\.(?P<layer>[0-9]{1,6})|(?:model\.)?mtp)\..*", re.DOTALL)
+"""Tensors of layers that only draft tokens, by the names of formats; they have a number or a prefix of their own."""
+
+
+def _without_drafts(checkpoint: Checkpoint, config: ModelConfig) -> Checkpoint:
+    """The checkpoint without layers that only draft tokens, as transformers loads it, which is told."""
+    drafting, first = checkpoint.config_json.get(DRAFT_LAYERS), config.num_hidden_layers
+    layers = range(first, first + drafting if isinstance(drafting, int) else first)
+    left_out = [
+        name
+        for name in checkpoint.tensors
+        if (found := DRAFTS.fullmatch(name)) and (found["layer"] is None or int(found["layer"]) in layers)
+    ]
+    if not left_out:
+        return checkpoint
+    logging.getLogger(__name__).info(
+        "%s: %d tensors of layers that only draft tokens (%s and so on) are left out: the answers are the same.",
+        checkpoint.path, len(left_out), left_out[0],
+    )  # fmt: skip
+    kept = {name: tensor for name, tensor in checkpoint.tensors.items() if name not in set(left_out)}
+    return replace(checkpoint, tensors=kept)
+
+
+def _with_parts(checkpoint: Checkpoint, specs: Sequence[TensorSpec]) -> Checkpoint:
+    """With the tensors that are parts of another one in its place; of a file that has both, the parts count."""
+    table = dict(checkpoint.tensors)
+    for spec in specs:
+        if spec.name not in table and (part := part_of_heads(spec, checkpoint.tensors)):
+            table[spec.name] = part
+    for spec in specs:
+        if spec.part_of and spec.name in table:
+            table.pop(spec.part_of.name, None)
+    return replace(checkpoint, tensors=table)
 
 
 def _check_tensors(checkpoint: Checkpoint, config: ModelConfig, specs: list[TensorSpec]) -> None:

@@ -126,7 +126,9 @@ class CheckpointReader:
         """Fill the arrays of a tensor with the given units; UserError names the file if it cannot be read."""
         tensors = [self.checkpoint.tensors[name] for name in spec.source_names]
         if spec.vector:
-            self._finish(iter([partial(self._read_vector, spec, tensors[0], units, arrays[0])]))
+            outs = arrays[0] if spec.experts else arrays
+            pieces = (partial(self._read_vector, spec, t, units, out) for t, out in zip(tensors, outs, strict=True))
+            self._finish(pieces)
             return
         parts = [[a[e] for a in arrays] for e in range(spec.experts)] if spec.experts else [arrays]
         slices = [Slice(spec, tensor, units, part) for tensor, part in zip(tensors, parts, strict=True)]
@@ -151,7 +153,7 @@ class CheckpointReader:
 
     def _read_vector(self, spec: TensorSpec, tensor: StoredTensor, units: range, out: np.ndarray) -> int:
         tally = Tally(self.files)
-        values = tensor.read(tally, range(1), range(tensor.shape[0])).decode().reshape(-1, 1)
+        values = tensor.read(tally, range(1), range(tensor.shape[0])).decode().reshape(-1, 1) + np.float32(tensor.added)
         whole = spec.pad(_straightened(values, tensor.interleaved).reshape(-1))
         out[:] = whole[units.start * spec.unit : units.stop * spec.unit]
         return tally.bytes

@@ -1,6 +1,7 @@
 """What the readers of foreign checkpoints share: refusals, texts of bounded size, checks of the table."""
 
 import json
+import re
 import stat
 import struct
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -15,7 +16,9 @@ from mpillama.formats.checkpoint import StoredTensor
 from mpillama.formats.reading import read_exactly
 from mpillama.formats.stand_ins import HEAD_BYTES, refuse_stand_in, refuse_text_stand_in
 from mpillama.formats.stored_arrays import StoredArray
-from mpillama.models.mlp import MOST_EXPERTS
+from mpillama.models.family import Fused
+from mpillama.models.router import MOST_EXPERTS
+from mpillama.models.tensors import LAYER_PREFIX
 
 MOST_TEXT = 2**28
 """Bytes of a text file that are read at the most; the largest tokenizer.json has a tenth of it."""
@@ -134,6 +137,32 @@ def split_experts(path: str, prefix: str, tensor: StoredTensor, parts: Sequence[
     for number in range(experts * len(parts)):
         name = f"{prefix}{number // len(parts)}.{parts[number % len(parts)]}.weight"
         yield replace(tensor, name=name, shape=(rows, columns), offset=tensor.offset + number * step)
+
+
+def split_expert_vectors(path: str, prefix: str, tensor: StoredTensor, part: str) -> Iterator[StoredTensor]:
+    """Cut [experts, rows] into a bias for each expert."""
+    if len(tensor.shape) != 2 or tensor.shape[0] > MOST_EXPERTS:
+        raise damaged(path, f"tensor {tensor.name!r} of stacked experts has shape {tensor.shape}")
+    experts, rows = tensor.shape
+    for number in range(experts):
+        offset = tensor.offset + number * tensor.type.row_bytes(rows)
+        yield replace(tensor, name=f"{prefix}{number}.{part}.bias", shape=(rows,), offset=offset)
+
+
+def cut_fused(path: str, tensor: StoredTensor, fused: Fused) -> Iterator[StoredTensor]:
+    """The tensors that lie one below the other in one of a layer's modules; any other tensor as it is."""
+    name = re.fullmatch(LAYER_PREFIX.format("[0-9]+") + r"(.+)\.(weight|bias)", tensor.name)
+    parts = fused.get(name[1], ()) if name else ()
+    if name is None or not parts:
+        yield tensor
+        return
+    if sum(rows for _, rows in parts) != tensor.shape[0]:
+        shown = " + ".join(f"{rows} of {module}" for module, rows in parts)
+        raise damaged(path, f"tensor {tensor.name!r} has {tensor.shape[0]} rows, the configuration asks for {shown}")
+    first = 0
+    for module, rows in parts:
+        yield tensor.some_rows(tensor.name.replace(name[1], module), first, rows)
+        first += rows
 
 
 # -- Reading a binary header piece by piece, with bounds --------------------------------------------------------------

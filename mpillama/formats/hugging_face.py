@@ -1,6 +1,7 @@
 """A checkpoint in Hugging Face's layout: a folder with config.json, safetensors files and the texts beside them."""
 
 import json
+import logging
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -14,6 +15,7 @@ from mpillama.formats.foreign import (
     Cursor,
     by_name,
     check_extents,
+    cut_fused,
     damaged,
     one_line,
     read_json,
@@ -25,7 +27,10 @@ from mpillama.formats.quantization import assemble, quantization_of
 from mpillama.formats.scaled_tensor import ScaledTensor
 from mpillama.formats.stand_ins import what_folder
 from mpillama.formats.stored_arrays import DTYPES, StoredArray
+from mpillama.formats.turned_experts import turned_experts
+from mpillama.models.config_values import ConfigValues
 from mpillama.models.families import FAMILIES
+from mpillama.models.family import Family
 from mpillama.quant.registry import STORED_TYPES
 
 STORED = {t.safetensors: t.name for t in STORED_TYPES.values() if t.safetensors}
@@ -114,19 +119,21 @@ INDEX = "model.safetensors.index.json"
 TEMPLATE = "chat_template.jinja"
 TOKENIZER_CONFIG = "tokenizer_config.json"
 TEXTS = ("tokenizer.json", TEMPLATE, "generation_config.json", TOKENIZER_CONFIG)
-OLDER_TOKENIZER = ("tokenizer.model", "added_tokens.json")
-"""What stands for tokenizer.json in older folders: a model of SentencePiece, and ids of more tokens by their names."""
+OLDER_TOKENIZERS = ("tokenizer.model", "tiktoken.model")
+"""What stands for tokenizer.json in some folders: a model of SentencePiece, or ranks of byte-level BPE."""
+ADDED_TOKENS = "added_tokens.json"
+"""Ids of more tokens by their names."""
 SENTENCES = "modules.json"
 """Beside models that make embeddings of sentences (sentence-transformers)."""
-FUSED_EXPERTS = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
+FUSED_EXPERTS: Mapping[str, tuple[str, ...]] = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
 
 
 def read_hugging_face(path: str) -> Checkpoint:
     """Read everything but the weights of a folder; UserError says what is missing, damaged or not taken."""
     folder = Path(path)
-    config = read_json(folder / "config.json")
-    _refuse_nested(path, config)
-    quantisation = quantization_of(path, config)
+    outer = read_json(folder / "config.json")
+    config = _language_model(path, outer)
+    quantisation = quantization_of(path, outer)
     placed = _placed_by_index(folder)
     names = sorted(set(placed.values())) or [WEIGHTS]
     files = tuple(str(folder / name) for name in names)
@@ -137,24 +144,56 @@ def read_hugging_face(path: str) -> Checkpoint:
     arrays = [array for table in tables for array in table]
     check_extents(files, sizes, arrays)
     tensors = list(_tensors(files, assemble(files, quantisation, arrays) if quantisation else arrays))
+    if outer is not config:
+        tensors = _of_language_model(path, tensors)
     family = FAMILIES.get(str(config.get("model_type")))
-    renames = family.renames if family else {}
-    stored = by_name(files, (c for tensor in tensors for c in _canonical(files[tensor.file], tensor, renames)))
+    stored = by_name(files, _canonical_tensors(files, tensors, family, config))
     table = with_prefix(stored)
     without_head = table is not stored and not config.get(TIED)
     config, table = settle_head(str(path), config, table, files, without_head or (folder / SENTENCES).exists())
     return Checkpoint(str(path), "hugging_face", config, _texts(folder), files, sizes, table)
 
 
-# -- what is not taken ----------------------------------------------------------------------------------------------
+# -- the language model of a checkpoint that also sees ---------------------------------------------------------------
+
+TEXT_CONFIG = "text_config"
+OF_BOTH = ("bos_token_id", "eos_token_id", TIED)
+"""What the outer configuration may say of the language model, too."""
+SEES = re.compile(r"(?:model\.)?(?:vision_tower|vision_model|multi_modal_projector)\.")
+INNER_PREFIX = re.compile(r"(?:model\.)?language_model\.(?:model\.)?")
 
 
-def _refuse_nested(path: str, config: Mapping[str, Any]) -> None:
-    if "text_config" in config:
+def _language_model(path: str, config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The configuration of the language model; UserError if it lies within another that nobody knows."""
+    if TEXT_CONFIG not in config:
+        return config
+    inner, outer_type = config[TEXT_CONFIG], config.get("model_type")
+    family = FAMILIES.get(str(inner.get("model_type"))) if isinstance(inner, dict) else None
+    if family is None or outer_type not in family.within:
         raise UserError(
-            f"{path}: model_type={config.get('model_type')!r} keeps its language model under text_config: "
-            "mpillama reads models of text alone."
+            f"{path}: model_type={outer_type!r} keeps its language model under {TEXT_CONFIG}: "
+            "mpillama does not know it there, take a model of text alone."
         )
+    return {**{key: config[key] for key in OF_BOTH if config.get(key) is not None}, **inner}
+
+
+def _of_language_model(path: str, tensors: Sequence[StoredTensor]) -> list[StoredTensor]:
+    """The tensors of the language model, under the names that it has alone."""
+    own = [tensor for tensor in tensors if not SEES.match(tensor.name)]
+    if len(own) < len(tensors):
+        logging.getLogger(__name__).warning(
+            "%s: the model also sees pictures: the %d tensors that do this are left out, it runs for text.",
+            path, len(tensors) - len(own), extra={"of_run": True},
+        )  # fmt: skip
+    return [replace(tensor, name=_inner_name(tensor.name)) for tensor in own]
+
+
+def _inner_name(name: str) -> str:
+    inner = INNER_PREFIX.sub("", name, count=1) if INNER_PREFIX.match(name) else name
+    return inner if inner == name or inner.startswith("lm_head.") else "model." + inner
+
+
+# -- what is not taken ----------------------------------------------------------------------------------------------
 
 
 # -- which files ----------------------------------------------------------------------------------------------------
@@ -207,13 +246,30 @@ def _tensors(files: Sequence[str], found: Iterable[StoredArray | ScaledTensor]) 
             raise _other_dtype(files[part.file], part.name, part.dtype)
 
 
-def _canonical(path: str, tensor: StoredTensor, renames: Mapping[str, str]) -> Iterator[StoredTensor]:
+def _canonical_tensors(
+    files: Sequence[str], tensors: Iterable[StoredTensor], family: Family | None, config: Mapping[str, Any]
+) -> Iterator[StoredTensor]:
+    """The tensors under their canonical names, each part of a fused one by itself."""
+    fused = family.fused(ConfigValues(config, family.defaults)) if family else {}
+    from_one = re.compile(family.from_one if family and family.from_one else r"(?!)")
+    for tensor in tensors:
+        path = files[tensor.file]
+        for whole in _canonical(path, tensor, family):
+            for part in cut_fused(path, whole, fused):
+                yield replace(part, added=1.0) if from_one.search(part.name) else part
+
+
+def _canonical(path: str, tensor: StoredTensor, family: Family | None) -> Iterator[StoredTensor]:
     """The tensor under its canonical name; stacked experts one by one."""
     name = tensor.name
-    for pattern, replacement in renames.items():
+    for pattern, replacement in (family.renames if family else {}).items():
         name = re.sub(pattern, replacement, name)
-    fused = re.fullmatch(r"(.*\.mlp\.experts\.)(gate_up_proj|down_proj)", name)
-    if fused and not isinstance(tensor, ScaledTensor):
+    fused = re.fullmatch(r"(.*\.mlp\.experts\.)(gate_up_proj|down_proj)(_bias)?", name)
+    if isinstance(tensor, ScaledTensor):
+        yield replace(tensor, name=name)
+    elif fused and family and family.turned_experts:
+        yield from turned_experts(path, fused[1], tensor, FUSED_EXPERTS[fused[2]])
+    elif fused and not fused[3]:
         yield from split_experts(path, fused[1], tensor, FUSED_EXPERTS[fused[2]])
     else:
         yield replace(tensor, name=name)
@@ -225,8 +281,9 @@ def _canonical(path: str, tensor: StoredTensor, renames: Mapping[str, str]) -> I
 def _texts(folder: Path) -> dict[str, bytes]:
     """The texts that are there; an older checkpoint's chat template is taken out of its tokenizer_config.json."""
     texts = {name: read_text(folder / name) for name in TEXTS if (folder / name).exists()}
-    if "tokenizer.json" not in texts and (folder / OLDER_TOKENIZER[0]).exists():
-        texts |= {name: read_text(folder / name) for name in OLDER_TOKENIZER if (folder / name).exists()}
+    older = next((name for name in OLDER_TOKENIZERS if (folder / name).exists()), None)
+    if "tokenizer.json" not in texts and older:
+        texts |= {name: read_text(folder / name) for name in (older, ADDED_TOKENS) if (folder / name).exists()}
     if TEMPLATE not in texts and TOKENIZER_CONFIG in texts:
         template = only_template(named_templates(read_json(folder / TOKENIZER_CONFIG).get("chat_template")))
         if template:

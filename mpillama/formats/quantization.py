@@ -15,7 +15,7 @@ from mpillama.errors import UserError
 from mpillama.formats.foreign import PathSource, damaged, read_json
 from mpillama.formats.scaled_tensor import ScaledTensor
 from mpillama.formats.stored_arrays import Integers, Scales, StoredArray, read_whole
-from mpillama.models.mlp import MOST_EXPERTS
+from mpillama.models.router import MOST_EXPERTS
 from mpillama.quant.coded import E2M1, E4M3
 from mpillama.quant.types.fp8 import FP8
 from mpillama.quant.types.int4 import INT4

@@ -22,7 +22,8 @@ class ScaledTensor(StoredTensor):
     `kept` is the type that holds such numbers, for groups of `within` columns that share a scale (0: all of a row do).
     `table` gives the codes' values; without one they are integers, of which `zero` is 0, or that of `zeros` plus
     `zero_offset`. Both are held less `middle`. `whole` is a single number; `reciprocal` says that values are divided by
-    it. `group_index` says which scale each column has; `ordered` that it says nothing new.
+    it. `group_index` says which scale each column has; `ordered` that it says nothing new. Row 0 is row `first_row` of
+    the arrays, which may have more rows.
     """
 
     codes: Integers
@@ -38,6 +39,7 @@ class ScaledTensor(StoredTensor):
     reciprocal: bool = False
     group_index: StoredArray | None = None
     ordered: bool = True
+    first_row: int = 0
 
     @property
     def block(self) -> int:
@@ -51,7 +53,11 @@ class ScaledTensor(StoredTensor):
     @property
     def bytes(self) -> int:
         """Those of codes, scales and zero points that belong to this matrix."""
-        return sum(part.bytes for part in (self.codes, self.scales, self.zeros) if part is not None)
+        whole = sum(part.bytes for part in (self.codes, self.scales, self.zeros) if part is not None)
+        return whole * self.shape[0] // self.codes.shape[0]
+
+    def some_rows(self, name: str, first: int, count: int) -> "ScaledTensor":
+        return replace(self, name=name, shape=(count, self.shape[1]), first_row=self.first_row + first)
 
     @property
     def loses(self) -> bool:
@@ -89,6 +95,7 @@ class ScaledTensor(StoredTensor):
         if not rows or not columns:
             return Coded(np.zeros((len(rows), len(columns)), np.int8), np.zeros((len(rows), 0)), "F32",
                          np.zeros(len(columns), int), self.table, np.zeros((len(rows), 0), np.int16))  # fmt: skip
+        rows = range(rows.start + self.first_row, rows.stop + self.first_row)
         of_scales, group = columns, self.scales.blocks_of(columns)
         if self.group_index is not None:
             group = self._group_index(source, columns)

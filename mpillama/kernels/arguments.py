@@ -4,6 +4,7 @@ They hold addresses only: whoever makes one keeps the arrays alive.
 """
 
 import ctypes
+from enum import IntEnum
 from typing import ClassVar
 
 import numpy as np
@@ -57,15 +58,62 @@ class Cache(ctypes.Structure):
     ]
 
 
+class HeadNorm(IntEnum):
+    """How queries and keys are normalised: each head before RoPE or after it, or the heads of a projection together."""
+
+    BEFORE_ROPE = 0
+    AFTER_ROPE = 1
+    WHOLE_PROJECTION = 2
+
+
+class Activation(IntEnum):
+    """What a gated MLP does with its gate."""
+
+    SILU = 0
+    GELU_TANH = 1
+    CLAMPED_SILU = 2
+
+
 class AttentionLayer(ctypes.Structure):
     """The first half of a decoder layer."""
 
     _fields_: ClassVar = [
         *((name, Matrix) for name in ("q", "k", "v", "o")),
         ("cache", Cache),
-        *((name, Address) for name in ("norm", "q_bias", "k_bias", "v_bias", "q_norm", "k_norm", "head_start")),
-        *((name, ctypes.c_double) for name in ("eps", "scale")),
-        *((name, ctypes.c_int64) for name in ("hidden_size", "heads", "kv_heads", "head_dim", "window")),
+        *((name, Address) for name in ("norm", "q_bias", "k_bias", "v_bias", "q_norm", "k_norm", "sinks")),
+        ("head_start", Address),
+        *((name, ctypes.c_double) for name in ("eps", "scale", "soft_cap")),
+        *((name, ctypes.c_int64) for name in ("hidden_size", "heads", "kv_heads", "head_dim", "channels", "window")),
+        *((name, ctypes.c_int64) for name in ("chunk", "head_norm", "q_width", "k_width", "first_counted")),
+    ]
+
+
+class Router(ctypes.Structure):
+    """How tokens choose among experts."""
+
+    _fields_: ClassVar = [
+        ("matrix", Matrix),
+        *((name, Address) for name in ("bias", "correction")),
+        *((name, ctypes.c_double) for name in ("epsilon", "scaling")),
+        *((name, ctypes.c_int64) for name in ("scores", "chosen", "renormalise", "groups", "chosen_groups")),
+    ]
+
+
+class LatentCache(ctypes.Structure):
+    """One layer's latents."""
+
+    _fields_: ClassVar = [("values", Address), ("scales", Address), ("type", ctypes.c_int64)]
+
+
+class LatentLayer(ctypes.Structure):
+    """The first half of a decoder layer with multi-head latent attention."""
+
+    _fields_: ClassVar = [
+        *((name, Matrix) for name in ("q_a", "q", "kv_a", "k_b", "v_b", "o")),
+        ("cache", LatentCache),
+        *((name, Address) for name in ("norm", "q_norm", "kv_norm")),
+        *((name, ctypes.c_double) for name in ("eps", "latent_eps", "scale")),
+        *((name, ctypes.c_int64) for name in ("hidden_size", "heads", "q_rank", "kv_rank", "nope", "rope", "pairs")),
     ]
 
 
@@ -73,10 +121,12 @@ class MlpLayer(ctypes.Structure):
     """The second half of a decoder layer."""
 
     _fields_: ClassVar = [
-        *((name, Matrix) for name in ("gate", "up", "down", "router")),
-        *((name, Address) for name in ("norm", "gate_bias", "up_bias")),
-        ("eps", ctypes.c_double),
-        *((name, ctypes.c_int64) for name in ("hidden_size", "chosen", "renormalise")),
+        *((name, Matrix) for name in ("gate", "up", "down")),
+        ("router", Router),
+        *((name, Matrix) for name in ("shared_gate", "shared_up", "shared_down", "shared_router")),
+        *((name, Address) for name in ("norm", "gate_bias", "up_bias", "down_bias")),
+        *((name, ctypes.c_double) for name in ("eps", "alpha", "limit")),
+        *((name, ctypes.c_int64) for name in ("hidden_size", "activation")),
     ]
 
 
@@ -86,9 +136,9 @@ class Step(ctypes.Structure):
     _fields_: ClassVar = [
         ("tokens", ctypes.c_int64),
         ("x", Address),
-        *((name, Activations) for name in ("hidden", "context", "gate")),
-        *((name, Address) for name in ("q", "k", "v", "up", "partial", "cosines", "sines")),
-        *((name, Address) for name in ("slots", "segments", "tables")),
+        *((name, Activations) for name in ("hidden", "context", "gate", "latent")),
+        *((name, Address) for name in ("q", "k", "v", "up", "partial", "squares", "cosines", "sines")),
+        *((name, Address) for name in ("query_factors", "slots", "segments", "tables")),
         *((name, ctypes.c_int64) for name in ("rotary_half", "segment_count", "table_width", "in_flight")),
     ]
 
@@ -107,12 +157,15 @@ class Sum(ctypes.Structure):
     """How a half layer's results are added up over ranks and to the residual stream."""
 
     _fields_: ClassVar = [
-        *((name, Address) for name in ("window", "bias", "progress")),
+        *((name, Address) for name in ("window", "bias", "progress", "addend")),
+        ("factor", ctypes.c_double),
         *((name, ctypes.c_int64) for name in ("sequence", "spins", "yields", "waited")),
     ]
 
 
-STRUCTS = (Matrix, Activations, Cache, AttentionLayer, MlpLayer, Step, Sum, Window)
+STRUCTS = (
+    Matrix, Activations, Cache, AttentionLayer, LatentCache, LatentLayer, Router, MlpLayer, Step, Sum, Window,
+)  # fmt: skip
 
 
 # -- How much memory quantised activations take; kernels/src/activations.h says how they lie --------------------------

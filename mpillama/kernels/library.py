@@ -102,13 +102,31 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
         c_int64,
         [c_void_p, POINTER(arguments.AttentionLayer), POINTER(arguments.Step), POINTER(arguments.Sum)],
     ),
+    "latent_half": (
+        c_int64,
+        [c_void_p, POINTER(arguments.LatentLayer), POINTER(arguments.Step), POINTER(arguments.Sum)],
+    ),
     "mlp_half": (
         c_int64,
         [c_void_p, POINTER(arguments.MlpLayer), POINTER(arguments.Step), POINTER(arguments.Sum)],
     ),
+    "choose_experts": (
+        c_int64,
+        [c_void_p, POINTER(arguments.Router), c_int64, c_void_p, c_int64, c_void_p, c_void_p],
+    ),
+    "project_and_sum": (c_int64, [c_void_p, POINTER(arguments.AttentionLayer), POINTER(arguments.Step)]),
+    "attend_projected": (
+        c_int64,
+        [c_void_p, POINTER(arguments.AttentionLayer), POINTER(arguments.Step), POINTER(arguments.Sum)],
+    ),
     "finish_sum": (c_int64, [c_void_p, POINTER(arguments.Step), POINTER(arguments.Sum)]),
-    "add_rounded": (None, [c_void_p, c_void_p, c_void_p, c_void_p, c_int64, c_int64]),
-    "round_to_float": (None, [c_void_p, c_void_p, c_void_p, c_int64, c_int64]),
+    "add_rounded": (None, [c_void_p, c_void_p, c_void_p, c_void_p, c_double, c_int64, c_int64]),
+    "add_normalised": (
+        None,
+        [c_void_p, c_void_p, c_void_p, c_int64, c_int64, c_void_p, c_int64, c_double, c_double],
+    ),
+    "round_to_float": (None, [c_void_p, c_void_p, c_void_p, c_double, c_int64, c_int64]),
+    "scale_logits": (None, [c_void_p, c_void_p, c_int64, c_double, c_double]),
     "rope_angles": (None, [c_void_p, c_int64, c_void_p, c_int64, c_double, c_void_p, c_void_p]),
     "embed": (None, [POINTER(arguments.Matrix), c_void_p, c_int64, c_void_p]),
     "normalise": (
@@ -202,23 +220,61 @@ class Team:
         """
         return self._done(self._calls.attention_half(self._handle, byref(layer), byref(step), _optional(total)))
 
+    def project_and_sum(self, layer: arguments.AttentionLayer, step: arguments.Step) -> None:
+        """Norm, q/k/v; this rank's addends of the sums of squares go to step.squares. attend_projected goes on."""
+        self._enough(self._calls.project_and_sum(self._handle, byref(layer), byref(step)))
+
+    def attend_projected(
+        self, layer: arguments.AttentionLayer, step: arguments.Step, total: arguments.Sum | None = None
+    ) -> bool:
+        """The rest of attention_half, when step.squares holds the sums over ranks."""
+        return self._done(self._calls.attend_projected(self._handle, byref(layer), byref(step), _optional(total)))
+
+    def latent_half(
+        self, layer: arguments.LatentLayer, step: arguments.Step, total: arguments.Sum | None = None
+    ) -> bool:
+        """As attention_half, for multi-head latent attention."""
+        return self._done(self._calls.latent_half(self._handle, byref(layer), byref(step), _optional(total)))
+
     def mlp_half(self, layer: arguments.MlpLayer, step: arguments.Step, total: arguments.Sum | None = None) -> bool:
         """Norm, SwiGLU or experts; `total` and the result are those of attention_half."""
         return self._done(self._calls.mlp_half(self._handle, byref(layer), byref(step), _optional(total)))
+
+    def choose_experts(self, router: arguments.Router, experts: int, logits: Array) -> tuple[Array, Array]:
+        """Which experts tokens take by their logits, and the shares, the best first: int64, float32 [tokens, chosen].
+
+        `logits` float32 [tokens, width] are overwritten.
+        """
+        chosen, shares = (np.empty((len(logits), router.chosen), kind) for kind in (np.int64, np.float32))
+        addresses = logits.ctypes.data, len(logits), chosen.ctypes.data, shares.ctypes.data
+        self._enough(self._calls.choose_experts(self._handle, byref(router), experts, *addresses))
+        return chosen, shares
 
     def finish_sum(self, step: arguments.Step, total: arguments.Sum) -> bool:
         """Go on to add up with ranks that were late; returns whether it is done."""
         return self._done(self._calls.finish_sum(self._handle, byref(step), byref(total)))
 
-    def add_rounded(self, x: Array, total: Array, bias: Array | None = None) -> None:
-        """x += total rounded to float32, then the bias; x float32, total float64 [tokens, width]."""
+    def add_rounded(self, x: Array, total: Array, bias: Array | None = None, factor: float = 1.0) -> None:
+        """x += factor * (total rounded to float32, then the bias); x float32, total float64 [tokens, width]."""
         self._calls.add_rounded(
-            self._handle, x.ctypes.data, total.ctypes.data, arguments.address(bias), len(x), x.shape[1]
+            self._handle, x.ctypes.data, total.ctypes.data, arguments.address(bias), factor, len(x), x.shape[1]
         )
 
-    def round_to_float(self, total: Array, out: Array) -> None:
-        """out = total rounded to float32; [tokens, width]."""
-        self._calls.round_to_float(self._handle, total.ctypes.data, out.ctypes.data, len(out), out.shape[1])
+    def add_normalised(
+        self, x: Array, addend: Array, weight: Array, size: int, eps: float, factor: float = 1.0
+    ) -> None:
+        """x += factor * RMSNorm(addend), which is overwritten; float32 [tokens, width], `size` of it no padding."""
+        self._calls.add_normalised(
+            self._handle, x.ctypes.data, addend.ctypes.data, len(x), x.shape[1], weight.ctypes.data, size, eps, factor
+        )
+
+    def round_to_float(self, total: Array, out: Array, factor: float = 1.0) -> None:
+        """out = total rounded to float32, times a factor; [tokens, width]."""
+        self._calls.round_to_float(self._handle, total.ctypes.data, out.ctypes.data, factor, len(out), out.shape[1])
+
+    def scale_logits(self, logits: Array, divisor: float, cap: float) -> None:
+        """logits / divisor, bent to +-cap unless that is 0, in place; float32 [tokens, rows], rows in groups of 16."""
+        self._calls.scale_logits(self._handle, logits.ctypes.data, logits.size, divisor, cap)
 
     def normalise(
         self, x: Array, weight: Array, size: int, eps: float, quantised: bool, h: arguments.Activations

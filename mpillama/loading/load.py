@@ -122,7 +122,7 @@ def load_model(settings: ModelSettings, world: World, target: Target, progress: 
     weights, bytes_read = _read_weights(settings, file, world, target.team, progress)
     seconds = time.perf_counter() - start
     LOG.info("read %d bytes in %.1f s, %.2f GB/s.", bytes_read, seconds, bytes_read / seconds / 1e9)
-    model = Decoder(file.config, weights, comm, target.team)
+    model = Decoder(file.config.for_context(settings.max_seq_len), weights, comm, target.team)
     return LoadedModel(file, model, bytes_read, time.perf_counter() - start, context, room)
 
 
@@ -179,7 +179,7 @@ def _check_stamps(stamps: Mapping[str, tuple[int, int]]) -> None:
 
 def _check_context(settings: ModelSettings, file: ModelFile) -> None:
     """UserError for a context that the model does not have."""
-    known = file.config.max_position_embeddings
+    known = file.config.longest_context
     if settings.max_seq_len is not None and not 1 <= settings.max_seq_len <= known:
         raise UserError(f"--max-seq-len is {settings.max_seq_len}: this model's context holds 1 to {known} tokens.")
 

@@ -21,6 +21,7 @@ from mpillama.models.tensors import TensorSpec, WeightTypes
 from mpillama.text.dllama_vocabulary import tokenizer_json_of_dllama
 from mpillama.text.gguf_vocabulary import tokenizer_json_of_gguf
 from mpillama.text.sentencepiece_model import added_by_id, tokenizer_json_of_sentencepiece
+from mpillama.text.tiktoken_model import tokenizer_json_of_tiktoken
 from mpillama.text.vocabulary import TokenizerFiles
 
 DEMO_MODEL = Path("data") / "demo.h5"
@@ -30,7 +31,8 @@ CONVERTERS: Mapping[str, Callable[[Mapping[str, Any]], TokenizerFiles]] = {
 }
 
 
-SENTENCEPIECE, ADDED, TOKENIZER_CONFIG = "tokenizer.model", "added_tokens.json", "tokenizer_config.json"
+SENTENCEPIECE, TIKTOKEN = "tokenizer.model", "tiktoken.model"
+ADDED, TOKENIZER_CONFIG = "added_tokens.json", "tokenizer_config.json"
 
 
 class SliceReader(Protocol):
@@ -134,6 +136,8 @@ def with_tokenizer(checkpoint: Checkpoint) -> Checkpoint:
     """The checkpoint with its vocabulary turned into Hugging Face's files, if it came in another form."""
     if SENTENCEPIECE in checkpoint.texts:
         return _with_sentencepiece(checkpoint)
+    if TIKTOKEN in checkpoint.texts:
+        return _with_tiktoken(checkpoint)
     name = next((name for name in CONVERTERS if name in checkpoint.texts), None)
     if name is None:
         return checkpoint
@@ -141,7 +145,9 @@ def with_tokenizer(checkpoint: Checkpoint) -> Checkpoint:
     if not vocabulary.get("tokens"):  # weights alone: they can be measured and converted
         return replace(checkpoint, texts={key: text for key, text in checkpoint.texts.items() if key != name})
     family = FAMILIES.get(checkpoint.config_json["model_type"])
-    files = CONVERTERS[name](vocabulary | {"pre_of_family": family.pre_tokenizer if family else ""})
+    if family:
+        vocabulary |= {"pre_of_family": family.pre_tokenizer, "strips_of_family": family.tokens_strip}
+    files = CONVERTERS[name](vocabulary)
     settings = settings_in(checkpoint.texts, TOKENIZER_CONFIG, checkpoint.path)
     ends = {"bos_token_id": files.bos_token_id, "eos_token_id": list(files.eos_token_ids)}
     texts = {
@@ -157,15 +163,30 @@ def _with_sentencepiece(checkpoint: Checkpoint) -> Checkpoint:
     """With a tokenizer.json made of tokenizer.model; what it says of roles counts where the folder says nothing."""
     texts = dict(checkpoint.texts)
     content = texts.pop(SENTENCEPIECE)
-    settings = settings_in(texts, TOKENIZER_CONFIG, checkpoint.path)
-    by_name = settings_in({ADDED: texts.pop(ADDED, b"{}")}, ADDED, checkpoint.path)
-    added = added_by_id(by_name, settings.get("added_tokens_decoder"))
+    added, settings = _added_tokens(texts, checkpoint.path)
     files = tokenizer_json_of_sentencepiece(content, str(Path(checkpoint.path) / SENTENCEPIECE), added)
     texts["tokenizer.json"] = files.tokenizer_json
     texts[TOKENIZER_CONFIG] = json.dumps({"add_bos_token": files.add_bos, **settings}).encode()
     roles = {"bos_token_id": files.bos_token_id, "eos_token_id": list(files.eos_token_ids)}
     known = {key: value for key, value in checkpoint.config_json.items() if value is not None}
     return replace(checkpoint, texts=texts, config_json={**checkpoint.config_json, **roles, **known})
+
+
+def _with_tiktoken(checkpoint: Checkpoint) -> Checkpoint:
+    """With a tokenizer.json made of tiktoken.model."""
+    texts = dict(checkpoint.texts)
+    content = texts.pop(TIKTOKEN)
+    added, settings = _added_tokens(texts, checkpoint.path)
+    texts["tokenizer.json"] = tokenizer_json_of_tiktoken(content, str(Path(checkpoint.path) / TIKTOKEN), added)
+    texts[TOKENIZER_CONFIG] = json.dumps({"add_bos_token": False, **settings}).encode()
+    return replace(checkpoint, texts=texts)
+
+
+def _added_tokens(texts: dict[str, bytes], path: str) -> tuple[dict[int, Any], dict[str, Any]]:
+    """What the files beside a vocabulary say of tokens by id, and tokenizer_config.json; added_tokens.json is done."""
+    settings = settings_in(texts, TOKENIZER_CONFIG, path)
+    by_name = settings_in({ADDED: texts.pop(ADDED, b"{}")}, ADDED, path)
+    return added_by_id(by_name, settings.get("added_tokens_decoder")), settings
 
 
 def chat_template_source(file: ModelFile) -> str:

@@ -214,7 +214,7 @@ def _communication(request: PlanRequest, network: Network, tokens: int) -> float
 def _prefill(request: PlanRequest, node: Node, network: Network) -> float:
     """Tokens per second of a prompt's full chunks: the rank with the largest share of the products decides."""
     tokens = request.prefill_chunk
-    panels = request.config.blocks[0].mlp.split
+    panels = request.config.blocks[-1].mlp.splits[0]
     share = max(len(part[panels]) for part in request.config.partition(request.ranks)) / panels.count
     work = tokens * multiply_adds(request.config) * share
     return tokens / (work / (node.multiply_adds / request.ranks_per_node) + _communication(request, network, tokens))

@@ -13,6 +13,7 @@ import numpy as np
 
 from mpillama.errors import UserError
 from mpillama.kernels import arguments
+from mpillama.kernels.arguments import HeadNorm
 from mpillama.kernels.library import Team
 from mpillama.models.config_values import ConfigValues
 from mpillama.models.linear import LayerWeights
@@ -69,10 +70,13 @@ class Attention(Protocol):
         """What kernels are told of these arrays."""
 
     def step_widths(self, part: Partition) -> Mapping[str, int]:
-        """Channels of the step's arrays q, k, v and context on a rank."""
+        """Channels of the step's arrays q, k, v, context and latent on a rank; what is left out is not needed."""
 
     def layer(self, weights: LayerWeights, part: Partition, hidden_size: int, norm: str, eps: float) -> Any:
         """What kernels are told of a layer; `norm` names the vector of its norm."""
+
+    def begin(self, team: Team, layer: Any, step: arguments.Step) -> bool:
+        """Compute what must be summed over ranks before `run` goes on, into step.squares; False if nothing must."""
 
     def run(self, team: Team, layer: Any, cache: Any, step: arguments.Step, total: arguments.Sum | None) -> bool:
         """Norm, attention and output projection: the rest as Team.attention_half says."""
@@ -83,9 +87,13 @@ class Attention(Protocol):
 
 @dataclass(frozen=True)
 class GroupedQueryAttention:
-    """Query heads in groups that share a KV head; a window sees so many positions, 0 sees all.
+    """Query heads in groups that share a KV head.
 
-    `qkv_bias` and `output_bias` are biases of the projections, `qk_norm` an RMSNorm of each head of queries and keys.
+    `qkv_bias` and `output_bias` are biases of the projections, `qk_norm` an RMSNorm of queries and keys where
+    `head_norm` says; after RoPE it has no weights. A token sees the last `window` positions, or those of its `chunk`;
+    0 sees all.
+    Scores are multiplied by `scale`, 0 for the usual 1 / sqrt(head_dim), and bent to +-soft_cap unless that is 0. RoPE
+    turns the first `turned` channels of a head, None for all. With `sinks` each head has a score more, of no value.
     """
 
     heads: int
@@ -95,6 +103,12 @@ class GroupedQueryAttention:
     output_bias: bool = False
     qk_norm: bool = False
     window: int = 0
+    chunk: int = 0
+    scale: float = 0.0
+    soft_cap: float = 0.0
+    turned: int | None = None
+    head_norm: HeadNorm = HeadNorm.BEFORE_ROPE
+    sinks: bool = False
 
     products: ClassVar[Mapping[str, tuple[str, ...]]] = {
         "q/k/v": tuple(f"self_attn.{letter}_proj.weight" for letter in "qkv"),
@@ -133,7 +147,7 @@ class GroupedQueryAttention:
 
     @property
     def rotary_channels(self) -> int:
-        return self.head_dim
+        return self.head_dim if self.turned is None else self.turned
 
     @property
     def query_split(self) -> Split:
@@ -161,7 +175,9 @@ class GroupedQueryAttention:
                     name + ".bias", split, rows, 1, F32, head, (source,), row_chunks=split.count, vector=True
                 )
             if self.qk_norm and letter != "v":
-                yield whole_vector(f"{prefix}{letter}_norm.weight", self.head_dim, head)
+                yield from self._norm(f"{prefix}{letter}_norm.weight", split)
+        if self.sinks:
+            yield TensorSpec(prefix + "sinks", self.query_split, self.heads, 1, F32, 1, (self.heads,), vector=True)
         name = prefix + "o_proj"
         yield TensorSpec(
             name + ".weight", self.query_split, hidden, self.heads * head, types.of(name + ".weight"), head,
@@ -169,6 +185,14 @@ class GroupedQueryAttention:
         )  # fmt: skip
         if self.output_bias:
             yield whole_vector(name + ".bias", hidden_size, hidden)
+
+    def _norm(self, name: str, split: Split) -> Iterator[TensorSpec]:
+        head, count = self.padded_head_dim, split.count
+        if self.head_norm == HeadNorm.WHOLE_PROJECTION:
+            source = (count * self.head_dim,)
+            yield TensorSpec(name, split, count * head, 1, F32, head, source, row_chunks=count, vector=True)
+        elif self.head_norm == HeadNorm.BEFORE_ROPE:
+            yield whole_vector(name, self.head_dim, head)
 
     def cache_arrays(self, part: Partition, blocks: int, kv_type: KVType) -> Sequence[CacheArray]:
         """Keys, their scales, values, their scales, as kernels/src/attention.h describes them."""
@@ -192,14 +216,27 @@ class GroupedQueryAttention:
         q, k, v, o = (weights.matrix(f"self_attn.{letter}_proj.weight") for letter in "qkvo")
         layer = arguments.AttentionLayer(
             q=q.column_parallel(), k=k.column_parallel(), v=v.column_parallel(), o=o.row_parallel(),
-            eps=eps, scale=1.0 / math.sqrt(self.head_dim), hidden_size=hidden_size, heads=int(starts[-1]),
-            kv_heads=len(starts) - 1, head_dim=self.padded_head_dim, window=self.window,
+            eps=eps, scale=self.scale or 1.0 / math.sqrt(self.head_dim), soft_cap=self.soft_cap,
+            hidden_size=hidden_size, heads=int(starts[-1]),
+            kv_heads=len(starts) - 1, head_dim=self.padded_head_dim, channels=self.head_dim, window=self.window,
+            chunk=self.chunk, head_norm=self.head_norm, q_width=self.heads * self.head_dim,
+            k_width=self.kv_heads * self.head_dim,
+            first_counted=part[self.query_split].start % self.kv_split.group > 0,
         )  # fmt: skip
-        layer.kept = starts
+        layer.kept = starts, np.ones(self.padded_head_dim, np.float32)
         layer.norm, layer.head_start = weights.address(norm), arguments.address(starts)
         layer.q_bias, layer.k_bias, layer.v_bias = (weights.address(f"self_attn.{x}_proj.bias") for x in "qkv")
         layer.q_norm, layer.k_norm = (weights.address(f"self_attn.{x}_norm.weight") for x in "qk")
+        layer.sinks = weights.address("self_attn.sinks")
+        if self.qk_norm and self.head_norm == HeadNorm.AFTER_ROPE:
+            layer.q_norm = layer.k_norm = arguments.address(layer.kept[1])
         return layer
+
+    def begin(self, team: Team, layer: arguments.AttentionLayer, step: arguments.Step) -> bool:
+        whole = self.qk_norm and self.head_norm == HeadNorm.WHOLE_PROJECTION
+        if whole:
+            team.project_and_sum(layer, step)
+        return whole
 
     def run(
         self,
@@ -210,6 +247,8 @@ class GroupedQueryAttention:
         total: arguments.Sum | None,
     ) -> bool:  # fmt: skip
         layer.cache = cache
+        if self.qk_norm and self.head_norm == HeadNorm.WHOLE_PROJECTION:
+            return team.attend_projected(layer, step, total)
         return team.attention_half(layer, step, total)
 
     def output_bias_of(self, weights: LayerWeights) -> np.ndarray | None:

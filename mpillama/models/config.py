@@ -1,16 +1,16 @@
 """The shape and constants of a model, read from a Hugging Face configuration."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
 from mpillama.errors import UserError
 from mpillama.models.config_values import ConfigValues, Json
 from mpillama.models.families import FAMILIES
-from mpillama.models.family import Block
+from mpillama.models.family import Block, OuterFactors
 from mpillama.models.partition import Partition, Split, partitions
-from mpillama.models.rope import Rope, read_rope
+from mpillama.models.rope import Rope, Rotation
 from mpillama.models.tensors import (
     EMBEDDING,
     FINAL_NORM,
@@ -27,6 +27,7 @@ from mpillama.quant.weight_type import BLOCK, LANES, round_up
 class ModelConfig:
     """A decoder's sizes and constants, in Hugging Face's names, and its layers.
 
+    `max_position_embeddings` is the context of a run that asks for no other, `longest_context` the longest.
     `lm_head` is false for models that make embeddings and have no head at all.
     """
 
@@ -34,8 +35,10 @@ class ModelConfig:
     vocab_size: int
     hidden_size: int
     max_position_embeddings: int
+    longest_context: int
     rms_norm_eps: float
     rope: Rope
+    factors: OuterFactors
     tie_word_embeddings: bool
     lm_head: bool
     blocks: tuple[Block, ...]
@@ -54,14 +57,27 @@ class ModelConfig:
         """The layers that differ, once each."""
         return tuple(dict.fromkeys(self.blocks))
 
-    @property
-    def rotary_channels(self) -> int:
-        """Channels of a head that RoPE turns, in every layer alike."""
-        return self.blocks[0].attention.rotary_channels
+    def rotation_of(self, block: Block) -> Rotation:
+        """How a layer turns queries and keys."""
+        return Rotation(block.rope or self.rope, block.attention.rotary_channels)
+
+    @cached_property
+    def rotations(self) -> tuple[Rotation, ...]:
+        """The rotations that differ, the first layer's first."""
+        return tuple(dict.fromkeys(map(self.rotation_of, self.kinds)))
 
     def inverse_frequencies(self) -> list[float]:
-        """The angle of each pair of channels at position 1."""
-        return self.rope.inverse_frequencies(self.rotary_channels)
+        """Of the first layer's RoPE, the angle of each pair of channels at position 1."""
+        return self.rotations[0].inverse_frequencies()
+
+    @property
+    def has_post_norms(self) -> bool:
+        """Whether a norm follows on attention or MLP in some layer."""
+        return any(kind.has_post_norms for kind in self.kinds)
+
+    def for_context(self, context: int | None) -> "ModelConfig":
+        """The model as it runs with so long sequences."""
+        return self if context is None else replace(self, rope=self.rope.for_context(context))
 
     def first_layers(self, layers: int) -> "ModelConfig":
         """The same model with its first layers only."""
@@ -77,7 +93,7 @@ class ModelConfig:
     @cached_property
     def splits(self) -> tuple[Split, ...]:
         """Everything by which ranks divide the model."""
-        found = [split for kind in self.kinds for split in (*kind.attention.splits, kind.mlp.split)]
+        found = [split for kind in self.kinds for split in (*kind.attention.splits, *kind.mlp.splits)]
         return tuple(dict.fromkeys((*found, self.vocabulary_split)))
 
     def partition(self, size: int, weights: Sequence[float] | None = None) -> list[Partition]:
@@ -94,11 +110,12 @@ class ModelConfig:
         specs = [self._vocabulary(EMBEDDING, types)]
         for number, block in enumerate(self.blocks):
             prefix = layer_prefix(number)
-            specs.append(self._norm(prefix + block.attention_norm))
+            specs.extend(self._norms(prefix, block.attention_norm))
             specs.extend(block.attention.specs(prefix, self.hidden_size, types))
-            specs.append(self._norm(prefix + block.mlp_norm))
+            specs.extend(self._norms(prefix, block.attention_post_norm, block.mlp_norm))
             specs.extend(block.mlp.specs(prefix, self.hidden_size, types))
-        specs.append(self._norm(FINAL_NORM))
+            specs.extend(self._norms(prefix, block.mlp_post_norm))
+        specs.extend(self._norms("", FINAL_NORM))
         if self.lm_head and not self.tie_word_embeddings:
             specs.append(self._vocabulary(LM_HEAD, types))
         return specs
@@ -107,8 +124,9 @@ class ModelConfig:
         rows, source = round_up(self.vocab_size, LANES), (self.vocab_size, self.hidden_size)
         return TensorSpec(name, self.vocabulary_split, rows, self.padded_hidden_size, types.of(name), LANES, source)
 
-    def _norm(self, name: str) -> TensorSpec:
-        return whole_vector(name, self.hidden_size, self.padded_hidden_size)
+    def _norms(self, prefix: str, *names: str) -> Iterator[TensorSpec]:
+        for name in filter(None, names):
+            yield whole_vector(prefix + name, self.hidden_size, self.padded_hidden_size)
 
     # -- reading ----------------------------------------------------------------------------------------------------
 
@@ -118,13 +136,16 @@ class ModelConfig:
         family = FAMILIES[ConfigValues(source).expect("model_type", FAMILIES)]
         values = family.values(source)
         context = values.size("max_position_embeddings")
+        rope = family.rope(values, context)
         config = cls(
             model_type=family.model_type,
             vocab_size=values.size("vocab_size"),
             hidden_size=values.size("hidden_size"),
-            max_position_embeddings=context,
+            max_position_embeddings=rope.usual_context(context),
+            longest_context=context,
             rms_norm_eps=values.number("rms_norm_eps"),
-            rope=read_rope(values, context),
+            rope=rope,
+            factors=family.factors(values),
             tie_word_embeddings=values.flag("tie_word_embeddings"),
             lm_head=values.flag("lm_head", True),
             blocks=family.blocks(values),
@@ -133,9 +154,11 @@ class ModelConfig:
         return config
 
     def _check_frequencies(self) -> None:
-        try:
-            frequencies = self.inverse_frequencies()
-        except (ValueError, ArithmeticError):
-            frequencies = []
-        if len(frequencies) != self.rotary_channels // 2 or not all(map(math.isfinite, frequencies)):
-            raise UserError("The model's configuration has RoPE constants that give no frequencies: it is damaged.")
+        longest = self.for_context(self.longest_context)
+        for rotation in dict.fromkeys((*self.rotations, *longest.rotations)):
+            try:
+                frequencies = rotation.inverse_frequencies()
+            except (ValueError, ArithmeticError):
+                frequencies = []
+            if len(frequencies) != rotation.channels // 2 or not all(map(math.isfinite, frequencies)):
+                raise UserError("The model's configuration has RoPE constants that give no frequencies: it is damaged.")

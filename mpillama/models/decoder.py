@@ -3,6 +3,7 @@
 import ctypes
 import time
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, cast
 
@@ -50,29 +51,50 @@ def fastest(run: Callable[[], object], repetitions: int = 3) -> float:
 Array = np.ndarray
 
 
+@dataclass(frozen=True)
+class Ending:
+    """What happens to half a layer's sum on its way to the residual stream: bias, norm, factor."""
+
+    bias: Array | None
+    norm: Array | None
+    factor: float
+
+
 class ResidualSum:
     """Adds the sum over ranks of what half a layer computes to the residual stream.
 
     Where the ranks share memory, threads add up in the half's own region, each its columns as soon as they are ready.
     """
 
-    def __init__(self, comm: Communicator, team: Team):
+    def __init__(self, comm: Communicator, team: Team, config: ModelConfig):
         self.comm = comm
         self.team = team
+        self.size, self.eps = config.hidden_size, config.rms_norm_eps
         self._progress = np.zeros((team.threads, PROGRESS_STRIDE), np.int64)
         self._sum = arguments.Sum(
             progress=arguments.address(self._progress), spins=Backoff(comm.yields).spins, yields=YIELDS
         )
 
-    def __call__(self, a: StepArrays, half: Callable[[arguments.Sum | None], bool], bias: Array | None) -> None:
-        """Run half a layer and add its sum, then the bias, to a.x; `half` gets how to add up, None to leave it."""
+    def __call__(self, a: StepArrays, half: Callable[[arguments.Sum | None], bool], ending: Ending) -> None:
+        """Run half a layer and add its sum to a.x, as `ending` says; `half` gets how to add up, None to leave it."""
+        if ending.norm is None:
+            self._add(a, a.x, half, ending)
+        else:
+            self._add(a, a.addend, half, replace(ending, factor=1.0))
+            self.team.add_normalised(a.x, a.addend, ending.norm, self.size, self.eps, ending.factor)
+
+    def _add(self, a: StepArrays, x: Array, half: Callable[[arguments.Sum | None], bool], ending: Ending) -> None:
+        """Add the sum to `x`: the residual stream, or an addend that is zero before."""
         shared = self.comm.shared_for(a.partial.size)
         if self.comm.size > 1 and shared is None:
             half(None)
-            self.team.add_rounded(a.x, self.comm.all_reduce(a.partial), bias)
+            if x is a.addend:
+                x[:] = 0
+            self.team.add_rounded(x, self.comm.all_reduce(a.partial), ending.bias, ending.factor)
             return
         total = self._sum
-        total.bias, total.waited = arguments.address(bias), 0
+        total.bias, total.factor, total.waited = arguments.address(ending.bias), ending.factor, 0
+        total.addend = arguments.address(x) if x is a.addend else None
         if shared is not None:
             window = cast(SharedWindow, shared.shared)
             total.window = ctypes.addressof(window.argument)
@@ -84,25 +106,32 @@ class ResidualSum:
 
 
 class DecoderLayer:
-    """Pre-norm attention and MLP, each closed by one all-reduce."""
+    """Attention and MLP, each closed by one all-reduce."""
 
     def __init__(
         self, config: ModelConfig, block: Block, weights: LayerWeights, part: Partition, all_reduce: "ResidualSum"
     ):
         self.block = block
-        self.team = all_reduce.team
+        self.rotation = config.rotations.index(config.rotation_of(block))
+        self.team, self.comm = all_reduce.team, all_reduce.comm
         self.all_reduce = all_reduce
         hidden, eps = config.hidden_size, config.rms_norm_eps
         self.attention = block.attention.layer(weights, part, hidden, block.attention_norm, eps)
-        self.mlp = block.mlp.layer(weights, hidden, block.mlp_norm, eps)
-        self.attention_bias = block.attention.output_bias_of(weights)
-        self.mlp_bias = block.mlp.output_bias_of(weights)
+        self.mlp = block.mlp.layer(weights, part, hidden, block.mlp_norm, eps)
+        factor, vector = block.residual_factor, weights.vector
+        self.attention_ending = Ending(
+            block.attention.output_bias_of(weights), vector(block.attention_post_norm), factor
+        )
+        self.mlp_ending = Ending(block.mlp.output_bias_of(weights), vector(block.mlp_post_norm), factor)
 
     def forward(self, a: StepArrays, cache: Any) -> None:
         """Advance the residual stream a.x float32 [tokens, hidden], which every rank holds in full."""
+        a.turn_by(self.rotation)
+        if self.block.attention.begin(self.team, self.attention, a.argument):
+            self.comm.all_reduce(a.squares)
         attention = partial(self.block.attention.run, self.team, self.attention, cache, a.argument)
-        self.all_reduce(a, attention, self.attention_bias)
-        self.all_reduce(a, partial(self.block.mlp.run, self.team, self.mlp, a.argument), self.mlp_bias)
+        self.all_reduce(a, attention, self.attention_ending)
+        self.all_reduce(a, partial(self.block.mlp.run, self.team, self.mlp, a.argument), self.mlp_ending)
 
 
 class Decoder:
@@ -117,11 +146,11 @@ class Decoder:
         self.comm = comm
         self.team = team
         self.logit_widths = [len(part[config.vocabulary_split]) * LANES for part in parts]
-        self.inverse_frequencies = np.array(config.inverse_frequencies(), np.float32)
+        self.frequencies = [np.array(r.inverse_frequencies(), np.float32) for r in config.rotations]
         self.in_flight = choose_in_flight(team, weights.lm_head)
         self.workspace = Workspace(config, self.part)
         self.embedding, self.head = weights.embed_tokens.column_parallel(), weights.lm_head.column_parallel()
-        all_reduce = ResidualSum(comm, team)
+        all_reduce = ResidualSum(comm, team, config)
         self.layers = [
             DecoderLayer(config, block, of_layer, self.part, all_reduce)
             for block, of_layer in zip(config.blocks, weights.layers, strict=True)
@@ -136,7 +165,7 @@ class Decoder:
         """Run the step's tokens; logits and hidden states of any of them can be had until the next step."""
         a = self.workspace.for_tokens(len(step.token_ids))
         self._embed(step.token_ids, a)
-        self.team.library.angles(step.positions, self.inverse_frequencies, self.config.rope.factor, a.cosines, a.sines)
+        self._turn(step.positions, a)
         step.describe(a.argument)
         a.argument.in_flight = self.in_flight
         for decoder, layer_cache in zip(self.layers, cache.arguments, strict=False):
@@ -159,7 +188,14 @@ class Decoder:
         rows = token_ids.astype(np.int64) - groups.start * LANES
         rows[rows >= len(groups) * LANES] = -1
         self.team.library.embed_rows(self.embedding, rows, a.partial)
-        self.team.round_to_float(self.comm.all_reduce(a.partial), a.x)
+        self.team.round_to_float(self.comm.all_reduce(a.partial), a.x, self.config.factors.embedding)
+
+    def _turn(self, positions: Array, a: StepArrays) -> None:
+        """What each rotation makes of the positions."""
+        for rotation, frequencies, to in zip(self.config.rotations, self.frequencies, a.angles, strict=True):
+            self.team.library.angles(positions, frequencies, rotation.rope.factor, to.cosines, to.sines)
+            if rotation.rope.query_factors and to.query_factors is not None:
+                to.query_factors[:] = [rotation.rope.query_factors.at(int(p)) for p in positions]
 
     def _logits(self, x: Array) -> Array:
         if not len(x):
@@ -169,6 +205,9 @@ class Decoder:
         part = np.empty((len(x), self.logit_widths[self.comm.rank]), np.float32)
         self._normalise(x, h, any_quantised(head))
         self.team.column_parallel(self.head, h.argument(), part, self.in_flight)
+        factors = self.config.factors
+        if factors.logits != 1.0 or factors.logits_cap:
+            self.team.scale_logits(part, factors.logits, factors.logits_cap)
         return self.comm.all_gather_columns(part, self.logit_widths)[:, : self.config.vocab_size]
 
     def _normalise(self, x: Array, h: Activations, quantised: bool) -> None:

@@ -10,26 +10,57 @@ from typing import Any, Protocol
 from mpillama.models.attention import Attention
 from mpillama.models.config_values import ConfigValues, Json
 from mpillama.models.mlp import Mlp
+from mpillama.models.rope import Rope, read_rope
 
+Fused = Mapping[str, Sequence[tuple[str, int]]]
+"""Modules of a layer, each with the modules and numbers of rows that it is cut into."""
 MOST_LAYERS = 10_000
 """A damaged file may claim more; listing their tensors would take for ever."""
+DRAFT_LAYERS = "num_nextn_predict_layers"
+"""How many layers behind the last of a checkpoint only draft tokens (multi-token prediction); they are left out."""
 
 
 @dataclass(frozen=True)
 class Block:
-    """One decoder layer: RMSNorm and attention, RMSNorm and MLP, each added to the residual stream.
+    """One decoder layer: attention, then the MLP, each added to the residual stream times `residual_factor`.
 
-    The norms are named as the checkpoint does, within the layer.
+    The norms before and after each are named as the checkpoint does, within the layer, "" for none. `rope` is that of
+    the layer, None for the model's.
     """
 
     attention: Attention
     mlp: Mlp
     attention_norm: str = "input_layernorm.weight"
     mlp_norm: str = "post_attention_layernorm.weight"
+    attention_post_norm: str = ""
+    mlp_post_norm: str = ""
+    rope: Rope | None = None
+    residual_factor: float = 1.0
+
+    @property
+    def has_post_norms(self) -> bool:
+        return bool(self.attention_post_norm or self.mlp_post_norm)
+
+
+@dataclass(frozen=True)
+class OuterFactors:
+    """What the embedding is multiplied by, logits are divided by, and to within what they are bent, 0 for nothing."""
+
+    embedding: float = 1.0
+    logits: float = 1.0
+    logits_cap: float = 0.0
 
 
 class GgufMetadata(Protocol):
     """Checked values out of a GGUF file's metadata, by keys without the architecture."""
+
+    @property
+    def head_dim(self) -> int:
+        """Channels of a head."""
+
+    @property
+    def rope_factors(self) -> Mapping[str, Sequence[float]]:
+        """The divisors of the rotary frequencies that lie in tensors, by their names in a configuration."""
 
     def get(self, key: str) -> Any:
         """The value, None if there is none."""
@@ -56,6 +87,14 @@ GGUF_NAMES: Mapping[str, str] = {
     "ffn_down": "mlp.down_proj",
 }
 """What GGUF calls the modules of a layer, in Hugging Face's names."""
+GGUF_EXPERTS: Mapping[str, str] = {
+    **GGUF_NAMES,
+    "ffn_gate_shexp": "mlp.shared_experts.gate_proj",
+    "ffn_up_shexp": "mlp.shared_experts.up_proj",
+    "ffn_down_shexp": "mlp.shared_experts.down_proj",
+    "exp_probs_b.bias": "mlp.gate.e_score_correction_bias",
+}
+"""The same with a shared expert and a correction of scores; a name with an ending stands for one tensor."""
 GGUF_BIASES: Mapping[str, str] = {"attention_bias": "attn_q.bias", "mlp_bias": "ffn_up.bias"}
 
 
@@ -65,7 +104,9 @@ class Gguf:
 
     `experts`: of the files of this architecture the family has those with experts, else those without. `rotary_pairs`:
     the rows of q and k stand in pairs that RoPE turns. `flags` are options of the configuration that are true if and
-    only if the first layer has the tensor; `fields` gives what else the configuration says.
+    only if the first layer has the tensor; `fields` gives what else the configuration says. `partial_rope`: the family
+    reads partial_rotary_factor; `rope_keys`: what else it reads of `rope.`; `scaling`: what its YaRN has that files do
+    not tell.
     """
 
     architecture: str
@@ -74,6 +115,9 @@ class Gguf:
     names: Mapping[str, str] = field(default_factory=lambda: GGUF_NAMES)
     flags: Mapping[str, str] = field(default_factory=lambda: GGUF_BIASES)
     fields: Callable[[GgufMetadata], Json] = lambda metadata: {}
+    partial_rope: bool = False
+    scaling: Json = field(default_factory=dict)
+    rope_keys: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
@@ -99,6 +143,51 @@ class Refusal:
     harmless: Sequence[Any] = (None, False, 0, [])
 
 
+@dataclass(frozen=True)
+class GgufExperts:
+    """What metadata says of experts: `scores` in DeepSeek's words, `layer_types` of the layers that are run."""
+
+    count: int
+    chosen: int
+    width: int
+    shared: int
+    scaling: float
+    renormalise: bool
+    groups: int
+    chosen_groups: int
+    scores: str
+    layer_types: list[str]
+
+
+GATING = {1: "softmax", 2: "sigmoid", 3: "softmax_of_chosen", 4: "sqrtsoftplus"}
+"""The numbers of expert_gating_func; without one llama.cpp takes the architecture's own."""
+
+
+def gguf_experts(metadata: GgufMetadata, without: str = "sigmoid") -> GgufExperts:
+    """The metadata of routers; `without` are the scores of a file that does not tell them."""
+    norm, gating, dense = (
+        metadata.get(key) for key in ("expert_weights_norm", "expert_gating_func", "leading_dense_block_count")
+    )
+    layers = metadata.size("block_count") - gguf_draft_layers(metadata)
+    return GgufExperts(
+        count=metadata.size("expert_count"),
+        chosen=metadata.size("expert_used_count"),
+        width=metadata.size("expert_feed_forward_length"),
+        shared=metadata.size("expert_shared_count", 1),
+        scaling=float(metadata.number("expert_weights_scale", 1.0)),
+        renormalise=True if norm is None else bool(norm),
+        groups=metadata.size("expert_group_count", 1),
+        chosen_groups=metadata.size("expert_group_used_count", 1),
+        scores=GATING.get(gating, str(gating)) if gating else without,
+        layer_types=["dense" if layer < (dense or 0) else "sparse" for layer in range(layers)],
+    )
+
+
+def gguf_draft_layers(metadata: GgufMetadata) -> int:
+    """How many of a file's last layers only draft tokens."""
+    return metadata.size("nextn_predict_layers") if metadata.get("nextn_predict_layers") else 0
+
+
 def no_such_biases(model_type: str, *keys: str) -> tuple[Refusal, ...]:
     """Refuse the biases that the family lacks."""
     return tuple(Refusal(key, f"a model of type {model_type} has no such biases") for key in keys)
@@ -114,8 +203,13 @@ class Family:
     """A `model_type` of Hugging Face.
 
     `blocks` reads the decoder layers out of a configuration; `defaults` are those of transformers' configuration class.
-    `renames` turns a checkpoint's names of tensors into ours by regular expressions. `pre_tokenizer` names the rules of
-    vocabularies in GGUF files that name none.
+    `rope` reads the model's RoPE, given its context, `factors` what is around the layers. `within` are types of models
+    that hold one of this family under text_config, among other parts.
+    `renames` turns a checkpoint's names of tensors into ours by regular expressions. `fused` gives, for modules of a
+    layer that hold several of ours, these and their rows, one below the other. `from_one` is a regular expression for
+    the vectors that a Hugging Face folder stores less 1. `turned_experts`: stacked experts are as in
+    formats/turned_experts.py. `pre_tokenizer` names the rules of vocabularies in GGUF files that name none;
+    `tokens_strip`: control tokens of a vocabulary of pieces take the white space behind them along.
     """
 
     model_type: str
@@ -123,9 +217,16 @@ class Family:
     defaults: Json
     refusals: tuple[Refusal, ...] = ()
     renames: Mapping[str, str] = field(default_factory=dict)
+    fused: Callable[[ConfigValues], Fused] = lambda values: {}
+    from_one: str = ""
+    turned_experts: bool = False
+    within: Sequence[str] = ()
+    rope: Callable[[ConfigValues, int], Rope] = read_rope
+    factors: Callable[[ConfigValues], OuterFactors] = lambda values: OuterFactors()
     gguf: Gguf | None = None
     dllama: Dllama | None = None
     pre_tokenizer: str = ""
+    tokens_strip: bool = False
 
     def values(self, source: Json) -> ConfigValues:
         """A configuration with the family's defaults; UserError for an option that nobody reads."""
@@ -138,6 +239,22 @@ class Family:
 
 def layer_count(values: ConfigValues) -> int:
     return values.size("num_hidden_layers", limit=MOST_LAYERS)
+
+
+def dense_or_sparse(values: ConfigValues) -> list[bool]:
+    """Which layers have experts: `mlp_layer_types` or, where it is left out, those from `first_k_dense_replace` on."""
+    layers, kinds = layer_count(values), values.get("mlp_layer_types")
+    if kinds is None:
+        dense = values.get("first_k_dense_replace")
+        first = 0 if dense == 0 else values.size("first_k_dense_replace")
+        kinds = ["dense" if layer < first else "sparse" for layer in range(layers)]
+    if (
+        not isinstance(kinds, Sequence)
+        or len(kinds) != layers
+        or any(kind not in ("dense", "sparse") for kind in kinds)
+    ):
+        raise values.refuse("mlp_layer_types", f"it must name dense or sparse for {layers} layers")
+    return [kind == "sparse" for kind in kinds]
 
 
 def layer_windows(values: ConfigValues, kinds: Sequence[str]) -> list[int]:

@@ -1,37 +1,36 @@
 """Kinds of MLP, the second half of a decoder layer; see attention.py for what a kind is."""
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Protocol
 
 import numpy as np
 
-from mpillama.errors import UserError
 from mpillama.kernels import arguments
+from mpillama.kernels.arguments import Activation
 from mpillama.kernels.library import Team
 from mpillama.models.config_values import ConfigValues
 from mpillama.models.linear import LayerWeights
-from mpillama.models.partition import Split
+from mpillama.models.partition import Partition, Split
+from mpillama.models.router import Router
 from mpillama.models.tensors import EXPERTS, TensorSpec, WeightTypes, whole_matrix, whole_vector
 from mpillama.quant.types.f32 import F32
 from mpillama.quant.weight_type import BLOCK, round_up
-
-MOST_EXPERTS = 4096
 
 
 class Mlp(Protocol):
     """What any kind of MLP says of itself."""
 
-    products: ClassVar[Mapping[str, tuple[str, ...]]]
-    """Of kernels.library.PARTS, the matrices that each reads, by their names within the layer."""
+    @property
+    def products(self) -> Mapping[str, tuple[str, ...]]:
+        """Of kernels.library.PARTS, the matrices that each reads, by their names within the layer."""
 
     @property
-    def split(self) -> Split:
-        """By which units ranks divide it."""
+    def splits(self) -> tuple[Split, ...]:
+        """By which units ranks divide it, the one that has most of the work first."""
 
-    @property
-    def panel(self) -> int:
-        """Inner channels of a unit."""
+    def step_width(self, part: Partition) -> int:
+        """Channels of the step's arrays gate and up on a rank."""
 
     @property
     def idle(self) -> float:
@@ -40,7 +39,7 @@ class Mlp(Protocol):
     def specs(self, prefix: str, hidden_size: int, types: WeightTypes) -> Iterator[TensorSpec]:
         """Its tensors in the order of the file; `prefix` is that of the layer."""
 
-    def layer(self, weights: LayerWeights, hidden_size: int, norm: str, eps: float) -> Any:
+    def layer(self, weights: LayerWeights, part: Partition, hidden_size: int, norm: str, eps: float) -> Any:
         """What kernels are told of a layer; `norm` names the vector of its norm."""
 
     def run(self, team: Team, layer: Any, step: arguments.Step, total: arguments.Sum | None) -> bool:
@@ -58,22 +57,28 @@ def ffn_panel(intermediate_size: int) -> int:
 
 @dataclass(frozen=True)
 class GatedMlp:
-    """down(silu(gate(x)) * up(x)); `bias` adds one to each of the three."""
+    """down(activation(gate(x)) * up(x)); `bias` adds one to each of the three.
+
+    `alpha` and `limit` are those of the clamped activation, kernels/src/elementwise.h.
+    """
 
     intermediate_size: int
     bias: bool = False
+    activation: Activation = Activation.SILU
+    alpha: float = 0.0
+    limit: float = 0.0
 
     prefix: ClassVar[str] = "mlp."
-    products: ClassVar[Mapping[str, tuple[str, ...]]] = {
-        "gate/up": ("mlp.gate_proj.weight", "mlp.up_proj.weight"),
-        "down": ("mlp.down_proj.weight",),
-    }
 
     @classmethod
     def read(cls, values: ConfigValues) -> "GatedMlp":
         """From Hugging Face's names."""
-        _check_activation(values)
-        return cls(values.size("intermediate_size"), values.flag("mlp_bias"))
+        return cls(values.size("intermediate_size"), values.flag("mlp_bias"), read_activation(values))
+
+    @property
+    def products(self) -> Mapping[str, tuple[str, ...]]:
+        gate, up, down = (f"{self.prefix}{part}_proj.weight" for part in ("gate", "up", "down"))
+        return {"gate/up": (gate, up), "down": (down,)}
 
     @property
     def padded_size(self) -> int:
@@ -82,11 +87,20 @@ class GatedMlp:
 
     @property
     def panel(self) -> int:
+        """Inner channels of a unit."""
         return ffn_panel(self.intermediate_size)
 
     @property
     def split(self) -> Split:
+        """Its own units."""
         return Split("ffn_panels", self.padded_size // self.panel)
+
+    @property
+    def splits(self) -> tuple[Split, ...]:
+        return (self.split,)
+
+    def step_width(self, part: Partition) -> int:
+        return len(part[self.split]) * self.panel
 
     @property
     def idle(self) -> float:
@@ -106,21 +120,26 @@ class GatedMlp:
                 experts=experts, chosen=chosen,
             )  # fmt: skip
             if self.bias:
-                yield TensorSpec(name + ".bias", split, self.padded_size, 1, F32, panel, source[:1], vector=True)
+                yield TensorSpec(
+                    name + ".bias", split, self.padded_size, 1, F32, panel, source[:1], vector=True, experts=experts
+                )
         name, source = f"{prefix}{self.prefix}down_proj", (hidden_size, self.intermediate_size)
         yield TensorSpec(
             name + ".weight", split, hidden, self.padded_size, types.of(name + ".weight"), panel, source, panel,
             experts=experts, chosen=chosen,
         )  # fmt: skip
         if self.bias:
-            yield whole_vector(name + ".bias", hidden_size, hidden)
+            yield replace(whole_vector(name + ".bias", hidden_size, hidden), experts=experts)
 
-    def layer(self, weights: LayerWeights, hidden_size: int, norm: str, eps: float) -> arguments.MlpLayer:
+    def layer(
+        self, weights: LayerWeights, part: Partition, hidden_size: int, norm: str, eps: float
+    ) -> arguments.MlpLayer:
         gate, up, down = (weights.matrix(f"{self.prefix}{part}_proj.weight") for part in ("gate", "up", "down"))
         return arguments.MlpLayer(
             gate=gate.column_parallel(), up=up.column_parallel(), down=down.row_parallel(), norm=weights.address(norm),
             gate_bias=weights.address(f"{self.prefix}gate_proj.bias"), eps=eps, hidden_size=hidden_size,
-            up_bias=weights.address(f"{self.prefix}up_proj.bias"),
+            up_bias=weights.address(f"{self.prefix}up_proj.bias"), activation=self.activation,
+            alpha=self.alpha, limit=self.limit,
         )  # fmt: skip
 
     def run(self, team: Team, layer: arguments.MlpLayer, step: arguments.Step, total: arguments.Sum | None) -> bool:
@@ -131,55 +150,90 @@ class GatedMlp:
 
 
 @dataclass(frozen=True)
-class Experts(GatedMlp):
-    """A mixture of `count` gated MLPs, of which a router chooses `chosen` for a token; softmax over all of them.
+class SharedExpert(GatedMlp):
+    """The expert that all tokens share; with `gated` its result is weighed by the sigmoid of a logit of its own."""
 
-    `renormalise`: the shares of the chosen ones add up to 1.
+    gated: bool = False
+
+    prefix: ClassVar[str] = "mlp.shared_experts."
+    gate_name: ClassVar[str] = "mlp.shared_expert_gate.weight"
+
+    def specs(self, prefix: str, hidden_size: int, types: WeightTypes) -> Iterator[TensorSpec]:
+        yield from super().specs(prefix, hidden_size, types)
+        if self.gated:
+            yield whole_matrix(prefix + self.gate_name, 1, hidden_size, F32)
+
+    def add_to(self, layer: arguments.MlpLayer, weights: LayerWeights) -> None:
+        """Tell the kernels of it, beside the experts of a layer."""
+        gate, up, down = (weights.matrix(f"{self.prefix}{part}_proj.weight") for part in ("gate", "up", "down"))
+        layer.shared_gate, layer.shared_up = gate.column_parallel(), up.column_parallel()
+        layer.shared_down = down.row_parallel()
+        if self.gated:
+            layer.shared_router = weights.matrix(self.gate_name).column_parallel()
+
+
+@dataclass(frozen=True)
+class Experts(GatedMlp):
+    """A mixture of gated MLPs among which a router chooses for each token, and perhaps one that all tokens share.
+
+    Biases are those of each expert, weighed as its result is.
     """
 
-    count: int = 0
-    chosen: int = 0
-    renormalise: bool = False
+    router: Router = Router(1, 1)
+    shared: SharedExpert | None = None
 
     prefix: ClassVar[str] = EXPERTS
-    products: ClassVar[Mapping[str, tuple[str, ...]]] = {
-        "router": ("mlp.gate.weight",),
-        "gate/up": (f"{EXPERTS}gate_proj.weight", f"{EXPERTS}up_proj.weight"),
-        "down": (f"{EXPERTS}down_proj.weight",),
-    }
 
     @classmethod
-    def read(cls, values: ConfigValues) -> "Experts":
-        _check_activation(values)
+    def read(cls, values: ConfigValues, router: Router | None = None, shared: SharedExpert | None = None) -> "Experts":
+        """From Hugging Face's names; without a router the family has Mixtral's."""
         key = "intermediate_size" if values.get("moe_intermediate_size") is None else "moe_intermediate_size"
-        found = cls(
-            intermediate_size=values.size(key),
-            # transformers 5 writes num_local_experts for all families, transformers 4 num_experts for Qwen's.
-            count=values.size("num_experts", values.get("num_local_experts"), limit=MOST_EXPERTS),
-            chosen=values.size("num_experts_per_tok"),
-            renormalise=values.flag("norm_topk_prob"),
+        return cls(
+            values.size(key), activation=read_activation(values), router=router or Router.read(values), shared=shared
         )
-        if found.chosen > found.count:
-            raise UserError(
-                f"The model's configuration has num_experts_per_tok={found.chosen}, but only {found.count} experts: "
-                "the file is damaged."
-            )
+
+    @property
+    def products(self) -> Mapping[str, tuple[str, ...]]:
+        found = {"router": ("mlp.gate.weight",), **super().products}
+        for part, matrices in (self.shared.products if self.shared else {}).items():
+            found[part] = (*found[part], *matrices)
         return found
 
     @property
+    def splits(self) -> tuple[Split, ...]:
+        return (self.split, *(self.shared.splits if self.shared else ()))
+
+    def step_width(self, part: Partition) -> int:
+        """Those of the shared expert: what the others compute lies in memory of the threads."""
+        return self.shared.step_width(part) if self.shared else super().step_width(part)
+
+    @property
     def idle(self) -> float:
-        return 1 - self.chosen / self.count
+        return self.router.idle
 
     def specs(self, prefix: str, hidden_size: int, types: WeightTypes) -> Iterator[TensorSpec]:
-        yield whole_matrix(prefix + "mlp.gate.weight", self.count, hidden_size, F32)  # near ties decide
-        yield from self._matrices(prefix, hidden_size, types, self.count, self.chosen)
+        yield from self.router.specs(prefix, hidden_size)
+        yield from self._matrices(prefix, hidden_size, types, self.router.count, self.router.chosen)
+        if self.shared:
+            yield from self.shared.specs(prefix, hidden_size, types)
 
-    def layer(self, weights: LayerWeights, hidden_size: int, norm: str, eps: float) -> arguments.MlpLayer:
-        layer = super().layer(weights, hidden_size, norm, eps)
-        layer.router = weights.matrix("mlp.gate.weight").column_parallel()
-        layer.chosen, layer.renormalise = self.chosen, self.renormalise
+    def layer(
+        self, weights: LayerWeights, part: Partition, hidden_size: int, norm: str, eps: float
+    ) -> arguments.MlpLayer:
+        layer = super().layer(weights, part, hidden_size, norm, eps)
+        layer.router = self.router.argument(weights)
+        if 0 in part[self.split]:  # one rank adds what is not divided
+            layer.down_bias = weights.address(f"{self.prefix}down_proj.bias")
+        if self.shared:
+            self.shared.add_to(layer, weights)
         return layer
 
+    def output_bias_of(self, weights: LayerWeights) -> None:
+        """None: those of experts depend on the token."""
 
-def _check_activation(values: ConfigValues) -> None:
-    values.expect("hidden_act", ("silu", "swish"), "silu")
+
+ACTIVATIONS = {"silu": Activation.SILU, "swish": Activation.SILU, "gelu_pytorch_tanh": Activation.GELU_TANH}
+
+
+def read_activation(values: ConfigValues, key: str = "hidden_act") -> Activation:
+    return ACTIVATIONS[values.expect(key, ACTIVATIONS, "silu")]

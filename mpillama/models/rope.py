@@ -6,10 +6,13 @@ The rules are those of Hugging Face's modeling_rope_utils: linear (https://kaiok
 
 import math
 import re
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Protocol
 
+import numpy as np
+
+from mpillama.errors import UserError
 from mpillama.models.config_values import ConfigValues, Json
 
 
@@ -102,6 +105,24 @@ class YarnScaling:
         return pairs * math.log(self.original_max_position_embeddings / (turns * 2 * math.pi)) / math.log(theta)
 
 
+@dataclass(frozen=True)
+class LongRopeScaling:
+    """LongRoPE: a divisor for each frequency, one set within the original context, another beyond it.
+
+    A run takes one of them for all positions, as its context says: bits must not depend on how far a text has come.
+    """
+
+    short: tuple[float, ...]
+    long: tuple[float, ...]
+    attention_factor: float
+    original_max_position_embeddings: int
+    beyond: bool = False
+
+    def apply(self, frequencies: list[float], theta: float) -> list[float]:
+        """Divide one by one."""
+        return [f / factor for f, factor in zip(frequencies, self.long if self.beyond else self.short, strict=True)]
+
+
 def yarn_attention_factor(factor: float, mscale: float, mscale_all_dim: float) -> float:
     """The factor for queries and keys that YaRN's paper finds, in DeepSeek's general form."""
     if mscale and mscale_all_dim:
@@ -122,16 +143,43 @@ class RopeRule:
 
 
 @dataclass(frozen=True)
+class QueryFactors:
+    """Queries grow with their position p: times 1 + beta * ln(1 + floor((p + shift) / length))."""
+
+    beta: float
+    length: float
+    shift: int = 0
+
+    def at(self, position: int) -> float:
+        return 1.0 + self.beta * math.log(1.0 + (position + self.shift) // self.length)
+
+
+@dataclass(frozen=True)
 class Rope:
-    """The base of the frequencies, and the rule that scales them, None for plain RoPE."""
+    """Base of the frequencies, the rule that scales them (None for plain RoPE), and factors of queries."""
 
     theta: float
     scaling: RopeScaling | None
+    query_factors: QueryFactors | None = None
 
     def inverse_frequencies(self, channels: int) -> list[float]:
         """1 / theta^(2i / channels) for each pair of channels, scaled."""
         plain = [1.0 / math.pow(self.theta, i / channels) for i in range(0, channels, 2)]
         return self.scaling.apply(plain, self.theta) if self.scaling else plain
+
+    def for_context(self, context: int) -> "Rope":
+        """The RoPE of a run whose sequences may be so long."""
+        scaling = self.scaling
+        if not isinstance(scaling, LongRopeScaling):
+            return self
+        return replace(self, scaling=replace(scaling, beyond=context > scaling.original_max_position_embeddings))
+
+    def usual_context(self, longest: int) -> int:
+        """How far a run may go that does not ask for more."""
+        original = (
+            self.scaling.original_max_position_embeddings if isinstance(self.scaling, LongRopeScaling) else longest
+        )
+        return min(longest, original)
 
     @property
     def factor(self) -> float:
@@ -139,23 +187,65 @@ class Rope:
         return self.scaling.attention_factor if self.scaling else 1.0
 
 
-def read_rope(values: ConfigValues, context: int) -> Rope:
+@dataclass(frozen=True)
+class Rotation:
+    """A RoPE, and how many channels of a head it turns."""
+
+    rope: Rope
+    channels: int
+
+    def inverse_frequencies(self) -> list[float]:
+        """The angle of each pair of channels at position 1."""
+        return self.rope.inverse_frequencies(self.channels)
+
+
+def read_rope(values: ConfigValues, context: int, also: Sequence[str] = ()) -> Rope:
     """What a configuration says of RoPE.
 
     As in transformers 5, a rope_scaling that is not empty stands in the place of rope_parameters, and a field that the
-    rule leaves out is looked for beside it. `context` is the model's max_position_embeddings. UserError for an unknown
-    rule, for impossible constants, and for a field that no rule reads.
+    rule leaves out is looked for beside it. `context` is the model's max_position_embeddings; `also` are fields that
+    the family itself reads. UserError for an unknown rule, impossible constants, and a field that nobody reads.
     """
-    _refuse_unread({k: v for k, v in values.source.items() if SPEAKS_OF_ROPE.search(k) and k not in OUTER_FIELDS})
-    rope = _rope_fields(values)
+    known = (*OUTER_FIELDS, *also)
+    _refuse_unread({k: v for k, v in values.source.items() if SPEAKS_OF_ROPE.search(k) and k not in known})
+    rope = rope_fields(values)
     kind = "type" if rope.get("rope_type") is None and rope.get("type") else "rope_type"
     rule = RULES[rope.expect(kind, RULES, "default", shown=SHOWN)]
-    _refuse_unread({k: v for k, v in rope.source.items() if k not in (*INNER_FIELDS, *rule.fields)})
+    _refuse_unread({k: v for k, v in rope.source.items() if k not in (*INNER_FIELDS, *rule.fields, *also)})
     theta = rope if rope.get("rope_theta") is not None else values
     return Rope(theta.number("rope_theta"), rule.read(_with_original(rope, values, rule), context))
 
 
-def _rope_fields(values: ConfigValues) -> ConfigValues:
+PARTIAL = "partial_rotary_factor"
+
+
+def read_partial_rope(values: ConfigValues, context: int) -> Rope:
+    """As read_rope, for a family whose attention reads rotary_channels."""
+    return read_rope(values, context, (PARTIAL,))
+
+
+def rotary_channels(values: ConfigValues, head_dim: int) -> int:
+    """How many channels of a head RoPE turns, as partial_rotary_factor says."""
+    rope = rope_fields(values)
+    factor = (rope if rope.get(PARTIAL) is not None else values).number(PARTIAL, 1.0)
+    channels = int(head_dim * factor)
+    if channels > head_dim or channels % 2:
+        raise UserError(
+            f"The model's configuration has {PARTIAL}={factor!r}: RoPE would turn {channels} of {head_dim} channels, "
+            "and must turn an even number of them."
+        )
+    return channels
+
+
+def softmax_factor(values: ConfigValues) -> float:
+    """What DeepSeek multiplies scores by where RoPE is scaled: the square of the magnitude of `mscale_all_dim`."""
+    rope = rope_fields(values)
+    kind = rope.get("rope_type") or rope.get("type") or "default"
+    scale = rope.number("mscale_all_dim") if rope.get("mscale_all_dim") else 0.0
+    return _magnitude(rope.number("factor"), scale) ** 2 if scale and kind != "default" else 1.0
+
+
+def rope_fields(values: ConfigValues) -> ConfigValues:
     """What stands in rope_scaling or, without one, in rope_parameters."""
     key = "rope_scaling" if values.get("rope_scaling") else "rope_parameters"
     fields = values.get(key) or {}
@@ -211,6 +301,14 @@ def _yarn(values: ConfigValues, context: int) -> RopeScaling:
     )
 
 
+def _longrope(values: ConfigValues, context: int) -> RopeScaling:
+    original = values.size(ORIGINAL, context)
+    factor = values.number("factor", context / original)
+    usual = math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.0
+    short, long = (tuple(float(np.float32(f)) for f in values.numbers(key)) for key in ("short_factor", "long_factor"))
+    return LongRopeScaling(short, long, values.number("attention_factor", usual), original)
+
+
 FACTORS = "factors"
 """Our own name for the divisors that GGUF has in a tensor; no file of others has it."""
 ORIGINAL = "original_max_position_embeddings"
@@ -222,6 +320,7 @@ RULES: dict[str, RopeRule] = {
         _yarn,
         ("factor", ORIGINAL, "attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate"),
     ),
+    "longrope": RopeRule(_longrope, ("factor", "short_factor", "long_factor", "attention_factor", ORIGINAL)),
     FACTORS: RopeRule(_factors, ("factors",)),
 }
 SHOWN = tuple(name for name in RULES if name != FACTORS)

@@ -52,6 +52,89 @@ MISTRAL = {
 }
 MIXTRAL = {"model_type": "mixtral", "vocab_size": 32000, "num_local_experts": 8, "num_experts_per_tok": 2}
 
+HY3 = {
+    "model_type": "hy_v3",
+    "vocab_size": 120832,
+    "max_position_embeddings": 131072,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 11158840.0,
+    "head_dim": 128,
+    "num_key_value_heads": 8,
+    "num_experts": 192,
+    "num_experts_per_tok": 8,
+    "moe_intermediate_size": 1536,
+    "num_shared_experts": 1,
+    "router_scaling_factor": 2.826,
+    "first_k_dense_replace": 1,
+    "tie_word_embeddings": False,
+}
+
+GLM4 = {
+    "model_type": "glm4_moe",
+    "vocab_size": 151552,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 1e6,
+    "partial_rotary_factor": 0.5,
+    "head_dim": 128,
+    "num_key_value_heads": 8,
+    "attention_bias": True,
+    "num_experts_per_tok": 8,
+    "n_shared_experts": 1,
+    "norm_topk_prob": True,
+    "tie_word_embeddings": False,
+}
+GLM45_AIR = {
+    "max_position_embeddings": 131072,
+    "n_routed_experts": 128,
+    "moe_intermediate_size": 1408,
+    "routed_scaling_factor": 1.0,
+    "first_k_dense_replace": 1,
+}
+GLM46 = {
+    "max_position_embeddings": 202752,
+    "use_qk_norm": True,
+    "n_routed_experts": 160,
+    "moe_intermediate_size": 1536,
+    "routed_scaling_factor": 2.5,
+    "first_k_dense_replace": 3,
+}
+MINIMAX_M2 = {
+    "model_type": "minimax_m2",
+    "vocab_size": 200064,
+    "max_position_embeddings": 196608,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 5e6,
+    "rotary_dim": 64,
+    "head_dim": 128,
+    "num_key_value_heads": 8,
+    "num_local_experts": 256,
+    "num_experts_per_tok": 8,
+    "tie_word_embeddings": False,
+}
+
+GPT_OSS = {
+    "model_type": "gpt_oss",
+    "vocab_size": 201088,
+    "max_position_embeddings": 131072,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 150000.0,
+    "rope_scaling": {
+        "rope_type": "yarn",
+        "factor": 32.0,
+        "beta_fast": 32.0,
+        "beta_slow": 1.0,
+        "truncate": False,
+        "original_max_position_embeddings": 4096,
+    },
+    "head_dim": 64,
+    "num_key_value_heads": 8,
+    "attention_bias": True,
+    "sliding_window": 128,
+    "num_experts_per_tok": 4,
+    "swiglu_limit": 7.0,
+    "tie_word_embeddings": False,
+}
+
 
 def _sizes(base: dict[str, Any], hidden: int, inner: int, layers: int, heads: int, **other: Any) -> dict[str, Any]:
     return {
@@ -64,6 +147,46 @@ def _sizes(base: dict[str, Any], hidden: int, inner: int, layers: int, heads: in
     }
 
 
+PHI = {
+    "model_type": "phi3",
+    "vocab_size": 100352,
+    "max_position_embeddings": 16384,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 250000.0,
+    "num_key_value_heads": 10,
+}
+GEMMA3 = {
+    "model_type": "gemma3_text",
+    "vocab_size": 262208,
+    "max_position_embeddings": 131072,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 1e6,
+    "rope_scaling": {"rope_type": "linear", "factor": 8.0},
+    "sliding_window": 1024,
+}
+OLMO2 = {
+    "model_type": "olmo2",
+    "vocab_size": 100352,
+    "max_position_embeddings": 4096,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 500000.0,
+}
+GRANITE = {
+    "model_type": "granite",
+    "vocab_size": 49159,
+    "max_position_embeddings": 131072,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 1e7,
+    "num_key_value_heads": 8,
+    "tie_word_embeddings": True,
+    "attention_multiplier": 0.0078125,
+    "embedding_multiplier": 12.0,
+    "residual_multiplier": 0.22,
+    "logits_scaling": 16.0,
+}
+SMOLLM3 = {"model_type": "smollm3", "vocab_size": 128256, "max_position_embeddings": 65536, "rope_theta": 5e6}
+MISTRAL_SMALL = {**MISTRAL, "vocab_size": 131072, "max_position_embeddings": 131072, "rope_theta": 1e9}
+
 SMALL_ROPE = {**LLAMA3_ROPE, "factor": 32.0}
 SHAPES: dict[str, dict[str, Any]] = {
     "llama-3.2-1b": _sizes(LLAMA3, 2048, 8192, 16, 32, head_dim=64, tie_word_embeddings=True, rope_scaling=SMALL_ROPE),
@@ -73,6 +196,19 @@ SHAPES: dict[str, dict[str, Any]] = {
     "llama-3.1-405b": _sizes(LLAMA3, 16384, 53248, 126, 128),
     "mistral-7b": _sizes(MISTRAL, 4096, 14336, 32, 32),
     "mixtral-8x7b": _sizes({**MISTRAL, **MIXTRAL}, 4096, 14336, 32, 32),
+    "mistral-small-24b": _sizes(MISTRAL_SMALL, 5120, 32768, 40, 32),
+    "ministral-3-8b": _sizes({"model_type": "ministral3", "vocab_size": 131072}, 4096, 14336, 34, 32),
+    "phi-4": _sizes(PHI, 5120, 17920, 40, 40),
+    "gemma-2-9b": _sizes({"model_type": "gemma2"}, 3584, 14336, 42, 16, num_key_value_heads=8),
+    "gemma-2-27b": _sizes(
+        {"model_type": "gemma2"}, 4608, 36864, 46, 32, num_key_value_heads=16, head_dim=128, query_pre_attn_scalar=144
+    ),
+    "gemma-3-4b": _sizes(GEMMA3, 2560, 10240, 34, 8),
+    "gemma-3-27b": _sizes(GEMMA3, 5376, 21504, 62, 32, num_key_value_heads=16, head_dim=128, query_pre_attn_scalar=168),
+    "olmo-2-7b": _sizes(OLMO2, 4096, 11008, 32, 32),
+    "olmo-2-32b": _sizes(OLMO2, 5120, 27648, 64, 40, num_key_value_heads=8),
+    "granite-3.3-8b": _sizes(GRANITE, 4096, 12800, 40, 32),
+    "smollm3-3b": _sizes(SMOLLM3, 2048, 11008, 36, 16),
     "qwen3-0.6b": _sizes(QWEN3, 1024, 3072, 28, 16, tie_word_embeddings=True),
     "qwen3-8b": _sizes(QWEN3, 4096, 12288, 36, 32),
     "qwen3-32b": _sizes(QWEN3, 5120, 25600, 64, 64),
@@ -80,6 +216,12 @@ SHAPES: dict[str, dict[str, Any]] = {
     "qwen3-235b-a22b": _sizes(
         {**QWEN3, **EXPERTS, "model_type": "qwen3_moe", "moe_intermediate_size": 1536}, 4096, 12288, 94, 64
     ),
+    "glm-4.5-air": _sizes({**GLM4, **GLM45_AIR}, 4096, 10944, 46, 96),
+    "glm-4.6": _sizes({**GLM4, **GLM46}, 5120, 12288, 92, 96),
+    "minimax-m2": _sizes(MINIMAX_M2, 3072, 1536, 62, 48),
+    "gpt-oss-20b": _sizes(GPT_OSS, 2880, 2880, 24, 64, num_local_experts=32),
+    "gpt-oss-120b": _sizes(GPT_OSS, 2880, 2880, 36, 64, num_local_experts=128),
+    "hy3": _sizes(HY3, 4096, 13312, 80, 64),
 }
 
 

@@ -39,13 +39,28 @@ class ArraySpec:
 
 
 @dataclass(frozen=True)
+class PartOfHeads:
+    """Where a matrix is inside one that a checkpoint may have in its place: some rows of each head.
+
+    Of the `of` rows of a head they are the `rows` from `first` on; `turned`, their columns are the matrix's rows.
+    """
+
+    name: str
+    heads: int
+    of: int
+    first: int
+    rows: int
+    turned: bool = False
+
+
+@dataclass(frozen=True)
 class TensorSpec:
     """A tensor: weight matrix [rows, columns] in row lanes, or a float32 vector [rows] (`vector`, columns 1).
 
     `rows` and `columns` are padded, `source_shape` is that of the checkpoint. Column-parallel matrices are stored
     [groups, …], row-parallel ones (`panel` set) [panels, groups, …]; a unit is `unit` rows, or one panel. Without a
     `split` every rank holds the whole. With `experts`, as many matrices follow each other under one name, of which a
-    token meets `chosen`; source_shape is that of each.
+    token meets `chosen`; source_shape is that of each. Checkpoints may hold it as a part of another matrix (`part_of`).
     """
 
     name: str
@@ -61,6 +76,7 @@ class TensorSpec:
     vector: bool = False
     experts: int = 0
     chosen: int = 1
+    part_of: PartOfHeads | None = None
 
     def pad(self, source: np.ndarray) -> np.ndarray:
         """Return the checkpoint's tensor (source_shape) as float32 [rows, columns], zeros in the padding.
@@ -105,10 +121,10 @@ class TensorSpec:
 
     def arrays(self) -> tuple[ArraySpec, ...]:
         """The stored arrays: one for a vector, those of its weight type for a matrix."""
-        if self.vector:
-            return (ArraySpec(self.name, self.weight_type.lanes[0].dtype, (self.rows,), self.unit),)
-        k, groups = self.panel or self.columns, self.rows // LANES
         lead: tuple[int, ...] = (self.experts,) if self.experts else ()
+        if self.vector:
+            return (ArraySpec(self.name, self.weight_type.lanes[0].dtype, (*lead, self.rows), self.unit, self.experts),)
+        k, groups = self.panel or self.columns, self.rows // LANES
         lead += (self.columns // self.panel, groups) if self.panel else (groups,)
         unit = 1 if self.panel else self.unit // LANES
         return tuple(
@@ -142,6 +158,12 @@ def whole_matrix(name: str, rows: int, columns: int, weight_type: WeightType) ->
     """A matrix that every rank holds in full; columns are padded to blocks of 32, rows to groups."""
     padded = round_up(rows, LANES)
     return TensorSpec(name, None, padded, round_up(columns, 32), weight_type, padded, (rows, columns))
+
+
+def whole_rows(name: str, rows: int, columns: int, types: WeightTypes) -> TensorSpec:
+    """As whole_matrix, in the model's type; rows are padded to blocks of 32, since they are columns to what follows."""
+    padded = round_up(rows, 32)
+    return TensorSpec(name, None, padded, round_up(columns, 32), types.of(name), padded, (rows, columns))
 
 
 def layer_prefix(layer: int) -> str:

@@ -135,7 +135,7 @@ def _assemble(config: ModelConfig, specs: Sequence[TensorSpec], loaded: Mapping[
         if spec.layer is not None:
             name = spec.name.removeprefix(layer_prefix(spec.layer))
             of_layers[spec.layer][name] = loaded[spec.name]
-            experts[spec.layer] += [name] * bool(spec.experts)
+            experts[spec.layer] += [name] * bool(spec.experts and not spec.vector)
     layers = zip(of_layers, experts, config.blocks, strict=True)
     embedding = loaded[EMBEDDING]
     return Weights(

@@ -10,6 +10,7 @@ from mpillama.kernels import arguments
 from mpillama.kernels.arguments import places
 from mpillama.models.config import ModelConfig
 from mpillama.models.partition import Partition
+from mpillama.models.rope import Rotation
 from mpillama.quant.weight_type import BLOCK
 
 Array = np.ndarray
@@ -54,6 +55,24 @@ class Activations:
 
 
 @dataclass(frozen=True)
+class Angles:
+    """What a rotation makes of positions: float32 cosines and sines [tokens, pairs], factors of queries [tokens]."""
+
+    cosines: Array
+    sines: Array
+    query_factors: Array | None = None
+
+    @classmethod
+    def empty(cls, tokens: int, rotation: Rotation) -> "Angles":
+        cosines, sines = (np.empty((tokens, rotation.channels // 2), np.float32) for _ in range(2))
+        return cls(cosines, sines, np.empty(tokens, np.float32) if rotation.rope.query_factors else None)
+
+    def first(self, tokens: int) -> "Angles":
+        factors = None if self.query_factors is None else self.query_factors[:tokens]
+        return Angles(self.cosines[:tokens], self.sines[:tokens], factors)
+
+
+@dataclass(frozen=True)
 class StepArrays:
     """One step's arrays, each [tokens, …]; local sizes are this rank's."""
 
@@ -64,27 +83,38 @@ class StepArrays:
     v: Array
     context: Activations
     gate: Activations
+    latent: Activations
     up: Array
     partial: Array
-    cosines: Array
-    sines: Array
+    addend: Array
+    squares: Array
+    angles: tuple[Angles, ...]
     argument: arguments.Step = field(init=False)
     """For kernels; which tokens a step has is written into it when it runs."""
 
     def __post_init__(self) -> None:
-        step = arguments.Step(tokens=len(self.x), rotary_half=self.cosines.shape[1])
-        for name in ("x", "q", "k", "v", "up", "partial", "cosines", "sines"):
+        step = arguments.Step(tokens=len(self.x))
+        for name in ("x", "q", "k", "v", "up", "partial", "squares"):
             setattr(step, name, arguments.address(getattr(self, name)))
-        step.hidden, step.context, step.gate = (a.argument() for a in (self.hidden, self.context, self.gate))
+        for name in ("hidden", "context", "gate", "latent"):
+            setattr(step, name, getattr(self, name).argument())
         object.__setattr__(self, "argument", step)
+        self.turn_by(0)
+
+    def turn_by(self, number: int) -> None:
+        """Choose the angles for the layers that follow."""
+        angles, step = self.angles[number], self.argument
+        step.cosines, step.sines = map(arguments.address, (angles.cosines, angles.sines))
+        step.query_factors, step.rotary_half = arguments.address(angles.query_factors), angles.cosines.shape[1]
 
     def first(self, tokens: int) -> "StepArrays":
         """The first tokens' arrays."""
         parts = {f.name: getattr(self, f.name) for f in fields(self) if f.init}
+        angles = tuple(part.first(tokens) for part in parts.pop("angles"))
         first: dict[str, Any] = {
             name: part.first(tokens) if isinstance(part, Activations) else part[:tokens] for name, part in parts.items()
         }
-        return StepArrays(**first)
+        return StepArrays(**first, angles=angles)
 
 
 class Workspace:
@@ -96,7 +126,7 @@ class Workspace:
         self._allocate(capacity)
 
     def _allocate(self, tokens: int) -> None:
-        hidden, pairs = self.config.padded_hidden_size, self.config.rotary_channels // 2
+        hidden = self.config.padded_hidden_size
         widths = step_widths(self.config, self.part)
         self.capacity = tokens
         self._whole = StepArrays(
@@ -107,10 +137,12 @@ class Workspace:
             v=np.empty((tokens, widths["v"]), np.float32),
             context=Activations.empty(tokens, widths["context"]),
             gate=Activations.empty(tokens, widths["inner"]),
+            latent=Activations.empty(tokens, widths["latent"]),
             up=np.empty((tokens, widths["inner"]), np.float32),
             partial=np.empty((tokens, hidden), np.float64),
-            cosines=np.empty((tokens, pairs), np.float32),
-            sines=np.empty((tokens, pairs), np.float32),
+            addend=np.empty((tokens, hidden if self.config.has_post_norms else 0), np.float32),
+            squares=np.zeros((tokens, 4), np.float64),
+            angles=tuple(Angles.empty(tokens, rotation) for rotation in self.config.rotations),
         )
         self._views: dict[int, StepArrays] = {}
 
@@ -129,16 +161,16 @@ class Workspace:
 
 def step_widths(config: ModelConfig, part: Partition) -> Mapping[str, int]:
     """Channels of the step's arrays on a rank: of each the widest of all layers."""
-    of_layers = [
-        {**kind.attention.step_widths(part), "inner": len(part[kind.mlp.split]) * kind.mlp.panel}
-        for kind in config.kinds
-    ]
-    return {name: max(widths.get(name, 0) for widths in of_layers) for name in ("q", "k", "v", "context", "inner")}
+    of_layers = [{**kind.attention.step_widths(part), "inner": kind.mlp.step_width(part)} for kind in config.kinds]
+    names = ("q", "k", "v", "context", "latent", "inner")
+    return {name: max(widths.get(name, 0) for widths in of_layers) for name in names}
 
 
 def workspace_bytes(config: ModelConfig, part: Partition, tokens: int) -> int:
     """Bytes of the arrays for steps of up to so many tokens."""
     hidden, widths = config.padded_hidden_size, step_widths(config, part)
-    activations = sum(Activations.bytes(tokens, k) for k in (hidden, widths["context"], widths["inner"]))
-    floats = hidden + sum(widths[name] for name in ("q", "k", "v", "inner")) + 2 * (config.rotary_channels // 2)
-    return activations + tokens * (4 * floats + 8 * hidden)
+    of_layers = (widths[name] for name in ("context", "latent", "inner"))
+    activations = sum(Activations.bytes(tokens, k) for k in (hidden, *of_layers))
+    floats = hidden * (1 + config.has_post_norms) + sum(widths[name] for name in ("q", "k", "v", "inner"))
+    floats += sum(rotation.channels for rotation in config.rotations)
+    return activations + tokens * (4 * floats + 8 * (hidden + 4))

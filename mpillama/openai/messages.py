@@ -1,5 +1,6 @@
 """Messages of a conversation, and how a chat template makes a prompt of them."""
 
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field
@@ -108,6 +109,10 @@ def _check_variables(given: dict[str, Any]) -> dict[str, Any]:
     return given
 
 
+NO_THOUGHT: Mapping[str, Any] = {"enable_thinking": False, "thinking": False}
+"""The variables by which templates leave thoughts out: Qwen's, DeepSeek's and Kimi's."""
+
+
 class TemplateFields(Body):
     """How the chat template is used; `chat_template_kwargs` are variables of its own, such as enable_thinking."""
 
@@ -119,7 +124,8 @@ class TemplateFields(Body):
     @property
     def template_variables(self) -> dict[str, Any]:
         """What the template is told besides the conversation; it leaves out what it does not know."""
-        effort = {} if self.reasoning_effort is None else {"reasoning_effort": self.reasoning_effort}
-        if self.reasoning_effort == "none":
-            effort["enable_thinking"] = False  # type: ignore[assignment]
-        return effort | (self.chat_template_kwargs or {})
+        if self.reasoning_effort is None:
+            return self.chat_template_kwargs or {}
+        thinks = self.reasoning_effort != "none"
+        effort = {"reasoning_effort": self.reasoning_effort, "thinking": thinks}
+        return effort | ({} if thinks else NO_THOUGHT) | (self.chat_template_kwargs or {})

@@ -5,7 +5,7 @@ import json
 import re
 import secrets
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from mpillama.openai.tool_grammars import (
@@ -13,20 +13,27 @@ from mpillama.openai.tool_grammars import (
     Rules,
     TokenId,
     chosen_functions,
+    deepseek_fenced_rules,
+    deepseek_rules,
     hermes_rules,
+    kimi_rules,
     llama3_rules,
     mistral_args_rules,
     mistral_rules,
 )
 from mpillama.openai.tool_readers import (
     ARGS,
+    DEEPSEEK_MARKS,
+    KIMI_MARKS,
     PYTHON_TAG,
     TOOL_CALL,
     TOOL_CALLS,
     Call,
     NoCall,
     Reader,
+    read_deepseek,
     read_hermes,
+    read_kimi,
     read_llama3,
     read_mistral,
 )
@@ -78,6 +85,7 @@ class ToolFormat:
     read: Callable[[], Reader]
     rules: Rules
     short_ids: bool = False  # whether the templates insist on ids of 9 letters and digits
+    text_arguments: bool = False  # whether the template puts arguments together as text
 
     def parser(self, new_id: Callable[[], str] = new_call_id, names: Collection[str] | None = None) -> "ToolCallParser":
         """Start to read an answer; calls of functions other than `names`, if given, are content."""
@@ -99,7 +107,7 @@ class ToolFormat:
 
     def for_template(self, message: Mapping[str, Any]) -> dict[str, Any]:
         """`message` as this format's templates want it, see the function of this name; ids too, where they insist."""
-        changed = for_template(message)
+        changed = dict(message) if self.text_arguments else for_template(message)
         if not self.short_ids:
             return changed
         if changed.get("tool_calls"):
@@ -181,7 +189,8 @@ class ToolCallParser:
     def _add_calls(self, calls: list[Call]) -> list[str]:
         self._found = self._drain()
         for call in calls:
-            self._found.append(Delta(call=CallPiece(self._count, self._new_id(), call.name, call.arguments)))
+            call_id = call.id or self._new_id()
+            self._found.append(Delta(call=CallPiece(self._count, call_id, call.name, call.arguments)))
             self._count += 1
         self._space, self._after_call, self._untouched = "", True, False
         return []
@@ -205,6 +214,10 @@ HERMES = ToolFormat("hermes", TOOL_CALL, False, read_hermes, hermes_rules)
 LLAMA3 = ToolFormat("llama3", PYTHON_TAG, True, read_llama3, llama3_rules)
 MISTRAL = ToolFormat("mistral", TOOL_CALLS, False, read_mistral, mistral_rules, short_ids=True)
 MISTRAL_ARGS = ToolFormat("mistral-args", TOOL_CALLS, False, read_mistral, mistral_args_rules, short_ids=True)
+DEEPSEEK = ToolFormat("deepseek", DEEPSEEK_MARKS.begin, False, read_deepseek, deepseek_rules)
+DEEPSEEK_FENCED = ToolFormat("deepseek-fenced", DEEPSEEK_MARKS.begin, False, read_deepseek, deepseek_fenced_rules)
+KIMI = ToolFormat("kimi", KIMI_MARKS.begin, False, read_kimi, kimi_rules)
+AS_JSON = re.compile(r"arguments['\"]?\]?\s*\|\s*tojson")
 
 
 def tool_format(template_source: str) -> ToolFormat | None:
@@ -216,6 +229,11 @@ def tool_format(template_source: str) -> ToolFormat | None:
         return MISTRAL_ARGS if ARGS in source else MISTRAL
     if TOOL_CALL in source:
         return HERMES
+    if DEEPSEEK_MARKS.begin in source:
+        form = DEEPSEEK_FENCED if "```json" in source else DEEPSEEK
+        return replace(form, text_arguments=not AS_JSON.search(source))
+    if KIMI_MARKS.begin in source:
+        return KIMI
     # Not every template of Llama 3 mentions <|python_tag|>; all give results to the role ipython.
     return LLAMA3 if "ipython" in source and "parameters" in source else None
 

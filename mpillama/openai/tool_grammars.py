@@ -5,7 +5,18 @@ from dataclasses import dataclass
 from typing import Any
 
 from mpillama.errors import UserError
-from mpillama.openai.tool_readers import ARGS, END_TOOL_CALL, PYTHON_TAG, TOOL_CALL, TOOL_CALLS
+from mpillama.openai.tool_readers import (
+    ARGS,
+    DEEPSEEK_MARKS,
+    END_FENCE,
+    END_TOOL_CALL,
+    FENCE,
+    KIMI_MARKS,
+    PYTHON_TAG,
+    TOOL_CALL,
+    TOOL_CALLS,
+    Marks,
+)
 from mpillama.text.constraint import json_rule, text_rule, token_rule
 
 # Mistral's templates insist on this form.
@@ -69,6 +80,41 @@ def mistral_args_rules(functions: Sequence[Function], several: bool, token_id: T
     start = f"start: block {_more('block', '', several)}\nblock: {begin} call\n"
     rules = (f"{text_rule(function.name)} {arguments} {_arguments(function)}" for function in functions)
     return start + _calls(rules)
+
+
+def deepseek_rules(functions: Sequence[Function], several: bool, token_id: TokenId) -> str:
+    """Marked calls as V3.1 writes them."""
+    before = _marker(DEEPSEEK_MARKS.before_arguments, token_id)
+    rules = (f"{text_rule(function.name)} {before} {_arguments(function)}" for function in functions)
+    return _marked(DEEPSEEK_MARKS, several, token_id) + _calls(rules)
+
+
+def deepseek_fenced_rules(functions: Sequence[Function], several: bool, token_id: TokenId) -> str:
+    """Marked calls as V3 and R1 write them."""
+    kind, end = (
+        f"{text_rule('function')} {_marker(DEEPSEEK_MARKS.before_arguments, token_id)}",
+        text_rule("\n" + END_FENCE),
+    )
+    rules = (f"{kind} {text_rule(function.name + FENCE)} {_arguments(function)} {end}" for function in functions)
+    return _marked(DEEPSEEK_MARKS, several, token_id, text_rule("\n")) + _calls(rules)
+
+
+def kimi_rules(functions: Sequence[Function], several: bool, token_id: TokenId) -> str:
+    """Marked calls with ids that name the function."""
+    before = _marker(KIMI_MARKS.before_arguments, token_id)
+    rules = (
+        f"{text_rule(f'functions.{function.name}:')} /[0-9]{{1,3}}/ {before} {_arguments(function)}"
+        for function in functions
+    )
+    return _marked(KIMI_MARKS, several, token_id) + _calls(rules)
+
+
+def _marked(marks: Marks, several: bool, token_id: TokenId, separator: str = "") -> str:
+    """The rules `start` and `block` of calls between marks."""
+    begin, begin_call, end_call, end = (
+        _marker(text, token_id) for text in (marks.begin, marks.begin_call, marks.end_call, marks.end)
+    )
+    return f"start: {begin} block {_more('block', separator, several)} {end}\nblock: {begin_call} call {end_call}\n"
 
 
 def calls_or_json(grammar: str, schema: Mapping[str, Any]) -> str:

@@ -5,7 +5,8 @@ first character that cannot belong to a call, and returns the calls with the las
 """
 
 import json
-from collections.abc import Generator
+import re
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
 
 from mpillama.openai.tool_json import JsonObject, NotJson
@@ -13,6 +14,35 @@ from mpillama.openai.tool_json import JsonObject, NotJson
 TOOL_CALL, END_TOOL_CALL = "<tool_call>", "</tool_call>"
 PYTHON_TAG = "<|python_tag|>"
 TOOL_CALLS, CALL_ID, ARGS = "[TOOL_CALLS]", "[CALL_ID]", "[ARGS]"
+
+
+@dataclass(frozen=True)
+class Marks:
+    """The tokens around calls and each of them, and what stands before its arguments."""
+
+    begin: str
+    begin_call: str
+    before_arguments: str
+    end_call: str
+    end: str
+
+
+DEEPSEEK_MARKS = Marks(
+    "<｜tool▁calls▁begin｜>", "<｜tool▁call▁begin｜>", "<｜tool▁sep｜>", "<｜tool▁call▁end｜>", "<｜tool▁calls▁end｜>"
+)
+KIMI_MARKS = Marks(
+    "<|tool_calls_section_begin|>",
+    "<|tool_call_begin|>",
+    "<|tool_call_argument_begin|>",
+    "<|tool_call_end|>",
+    "<|tool_calls_section_end|>",
+)
+FENCE, END_FENCE = "\n```json\n", "```"
+"""What DeepSeek V3 and R1 write around the arguments."""
+
+NAME = r"[a-zA-Z0-9_.-]+"
+MOST_NAME = 256
+"""Characters of a name, and of what stands around it, at the most."""
 
 # A call begins with one of these; other objects are let go at once.
 FIRST_KEYS = frozenset(["name", "arguments", "parameters", "type", "id"])
@@ -24,10 +54,11 @@ class NoCall(Exception):  # noqa: N818 - nobody's error: most text is no call
 
 @dataclass(frozen=True)
 class Call:
-    """A function's name, and its arguments as the JSON object that the model wrote."""
+    """A function's name, its arguments as the JSON object that the model wrote, and the id if it gave one."""
 
     name: str
     arguments: str
+    id: str | None = None
 
 
 Reader = Generator[None, str, list[Call]]
@@ -76,6 +107,81 @@ def read_mistral() -> Reader:
         if char not in ("]", ","):
             raise NoCall
     return calls
+
+
+def read_deepseek() -> Reader:
+    """Marked calls: of V3 and R1 `function`, the name and fenced arguments, of V3.1 the name and the arguments."""
+    return _marked_calls(DEEPSEEK_MARKS, _deepseek_call)
+
+
+def read_kimi() -> Reader:
+    """Marked calls, each named by the id `functions.NAME:NUMBER`."""
+    return _marked_calls(KIMI_MARKS, _kimi_call)
+
+
+def _marked_calls(marks: Marks, read: Callable[[str], Generator[None, str, Call]]) -> Reader:
+    """Calls one after the other; the end of the text closes them as well. `read` is given what names the call."""
+    yield from _literal(marks.begin)
+    same = next(i for i, (a, b) in enumerate(zip(marks.begin_call, marks.end, strict=False)) if a != b)
+    calls: list[Call] = []
+    char = yield from _skip_space()
+    while char:
+        _expect(char, marks.end[0])
+        yield from _literal(marks.end[1:same])
+        char = yield
+        if calls and char == marks.end[same]:
+            yield from _literal(marks.end[same + 1 :])
+            return calls
+        _expect(char, marks.begin_call[same])
+        yield from _literal(marks.begin_call[same + 1 :])
+        calls.append((yield from read((yield from _text_before(marks.before_arguments)))))
+        char = yield from _skip_space()
+        if char:
+            _expect(char, marks.end_call[0])
+            yield from _literal(marks.end_call[1:])
+            char = yield from _skip_space()
+    if not calls:
+        raise NoCall
+    return calls
+
+
+def _deepseek_call(kind: str) -> Generator[None, str, Call]:
+    char = yield from _skip_space()
+    if char == "{":
+        return Call(_plain_name(kind.strip()), (yield from _object(char)).text)
+    name = yield from _text_before(FENCE, char)
+    found = yield from _object((yield from _skip_space()))
+    _expect((yield from _skip_space()), END_FENCE[0])
+    yield from _literal(END_FENCE[1:])
+    return Call(_plain_name(name.strip()), found.text)
+
+
+def _kimi_call(call_id: str) -> Generator[None, str, Call]:
+    call_id = call_id.strip()
+    name, colon, number = call_id.removeprefix("functions.").rpartition(":")
+    found = yield from _object((yield from _skip_space()))
+    if not colon or not number.isdecimal():
+        raise NoCall
+    return Call(_plain_name(name), found.text, call_id)
+
+
+def _plain_name(name: str) -> str:
+    """A name as functions have it; NoCall for another text."""
+    if not re.fullmatch(NAME, name):
+        raise NoCall
+    return name
+
+
+def _text_before(mark: str, text: str = "") -> Part:
+    """The text up to a mark, which is taken as well; it begins with `text`."""
+    while not text.endswith(mark):
+        if len(text) > MOST_NAME + len(mark):
+            raise NoCall
+        char = yield
+        if not char:
+            raise NoCall
+        text += char
+    return text.removesuffix(mark)
 
 
 def _named_call(char: str) -> Generator[None, str, Call]:

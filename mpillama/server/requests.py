@@ -9,6 +9,7 @@ from mpillama.engine.sequence import check_prompt
 from mpillama.errors import UserError
 from mpillama.openai.bodies import SamplingBody
 from mpillama.openai.body import BadRequest
+from mpillama.openai.messages import NO_THOUGHT
 from mpillama.openai.reasoning import ThoughtParser
 from mpillama.openai.served import (
     AllowedTools,
@@ -51,7 +52,7 @@ def chat_requests(state: ServerState, body: ServedChat) -> list[ServerRequest]:
     check_prompt_text(state, size_of_chat(body.messages, tools, body.template_variables), "messages")
     grammar = _grammar(state, body)
     # Within a grammar there is no room for thoughts; the templates of models that have them know this variable.
-    variables = {} if grammar is None else {"enable_thinking": False}
+    variables = {} if grammar is None else NO_THOUGHT
     try:
         ids = state.prompter.chat_ids(body.messages, tools, body, **variables)
     except UserError as error:

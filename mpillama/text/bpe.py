@@ -1,7 +1,7 @@
 """Builds a `tokenizer.json` for the two kinds of BPE: of bytes (GPT-2) and of characters (SentencePiece)."""
 
 import math
-from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Container, Iterable, Iterator, Mapping, Sequence
 
 import tokenizers
 from tokenizers import AddedToken, decoders, models, normalizers
@@ -80,11 +80,19 @@ def unique_ids(tokens: Sequence[str], values: VocabularyValues) -> dict[str, int
     return ids
 
 
-def added_tokens(special: Mapping[str, bool], values: VocabularyValues) -> list[AddedToken]:
-    """Tokens that are looked for in the text before all else; `special` tells which are control tokens."""
+def added_tokens(
+    special: Mapping[str, bool], values: VocabularyValues, strip: Collection[str] = ()
+) -> list[AddedToken]:
+    """Tokens that are looked for in the text before all else; `special` tells which are control tokens.
+
+    Those in `strip` take the white space behind them along.
+    """
     if len(special) > MOST_ADDED_TOKENS:
         raise values.refuse(f"has {len(special)} special tokens")
-    return [AddedToken(token, normalized=False, special=control) for token, control in special.items()]
+    return [
+        AddedToken(token, normalized=False, special=control, rstrip=token in strip)
+        for token, control in special.items()
+    ]
 
 
 def _splits(token: str) -> Iterator[tuple[str, str]]:

@@ -19,8 +19,15 @@ from mpillama.text.vocabulary import TokenizerFiles, VocabularyValues
 
 # Names that end an answer whatever the metadata say: many files know only the base model's end of text.
 END_NAMES = frozenset(
-    ["<|eot_id|>", "<|eom_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>", "<|endoftext|>", "<|end_of_text|>"]
+    [
+        *("<|eot_id|>", "<|eom_id|>", "<|eot|>", "<|eom|>", "<|im_end|>", "<|end|>", "<end_of_turn>", "<|endoftext|>"),
+        "<|end_of_text|>",
+    ]
 )
+
+
+KEEPING = ("<unk>", "<s>", "<|endoftext|>")
+"""Control tokens that never take white space along."""
 
 
 class Kind(IntEnum):
@@ -71,7 +78,7 @@ def _sentencepiece(values: VocabularyValues) -> TokenizerFiles:
     content = sentencepiece_json(
         ids,
         merges_by_score(ids, scores, mergeable),
-        added_tokens(_added(values, kinds), values),
+        added_tokens(_added(values, kinds), values, _stripping(values, kinds)),
         unknown=None if unknown is None else values.tokens[unknown],
         space_prefix=values.flag("add_space_prefix", True),
     )
@@ -118,6 +125,14 @@ def _added(values: VocabularyValues, kinds: list[float]) -> dict[str, bool]:
     wanted = (Kind.CONTROL, Kind.UNKNOWN, Kind.USER_DEFINED)
     pairs = zip(values.tokens, kinds, strict=True)
     return {token: kind != Kind.USER_DEFINED for token, kind in pairs if kind in wanted}
+
+
+def _stripping(values: VocabularyValues, kinds: list[float]) -> list[str]:
+    """Control tokens that take the white space behind them along, of a family whose tokens do; no file says it."""
+    if not values.flag("strips_of_family", False):
+        return []
+    pairs = zip(values.tokens, kinds, strict=True)
+    return [token for token, kind in pairs if kind == Kind.CONTROL and token not in KEEPING]
 
 
 def _merges(values: VocabularyValues, ids: Mapping[str, int]) -> Merges:

@@ -18,6 +18,11 @@ QWEN35 = CONTRACTION + r"|[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}| ?[^\s\p{L}\p{M}
 SEED_CODER = CONTRACTION + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1}| ?[^\s\p{L}\p{N}\r\n]+|" + BLANKS
 LOWER_WORD = r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
 UPPER_WORD = r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
+LOWER_NO_HAN, UPPER_NO_HAN = (word.replace(r"\p{M}]", r"\p{M}&&[^\p{Han}]]") for word in (LOWER_WORD, UPPER_WORD))
+KIMI = (
+    rf"[\p{{Han}}]+|{LOWER_NO_HAN}{CONTRACTION}?|{UPPER_NO_HAN}{CONTRACTION}?"
+    r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|" + BLANKS
+)
 TEKKEN = LOWER_WORD + "|" + UPPER_WORD + r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|" + BLANKS
 GPT4O = f"{LOWER_WORD}{CONTRACTION}?|{UPPER_WORD}{CONTRACTION}?" + r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|" + BLANKS
 GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
@@ -104,6 +109,7 @@ PRE_TOKENIZERS = (
     | _table("deepseek-llm", PreTokenizer(DEEPSEEK_LLM))
     | _table("deepseek-coder", PreTokenizer(DEEPSEEK_CODER))
     | _table("deepseek-v3 hunyuan-dense joyai-llm hy_v4", PreTokenizer(DEEPSEEK3))
+    | _table("kimi-k2", PreTokenizer((KIMI,), ignore_merges=True))
     | _table("viking", PreTokenizer((BLOOM, DIGIT)))
     | _table("poro-chat bloom gpt3-finnish", PreTokenizer((BLOOM,)))
     | _table("falcon", PreTokenizer(FALCON))

@@ -12,6 +12,7 @@ import json
 import sys
 import zlib
 from collections.abc import Mapping
+from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -63,6 +64,7 @@ class Family:
     options: Mapping[str, Any] = field(default_factory=dict)
     dtype: torch.dtype = torch.bfloat16
     prompt: int = 12
+    norms: float = 1.0  # about which the weights of norms lie
     weights_of: str = ""
 
 
@@ -76,6 +78,19 @@ LLAMA3_ROPE = rope(  # of the 8 frequencies one stays, two are smoothed, five ar
 )
 YARN_ROPE = rope("yarn", 100.0, factor=2.0, original_max_position_embeddings=256)  # 8 frequencies, 6 within the ramp
 
+PHI_LONG: Mapping[str, Any] = {
+    "num_hidden_layers": 2,
+    "pad_token_id": EOS[0],
+    "partial_rotary_factor": 0.75,
+    "tie_word_embeddings": True,
+    "rope_parameters": {
+        "rope_type": "longrope",
+        "rope_theta": 100.0,
+        "short_factor": [1.0, 1.3, 2.7],
+        "long_factor": [1.1, 3.1, 9.3],
+    },
+}
+
 FAMILIES: Mapping[str, Family] = {
     "llama": Family("llama", {"head_dim": 16}, torch.float32, prompt=16),
     "llama_yarn": Family("llama", {"head_dim": 16} | YARN_ROPE, torch.float32, prompt=16, weights_of="llama"),
@@ -88,6 +103,100 @@ FAMILIES: Mapping[str, Family] = {
     "qwen2": Family("qwen2", {"use_sliding_window": False, "sliding_window": 8, "tie_word_embeddings": True}),
     "qwen3": Family("qwen3", {"head_dim": 16, "tie_word_embeddings": True}),
     "seed_oss": Family("seed_oss", {"head_dim": 16, "attention_out_bias": True, "tie_word_embeddings": True}),
+    "olmo2": Family("olmo2", {"num_attention_heads": 6, "num_key_value_heads": 3, "hidden_size": 48}, torch.float32),
+    "granite": Family(
+        "granite",
+        {
+            "attention_multiplier": 0.2,
+            "embedding_multiplier": 6.0,
+            "residual_multiplier": 0.22,
+            "logits_scaling": 3.0,
+            "tie_word_embeddings": True,
+        },
+        torch.float32,
+    ),
+    "smollm3": Family(
+        "smollm3",
+        {"num_hidden_layers": 4, "intermediate_size": 40, "pad_token_id": EOS[0]},
+        torch.float32,
+        prompt=16,
+    ),
+    "ministral": Family(
+        "ministral",
+        {"head_dim": 12, "sliding_window": 5, "layer_types": ["sliding_attention", "full_attention"]},
+        torch.float16,
+        prompt=16,
+    ),
+    "ministral3": Family(
+        "ministral3",
+        {
+            "head_dim": 16,
+            "rope_parameters": {
+                "rope_type": "yarn",
+                "rope_theta": 100.0,
+                "factor": 2.0,
+                "original_max_position_embeddings": 6,
+                "max_position_embeddings": 512,
+                "mscale": 1.0,
+                "mscale_all_dim": 1.0,
+                "llama_4_scaling_beta": 0.4,
+            },
+        },
+        torch.float32,
+        prompt=16,
+    ),
+    "phi3": Family(
+        "phi3",
+        {
+            "num_attention_heads": 3,
+            "num_key_value_heads": 1,
+            "hidden_size": 48,
+            "sliding_window": 9,
+            "pad_token_id": EOS[0],
+            "partial_rotary_factor": 0.75,
+            "original_max_position_embeddings": 512,
+        },
+        torch.float32,
+        prompt=16,
+    ),
+    "phi3_longrope": Family("phi3", PHI_LONG | {"original_max_position_embeddings": 256}, prompt=16),
+    "phi3_beyond": Family(
+        "phi3", PHI_LONG | {"original_max_position_embeddings": 8}, prompt=16, weights_of="phi3_longrope"
+    ),
+    "gemma2": Family(
+        "gemma2",
+        {
+            "num_hidden_layers": 3,
+            "head_dim": 24,
+            "query_pre_attn_scalar": 24,
+            "sliding_window": 6,
+            "attn_logit_softcapping": 5.0,
+            "final_logit_softcapping": 9.0,
+            "pad_token_id": EOS[0],
+        },
+        torch.float32,
+        prompt=16,
+        norms=0.0,
+    ),
+    "gemma3": Family(
+        "gemma3_text",
+        {
+            "num_hidden_layers": 4,
+            "num_key_value_heads": 1,
+            "head_dim": 16,
+            "query_pre_attn_scalar": 16,
+            "sliding_window": 6,
+            "sliding_window_pattern": 3,
+            "pad_token_id": EOS[0],
+            "rope_parameters": {
+                "full_attention": {"rope_type": "linear", "factor": 4.0, "rope_theta": 50000.0},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
+            },
+        },
+        torch.float32,
+        prompt=16,
+        norms=0.0,
+    ),
     "mixtral": Family("mixtral", {"intermediate_size": 32, "num_local_experts": 4, "num_experts_per_tok": 2}),
     "qwen3_moe": Family(
         "qwen3_moe",
@@ -100,6 +209,67 @@ FAMILIES: Mapping[str, Family] = {
             "decoder_sparse_step": 1,
             "tie_word_embeddings": True,
         },
+    ),
+    "hy_v3": Family(
+        "hy_v3",
+        {
+            "num_hidden_layers": 3,
+            "num_attention_heads": 7,  # no number of ranks divides them
+            "num_key_value_heads": 7,
+            "head_dim": 8,
+            "num_experts": 9,
+            "num_experts_per_tok": 3,
+            "moe_intermediate_size": 40,
+            "tie_word_embeddings": True,
+        },
+    ),
+    "glm4_moe": Family(
+        "glm4_moe",
+        {
+            "num_hidden_layers": 3,
+            "num_attention_heads": 14,
+            "num_key_value_heads": 7,
+            "head_dim": 12,  # of which RoPE turns 6
+            "attention_bias": True,
+            "use_qk_norm": True,
+            "n_routed_experts": 10,
+            "n_group": 5,
+            "topk_group": 3,
+            "num_experts_per_tok": 3,
+            "moe_intermediate_size": 40,
+            "n_shared_experts": 2,
+            "routed_scaling_factor": 2.5,
+            "tie_word_embeddings": True,
+        },
+    ),
+    "minimax_m2": Family(
+        "minimax_m2",
+        {
+            "num_attention_heads": 14,
+            "num_key_value_heads": 7,
+            "head_dim": 12,
+            "rotary_dim": 8,
+            "intermediate_size": 40,
+            "num_local_experts": 9,
+            "num_experts_per_tok": 3,
+            "tie_word_embeddings": True,
+        },
+    ),
+    "gpt_oss": Family(
+        "gpt_oss",
+        {
+            "num_hidden_layers": 3,
+            "num_attention_heads": 14,
+            "num_key_value_heads": 7,
+            "head_dim": 12,
+            "intermediate_size": 40,
+            "num_local_experts": 9,
+            "num_experts_per_tok": 3,
+            "sliding_window": 8,
+            "tie_word_embeddings": True,
+        }
+        | rope("yarn", factor=4.0, original_max_position_embeddings=64, beta_fast=4.0, truncate=False),
+        prompt=24,
     ),
 }
 
@@ -131,26 +301,32 @@ def write_family(name: str, family: Family) -> None:
         ids=np.array(prompt, np.int32),
         logits=logits(model, prompt),
         continuation=np.array(continuation(model, prompt), np.int32),
+        **chosen_experts(model, prompt),
     )
 
 
 def random_model(family: Family) -> transformers.PreTrainedModel:
     """A float32 model whose weights are exact in the family's dtype."""
-    config = transformers.AutoConfig.for_model(family.model_type, **(SIZES | family.options))
+    # A copy, since some configurations write into what they are given.
+    config = transformers.AutoConfig.for_model(family.model_type, **deepcopy(SIZES | family.options))
     model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager", dtype=torch.float32)
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            values = torch.from_numpy(random_values(name, tuple(parameter.shape)))
+        corrections = [pair for pair in model.named_buffers() if "correction" in pair[0]]
+        for name, parameter in [*model.named_parameters(), *corrections]:
+            values = torch.from_numpy(random_values(name, tuple(parameter.shape), family.norms))
             parameter.copy_(values.to(family.dtype).float())
     return model.eval()
 
 
-def random_values(name: str, shape: tuple[int, ...]) -> np.ndarray:
+def random_values(name: str, shape: tuple[int, ...], norms: float) -> np.ndarray:
     """Larger than what training starts from, so that every mistake shows in the logits."""
     normal = np.random.default_rng(zlib.crc32(name.encode())).standard_normal(shape, np.float32)
     if "norm" in name:
-        return 1 + 0.3 * normal
-    if name.endswith(("mlp.gate.weight", "bias")):  # a router that hardly hesitates, biases of the size of values
+        return norms + 0.3 * normal
+    if name.endswith("gate_up_proj_bias"):  # some are beyond the limits of 7
+        return 5 * normal
+    # Routers that hardly hesitate, biases of the size of values.
+    if name.endswith(("mlp.gate.weight", "router.weight", "bias")):
         return 0.5 * normal
     return 0.2 * normal
 
@@ -184,6 +360,20 @@ def logits(model: transformers.PreTrainedModel, ids: list[int]) -> np.ndarray:
     """Logits [tokens, vocabulary] of the whole prompt at once, without a cache."""
     with torch.no_grad():
         return model(torch.tensor([ids]), use_cache=False).logits[0].numpy()
+
+
+def chosen_experts(model: transformers.PreTrainedModel, ids: list[int]) -> dict[str, np.ndarray]:
+    """`experts`, uint8 [layers with a router, tokens, chosen]: which experts each token takes, in ascending order."""
+    chosen: list[np.ndarray] = []
+    routers = [module for module in model.modules() if type(module).__name__.lower().endswith("topkrouter")]
+    hooks = [
+        router.register_forward_hook(lambda module, inputs, outputs: chosen.append(outputs[2].sort(dim=-1)[0].numpy()))
+        for router in routers
+    ]
+    logits(model, ids)
+    for hook in hooks:
+        hook.remove()
+    return {"experts": np.stack(chosen).astype(np.uint8)} if chosen else {}
 
 
 def continuation(model: transformers.PreTrainedModel, prompt: list[int]) -> list[int]:

@@ -350,6 +350,7 @@ void attention(const char* cache_name, i64 cache_type, i64 weights, bool with_ev
         layer.heads = heads;
         layer.kv_heads = kv_heads;
         layer.head_dim = size;
+        layer.channels = 2 * ROTARY_HALF;
         Step step = step_of(random, tokens, heads * size, HIDDEN, 1);
         step.q = zeros<float>(tokens * heads * size);
         step.k = zeros<float>(tokens * kv_heads * size);
@@ -376,6 +377,60 @@ void attention(const char* cache_name, i64 cache_type, i64 weights, bool with_ev
     });
 }
 
+void latent_attention(const char* cache_name, i64 cache_type, i64 weights, bool compressed) {
+    const std::string name = std::string("latent attention, cache ") + cache_name + ", weights " + TYPE_NAMES[weights] +
+                             (compressed ? ", compressed queries" : "");
+    compare(name, [&](Team* team, Random& random, Digest& digest) {
+        constexpr i64 heads = 6, nope = 32, rope = 2 * ROTARY_HALF, value = 32, kv_rank = 64, q_rank = 64, tokens = 13;
+        constexpr i64 head = nope + (rope + 31) / 32 * 32, width = kv_rank + (rope + 31) / 32 * 32;
+        constexpr i64 cached = Sequences::count * Sequences::width * POSITIONS * width;
+        const i64 type = TYPE_NUMBERS[weights];
+        const Sequences sequences;
+        LatentLayer layer{};
+        if (compressed) layer.q_a = matrix(random, type, 1, q_rank / LANES, HIDDEN);
+        layer.q = matrix(random, type, 1, heads * head / LANES, compressed ? q_rank : HIDDEN);
+        layer.kv_a = matrix(random, type, 1, width / LANES, HIDDEN);
+        layer.k_b = matrix(random, type, 1, heads * kv_rank / LANES, nope);
+        layer.v_b = matrix(random, type, 1, heads * value / LANES, kv_rank);
+        layer.o = matrix(random, type, heads, HIDDEN / LANES, value);
+        layer.cache = {numbers(random, cache_type, cached), scales(random, cached / BLOCK), cache_type};
+        layer.norm = floats(random, HIDDEN, 0.5f, 1.0f);
+        layer.q_norm = floats(random, q_rank, 0.5f, 1.0f);
+        layer.kv_norm = floats(random, kv_rank, 0.5f, 1.0f);
+        layer.eps = 1e-5;
+        layer.latent_eps = 1e-6;
+        layer.scale = 0.125;
+        layer.hidden_size = HIDDEN;
+        layer.heads = heads;
+        layer.q_rank = q_rank;
+        layer.kv_rank = kv_rank;
+        layer.nope = nope;
+        layer.rope = rope;
+        layer.pairs = compressed;
+        Step step = step_of(random, tokens, heads * value, HIDDEN, 1);
+        step.latent = activations(tokens, heads * kv_rank);
+        step.q = zeros<float>(tokens * heads * head);
+        step.k = zeros<float>(tokens * q_rank);
+        step.v = zeros<float>(tokens * width);
+        float *cosines = zeros<float>(tokens * ROTARY_HALF), *sines = zeros<float>(tokens * ROTARY_HALF);
+        angles(sequences.positions, tokens, cosines, sines);
+        step.cosines = cosines;
+        step.sines = sines;
+        step.rotary_half = ROTARY_HALF;
+        step.slots = sequences.slots;
+        step.segments = sequences.segments;
+        step.tables = sequences.tables;
+        step.segment_count = Sequences::count;
+        step.table_width = Sequences::width;
+        if (!find<i64(Team*, const LatentLayer*, const Step*, Sum*)>("latent_half")(team, &layer, &step, nullptr)) std::abort();
+        digest.add(layer.cache.values, cached * (cache_type == F32::NUMBER ? 4 : cache_type == F16::NUMBER ? 2 : 1));
+        digest.add(layer.cache.scales, cached / BLOCK);
+        digest.add(step.latent.x, tokens * heads * kv_rank);
+        digest.add(step.context.x, tokens * heads * value);
+        digest.add(step.partial, tokens * HIDDEN);
+    });
+}
+
 // SwiGLU, or with experts a mixture of it.
 void mlp(i64 weights, i64 tokens, i64 experts) {
     const std::string name = (experts > 0 ? "experts, " : "SwiGLU, ") + std::string(TYPE_NAMES[weights]) + ", " +
@@ -387,14 +442,15 @@ void mlp(i64 weights, i64 tokens, i64 experts) {
         layer.gate = matrix(random, type, 1, inner / LANES, HIDDEN, each);
         layer.up = matrix(random, type, 1, inner / LANES, HIDDEN, each);
         layer.down = matrix(random, type, 3, HIDDEN / LANES, inner / 3, each);
-        if (experts > 0) layer.router = matrix(random, F32::NUMBER, 1, 1, HIDDEN);
+        if (experts > 0) layer.router.matrix = matrix(random, F32::NUMBER, 1, 1, HIDDEN);
         layer.norm = floats(random, HIDDEN, 0.5f, 1.0f);
         layer.gate_bias = experts > 0 ? nullptr : floats(random, inner);
         layer.up_bias = experts > 0 ? nullptr : floats(random, inner);
         layer.eps = 1e-5;
         layer.hidden_size = HIDDEN;
-        layer.chosen = experts > 0 ? 3 : 0;
-        layer.renormalise = tokens % 2;
+        layer.router.chosen = experts > 0 ? 3 : 0;
+        layer.router.renormalise = tokens % 2;
+        layer.router.scaling = 1.0;
         const Step step = step_of(random, tokens, HIDDEN, inner, 2);
         if (!find<i64(Team*, const MlpLayer*, const Step*, Sum*)>("mlp_half")(team, &layer, &step, nullptr)) std::abort();
         digest.add(step.partial, tokens * HIDDEN);
@@ -416,6 +472,11 @@ void all_cases() {
         attention("f32", F32::NUMBER, 2, with_everything);
         attention("f16", F16::NUMBER, 3, with_everything);
         attention("q8", Q8_0::NUMBER, 4, with_everything);
+    }
+    for (bool compressed : {false, true}) {
+        latent_attention("f32", F32::NUMBER, 2, compressed);
+        latent_attention("f16", F16::NUMBER, 3, compressed);
+        latent_attention("q8", Q8_0::NUMBER, 4, compressed);
     }
     for (i64 type : {0, 1, 3, 4})
         for (i64 experts : {0, 6})

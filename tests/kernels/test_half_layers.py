@@ -16,7 +16,7 @@ from mpillama.kernels import arguments
 from mpillama.kernels.shared_sum import PROGRESS_STRIDE, SharedWindow
 from mpillama.models import attention
 from mpillama.models.linear import Matrix
-from mpillama.models.workspace import StepArrays
+from mpillama.models.workspace import Angles, StepArrays
 from mpillama.quant.registry import WEIGHT_TYPES
 from mpillama.quant.weight_type import LANES
 from tests.kernels.kernel_parts import (
@@ -52,8 +52,9 @@ def blank_step(x: np.ndarray, heads: int, kv_heads: int, head_dim: int, inner: i
     return StepArrays(
         x=x.copy(), hidden=blank_activations(*x.shape), q=nan(heads, head_dim), k=nan(kv_heads, head_dim),
         v=nan(kv_heads, head_dim), context=blank_activations(tokens, heads * head_dim),
-        gate=blank_activations(tokens, inner), up=nan(inner), partial=nan(x.shape[1], dtype=np.float64),
-        cosines=nan(half), sines=nan(half),
+        gate=blank_activations(tokens, inner), latent=blank_activations(tokens, 0), up=nan(inner),
+        partial=nan(x.shape[1], dtype=np.float64), addend=nan(0), squares=nan(4, dtype=np.float64),
+        angles=(Angles(nan(half), nan(half)),),
     )  # fmt: skip
 
 
@@ -161,6 +162,8 @@ class AttentionCase:
         vector = lambda n: rng.standard_normal(n).astype(np.float32) if full else None  # noqa: E731
         self.biases = [vector(n * head_dim) for n in rows]
         self.head_norms = [vector(head_dim), vector(head_dim)]
+        self.changes: dict[str, float] = {}
+        self.query_factors: np.ndarray | None = None
 
     def cache(self) -> list[np.ndarray]:
         """Keys, their scales, values, their scales."""
@@ -171,25 +174,32 @@ class AttentionCase:
     def run(self, team, cache: list[np.ndarray] | None = None) -> SimpleNamespace:
         """All that the half layer leaves."""
         a = blank_step(self.x, self.heads, self.kv_heads, self.head_dim, 0, self.cosines.shape[1])
-        a.cosines[:], a.sines[:] = self.cosines, self.sines
+        a.angles[0].cosines[:], a.angles[0].sines[:] = self.cosines, self.sines
+        a.argument.query_factors = arguments.address(self.query_factors)
         cache = [array.copy() for array in cache or self.cache()]
         layer = arguments.AttentionLayer(
             **{name: m.column_parallel() for name, m in zip("qkv", self.qkv, strict=True)}, o=self.o.row_parallel(),
             cache=arguments.Cache(*map(arguments.address, cache), attention.KV_TYPES[self.kv_type].number),
             eps=EPS, scale=self.scale, hidden_size=HIDDEN, heads=self.heads, kv_heads=self.kv_heads,
-            head_dim=self.head_dim, window=self.window,
+            head_dim=self.head_dim, channels=2 * self.cosines.shape[1] or self.head_dim, window=self.window,
         )  # fmt: skip
         named = dict(
             zip(("q_bias", "k_bias", "v_bias", "q_norm", "k_norm"), self.biases + self.head_norms, strict=True)
         )
         for name, vector in {**named, "norm": self.norm, "head_start": self.head_start}.items():
             setattr(layer, name, arguments.address(vector))
+        for name, value in self.changes.items():
+            setattr(layer, name, value)
         step = a.argument
         for name in ("slots", "segments", "tables"):
             setattr(step, name, arguments.address(getattr(self, name)))
         step.segment_count, step.table_width = self.tables.shape
         step.in_flight = 1
-        team.attention_half(layer, step)
+        if layer.head_norm == arguments.HeadNorm.WHOLE_PROJECTION:
+            team.project_and_sum(layer, step)
+            team.attend_projected(layer, step)
+        else:
+            team.attention_half(layer, step)
         return SimpleNamespace(a=a, cache=cache)
 
     def everywhere(self, cache: list[np.ndarray] | None = None) -> SimpleNamespace:
@@ -223,12 +233,15 @@ class AttentionCase:
         rows, out = rows.reshape(q.shape), np.zeros(q.shape)
         for (first, count, start), table in zip(self.segments, self.tables, strict=True):
             for t in range(count):
-                seen = slice(max(0, start + t + 1 - self.window) if self.window else 0, start + t + 1)
+                position, chunk, cap = start + t, self.changes.get("chunk", 0), self.changes.get("soft_cap", 0.0)
+                first_seen = position - position % chunk if chunk else max(0, position + 1 - (self.window or 1 << 30))
+                seen = slice(first_seen, position + 1)
                 for kv in range(self.kv_heads):
                     k = keys[table, kv].transpose(0, 2, 1).reshape(-1, self.head_dim)[seen]
                     v = values[table, kv].reshape(-1, self.head_dim)[seen]
                     for h in range(self.head_start[kv], self.head_start[kv + 1]):
                         scores = k @ rows[first + t, h]
+                        scores = cap * np.tanh(scores / cap) if cap else scores
                         weights = np.exp(scores - scores.max())
                         out[first + t, h] = weights @ v / weights.sum()
         return out.reshape(len(out), -1)
@@ -474,10 +487,12 @@ class MlpCase:
         a = blank_step(self.x, 0, 0, 32, self.inner)
         layer = arguments.MlpLayer(
             gate=self.gate.column_parallel(), up=self.up.column_parallel(), down=self.down.row_parallel(), eps=EPS,
-            hidden_size=HIDDEN, chosen=self.chosen, renormalise=self.renormalise,
+            hidden_size=HIDDEN,
         )  # fmt: skip
         if self.router:
-            layer.router = self.router.column_parallel()
+            layer.router = arguments.Router(
+                matrix=self.router.column_parallel(), chosen=self.chosen, renormalise=self.renormalise, scaling=1.0
+            )
         for name, vector in zip(("norm", "gate_bias", "up_bias"), [self.norm, *self.biases], strict=True):
             setattr(layer, name, arguments.address(vector))
         a.argument.in_flight = in_flight
@@ -656,7 +671,7 @@ class SummingRank:
 
     def begin(self, sequence: int) -> bool:
         self.total = arguments.Sum(
-            progress=arguments.address(self.progress), bias=arguments.address(self.bias), sequence=sequence,
+            factor=1.0, progress=arguments.address(self.progress), bias=arguments.address(self.bias), sequence=sequence,
             spins=20, yields=20,
         )  # fmt: skip
         if self.window:

@@ -10,6 +10,7 @@ from mpillama.errors import UserError
 from mpillama.models.attention import GroupedQueryAttention
 from mpillama.models.config import ModelConfig
 from mpillama.models.mlp import Experts
+from mpillama.models.router import Router
 from mpillama.models.shapes import SHAPES, shape_config
 from tests.reference import llama3_frequencies
 
@@ -132,8 +133,8 @@ def test_llama3_frequencies_at_the_ends_of_the_ramp():
 @pytest.mark.parametrize("name", list(SHAPES))
 def test_known_shapes_are_configurations(name):
     config = ModelConfig.from_hf(shape_config(name))
-    assert (config.rope.scaling is not None) == name.startswith("llama-3")
-    assert isinstance(mlp(config), Experts) == (config.model_type in ("mixtral", "qwen3_moe"))
+    assert (config.rope.scaling is not None) == ("rope_scaling" in shape_config(name))
+    assert isinstance(config.blocks[-1].mlp, Experts) == ("num_experts_per_tok" in shape_config(name))
 
 
 def test_an_unknown_shape_is_refused_with_the_known_ones():
@@ -182,7 +183,7 @@ def test_another_activation_is_named():
         read(hidden_act="gelu")
 
 
-@pytest.mark.parametrize("kind", ["dynamic", "longrope", "mrope"])
+@pytest.mark.parametrize("kind", ["dynamic", "proportional", "mrope"])
 @pytest.mark.parametrize("key", ["rope_parameters", "rope_scaling"])
 def test_another_rope_scaling_is_named(key, kind):
     with pytest.raises(UserError, match=f"rope_type='{kind}'.*llama3"):
@@ -265,7 +266,7 @@ def test_experts(key):
     config = read(
         model_type="qwen3_moe", num_key_value_heads=2, **{key: 8}, num_experts_per_tok=2, moe_intermediate_size=48
     )
-    assert mlp(config) == Experts(48, count=8, chosen=2, renormalise=False)
+    assert mlp(config) == Experts(48, router=Router(8, chosen=2))
     with pytest.raises(UserError, match="num_experts_per_tok=9"):
         read(model_type="qwen3_moe", num_key_value_heads=2, **{key: 8}, num_experts_per_tok=9, moe_intermediate_size=48)
     for other in ({"mlp_only_layers": [0]}, {"decoder_sparse_step": 2}):
@@ -397,3 +398,64 @@ def test_rope_that_is_no_object_is_named(rope):
 def test_an_impossible_constant_of_yarn_is_named(key, value):
     with pytest.raises(UserError, match=f"{key}="):
         read(rope_scaling={**YARN, key: value})
+
+
+PHI = {"model_type": "phi3", "max_position_embeddings": 1024, "original_max_position_embeddings": 256}
+LONGROPE = {
+    "short_factor": [1.0, 1.5, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0],
+    "long_factor": [2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0, 9.0],
+}
+
+
+@pytest.mark.parametrize("kind", [{"type": "longrope"}, {"rope_type": "longrope"}, {"type": "su"}])
+def test_longrope_divides_by_the_factors_of_the_context(kind):
+    config = read(**PHI, rope_scaling={**kind, **LONGROPE})
+    plain = np.array(read().inverse_frequencies())
+    assert (config.max_position_embeddings, config.longest_context) == (256, 1024)
+    assert config.rope.factor == pytest.approx(math.sqrt(1 + math.log(4) / math.log(256)))
+    for context, factors in ((None, "short"), (256, "short"), (257, "long")):
+        found = config.for_context(context).inverse_frequencies()
+        np.testing.assert_allclose(found, plain / LONGROPE[f"{factors}_factor"])
+    assert read(rope_theta=3.0).for_context(10**6) == read(rope_theta=3.0)
+
+
+def test_longrope_of_another_number_of_factors_is_refused():
+    for key in LONGROPE:
+        with pytest.raises(UserError, match="RoPE"):
+            read(**PHI, rope_scaling={"type": "longrope", **LONGROPE, key: [1.0, 2.0]})
+
+
+def test_a_part_of_the_channels_is_turned():
+    config = read(**PHI, partial_rotary_factor=0.75)
+    assert config.rotations[0].channels == 12
+    assert len(config.inverse_frequencies()) == 6
+    assert config.rotations == read(**PHI, rope_parameters={"partial_rotary_factor": 0.75}).rotations
+    with pytest.raises(UserError, match="partial_rotary_factor"):
+        read(partial_rotary_factor=0.75)  # Llama has none
+
+
+def test_layers_with_windows_may_have_a_rope_of_their_own():
+    old = read(
+        model_type="gemma3_text", num_hidden_layers=3, sliding_window_pattern=3, head_dim=8, rope_theta=2e5,
+        rope_local_base_freq=300.0, rope_scaling={"rope_type": "linear", "factor": 8.0},
+    )  # fmt: skip
+    both = {
+        "sliding_attention": {"rope_type": "default", "rope_theta": 300.0},
+        "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 2e5},
+    }
+    kinds = ["sliding_attention", "sliding_attention", "full_attention"]
+    new = read(model_type="gemma3_text", num_hidden_layers=3, layer_types=kinds, head_dim=8, rope_parameters=both)
+    assert old == new
+    assert [old.rotation_of(block).rope.theta for block in old.blocks] == [300.0, 300.0, 2e5]
+    assert windows(old) == (4096, 4096, 0)
+    local, distant = (rotation.inverse_frequencies() for rotation in old.rotations)
+    np.testing.assert_allclose(local, 300.0 ** -(np.arange(0, 8, 2) / 8))
+    np.testing.assert_allclose(distant, 2e5 ** -(np.arange(0, 8, 2) / 8) / 8)
+
+
+def test_queries_grow_with_their_position():
+    rope = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16, "llama_4_scaling_beta": 0.5}
+    factors = read(model_type="ministral3", num_key_value_heads=4, rope_parameters=rope).rope.query_factors
+    assert [factors.at(position) for position in (0, 15, 16, 47)] == [
+        1.0, 1.0, 1 + 0.5 * math.log(2), 1 + 0.5 * math.log(3),
+    ]  # fmt: skip

@@ -5,11 +5,14 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pytest
 
 import mpillama
 from mpillama.comm.communicator import Communicator
+from mpillama.errors import UserError
 from mpillama.formats.native.writer import pack_tensor
 from mpillama.loading.model_file import open_model
 from mpillama.models import families
@@ -18,6 +21,7 @@ from mpillama.models.decoder import Decoder
 from mpillama.models.families import FAMILIES, gguf_architectures
 from mpillama.models.family import Block
 from mpillama.models.mlp import Experts
+from mpillama.models.router import Router
 from mpillama.models.tensors import TensorSpec, WeightTypes
 from mpillama.models.weights import load_weights
 from mpillama.quant.types.f32 import F32
@@ -57,7 +61,8 @@ def test_a_family_is_called_as_its_file():
 def test_each_family_has_a_golden_model_and_digests():
     folders = (golden_models.FOLDER / name for name in golden_models.FAMILIES)
     assert {json.loads((folder / "config.json").read_text())["model_type"] for folder in folders} == set(FAMILIES)
-    assert {config["model_type"] for config in cases.FAMILIES.values()} == set(FAMILIES)
+    with_digests = [*cases.FAMILIES.values(), *cases.LATER_FAMILIES.values()]
+    assert {config["model_type"] for config in with_digests} == set(FAMILIES)
 
 
 def test_layers_may_be_of_different_kinds():
@@ -66,7 +71,7 @@ def test_layers_may_be_of_different_kinds():
     plain = running.load_file(file, THREADS)
     first, second = file.config.blocks
     width = second.mlp.intermediate_size
-    experts = Experts(2 * width, count=1, chosen=1, renormalise=True)
+    experts = Experts(2 * width, router=Router(1, 1, renormalise=True))
     mixed = replace(file.config, blocks=(first, Block(second.attention, experts)))
     assert len(mixed.splits) == len(file.config.splits) + 1
     tensors = dict(golden_models.family_tensors("llama"))
@@ -90,3 +95,38 @@ def made(config: ModelConfig, tensors: golden_models.Tensors) -> Decoder:
     weights = load_weights(config, config.tensors(WeightTypes(F32)), config.partition(1)[0], fill)
     assert weights.bytes_per_step() == weights.bytes - (0 if config.tie_word_embeddings else weights.embed_tokens.bytes)
     return Decoder(config, weights, Communicator.alone(), running.team(THREADS))
+
+
+def changed(family: str, **changes: Any) -> dict[str, Any]:
+    return {**json.loads((golden_models.FOLDER / family / "config.json").read_text()), **changes}
+
+
+@pytest.mark.parametrize(
+    ("family", "changes"),
+    [
+        ("olmo2", {"clip_qkv": 8.0}),
+        ("olmo2", {"sliding_window": 64}),
+        ("olmo2", {"hidden_act": "relu"}),
+        ("granite", {"attention_multiplier": -1.0}),
+        ("granite", {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}),
+        ("smollm3", {"no_rope_layers": [1, 0]}),
+        ("smollm3", {"no_rope_layers": [1, 2, 1, 1]}),
+        ("smollm3", {"partial_rotary_factor": 0.5}),
+        ("phi3", {"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 1.5}}),
+        ("phi3", {"attention_bias": True}),
+        ("gemma2", {"hidden_activation": "gelu"}),
+        ("gemma2", {"use_bidirectional_attention": True}),
+        ("gemma2", {"query_pre_attn_scalar": 0}),
+        ("gemma3", {"layer_types": ["sliding_attention"] * 3 + ["chunked_attention"]}),
+        ("gemma3", {"rope_parameters": {"rope_type": "linear", "factor": 4.0}}),
+        ("gemma3", {"rope_scaling": {"rope_type": "linear", "factor": 4.0, "mrope_section": [1, 2]}}),
+        ("ministral3", {"rope_parameters": {"rope_type": "yarn", "factor": 2.0, "beta": 3.0}}),
+        ("ministral", {"mlp_bias": True}),
+    ],
+)
+def test_what_nobody_reads_or_knows_is_refused_by_name(family, changes):
+    key = next(iter(changes))
+    named = [key, *(changes[key] if isinstance(changes[key], dict) else [])]
+    with pytest.raises(UserError) as caught:
+        ModelConfig.from_hf(changed(family, **changes))
+    assert any(name in str(caught.value) for name in named)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+from mpillama.errors import UserError
 from mpillama.loading.model_file import ModelFile, open_model
 from mpillama.models.weights import slice_shapes
 from mpillama.quant.registry import STORED_TYPES, WEIGHT_TYPES
@@ -20,7 +21,7 @@ BOUNDS = {"f16": 2e-3, "bf16": 2e-2, "q8_0": 0.1, "q4_0": 0.8}
 """As above, for weights rounded to a type; measured for Mixtral, where a router may choose otherwise: 0.07 for q8_0,
 0.58 for q4_0."""
 BLOCKS_TOLERANCE = 0.03  # of the largest logit, for activations in int8
-IN_GGUF = tuple(f for f in g.FAMILIES if f not in ("llama_yarn", "llama_linear", "mistral", "llama_bias"))
+IN_GGUF = tuple(f for f in g.FAMILIES if f not in ("llama_yarn", "llama_linear", "mistral", "ministral", "llama_bias"))
 IN_DLLAMA = ("llama", "qwen3", "qwen3_moe")
 
 
@@ -39,6 +40,13 @@ def test_a_folder_gives_the_logits_of_transformers(family):
     assert error(logits(model, family), family) < F32_TOLERANCE
 
 
+@pytest.mark.parametrize("family", [family for family in g.FAMILIES if g.golden_experts(family) is not None])
+def test_experts_are_those_that_transformers_chooses(family):
+    """Exactly, in every layer and for every token."""
+    model = running.load_file(open_model(str(g.FOLDER / family), "f32"), THREADS)
+    assert np.array_equal(running.chosen_experts(model, g.golden(family)[0]), g.golden_experts(family))
+
+
 @pytest.mark.parametrize("prefix", ["model.", ""])
 def test_a_head_of_its_own_is_used_though_the_configuration_ties_it(prefix, tmp_path):
     """Transformers gives these logits for such a folder, too."""
@@ -47,6 +55,37 @@ def test_a_head_of_its_own_is_used_though_the_configuration_ties_it(prefix, tmp_
     tensors = {name.replace("model.", prefix, 1): tensor for name, tensor in g.family_tensors("llama").items()}
     save_file(tensors, tmp_path / "model.safetensors")
     assert error(logits(open_model(str(tmp_path), "f32"), "llama"), "llama") < F32_TOLERANCE
+
+
+def test_a_context_beyond_the_original_takes_longropes_other_factors(tmp_path):
+    """For all positions, as transformers does with a prompt of so many tokens; a run that does not ask stays within."""
+    model = open_model(str(g.FOLDER / "phi3_beyond"), "f32")
+    assert (model.config.max_position_embeddings, model.config.longest_context) == (8, 512)
+    found = running.all_logits(running.load_file(model, THREADS, 16), [g.golden("phi3_beyond")[0]])
+    assert error(found, "phi3_beyond") < F32_TOLERANCE
+    g.write_gguf(tmp_path / "model.gguf", "phi3_beyond", g.as_float32)
+    again = running.load_file(open_model(str(tmp_path / "model.gguf")), THREADS, 16)
+    assert np.array_equal(running.all_logits(again, [g.golden("phi3_beyond")[0]]), found)
+
+
+@pytest.mark.parametrize("prefix", ["language_model.model.", "model.language_model."])
+@pytest.mark.parametrize(("family", "outer"), [("gemma3", "gemma3"), ("ministral3", "mistral3")])
+def test_a_language_model_within_one_that_sees(family, outer, prefix, tmp_path, caplog):
+    """Under its older and newer names; what sees is left out, with a warning."""
+    inner = json.loads((g.FOLDER / family / "config.json").read_text())
+    ends = {key: inner.pop(key) for key in ("eos_token_id", "bos_token_id", "tie_word_embeddings")}
+    config = {"model_type": outer, "text_config": inner, "vision_config": {"hidden_size": 8}, **ends}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    head = prefix.removesuffix("model.") if prefix.endswith(".model.") else ""
+    tensors = {
+        name.replace("model.", prefix, 1) if name.startswith("model.") else head + name: tensor
+        for name, tensor in g.stored_tensors(family).items()
+    }
+    seeing = dict.fromkeys(("vision_tower.x.weight", "multi_modal_projector.norm.weight"), np.ones((2, 3), np.float32))
+    save_file({**tensors, **seeing}, tmp_path / "model.safetensors")
+    assert error(logits(open_model(str(tmp_path), "f32"), family), family) < F32_TOLERANCE
+    assert "2 tensors" in caplog.text
+    assert open_model(str(tmp_path)).config_json["eos_token_id"] == ends["eos_token_id"]
 
 
 @pytest.mark.parametrize("weights", list(BOUNDS))
@@ -69,6 +108,30 @@ def test_a_gguf_gives_the_same_bits_as_the_folder(family, tmp_path):
         assert error(found, family) < F32_TOLERANCE
     else:
         assert np.array_equal(found, logits(open_model(str(g.FOLDER / family), "f32"), family))
+
+
+@pytest.mark.parametrize("name", ["model.layers.3.eh_proj.weight", "mtp.0.fc.weight", "model.mtp.norm.weight"])
+def test_layers_that_only_draft_tokens_are_left_out_and_told(name, tmp_path, caplog):
+    """As in transformers; a layer that the configuration does not count is refused."""
+    config = json.loads((g.FOLDER / "hy_v3" / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "num_nextn_predict_layers": 1}))
+    tensors = dict(g.family_tensors("hy_v3"))
+    save_file({**tensors, name: np.ones((4, 8), np.float32)}, tmp_path / "model.safetensors")
+    with caplog.at_level("INFO", "mpillama"):
+        found = logits(open_model(str(tmp_path), "f32"), "hy_v3")
+    assert np.array_equal(found, logits(open_model(str(g.FOLDER / "hy_v3"), "f32"), "hy_v3"))
+    assert name in caplog.text
+    other = name.replace("layers.3", "layers.4").replace("mtp", "drafts")
+    save_file({**tensors, other: np.ones((4, 8), np.float32)}, tmp_path / "model.safetensors")
+    with pytest.raises(UserError, match=other):
+        open_model(str(tmp_path), "f32")
+
+
+def test_layers_of_a_gguf_that_only_draft_tokens_are_left_out(tmp_path):
+    g.write_gguf(tmp_path / "model.gguf", "hy_v3", g.as_float32, drafts=1)
+    model = open_model(str(tmp_path / "model.gguf"))
+    assert model.config.num_hidden_layers == 3
+    assert np.array_equal(logits(model, "hy_v3"), logits(open_model(str(g.FOLDER / "hy_v3"), "f32"), "hy_v3"))
 
 
 @pytest.mark.parametrize("kind", ["F16", "BF16"])

@@ -161,7 +161,7 @@ def test_more_ranks_than_units_leave_the_last_ones_idle():
     config = ModelConfig.from_hf(models.AWKWARD)
     parts, (queries, keys) = config.partition(12), splits_of(config)
     assert [len(part[queries]) for part in parts] == [1] * 10 + [0] * 2
-    assert [len(part[config.blocks[0].mlp.split]) for part in parts] == [1] * 11 + [0]
+    assert [len(part[config.blocks[0].mlp.splits[0]]) for part in parts] == [1] * 11 + [0]
     assert [part[keys] for part in parts[-2:]] == [range(0)] * 2
 
 

@@ -3,6 +3,7 @@
 import itertools
 import json
 import re
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -15,7 +16,10 @@ from hypothesis import strategies as st
 
 from mpillama.errors import UserError
 from mpillama.openai.tool_calls import (
+    DEEPSEEK,
+    DEEPSEEK_FENCED,
     HERMES,
+    KIMI,
     LLAMA3,
     MISTRAL,
     MISTRAL_ARGS,
@@ -32,7 +36,7 @@ from tests.text import vocabularies
 from tests.tiny_models import toy_tokenizer
 
 TEMPLATES = Path(__file__).parents[1] / "golden" / "chat_templates"
-FORMATS = [HERMES, LLAMA3, MISTRAL, MISTRAL_ARGS]
+FORMATS = [HERMES, LLAMA3, MISTRAL, MISTRAL_ARGS, DEEPSEEK, DEEPSEEK_FENCED, KIMI]
 formats = pytest.mark.parametrize("form", FORMATS, ids=lambda form: form.name)
 
 
@@ -56,7 +60,8 @@ def joined(deltas):
         name, arguments, call_id = calls.get(piece.index, (piece.name, "", piece.id))
         calls[piece.index] = (name, arguments + piece.arguments, call_id)
     assert list(calls) == list(range(len(calls)))
-    assert [call_id for _, _, call_id in calls.values()] == [f"call_{index}" for index in calls]
+    for index, (name, _, call_id) in calls.items():
+        assert call_id == f"call_{index}" or call_id.startswith(f"functions.{name}:")
     return [(name, arguments) for name, arguments, _ in calls.values()]
 
 
@@ -96,8 +101,56 @@ CALLS = [
         [("f", "{}"), ("g", '{"a":[]}')],
     ),
 ]
+D, K = "<｜tool▁{}｜>", "<|tool_{}|>"
+DEEPSEEK_BEGIN, DEEPSEEK_END = D.format("calls▁begin"), D.format("calls▁end")
+KIMI_BEGIN, KIMI_END = K.format("calls_section_begin"), K.format("calls_section_end")
+
+
+def deepseek(name, arguments):
+    return f"{D.format('call▁begin')}{name}{D.format('sep')}{arguments}{D.format('call▁end')}"
+
+
+def fenced(name, arguments):
+    return deepseek("function", f"{name}\n```json\n{arguments}\n```")
+
+
+def kimi(call_id, arguments):
+    return f"{K.format('call_begin')}{call_id}{K.format('call_argument_begin')}{arguments}{K.format('call_end')}"
+
+
+CALLS += [
+    (DEEPSEEK, DEEPSEEK_BEGIN + deepseek("f", '{"a": 1}') + DEEPSEEK_END, "", [("f", '{"a": 1}')]),
+    (
+        DEEPSEEK,
+        f"I look.\n{DEEPSEEK_BEGIN}{deepseek('f', '{}')}{deepseek('g.h-1', '{}')}{DEEPSEEK_END} So.",
+        "I look.So.",
+        [("f", "{}"), ("g.h-1", "{}")],
+    ),
+    (
+        DEEPSEEK_FENCED,
+        DEEPSEEK_BEGIN + fenced("f", "{}") + "\n" + fenced("g", '{"b": [2]}') + DEEPSEEK_END,
+        "",
+        [("f", "{}"), ("g", '{"b": [2]}')],
+    ),
+    (DEEPSEEK_FENCED, DEEPSEEK_BEGIN + fenced("f", '{"a": "```"}'), "", [("f", '{"a": "```"}')]),
+    (KIMI, KIMI_BEGIN + kimi("functions.f:0", '{"a": 1}') + KIMI_END, "", [("f", '{"a": 1}')]),
+    (
+        KIMI,
+        f"Both: {KIMI_BEGIN} {kimi('functions.f:3', '{}')}{kimi(' functions.g.h:4 ', '{}')}{KIMI_END}",
+        "Both:",
+        [("f", "{}"), ("g.h", "{}")],
+    ),
+]
 
 NO_CALLS = [
+    (DEEPSEEK, f"The mark {DEEPSEEK_BEGIN} alone, and {DEEPSEEK_BEGIN}{DEEPSEEK_END}"),
+    (DEEPSEEK, DEEPSEEK_BEGIN + deepseek("f", "[]") + DEEPSEEK_END),
+    (DEEPSEEK, DEEPSEEK_BEGIN + deepseek("no name", "{}") + DEEPSEEK_END),
+    (DEEPSEEK, DEEPSEEK_BEGIN + deepseek("f" * 400, "{}") + DEEPSEEK_END),
+    (DEEPSEEK_FENCED, DEEPSEEK_BEGIN + deepseek("function", "f\n{}") + DEEPSEEK_END),
+    (KIMI, KIMI_BEGIN + kimi("functions.f", "{}") + KIMI_END),
+    (KIMI, KIMI_BEGIN + kimi("functions.f:x", "{}") + KIMI_END),
+    (KIMI, f"{KIMI_BEGIN}{KIMI_END} and {KIMI_BEGIN[:-3]}"),
     (HERMES, "The tag <tool_call> begins a call, <tool_call> {"),
     (HERMES, '<tool_call>{"name": "f", "arguments": "x"}</tool_call>'),
     (HERMES, '<tool_call>{"name": "f"}</tool_call>'),
@@ -237,6 +290,9 @@ def test_calls_come_back_as_they_were_written(form, calls, escaped):
         "llama3": "; ".join(found),
         "mistral": f"[TOOL_CALLS][{', '.join(found)}]",
         "mistral-args": "".join(f"[TOOL_CALLS]{name}[ARGS]{arguments}" for name, arguments in texts),
+        "deepseek": DEEPSEEK_BEGIN + "".join(deepseek(*call) for call in texts) + DEEPSEEK_END,
+        "deepseek-fenced": DEEPSEEK_BEGIN + "\n".join(fenced(*call) for call in texts) + DEEPSEEK_END,
+        "kimi": KIMI_BEGIN + "".join(kimi(f"functions.{n}:{i}", a) for i, (n, a) in enumerate(texts)) + KIMI_END,
     }[form.name]
     assert read(form, [written]) == ("", texts)
 
@@ -261,33 +317,38 @@ def test_the_reader_of_json_agrees_with_pythons(text):
 
 @pytest.mark.parametrize(
     ("name", "form"),
-    [("qwen3", HERMES), ("llama3", LLAMA3), ("mistral", MISTRAL), ("llama2", None), ("smollm", None), ("zephyr", None)],
+    [
+        *(("qwen3", HERMES), ("llama3", LLAMA3), ("mistral", MISTRAL), ("kimi", KIMI)),
+        *(("llama2", None), ("smollm", None), ("zephyr", None), ("deepseek", replace(DEEPSEEK, text_arguments=True))),
+    ],
 )
 def test_formats_are_known_by_their_templates(name, form):
-    assert tool_format((TEMPLATES / f"{name}.jinja").read_text()) is form
+    assert tool_format((TEMPLATES / f"{name}.jinja").read_text()) == form
 
 
 def test_other_formats_are_not_mistaken_for_known_ones():
     assert tool_format("{% if tools %}<tool_call><function=x>{% endif %}") is None
     assert tool_format("{% if tools %}<tool_call>name<arg_key>{% endif %}") is None
-    assert tool_format("{% if tools %}<｜tool▁calls▁begin｜>{% endif %}") is None
+    fence = "{% if tools %}<｜tool▁calls▁begin｜>\n```json\n{{ call.arguments | tojson }}{% endif %}"
+    assert tool_format(fence) == DEEPSEEK_FENCED
     assert tool_format("{# tools: <tool_call> #}{{ messages }}") is None
     assert tool_format("{% if tools %}[TOOL_CALLS]{{ name }}[ARGS]{% endif %}") is MISTRAL_ARGS
 
 
-@pytest.mark.parametrize("name", ["qwen3", "llama3", "mistral"])
+@pytest.mark.parametrize("name", ["qwen3", "llama3", "mistral", "deepseek", "kimi"])
 def test_what_a_template_writes_is_read_again(name):
     source = (TEMPLATES / f"{name}.jinja").read_text()
     form = tool_format(source)
-    call = {"id": "call_0123", "type": "function", "function": {"name": "f", "arguments": '{"a": ["é", 1]}'}}
+    call = {"id": "functions.f:0", "type": "function", "function": {"name": "f", "arguments": '{"a": ["é", 1]}'}}
     messages = [
         {"role": "user", "content": "Hi"},
         {"role": "assistant", "content": "", "tool_calls": [call]},
-        {"role": "tool", "tool_call_id": "call_0123", "content": "5"},
+        {"role": "tool", "tool_call_id": "functions.f:0", "content": "5"},
     ]
     template = ChatTemplate(source, bos_token="", eos_token="")
     text = template.render([form.for_template(message) for message in messages], tools=None)
-    answer = re.search(r"<tool_call>.*</tool_call>|\[TOOL_CALLS\].*?\}\]|\{\"name.*?\}\}", text, re.DOTALL)[0]
+    ways = r"<tool_call>.*</tool_call>", r"\[TOOL_CALLS\].*?\}\]", r"\{\"name.*?\}\}", r"<.tool.calls.*calls.{0,9}end.>"
+    answer = re.search("|".join(ways), text, re.DOTALL)[0]
     assert read(form, answer) == ("", [("f", '{"a": ["é", 1]}')])
     assert "5" in text
 
@@ -315,6 +376,7 @@ def test_mistrals_ids_have_nine_characters_and_belong_together():
 
 
 MARKERS = ["<tool_call>", "</tool_call>", "<|python_tag|>", "[TOOL_CALLS]", "[ARGS]"]
+MARKERS += [DEEPSEEK_BEGIN, D.format("call▁begin"), D.format("sep"), KIMI_BEGIN, K.format("call_end"), KIMI_END]
 TOOLS = [
     {"type": "function", "function": {"name": "get", "description": "x", "parameters": {
         "type": "object",
@@ -399,6 +461,9 @@ def test_the_usual_way_to_write_calls_is_allowed(form):
         "llama3": "; ".join(calls),
         "mistral": f'[TOOL_CALLS] [{calls[0][:-1]}, "id": "abcDEF123"}}, {calls[1]}]',
         "mistral-args": f"[TOOL_CALLS]get[ARGS]{one}[TOOL_CALLS]get_all[ARGS]{two}",
+        "deepseek": DEEPSEEK_BEGIN + deepseek("get", one) + deepseek("get_all", two) + DEEPSEEK_END,
+        "deepseek-fenced": f"{DEEPSEEK_BEGIN}{fenced('get', one)}\n{fenced('get_all', two)}{DEEPSEEK_END}",
+        "kimi": KIMI_BEGIN + kimi("functions.get:0", one) + kimi("functions.get_all:1", two) + KIMI_END,
     }[form.name]
     constraint = grammars.constraint(form.grammar(TOOLS, "required", True, grammars.token_id))
     for token in tokenizer.encode(text, add_bos=False):

@@ -199,6 +199,45 @@ FAMILIES: Mapping[str, Mapping[str, Any]] = {
     "qwen3_moe": {**QWEN, **EXPERTS, "model_type": "qwen3_moe", "norm_topk_prob": True},
     "qwen3_moe without renormalising": {**QWEN, **EXPERTS, "model_type": "qwen3_moe", "norm_topk_prob": False},
     "seed_oss": {**QWEN, "model_type": "seed_oss", "attention_out_bias": True},
+    "olmo2": {**SMALL, "model_type": "olmo2", "num_attention_heads": 6, "num_key_value_heads": 3},
+    "granite": {
+        **SMALL, "model_type": "granite", "attention_multiplier": 0.2, "embedding_multiplier": 5.0,
+        "residual_multiplier": 0.22, "logits_scaling": 3.0,
+    },
+    "smollm3": {**SMALL, "model_type": "smollm3", "no_rope_layers": [1, 0]},
+    "ministral": {
+        **SMALL, "model_type": "ministral", "sliding_window": 11,
+        "layer_types": ["full_attention", "sliding_attention"],
+    },
+    "ministral3": {
+        **SMALL, "model_type": "ministral3",
+        **rope("yarn", factor=4.0, original_max_position_embeddings=16, llama_4_scaling_beta=0.3),
+    },
+    "phi3": {**SMALL, "model_type": "phi3", "partial_rotary_factor": 0.7, "sliding_window": 30},
+    "gemma2": {
+        **SMALL, "model_type": "gemma2", "query_pre_attn_scalar": 20, "sliding_window": 13,
+        "attn_logit_softcapping": 5.0, "final_logit_softcapping": 2.0,
+    },
+    "gemma3_text": {
+        **SMALL, "model_type": "gemma3_text", "query_pre_attn_scalar": 20, "sliding_window": 13,
+        "sliding_window_pattern": 2, "rope_local_base_freq": 100.0, **rope("linear", factor=4.0),
+    },
+}  # fmt: skip
+LATER_FAMILIES: Mapping[str, Mapping[str, Any]] = {
+    "hy_v3": {**QWEN, **EXPERTS, "model_type": "hy_v3", "num_attention_heads": 6},
+    "glm4_moe": {
+        **QWEN, **EXPERTS, "model_type": "glm4_moe", "attention_bias": True, "use_qk_norm": True, "n_group": 3,
+        "topk_group": 2, "n_shared_experts": 2, "routed_scaling_factor": 2.5,
+    },
+    "glm4_moe without norms and groups": {
+        **QWEN, **EXPERTS, "model_type": "glm4_moe", "attention_bias": True, "n_shared_experts": 1,
+        "routed_scaling_factor": 1.0, "first_k_dense_replace": 0,
+    },
+    "gpt_oss": {
+        **QWEN, **EXPERTS, "model_type": "gpt_oss", "num_attention_heads": 6, "sliding_window": 20,
+        **rope("yarn", factor=4.0, original_max_position_embeddings=32, truncate=False),
+    },
+    "minimax_m2": {**QWEN, **EXPERTS, "model_type": "minimax_m2", "num_attention_heads": 6, "rotary_dim": 16},
 }  # fmt: skip
 
 # -- special values --------------------------------------------------------------------------------------------------
@@ -393,8 +432,9 @@ def mixed_types() -> Iterator[Case]:
 
 
 def families() -> Iterator[Case]:
-    """Every family in every weight type."""
-    for i, (family, config) in enumerate(FAMILIES.items()):
+    """Every family in every weight type; of those that came later the place in the list does not matter."""
+    numbered = [*enumerate(FAMILIES.items()), *((len(name), (name, c)) for name, c in LATER_FAMILIES.items())]
+    for i, (family, config) in numbered:
         for j, weights in enumerate(WEIGHTS):
             kv_type = KV_TYPES[(i + j) % len(KV_TYPES)]
             yield from each_way(

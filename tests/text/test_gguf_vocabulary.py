@@ -154,6 +154,19 @@ def test_rules_that_a_file_does_not_name_are_guessed(tokens, architecture, name,
     assert [name in record.message and "tokenizer.ggml.pre" in record.message for record in caplog.records] == [True]
 
 
+def test_phi_3s_tokens_take_white_space_along():
+    pieces = {
+        "model": "llama",
+        "tokens": ["<unk>", "<s>", "<|user|>", "▁", "a", "▁a"],
+        "token_type": [2, 3, 3, 1, 1, 1],
+    }
+    plain, stripping = (load(pieces | {"scores": [0.0] * 6, "strips_of_family": strips}) for strips in (False, True))
+    assert plain.encode("<|user|>  a").ids == [2, 3, 3, 5]
+    assert stripping.encode("<|user|>  a").ids == stripping.encode("<|user|>a").ids == [2, 5]
+    assert stripping.encode("<s> a").ids == plain.encode("<s> a").ids
+    assert FAMILIES["phi3"].tokens_strip
+
+
 @pytest.mark.parametrize("role", ["bos", "eos", "eot", "eom"])
 @pytest.mark.parametrize("value", [4, -1, 2**32 - 1])
 def test_roles_outside_the_vocabulary_are_ignored_with_one_warning(role, value, caplog):

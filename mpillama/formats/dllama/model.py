@@ -14,7 +14,7 @@ from mpillama.formats.dllama.tokenizer import TEMPLATE, VOCABULARY, find_tokeniz
 from mpillama.formats.foreign import Cursor, damaged, regular_size
 from mpillama.models.families import FAMILIES
 from mpillama.models.family import MOST_LAYERS, Dllama, Family
-from mpillama.models.mlp import MOST_EXPERTS
+from mpillama.models.router import MOST_EXPERTS
 from mpillama.quant.registry import STORED_TYPES
 
 Plan = list[tuple[str, tuple[int, ...], str]]

@@ -10,13 +10,19 @@ import numpy as np
 
 from mpillama.errors import UserError
 from mpillama.formats.checkpoint import StoredTensor
-from mpillama.formats.foreign import damaged, split_experts
+from mpillama.formats.foreign import damaged, split_expert_vectors, split_experts
 from mpillama.formats.gguf.header import GgufHeader
 from mpillama.models.families import gguf_architectures
-from mpillama.models.family import Gguf
-from mpillama.models.rope import yarn_attention_factor
+from mpillama.models.family import DRAFT_LAYERS, Gguf, gguf_draft_layers
+from mpillama.models.rope import PARTIAL, yarn_attention_factor
 
-ROPE_FACTORS = "rope_freqs.weight"
+ROPE_FACTORS = {
+    "rope_freqs.weight": "factors",
+    "rope_factors_short.weight": "short_factor",
+    "rope_factors_long.weight": "long_factor",
+}
+"""Divisors of the rotary frequencies, which are weights in GGUF and configuration to us."""
+FREQUENCIES = "rope_freqs.weight"
 EMBEDDING = "token_embd.weight"
 OUTPUT = "output.weight"
 IGNORED = "attn_rot_embd"
@@ -42,9 +48,13 @@ def canonical(path: str, tensor: StoredTensor, gguf: Gguf, head_dim: int) -> Ite
     prefix, kind, expert, ending = f"model.layers.{int(layer[1])}.", layer[2], layer[3], layer[4]
     if kind in EXPERTS and not expert and ending == "weight":
         yield from split_experts(path, prefix + "mlp.experts.", tensor, EXPERTS[kind])
+    elif kind in EXPERTS and len(EXPERTS[kind]) == 1 and not expert:
+        yield from split_expert_vectors(path, prefix + "mlp.experts.", tensor, *EXPERTS[kind])
     elif expert and kind in ("ffn_gate", "ffn_up", "ffn_down"):
         name = f"{prefix}mlp.experts.{int(expert)}.{kind.removeprefix('ffn_')}_proj.{ending}"
         yield replace(tensor, name=name)
+    elif f"{kind}.{ending}" in gguf.names and not expert:
+        yield replace(tensor, name=prefix + gguf.names[f"{kind}.{ending}"])
     elif kind in gguf.names and not expert:
         pairs = head_dim if gguf.rotary_pairs and kind in ROTATED else 0
         yield replace(tensor, name=f"{prefix}{gguf.names[kind]}.{ending}", interleaved=pairs)
@@ -68,8 +78,9 @@ TOKENIZER = "tokenizer.ggml."
 class Metadata:
     """Takes checked values out of a file's metadata; names without a dot before them belong to the architecture."""
 
-    def __init__(self, header: GgufHeader):
+    def __init__(self, header: GgufHeader, rope_factors: Mapping[str, Sequence[float]]):
         self.header = header
+        self.rope_factors = rope_factors
         self.path = header.path
         kind = header.value("general.type")
         if kind in OTHER_KINDS:
@@ -142,10 +153,11 @@ class Metadata:
 
     @property
     def head_dim(self) -> int:
-        """Channels of a head; refused if only a part of them is rotated."""
+        """Channels of a head; refused if only a part of them is rotated, but by a family that knows it."""
         default = self.size("embedding_length") // self.size("attention.head_count")
         head_dim = self.size("attention.key_length", default)
-        for key in ("rope.dimension_count", "attention.value_length"):
+        whole = () if self.gguf.partial_rope else ("rope.dimension_count",)
+        for key in (*whole, "attention.value_length"):
             if self.size(key, head_dim) != head_dim:
                 raise UserError(
                     f"{self.path}: {key}={self.get(key)!r}, but the heads have {head_dim} channels: "
@@ -153,17 +165,23 @@ class Metadata:
                 )
         return head_dim
 
+    @property
+    def partial_rope(self) -> dict[str, float]:
+        """The share of a head's channels that is rotated; a little more, for the product is rounded down."""
+        channels = self.size("rope.dimension_count", self.head_dim)
+        return {PARTIAL: (channels + 0.25) / self.head_dim} if channels != self.head_dim else {}
 
-def hugging_face_config(
-    metadata: Metadata, names: Collection[str], vocab_size: int, factors: Sequence[float] | None
-) -> dict[str, Any]:
-    """Build config.json; `names` are GGUF's names of tensors, `factors` the divisors of the rotary frequencies."""
-    heads = metadata.size("attention.head_count")
+
+def hugging_face_config(metadata: Metadata, names: Collection[str], vocab_size: int) -> dict[str, Any]:
+    """Build config.json; `names` are GGUF's names of tensors."""
+    heads, fields = metadata.size("attention.head_count"), metadata.gguf.fields(metadata)
+    drafting = gguf_draft_layers(metadata)
+    _check_rope_factors(metadata, fields)
     config = {
         "model_type": metadata.family.model_type,
         "hidden_size": metadata.size("embedding_length"),
         "intermediate_size": metadata.size("feed_forward_length", _expert_width(metadata)),
-        "num_hidden_layers": metadata.size("block_count"),
+        "num_hidden_layers": max(1, metadata.size("block_count") - drafting),
         "num_attention_heads": heads,
         "num_key_value_heads": metadata.size("attention.head_count_kv", heads),
         "head_dim": metadata.head_dim,
@@ -171,14 +189,32 @@ def hugging_face_config(
         "max_position_embeddings": metadata.size("context_length"),
         "rms_norm_eps": metadata.number("attention.layer_norm_rms_epsilon"),
         "rope_theta": float(metadata.number("rope.freq_base", 10000.0)),
-        "rope_scaling": _rope_scaling(metadata, factors),
+        "rope_scaling": _rope_scaling(metadata),
         "tie_word_embeddings": OUTPUT not in names,
     }
     present = {key: f"blk.0.{ending}" in names for key, ending in metadata.gguf.flags.items()}
     flags = {key: found for key, found in present.items() if found != metadata.family.defaults.get(key, False)}
-    optional = {**flags, **metadata.gguf.fields(metadata), **_special_tokens(metadata)}
+    optional = {**flags, **fields, **metadata.partial_rope, **_special_tokens(metadata)}
+    if drafting:
+        optional[DRAFT_LAYERS] = drafting
     window = metadata.get("attention.sliding_window")
     return {**config, **optional, **({"sliding_window": metadata.size("attention.sliding_window")} if window else {})}
+
+
+def _check_rope_factors(metadata: Metadata, fields: Mapping[str, Any]) -> None:
+    """Refuse divisors of another number than there are frequencies, and those that the family does not read."""
+    pairs = metadata.size("rope.dimension_count", metadata.head_dim) // 2
+    for name, key in ROPE_FACTORS.items():
+        found = metadata.rope_factors.get(key)
+        if found is None:
+            continue
+        if len(found) != pairs:
+            raise damaged(metadata.path, f"{name} holds {len(found)} divisors of {pairs} frequencies")
+        if name != FREQUENCIES and "rope_scaling" not in fields:
+            raise UserError(
+                f"{metadata.path}: the tensor {name} is not part of a model of architecture {metadata.architecture}: "
+                "take another file of the model."
+            )
 
 
 def _expert_width(metadata: Metadata) -> int | None:
@@ -209,7 +245,7 @@ ROPE_FIELDS = {
 ALWAYS_READ = ("dimension_count", "freq_base", "scaling.type", "scaling.finetuned")
 
 
-def _rope_scaling(metadata: Metadata, factors: Sequence[float] | None) -> dict[str, Any] | None:
+def _rope_scaling(metadata: Metadata) -> dict[str, Any] | None:
     """Hugging Face's rope_scaling; "factors" is ours, for the divisors that GGUF has in place of llama3's constants."""
     scaled = metadata.get("rope.scaling.factor") or metadata.get("rope.scale_linear")
     kind = metadata.get("rope.scaling.type") or ("linear" if scaled else "none")  # as llama.cpp takes it
@@ -220,13 +256,17 @@ def _rope_scaling(metadata: Metadata, factors: Sequence[float] | None) -> dict[s
     }
     if not isinstance(kind, str) or kind not in known:
         raise UserError(f"{metadata.path}: rope.scaling.type={kind!r}: mpillama runs {', '.join(known)}.")
+    factors = metadata.rope_factors.get(ROPE_FACTORS[FREQUENCIES])
     if factors and kind != "none":
         raise UserError(
-            f"{metadata.path}: rope.scaling.type={kind!r} together with the tensor {ROPE_FACTORS}: mpillama runs one "
-            "of both."
+            f"{metadata.path}: rope.scaling.type={kind!r} together with the tensor {FREQUENCIES}: mpillama runs one of "
+            "both."
         )
-    metadata.refuse_unread("rope.", (*ALWAYS_READ, *ROPE_FIELDS[kind]))
-    return {"rope_type": "factors", "factors": list(factors)} if factors else known[kind](metadata)
+    metadata.refuse_unread("rope.", (*ALWAYS_READ, *ROPE_FIELDS[kind], *metadata.gguf.rope_keys))
+    if factors:
+        return {"rope_type": "factors", "factors": list(factors)}
+    found = known[kind](metadata)
+    return {**metadata.gguf.scaling, **found} if found and kind == "yarn" else found
 
 
 def _linear(metadata: Metadata) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,10 +11,12 @@ import numpy as np
 
 from mpillama.errors import UserError
 from mpillama.formats.checkpoint import DEFAULT, Checkpoint, StoredTensor, named_templates, only_template
-from mpillama.formats.foreign import PathSource, by_name, check_extents, damaged, unreadable
+from mpillama.formats.foreign import PathSource, by_name, check_extents, cut_fused, damaged, unreadable
 from mpillama.formats.gguf.config import EMBEDDING, ROPE_FACTORS, TOKENIZER, Metadata, canonical, hugging_face_config
 from mpillama.formats.gguf.header import GgufHeader, read_gguf_header
 from mpillama.formats.reading import read_exactly
+from mpillama.models.attention import MOST_CHANNELS
+from mpillama.models.config_values import ConfigValues
 
 PART = re.compile(r"(.*)-([0-9]{5})-of-([0-9]{5})\.gguf", re.DOTALL)
 VOCABULARY = "gguf_vocabulary.json"
@@ -29,18 +31,23 @@ def read_gguf(path: str) -> Checkpoint:
     found = [tensor for header in headers for tensor in header.tensors]
     check_extents(files, sizes, found)
     stored = by_name(files, found)
-    metadata = Metadata(headers[0])
-    factors = _rope_factors(files, stored.pop(ROPE_FACTORS, None), metadata.head_dim)
-    config = hugging_face_config(metadata, stored.keys(), _vocab_size(metadata, stored), factors)
-    gguf, head_dim = metadata.gguf, metadata.head_dim
-    factors_of = _factors_of(files, stored)
-    named = (
-        _scaled(c, factors_of.get(tensor.name))
-        for tensor in stored.values()
-        for c in canonical(files[tensor.file], tensor, gguf, head_dim)
-    )
-    table = by_name(files, named)
+    factors = {key: _rope_factors(files, stored.pop(name)) for name, key in ROPE_FACTORS.items() if name in stored}
+    metadata = Metadata(headers[0], factors)
+    config = hugging_face_config(metadata, stored.keys(), _vocab_size(metadata, stored))
+    table = by_name(files, _canonical_tensors(files, stored, metadata, config))
     return Checkpoint(str(path), "gguf", config, _texts(headers[0].metadata), files, sizes, table)
+
+
+def _canonical_tensors(
+    files: tuple[str, ...], stored: dict[str, StoredTensor], metadata: Metadata, config: Mapping[str, Any]
+) -> Iterator[StoredTensor]:
+    """The tensors under Hugging Face's names, each part of a fused one by itself."""
+    fused = metadata.family.fused(ConfigValues(config, metadata.family.defaults))
+    factors = _factors_of(files, stored)
+    for tensor in stored.values():
+        path = files[tensor.file]
+        for whole in canonical(path, tensor, metadata.gguf, metadata.head_dim):
+            yield from cut_fused(path, _scaled(whole, factors.get(tensor.name)), fused)
 
 
 # -- parts ----------------------------------------------------------------------------------------------------------
@@ -105,15 +112,11 @@ def _vocab_size(metadata: Metadata, stored: Mapping[str, StoredTensor]) -> int:
     return metadata.size("vocab_size", len(tokens) if isinstance(tokens, list) else None)
 
 
-def _rope_factors(files: tuple[str, ...], tensor: StoredTensor | None, head_dim: int) -> list[float] | None:
-    """The divisors of the rotary frequencies, which are weights in GGUF and configuration to us."""
-    if tensor is None:
-        return None
+def _rope_factors(files: tuple[str, ...], tensor: StoredTensor) -> list[float]:
+    """The values of a tensor of divisors."""
     path = files[tensor.file]
-    if tensor.stored != "f32" or tensor.shape != (head_dim // 2,):
-        raise damaged(
-            path, f"{ROPE_FACTORS} is {tensor.stored} of shape {tensor.shape}, expected f32 ({head_dim // 2},)"
-        )
+    if tensor.stored != "f32" or len(tensor.shape) != 1 or tensor.shape[0] > MOST_CHANNELS:
+        raise damaged(path, f"{tensor.name} is {tensor.stored} of shape {tensor.shape}, expected a vector of f32")
     data = bytearray(4 * tensor.shape[0])
     try:
         with Path(path).open("rb") as file:
@@ -122,7 +125,7 @@ def _rope_factors(files: tuple[str, ...], tensor: StoredTensor | None, head_dim:
         raise unreadable(path, error) from error
     factors = np.frombuffer(data, "<f4")
     if not np.all((factors > 0) & np.isfinite(factors)):
-        raise damaged(path, f"{ROPE_FACTORS} holds divisors that are not positive numbers")
+        raise damaged(path, f"{tensor.name} holds divisors that are not positive numbers")
     return [float(factor) for factor in factors]
 
 

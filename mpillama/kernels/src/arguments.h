@@ -39,34 +39,79 @@ struct Cache {
     i64 type;
 };
 
-// Heads lie head_dim (a multiple of 32) apart, of which rotary_dim are turned; `head_start` [kv_heads + 1]: the query
-// heads of KV head i are head_start[i] : head_start[i + 1]. Biases and norms of heads may be null.
+// How queries and keys are normalised, if q_norm and k_norm are not null: each head before RoPE or after it, or all heads
+// of a projection together.
+enum HeadNorm : i64 { BEFORE_ROPE, AFTER_ROPE, WHOLE_PROJECTION };
+
+// Heads lie head_dim (a multiple of 32) apart, of which `channels` are no padding; `head_start` [kv_heads + 1]: the query
+// heads of KV head i are head_start[i] : head_start[i + 1]. Norm, biases and norms of heads may be null. A token sees the
+// last `window` positions, or those of its own `chunk`; 0 is all. Scores are bent to +-soft_cap, unless it is 0. With
+// WHOLE_PROJECTION the projections have q_width and k_width channels on all ranks together, and the KV heads before
+// first_counted belong to the rank before, too. `sinks` [heads], or null: a score of each head that takes part in the
+// softmax and has no value.
 struct AttentionLayer {
     Matrix q, k, v, o;
     Cache cache;
-    const float *norm, *q_bias, *k_bias, *v_bias, *q_norm, *k_norm;
+    const float *norm, *q_bias, *k_bias, *v_bias, *q_norm, *k_norm, *sinks;
     const i64* head_start;
-    double eps, scale;
-    i64 hidden_size, heads, kv_heads, head_dim, window;
+    double eps, scale, soft_cap;
+    i64 hidden_size, heads, kv_heads, head_dim, channels, window, chunk;
+    i64 head_norm, q_width, k_width, first_counted;
 };
 
-// SwiGLU, or experts of it chosen by a router.
+// One layer's cache of latents: [blocks, 64, width] numbers, as latent_cache.h says.
+struct LatentCache {
+    u8* values;
+    u16* scales;
+    i64 type;
+};
+
+// Multi-head latent attention: queries and, with `pairs`, how their rotary channels stand. Matrices of heads have the
+// heads' rows one after the other; the channels of a head are padded to multiples of 32. Without `q_a` (no groups), `q`
+// reads the layer's input.
+struct LatentLayer {
+    Matrix q_a, q, kv_a, k_b, v_b, o;
+    LatentCache cache;
+    const float *norm, *q_norm, *kv_norm;
+    double eps, latent_eps, scale;
+    i64 hidden_size, heads, q_rank, kv_rank, nope, rope, pairs;
+};
+
+// How tokens choose among experts, as router.h says; without experts `matrix` has no groups. `bias` is added to the
+// logits, `correction` to the scores by which experts are chosen; both may be null.
+struct Router {
+    Matrix matrix;
+    const float *bias, *correction;
+    double epsilon, scaling;
+    i64 scores, chosen, renormalise, groups, chosen_groups;
+};
+
+// The last is that of elementwise.h's clamped_silu, which alone reads alpha and limit.
+enum Activation : i64 { SILU, GELU_TANH, CLAMPED_SILU };
+
+// A gated MLP, or experts of it chosen by a router, and one that all tokens share: `shared_gate` and so on have no groups
+// without it, `shared_router` none if nothing weighs it. The norm may be null, and biases may; of experts biases are
+// [experts, rows], and down_bias is there for one rank only.
 struct MlpLayer {
-    Matrix gate, up, down, router;
-    const float *norm, *gate_bias, *up_bias;
-    double eps;
-    i64 hidden_size, chosen, renormalise;
+    Matrix gate, up, down;
+    Router router;
+    Matrix shared_gate, shared_up, shared_down, shared_router;
+    const float *norm, *gate_bias, *up_bias, *down_bias;
+    double eps, alpha, limit;
+    i64 hidden_size, activation;
 };
 
 // The tokens that go through the model together; `segments` [segment_count, 3]: first token, tokens, first position of
 // each sequence; `tables` [segment_count, table_width]: its cache blocks; `slots`: where each token's key and value go.
+// RoPE turns the first 2 * rotary_half channels of a head, queries are multiplied by `query_factors` [tokens] (or null).
+// `squares` [tokens, 4]: sums of squares of queries and keys, as norm.h says.
 struct Step {
     i64 tokens;
     float* x;
-    Activations hidden, context, gate;
+    Activations hidden, context, gate, latent;
     float *q, *k, *v, *up;
-    double* partial;
-    const float *cosines, *sines;
+    double *partial, *squares;
+    const float *cosines, *sines, *query_factors;
     const i64 *slots, *segments, *tables;
     i64 rotary_half, segment_count, table_width;
     i64 in_flight;  // row groups that a single token goes through together: 1 or 2, whichever is faster

@@ -5,6 +5,7 @@
 // https://arxiv.org/abs/1805.02867.)
 #pragma once
 #include "attention_plan.h"
+#include "elementwise.h"
 
 #include <type_traits>
 
@@ -47,8 +48,9 @@ template <class Use> inline i64 rows_together(i64 count, Use use) {
 
 // Let `rows` query rows see one cache block; `next` is the block that comes after, which the first rows ask for.
 template <class Kv>
-inline void attend_block(CacheBlock<Kv> here, CacheBlock<Kv> next, const Workplace& place, i64 rows, i64 head_dim,
-                         const TileSums& sums) {
+inline void attend_block(CacheBlock<Kv> here, CacheBlock<Kv> next, const Workplace& place, i64 rows,
+                         const AttentionLayer& layer, const TileSums& sums) {
+    const i64 head_dim = layer.head_dim;
     const CacheBlock<Kv>* ahead = &next;
     for (i64 r = 0; r < rows; ahead = &here)
         r += rows_together(rows - r, [&](auto together) {
@@ -60,6 +62,7 @@ inline void attend_block(CacheBlock<Kv> here, CacheBlock<Kv> next, const Workpla
         if (sees(r)) {
             const RowSums row = sums.row(r, head_dim);
             float* weights = place.scores + r * POSITIONS;
+            if (layer.soft_cap > 0.0) soft_cap(weights, static_cast<float>(layer.soft_cap), POSITIONS);
             softmax_block(weights, place.hidden[r], place.counts[r], row.largest, row.sums, row.out, head_dim);
         }
     ahead = &next;
@@ -81,18 +84,17 @@ inline void attend_block(CacheBlock<Kv> here, CacheBlock<Kv> next, const Workpla
 template <class Kv>
 inline void attend_span(const AttentionLayer& layer, const Tile& tile, i64 span, const Workplace& place,
                         const TileSums& sums) {
-    const i64 rows = tile.rows(), blocks = (tile.position + tile.tokens - 1) / POSITIONS + 1, window = layer.window;
-    const i64 seen = window > 0 ? larger(0, tile.position + 1 - window) / POSITIONS : 0;
+    const i64 rows = tile.rows(), blocks = (tile.position + tile.tokens - 1) / POSITIONS + 1;
+    const i64 seen = first_seen(layer, tile.position) / POSITIONS;
     sums.clear(rows, layer.head_dim);
     for (i64 b = larger(span * SPAN_BLOCKS, seen); b < smaller((span + 1) * SPAN_BLOCKS, blocks); b++) {
         for (i64 r = 0; r < rows; r++) {
-            const i64 count = tile.row_position(r) + 1 - b * POSITIONS;
-            place.counts[r] = smaller(larger(count, 0), POSITIONS);
-            place.hidden[r] = window > 0 ? smaller(larger(count - window, 0), POSITIONS) : 0;
+            const i64 position = tile.row_position(r), start = b * POSITIONS;
+            place.counts[r] = smaller(larger(position + 1 - start, 0), POSITIONS);
+            place.hidden[r] = smaller(larger(first_seen(layer, position) - start, 0), POSITIONS);
         }
         const i64 block = tile.table[b], following = tile.table[smaller(b + 1, blocks - 1)];
-        attend_block<Kv>({layer, block, tile.kv_head}, {layer, following, tile.kv_head}, place, rows, layer.head_dim,
-                         sums);
+        attend_block<Kv>({layer, block, tile.kv_head}, {layer, following, tile.kv_head}, place, rows, layer, sums);
     }
 }
 
@@ -110,6 +112,7 @@ inline void scatter_rows(const AttentionLayer& layer, const Step& step, const Ti
     for (i64 r = 0; r < tile.rows(); r++) {
         const i64 token = tile.token + r / tile.heads, head = tile.first_head + r % tile.heads;
         float* out = step.context.x + token * step.context.columns + head * layer.head_dim;
+        if (layer.sinks != nullptr) add_sink(total.row(r, layer.head_dim), layer.sinks[head], layer.head_dim);
         finish_row(total.row(r, layer.head_dim), layer.head_dim, out);
         if (quantised) quantise_blocks(out, blocks, step.context, step.tokens, token, head * blocks);
     }
@@ -163,7 +166,8 @@ inline void attend_spans(const Member& member, const AttentionLayer& layer, cons
 }
 
 // context[t, h] = softmax over the positions up to t's own of (q . k * scale), times v; and its quantised form. With a
-// `window` > 0 a token sees that many positions only, its own the last of them. Called by all threads of a region.
+// `window` > 0 a token sees that many positions only, its own the last of them, with a `chunk` > 0 those from the last
+// multiple of it on. Called by all threads of a region.
 inline void attend(const Member& member, const AttentionLayer& layer, const Step& step) {
     const Sharing sharing(layer, step, member.threads);
     with_cache_type(layer.cache.type, [&](auto type) {

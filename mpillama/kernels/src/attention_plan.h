@@ -23,6 +23,12 @@ struct Tile {
     i64 row_position(i64 row) const { return position + row / heads; }
 };
 
+// The first position that a token sees.
+inline i64 first_seen(const AttentionLayer& layer, i64 position) {
+    if (layer.chunk > 0) return position - position % layer.chunk;
+    return layer.window > 0 ? larger(0, position + 1 - layer.window) : 0;
+}
+
 // Call `use` with every tile of a step, in the same order for every thread.
 template <class Use> inline void for_each_tile(const AttentionLayer& layer, const Step& step, Use use) {
     for (i64 s = 0; s < step.segment_count; s++) {
@@ -33,8 +39,7 @@ template <class Use> inline void for_each_tile(const AttentionLayer& layer, cons
             const i64 most = larger(1, TILE_ROWS / heads);
             for (i64 first = 0; first < segment[1]; first += most) {
                 const i64 tokens = smaller(most, segment[1] - first), position = segment[2] + first;
-                const i64 seen = layer.window > 0 ? larger(0, position + 1 - layer.window) : 0;
-                const i64 first_span = seen / SPAN, last_span = (position + tokens - 1) / SPAN + 1;
+                const i64 first_span = first_seen(layer, position) / SPAN, last_span = (position + tokens - 1) / SPAN + 1;
                 use(Tile{table, kv_head, first_head, heads, segment[0] + first, tokens, position, first_span,
                          last_span});
             }

@@ -211,6 +211,16 @@ inline void combine_span(const RowSums& total, const RowSums& span, i64 head_dim
     *total.largest = now;
 }
 
+// Let a score without a value take part in the softmax.
+inline void add_sink(const RowSums& total, float sink, i64 head_dim) {
+    const float now = maximum(*total.largest, sink);
+    const Vf keep = exponential(splat(*total.largest - now));
+    multiply_row(total.sums, keep, LANES);
+    multiply_row(total.out, keep, head_dim);
+    total.sums[0] += exponential(sink - now);
+    *total.largest = now;
+}
+
 // out = total / (sum of the 16 lanes of sums).
 inline void finish_row(const RowSums& total, i64 head_dim, float* out) {
     float lanes[LANES];

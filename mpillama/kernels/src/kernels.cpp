@@ -1,6 +1,7 @@
 // What Python calls (mpillama/kernels/library.py), compiled once for each instruction set.
 #include <new>
 
+#include "latent_layer.h"
 #include "layers.h"
 #include "shared_sum.h"
 #include "threads.h"
@@ -64,11 +65,45 @@ MPILLAMA_API i64 mpillama_attention_half(Team* team, const AttentionLayer* layer
     return run_half(team, *step, sum, [&](const Member& member, const Step& own) { attention_half(member, *layer, own); });
 }
 
+// The first half in two pieces: what is in step->squares after the first is to be summed over ranks before the second.
+MPILLAMA_API i64 mpillama_project_and_sum(Team* team, const AttentionLayer* layer, const Step* step) {
+    if (!team->reserve(attention_half_scratch_bytes(*layer), 0)) return NO_MEMORY;
+    run(team, [&](const Member& member) { project_and_sum(member, *layer, *step); });
+    return DONE;
+}
+
+MPILLAMA_API i64 mpillama_attend_projected(Team* team, const AttentionLayer* layer, const Step* step, Sum* sum) {
+    const i64 common = larger(attention_shared_bytes(*layer, *step, team->threads),
+                              row_shared_bytes(layer->o, step->tokens, team->threads));
+    if (!team->reserve(attention_half_scratch_bytes(*layer), common)) return NO_MEMORY;
+    return run_half(team, *step, sum, [&](const Member& member, const Step& own) { attend_projected(member, *layer, own); });
+}
+
+MPILLAMA_API i64 mpillama_latent_half(Team* team, const LatentLayer* layer, const Step* step, Sum* sum) {
+    const i64 common = larger(latent_attention_shared_bytes(*layer, *step, team->threads),
+                              row_shared_bytes(layer->o, step->tokens, team->threads));
+    if (!team->reserve(latent_half_scratch_bytes(*layer), common)) return NO_MEMORY;
+    return run_half(team, *step, sum, [&](const Member& member, const Step& own) { latent_half(member, *layer, own); });
+}
+
 MPILLAMA_API i64 mpillama_mlp_half(Team* team, const MlpLayer* layer, const Step* step, Sum* sum) {
-    const i64 common = layer->router.groups > 0 ? mixture_shared_bytes(*layer, *step, team->threads)
+    const i64 common = layer->router.matrix.groups > 0 ? mixture_shared_bytes(*layer, *step, team->threads)
                                                 : row_shared_bytes(layer->down, step->tokens, team->threads);
     if (!team->reserve(mlp_half_scratch_bytes(*layer), common)) return NO_MEMORY;
     return run_half(team, *step, sum, [&](const Member& member, const Step& own) { mlp_half(member, *layer, own); });
+}
+
+// Which experts tokens take by their logits, float32 [tokens, width], which are overwritten: i64 and float32
+// [tokens, chosen], the best expert first. Returns 0 when there is no memory.
+MPILLAMA_API i64 mpillama_choose_experts(Team* team, const Router* router, i64 experts, float* logits, i64 tokens,
+                                         i64* chosen, float* shares) {
+    const i64 width = router->matrix.groups * LANES, room = Routing::room_to_choose(*router);
+    if (!team->reserve(0, room * static_cast<i64>(sizeof(float)))) return NO_MEMORY;
+    float* choices = reinterpret_cast<float*>(team->member(0).shared);
+    for (i64 t = 0; t < tokens; t++)
+        choose_experts(*router, experts, logits + t * width, choices, chosen + t * router->chosen,
+                       shares + t * router->chosen);
+    return DONE;
 }
 
 // Wait on for ranks that were late.
@@ -79,18 +114,44 @@ MPILLAMA_API i64 mpillama_finish_sum(Team* team, const Step* step, Sum* sum) {
     return finished(*sum, own, team->threads) ? DONE : LATE;
 }
 
-// x += total rounded to float32, then the bias (or null); [tokens, width].
-MPILLAMA_API void mpillama_add_rounded(Team* team, float* x, const double* total, const float* bias, i64 tokens,
-                                       i64 width) {
+// x += factor * (total rounded to float32, then the bias (or null)); [tokens, width].
+MPILLAMA_API void mpillama_add_rounded(Team* team, float* x, const double* total, const float* bias, double factor,
+                                       i64 tokens, i64 width) {
     run_over(team, tokens, tokens * width * 12, [&](i64 first, i64 last) {
-        for (i64 t = first; t < last; t++) add_rounded(x + t * width, total + t * width, bias, width);
+        for (i64 t = first; t < last; t++)
+            add_rounded(x + t * width, total + t * width, bias, static_cast<float>(factor), width);
     });
 }
 
-// out = total rounded to float32; [tokens, width].
-MPILLAMA_API void mpillama_round_to_float(Team* team, const double* total, float* out, i64 tokens, i64 width) {
+// x += factor * RMSNorm(addend), which is overwritten; [tokens, width], of which `size` are no padding.
+MPILLAMA_API void mpillama_add_normalised(Team* team, float* x, float* addend, i64 tokens, i64 width, const float* weight,
+                                          i64 size, double eps, double factor) {
     run_over(team, tokens, tokens * width * 12, [&](i64 first, i64 last) {
-        for (i64 i = first * width; i < last * width; i++) out[i] = static_cast<float>(total[i]);
+        const Vf by = splat(static_cast<float>(factor));
+        for (i64 t = first; t < last; t++) {
+            float *to = x + t * width, *row = addend + t * width;
+            rms_norm_row(row, weight, width, size, eps, row);
+            for (i64 i = 0; i < width; i += W) store(to + i, add(load(to + i), mul(load(row + i), by)));
+        }
+    });
+}
+
+// out = total rounded to float32, times a factor; [tokens, width].
+MPILLAMA_API void mpillama_round_to_float(Team* team, const double* total, float* out, double factor, i64 tokens,
+                                          i64 width) {
+    run_over(team, tokens, tokens * width * 12, [&](i64 first, i64 last) {
+        for (i64 i = first * width; i < last * width; i++)
+            out[i] = static_cast<float>(total[i]) * static_cast<float>(factor);
+    });
+}
+
+// logits / divisor, bent to +-cap unless that is 0; `count` is a multiple of 16.
+MPILLAMA_API void mpillama_scale_logits(Team* team, float* logits, i64 count, double divisor, double cap) {
+    const i64 groups = count / LANES;
+    run_over(team, groups, count * 4, [&](i64 first, i64 last) {
+        const Vf by = splat(static_cast<float>(divisor));
+        for (i64 i = first * LANES; i < last * LANES; i += W) store(logits + i, div(load(logits + i), by));
+        if (cap > 0.0) soft_cap(logits + first * LANES, static_cast<float>(cap), (last - first) * LANES);
     });
 }
 
@@ -238,20 +299,39 @@ MPILLAMA_API i64 mpillama_offset(i64 index) {
         sizeof(AttentionLayer), offsetof(AttentionLayer, q), offsetof(AttentionLayer, k), offsetof(AttentionLayer, v),
         offsetof(AttentionLayer, o), offsetof(AttentionLayer, cache), offsetof(AttentionLayer, norm),
         offsetof(AttentionLayer, q_bias), offsetof(AttentionLayer, k_bias), offsetof(AttentionLayer, v_bias),
-        offsetof(AttentionLayer, q_norm), offsetof(AttentionLayer, k_norm), offsetof(AttentionLayer, head_start),
-        offsetof(AttentionLayer, eps), offsetof(AttentionLayer, scale), offsetof(AttentionLayer, hidden_size),
-        offsetof(AttentionLayer, heads), offsetof(AttentionLayer, kv_heads), offsetof(AttentionLayer, head_dim),
-        offsetof(AttentionLayer, window),
+        offsetof(AttentionLayer, q_norm), offsetof(AttentionLayer, k_norm), offsetof(AttentionLayer, sinks),
+        offsetof(AttentionLayer, head_start),
+        offsetof(AttentionLayer, eps), offsetof(AttentionLayer, scale), offsetof(AttentionLayer, soft_cap),
+        offsetof(AttentionLayer, hidden_size), offsetof(AttentionLayer, heads), offsetof(AttentionLayer, kv_heads),
+        offsetof(AttentionLayer, head_dim), offsetof(AttentionLayer, channels), offsetof(AttentionLayer, window),
+        offsetof(AttentionLayer, chunk), offsetof(AttentionLayer, head_norm), offsetof(AttentionLayer, q_width),
+        offsetof(AttentionLayer, k_width), offsetof(AttentionLayer, first_counted),
+        sizeof(LatentCache), offsetof(LatentCache, values), offsetof(LatentCache, scales), offsetof(LatentCache, type),
+        sizeof(LatentLayer), offsetof(LatentLayer, q_a), offsetof(LatentLayer, q), offsetof(LatentLayer, kv_a),
+        offsetof(LatentLayer, k_b), offsetof(LatentLayer, v_b), offsetof(LatentLayer, o), offsetof(LatentLayer, cache),
+        offsetof(LatentLayer, norm), offsetof(LatentLayer, q_norm), offsetof(LatentLayer, kv_norm),
+        offsetof(LatentLayer, eps), offsetof(LatentLayer, latent_eps), offsetof(LatentLayer, scale),
+        offsetof(LatentLayer, hidden_size), offsetof(LatentLayer, heads), offsetof(LatentLayer, q_rank),
+        offsetof(LatentLayer, kv_rank), offsetof(LatentLayer, nope), offsetof(LatentLayer, rope),
+        offsetof(LatentLayer, pairs),
+        sizeof(Router), offsetof(Router, matrix), offsetof(Router, bias), offsetof(Router, correction),
+        offsetof(Router, epsilon), offsetof(Router, scaling), offsetof(Router, scores), offsetof(Router, chosen),
+        offsetof(Router, renormalise), offsetof(Router, groups), offsetof(Router, chosen_groups),
         sizeof(MlpLayer), offsetof(MlpLayer, gate), offsetof(MlpLayer, up), offsetof(MlpLayer, down),
-        offsetof(MlpLayer, router), offsetof(MlpLayer, norm), offsetof(MlpLayer, gate_bias),
-        offsetof(MlpLayer, up_bias), offsetof(MlpLayer, eps), offsetof(MlpLayer, hidden_size),
-        offsetof(MlpLayer, chosen), offsetof(MlpLayer, renormalise),
+        offsetof(MlpLayer, router), offsetof(MlpLayer, shared_gate), offsetof(MlpLayer, shared_up),
+        offsetof(MlpLayer, shared_down), offsetof(MlpLayer, shared_router), offsetof(MlpLayer, norm),
+        offsetof(MlpLayer, gate_bias), offsetof(MlpLayer, up_bias), offsetof(MlpLayer, down_bias),
+        offsetof(MlpLayer, eps), offsetof(MlpLayer, alpha), offsetof(MlpLayer, limit), offsetof(MlpLayer, hidden_size),
+        offsetof(MlpLayer, activation),
         sizeof(Step), offsetof(Step, tokens), offsetof(Step, x), offsetof(Step, hidden), offsetof(Step, context),
-        offsetof(Step, gate), offsetof(Step, q), offsetof(Step, k), offsetof(Step, v), offsetof(Step, up),
-        offsetof(Step, partial), offsetof(Step, cosines), offsetof(Step, sines), offsetof(Step, slots),
+        offsetof(Step, gate), offsetof(Step, latent), offsetof(Step, q), offsetof(Step, k), offsetof(Step, v),
+        offsetof(Step, up), offsetof(Step, partial), offsetof(Step, squares), offsetof(Step, cosines),
+        offsetof(Step, sines),
+        offsetof(Step, query_factors), offsetof(Step, slots),
         offsetof(Step, segments), offsetof(Step, tables), offsetof(Step, rotary_half), offsetof(Step, segment_count),
         offsetof(Step, table_width), offsetof(Step, in_flight),
-        sizeof(Sum), offsetof(Sum, window), offsetof(Sum, bias), offsetof(Sum, progress), offsetof(Sum, sequence),
+        sizeof(Sum), offsetof(Sum, window), offsetof(Sum, bias), offsetof(Sum, progress), offsetof(Sum, addend),
+        offsetof(Sum, factor), offsetof(Sum, sequence),
         offsetof(Sum, spins), offsetof(Sum, yields), offsetof(Sum, waited),
         sizeof(Window), offsetof(Window, slots), offsetof(Window, flags), offsetof(Window, ranks),
         offsetof(Window, rank), offsetof(Window, capacity),

@@ -13,12 +13,14 @@
 
 namespace mpillama {
 
-// h = RMSNorm(x) for this thread's tokens, and its quantised form if a matrix of blocks follows.
+// h = RMSNorm(x), or x itself without a weight, for this thread's tokens; and its quantised form if a matrix of blocks
+// follows.
 inline void normalise(const Member& member, const float* x, i64 tokens, const float* weight, i64 size, double eps,
                       bool quantised, const Activations& h) {
     for (i64 t = member.first(tokens); t < member.last(tokens); t++) {
         float* row = h.x + t * h.columns;
-        rms_norm_row(x + t * h.columns, weight, h.columns, size, eps, row);
+        if (weight != nullptr) rms_norm_row(x + t * h.columns, weight, h.columns, size, eps, row);
+        else std::memcpy(row, x + t * h.columns, h.columns * sizeof(float));
         if (quantised) quantise_blocks(row, h.columns / BLOCK, h, tokens, t, 0);
     }
 }
@@ -76,14 +78,20 @@ inline i64 attention_half_scratch_bytes(const AttentionLayer& layer) {
     return most;
 }
 
+// Call `use` with every matrix that meets the hidden state; those that a layer lacks have no groups.
+template <class Use> inline void for_each_input_matrix(const MlpLayer& layer, Use use) {
+    use(layer.gate), use(layer.up), use(layer.router.matrix);
+    use(layer.shared_gate), use(layer.shared_up), use(layer.shared_router);
+}
+
 inline i64 mlp_half_scratch_bytes(const MlpLayer& layer) {
-    i64 most = 0;
-    for (const Matrix* m : {&layer.gate, &layer.up, &layer.down, &layer.router}) most = larger(most, product_scratch_bytes(*m));
+    i64 most = larger(product_scratch_bytes(layer.down), product_scratch_bytes(layer.shared_down));
+    for_each_input_matrix(layer, [&](const Matrix& m) { most = larger(most, product_scratch_bytes(m)); });
     return most;
 }
 
-// Norm, q/k/v, RoPE and cache, attention, o_proj: step.partial is this rank's part of the sum.
-inline void attention_half(const Member& member, const AttentionLayer& layer, const Step& step) {
+// Norm and q/k/v.
+inline void project(const Member& member, const AttentionLayer& layer, const Step& step) {
     const bool quantised = has_blocks(layer.q.type) || has_blocks(layer.k.type) || has_blocks(layer.v.type);
     normalise(member, step.x, step.tokens, layer.norm, layer.hidden_size, layer.eps, quantised, step.hidden);
     member.did(Part::NORM);
@@ -93,6 +101,17 @@ inline void attention_half(const Member& member, const AttentionLayer& layer, co
     column_part(member, layer.v, step.hidden, step.tokens, step.v, step.in_flight);
     member.did(Part::QKV);
     member.barrier();
+}
+
+// The same, and what this rank adds to the sums of squares for norms of whole projections.
+inline void project_and_sum(const Member& member, const AttentionLayer& layer, const Step& step) {
+    project(member, layer, step);
+    sum_squares(layer, step, member.first(step.tokens), member.last(step.tokens));
+    member.did(Part::NORM);
+}
+
+// RoPE and cache, attention, o_proj: step.partial is this rank's part of the sum.
+inline void attend_projected(const Member& member, const AttentionLayer& layer, const Step& step) {
     rotate_and_store(layer, step, member.first(step.tokens), member.last(step.tokens));
     member.did(Part::ROPE);
     member.barrier();
@@ -103,14 +122,19 @@ inline void attention_half(const Member& member, const AttentionLayer& layer, co
     member.did(Part::O_PROJ);
 }
 
-// Norm, then SwiGLU or experts: step.partial is this rank's part of the sum.
+inline void attention_half(const Member& member, const AttentionLayer& layer, const Step& step) {
+    project(member, layer, step);
+    attend_projected(member, layer, step);
+}
+
+// Norm, then the gated MLP or experts: step.partial is this rank's part of the sum.
 inline void mlp_half(const Member& member, const MlpLayer& layer, const Step& step) {
-    const bool quantised = has_blocks(layer.gate.type) || has_blocks(layer.up.type) ||
-                           (layer.router.groups > 0 && has_blocks(layer.router.type));
+    bool quantised = false;
+    for_each_input_matrix(layer, [&](const Matrix& m) { quantised = quantised || (m.groups > 0 && has_blocks(m.type)); });
     normalise(member, step.x, step.tokens, layer.norm, layer.hidden_size, layer.eps, quantised, step.hidden);
     member.did(Part::NORM);
     member.barrier();
-    if (layer.router.groups > 0) return mixture(member, layer, step);
+    if (layer.router.matrix.groups > 0) return mixture(member, layer, step);
     const i64 pairs = layer.gate.groups / 2;  // a quantised block is two groups
     gate_up_span(layer, 0, step.hidden, step.tokens, nullptr, step.gate, step.up, member.first(pairs),
                  member.last(pairs), step.in_flight, member.scratch);

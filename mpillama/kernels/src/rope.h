@@ -65,15 +65,40 @@ inline void add_bias(float* x, const float* bias, i64 count) {
     for (i64 i = 0; i < count; i += W) store(x + i, add(load(x + i), load(bias + i)));
 }
 
-// Bias, norm and rotation of one token's heads; bias and norm may be null.
-inline void prepare_heads(const AttentionLayer& layer, const Step& step, i64 token, float* x, i64 heads,
-                          const float* bias, const float* norm) {
-    const i64 half = step.rotary_half;
+// The sum of squares of some heads of one token, which first get their bias (or null).
+inline SquareSums squares_of_heads(const AttentionLayer& layer, float* x, i64 heads, i64 first, const float* bias) {
     if (bias) add_bias(x, bias, heads * layer.head_dim);
+    SquareSums sums;
+    for (i64 h = first; h < heads; h++) sums.add(sum_of_squares(x + h * layer.head_dim, layer.head_dim));
+    return sums;
+}
+
+// step.squares: what this rank adds to the sums over all heads, for tokens first : last.
+inline void sum_squares(const AttentionLayer& layer, const Step& step, i64 first_token, i64 last_token) {
+    const i64 width = layer.heads * layer.head_dim, kv_width = layer.kv_heads * layer.head_dim;
+    for (i64 t = first_token; t < last_token; t++) {
+        const SquareSums q = squares_of_heads(layer, step.q + t * width, layer.heads, 0, layer.q_bias);
+        const SquareSums k =
+            squares_of_heads(layer, step.k + t * kv_width, layer.kv_heads, layer.first_counted, layer.k_bias);
+        const double sums[] = {q.coarse, q.fine, k.coarse, k.fine};
+        std::memcpy(step.squares + 4 * t, sums, sizeof sums);
+    }
+}
+
+// Bias, norm and rotation of one token's heads; bias and norm may be null. Of a whole projection the norm's `squares` are
+// known, coarse and fine, and the bias is there already.
+inline void prepare_heads(const AttentionLayer& layer, const Step& step, i64 token, float* x, i64 heads,
+                          const float* bias, const float* norm, const double* squares, i64 width) {
+    const i64 half = step.rotary_half, size = layer.head_dim;
+    if (layer.head_norm == WHOLE_PROJECTION)
+        scale_row(x, inverse_rms(squares[0] + squares[1], width, layer.eps), norm, heads * size, x);
+    else if (bias)
+        add_bias(x, bias, heads * size);
     for (i64 h = 0; h < heads; h++) {
-        float* head = x + h * layer.head_dim;
-        if (norm) rms_norm_row(head, norm, layer.head_dim, 2 * half, layer.eps, head);
+        float* head = x + h * size;
+        if (norm && layer.head_norm == BEFORE_ROPE) rms_norm_row(head, norm, size, layer.channels, layer.eps, head);
         rotate_head(head, step.cosines + token * half, step.sines + token * half, half);
+        if (norm && layer.head_norm == AFTER_ROPE) rms_norm_row(head, norm, size, layer.channels, layer.eps, head);
     }
 }
 
@@ -81,9 +106,11 @@ inline void prepare_heads(const AttentionLayer& layer, const Step& step, i64 tok
 inline void rotate_and_store(const AttentionLayer& layer, const Step& step, i64 first_token, i64 last_token) {
     const i64 width = layer.heads * layer.head_dim, kv_width = layer.kv_heads * layer.head_dim;
     for (i64 t = first_token; t < last_token; t++) {
-        float *k = step.k + t * kv_width, *v = step.v + t * kv_width;
-        prepare_heads(layer, step, t, step.q + t * width, layer.heads, layer.q_bias, layer.q_norm);
-        prepare_heads(layer, step, t, k, layer.kv_heads, layer.k_bias, layer.k_norm);
+        float *q = step.q + t * width, *k = step.k + t * kv_width, *v = step.v + t * kv_width;
+        const double* squares = step.squares + 4 * t;
+        prepare_heads(layer, step, t, q, layer.heads, layer.q_bias, layer.q_norm, squares, layer.q_width);
+        prepare_heads(layer, step, t, k, layer.kv_heads, layer.k_bias, layer.k_norm, squares + 2, layer.k_width);
+        for (i64 i = 0; i < width && step.query_factors != nullptr; i++) q[i] *= step.query_factors[t];
         if (layer.v_bias) add_bias(v, layer.v_bias, kv_width);
         store_key_value(layer, k, v, step.slots[t]);
     }

@@ -74,13 +74,16 @@ inline bool sum_shared(const Window& window, double* partial, i64 count, i64 seq
 }
 
 // How a half layer's results become part of the residual stream. Without a window this rank is alone. `sequence` is the
-// number of the first exchange: there is one for as many tokens as fit a slot. `progress` i64 [threads, stride]: twice
+// number of the first exchange: there is one for as many tokens as fit a slot. With an `addend` the sum and the bias are
+// left there, float32 [tokens, width], else they are added to step.x, times `factor`. `progress` i64 [threads, stride]: twice
 // the exchanges that a thread is through with, and 1 if its addends of the next are in place. `waited` adds up the
 // nanoseconds for which the first thread waited.
 struct Sum {
     const Window* window;
     const float* bias;
     i64* progress;
+    float* addend;
+    double factor;
     i64 sequence, spins, yields, waited;
 };
 
@@ -109,7 +112,7 @@ inline bool finished(const Sum& sum, const Step& step, i64 threads) {
     return true;
 }
 
-// x += the sum over ranks of step.partial rounded to float32, then the bias: this thread's columns of all tokens, which
+// x += factor * (the sum over ranks of step.partial rounded to float32, and then the bias): this thread's columns of all tokens, which
 // are those that it computed. Leaves off when others do not come; the next call goes on from there.
 inline void add_up(const Member& member, Sum& sum, const Step& step) {
     const i64 width = step.hidden.columns, groups = width / LANES, at_once = tokens_at_once(sum, step);
@@ -137,14 +140,16 @@ inline void add_up(const Member& member, Sum& sum, const Step& step) {
         } else {
             progress++;
         }
+        const float factor = static_cast<float>(sum.factor);
         for (i64 t = 0; t < tokens; t++) {
-            float* x = step.x + (first + t) * width;
+            float* x = (sum.addend != nullptr ? sum.addend : step.x) + (first + t) * width;
             const double* alone = step.partial + (first + t) * width;
+            if (sum.addend != nullptr) std::memset(x + begin, 0, (end - begin) * sizeof(float));
             for (i64 i = begin; i < end; i += W) {
                 const Vd total = sum.window == nullptr ? load(alone + i) : sum.window->total(sequence, t * width + i);
-                store(x + i, add(load(x + i), narrow(total)));
+                store(x + i, add(load(x + i), mul(narrow(total), splat(factor))));
             }
-            if (sum.bias != nullptr) add_to(x, sum.bias, begin, end);
+            for (i64 i = begin; i < end && sum.bias != nullptr; i++) x[i] += sum.bias[i] * factor;
         }
         member.did(Part::RESIDUAL);
     }

@@ -29,4 +29,5 @@ FAMILY = Family(
         "sliding_window": 4096,
     },
     refusals=no_such_biases("mistral", "attention_bias", "mlp_bias"),
+    within=("mistral3",),
 )

@@ -7,11 +7,12 @@ from mpillama.models.config_values import ConfigValues, Json
 from mpillama.models.families.mistral import windows
 from mpillama.models.family import Block, Family, Gguf, GgufMetadata, no_such_biases
 from mpillama.models.mlp import Experts
+from mpillama.models.router import Router
 
 
 def blocks(values: ConfigValues) -> tuple[Block, ...]:
     attention = GroupedQueryAttention.read(values)
-    experts = replace(Experts.read(values), renormalise=True)
+    experts = Experts.read(values, Router.read(values, renormalise=True))
     return tuple(Block(replace(attention, window=window), experts) for window in windows(values))
 
 

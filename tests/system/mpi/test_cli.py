@@ -334,7 +334,7 @@ def test_inspect_takes_what_can_be_run(kind: str, without_mpi: dict[str, str], t
     assert found["parameters"] == weights + head
     assert found["config"]["model_type"] == "qwen3_moe"
     experts = next(t for t in found["tensors"] if t["name"] == "model.layers.0.mlp.experts.up_proj.weight")
-    assert experts["shape"][0] == len(experts["arrays"]) == model.config.blocks[0].mlp.count
+    assert experts["shape"][0] == len(experts["arrays"]) == model.config.blocks[0].mlp.router.count
     stored = {"gguf": "q5_0", "folder": "bf16", "dllama": "f32"}[kind]
     assert (experts["arrays"][0]["stored"], experts["weight_type"]) == (stored, stored)
     shown = run(None, *PROGRAM, "inspect", path, env=without_mpi)

@@ -200,8 +200,11 @@ def test_demo_model(ranks: int, isa: str, threads: int, measure: Measure, demo: 
     assert measure(cases, ranks, isa, threads) == demo_truth
 
 
-FAMILIES = ("llama_bias", "llama_yarn", "mistral", "qwen2", "seed_oss", "qwen3", "mixtral", "qwen3_moe")
-"""Folders of tests/golden: biases, scaled RoPE, a sliding window, norms of heads, experts."""
+FAMILIES = (
+    "llama_bias", "llama_yarn", "mistral", "qwen2", "seed_oss", "qwen3", "mixtral", "qwen3_moe", "olmo2", "granite",
+    "smollm3", "ministral3", "phi3", "gemma2", "gemma3", "hy_v3", "glm4_moe", "minimax_m2", "gpt_oss",
+)  # fmt: skip
+"""Folders of tests/golden: biases, scaled RoPE, windows, norms of heads and after halves, factors, experts, sinks."""
 
 
 def family_cases(ways: int) -> list[dict[str, Any]]:
