@@ -22,7 +22,7 @@ from tests.tiny_models import random_tensors
 FOLDER = Path(__file__).parent / "golden"
 FAMILIES = (
     "llama", "llama3", "llama_bias", "llama_linear", "llama_yarn", "mistral", "qwen2", "qwen3", "mixtral", "qwen3_moe",
-    "seed_oss", "hy_v3", "glm4_moe", "minimax_m2",
+    "seed_oss", "hy_v3", "glm4_moe", "minimax_m2", "deepseek_v3", "kimi_k2",
 )  # fmt: skip
 Tensors = Mapping[str, np.ndarray]
 
@@ -77,7 +77,7 @@ def interleaved(rows: np.ndarray, head_dim: int) -> np.ndarray:
 
 ARCHITECTURES = {"llama": "llama", "mistral": "llama", "mixtral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
 ARCHITECTURES |= {"qwen3_moe": "qwen3moe", "seed_oss": "seed_oss", "hy_v3": "hy_v3", "glm4_moe": "glm4moe"}
-ARCHITECTURES |= {"minimax_m2": "minimax-m2"}
+ARCHITECTURES |= {"minimax_m2": "minimax-m2", "deepseek_v3": "deepseek2"}
 GGUF_NAMES = {
     "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
     "self_attn.o_proj": "attn_output", "self_attn.q_norm": "attn_q_norm", "self_attn.k_norm": "attn_k_norm",
@@ -85,6 +85,9 @@ GGUF_NAMES = {
     "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down",
     "mlp.shared_experts.gate_proj": "ffn_gate_shexp", "mlp.shared_experts.up_proj": "ffn_up_shexp",
     "mlp.shared_experts.down_proj": "ffn_down_shexp", "mlp.gate.e_score_correction_bias": "exp_probs_b.bias",
+    "self_attn.q_a_proj": "attn_q_a", "self_attn.q_a_layernorm": "attn_q_a_norm", "self_attn.q_b_proj": "attn_q_b",
+    "self_attn.kv_a_proj_with_mqa": "attn_kv_a_mqa", "self_attn.kv_a_layernorm": "attn_kv_a_norm",
+    "self_attn.kv_b_proj": "attn_kv_b",
 }  # fmt: skip
 OTHER_NAMES = {
     architecture: {"post_attention_layernorm": "post_attention_norm"} for architecture in ("seed_oss", "glm4moe")
@@ -95,19 +98,21 @@ EXPERT_NAMES = {"gate_proj": "ffn_gate_exps", "up_proj": "ffn_up_exps", "down_pr
 
 def write_gguf(
     path: Path, family: str, quantise: Callable[[np.ndarray], tuple[np.ndarray, Any]], pre: str = "llama-bpe",
-    part_tensors: int = 0, drafts: int = 0,
+    part_tensors: int = 0, drafts: int = 0, old: bool = False,
 ) -> None:  # fmt: skip
     """Write a golden model (or any folder, by its path) as llama.cpp's converter does.
 
     `quantise` gives a matrix's data and GGML type, `pre` is the name of the pre-tokenizer; with `part_tensors` the file
-    is split into parts of so many tensors, and so many layers behind the last are those that only draft tokens.
+    is split into parts of so many tensors, and so many layers behind the last are those that only draft tokens; an
+    `old` file of latent attention has kv_b in one piece.
     """
     config = open_model(str(FOLDER / family)).config
     architecture = ARCHITECTURES[config.model_type]
     writer = gguf.GGUFWriter(path, architecture, split_max_tensors=part_tensors)
-    _write_metadata(writer, config, drafts)
+    _write_metadata(writer, config, drafts, old)
     _write_vocabulary(writer, family, pre)
-    for name, tensor in _gguf_tensors(family, architecture, config).items():
+    stored = _gguf_tensors(family, architecture, config)
+    for name, tensor in (stored if old else _with_halves(stored, config)).items():
         if tensor.ndim == 1 or "ffn_gate_inp" in name:
             writer.add_tensor(name, tensor)
         else:
@@ -141,7 +146,7 @@ def chosen(config: ModelConfig) -> int:
     return last_mlp(config).router.chosen if experts(config) else 0
 
 
-def _write_metadata(writer: gguf.GGUFWriter, config: ModelConfig, drafts: int) -> None:
+def _write_metadata(writer: gguf.GGUFWriter, config: ModelConfig, drafts: int, old: bool) -> None:
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
     writer.add_block_count(config.num_hidden_layers + drafts)
@@ -151,12 +156,15 @@ def _write_metadata(writer: gguf.GGUFWriter, config: ModelConfig, drafts: int) -
         writer.add_tensor(f"blk.{config.num_hidden_layers}.attn_norm.weight", np.ones(8, np.float32))
     writer.add_feed_forward_length(mlp(config).intermediate_size)
     writer.add_head_count(attention(config).heads)
-    writer.add_head_count_kv(attention(config).kv_heads)
-    writer.add_key_length(attention(config).head_dim)
-    writer.add_value_length(attention(config).head_dim)
+    if hasattr(attention(config), "kv_rank"):
+        _write_latents(writer, config, old)
+    else:
+        writer.add_head_count_kv(attention(config).kv_heads)
+        writer.add_key_length(attention(config).head_dim)
+        writer.add_value_length(attention(config).head_dim)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_rope_freq_base(config.rope.theta)
-    if attention(config).rotary_channels != attention(config).head_dim:
+    if attention(config).rotary_channels != getattr(attention(config), "head_dim", attention(config).rotary_channels):
         writer.add_rope_dimension_count(attention(config).rotary_channels)
     if experts(config):
         writer.add_expert_count(experts(config))
@@ -164,6 +172,40 @@ def _write_metadata(writer: gguf.GGUFWriter, config: ModelConfig, drafts: int) -
         writer.add_expert_feed_forward_length(last_mlp(config).intermediate_size)
         if last_mlp(config).router.scores == "sigmoid":
             _write_sigmoids(writer, config)
+
+
+def _write_latents(writer: gguf.GGUFWriter, config: ModelConfig, old: bool) -> None:
+    """What llama.cpp's converter writes of DeepSeek's attention; in files with halves of kv_b it has one KV head."""
+    kind, scaling = attention(config), config.rope.scaling
+    whole = kind.nope + kind.rope, kind.value
+    writer.add_head_count_kv(kind.heads if old else 1)
+    writer.add_key_length(whole[0] if old else kind.kv_rank + kind.rope)
+    writer.add_value_length(whole[1] if old else kind.kv_rank)
+    if not old:
+        writer.add_key_length_mla(whole[0])
+        writer.add_value_length_mla(whole[1])
+    if kind.q_rank:
+        writer.add_q_lora_rank(kind.q_rank)
+    writer.add_kv_lora_rank(kind.kv_rank)
+    writer.add_rope_dimension_count(kind.rope)
+    if scaling is not None:
+        writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
+        writer.add_rope_scaling_factor(scaling.factor)
+        writer.add_rope_scaling_orig_ctx_len(int(scaling.original_max_position_embeddings))
+        magnitude = (np.sqrt(kind.softmax_factor) - 1) / np.log(scaling.factor)
+        writer.add_rope_scaling_yarn_log_mul(float(magnitude))
+
+
+def _with_halves(stored: Tensors, config: ModelConfig) -> Tensors:
+    """With kv_b of each head as its two halves, that of keys turned."""
+    found = dict(stored)
+    for name in stored:
+        if "attn_kv_b" in name:
+            kind, prefix = attention(config), name.removesuffix("attn_kv_b.weight")
+            by_head = found.pop(name).reshape(kind.heads, kind.nope + kind.value, kind.kv_rank)
+            found[f"{prefix}attn_k_b.weight"] = np.ascontiguousarray(by_head[:, : kind.nope].swapaxes(1, 2))
+            found[f"{prefix}attn_v_b.weight"] = np.ascontiguousarray(by_head[:, kind.nope :])
+    return found
 
 
 def _write_sigmoids(writer: gguf.GGUFWriter, config: ModelConfig) -> None:
@@ -214,7 +256,7 @@ def _gguf_tensors(family: str, architecture: str, config: ModelConfig) -> Tensor
                 {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}[module]
                 + ".weight"
             ] = tensor
-    if config.rope.scaling is not None:
+    if config.rope.scaling is not None and not hasattr(attention(config), "kv_rank"):
         plain = config.rope.theta ** -(np.arange(0, attention(config).head_dim, 2) / attention(config).head_dim)
         found["rope_freqs.weight"] = (plain / np.array(config.inverse_frequencies())).astype(np.float32)
     return {**found, **{name: np.stack(parts) for name, parts in stacked.items()}}

@@ -97,7 +97,7 @@ class Gguf:
     `experts`: of the files of this architecture the family has those with experts, else those without. `rotary_pairs`:
     the rows of q and k stand in pairs that RoPE turns. `flags` are options of the configuration that are true if and
     only if the first layer has the tensor; `fields` gives what else the configuration says. `partial_rope`: the family
-    reads partial_rotary_factor.
+    reads partial_rotary_factor; `own_heads`: `fields` reads the sizes of heads, of which only a part is turned.
     """
 
     architecture: str
@@ -107,6 +107,7 @@ class Gguf:
     flags: Mapping[str, str] = field(default_factory=lambda: GGUF_BIASES)
     fields: Callable[[GgufMetadata], Json] = lambda metadata: {}
     partial_rope: bool = False
+    own_heads: bool = False
 
 
 @dataclass(frozen=True)

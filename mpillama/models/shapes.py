@@ -111,6 +111,40 @@ MINIMAX_M2 = {
     "num_experts_per_tok": 8,
     "tie_word_embeddings": False,
 }
+YARN = {
+    "rope_type": "yarn",
+    "factor": 40.0,
+    "original_max_position_embeddings": 4096,
+    "mscale": 1.0,
+    "mscale_all_dim": 1.0,
+}
+DEEPSEEK = {
+    "model_type": "deepseek_v3",
+    "vocab_size": 129280,
+    "max_position_embeddings": 163840,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 10000.0,
+    "rope_scaling": YARN,
+    "n_routed_experts": 256,
+    "n_group": 8,
+    "topk_group": 4,
+    "routed_scaling_factor": 2.5,
+    "first_k_dense_replace": 3,
+    "tie_word_embeddings": False,
+}
+KIMI = {
+    **DEEPSEEK,
+    "model_type": "kimi_k2",
+    "vocab_size": 163840,
+    "max_position_embeddings": 131072,
+    "rope_theta": 50000.0,
+    "rope_scaling": {**YARN, "factor": 32.0, "beta_fast": 1.0, "beta_slow": 1.0},
+    "n_routed_experts": 384,
+    "n_group": 1,
+    "topk_group": 1,
+    "routed_scaling_factor": 2.827,
+    "first_k_dense_replace": 1,
+}
 
 
 def _sizes(base: dict[str, Any], hidden: int, inner: int, layers: int, heads: int, **other: Any) -> dict[str, Any]:
@@ -143,6 +177,8 @@ SHAPES: dict[str, dict[str, Any]] = {
     "glm-4.5-air": _sizes({**GLM4, **GLM45_AIR}, 4096, 10944, 46, 96),
     "glm-4.6": _sizes({**GLM4, **GLM46}, 5120, 12288, 92, 96),
     "minimax-m2": _sizes(MINIMAX_M2, 3072, 1536, 62, 48),
+    "deepseek-r1": _sizes(DEEPSEEK, 7168, 18432, 61, 128),
+    "kimi-k2": _sizes(KIMI, 7168, 18432, 61, 64),
     "hy3": _sizes(HY3, 4096, 13312, 80, 64),
 }
 
