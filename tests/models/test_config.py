@@ -133,7 +133,7 @@ def test_llama3_frequencies_at_the_ends_of_the_ramp():
 @pytest.mark.parametrize("name", list(SHAPES))
 def test_known_shapes_are_configurations(name):
     config = ModelConfig.from_hf(shape_config(name))
-    assert (config.rope.scaling is not None) == name.startswith("llama-3")
+    assert (config.rope.scaling is not None) == name.startswith(("llama-3", "deepseek", "kimi"))
     assert isinstance(config.blocks[-1].mlp, Experts) == ("num_experts_per_tok" in shape_config(name))
 
 
@@ -455,3 +455,13 @@ def test_the_magnitude_of_yarn_squared_scales_the_scores_of_latent_attention():
 def test_variants_of_deepseek_that_nobody_runs_are_refused_by_name(key, value):
     with pytest.raises(UserError, match=f"{key}={value!r}"):
         ModelConfig.from_hf({**LATENT, key: value})
+
+
+@pytest.mark.parametrize(("layers", "dense"), [(1, 1), (2, 1), (3, 1), (20, 1), (60, 3), (61, 3)])
+def test_some_layers_are_of_every_kind_in_proportion(layers, dense):
+    whole = ModelConfig.from_hf(shape_config("deepseek-r1"))
+    some = whole.some_layers(layers).blocks
+    assert len(some) == layers
+    assert [isinstance(block.mlp, Experts) for block in some] == [False] * dense + [True] * (layers - dense)
+    alike = ModelConfig.from_hf(shape_config("llama-3.2-1b"))
+    assert alike.some_layers(2) == alike.first_layers(2)

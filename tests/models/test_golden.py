@@ -86,6 +86,17 @@ def test_a_gguf_with_kv_b_in_one_piece_gives_the_same_bits(tmp_path):
     assert np.array_equal(found, logits(open_model(str(g.FOLDER / "deepseek_v3"), "f32"), "deepseek_v3"))
 
 
+def test_kimi_within_a_model_that_also_sees_gives_the_same_bits(tmp_path):
+    """As Kimi K2.5 and later are published."""
+    inner = json.loads((g.FOLDER / "kimi_k2" / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "kimi_k25", "text_config": inner}))
+    tensors = {f"language_model.{name}": tensor for name, tensor in g.family_tensors("kimi_k2").items()}
+    others = {name: np.ones((4, 8), np.float32) for name in ("vision_tower.encoder.weight", "mm_projector.pre.weight")}
+    save_file({**tensors, **others}, tmp_path / "model.safetensors")
+    found = logits(open_model(str(tmp_path), "f32"), "kimi_k2")
+    assert np.array_equal(found, logits(open_model(str(g.FOLDER / "kimi_k2"), "f32"), "kimi_k2"))
+
+
 @pytest.mark.parametrize("name", ["model.layers.3.eh_proj.weight", "mtp.0.fc.weight", "model.mtp.norm.weight"])
 def test_layers_that_only_draft_tokens_are_left_out_and_told(name, tmp_path, caplog):
     """As in transformers; a layer that the configuration does not count is refused."""

@@ -115,6 +115,7 @@ FAMILY = Family(
         Refusal("topk_method", "mpillama runs this router with corrections only", (None, "noaux_tc")),
         Refusal("moe_layer_freq", "mpillama runs experts in every layer behind the dense ones", (None, 1)),
     ),
+    within=("kimi_k25",),
     rope=rope,
     gguf=Gguf("deepseek2", experts=True, names={**GGUF_EXPERTS, **MODULES}, fields=gguf_fields, own_heads=True),
     pre_tokenizer="deepseek-v3",

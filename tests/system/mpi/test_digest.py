@@ -202,7 +202,7 @@ def test_demo_model(ranks: int, isa: str, threads: int, measure: Measure, demo: 
 
 FAMILIES = ("llama_bias", "llama_yarn", "mistral", "qwen2", "seed_oss", "qwen3", "mixtral", "qwen3_moe", "hy_v3")
 FAMILIES += ("glm4_moe", "minimax_m2", "deepseek_v3", "kimi_k2")
-"""Folders of tests/golden: biases, scaled RoPE, a sliding window, norms of heads, experts, norms of all heads, latents."""
+"""Folders of tests/golden: biases, scaled RoPE, a window, norms of heads, experts, norms of all heads, latents."""
 
 
 def family_cases(ways: int) -> list[dict[str, Any]]:
