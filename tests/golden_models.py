@@ -25,7 +25,7 @@ FOLDER = Path(__file__).parent / "golden"
 FAMILIES = (
     "llama", "llama3", "llama_bias", "llama_linear", "llama_yarn", "mistral", "qwen2", "qwen3", "mixtral", "qwen3_moe",
     "seed_oss", "olmo2", "granite", "smollm3", "ministral", "ministral3", "phi3", "phi3_longrope", "gemma2", "gemma3",
-    "hy_v3", "glm4_moe", "minimax_m2", "gpt_oss",
+    "hy_v3", "glm4_moe", "minimax_m2", "gpt_oss", "deepseek_v3", "kimi_k2",
 )  # fmt: skip
 Tensors = Mapping[str, np.ndarray]
 
@@ -88,6 +88,7 @@ ARCHITECTURES |= {"qwen3_moe": "qwen3moe", "seed_oss": "seed_oss", "olmo2": "olm
 ARCHITECTURES |= {"smollm3": "smollm3", "ministral3": "mistral3", "phi3": "phi3", "gemma2": "gemma2"}
 ARCHITECTURES |= {"gemma3_text": "gemma3"}
 ARCHITECTURES |= {"hy_v3": "hy_v3", "glm4_moe": "glm4moe", "minimax_m2": "minimax-m2", "gpt_oss": "gpt-oss"}
+ARCHITECTURES |= {"deepseek_v3": "deepseek2"}
 IN_PAIRS = ("llama", "granite", "smollm3", "mistral3")
 """Architectures whose rows of q and k stand in rotary pairs."""
 GGUF_NAMES = {
@@ -98,6 +99,9 @@ GGUF_NAMES = {
     "mlp.shared_experts.gate_proj": "ffn_gate_shexp", "mlp.shared_experts.up_proj": "ffn_up_shexp",
     "mlp.shared_experts.down_proj": "ffn_down_shexp", "mlp.gate.e_score_correction_bias": "exp_probs_b.bias",
     "self_attn.sinks": "attn_sinks.weight",
+    "self_attn.q_a_proj": "attn_q_a", "self_attn.q_a_layernorm": "attn_q_a_norm", "self_attn.q_b_proj": "attn_q_b",
+    "self_attn.kv_a_proj_with_mqa": "attn_kv_a_mqa", "self_attn.kv_a_layernorm": "attn_kv_a_norm",
+    "self_attn.kv_b_proj": "attn_kv_b",
 }  # fmt: skip
 POST_NORMS = {
     "post_attention_layernorm": "post_attention_norm", "post_feedforward_layernorm": "post_ffw_norm",
@@ -114,19 +118,21 @@ EXPERT_NAMES = {"gate_proj": "ffn_gate_exps", "up_proj": "ffn_up_exps", "down_pr
 
 def write_gguf(
     path: Path, family: str, quantise: Callable[[np.ndarray], tuple[np.ndarray, Any]], pre: str = "llama-bpe",
-    part_tensors: int = 0, drafts: int = 0,
+    part_tensors: int = 0, drafts: int = 0, old: bool = False,
 ) -> None:  # fmt: skip
     """Write a golden model (or any folder, by its path) as llama.cpp's converter does.
 
     `quantise` gives a matrix's data and GGML type, `pre` is the name of the pre-tokenizer; with `part_tensors` the file
-    is split into parts of so many tensors, and so many layers behind the last are those that only draft tokens.
+    is split into parts of so many tensors, and so many layers behind the last are those that only draft tokens; an
+    `old` file of latent attention has kv_b in one piece.
     """
     config = open_model(str(FOLDER / family)).config
     architecture = ARCHITECTURES[config.model_type]
     writer = gguf.GGUFWriter(path, architecture, split_max_tensors=part_tensors)
-    _write_metadata(writer, family, config, drafts)
+    _write_metadata(writer, family, config, drafts, old)
     _write_vocabulary(writer, family, pre)
-    for name, tensor in _gguf_tensors(family, architecture, config).items():
+    stored = _gguf_tensors(family, architecture, config)
+    for name, tensor in (stored if old else _with_halves(stored, config)).items():
         if tensor.ndim == 1 or "ffn_gate_inp" in name or name.endswith(".bias"):
             writer.add_tensor(name, tensor)
         else:
@@ -160,7 +166,7 @@ def chosen(config: ModelConfig) -> int:
     return last_mlp(config).router.chosen if experts(config) else 0
 
 
-def _write_metadata(writer: gguf.GGUFWriter, family: str, config: ModelConfig, drafts: int) -> None:
+def _write_metadata(writer: gguf.GGUFWriter, family: str, config: ModelConfig, drafts: int, old: bool) -> None:
     writer.add_context_length(config.longest_context)
     writer.add_embedding_length(config.hidden_size)
     writer.add_block_count(config.num_hidden_layers + drafts)
@@ -170,14 +176,18 @@ def _write_metadata(writer: gguf.GGUFWriter, family: str, config: ModelConfig, d
         writer.add_tensor(f"blk.{config.num_hidden_layers}.attn_norm.weight", np.ones(8, np.float32))
     writer.add_feed_forward_length(mlp(config).intermediate_size)
     writer.add_head_count(attention(config).heads)
-    writer.add_head_count_kv(attention(config).kv_heads)
-    writer.add_key_length(attention(config).head_dim)
-    writer.add_value_length(attention(config).head_dim)
+    if hasattr(attention(config), "kv_rank"):
+        _write_latents(writer, config, old)
+    else:
+        writer.add_head_count_kv(attention(config).kv_heads)
+        writer.add_key_length(attention(config).head_dim)
+        writer.add_value_length(attention(config).head_dim)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_rope_freq_base(config.rope.theta)
     settings = json.loads((FOLDER / family / "config.json").read_text())
     MORE_METADATA.get(config.model_type, lambda writer, settings: None)(writer, settings)
-    if config.model_type not in MORE_METADATA and attention(config).rotary_channels != attention(config).head_dim:
+    turned = attention(config).rotary_channels
+    if config.model_type not in MORE_METADATA and turned != getattr(attention(config), "head_dim", turned):
         writer.add_rope_dimension_count(attention(config).rotary_channels)
     if experts(config):
         writer.add_expert_count(experts(config))
@@ -197,6 +207,40 @@ def _write_gpt_oss(writer: gguf.GGUFWriter, config: ModelConfig) -> None:
     writer.add_rope_scaling_factor(scaling.factor)
     writer.add_rope_scaling_orig_ctx_len(int(scaling.original_max_position_embeddings))
     writer.add_rope_scaling_yarn_beta_fast(scaling.beta_fast)
+
+
+def _write_latents(writer: gguf.GGUFWriter, config: ModelConfig, old: bool) -> None:
+    """What llama.cpp's converter writes of DeepSeek's attention; in files with halves of kv_b it has one KV head."""
+    kind, scaling = attention(config), config.rope.scaling
+    whole = kind.nope + kind.rope, kind.value
+    writer.add_head_count_kv(kind.heads if old else 1)
+    writer.add_key_length(whole[0] if old else kind.kv_rank + kind.rope)
+    writer.add_value_length(whole[1] if old else kind.kv_rank)
+    if not old:
+        writer.add_key_length_mla(whole[0])
+        writer.add_value_length_mla(whole[1])
+    if kind.q_rank:
+        writer.add_q_lora_rank(kind.q_rank)
+    writer.add_kv_lora_rank(kind.kv_rank)
+    writer.add_rope_dimension_count(kind.rope)
+    if scaling is not None:
+        writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
+        writer.add_rope_scaling_factor(scaling.factor)
+        writer.add_rope_scaling_orig_ctx_len(int(scaling.original_max_position_embeddings))
+        magnitude = (np.sqrt(kind.softmax_factor) - 1) / np.log(scaling.factor)
+        writer.add_rope_scaling_yarn_log_mul(float(magnitude))
+
+
+def _with_halves(stored: Tensors, config: ModelConfig) -> Tensors:
+    """With kv_b of each head as its two halves, that of keys turned."""
+    found = dict(stored)
+    for name in stored:
+        if "attn_kv_b" in name:
+            kind, prefix = attention(config), name.removesuffix("attn_kv_b.weight")
+            by_head = found.pop(name).reshape(kind.heads, kind.nope + kind.value, kind.kv_rank)
+            found[f"{prefix}attn_k_b.weight"] = np.ascontiguousarray(by_head[:, : kind.nope].swapaxes(1, 2))
+            found[f"{prefix}attn_v_b.weight"] = np.ascontiguousarray(by_head[:, kind.nope :])
+    return found
 
 
 def _write_sigmoids(writer: gguf.GGUFWriter, config: ModelConfig) -> None:
@@ -317,7 +361,8 @@ def _gguf_tensors(family: str, architecture: str, config: ModelConfig) -> Tensor
                 {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}[module]
                 + ".weight"
             ] = tensor
-    if config.rope.scaling is not None and config.model_type not in (*MORE_METADATA, "gpt_oss"):
+    own_scaling = config.model_type in (*MORE_METADATA, "gpt_oss") or hasattr(attention(config), "kv_rank")
+    if config.rope.scaling is not None and not own_scaling:
         plain = config.rope.theta ** -(np.arange(0, attention(config).head_dim, 2) / attention(config).head_dim)
         found["rope_freqs.weight"] = (plain / np.array(config.inverse_frequencies())).astype(np.float32)
     return {**found, **{name: np.stack(parts) for name, parts in stacked.items()}}

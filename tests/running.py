@@ -46,8 +46,8 @@ def load_file(file: ModelFile, threads: int, context: int | None = None) -> Deco
 def new_cache(model: Decoder, blocks: int, kv_type: str) -> KVCache:
     """A cache that holds NaN wherever nothing was written: reading too far shows."""
     cache = KVCache(model.config, model.part, blocks, kv_type)
-    for keys, _, values, _ in cache.layers:
-        keys[:] = values[:] = np.nan if kv_type == "f32" else np.float16(np.nan).view(np.int16)
+    for array in (array for layer in cache.layers for array in layer if array.dtype != np.uint16):  # but for scales
+        array[:] = np.nan if kv_type == "f32" else np.float16(np.nan).view(np.int16)
     return cache
 
 

@@ -76,6 +76,18 @@ TOY: Mapping[str, Any] = {
 }
 """A model that the command line runs: it babbles, for up to 8192 tokens if EOS is held off by a logit bias."""
 
+LATENT_TOY: Mapping[str, Any] = {
+    **TOY,
+    "model_type": "deepseek_v3",
+    "q_lora_rank": 40,
+    "kv_lora_rank": 56,
+    "qk_nope_head_dim": 24,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 20,
+    "first_k_dense_replace": 2,
+}
+"""The same with latent attention."""
+
 TOY_CHAT_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}{{ '<|' + message.role + '|>' }}{{ message.content }}"
     "{% if message.role == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"

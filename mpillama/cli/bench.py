@@ -2,6 +2,8 @@
 
 import json
 import sys
+from collections import Counter
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -22,7 +24,7 @@ from mpillama.loading.progress import LoadWatch
 from mpillama.loading.synthetic import SyntheticWeights
 from mpillama.loading.truncated import TruncatedModel
 from mpillama.models.config import ModelConfig
-from mpillama.models.decoder import Decoder
+from mpillama.models.decoder import Decoder, DecoderLayer
 from mpillama.models.shapes import shape_config
 from mpillama.models.tensors import TensorSpec, WeightTypes
 from mpillama.models.weights import Weights, load_weights, slice_bytes
@@ -166,27 +168,30 @@ def _draw_split(axes: Any, report: Report) -> None:
 def bench(options: BenchOptions, world: World) -> int:
     world.comm.on_root_only(lambda: refuse_unwritable("--plot", options.plot))
     with running(options, world) as job:
-        model, whole_layers = _load(options, world, job.target)
+        model, whole = _load(options, world, job.target)
         job.monitor.watch(model)
-        report = _measure(options, world, job.target, model, whole_layers)
+        report = _measure(options, world, job.target, model, whole)
         if world.comm.is_root:
             _publish(options, report)
     return job.status
 
 
-def _load(options: BenchOptions, world: World, target: Target) -> tuple[Decoder, int]:
-    """The model with its first layers only if asked, and the number of layers of the whole model."""
+def _load(options: BenchOptions, world: World, target: Target) -> tuple[Decoder, ModelConfig]:
+    """The model with some layers only if asked, and the whole model's configuration.
+
+    They are the first ones of a file, and of a shape some of every kind.
+    """
     if options.model is not None:
         loaded = load_model(options, world, target, load_progress(world.comm.is_root, options.json))
         whole_file = loaded.file.whole if isinstance(loaded.file, TruncatedModel) else loaded.file
-        return loaded.model, whole_file.config.num_hidden_layers
+        return loaded.model, whole_file.config
     whole = ModelConfig.from_hf(shape_config(options.shape or ""))
-    config = whole.first_layers(options.layers or whole.num_hidden_layers)
+    config = whole.some_layers(options.layers or whole.num_hidden_layers)
     specs = config.tensors(WeightTypes(WEIGHT_TYPES[weights_of_shape(options.weights)]))
     chunk = min(options.prefill_chunk, config.max_position_embeddings)
     choose_reduction(world.comm, world, target.team, config.padded_hidden_size, chunk)
     model = Decoder(config, _made_weights(options, config, specs, world, target), world.comm, target.team)
-    return model, whole.num_hidden_layers
+    return model, whole
 
 
 def _made_weights(
@@ -207,20 +212,20 @@ def weights_of_shape(weights: str) -> str:
     return "q4_0" if weights == "as-stored" else weights
 
 
-def _measure(options: BenchOptions, world: World, target: Target, model: Decoder, whole_layers: int) -> dict[str, Any]:
+def _measure(options: BenchOptions, world: World, target: Target, model: Decoder, whole: ModelConfig) -> dict[str, Any]:
     positions = max([*options.prefill, options.context + options.decode])
     if positions > model.config.max_position_embeddings:
         raise UserError(f"{positions} positions are asked for, the model has {model.config.max_position_embeddings}.")
     watch = Stopwatch(model, positions, max(options.batch), options.kv_type, options.prefill_chunk)
     bandwidths = [read_bandwidth(world.comm, target.team)]
-    prefill = [_prefill(options, watch, tokens, whole_layers) for tokens in options.prefill]
-    decode = [_decode(options, world, watch, batch, bandwidths, whole_layers) for batch in options.batch]
+    prefill = [_prefill(options, watch, tokens, whole) for tokens in options.prefill]
+    decode = [_decode(options, world, watch, batch, bandwidths, whole) for batch in options.batch]
     where = {"where": _where(options, watch)} if options.where else {}
     return {
         "shape": options.shape or options.model,
         "weights": weights_of_shape(options.weights) if options.shape else "as stored",
         "kv_type": options.kv_type,
-        "layers": {"measured": model.config.num_hidden_layers, "model": whole_layers},
+        "layers": {"measured": model.config.num_hidden_layers, "model": whole.num_hidden_layers},
         "ranks": world.comm.size,
         "threads": target.threads,
         "isa": target.isa.name,
@@ -268,7 +273,7 @@ def _resident_bytes() -> int:
     return int(psutil.Process().memory_info().rss)
 
 
-def _prefill(options: BenchOptions, watch: Stopwatch, tokens: int, whole_layers: int) -> dict[str, Any]:
+def _prefill(options: BenchOptions, watch: Stopwatch, tokens: int, whole: ModelConfig) -> dict[str, Any]:
     with watch.model.comm.doing(f"measuring the prefill of {tokens} tokens"):
         timing = watch.prefill(tokens, options.repetitions)
     result = {
@@ -277,14 +282,14 @@ def _prefill(options: BenchOptions, watch: Stopwatch, tokens: int, whole_layers:
         "multiply_adds_per_second": tokens * multiply_adds(watch.model.config) / timing.median,
         "communication_share": timing.communication_share,
     }
-    if watch.model.config.num_hidden_layers < whole_layers:
-        seconds = _extrapolate(watch, timing.median, whole_layers, lambda: watch.prefill(tokens, options.repetitions))
+    if watch.model.config.num_hidden_layers < whole.num_hidden_layers:
+        seconds = _extrapolate(watch, timing.median, whole, lambda: watch.prefill(tokens, options.repetitions))
         result["whole_model_tokens_per_second"] = tokens / seconds
     return result
 
 
 def _decode(
-    options: BenchOptions, world: World, watch: Stopwatch, batch: int, bandwidths: list[float], whole_layers: int
+    options: BenchOptions, world: World, watch: Stopwatch, batch: int, bandwidths: list[float], whole: ModelConfig
 ) -> dict[str, Any]:
     # Other machines on the same host change what memory gives from second to second: measured before and after.
     before = read_bandwidth(world.comm, watch.model.team)
@@ -307,9 +312,9 @@ def _decode(
         "allreduce_microseconds": min(r[2] for r in ranks),
         "slowest_rank": {"rank": slowest, "host": ranks[slowest][1]},
     }
-    if watch.model.config.num_hidden_layers < whole_layers:
+    if watch.model.config.num_hidden_layers < whole.num_hidden_layers:
         again = lambda: watch.decode(batch, options.context, options.decode)  # noqa: E731
-        result["whole_model_tokens_per_second"] = batch / _extrapolate(watch, timing.median, whole_layers, again)
+        result["whole_model_tokens_per_second"] = batch / _extrapolate(watch, timing.median, whole, again)
     return result
 
 
@@ -322,15 +327,29 @@ def _spread(timing: Timing, tokens: int) -> dict[str, float]:
     }
 
 
-def _extrapolate(watch: Stopwatch, median: float, whole_layers: int, again: Any) -> float:
-    """Seconds of the whole model: what the layers took, times their number, plus what a model without layers takes."""
-    layers = watch.model.layers
-    watch.model.layers = []
-    try:
-        rest = float(again().median)
-    finally:
-        watch.model.layers = layers
-    return rest + (median - rest) * whole_layers / len(layers)
+def _extrapolate(watch: Stopwatch, median: float, whole: ModelConfig, again: Callable[[], Timing]) -> float:
+    """Seconds of the whole model: what a model without layers takes, plus what layers of each kind take.
+
+    Kinds that were not measured are counted as the others' mean.
+    """
+    layers, counts = watch.model.layers, Counter(whole.blocks)
+    kinds = list(dict.fromkeys(layer.block for layer in layers))
+
+    def seconds(kept: list[DecoderLayer]) -> float:
+        watch.model.layers = kept
+        try:
+            return float(again().median)
+        finally:
+            watch.model.layers = layers
+
+    rest = seconds([])
+    if len(kinds) == 1:
+        return rest + (median - rest) * whole.num_hidden_layers / len(layers)
+    total = 0.0
+    for kind in kinds:
+        alike = [layer for layer in layers if layer.block == kind]
+        total += (seconds(alike) - rest) / len(alike) * counts[kind]
+    return rest + total * whole.num_hidden_layers / sum(counts[kind] for kind in kinds)
 
 
 def _publish(options: BenchOptions, report: dict[str, Any]) -> None:

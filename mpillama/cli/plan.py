@@ -112,7 +112,7 @@ def _request(options: PlanOptions) -> PlanRequest:
     if options.layers is not None:
         if not 1 <= options.layers <= config.num_hidden_layers:
             raise UserError(f"--layers is {options.layers}: this model has 1 to {config.num_hidden_layers} layers.")
-        config = config.first_layers(options.layers)
+        config = config.first_layers(options.layers) if options.model else config.some_layers(options.layers)
     bench_trial = options.shape is not None and options.layers is not None  # without texts
     sizes = (nodes, ranks, memory, context, options.batch, options.kv_type)
     return PlanRequest(config, types, *sizes, tokenizer=not bench_trial)

@@ -49,8 +49,9 @@ KV_TYPES: Mapping[str, KVType] = {
 class Attention(Protocol):
     """What any kind of attention says of itself."""
 
-    products: ClassVar[Mapping[str, tuple[str, ...]]]
-    """Of kernels.library.PARTS, the matrices that each reads, by their names within the layer."""
+    @property
+    def products(self) -> Mapping[str, tuple[str, ...]]:
+        """Of kernels.library.PARTS, the matrices that each reads, by their names within the layer."""
 
     @property
     def rotary_channels(self) -> int:

@@ -1,6 +1,7 @@
 """The shape and constants of a model, read from a Hugging Face configuration."""
 
 import math
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -82,6 +83,20 @@ class ModelConfig:
     def first_layers(self, layers: int) -> "ModelConfig":
         """The same model with its first layers only."""
         return replace(self, blocks=self.blocks[:layers])
+
+    def some_layers(self, layers: int) -> "ModelConfig":
+        """The same model with so many layers: of every kind in proportion, and at least one while there is room."""
+        counts = Counter(self.blocks)
+        taken = Counter(dict.fromkeys(self.kinds[:layers], 1))
+        while taken.total() < min(layers, len(self.blocks)):
+            most = max(counts, key=lambda kind: (counts[kind] - taken[kind]) / counts[kind] if taken[kind] else 0.0)
+            taken[most] += 1
+        chosen = []
+        for block in self.blocks:
+            if taken[block] > 0:
+                chosen.append(block)
+                taken[block] -= 1
+        return replace(self, blocks=tuple(chosen))
 
     # -- what ranks divide ------------------------------------------------------------------------------------------
 

@@ -106,7 +106,7 @@ class Gguf:
     the rows of q and k stand in pairs that RoPE turns. `flags` are options of the configuration that are true if and
     only if the first layer has the tensor; `fields` gives what else the configuration says. `partial_rope`: the family
     reads partial_rotary_factor; `rope_keys`: what else it reads of `rope.`; `scaling`: what its YaRN has that files do
-    not tell.
+    not tell; `own_heads`: `fields` reads the sizes of heads, of which only a part is turned.
     """
 
     architecture: str
@@ -118,6 +118,7 @@ class Gguf:
     partial_rope: bool = False
     scaling: Json = field(default_factory=dict)
     rope_keys: Sequence[str] = ()
+    own_heads: bool = False
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,6 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import ClassVar
 
 import numpy as np
 
@@ -43,11 +42,6 @@ class LatentAttention:
     rotary_pairs: bool = True
     softmax_factor: float = 1.0
 
-    products: ClassVar[Mapping[str, tuple[str, ...]]] = {
-        "q/k/v": tuple(f"self_attn.{name}.weight" for name in ("kv_a_proj_with_mqa", "k_b_proj")),
-        "o_proj": tuple(f"self_attn.{name}.weight" for name in ("v_b_proj", "o_proj")),
-    }
-
     @classmethod
     def read(cls, values: ConfigValues, softmax_factor: float = 1.0) -> "LatentAttention":
         """From Hugging Face's names; `q_lora_rank` may be null."""
@@ -65,6 +59,12 @@ class LatentAttention:
         if found.rope % 2:
             raise UserError(f"The model's configuration has qk_rope_head_dim={found.rope}: it must be even for RoPE.")
         return found
+
+    @property
+    def products(self) -> Mapping[str, tuple[str, ...]]:
+        queries = ("q_a_proj", "q_b_proj") if self.q_rank else ("q_proj",)
+        of_parts = {"q/k/v": (*queries, "kv_a_proj_with_mqa", "k_b_proj"), "o_proj": ("v_b_proj", "o_proj")}
+        return {part: tuple(f"self_attn.{name}.weight" for name in names) for part, names in of_parts.items()}
 
     @property
     def rotary_channels(self) -> int:

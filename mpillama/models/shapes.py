@@ -111,6 +111,48 @@ MINIMAX_M2 = {
     "num_experts_per_tok": 8,
     "tie_word_embeddings": False,
 }
+YARN = {
+    "rope_type": "yarn",
+    "factor": 40.0,
+    "original_max_position_embeddings": 4096,
+    "mscale": 1.0,
+    "mscale_all_dim": 1.0,
+}
+DEEPSEEK = {
+    "model_type": "deepseek_v3",
+    "vocab_size": 129280,
+    "max_position_embeddings": 163840,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 10000.0,
+    "rope_scaling": YARN,
+    "q_lora_rank": 1536,
+    "kv_lora_rank": 512,
+    "qk_nope_head_dim": 128,
+    "qk_rope_head_dim": 64,
+    "v_head_dim": 128,
+    "n_routed_experts": 256,
+    "num_experts_per_tok": 8,
+    "n_shared_experts": 1,
+    "moe_intermediate_size": 2048,
+    "n_group": 8,
+    "topk_group": 4,
+    "routed_scaling_factor": 2.5,
+    "first_k_dense_replace": 3,
+    "tie_word_embeddings": False,
+}
+KIMI = {
+    **DEEPSEEK,
+    "model_type": "kimi_k2",
+    "vocab_size": 163840,
+    "max_position_embeddings": 131072,
+    "rope_theta": 50000.0,
+    "rope_scaling": {**YARN, "factor": 32.0, "beta_fast": 1.0, "beta_slow": 1.0},
+    "n_routed_experts": 384,
+    "n_group": 1,
+    "topk_group": 1,
+    "routed_scaling_factor": 2.827,
+    "first_k_dense_replace": 1,
+}
 
 GPT_OSS = {
     "model_type": "gpt_oss",
@@ -221,6 +263,8 @@ SHAPES: dict[str, dict[str, Any]] = {
     "minimax-m2": _sizes(MINIMAX_M2, 3072, 1536, 62, 48),
     "gpt-oss-20b": _sizes(GPT_OSS, 2880, 2880, 24, 64, num_local_experts=32),
     "gpt-oss-120b": _sizes(GPT_OSS, 2880, 2880, 36, 64, num_local_experts=128),
+    "deepseek-r1": _sizes(DEEPSEEK, 7168, 18432, 61, 128),
+    "kimi-k2": _sizes(KIMI, 7168, 18432, 61, 64),
     "hy3": _sizes(HY3, 4096, 13312, 80, 64),
 }
 

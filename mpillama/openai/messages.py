@@ -128,4 +128,4 @@ class TemplateFields(Body):
             return self.chat_template_kwargs or {}
         thinks = self.reasoning_effort != "none"
         effort = {"reasoning_effort": self.reasoning_effort, "thinking": thinks}
-        return effort | ({} if thinks else NO_THOUGHT) | (self.chat_template_kwargs or {})
+        return {**effort, **({} if thinks else NO_THOUGHT), **(self.chat_template_kwargs or {})}

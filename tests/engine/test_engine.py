@@ -23,6 +23,13 @@ def model(model_file: ModelFile):
 
 
 @pytest.fixture(scope="module")
+def latent_model(tmp_path_factory):
+    path = tmp_path_factory.mktemp("latents") / "latents.h5"
+    models.write_random(path, models.LATENT_TOY, "q8_0")
+    return running.load(path, THREADS)
+
+
+@pytest.fixture(scope="module")
 def tokenizer() -> Tokenizer:
     return Tokenizer(models.toy_tokenizer(), bos_token_id=models.BOS, eos_token_ids=(models.EOS,), add_bos=True)
 
@@ -86,6 +93,14 @@ def alone(model, tokenizer, request):
 @pytest.mark.parametrize("seed", [1, 2, 3])
 def test_answers_do_not_depend_on_company(model, tokenizer, seed, speculate):
     """Random arrivals, cancels, a pool so small that sequences are pushed out, prefixes found in the cache."""
+    check_company(model, tokenizer, seed, speculate)
+
+
+def test_answers_over_a_cache_of_latents_do_not_depend_on_company(latent_model, tokenizer):
+    check_company(latent_model, tokenizer, 1, speculate=4)
+
+
+def check_company(model, tokenizer, seed, speculate):
     rng = np.random.default_rng(seed)
     engine = new_engine(model, tokenizer, speculate=speculate)
     requests = [random_request(rng, i) for i in range(30)]

@@ -58,7 +58,10 @@ SIZES: Mapping[str, Any] = {
 
 @dataclass(frozen=True)
 class Family:
-    """What is special about one model; `weights_of` names another one whose weights it shares."""
+    """What is special about one model; `weights_of` names another one whose weights it shares.
+
+    `called` is its model_type for models that are published under another name than their class has in transformers.
+    """
 
     model_type: str
     options: Mapping[str, Any] = field(default_factory=dict)
@@ -66,6 +69,7 @@ class Family:
     prompt: int = 12
     norms: float = 1.0  # about which the weights of norms lie
     weights_of: str = ""
+    called: str = ""
 
 
 def rope(rope_type: str, theta: float = 10000.0, **constants: float) -> dict[str, Any]:
@@ -89,6 +93,26 @@ PHI_LONG: Mapping[str, Any] = {
         "short_factor": [1.0, 1.3, 2.7],
         "long_factor": [1.1, 3.1, 9.3],
     },
+}
+YARN_MAGNITUDES = rope("yarn", 100.0, factor=4.0, original_max_position_embeddings=128, mscale=0.6, mscale_all_dim=0.6)
+LATENT: Mapping[str, Any] = {  # heads that no number of ranks divides, groups of experts, an expert of no whole panels
+    "num_hidden_layers": 3,
+    "num_attention_heads": 7,
+    "num_key_value_heads": 7,
+    "q_lora_rank": 20,
+    "kv_lora_rank": 28,
+    "qk_nope_head_dim": 12,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 10,
+    "n_routed_experts": 8,
+    "n_group": 4,
+    "topk_group": 2,
+    "num_experts_per_tok": 3,
+    "moe_intermediate_size": 40,
+    "n_shared_experts": 1,
+    "routed_scaling_factor": 1.7,
+    "first_k_dense_replace": 1,
+    "tie_word_embeddings": True,
 }
 
 FAMILIES: Mapping[str, Family] = {
@@ -271,6 +295,13 @@ FAMILIES: Mapping[str, Family] = {
         | rope("yarn", factor=4.0, original_max_position_embeddings=64, beta_fast=4.0, truncate=False),
         prompt=24,
     ),
+    "deepseek_v3": Family("deepseek_v3", LATENT | YARN_MAGNITUDES),
+    "kimi_k2": Family(
+        "deepseek_v3",
+        LATENT
+        | {"q_lora_rank": None, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 0, "n_routed_experts": 6},
+        called="kimi_k2",
+    ),
 }
 
 
@@ -338,6 +369,9 @@ def save_model(model: transformers.PreTrainedModel, family: Family, folder: Path
     (folder / "model.safetensors").unlink(missing_ok=True)
     stored.save_pretrained(folder)
     (folder / "generation_config.json").unlink(missing_ok=True)
+    if family.called:
+        text = (folder / "config.json").read_text()
+        (folder / "config.json").write_text(text.replace(f'"{family.model_type}"', f'"{family.called}"'))
     if family.weights_of:
         same = Path("..") / family.weights_of / "model.safetensors"
         assert (folder / same).read_bytes() == (folder / "model.safetensors").read_bytes()

@@ -9,7 +9,7 @@ import pytest
 from mpillama.errors import UserError
 from mpillama.models.attention import GroupedQueryAttention
 from mpillama.models.config import ModelConfig
-from mpillama.models.mlp import Experts
+from mpillama.models.mlp import Experts, GatedMlp
 from mpillama.models.router import Router
 from mpillama.models.shapes import SHAPES, shape_config
 from tests.reference import llama3_frequencies
@@ -459,3 +459,70 @@ def test_queries_grow_with_their_position():
     assert [factors.at(position) for position in (0, 15, 16, 47)] == [
         1.0, 1.0, 1 + 0.5 * math.log(2), 1 + 0.5 * math.log(3),
     ]  # fmt: skip
+
+
+# -- latent attention -------------------------------------------------------------------------------------------------
+
+LATENT = {
+    "model_type": "deepseek_v3", "vocab_size": 100, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3,
+    "num_attention_heads": 5, "kv_lora_rank": 40, "q_lora_rank": 33, "n_routed_experts": 8, "n_group": 2,
+    "topk_group": 1, "num_experts_per_tok": 2, "first_k_dense_replace": 1,
+}  # fmt: skip
+MAGNITUDE = {"type": "yarn", "factor": 40.0, "original_max_position_embeddings": 4096, "mscale": 1.0}
+
+
+@pytest.mark.parametrize("model_type", ["deepseek_v3", "kimi_k2"])
+def test_latent_attention_and_experts_behind_dense_layers(model_type):
+    first, second, third = ModelConfig.from_hf({**LATENT, "model_type": model_type}).blocks
+    assert first.attention == third.attention
+    assert (first.attention.q_rank, first.attention.kv_rank, first.attention.cache_width) == (33, 40, 64 + 64)
+    assert isinstance(first.mlp, GatedMlp)
+    assert not isinstance(first.mlp, Experts)
+    assert second.mlp == third.mlp
+    router = second.mlp.router
+    assert (router.groups, router.chosen_groups, router.scaling, router.correction) == (2, 1, 2.5, True)
+    assert second.mlp.shared.intermediate_size == 2048
+
+
+def test_queries_may_come_without_compression():
+    assert ModelConfig.from_hf({**LATENT, "q_lora_rank": None}).blocks[0].attention.q_rank == 0
+    assert (
+        ModelConfig.from_hf({k: v for k, v in LATENT.items() if k != "q_lora_rank"}).blocks[0].attention.q_rank == 1536
+    )
+
+
+def test_the_magnitude_of_yarn_squared_scales_the_scores_of_latent_attention():
+    """As transformers: 192^-0.5 * (0.1 * ln 40 + 1)^2 in DeepSeek V3."""
+    scaled = ModelConfig.from_hf({**LATENT, "rope_scaling": {**MAGNITUDE, "mscale_all_dim": 1.0}})
+    assert scaled.blocks[0].attention.softmax_factor == pytest.approx((0.1 * math.log(40) + 1) ** 2)
+    assert scaled.rope.factor == 1.0
+    plain = ModelConfig.from_hf({**LATENT, "rope_scaling": MAGNITUDE})
+    assert plain.blocks[0].attention.softmax_factor == 1.0
+    assert plain.rope.factor == pytest.approx(0.1 * math.log(40) + 1)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("scoring_func", "softmax"),
+        ("topk_method", "group_limited_greedy"),
+        ("moe_layer_freq", 2),
+        ("attention_bias", True),
+        ("qk_rope_head_dim", 7),
+        ("hidden_act", "gelu"),
+        ("n_group", 3),
+    ],
+)
+def test_variants_of_deepseek_that_nobody_runs_are_refused_by_name(key, value):
+    with pytest.raises(UserError, match=f"{key}={value!r}"):
+        ModelConfig.from_hf({**LATENT, key: value})
+
+
+@pytest.mark.parametrize(("layers", "dense"), [(1, 1), (2, 1), (3, 1), (20, 1), (60, 3), (61, 3)])
+def test_some_layers_are_of_every_kind_in_proportion(layers, dense):
+    whole = ModelConfig.from_hf(shape_config("deepseek-r1"))
+    some = whole.some_layers(layers).blocks
+    assert len(some) == layers
+    assert [isinstance(block.mlp, Experts) for block in some] == [False] * dense + [True] * (layers - dense)
+    alike = ModelConfig.from_hf(shape_config("llama-3.2-1b"))
+    assert alike.some_layers(2) == alike.first_layers(2)

@@ -21,7 +21,8 @@ BOUNDS = {"f16": 2e-3, "bf16": 2e-2, "q8_0": 0.1, "q4_0": 0.8}
 """As above, for weights rounded to a type; measured for Mixtral, where a router may choose otherwise: 0.07 for q8_0,
 0.58 for q4_0."""
 BLOCKS_TOLERANCE = 0.03  # of the largest logit, for activations in int8
-IN_GGUF = tuple(f for f in g.FAMILIES if f not in ("llama_yarn", "llama_linear", "mistral", "ministral", "llama_bias"))
+NOT_IN_GGUF = ("llama_yarn", "llama_linear", "mistral", "ministral", "llama_bias", "kimi_k2")
+IN_GGUF = tuple(f for f in g.FAMILIES if f not in NOT_IN_GGUF)
 IN_DLLAMA = ("llama", "qwen3", "qwen3_moe")
 
 
@@ -110,6 +111,23 @@ def test_a_gguf_gives_the_same_bits_as_the_folder(family, tmp_path):
         assert np.array_equal(found, logits(open_model(str(g.FOLDER / family), "f32"), family))
 
 
+def test_a_gguf_with_kv_b_in_one_piece_gives_the_same_bits(tmp_path):
+    g.write_gguf(tmp_path / "model.gguf", "deepseek_v3", g.as_float32, old=True)
+    found = logits(open_model(str(tmp_path / "model.gguf")), "deepseek_v3")
+    assert np.array_equal(found, logits(open_model(str(g.FOLDER / "deepseek_v3"), "f32"), "deepseek_v3"))
+
+
+def test_kimi_within_a_model_that_also_sees_gives_the_same_bits(tmp_path):
+    """As Kimi K2.5 and later are published."""
+    inner = json.loads((g.FOLDER / "kimi_k2" / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "kimi_k25", "text_config": inner}))
+    tensors = {f"language_model.{name}": tensor for name, tensor in g.family_tensors("kimi_k2").items()}
+    others = {name: np.ones((4, 8), np.float32) for name in ("vision_tower.encoder.weight", "mm_projector.pre.weight")}
+    save_file({**tensors, **others}, tmp_path / "model.safetensors")
+    found = logits(open_model(str(tmp_path), "f32"), "kimi_k2")
+    assert np.array_equal(found, logits(open_model(str(g.FOLDER / "kimi_k2"), "f32"), "kimi_k2"))
+
+
 @pytest.mark.parametrize("name", ["model.layers.3.eh_proj.weight", "mtp.0.fc.weight", "model.mtp.norm.weight"])
 def test_layers_that_only_draft_tokens_are_left_out_and_told(name, tmp_path, caplog):
     """As in transformers; a layer that the configuration does not count is refused."""
@@ -196,7 +214,7 @@ def test_a_dllama_file_gives_the_same_bits_as_the_folder(family, tmp_path):
 
 
 @pytest.mark.parametrize("size", [2, 3, 5])
-@pytest.mark.parametrize("family", ["llama_bias", "qwen3_moe"])
+@pytest.mark.parametrize("family", ["llama_bias", "qwen3_moe", "deepseek_v3"])
 def test_slices_are_parts_of_the_whole(family, size):
     """What the ranks hold, put side by side, is what one rank holds; and a rank reads no more than its slices."""
     model = open_model(str(g.FOLDER / family), "bf16")

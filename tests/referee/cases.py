@@ -169,6 +169,11 @@ LONG: Mapping[str, Any] = {
     "num_key_value_heads": 1, "head_dim": 16, "vocab_size": 33, "sliding_window": None,
 }  # fmt: skip
 EXPERTS: Mapping[str, Any] = {"num_experts": 9, "num_experts_per_tok": 3, "moe_intermediate_size": 72}
+LATENT: Mapping[str, Any] = {
+    **SMALL, "num_attention_heads": 6, "q_lora_rank": 40, "kv_lora_rank": 72, "qk_nope_head_dim": 24,
+    "qk_rope_head_dim": 10, "v_head_dim": 20, "n_routed_experts": 8, "n_group": 4, "topk_group": 2,
+    "num_experts_per_tok": 3, "moe_intermediate_size": 72, "first_k_dense_replace": 1,
+}  # fmt: skip
 QWEN: Mapping[str, Any] = {**SMALL, "head_dim": 24, "rms_norm_eps": 1e-6, "rope_theta": 1e6}
 
 
@@ -238,6 +243,11 @@ LATER_FAMILIES: Mapping[str, Mapping[str, Any]] = {
         **rope("yarn", factor=4.0, original_max_position_embeddings=32, truncate=False),
     },
     "minimax_m2": {**QWEN, **EXPERTS, "model_type": "minimax_m2", "num_attention_heads": 6, "rotary_dim": 16},
+    "deepseek_v3": {
+        **LATENT, "model_type": "deepseek_v3",
+        **rope("yarn", factor=4.0, original_max_position_embeddings=32, mscale=1.0, mscale_all_dim=1.0),
+    },
+    "kimi_k2": {**LATENT, "model_type": "kimi_k2", "q_lora_rank": None, "n_group": 1, "topk_group": 1},
 }  # fmt: skip
 
 # -- special values --------------------------------------------------------------------------------------------------

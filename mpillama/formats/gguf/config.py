@@ -56,6 +56,8 @@ def canonical(path: str, tensor: StoredTensor, gguf: Gguf, head_dim: int) -> Ite
     elif f"{kind}.{ending}" in gguf.names and not expert:
         yield replace(tensor, name=prefix + gguf.names[f"{kind}.{ending}"])
     elif kind in gguf.names and not expert:
+        if len(tensor.shape) == 3:  # a matrix for each head
+            tensor = replace(tensor, shape=(tensor.shape[0] * tensor.shape[1], tensor.shape[2]))
         pairs = head_dim if gguf.rotary_pairs and kind in ROTATED else 0
         yield replace(tensor, name=f"{prefix}{gguf.names[kind]}.{ending}", interleaved=pairs)
     elif kind != IGNORED:
@@ -154,6 +156,8 @@ class Metadata:
     @property
     def head_dim(self) -> int:
         """Channels of a head; refused if only a part of them is rotated, but by a family that knows it."""
+        if self.gguf.own_heads:
+            return self.size("rope.dimension_count")
         default = self.size("embedding_length") // self.size("attention.head_count")
         head_dim = self.size("attention.key_length", default)
         whole = () if self.gguf.partial_rope else ("rope.dimension_count",)
