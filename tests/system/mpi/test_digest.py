@@ -205,7 +205,8 @@ FAMILIES = (
     "smollm3", "ministral3", "phi3", "gemma2", "gemma3", "hy_v3", "glm4_moe", "minimax_m2", "gpt_oss",
     "deepseek_v3", "kimi_k2",
 )  # fmt: skip
-"""Folders of tests/golden: biases, scaled RoPE, windows, norms of heads and after halves, factors, experts, sinks, latents."""
+"""Folders of tests/golden: biases, scaled RoPE, windows, norms of heads and after halves, factors,
+experts, sinks, latents."""
 
 
 def family_cases(ways: int) -> list[dict[str, Any]]:
