@@ -127,7 +127,8 @@ def _model(options: PlanOptions) -> tuple[ModelConfig, WeightTypes]:
         raise UserError("plan needs --shape NAME or --model PATH, one of them.")
     if options.shape is not None:
         name = "q4_0" if options.weights == "as-stored" else options.weights
-        return ModelConfig.from_hf(shape_config(options.shape)), WeightTypes(WEIGHT_TYPES[name])
+        config = ModelConfig.from_hf(shape_config(options.shape))
+        return config, config.quantised_to(WEIGHT_TYPES[name])
     file = open_model(options.model or "", options.weights, options.tokenizer)
     return file.config, file.weight_types
 

@@ -104,7 +104,7 @@ def checkpoint_model(checkpoint: Checkpoint, weights: str) -> CheckpointModel:
     specs = config.tensors(WeightTypes(F32))
     _check_tensors(checkpoint, config, specs)
     if weights != AS_STORED:
-        return CheckpointModel(checkpoint, WeightTypes(WEIGHT_TYPES[weights]))
+        return CheckpointModel(checkpoint, config.quantised_to(WEIGHT_TYPES[weights]))
     matrices = [s for s in specs if s.split]
     types = {s.name: _held_as(s, checkpoint) for s in matrices}
     default = Counter(types.values()).most_common(1)[0][0]
