@@ -121,7 +121,8 @@ def _request(options: PlanOptions) -> PlanRequest:
 def _model(options: PlanOptions) -> tuple[ModelConfig, WeightTypes]:
     if options.shape is not None:
         name = "q4_0" if options.weights == "as-stored" else options.weights
-        return ModelConfig.from_hf(shape_config(options.shape)), WeightTypes(WEIGHT_TYPES[name])
+        config = ModelConfig.from_hf(shape_config(options.shape))
+        return config, config.quantised_to(WEIGHT_TYPES[name])
     file = open_model(options.model or "", options.weights, options.tokenizer)
     return file.config, file.weight_types
 

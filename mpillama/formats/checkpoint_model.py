@@ -111,7 +111,7 @@ def checkpoint_model(checkpoint: Checkpoint, weights: str) -> CheckpointModel:
     checkpoint = _with_parts(checkpoint, specs)
     _check_tensors(checkpoint, config, specs)
     if weights != AS_STORED:
-        return CheckpointModel(checkpoint, WeightTypes(WEIGHT_TYPES[weights]))
+        return CheckpointModel(checkpoint, config.quantised_to(WEIGHT_TYPES[weights]))
     matrices = [s for s in specs if s.weight_type is CHOSEN]
     types = {s.name: _held_as(s, checkpoint) for s in matrices}
     default = Counter(types.values()).most_common(1)[0][0]

@@ -21,7 +21,8 @@ from mpillama.models.tensors import (
     layer_prefix,
     whole_vector,
 )  # fmt: skip
-from mpillama.quant.weight_type import BLOCK, LANES, round_up
+from mpillama.quant.registry import head_type
+from mpillama.quant.weight_type import BLOCK, LANES, WeightType, round_up
 
 
 @dataclass(frozen=True)
@@ -134,6 +135,11 @@ class ModelConfig:
         if self.lm_head and not self.tie_word_embeddings:
             specs.append(self._vocabulary(LM_HEAD, types))
         return specs
+
+    def quantised_to(self, kind: WeightType) -> WeightTypes:
+        """The types of all matrices where one is asked for: the output head may get one with more bits."""
+        head, better = EMBEDDING if self.tie_word_embeddings else LM_HEAD, head_type(kind)
+        return WeightTypes(kind, {head: better} if self.lm_head and better != kind else None)
 
     def _vocabulary(self, name: str, types: WeightTypes) -> TensorSpec:
         rows, source = round_up(self.vocab_size, LANES), (self.vocab_size, self.hidden_size)

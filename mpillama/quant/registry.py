@@ -6,7 +6,9 @@ from pkgutil import iter_modules
 
 from mpillama.quant import ggml, types
 from mpillama.quant.grouped import GroupedType
+from mpillama.quant.k_types import SuperBlockType
 from mpillama.quant.types.q4_0 import Q4_0
+from mpillama.quant.types.q6_k import Q6_K
 from mpillama.quant.weight_type import StoredType, WeightType
 
 
@@ -33,6 +35,15 @@ def weight_type_named(name: str) -> WeightType | None:
     if isinstance(found, GroupedType) and group.isdecimal():
         found = found.for_groups(int(group))
     return found if found is not None and found.name == name else None
+
+
+def head_type(kind: WeightType) -> WeightType:
+    """The output head's type where all else is quantised to `kind`: q6_k for the smaller K-types, as llama.cpp has it.
+
+    An error there shows in every logit; without this q4_k loses four times as much.
+    """
+    smaller = isinstance(kind, SuperBlockType) and kind.block_bytes < Q6_K.block_bytes
+    return Q6_K if smaller else kind
 
 
 SMALLEST = Q4_0
