@@ -4,8 +4,9 @@ import json
 import math
 import shutil
 import struct
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -438,9 +439,17 @@ def as_floats_of(
     return decoded
 
 
-def write_of_whole_blocks(folder: Path, block: int = 32) -> None:
-    """Write a Llama of random weights whose rows are whole blocks, and its heads too if they are of 32."""
-    config = json.loads((FOLDER / "llama" / "config.json").read_text())
+def as_blocks_in_turn(
+    kinds: Sequence[gguf.GGMLQuantizationType],
+) -> Callable[[np.ndarray], tuple[np.ndarray, Any]]:
+    """As as_random_blocks, each matrix in the next of some types."""
+    makers = cycle([as_random_blocks(kind) for kind in kinds])
+    return lambda tensor: next(makers)(tensor)
+
+
+def write_of_whole_blocks(folder: Path, block: int = 32, family: str = "llama") -> None:
+    """Write a model of random weights whose rows are whole blocks, and its heads too if they are of 32."""
+    config = json.loads((FOLDER / family / "config.json").read_text())
     head_dim = min(block, 64)
     heads = 3 * block // head_dim
     config |= {
@@ -452,7 +461,7 @@ def write_of_whole_blocks(folder: Path, block: int = 32) -> None:
     config |= {"intermediate_size": 5 * block, "num_hidden_layers": 2}
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(config))
-    shutil.copy(FOLDER / "llama" / "tokenizer.json", folder)
+    shutil.copy(FOLDER / family / "tokenizer.json", folder)
     save_file(random_tensors(config), folder / "model.safetensors")
 
 

@@ -136,7 +136,7 @@ def specs_of(config: Mapping[str, Any], weight_type: str = "f32") -> list[Tensor
 def random_tensors(config: Mapping[str, Any], seed: int = 7) -> Tensors:
     """Every tensor of a model under Hugging Face's name, float32 in the checkpoint's shape."""
     rng = np.random.default_rng(seed)
-    return {spec.name: _random_tensor(spec, rng) for spec in specs_of(config)}
+    return {name: _random_tensor(spec, rng) for spec in specs_of(config) for name in spec.source_names}
 
 
 def _random_tensor(spec: TensorSpec, rng: np.random.Generator) -> np.ndarray:

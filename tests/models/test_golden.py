@@ -194,6 +194,26 @@ def test_a_gguf_gives_the_logits_of_the_values_in_its_blocks(kind, tmp_path):
     assert np.array_equal(running.all_logits(runner, running.cut(ids, 1)), found)
 
 
+MIXED = [gguf.GGMLQuantizationType[kind] for kind in ("Q4_K", "Q6_K", "IQ4_XS", "Q3_K", "Q8_0")]
+
+
+@pytest.mark.parametrize("family", ["llama", "mixtral"])
+def test_every_matrix_of_a_gguf_may_have_its_own_type(family, tmp_path):
+    """Also gate, up and down of the same experts, and the same matrix of different layers."""
+    g.write_of_whole_blocks(tmp_path / "folder", 256, family)
+    g.write_gguf(tmp_path / "blocks.gguf", str(tmp_path / "folder"), g.as_blocks_in_turn(MIXED))
+    g.write_gguf(tmp_path / "floats.gguf", str(tmp_path / "folder"), g.as_floats_of(g.as_blocks_in_turn(MIXED)))
+    models = [open_model(str(tmp_path / f"{name}.gguf")) for name in ("blocks", "floats")]
+    types = {spec.name: spec.weight_type.name for spec in models[0].specs if "layers" in spec.name and not spec.vector}
+    of_mlp = [kind for name, kind in types.items() if "layers.0.mlp" in name and "proj" in name]
+    assert len(set(of_mlp)) == 3
+    assert {kind.name.lower() for kind in MIXED} <= set(types.values())
+    found, expected = (logits(model, family) for model in models)
+    assert np.abs(found - expected).max() < BLOCKS_TOLERANCE * np.abs(expected).max()
+    runner, ids = running.load_file(models[0], THREADS), g.golden(family)[0]
+    assert np.array_equal(running.all_logits(runner, running.cut(ids, 1)), found)
+
+
 def test_a_gguf_in_a_type_without_kernels_becomes_one_that_has_them(tmp_path):
     """Bit for bit as if its values were quantised to that."""
     blocks = g.as_random_blocks(gguf.GGMLQuantizationType.IQ2_XXS)

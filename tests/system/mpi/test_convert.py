@@ -15,6 +15,7 @@ from mpillama.formats.checkpoints import read_checkpoint
 from mpillama.formats.native.table import read_table
 from tests import golden_models
 from tests import tiny_models as models
+from tests.formats.test_importance import importance_for
 from tests.system.mpi.launch import PROGRAM, SCRIPTS, TIMEOUT, run, started
 
 pytestmark = pytest.mark.timeout(TIMEOUT + 60)
@@ -46,13 +47,23 @@ def refused(ranks: int | None, *arguments: str | Path) -> str:
 # -- convert --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("family", "weights"), [("llama_bias", "q4_0"), ("qwen3_moe", "as-stored")])
+@pytest.mark.parametrize(("family", "weights"), [("llama_bias", "q4_k"), ("qwen3_moe", "as-stored")])
 def test_any_number_of_ranks_writes_the_same_bytes(family: str, weights: str, tmp_path: Path) -> None:
     for ranks in (None, 2, 3, 5):
         convert(ranks, GOLDEN / family, tmp_path / f"{ranks}.h5", "--weights", weights)
     first = (tmp_path / "None.h5").read_bytes()
     assert all((tmp_path / f"{ranks}.h5").read_bytes() == first for ranks in (2, 3, 5))
     assert not list(tmp_path.glob("*converting*"))
+
+
+def test_importance_is_used_alike_on_any_number_of_ranks(tmp_path: Path) -> None:
+    """Also where ranks cut the columns; and it changes the file."""
+    path = importance_for("llama_bias", tmp_path / "importance.gguf")
+    for ranks in (None, 3):
+        convert(ranks, GOLDEN / "llama_bias", tmp_path / f"{ranks}.h5", "--weights", "q4_k", "--importance", str(path))
+    convert(None, GOLDEN / "llama_bias", tmp_path / "without.h5", "--weights", "q4_k")
+    files = [(tmp_path / name).read_bytes() for name in ("None.h5", "3.h5", "without.h5")]
+    assert files[0] == files[1] != files[2]
 
 
 @pytest.mark.parametrize("family", ["llama_yarn", "mistral", "qwen2", "mixtral"])

@@ -239,7 +239,10 @@ def block_cases(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]
     for kind in kinds:
         blocks = golden_models.as_random_blocks(gguf.GGMLQuantizationType[kind.name.upper()])
         golden_models.write_gguf(folder / f"{kind.name}.gguf", str(folder / str(kind.block)), blocks)
-    return [case(folder / f"{kind.name}.gguf", chunk) for kind in kinds for chunk in (256, 7)]
+    golden_models.write_of_whole_blocks(folder / "experts", 256, "mixtral")
+    mixed = [gguf.GGMLQuantizationType[name] for name in ("Q4_K", "Q6_K", "Q2_K", "Q5_0", "IQ4_XS")]
+    golden_models.write_gguf(folder / "mixed.gguf", str(folder / "experts"), golden_models.as_blocks_in_turn(mixed))
+    return [case(folder / f"{name}.gguf", chunk) for name in (*(k.name for k in kinds), "mixed") for chunk in (256, 7)]
 
 
 @pytest.fixture(scope="module")
