@@ -65,7 +65,9 @@ def _joined(pieces: list[StoredRows | Coded], whole: StoredTensor) -> StoredRows
     """Rows of the same columns, one below the other."""
     first = pieces[0] if pieces else StoredRows(whole.type, np.empty((0, 0), np.uint8))
     if isinstance(first, StoredRows):
-        return replace(first, raw=np.concatenate([first.raw[:0], *(p.raw for p in pieces if isinstance(p, StoredRows))]))
+        return replace(
+            first, raw=np.concatenate([first.raw[:0], *(p.raw for p in pieces if isinstance(p, StoredRows))])
+        )
     coded = [piece for piece in pieces if isinstance(piece, Coded)]
     zeros = [piece.zeros for piece in coded if piece.zeros is not None]
     return replace(
