@@ -9,6 +9,8 @@ from mpillama.text.chat_template import ChatTemplate
 from mpillama.text.tokenizer import Tokenizer
 
 ANSWER = "mpillama-answers"
+CALL_ENDS = ("<|call|>",)
+"""Tokens of their own with which models end an answer that calls a tool."""
 
 
 def make_tokenizer(file: ModelFile) -> Tokenizer:
@@ -48,7 +50,7 @@ def end_tokens(
     named = tokenizer_config.get("eos_token")
     name = named.get("content") if isinstance(named, dict) else named
     eos = tokenizer.token_id(name) if isinstance(name, str) else None
-    found = [eos, *configured, end_of_turn(tokenizer, template)]
+    found = [eos, *configured, end_of_turn(tokenizer, template), *end_of_calls(tokenizer, template)]
     return tuple(dict.fromkeys(i for i in found if i is not None))
 
 
@@ -62,3 +64,9 @@ def end_of_turn(tokenizer: Tokenizer, template: str) -> int | None:
         return None  # a template that cannot show this tells nothing; who chats with it is told what is wrong
     ids = tokenizer.encode(rest.lstrip(), add_bos=False)[:1]
     return ids[0] if ids and tokenizer.is_control(ids[0]) and ids[0] != tokenizer.bos_token_id else None
+
+
+def end_of_calls(tokenizer: Tokenizer, template: str) -> tuple[int, ...]:
+    """The control tokens that a chat template writes behind calls, where these are not those behind answers."""
+    ids = (tokenizer.token_id(name) for name in CALL_ENDS if name in template)
+    return tuple(i for i in ids if i is not None and tokenizer.is_control(i))

@@ -1,6 +1,5 @@
 """Messages of a conversation, and how a chat template makes a prompt of them."""
 
-from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field
@@ -109,7 +108,7 @@ def _check_variables(given: dict[str, Any]) -> dict[str, Any]:
     return given
 
 
-NO_THOUGHT: Mapping[str, Any] = {"enable_thinking": False, "thinking": False}
+NO_THOUGHT: dict[str, Any] = {"enable_thinking": False, "thinking": False}
 """The variables by which templates leave thoughts out: Qwen's, DeepSeek's and Kimi's."""
 
 
@@ -127,5 +126,5 @@ class TemplateFields(Body):
         if self.reasoning_effort is None:
             return self.chat_template_kwargs or {}
         thinks = self.reasoning_effort != "none"
-        effort = {"reasoning_effort": self.reasoning_effort, "thinking": thinks}
-        return {**effort, **({} if thinks else NO_THOUGHT), **(self.chat_template_kwargs or {})}
+        effort: dict[str, Any] = {"reasoning_effort": self.reasoning_effort, "thinking": thinks}
+        return effort | ({} if thinks else NO_THOUGHT) | (self.chat_template_kwargs or {})

@@ -10,18 +10,12 @@ from dataclasses import dataclass
 from enum import Enum, auto
 
 from mpillama.engine.answer import Mark
+from mpillama.openai.answer_parts import AnswerFormat, Part
+from mpillama.openai.harmony import harmony_format, is_harmony
 
 COMMENT = re.compile(r"\{#.*?#\}", re.DOTALL)
 PAIRS = (("<think>", "</think>"), ("[THINK]", "[/THINK]"))
 """What stands around a thought: DeepSeek-R1, Qwen and many after them; Magistral."""
-
-
-@dataclass(frozen=True)
-class Part:
-    """A piece of an answer: thought, or said."""
-
-    text: str
-    is_thought: bool = False
 
 
 @dataclass(frozen=True)
@@ -58,6 +52,10 @@ class ReasoningFormat:
     def parser(self, is_open: bool) -> "ThoughtParser":
         """Start to read an answer, in the midst of a thought if `is_open`."""
         return ThoughtParser(self, is_open)
+
+    def parser_after(self, prompt_end: str, begun: str) -> "ThoughtParser":
+        """Start to read the answer to a prompt that ends so; `begun` is the text of a message that it continues."""
+        return self.parser(self.opens(prompt_end) or self.is_open_in(begun))
 
 
 class _State(Enum):
@@ -180,12 +178,14 @@ class ThoughtParser:
         return text
 
 
-def reasoning_format(template_source: str, token_id: Callable[[str], int | None]) -> ReasoningFormat | None:
+def reasoning_format(template_source: str, token_id: Callable[[str], int | None]) -> AnswerFormat | None:
     """The format of a model whose chat template or vocabulary knows marks of thoughts; None if neither does.
 
     `token_id` gives the id of a mark that is one added token.
     """
     source = COMMENT.sub("", template_source)
+    if is_harmony(source) and (channels := harmony_format(token_id)):
+        return channels
     for opening, closing in PAIRS:
         ids = token_id(opening), token_id(closing)
         if None not in ids:

@@ -8,6 +8,10 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from mpillama.openai.harmony import CHANNEL, harmony_rules, is_harmony, read_nothing
+from mpillama.openai.tagged_calls import GLM as GLM_TAGS
+from mpillama.openai.tagged_calls import MINIMAX as MINIMAX_TAGS
+from mpillama.openai.tagged_calls import glm_rules, minimax_rules, read_glm, read_minimax
 from mpillama.openai.tool_grammars import (
     MISTRAL_ID,
     Rules,
@@ -39,8 +43,8 @@ from mpillama.openai.tool_readers import (
 )
 
 COMMENT = re.compile(r"\{#.*?#\}", re.DOTALL)
-# Other ways to write calls between the markers of Hermes (Qwen3-Coder, GLM).
-FOREIGN = ("<function=", "<arg_key>")
+# Another way to write calls between the markers of Hermes (Qwen3-Coder).
+FOREIGN = ("<function=",)
 
 
 @dataclass(frozen=True)
@@ -86,9 +90,13 @@ class ToolFormat:
     rules: Rules
     short_ids: bool = False  # whether the templates insist on ids of 9 letters and digits
     text_arguments: bool = False  # whether the template puts arguments together as text
+    one_text: bool = False  # whether the template refuses content and thought beside calls
 
     def parser(self, new_id: Callable[[], str] = new_call_id, names: Collection[str] | None = None) -> "ToolCallParser":
-        """Start to read an answer; calls of functions other than `names`, if given, are content."""
+        """Start to read an answer; calls of functions other than `names`, if given, are content.
+
+        If `names` maps functions to the schemas of their parameters, these tell what arguments mean.
+        """
         return ToolCallParser(self, new_id, names)
 
     def grammar(
@@ -108,6 +116,8 @@ class ToolFormat:
     def for_template(self, message: Mapping[str, Any]) -> dict[str, Any]:
         """`message` as this format's templates want it, see the function of this name; ids too, where they insist."""
         changed = dict(message) if self.text_arguments else for_template(message)
+        if self.one_text and changed.get("tool_calls") and changed.get("reasoning_content"):
+            changed["content"] = ""
         if not self.short_ids:
             return changed
         if changed.get("tool_calls"):
@@ -141,6 +151,13 @@ class ToolCallParser:
         while waiting:
             # What a reader gives back is looked at again, but for its first character.
             waiting += reversed(self._take(waiting.pop()))
+        return self._drain()
+
+    def take(self, call: Call) -> list[Delta]:
+        """A call that stands beside the text; the arguments of an unknown function are content."""
+        if self._is_unknown([call]):
+            return self.push(call.arguments)
+        self._add_calls([call])
         return self._drain()
 
     def finish(self) -> list[Delta]:
@@ -190,7 +207,8 @@ class ToolCallParser:
         self._found = self._drain()
         for call in calls:
             call_id = call.id or self._new_id()
-            self._found.append(Delta(call=CallPiece(self._count, call_id, call.name, call.arguments)))
+            schema = self._names.get(call.name) if isinstance(self._names, Mapping) else None
+            self._found.append(Delta(call=CallPiece(self._count, call_id, call.name, call.typed(schema))))
             self._count += 1
         self._space, self._after_call, self._untouched = "", True, False
         return []
@@ -217,6 +235,9 @@ MISTRAL_ARGS = ToolFormat("mistral-args", TOOL_CALLS, False, read_mistral, mistr
 DEEPSEEK = ToolFormat("deepseek", DEEPSEEK_MARKS.begin, False, read_deepseek, deepseek_rules)
 DEEPSEEK_FENCED = ToolFormat("deepseek-fenced", DEEPSEEK_MARKS.begin, False, read_deepseek, deepseek_fenced_rules)
 KIMI = ToolFormat("kimi", KIMI_MARKS.begin, False, read_kimi, kimi_rules)
+GLM = ToolFormat("glm", TOOL_CALL, False, read_glm, glm_rules)
+MINIMAX = ToolFormat("minimax", MINIMAX_TAGS.block[0], False, read_minimax, minimax_rules)
+HARMONY = ToolFormat("harmony", CHANNEL, False, read_nothing, harmony_rules, one_text=True)
 AS_JSON = re.compile(r"arguments['\"]?\]?\s*\|\s*tojson")
 
 
@@ -225,6 +246,12 @@ def tool_format(template_source: str) -> ToolFormat | None:
     source = COMMENT.sub("", template_source)
     if not re.search(r"\btools\b", source) or any(mark in source for mark in FOREIGN):
         return None
+    if is_harmony(source):
+        return HARMONY
+    if MINIMAX_TAGS.block[0] in source:
+        return MINIMAX
+    if TOOL_CALL in source and GLM_TAGS.key[0] in source:
+        return GLM
     if TOOL_CALLS in source:
         return MISTRAL_ARGS if ARGS in source else MISTRAL
     if TOOL_CALL in source:

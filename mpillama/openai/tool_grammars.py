@@ -52,69 +52,71 @@ def chosen_functions(tools: Sequence[Mapping[str, Any]], choice: str | Mapping[s
 
 def hermes_rules(functions: Sequence[Function], several: bool, token_id: TokenId) -> str:
     """`<tool_call>` blocks, each on lines of its own."""
-    begin, line, end = _marker(TOOL_CALL, token_id), text_rule("\n"), _marker(END_TOOL_CALL, token_id)
-    start = f"start: block {_more('block', line, several)}\nblock: {begin} {line} call {line} {end}\n"
-    return start + _calls(_object_call(function, "arguments") for function in functions)
+    begin, line, end = marker_rule(TOOL_CALL, token_id), text_rule("\n"), marker_rule(END_TOOL_CALL, token_id)
+    start = f"start: block {more_rules('block', line, several)}\nblock: {begin} {line} call {line} {end}\n"
+    return start + call_rules(_object_call(function, "arguments") for function in functions)
 
 
 def llama3_rules(functions: Sequence[Function], several: bool, token_id: TokenId) -> str:
     """Objects with `parameters`, separated by semicolons, perhaps after `<|python_tag|>`."""
     known = token_id(PYTHON_TAG)
     tag = "" if known is None else f"{token_rule(known)}?"
-    start = f"start: {tag} call {_more('call', text_rule('; '), several)}\n"
-    return start + _calls(_object_call(function, "parameters") for function in functions)
+    start = f"start: {tag} call {more_rules('call', text_rule('; '), several)}\n"
+    return start + call_rules(_object_call(function, "parameters") for function in functions)
 
 
 def mistral_rules(functions: Sequence[Function], several: bool, token_id: TokenId) -> str:
     """`[TOOL_CALLS]` and a list of objects, each perhaps with an id of 9 characters."""
-    more = _more("call", text_rule(", "), several)
-    start = f'start: {_marker(TOOL_CALLS, token_id)} " "? "[" call {more} "]"\n'
+    more = more_rules("call", text_rule(", "), several)
+    start = f'start: {marker_rule(TOOL_CALLS, token_id)} " "? "[" call {more} "]"\n'
     before_id, quote = text_rule(', "id": "'), text_rule('"')
     call_id = f"({before_id} /{MISTRAL_ID}/ {quote})?"
-    return start + _calls(_object_call(function, "arguments", call_id) for function in functions)
+    return start + call_rules(_object_call(function, "arguments", call_id) for function in functions)
 
 
 def mistral_args_rules(functions: Sequence[Function], several: bool, token_id: TokenId) -> str:
     """`[TOOL_CALLS]name[ARGS]{...}`, one after the other."""
-    begin, arguments = _marker(TOOL_CALLS, token_id), _marker(ARGS, token_id)
-    start = f"start: block {_more('block', '', several)}\nblock: {begin} call\n"
+    begin, arguments = marker_rule(TOOL_CALLS, token_id), marker_rule(ARGS, token_id)
+    start = f"start: block {more_rules('block', '', several)}\nblock: {begin} call\n"
     rules = (f"{text_rule(function.name)} {arguments} {_arguments(function)}" for function in functions)
-    return start + _calls(rules)
+    return start + call_rules(rules)
 
 
 def deepseek_rules(functions: Sequence[Function], several: bool, token_id: TokenId) -> str:
     """Marked calls as V3.1 writes them."""
-    before = _marker(DEEPSEEK_MARKS.before_arguments, token_id)
+    before = marker_rule(DEEPSEEK_MARKS.before_arguments, token_id)
     rules = (f"{text_rule(function.name)} {before} {_arguments(function)}" for function in functions)
-    return _marked(DEEPSEEK_MARKS, several, token_id) + _calls(rules)
+    return _marked(DEEPSEEK_MARKS, several, token_id) + call_rules(rules)
 
 
 def deepseek_fenced_rules(functions: Sequence[Function], several: bool, token_id: TokenId) -> str:
     """Marked calls as V3 and R1 write them."""
     kind, end = (
-        f"{text_rule('function')} {_marker(DEEPSEEK_MARKS.before_arguments, token_id)}",
+        f"{text_rule('function')} {marker_rule(DEEPSEEK_MARKS.before_arguments, token_id)}",
         text_rule("\n" + END_FENCE),
     )
     rules = (f"{kind} {text_rule(function.name + FENCE)} {_arguments(function)} {end}" for function in functions)
-    return _marked(DEEPSEEK_MARKS, several, token_id, text_rule("\n")) + _calls(rules)
+    return _marked(DEEPSEEK_MARKS, several, token_id, text_rule("\n")) + call_rules(rules)
 
 
 def kimi_rules(functions: Sequence[Function], several: bool, token_id: TokenId) -> str:
     """Marked calls with ids that name the function."""
-    before = _marker(KIMI_MARKS.before_arguments, token_id)
+    before = marker_rule(KIMI_MARKS.before_arguments, token_id)
     rules = (
         f"{text_rule(f'functions.{function.name}:')} /[0-9]{{1,3}}/ {before} {_arguments(function)}"
         for function in functions
     )
-    return _marked(KIMI_MARKS, several, token_id) + _calls(rules)
+    return _marked(KIMI_MARKS, several, token_id) + call_rules(rules)
 
 
 def _marked(marks: Marks, several: bool, token_id: TokenId, separator: str = "") -> str:
     """The rules `start` and `block` of calls between marks."""
     begin, begin_call, end_call, end = (
-        _marker(text, token_id) for text in (marks.begin, marks.begin_call, marks.end_call, marks.end)
+        marker_rule(text, token_id) for text in (marks.begin, marks.begin_call, marks.end_call, marks.end)
     )
-    return f"start: {begin} block {_more('block', separator, several)} {end}\nblock: {begin_call} call {end_call}\n"
+    return (
+        f"start: {begin} block {more_rules('block', separator, several)} {end}\nblock: {begin_call} call {end_call}\n"
+    )
 
 
 def calls_or_json(grammar: str, schema: Mapping[str, Any]) -> str:
@@ -137,25 +139,30 @@ def _object_call(function: Function, key: str, rest: str = "") -> str:
 
 
 def _arguments(function: Function) -> str:
+    return schema_rule(function, function.parameters)
+
+
+def schema_rule(function: Function, schema: Mapping[str, Any]) -> str:
+    """JSON that fits a schema of a function; UserError names the function."""
     try:
-        return json_rule(function.parameters)
+        return json_rule(schema)
     except UserError as error:
         raise UserError(f"The parameters of the function {function.name!r}: {error}") from error
 
 
-def _calls(rules: Iterable[str]) -> str:
+def call_rules(rules: Iterable[str]) -> str:
     """The rule `call`: any one of `rules`."""
     named = {f"call_{index}": rule for index, rule in enumerate(rules)}
     lines = (f"{name}: {rule}\n" for name, rule in named.items())
     return f"call: {' | '.join(named)}\n" + "".join(lines)
 
 
-def _more(rule: str, separator: str, several: bool) -> str:
+def more_rules(rule: str, separator: str, several: bool) -> str:
     """Any number of further ones, if several are wanted."""
     return f"({separator} {rule})*" if several else ""
 
 
-def _marker(text: str, token_id: TokenId) -> str:
+def marker_rule(text: str, token_id: TokenId) -> str:
     """A marker as the token that it is, or else as text."""
     known = token_id(text)
     return text_rule(text) if known is None else token_rule(known)

@@ -6,8 +6,9 @@ first character that cannot belong to a call, and returns the calls with the las
 
 import json
 import re
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from mpillama.openai.tool_json import JsonObject, NotJson
 
@@ -60,6 +61,10 @@ class Call:
     arguments: str
     id: str | None = None
 
+    def typed(self, parameters: Mapping[str, Any] | None) -> str:
+        """The arguments; `parameters` is the schema that the function gives for them, if that is known."""
+        return self.arguments
+
 
 Reader = Generator[None, str, list[Call]]
 Part = Generator[None, str, str]
@@ -67,12 +72,12 @@ Part = Generator[None, str, str]
 
 def read_hermes() -> Reader:
     """`<tool_call>{"name": ..., "arguments": ...}</tool_call>`; the end of the text closes it as well."""
-    yield from _literal(TOOL_CALL)
-    call = yield from _call((yield from _skip_space()))
-    char = yield from _skip_space()
+    yield from literal(TOOL_CALL)
+    call = yield from _call((yield from skip_space()))
+    char = yield from skip_space()
     if char:
-        _expect(char, END_TOOL_CALL[0])
-        yield from _literal(END_TOOL_CALL[1:])
+        expect(char, END_TOOL_CALL[0])
+        yield from literal(END_TOOL_CALL[1:])
     return [call]
 
 
@@ -80,15 +85,15 @@ def read_llama3() -> Reader:
     """`{"name": ..., "parameters": ...}; ...` to the end of the text, perhaps after `<|python_tag|>`."""
     char = yield
     if char == PYTHON_TAG[0]:
-        yield from _literal(PYTHON_TAG[1:])
-        char = yield from _skip_space()
+        yield from literal(PYTHON_TAG[1:])
+        char = yield from skip_space()
     calls = []
     while char:
         calls.append((yield from _call(char)))
-        char = yield from _skip_space()
+        char = yield from skip_space()
         if char:
-            _expect(char, ";")
-            char = yield from _skip_space()
+            expect(char, ";")
+            char = yield from skip_space()
     if not calls:
         raise NoCall
     return calls
@@ -96,14 +101,14 @@ def read_llama3() -> Reader:
 
 def read_mistral() -> Reader:
     """`[TOOL_CALLS][{"name": ..., "arguments": ...}, ...]`, or a newer model's `[TOOL_CALLS]name[ARGS]{...}`."""
-    yield from _literal(TOOL_CALLS)
-    char = yield from _skip_space()
+    yield from literal(TOOL_CALLS)
+    char = yield from skip_space()
     if char != "[":
         return [(yield from _named_call(char))]
     calls = []
     while char != "]":
-        calls.append((yield from _call((yield from _skip_space()))))
-        char = yield from _skip_space()
+        calls.append((yield from _call((yield from skip_space()))))
+        char = yield from skip_space()
         if char not in ("]", ","):
             raise NoCall
     return calls
@@ -121,45 +126,45 @@ def read_kimi() -> Reader:
 
 def _marked_calls(marks: Marks, read: Callable[[str], Generator[None, str, Call]]) -> Reader:
     """Calls one after the other; the end of the text closes them as well. `read` is given what names the call."""
-    yield from _literal(marks.begin)
+    yield from literal(marks.begin)
     same = next(i for i, (a, b) in enumerate(zip(marks.begin_call, marks.end, strict=False)) if a != b)
     calls: list[Call] = []
-    char = yield from _skip_space()
+    char = yield from skip_space()
     while char:
-        _expect(char, marks.end[0])
-        yield from _literal(marks.end[1:same])
+        expect(char, marks.end[0])
+        yield from literal(marks.end[1:same])
         char = yield
         if calls and char == marks.end[same]:
-            yield from _literal(marks.end[same + 1 :])
+            yield from literal(marks.end[same + 1 :])
             return calls
-        _expect(char, marks.begin_call[same])
-        yield from _literal(marks.begin_call[same + 1 :])
+        expect(char, marks.begin_call[same])
+        yield from literal(marks.begin_call[same + 1 :])
         calls.append((yield from read((yield from _text_before(marks.before_arguments)))))
-        char = yield from _skip_space()
+        char = yield from skip_space()
         if char:
-            _expect(char, marks.end_call[0])
-            yield from _literal(marks.end_call[1:])
-            char = yield from _skip_space()
+            expect(char, marks.end_call[0])
+            yield from literal(marks.end_call[1:])
+            char = yield from skip_space()
     if not calls:
         raise NoCall
     return calls
 
 
 def _deepseek_call(kind: str) -> Generator[None, str, Call]:
-    char = yield from _skip_space()
+    char = yield from skip_space()
     if char == "{":
         return Call(_plain_name(kind.strip()), (yield from _object(char)).text)
     name = yield from _text_before(FENCE, char)
-    found = yield from _object((yield from _skip_space()))
-    _expect((yield from _skip_space()), END_FENCE[0])
-    yield from _literal(END_FENCE[1:])
+    found = yield from _object((yield from skip_space()))
+    expect((yield from skip_space()), END_FENCE[0])
+    yield from literal(END_FENCE[1:])
     return Call(_plain_name(name.strip()), found.text)
 
 
 def _kimi_call(call_id: str) -> Generator[None, str, Call]:
     call_id = call_id.strip()
     name, colon, number = call_id.removeprefix("functions.").rpartition(":")
-    found = yield from _object((yield from _skip_space()))
+    found = yield from _object((yield from skip_space()))
     if not colon or not number.isdecimal():
         raise NoCall
     return Call(_plain_name(name), found.text, call_id)
@@ -189,12 +194,12 @@ def _named_call(char: str) -> Generator[None, str, Call]:
     name = yield from _word(char)
     marker = yield
     if marker == CALL_ID[1]:
-        yield from _literal(CALL_ID[2:])
+        yield from literal(CALL_ID[2:])
         yield from _word((yield))
         marker = yield
-    _expect(marker, ARGS[1])
-    yield from _literal(ARGS[2:])
-    found = yield from _object((yield from _skip_space()))
+    expect(marker, ARGS[1])
+    yield from literal(ARGS[2:])
+    found = yield from _object((yield from skip_space()))
     return Call(name, found.text)
 
 
@@ -203,7 +208,7 @@ def _call(char: str) -> Generator[None, str, Call]:
     found = yield from _object(char, FIRST_KEYS)
     name = _name(found.members.get("name", ""))
     arguments = found.members.get("arguments", found.members.get("parameters", ""))
-    _expect(arguments[:1], "{")
+    expect(arguments[:1], "{")
     return Call(name, arguments)
 
 
@@ -244,12 +249,12 @@ def _word(char: str) -> Part:
     return word
 
 
-def _literal(text: str) -> Generator[None, str, None]:
+def literal(text: str) -> Generator[None, str, None]:
     for expected in text:
-        _expect((yield), expected)
+        expect((yield), expected)
 
 
-def _skip_space() -> Part:
+def skip_space() -> Part:
     """The first character that is no space, "" if the text ends."""
     char = yield
     while char.isspace():
@@ -257,6 +262,6 @@ def _skip_space() -> Part:
     return char
 
 
-def _expect(char: str, expected: str) -> None:
+def expect(char: str, expected: str) -> None:
     if char != expected:
         raise NoCall

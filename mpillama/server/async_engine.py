@@ -9,8 +9,8 @@ from dataclasses import dataclass, replace
 from queue import SimpleQueue
 
 from mpillama.engine.sequence import Pooling
+from mpillama.openai.answer_parts import AnswerFormat
 from mpillama.openai.prompts import Prompter
-from mpillama.openai.reasoning import ReasoningFormat
 from mpillama.openai.tool_calls import ToolFormat
 from mpillama.replicas.replica import Replica
 from mpillama.server.engine_requests import EngineRouter, Output, ServerRequest
@@ -30,7 +30,7 @@ class ServerState:
     prompter: Prompter
     grammars: Grammars
     tools: ToolFormat | None
-    reasoning: ReasoningFormat | None
+    reasoning: AnswerFormat | None
     pooling: Pooling
     replicas: Sequence[Replica[ServerRequest, Output]]
     capacity: int

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from mpillama.openai.reasoning import Part, ThoughtParser
+from mpillama.openai.answer_parts import Part, PartParser
 from mpillama.openai.served import ServedChat
 from mpillama.openai.tool_calls import Delta, ToolCallParser
 from mpillama.server.async_engine import ServerState
@@ -27,7 +27,7 @@ class ChatChoice:
 
     def __init__(
         self, index: int, tokenizer: Tokenizer, parser: ToolCallParser | None, wants_logprobs: bool,
-        most_calls: float = math.inf, thoughts: ThoughtParser | None = None, request: ServerRequest | None = None,
+        most_calls: float = math.inf, thoughts: PartParser | None = None, request: ServerRequest | None = None,
     ):  # fmt: skip
         self.most_calls = most_calls
         self.thoughts = thoughts
@@ -79,6 +79,8 @@ class ChatChoice:
         if part.is_thought:
             self._reasoning.append(part.text)
             return [_reasoning(part.text)]
+        if part.call is not None:
+            return self._kept(self.parser.take(part.call) if self.parser else [Delta(part.call.arguments)])
         return self._kept([Delta(part.text)] if self.parser is None else self.parser.push(part.text))
 
     def _end_of_calls(self) -> list[Json]:
@@ -130,7 +132,7 @@ def continued_text(request: ServerRequest | None) -> Sequence[int]:
 def chat_choices(state: ServerState, body: ServedChat) -> Callable[[int, ServerRequest], ChatChoice]:
     """What makes the answer to each of a chat's requests."""
     tools = used_tools(body)
-    names = {tool["function"]["name"] for tool in tools or ()}
+    names = {tool["function"]["name"]: tool["function"].get("parameters") for tool in tools or ()}
 
     def choice(index: int, request: ServerRequest) -> ChatChoice:
         parser = state.tools.parser(names=names) if tools and state.tools else None

@@ -7,10 +7,10 @@ from typing import Any
 
 from mpillama.engine.sequence import check_prompt
 from mpillama.errors import UserError
+from mpillama.openai.answer_parts import PartParser
 from mpillama.openai.bodies import SamplingBody
 from mpillama.openai.body import BadRequest
 from mpillama.openai.messages import NO_THOUGHT
-from mpillama.openai.reasoning import ThoughtParser
 from mpillama.openai.served import (
     AllowedTools,
     EmbeddingBody,
@@ -67,13 +67,13 @@ def _with_prompt_logprobs(request: ServerRequest, alternatives: int | None) -> S
     return replace(request, sampling=replace(request.sampling, prompt_logprobs=alternatives))
 
 
-def thought_parser(state: ServerState, body: ServedChat, request: ServerRequest) -> ThoughtParser | None:
+def thought_parser(state: ServerState, body: ServedChat, request: ServerRequest) -> PartParser | None:
     """What tells thoughts from the rest of a request's answer; None where there can be none."""
     if state.reasoning is None or request.grammar is not None:
         return None
     end = state.prompter.tokenizer.decode(request.prompt_ids[-LONGEST_OPENING:], skip_special=False)
     begun = str(body.messages[-1].for_template()["content"]) if body.continue_final_message else ""
-    return state.reasoning.parser(is_open=state.reasoning.opens(end) or state.reasoning.is_open_in(begun))
+    return state.reasoning.parser_after(end, begun)
 
 
 def used_tools(body: ServedChat) -> list[dict[str, Any]] | None:

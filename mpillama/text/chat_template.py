@@ -83,11 +83,22 @@ class ChatTemplate:
         with _as_user_error():
             return self._template.render(
                 given,
-                messages=messages,
+                messages=[_with_thought(message) for message in messages],
                 tools=tools,
                 add_generation_prompt=add_generation_prompt,
                 range=_CountedRange(),
             )
+
+
+THOUGHTS = ("reasoning_content", "thinking", "reasoning")
+
+
+def _with_thought(message: Any) -> Any:
+    """The message with what was thought under the names that templates know, as transformers gives it."""
+    if not isinstance(message, Mapping):
+        return message
+    thought = next((message[name] for name in THOUGHTS if message.get(name) is not None), None)
+    return message if thought is None else {"thinking": thought, **message, "reasoning_content": thought}
 
 
 class _Sandbox(ImmutableSandboxedEnvironment):

@@ -1,0 +1,124 @@
+"""Calls of GLM and MiniMax: read wherever they are cut, their values by the types of the functions, and forced."""
+
+import json
+
+import pytest
+
+from mpillama.openai.tool_calls import GLM, MINIMAX, tool_format
+
+PARAMETERS = {
+    "type": "object",
+    "properties": {
+        "city": {"type": "string"}, "days": {"type": "integer"}, "exact": {"type": "boolean"}, "any": {},
+        "maybe": {"anyOf": [{"type": "string"}, {"type": "null"}]}, "unit": {"enum": ["C", "F"]},
+        "points": {"type": "array"},
+    },
+    "required": ["city"],
+}  # fmt: skip
+WEATHER = {"type": "function", "function": {"name": "weather", "parameters": PARAMETERS}}
+VALUES = {
+    "city": "New\n <b>York</b>", "days": "3", "exact": "true", "any": "[1, 2]", "maybe": "null", "unit": "C",
+    "points": '[{"a": "b"}]',
+}  # fmt: skip
+EXPECTED = {
+    "city": "New\n <b>York</b>", "days": 3, "exact": True, "any": [1, 2], "maybe": None, "unit": "C",
+    "points": [{"a": "b"}],
+}  # fmt: skip
+
+
+def glm(name: str, values: dict[str, str], line: str = "\n") -> str:
+    pairs = (f"<arg_key>{k}</arg_key>{line}<arg_value>{v}</arg_value>{line}" for k, v in values.items())
+    return f"<tool_call>{name}{line}{''.join(pairs)}</tool_call>"
+
+
+def minimax(*calls: tuple[str, dict[str, str]]) -> str:
+    text = "<minimax:tool_call>\n"
+    for name, values in calls:
+        pairs = (f'<parameter name="{k}">{v}</parameter>\n' for k, v in values.items())
+        text += f'<invoke name="{name}">\n{"".join(pairs)}</invoke>\n'
+    return text + "</minimax:tool_call>"
+
+
+def read(form, text: str, size: int = 1, names=None) -> tuple[str, list[tuple[str, dict]]]:
+    parser = form.parser(lambda: "id", {"weather": PARAMETERS, "now": None} if names is None else names)
+    found = [delta for i in range(0, len(text), size) for delta in parser.push(text[i : i + size])] + parser.finish()
+    calls = [(d.call.name, json.loads(d.call.arguments)) for d in found if d.call]
+    return "".join(d.content for d in found), calls
+
+
+@pytest.mark.parametrize("size", [1, 3, 1000])
+@pytest.mark.parametrize("line", ["\n", ""])
+def test_calls_of_glm(size, line):
+    text = f"Let me look.\n{glm('weather', VALUES, line)}\n{glm('now', {}, line)}"
+    assert read(GLM, text, size) == ("Let me look.", [("weather", EXPECTED), ("now", {})])
+
+
+@pytest.mark.parametrize("size", [1, 3, 1000])
+def test_calls_of_minimax(size):
+    text = "Let me look.\n" + minimax(("weather", VALUES), ("now", {}))
+    assert read(MINIMAX, text, size) == ("Let me look.", [("weather", EXPECTED), ("now", {})])
+
+
+@pytest.mark.parametrize("form", [GLM, MINIMAX])
+def test_values_of_unknown_types_are_json_where_they_can_be(form):
+    values = {"a": "7", "b": "seven", "c": '"7"', "d": "{}", "e": ""}
+    text = glm("weather", values) if form is GLM else minimax(("weather", values))
+    assert read(form, text, names={"weather": None})[1] == [
+        ("weather", {"a": 7, "b": "seven", "c": "7", "d": {}, "e": ""})
+    ]
+
+
+@pytest.mark.parametrize(
+    ("form", "text"),
+    [
+        (GLM, "<tool_call>{"),
+        (GLM, "<tool_call>two words</tool_call>"),
+        (GLM, "<tool_call>weather\n<arg_value>"),
+        (GLM, "<tool_call>weather\n<arg_key>city</arg_key>\n<arg_value>without an end"),
+        (GLM, "<tool_call>other\n</tool_call>"),
+        (MINIMAX, "<minimax:tool_call></minimax:tool_call>"),
+        (MINIMAX, '<minimax:tool_call><invoke name="a b">'),
+        (MINIMAX, '<minimax:tool_call>\n<invoke name="weather">\n<parameter name="city">Rome'),
+        (MINIMAX, "a <minimal> b"),
+    ],
+)
+def test_what_is_no_call_is_content(form, text):
+    assert read(form, f"{text} and more") == (f"{text} and more", [])
+
+
+def test_templates_tell_the_format():
+    assert tool_format("{{ tools }} <tool_call>{name}<arg_key>") is GLM
+    assert tool_format("{{ tools }} <minimax:tool_call>") is MINIMAX
+    assert tool_format("<minimax:tool_call>") is None
+
+
+def matches(form, text: str, several: bool = True, tools=(WEATHER,)) -> bool:
+    """Whether the grammar that demands a call takes a text as a whole."""
+    llguidance = pytest.importorskip("llguidance")
+    grammar = form.grammar(tools, "required", several, lambda text: None)
+    tokenizer = llguidance.LLTokenizer("byte")
+    matcher = llguidance.LLMatcher(tokenizer, grammar)
+    assert not matcher.is_error(), matcher.get_error()
+    tokens = tokenizer.tokenize_str(text)
+    return matcher.try_consume_tokens(tokens) == len(tokens) and matcher.is_accepting()
+
+
+SIMPLE = {key: VALUES[key] for key in ("city", "days", "exact", "unit")}
+
+
+@pytest.mark.parametrize("form", [GLM, MINIMAX])
+def test_a_forced_call_is_one_that_is_read(form):
+    def written(*values: dict[str, str]) -> str:
+        calls = [("weather", each) for each in values]
+        return minimax(*calls) if form is MINIMAX else "\n".join(glm(*call) for call in calls)
+
+    simple = {**SIMPLE, "city": "New York"}
+    assert matches(form, written(simple))
+    assert matches(form, written({"city": "a < b"}))
+    assert matches(form, written({"city": "x"}, {"city": "y"}))
+    assert not matches(form, written({"city": "x"}, {"city": "y"}), several=False)
+    assert not matches(form, written({"days": "3"}))  # a city is required
+    assert not matches(form, written({"city": "x", "days": "three"}))
+    assert not matches(form, written({"city": "x", "unit": "K"}))
+    assert not matches(form, "Hello")
+    assert read(form, written(simple))[1] == [("weather", {**{k: EXPECTED[k] for k in SIMPLE}, "city": "New York"})]
