@@ -54,6 +54,12 @@ def test_the_template_is_told_its_own_variables():
     assert text_of(asks, STORY, add_generation_prompt=False) + "<|assistant|>" == whole
 
 
+@pytest.mark.parametrize(("effort", "told"), [("none", "False"), ("low", "True"), (None, "")])
+def test_effort_switches_the_thinking_of_templates_that_know_it_by_this_name(effort: str | None, told: str):
+    asks = prompter(PLAIN + "{% if thinking is defined %}{{ thinking }}{% endif %}")
+    assert text_of(asks, STORY, reasoning_effort=effort) == text_of(prompter(PLAIN), STORY) + told
+
+
 @pytest.mark.parametrize("name", ["self", "messages", "tools", "add_generation_prompt", "continue_final_message"])
 def test_the_template_s_other_variables_are_fields_of_the_request(name: str):
     with pytest.raises(BadRequest, match=f"chat_template_kwargs: '{name}' is said by a field"):
