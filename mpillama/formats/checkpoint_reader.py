@@ -20,7 +20,7 @@ PIECE = 1 << 19
 RUN = 8
 """Pieces that are read at a time, if the tensor is large enough to keep all workers busy so."""
 MOST_WORKERS = 8
-WIDE_RUN_BYTES = 64 << 20
+WIDE_RUN_BYTES = 16 << 20
 """About as much is read together of tensors whose file has columns one after the other, by all workers."""
 
 Rows = StoredRows | Coded

@@ -5,7 +5,7 @@ https://huggingface.co/docs/transformers/quantization/overview; AWQ and GPTQ: ht
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -140,12 +140,14 @@ class Module:
             "original weights (F32, F16 or BF16), or a GGUF file of it."
         )
 
-    def matrix(self, codes: Integers, scheme: str, **rest: Any) -> ScaledTensor:
-        """The tensor of these codes."""
+    def matrix(self, codes: Integers, **rest: Any) -> ScaledTensor:
+        """The tensor of these codes, called as the type that holds its numbers."""
         name, array = self.name + ".weight", codes.array
-        return ScaledTensor(name, codes.shape, scheme, array.file, array.offset, codes=codes, **rest)
+        made = ScaledTensor(name, codes.shape, IN_ANOTHER_ORDER, array.file, array.offset, codes=codes, **rest)
+        return replace(made, stored=made.held_as().name) if made.ordered else made
 
 
+IN_ANOTHER_ORDER = "gptq with desc_act"
 FLOATS = ("F32", "BF16", "F16")
 
 
@@ -158,7 +160,7 @@ def _float8(module: Module) -> Iterator[ScaledTensor]:
     shape = _two(module, codes)
     scale = module.need(".weight_scale_inv", ".weight_scale", ".scale", ".qscale_weight")
     scales = _scales_of(module, scale, shape)
-    yield module.matrix(Integers(codes, shape), "fp8", scales=scales, kept=FP8, within=_within(scales), table=E4M3)
+    yield module.matrix(Integers(codes, shape), scales=scales, kept=FP8, within=_within(scales), table=E4M3)
 
 
 def _int8(module: Module) -> Iterator[ScaledTensor]:
@@ -170,7 +172,7 @@ def _int8(module: Module) -> Iterator[ScaledTensor]:
     if found is not None:
         module.expect(found, scales.array.shape, dtypes=("I8",))
         zeros = Integers(found, scales.count)
-    yield module.matrix(Integers(codes, shape), "int8", scales=scales, kept=INT8, within=_within(scales), zeros=zeros)
+    yield module.matrix(Integers(codes, shape), scales=scales, kept=INT8, within=_within(scales), zeros=zeros)
 
 
 def _two(module: Module, array: StoredArray, per: int = 1) -> tuple[int, int]:
@@ -235,7 +237,7 @@ def _pack_quantized(module: Module) -> Iterator[ScaledTensor]:
         module.expect(stored_zeros, zeros.expected_shape(), dtypes=("I32",))
     kept = _kept_integers(bits, scale.dtype, group, zeros is None)
     yield module.matrix(
-        codes, f"int{bits}", scales=scales, kept=kept, within=group, zero=1 << bits - 1, zeros=zeros,
+        codes, scales=scales, kept=kept, within=group, zero=1 << bits - 1, zeros=zeros,
         zero_offset=offset, middle=_middle(bits), group_index=index, ordered=index is None,
     )  # fmt: skip
 
@@ -299,7 +301,7 @@ def _awq(module: Module) -> Iterator[ScaledTensor]:
     zeros = Integers(zeros_at, scales.count, AWQ_ORDER, "rows", transposed=True)
     _expect_transposed(module, codes, zeros, scales)
     kept = _kept_integers(4, scale.dtype, group, symmetric=False)
-    yield module.matrix(codes, "int4", scales=scales, kept=kept, within=group, zeros=zeros)
+    yield module.matrix(codes, scales=scales, kept=kept, within=group, zeros=zeros)
 
 
 def _gptq(module: Module) -> Iterator[ScaledTensor]:
@@ -324,7 +326,7 @@ def _gptq(module: Module) -> Iterator[ScaledTensor]:
     kept = _kept_integers(bits, scale.dtype, group, symmetric=False)
     ordered = index is None or not module.config.get("desc_act") or _is_plain(module, index, group or columns)
     yield module.matrix(
-        codes, f"int{bits}", scales=scales, kept=kept, within=group, zeros=zeros, zero_offset=offset,
+        codes, scales=scales, kept=kept, within=group, zeros=zeros, zero_offset=offset,
         middle=_middle(bits), group_index=index, ordered=ordered,
     )  # fmt: skip
 
@@ -364,7 +366,7 @@ def _mxfp4(module: Module) -> Iterator[ScaledTensor]:
         module.need(".weight_scale", ".scale"), (shape[0], -(-shape[1] // 32)), dtypes=("U8", "F8_E8M0")
     )
     codes, scales = Integers(packed, shape, TWO_IN_A_BYTE), Scales(scale, shape, (1, 32))
-    yield module.matrix(codes, "mxfp4", scales=scales, kept=MXFP4, within=32, table=E2M1)
+    yield module.matrix(codes, scales=scales, kept=MXFP4, within=32, table=E2M1)
 
 
 def _nvfp4(module: Module) -> Iterator[ScaledTensor]:
@@ -375,7 +377,7 @@ def _nvfp4(module: Module) -> Iterator[ScaledTensor]:
     whole = module.expect(module.need(".weight_scale_2", ".weight_global_scale"), (), (1,), (1, 1), dtypes=("F32",))
     codes, scales = Integers(packed, shape, TWO_IN_A_BYTE), Scales(scale, shape, (1, 16))
     yield module.matrix(
-        codes, "nvfp4", scales=scales, kept=NVFP4, within=16, table=E2M1, whole=whole,
+        codes, scales=scales, kept=NVFP4, within=16, table=E2M1, whole=whole,
         reciprocal=whole.name.endswith("weight_global_scale"),
     )  # fmt: skip
 

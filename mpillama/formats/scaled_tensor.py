@@ -106,12 +106,14 @@ class ScaledTensor(StoredTensor):
                 group = self.scales.blocks_of(columns)
         scales = self.scales.read(source, rows, of_scales)
         codes = self.codes.read(source, rows, columns)
-        self._refuse_not_finite(source, as_float32(scales, self.scales.array.dtype), rows, self.scales.array)
+        values = as_float32(scales, self.scales.array.dtype)
+        self._refuse_not_finite(source, ~np.isfinite(values), rows, self.scales.array)
         found = Coded(codes, scales, self.scales.array.dtype, group, self.table, whole=self._whole(source))
         if self.table is None:
             return self._integers(source, found, rows, of_scales)
-        if np.isnan(self.table).any():
-            self._refuse_not_finite(source, self.table[codes], rows, self.codes.array)
+        none = np.isnan(self.table)
+        if none.any():
+            self._refuse_not_finite(source, none[codes], rows, self.codes.array)
         return found
 
     def _integers(self, source: Source, found: Coded, rows: range, of_scales: range) -> Coded:
@@ -156,10 +158,10 @@ class ScaledTensor(StoredTensor):
                 "columns, against what quantization_config says: set desc_act there to true if the model was made so."
             )
 
-    def _refuse_not_finite(self, source: Source, values: Float32, rows: range, array: StoredArray) -> None:
-        if np.isfinite(values).all():
+    def _refuse_not_finite(self, source: Source, bad: np.ndarray, rows: range, array: StoredArray) -> None:
+        if not bad.any():
             return
-        row = rows[int(np.flatnonzero(~np.isfinite(values).all(axis=1))[0])]
+        row = rows[int(np.flatnonzero(bad.any(axis=1))[0])]
         raise UserError(
             f"{source.path(array.file)}: tensor {array.name} holds NaN or an infinity for row {row} of {self.name}: "
             "the file is damaged, download it again."

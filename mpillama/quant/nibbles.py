@@ -3,8 +3,8 @@
 In a block byte i holds elements i (low nibble) and i + 16; in row lanes steps j and j + 4 share the bytes of a step.
 The fifth bits stand before the nibbles of a block, element by element; in row lanes they are one more step behind the
 nibbles', where bit j belongs to step j. Pairs of bits take two steps, of which the first has steps 0 to 3 and the other
-steps 4 to 7, two bits each from the lowest on; third bits lie behind pairs as fifth bits do behind nibbles, fifth and
-sixth bits as pairs behind nibbles.
+steps 4 to 7, two bits each from the lowest on. Of three bits, bytes have two steps in their lower six bits, of six bits
+one; their upper two bits have the last two steps (kernels/src/types/nibbles.h).
 """
 
 import numpy as np
@@ -77,22 +77,31 @@ def unpack_pairs(steps: np.ndarray) -> np.ndarray:
 
 def pack_three_bits(steps: np.ndarray) -> np.ndarray:
     """Return [groups, blocks, 3, 16, 4] from eight steps of values."""
-    return np.concatenate([pack_pairs(steps & 3), np.packbits(steps >> 2, axis=2, bitorder="little")], axis=2)
+    sixth, seventh = steps[:, :, 6], steps[:, :, 7]
+    upper = np.stack([sixth & 3, seventh & 3, sixth >> 2 | seventh >> 2 << 1], axis=2)
+    packed: np.ndarray = steps[:, :, 0:6:2] | steps[:, :, 1:6:2] << 3 | upper << 6
+    return packed
 
 
 def unpack_three_bits(steps: np.ndarray) -> np.ndarray:
     """Undo pack_three_bits."""
-    third = np.unpackbits(steps[:, :, 2:], axis=2, bitorder="little")
-    values: np.ndarray = unpack_pairs(steps[:, :, :2]) | third << 2
-    return values
+    pairs = np.stack([steps & 7, steps >> 3 & 7], axis=3)
+    groups, blocks, _, _, *rest = pairs.shape
+    first, second, third = (steps[:, :, i] >> 6 for i in range(3))
+    last = np.stack([first | (third & 1) << 2, second | third >> 1 << 2], axis=2)
+    return np.concatenate([pairs.reshape(groups, blocks, 6, *rest), last], axis=2)
 
 
 def pack_six_bit_values(steps: np.ndarray) -> np.ndarray:
     """Return [groups, blocks, 6, 16, 4] from eight steps of values."""
-    return np.concatenate([pack_nibbles(steps & 15), pack_pairs(steps >> 4)], axis=2)
+    places = np.arange(0, 6, 2, dtype=np.uint8)[:, None, None]
+    upper = [steps[:, :, i, None] >> places & 3 for i in (6, 7)]
+    packed: np.ndarray = steps[:, :, :6] | np.concatenate(upper, axis=2) << 6
+    return packed
 
 
 def unpack_six_bit_values(steps: np.ndarray) -> np.ndarray:
     """Undo pack_six_bit_values."""
-    values: np.ndarray = unpack_nibbles(steps[:, :, :4]) | unpack_pairs(steps[:, :, 4:]) << 4
-    return values
+    upper = steps >> 6
+    last = [upper[:, :, i] | upper[:, :, i + 1] << 2 | upper[:, :, i + 2] << 4 for i in (0, 3)]
+    return np.concatenate([steps & 63, np.stack(last, axis=2)], axis=2)

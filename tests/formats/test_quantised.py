@@ -2,6 +2,7 @@
 
 import json
 import math
+from contextlib import closing
 from typing import Any
 
 import gguf
@@ -10,6 +11,7 @@ import pytest
 
 from mpillama.errors import UserError
 from mpillama.loading.model_file import ModelFile, open_model
+from mpillama.models.partition import Partition
 from mpillama.models.tensors import TensorSpec
 from mpillama.models.weights import slice_shapes
 from tests import golden_models as golden
@@ -39,19 +41,25 @@ def read(model: ModelFile, spec: TensorSpec, units: range, shapes: Any) -> list[
 
 def check_values(model: ModelFile, made: Written, exact: bool = True) -> None:
     """Every tensor has the values of the format, and slices for any number of ranks are parts of the whole."""
-    for spec in model.specs:
-        whole = read(model, spec, range(spec.units), slice_shapes(spec, model.config.partition(1)[0]))
-        parts = by_expert(whole, spec) or [whole]
-        for name, arrays in zip(spec.source_names, parts, strict=True):
-            expected = spec.pad(made.values[name]).astype(np.float32)
-            found = arrays[0] if spec.vector else spec.weight_type.unpack(arrays)
-            near = np.abs(expected) * (2.0**-23 if exact else 0) + (0 if exact else np.abs(expected).max() / 120)
-            assert np.all(np.abs(found - expected) <= near), name
-        for size in (2, 3, 5):
-            for part in model.config.partition(size):
+    reader = model.reader(lambda count: None, 1)
+
+    def slices(spec: TensorSpec, part: Partition) -> list[np.ndarray]:
+        arrays = [np.full(shape, 77, dtype) for dtype, shape in slice_shapes(spec, part)]
+        reader.read(spec, spec.units_of(part), arrays)
+        return arrays
+
+    with closing(reader):
+        for spec in model.specs:
+            whole = slices(spec, model.config.partition(1)[0])
+            parts = by_expert(whole, spec) or [whole]
+            for name, arrays in zip(spec.source_names, parts, strict=True):
+                expected = spec.pad(made.values[name]).astype(np.float32)
+                found = arrays[0] if spec.vector else spec.weight_type.unpack(arrays)
+                near = np.abs(expected) * (2.0**-23 if exact else 0) + (0 if exact else np.abs(expected).max() / 120)
+                assert np.all(np.abs(found - expected) <= near), name
+            for part in (part for size in (2, 3, 5) for part in model.config.partition(size)):
                 units = spec.units_of(part)
-                found = read(model, spec, units, slice_shapes(spec, part))
-                for array, all_units, stored in zip(found, whole, spec.arrays(), strict=True):
+                for array, all_units, stored in zip(slices(spec, part), whole, spec.arrays(), strict=True):
                     inside = slice(units.start * stored.entries, units.stop * stored.entries)
                     assert np.array_equal(array, all_units[:, inside] if stored.experts else all_units[inside]), (
                         spec.name
@@ -65,6 +73,8 @@ def test_values_of_every_scheme(scheme, tmp_path):
     held = {spec.weight_type.name for spec in model.specs if not spec.vector and spec.layer is not None}
     assert held == {SCHEMES[scheme].held}
     assert {spec.weight_type.name for spec in model.specs if spec.layer is None and not spec.vector} == {"bf16"}
+    stored = {t.stored for name, t in model.checkpoint.tensors.items() if "_proj" in name}
+    assert stored == {"gptq with desc_act" if scheme == "gptq any order" else SCHEMES[scheme].held}
     assert bool(model.requantised()) == (scheme == "gptq any order")
     check_values(model, made, exact=scheme != "gptq any order")
 

@@ -1,7 +1,8 @@
 // Integers of 2 to 6 bits. Nibbles: 4 times 64 bytes, steps j (low) and j + 4 (high) of 16 rows x 4 k-values. Fifth bits
 // are 64 bytes behind them: bit j of a byte belongs to step j. Pairs of bits are twice 64 bytes: bits 2 j and 2 j + 1 of the
-// first 64 belong to step j, of the others to step j + 4; fifth and sixth bits lie so behind nibbles. Third bits lie behind
-// pairs as fifth bits do.
+// first 64 belong to step j, of the others to step j + 4. Three bits: bytes 0 to 2 have steps 2 i and 2 i + 1 in their lower
+// six, and in their upper two, from the lowest on, step 6, step 7, and the third bits of both. Six bits: bytes 0 to 5 have
+// steps 0 to 5, and in their upper two the pairs of bits of step 6, then those of step 7.
 #pragma once
 #include "lanes.h"
 
@@ -56,15 +57,13 @@ inline void spread_five_bits(const u8* values, int zero, u8* out) {
         }
 }
 
-// Two bits of each step at their final place, UP bits up.
-template <int UP> inline void load_pairs(const u8* values, int part, Vb (&steps)[STEPS]) {
-    constexpr u8 mask = 3 << UP;
+inline void load_pairs(const u8* values, int part, Vb (&steps)[STEPS]) {
     for (int j = 0; j < STEPS; j += 4) {
         const Vb pairs = load_bytes(values + 16 * j + 4 * W * part);
-        steps[j] = moved_bits<-UP>(pairs, mask);
-        steps[j + 1] = moved_bits<2 - UP>(pairs, mask);
-        steps[j + 2] = moved_bits<4 - UP>(pairs, mask);
-        steps[j + 3] = moved_bits<6 - UP>(pairs, mask);
+        steps[j] = moved_bits<0>(pairs, 3);
+        steps[j + 1] = moved_bits<2>(pairs, 3);
+        steps[j + 2] = moved_bits<4>(pairs, 3);
+        steps[j + 3] = moved_bits<6>(pairs, 3);
     }
 }
 
@@ -72,34 +71,45 @@ inline int pair_at(const u8* values, int lane, int k) {
     return values[k / 16 * 64 + 4 * lane + k % 4] >> k / 4 % 4 * 2 & 3;
 }
 
+// Step by step the bytes that integers of 3 or 6 bits are made of.
+template <int COUNT> inline void load_packed(const u8* values, int part, Vb (&packed)[COUNT]) {
+    for (int i = 0; i < COUNT; i++) packed[i] = load_bytes(values + 64 * i + 4 * W * part);
+}
+
 inline void load_three_bits(const u8* values, int part, Vb (&steps)[STEPS]) {
-    load_pairs<0>(values, part, steps);
-    const Vb bits = load_bytes(values + PAIR_BYTES + 4 * W * part);
-    steps[0] = bit_or(steps[0], moved_bits<-2>(bits, 4));
-    steps[1] = bit_or(steps[1], moved_bits<-1>(bits, 4));
-    steps[2] = bit_or(steps[2], moved_bits<0>(bits, 4));
-    steps[3] = bit_or(steps[3], moved_bits<1>(bits, 4));
-    steps[4] = bit_or(steps[4], moved_bits<2>(bits, 4));
-    steps[5] = bit_or(steps[5], moved_bits<3>(bits, 4));
-    steps[6] = bit_or(steps[6], moved_bits<4>(bits, 4));
-    steps[7] = bit_or(steps[7], moved_bits<5>(bits, 4));
+    Vb packed[3];
+    load_packed(values, part, packed);
+    for (int i = 0; i < 3; i++) {
+        steps[2 * i] = moved_bits<0>(packed[i], 7);
+        steps[2 * i + 1] = moved_bits<3>(packed[i], 7);
+    }
+    steps[6] = bit_or(moved_bits<6>(packed[0], 3), moved_bits<4>(packed[2], 4));
+    steps[7] = bit_or(moved_bits<6>(packed[1], 3), moved_bits<5>(packed[2], 4));
 }
 
 inline int three_bits_at(const u8* values, int lane, int k) {
-    return pair_at(values, lane, k) | (values[PAIR_BYTES + 4 * lane + k % 4] >> k / 4 & 1) << 2;
+    const int step = k / 4;
+    const u8* packed = values + 4 * lane + k % 4;
+    if (step < 6) return packed[step / 2 * 64] >> step % 2 * 3 & 7;
+    return packed[(step - 6) * 64] >> 6 | (packed[128] >> step & 1) << 2;
 }
 
 inline void load_six_bits(const u8* values, int part, Vb (&steps)[STEPS]) {
-    load_pairs<4>(values + NIBBLE_BYTES, part, steps);
-    for (int j = 0; j < STEPS / 2; j++) {
-        const Vb packed = load_bytes(values + 64 * j + 4 * W * part);
-        steps[j] = bit_or(steps[j], low_nibbles(packed));
-        steps[j + STEPS / 2] = bit_or(steps[j + STEPS / 2], high_nibbles(packed));
+    Vb packed[6];
+    load_packed(values, part, packed);
+    for (int i = 0; i < 6; i++) steps[i] = moved_bits<0>(packed[i], 63);
+    for (int i = 0; i < 2; i++) {
+        const Vb low = bit_or(moved_bits<6>(packed[3 * i], 3), moved_bits<4>(packed[3 * i + 1], 12));
+        steps[6 + i] = bit_or(low, moved_bits<2>(packed[3 * i + 2], 48));
     }
 }
 
 inline int six_bits_at(const u8* values, int lane, int k) {
-    return nibble_at(values, lane, k) | pair_at(values + NIBBLE_BYTES, lane, k) << 4;
+    const int step = k / 4;
+    const u8* packed = values + 4 * lane + k % 4;
+    if (step < 6) return packed[64 * step] & 63;
+    packed += 192 * (step - 6);
+    return packed[0] >> 6 | packed[64] >> 6 << 2 | packed[128] >> 6 << 4;
 }
 
 // As 8 steps of bytes, what `at` says of each row and k-value.

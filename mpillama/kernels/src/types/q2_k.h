@@ -12,7 +12,7 @@ struct Q2_K {
     using Scales = NibbleScalesAndMinimums;
     using Steps = Vb[STEPS];
 
-    static void load(const u8* values, int part, Steps& steps) { load_pairs<0>(values, part, steps); }
+    static void load(const u8* values, int part, Steps& steps) { load_pairs(values, part, steps); }
     static Vf add(const Steps& steps, const Scales& scales, const InputBlock& x, Vf sum) {
         const Vi first = as_factor(scales.factors.first), last = as_factor(scales.factors.last);
         return scales.add(dot_halves<3>(steps, x.values, first, last), x, sum);

@@ -150,7 +150,7 @@ struct NibbleScalesAndMinimums {
 
     Vf add(Vi total, const InputBlock& x, Vf sum) const {
         const Vf of_x = splat(x.scale), of_minimums = to_float(dot_pairs(minimums, x.halves, splat(0)));
-        return fma(of_minimums, mul(minimum, splat(-x.scale)), fma(to_float(total), mul(scale, of_x), sum));
+        return fnma(of_minimums, mul(minimum, of_x), fma(to_float(total), mul(scale, of_x), sum));
     }
 
     Vf add_halves(Vi of_first, Vi of_last, const InputBlock& x, Vf sum) const {
