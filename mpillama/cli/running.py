@@ -26,7 +26,6 @@ from mpillama.loading.load import LoadedModel, load_model, open_executor
 from mpillama.loading.memory import RankUsage
 from mpillama.loading.model_file import ModelFile, make_chat_template, make_tokenizer
 from mpillama.loading.settings import SpeculationSettings
-from mpillama.quant.registry import STORED_TYPES
 from mpillama.text.chat_template import ChatTemplate
 from mpillama.text.sampler import NonFiniteLogits
 from mpillama.text.tokenizer import Tokenizer
@@ -188,8 +187,7 @@ def tell_lowered_context(options: RunOptions, loaded: LoadedModel, quiet: bool) 
 def warn_of_requantised(file: ModelFile) -> None:
     """Say which weights become larger and lose a little, since no kernel knows the type they are stored in."""
     types = file.weight_types
-    for stored, count in file.requantised().items():
-        kept = STORED_TYPES[stored].held_as()
+    for stored, (kept, count) in file.requantised().items():
         if kept not in (types.by_name or {}).values():
             kept = types.default
         LOG.warning(
