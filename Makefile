@@ -16,7 +16,7 @@ PYTEST := $(BIN)/python -m pytest --numprocesses=$(JOBS) --maxprocesses=4 --dist
 
 .PHONY: run kernels setup test test-fast lint format clean demo
 
-run: .venv/run.stamp build/kernels.stamp  ## tell a story on RANKS ranks
+run: .venv/run.stamp build/host.stamp  ## tell a story on RANKS ranks; compiles what this machine needs
 	$(MPIRUN) -n $(RANKS) $(BIN)/python -m mpillama $(ARGS)
 
 kernels: build/kernels.stamp  ## compile the kernels, for all instruction sets that the compiler knows
@@ -41,12 +41,23 @@ format: .venv/test.stamp
 demo: .venv/dev.stamp  ## rebuild data/demo.h5 (takes about an hour on 2 cores)
 	$(BIN)/python data/train_demo.py
 
-build/kernels.stamp: CMakeLists.txt $(shell find mpillama/kernels/src -type f) | $(CMAKE)
-	@for compiler in $$CXX c++ g++ clang++ icpx; do command -v $$compiler >/dev/null && exit 0; done; \
-		echo "The kernels are C++17 and there is no compiler: install g++ (Fedora, RHEL: gcc-c++; without root:" \
-		"conda install gxx; on a cluster: module load gcc), or name one with CXX=/path/to/g++." >&2; exit 1
-	@$(CMAKE) -S . -B build/kernels -G "Unix Makefiles" --log-level=NOTICE >/dev/null
-	@MAKEFLAGS=--no-print-directory $(CMAKE) --build build/kernels --parallel $$(nproc)
+SOURCES := CMakeLists.txt $(shell find mpillama/kernels/src -type f)
+
+define compile
+@for compiler in $$CXX c++ g++ clang++ icpx; do command -v $$compiler >/dev/null && exit 0; done; \
+	echo "The kernels are C++17 and there is no compiler: install g++ (Fedora, RHEL: gcc-c++; without root:" \
+	"conda install gxx; on a cluster: module load gcc), or name one with CXX=/path/to/g++." >&2; exit 1
+@$(CMAKE) -S . -B build/kernels -G "Unix Makefiles" --log-level=NOTICE >/dev/null
+@MAKEFLAGS=--no-print-directory $(1) $(CMAKE) --build build/kernels --parallel $$(nproc) $(2)
+endef
+
+build/kernels.stamp: $(SOURCES) | $(CMAKE)
+	$(call compile)
+	@touch build/host.stamp $@
+
+# Those of this machine's processor alone; no more where all are there.
+build/host.stamp: $(SOURCES) | $(CMAKE)
+	$(call compile,COUNT=2,--target host)
 	@touch $@
 
 $(CURDIR)/$(BIN)/cmake: | $(BIN)/python

@@ -23,7 +23,6 @@ from mpillama.loading.load import LoadedModel, open_executor
 from mpillama.loading.memory import RankUsage
 from mpillama.loading.model_file import ModelFile
 from mpillama.loading.session import OpenExecutor, Session, choose_target, open_session
-from mpillama.quant.registry import STORED_TYPES
 from mpillama.text.sampler import NonFiniteLogits
 
 LOG = logging.getLogger(__name__)
@@ -132,8 +131,7 @@ def tell_lowered_context(options: RunOptions, loaded: LoadedModel, quiet: bool) 
 def warn_of_requantised(file: ModelFile) -> None:
     """Say which weights become larger and lose a little, since no kernel knows the type they are stored in."""
     types = file.weight_types
-    for stored, count in file.requantised().items():
-        kept = STORED_TYPES[stored].held_as()
+    for stored, (kept, count) in file.requantised().items():
         if kept not in (types.by_name or {}).values():
             kept = types.default
         LOG.warning(

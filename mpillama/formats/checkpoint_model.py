@@ -94,12 +94,13 @@ class CheckpointModel:
             raise UserError(f"{self.path}: this format has no checksums: leave --verify out, or convert the model.")
         return CheckpointReader(self.checkpoint, on_bytes, workers, importance=self.importance)
 
-    def requantised(self) -> Mapping[str, int]:
-        """Stored types that are turned into others since no kernel knows them: their weights' number."""
-        found: dict[str, int] = {}
+    def requantised(self) -> Mapping[str, tuple[WeightType, int]]:
+        """Stored types that are turned into others since no kernel knows them: into which, and how many weights."""
+        found: dict[str, tuple[WeightType, int]] = {}
         for tensor in self.checkpoint.tensors.values():
             if tensor.loses:
-                found[tensor.stored] = found.get(tensor.stored, 0) + prod(tensor.shape)
+                kept, count = found.get(tensor.stored, (tensor.held_as(), 0))
+                found[tensor.stored] = kept, count + prod(tensor.shape)
         return found
 
 

@@ -18,6 +18,7 @@ from mpillama.formats.native.table import HDF5_SIGNATURE, read_table
 from mpillama.models.config import ModelConfig
 from mpillama.models.families import FAMILIES
 from mpillama.models.tensors import TensorSpec, WeightTypes
+from mpillama.quant.weight_type import WeightType
 from mpillama.text.dllama_vocabulary import tokenizer_json_of_dllama
 from mpillama.text.gguf_vocabulary import tokenizer_json_of_gguf
 from mpillama.text.sentencepiece_model import added_by_id, tokenizer_json_of_sentencepiece
@@ -85,8 +86,8 @@ class ModelFile(Protocol):
     def metadata_sha256(self) -> str:
         """What tells this model from others."""
 
-    def requantised(self) -> Mapping[str, int]:
-        """Stored types that no kernel knows, and how many weights are turned from them into another."""
+    def requantised(self) -> Mapping[str, tuple[WeightType, int]]:
+        """Stored types that no kernel knows: which other they become unless one is asked for, and how many weights."""
 
     def stored_bytes(self, spec: TensorSpec, units: range) -> int:
         """About how many bytes of the files these units of a tensor take."""

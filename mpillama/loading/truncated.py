@@ -10,6 +10,7 @@ from mpillama.loading.memory import MemoryModel
 from mpillama.loading.model_file import ModelFile, SliceReader
 from mpillama.models.config import ModelConfig
 from mpillama.models.tensors import TensorSpec, WeightTypes
+from mpillama.quant.weight_type import WeightType
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ class TruncatedModel:
     def specs(self) -> list[TensorSpec]:
         return self.config.tensors(self.weight_types)
 
-    def requantised(self) -> Mapping[str, int]:
+    def requantised(self) -> Mapping[str, tuple[WeightType, int]]:
         return self.whole.requantised()
 
     def stored_bytes(self, spec: TensorSpec, units: range) -> int:

@@ -14,6 +14,7 @@ from mpillama.errors import UserError
 from mpillama.formats.reading import MAX_READ, SourceFile, cut_extent
 from mpillama.models.config import ModelConfig
 from mpillama.models.tensors import ArraySpec, TensorSpec, WeightTypes
+from mpillama.quant.weight_type import WeightType
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,7 @@ class NativeModel:
         entries = [self.entries[array.name] for array in spec.arrays()]
         return sum(entry.extent(units)[1] * entry.parts for entry in entries)
 
-    def requantised(self) -> Mapping[str, int]:
+    def requantised(self) -> Mapping[str, tuple[WeightType, int]]:
         """Nothing: what the file holds is what kernels take."""
         return {}
 
