@@ -164,6 +164,7 @@ class AttentionCase:
         self.head_norms = [vector(head_dim), vector(head_dim)]
         self.changes: dict[str, float] = {}
         self.query_factors: np.ndarray | None = None
+        self.sinks: np.ndarray | None = None
 
     def cache(self) -> list[np.ndarray]:
         """Keys, their scales, values, their scales."""
@@ -186,7 +187,7 @@ class AttentionCase:
         named = dict(
             zip(("q_bias", "k_bias", "v_bias", "q_norm", "k_norm"), self.biases + self.head_norms, strict=True)
         )
-        for name, vector in {**named, "norm": self.norm, "head_start": self.head_start}.items():
+        for name, vector in {**named, "norm": self.norm, "head_start": self.head_start, "sinks": self.sinks}.items():
             setattr(layer, name, arguments.address(vector))
         for name, value in self.changes.items():
             setattr(layer, name, value)
@@ -219,10 +220,10 @@ class AttentionCase:
                 *map(readable, found.cache),
             )
 
-        hidden, q, k, v, context, values, scales, starts, partial, *stored = everywhere(run)
+        hidden, q, k, v, context, values, scales, starts, halves, partial, *stored = everywhere(run)
         return SimpleNamespace(
-            hidden=hidden, q=q, k=k, v=v, context=context, context_blocks=(values, scales, starts), partial=partial,
-            cache=stored,
+            hidden=hidden, q=q, k=k, v=v, context=context, context_blocks=(values, scales, starts, halves),
+            partial=partial, cache=stored,
         )  # fmt: skip
 
     def context(self, q: np.ndarray) -> np.ndarray:
@@ -243,7 +244,8 @@ class AttentionCase:
                         scores = k @ rows[first + t, h]
                         scores = cap * np.tanh(scores / cap) if cap else scores
                         weights = np.exp(scores - scores.max())
-                        out[first + t, h] = weights @ v / weights.sum()
+                        sink = 0 if self.sinks is None else np.exp(self.sinks[h] - scores.max())
+                        out[first + t, h] = weights @ v / (weights.sum() + sink)
         return out.reshape(len(out), -1)
 
 
@@ -510,8 +512,8 @@ class MlpCase:
             a = self.run(team, in_flight)
             return (a.hidden.x, a.gate.x, *blocks_of(a.gate), a.partial)
 
-        hidden, gate, values, scales, starts, partial = everywhere(run)
-        return SimpleNamespace(hidden=hidden, gate=gate, gate_blocks=(values, scales, starts), partial=partial)
+        hidden, gate, *blocks, partial = everywhere(run)
+        return SimpleNamespace(hidden=hidden, gate=gate, gate_blocks=tuple(blocks), partial=partial)
 
     def swiglu(self, h: np.ndarray, expert: int = 0, share: float | np.ndarray = 1.0) -> np.ndarray:
         """float64, of what the matrices see."""
