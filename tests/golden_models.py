@@ -26,7 +26,7 @@ FOLDER = Path(__file__).parent / "golden"
 FAMILIES = (
     "llama", "llama3", "llama_bias", "llama_linear", "llama_yarn", "mistral", "qwen2", "qwen3", "mixtral", "qwen3_moe",
     "seed_oss", "olmo2", "granite", "smollm3", "ministral", "ministral3", "phi3", "phi3_longrope", "gemma2", "gemma3",
-    "hy_v3", "glm4_moe", "minimax_m2", "gpt_oss", "deepseek_v3", "kimi_k2",
+    "hy_v3", "glm4_moe", "minimax_m2", "gpt_oss", "deepseek_v3", "kimi_k2", "llama4", "llama4_usual",
 )  # fmt: skip
 Tensors = Mapping[str, np.ndarray]
 
@@ -90,6 +90,7 @@ ARCHITECTURES |= {"smollm3": "smollm3", "ministral3": "mistral3", "phi3": "phi3"
 ARCHITECTURES |= {"gemma3_text": "gemma3"}
 ARCHITECTURES |= {"hy_v3": "hy_v3", "glm4_moe": "glm4moe", "minimax_m2": "minimax-m2", "gpt_oss": "gpt-oss"}
 ARCHITECTURES |= {"deepseek_v3": "deepseek2"}
+ARCHITECTURES |= {"llama4_text": "llama4"}
 IN_PAIRS = ("llama", "granite", "smollm3", "mistral3")
 """Architectures whose rows of q and k stand in rotary pairs."""
 GGUF_NAMES = {
@@ -302,9 +303,13 @@ def _gemma3_metadata(writer: gguf.GGUFWriter, settings: Mapping[str, Any]) -> No
     writer.add_uint32("gemma3.attention.sliding_window_pattern", settings["sliding_window_pattern"])
 
 
+def _llama4_metadata(writer: gguf.GGUFWriter, settings: Mapping[str, Any]) -> None:
+    writer.add_interleave_moe_layer_step(settings["interleave_moe_layer_step"])
+
+
 MORE_METADATA: Mapping[str, Callable[[gguf.GGUFWriter, Mapping[str, Any]], None]] = {
     "granite": _granite_metadata, "ministral3": _ministral3_metadata, "phi3": _phi3_metadata,
-    "gemma2": _gemma2_metadata, "gemma3_text": _gemma3_metadata,
+    "gemma2": _gemma2_metadata, "gemma3_text": _gemma3_metadata, "llama4_text": _llama4_metadata,
 }  # fmt: skip
 """What files of single architectures hold besides."""
 FUSED = {

@@ -252,11 +252,20 @@ def _canonical_tensors(
     """The tensors under their canonical names, each part of a fused one by itself."""
     fused = family.fused(ConfigValues(config, family.defaults)) if family else {}
     from_one = re.compile(family.from_one if family and family.from_one else r"(?!)")
+    pairs = _head_dim(ConfigValues(config, family.defaults)) if family and family.rotary_pairs else 0
     for tensor in tensors:
         path = files[tensor.file]
         for whole in _canonical(path, tensor, family):
             for part in cut_fused(path, whole, fused):
-                yield replace(part, added=1.0) if from_one.search(part.name) else part
+                interleaved = pairs if ROTATED.search(part.name) else 0
+                yield replace(part, added=1.0 if from_one.search(part.name) else 0.0, interleaved=interleaved)
+
+
+ROTATED = re.compile(r"\.self_attn\.[qk]_proj\.")
+
+
+def _head_dim(values: ConfigValues) -> int:
+    return values.size("head_dim", values.size("hidden_size") // values.size("num_attention_heads"))
 
 
 def _canonical(path: str, tensor: StoredTensor, family: Family | None) -> Iterator[StoredTensor]:
@@ -268,7 +277,7 @@ def _canonical(path: str, tensor: StoredTensor, family: Family | None) -> Iterat
     if isinstance(tensor, ScaledTensor):
         yield replace(tensor, name=name)
     elif fused and family and family.turned_experts:
-        yield from turned_experts(path, fused[1], tensor, FUSED_EXPERTS[fused[2]])
+        yield from turned_experts(path, fused[1], tensor, FUSED_EXPERTS[fused[2]], family.experts_by_turns)
     elif fused and not fused[3]:
         yield from split_experts(path, fused[1], tensor, FUSED_EXPERTS[fused[2]])
     else:

@@ -1,4 +1,4 @@
-"""Stacked experts as gpt-oss keeps them: matrices transposed, the rows of gate and up by turns, and biases."""
+"""Stacked experts as gpt-oss and Llama 4 keep them: matrices transposed, and biases."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -39,10 +39,12 @@ class TurnedTensor(StoredTensor):
         return StoredRows(kind, values.view(np.uint8).reshape(len(values), -1))
 
 
-def turned_experts(path: str, prefix: str, tensor: StoredTensor, parts: tuple[str, ...]) -> Iterator[StoredTensor]:
+def turned_experts(
+    path: str, prefix: str, tensor: StoredTensor, parts: tuple[str, ...], by_turns: bool
+) -> Iterator[StoredTensor]:
     """Cut [experts, columns, rows], or biases [experts, rows], into those of each expert and part.
 
-    The rows of the parts are there by turns.
+    The rows of the parts are there by turns, or one part behind the other.
     """
     is_bias = len(tensor.shape) == 2
     if len(tensor.shape) not in (2, 3) or tensor.shape[0] > MOST_EXPERTS or tensor.shape[-1] % len(parts):
@@ -51,8 +53,9 @@ def turned_experts(path: str, prefix: str, tensor: StoredTensor, parts: tuple[st
     shape = (rows,) if is_bias else (rows, tensor.shape[1])
     size = tensor.bytes // experts
     for expert in range(experts):
-        for first, part in enumerate(parts):
+        for number, part in enumerate(parts):
+            first, step = (number, len(parts)) if by_turns else (number * rows, 1)
             yield TurnedTensor(
                 name=f"{prefix}{expert}.{part}.{'bias' if is_bias else 'weight'}", shape=shape, stored=tensor.stored,
-                file=tensor.file, offset=tensor.offset + expert * size, places=places, first=first, step=len(parts),
+                file=tensor.file, offset=tensor.offset + expert * size, places=places, first=first, step=step,
             )  # fmt: skip

@@ -126,7 +126,7 @@ class MlpLayer(ctypes.Structure):
         *((name, Matrix) for name in ("shared_gate", "shared_up", "shared_down", "shared_router")),
         *((name, Address) for name in ("norm", "gate_bias", "up_bias", "down_bias")),
         *((name, ctypes.c_double) for name in ("eps", "alpha", "limit")),
-        *((name, ctypes.c_int64) for name in ("hidden_size", "activation")),
+        *((name, ctypes.c_int64) for name in ("hidden_size", "activation", "weighs_inputs")),
     ]
 
 

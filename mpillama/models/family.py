@@ -208,8 +208,9 @@ class Family:
     that hold one of this family under text_config, among other parts.
     `renames` turns a checkpoint's names of tensors into ours by regular expressions. `fused` gives, for modules of a
     layer that hold several of ours, these and their rows, one below the other. `from_one` is a regular expression for
-    the vectors that a Hugging Face folder stores less 1. `turned_experts`: stacked experts are as in
-    formats/turned_experts.py. `pre_tokenizer` names the rules of vocabularies in GGUF files that name none;
+    the vectors that a Hugging Face folder stores less 1, `rotary_pairs`: the rows of q and k stand there in pairs that
+    RoPE turns. `turned_experts`: stacked experts are as in formats/turned_experts.py, the rows of gate and up by turns
+    if `experts_by_turns`. `pre_tokenizer` names the rules of vocabularies in GGUF files that name none;
     `tokens_strip`: control tokens of a vocabulary of pieces take the white space behind them along.
     """
 
@@ -220,7 +221,9 @@ class Family:
     renames: Mapping[str, str] = field(default_factory=dict)
     fused: Callable[[ConfigValues], Fused] = lambda values: {}
     from_one: str = ""
+    rotary_pairs: bool = False
     turned_experts: bool = False
+    experts_by_turns: bool = True
     within: Sequence[str] = ()
     rope: Callable[[ConfigValues, int], Rope] = read_rope
     factors: Callable[[ConfigValues], OuterFactors] = lambda values: OuterFactors()

@@ -176,11 +176,13 @@ class SharedExpert(GatedMlp):
 class Experts(GatedMlp):
     """A mixture of gated MLPs among which a router chooses for each token, and perhaps one that all tokens share.
 
-    Biases are those of each expert, weighed as its result is.
+    Biases are those of each expert, weighed as its result is. `weighs_inputs`: a token's share is a factor of what its
+    expert sees instead.
     """
 
     router: Router = Router(1, 1)
     shared: SharedExpert | None = None
+    weighs_inputs: bool = False
 
     prefix: ClassVar[str] = EXPERTS
 
@@ -221,7 +223,7 @@ class Experts(GatedMlp):
         self, weights: LayerWeights, part: Partition, hidden_size: int, norm: str, eps: float
     ) -> arguments.MlpLayer:
         layer = super().layer(weights, part, hidden_size, norm, eps)
-        layer.router = self.router.argument(weights)
+        layer.router, layer.weighs_inputs = self.router.argument(weights), self.weighs_inputs
         if 0 in part[self.split]:  # one rank adds what is not divided
             layer.down_bias = weights.address(f"{self.prefix}down_proj.bias")
         if self.shared:

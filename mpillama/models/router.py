@@ -13,8 +13,11 @@ from mpillama.quant.types.f32 import F32
 from mpillama.quant.weight_type import LANES, round_up
 
 MOST_EXPERTS = 4096
-SCORES: Mapping[str, int] = {"softmax": 0, "sigmoid": 1, "sqrt_softplus": 2, "logits": 3}
-"""What a logit becomes, by the numbers of kernels/src/router.h; of plain logits shares are a softmax of the chosen."""
+SCORES: Mapping[str, int] = {"softmax": 0, "sigmoid": 1, "sqrt_softplus": 2, "logits": 3, "logits_to_sigmoid": 4}
+"""What a logit becomes, by the numbers of kernels/src/router.h.
+
+Of plain logits shares are a softmax of the chosen, or the sigmoid of each.
+"""
 WEIGHT, BIAS, CORRECTION = "mlp.gate.weight", "mlp.gate.bias", "mlp.gate.e_score_correction_bias"
 
 

@@ -189,6 +189,29 @@ def _sizes(base: dict[str, Any], hidden: int, inner: int, layers: int, heads: in
     }
 
 
+LLAMA4 = {
+    "model_type": "llama4_text",
+    "vocab_size": 202048,
+    "max_position_embeddings": 10485760,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 500000.0,
+    "rope_scaling": {**LLAMA3_ROPE, "factor": 16.0, "high_freq_factor": 1.0},
+    "num_local_experts": 16,
+    "num_experts_per_tok": 1,
+}
+MINISTRAL3 = {
+    "model_type": "ministral3",
+    "vocab_size": 131072,
+    "rope_scaling": {
+        "rope_type": "yarn",
+        "rope_theta": 1e6,
+        "factor": 16.0,
+        "original_max_position_embeddings": 16384,
+        "mscale": 1.0,
+        "mscale_all_dim": 1.0,
+        "llama_4_scaling_beta": 0.1,
+    },
+}
 PHI = {
     "model_type": "phi3",
     "vocab_size": 100352,
@@ -236,10 +259,11 @@ SHAPES: dict[str, dict[str, Any]] = {
     "llama-3.1-8b": _sizes(LLAMA3, 4096, 14336, 32, 32),
     "llama-3.1-70b": _sizes(LLAMA3, 8192, 28672, 80, 64),
     "llama-3.1-405b": _sizes(LLAMA3, 16384, 53248, 126, 128),
+    "llama-4-scout": _sizes(LLAMA4, 5120, 8192, 48, 40),
     "mistral-7b": _sizes(MISTRAL, 4096, 14336, 32, 32),
     "mixtral-8x7b": _sizes({**MISTRAL, **MIXTRAL}, 4096, 14336, 32, 32),
     "mistral-small-24b": _sizes(MISTRAL_SMALL, 5120, 32768, 40, 32),
-    "ministral-3-8b": _sizes({"model_type": "ministral3", "vocab_size": 131072}, 4096, 14336, 34, 32),
+    "ministral-3-8b": _sizes(MINISTRAL3, 4096, 14336, 34, 32),
     "phi-4": _sizes(PHI, 5120, 17920, 40, 40),
     "gemma-2-9b": _sizes({"model_type": "gemma2"}, 3584, 14336, 42, 16, num_key_value_heads=8),
     "gemma-2-27b": _sizes(

@@ -82,6 +82,15 @@ LLAMA3_ROPE = rope(  # of the 8 frequencies one stays, two are smoothed, five ar
 )
 YARN_ROPE = rope("yarn", 100.0, factor=2.0, original_max_position_embeddings=256)  # 8 frequencies, 6 within the ramp
 
+LLAMA4: Mapping[str, Any] = {
+    "head_dim": 16,
+    "num_hidden_layers": 4,
+    "intermediate_size": 24,
+    "intermediate_size_mlp": 40,
+    "num_local_experts": 5,
+    "num_experts_per_tok": 2,
+    "interleave_moe_layer_step": 2,
+}
 PHI_LONG: Mapping[str, Any] = {
     "num_hidden_layers": 2,
     "pad_token_id": EOS[0],
@@ -221,6 +230,10 @@ FAMILIES: Mapping[str, Family] = {
         prompt=16,
         norms=0.0,
     ),
+    "llama4": Family(
+        "llama4_text", LLAMA4 | {"attention_chunk_size": 6, "floor_scale": 4, "attn_scale": 0.5}, prompt=16
+    ),
+    "llama4_usual": Family("llama4_text", LLAMA4, prompt=16, weights_of="llama4"),
     "mixtral": Family("mixtral", {"intermediate_size": 32, "num_local_experts": 4, "num_experts_per_tok": 2}),
     "qwen3_moe": Family(
         "qwen3_moe",
@@ -399,11 +412,14 @@ def logits(model: transformers.PreTrainedModel, ids: list[int]) -> np.ndarray:
 def chosen_experts(model: transformers.PreTrainedModel, ids: list[int]) -> dict[str, np.ndarray]:
     """`experts`, uint8 [layers with a router, tokens, chosen]: which experts each token takes, in ascending order."""
     chosen: list[np.ndarray] = []
-    routers = [module for module in model.modules() if type(module).__name__.lower().endswith("topkrouter")]
-    hooks = [
-        router.register_forward_hook(lambda module, inputs, outputs: chosen.append(outputs[2].sort(dim=-1)[0].numpy()))
-        for router in routers
-    ]
+    kinds = ("topkrouter", "llama4router")
+    routers = [module for module in model.modules() if type(module).__name__.lower().endswith(kinds)]
+
+    def note(module: torch.nn.Module, inputs: object, outputs: tuple[torch.Tensor, ...]) -> None:
+        taken = outputs[2] if len(outputs) > 2 else outputs[0].topk(module.top_k)[1]  # Llama 4's has scores of all
+        chosen.append(taken.sort(dim=-1)[0].numpy())
+
+    hooks = [router.register_forward_hook(note) for router in routers]
     logits(model, ids)
     for hook in hooks:
         hook.remove()

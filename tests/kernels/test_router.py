@@ -53,6 +53,7 @@ class Router:
             "sigmoid": lambda x: 1 / (1 + np.exp(-x)),
             "sqrt_softplus": lambda x: np.sqrt(np.logaddexp(0, x)),
             "logits": lambda x: x,
+            "logits_to_sigmoid": lambda x: x,
         }[self.kind](logits)
         by = scores + (0 if self.correction is None else self.correction)
         if self.groups > 1:
@@ -64,6 +65,7 @@ class Router:
         chosen = np.argsort(-by, axis=1, kind="stable")[:, : self.chosen]
         shares = np.take_along_axis(scores, chosen, axis=1)
         shares = np.exp(shares) if self.kind == "logits" else shares
+        shares = 1 / (1 + np.exp(-shares)) if self.kind == "logits_to_sigmoid" else shares
         if self.renormalise:
             shares = shares / (shares.sum(axis=1, keepdims=True) + self.epsilon)
         return SimpleNamespace(chosen=chosen, shares=shares * self.scaling)

@@ -7,7 +7,15 @@ import pytest
 
 from mpillama.kernels.arguments import Activation, HeadNorm
 from tests.kernels.kernel_parts import everywhere, random_matrix, same_bits, teams
-from tests.kernels.test_half_layers import EPS, KV_TYPES, AttentionCase, MlpCase, normalised, rotated
+from tests.kernels.test_half_layers import (
+    EPS,
+    KV_TYPES,
+    AttentionCase,
+    MlpCase,
+    expected_mixture,
+    normalised,
+    rotated,
+)
 
 SEQUENCES = [(1, 5), (17, 120), (1, 1600), (3, 62)]
 
@@ -164,3 +172,20 @@ def test_logits_are_divided_and_bent():
     bad = np.full(16, np.nan, np.float32)
     teams()[0].scale_logits(bad, 1.0, 5.0)
     assert np.isnan(bad).all()
+
+
+@pytest.mark.parametrize("tokens", [1, 9])
+def test_shares_may_weigh_what_experts_see(tokens, monkeypatch):
+    case = MlpCase(tokens, 96, experts=5, chosen=2)
+    prepare, plain = case.prepare, case.everywhere().partial
+
+    def with_weighed_inputs(in_flight=1):
+        layer, a = prepare(in_flight)
+        layer.weighs_inputs = 1
+        return layer, a
+
+    monkeypatch.setattr(case, "prepare", with_weighed_inputs)
+    found = case.everywhere()
+    monkeypatch.setattr(case, "swiglu", lambda h, expert, share: MlpCase.swiglu(case, h * share, expert))
+    np.testing.assert_allclose(found.partial, expected_mixture(case, found.hidden), atol=1e-5)
+    assert np.abs(found.partial - plain).max() > 1e-3

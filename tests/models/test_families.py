@@ -122,6 +122,9 @@ def changed(family: str, **changes: Any) -> dict[str, Any]:
         ("gemma3", {"rope_scaling": {"rope_type": "linear", "factor": 4.0, "mrope_section": [1, 2]}}),
         ("ministral3", {"rope_parameters": {"rope_type": "yarn", "factor": 2.0, "beta": 3.0}}),
         ("ministral", {"mlp_bias": True}),
+        ("llama4", {"layer_types": ["chunked_attention", "sliding_attention"] * 2}),
+        ("llama4", {"moe_layers": [1, 4]}),
+        ("llama4", {"no_rope_layers": [1, 1, 1]}),
     ],
 )
 def test_what_nobody_reads_or_knows_is_refused_by_name(family, changes):

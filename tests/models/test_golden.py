@@ -21,7 +21,7 @@ BOUNDS = {"f16": 2e-3, "bf16": 2e-2, "q8_0": 0.1, "q4_0": 0.8}
 """As above, for weights rounded to a type; measured for Mixtral, where a router may choose otherwise: 0.07 for q8_0,
 0.58 for q4_0."""
 BLOCKS_TOLERANCE = 0.03  # of the largest logit, for activations in int8
-NOT_IN_GGUF = ("llama_yarn", "llama_linear", "mistral", "ministral", "llama_bias", "kimi_k2")
+NOT_IN_GGUF = ("llama_yarn", "llama_linear", "mistral", "ministral", "llama_bias", "kimi_k2", "llama4")
 IN_GGUF = tuple(f for f in g.FAMILIES if f not in NOT_IN_GGUF)
 IN_DLLAMA = ("llama", "qwen3", "qwen3_moe")
 

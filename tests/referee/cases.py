@@ -248,6 +248,11 @@ LATER_FAMILIES: Mapping[str, Mapping[str, Any]] = {
         **rope("yarn", factor=4.0, original_max_position_embeddings=32, mscale=1.0, mscale_all_dim=1.0),
     },
     "kimi_k2": {**LATENT, "model_type": "kimi_k2", "q_lora_rank": None, "n_group": 1, "topk_group": 1},
+    "llama4_text": {
+        **QWEN, "model_type": "llama4_text", "num_local_experts": 9, "num_experts_per_tok": 2, "intermediate_size": 72,
+        "intermediate_size_mlp": 100, "interleave_moe_layer_step": 2, "no_rope_layers": [1, 0],
+        "attention_chunk_size": 20, "floor_scale": 16, "attn_scale": 0.3,
+    },
 }  # fmt: skip
 
 # -- special values --------------------------------------------------------------------------------------------------

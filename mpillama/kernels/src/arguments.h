@@ -90,7 +90,8 @@ struct Router {
 enum Activation : i64 { SILU, GELU_TANH, CLAMPED_SILU };
 
 // A gated MLP, or experts of it chosen by a router, and one that all tokens share: `shared_gate` and so on have no groups
-// without it, `shared_router` none if nothing weighs it. The norm may be null, and biases may; of experts biases are
+// without it, `shared_router` none if nothing weighs it. With `weighs_inputs` a token's share is a factor of what its
+// expert sees, not of its result. The norm may be null, and biases may; of experts biases are
 // [experts, rows], and down_bias is there for one rank only.
 struct MlpLayer {
     Matrix gate, up, down;
@@ -98,7 +99,7 @@ struct MlpLayer {
     Matrix shared_gate, shared_up, shared_down, shared_router;
     const float *norm, *gate_bias, *up_bias, *down_bias;
     double eps, alpha, limit;
-    i64 hidden_size, activation;
+    i64 hidden_size, activation, weighs_inputs;
 };
 
 // The tokens that go through the model together; `segments` [segment_count, 3]: first token, tokens, first position of

@@ -101,13 +101,18 @@ inline void gate_up_span(const MlpLayer& layer, i64 expert, const Activations& x
     const bool quantised = has_blocks(layer.down.type);
     for (i64 t = 0; t < tokens; t++) {
         float *g = gate.x + t * gate.columns, *u = up + t * gate.columns;
+        const bool inside = shares != nullptr && layer.weighs_inputs != 0, outside = shares != nullptr && !inside;
+        if (inside) {  // products of what is multiplied are multiplied
+            multiply(g, shares[t], BLOCK * first, BLOCK * last);
+            multiply(u, shares[t], BLOCK * first, BLOCK * last);
+        }
         if (layer.gate_bias != nullptr) {
             const i64 rows = expert * layer.gate.groups * LANES;
             add_to(g, layer.gate_bias + rows, BLOCK * first, BLOCK * last);
             add_to(u, layer.up_bias + rows, BLOCK * first, BLOCK * last);
         }
         activate(layer, g, u, BLOCK * first, BLOCK * last);
-        if (shares != nullptr) multiply(g, shares[t], BLOCK * first, BLOCK * last);
+        if (outside) multiply(g, shares[t], BLOCK * first, BLOCK * last);
         if (quantised) quantise_blocks(g + BLOCK * first, last - first, gate, tokens, t, first);
     }
 }

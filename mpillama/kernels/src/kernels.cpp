@@ -322,7 +322,7 @@ MPILLAMA_API i64 mpillama_offset(i64 index) {
         offsetof(MlpLayer, shared_down), offsetof(MlpLayer, shared_router), offsetof(MlpLayer, norm),
         offsetof(MlpLayer, gate_bias), offsetof(MlpLayer, up_bias), offsetof(MlpLayer, down_bias),
         offsetof(MlpLayer, eps), offsetof(MlpLayer, alpha), offsetof(MlpLayer, limit), offsetof(MlpLayer, hidden_size),
-        offsetof(MlpLayer, activation),
+        offsetof(MlpLayer, activation), offsetof(MlpLayer, weighs_inputs),
         sizeof(Step), offsetof(Step, tokens), offsetof(Step, x), offsetof(Step, hidden), offsetof(Step, context),
         offsetof(Step, gate), offsetof(Step, latent), offsetof(Step, q), offsetof(Step, k), offsetof(Step, v),
         offsetof(Step, up), offsetof(Step, partial), offsetof(Step, squares), offsetof(Step, cosines),

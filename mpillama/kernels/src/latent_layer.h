@@ -12,9 +12,8 @@
 namespace mpillama {
 
 // A step's activations seen as so many columns.
-inline Activations as_columns(Activations a, i64 columns) {
-    a.columns = columns;
-    return a;
+inline Activations as_columns(const Activations& a, i64 columns) {
+    return {a.x, a.values, a.scales, a.starts, a.halves, columns};
 }
 
 // Rotate `rope` channels by half as many angles, to halves; with `pairs` neighbours turn together. Not in place.

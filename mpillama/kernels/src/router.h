@@ -1,7 +1,7 @@
 // Which experts a token takes, and their shares of its result.
 //
 // An expert has a score: of its logit the softmax over all experts, a sigmoid, or sqrt(softplus); or the logit itself,
-// and then the shares are the softmax over the chosen ones. What is chosen by is the score, with a correction if there
+// and then the shares are the softmax over the chosen ones, or the sigmoid of each. What is chosen by is the score, with a correction if there
 // is one; ties go to the lower number. Scores are float32, sums of them float64 in ascending order.
 #pragma once
 #include "arguments.h"
@@ -9,7 +9,7 @@
 
 namespace mpillama {
 
-enum class Scores : i64 { SOFTMAX, SIGMOID, SQRT_SOFTPLUS, LOGITS };
+enum class Scores : i64 { SOFTMAX, SIGMOID, SQRT_SOFTPLUS, LOGITS, LOGITS_TO_SIGMOID };
 
 // The first of the largest of numbers; what is chosen among NaNs does not matter, since they make all shares NaN.
 inline i64 largest(const float* row, i64 count) {
@@ -98,6 +98,7 @@ inline void choose_experts(const Router& router, i64 experts, float* row, float*
         const float top = shares[0];
         for (i64 j = 0; j < router.chosen; j++) shares[j] = exponential(shares[j] - top);
     }
+    for (i64 j = 0; j < router.chosen && kind == Scores::LOGITS_TO_SIGMOID; j++) shares[j] = sigmoid(shares[j]);
     for (i64 j = 0; j < router.chosen; j++) taken += static_cast<double>(shares[j]);
     for (i64 j = 0; j < router.chosen; j++) {
         if (router.renormalise != 0) shares[j] = static_cast<float>(static_cast<double>(shares[j]) / (taken + router.epsilon));
