@@ -409,6 +409,8 @@ def as_random_blocks(kind: gguf.GGMLQuantizationType) -> Callable[[np.ndarray], 
                 blocks[..., place + 2 * i : place + 2 * i + 2] = step
         elif name == "mxfp4":
             blocks[..., 0] = random.integers(120, 123, shape[:-1])
+        elif name == "nvfp4":
+            blocks[..., :4] = random.integers(4, 12, (*shape[:-1], 4))
         else:
             blocks[..., :2] = scales.astype("<f2")[..., None].view(np.uint8)
         if name in ("q4_1", "q5_1"):

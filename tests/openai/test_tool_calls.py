@@ -423,6 +423,8 @@ def say(tokenizer, constraint, seed, size):
 @pytest.mark.parametrize("parallel", [True, False])
 @pytest.mark.parametrize("pieces", [True, False])
 def test_a_random_model_makes_valid_calls(form, markers, parallel, pieces):
+    if pieces and form.name.startswith("deepseek"):
+        pytest.skip("SentencePiece takes the \u2581 within these markers for a space, and cannot write them")
     tokenizer, grammars = tokenizer_with(markers, pieces)
     grammar = form.grammar(TOOLS, "required", parallel, grammars.token_id)
     grammars.check(grammar)
@@ -434,7 +436,7 @@ def test_a_random_model_makes_valid_calls(form, markers, parallel, pieces):
         assert all(VALID[name].is_valid(json.loads(arguments)) for name, arguments in calls), text
         counts.add(len(calls))
         called |= {name for name, _ in calls}
-        if seed > 5 and called == set(VALID):
+        if seed > 5 and called == set(VALID) and (max(counts) > 1) == parallel:
             break
     assert called == set(VALID)
     assert (max(counts) > 1) == parallel
