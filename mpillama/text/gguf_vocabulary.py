@@ -24,6 +24,9 @@ END_NAMES = frozenset(
         "<|end_of_text|>",
     ]
 )
+HARMONY_END = "<|return|>"
+HARMONY_ENDS = frozenset([HARMONY_END, "<|call|>", "<|endoftext|>"])
+"""Those of gpt-oss, whose answers have several messages that end with <|end|>."""
 
 
 KEEPING = ("<unk>", "<s>", "<|endoftext|>")
@@ -155,6 +158,7 @@ def _files(
 ) -> TokenizerFiles:
     bos = values.role("bos_token_id", bos_and_eos[0])
     named = [values.role("eos_token_id", bos_and_eos[1]), values.role("eot_token_id"), values.role("eom_token_id")]
-    known = [i for i, token in enumerate(values.tokens) if token in END_NAMES and kinds[i] == Kind.CONTROL]
+    names = END_NAMES if HARMONY_END not in values.tokens else HARMONY_ENDS
+    known = [i for i, token in enumerate(values.tokens) if token in names and kinds[i] == Kind.CONTROL]
     ends = tuple(dict.fromkeys(index for index in [*named, *known] if index is not None))
     return TokenizerFiles(content, bos, ends, values.flag("add_bos_token", add_bos) and bos is not None)

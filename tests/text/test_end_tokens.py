@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import tokenizers
 
 from mpillama.errors import UserError
 from mpillama.formats.checkpoint import Checkpoint
@@ -12,6 +13,7 @@ from mpillama.formats.gguf.file import TEMPLATE
 from mpillama.formats.gguf.file import _texts as texts_of
 from mpillama.loading.model_file import open_model, with_tokenizer
 from mpillama.loading.texts import end_of_turn, end_tokens, make_chat_template, make_tokenizer
+from mpillama.text.tokenizer import Tokenizer
 
 from .chat_families import FAMILIES, tokenizer
 
@@ -86,6 +88,15 @@ def test_each_file_may_name_an_end(folder):
     template = "{% for m in messages %}{{ m.content }}<|eot_id|>{% endfor %}"
     assert ends(folder, config=end, template=template) == ["<|end_of_text|>", "<|eot_id|>"]
     assert ends(folder) == []
+
+
+def test_what_stands_behind_calls_ends_an_answer_too():
+    source = tokenizers.Tokenizer(tokenizers.models.BPE())
+    source.add_special_tokens(["<|call|>", "<|return|>"])
+    tokens = Tokenizer(source.to_str().encode(), bos_token_id=None, eos_token_ids=(), add_bos=False)
+    template = "{% for m in messages %}{{ m.content }}{{ '<|return|>' if loop.last }}{% endfor %}"
+    assert end_tokens(tokens, {}, (), template) == (1,)
+    assert end_tokens(tokens, {}, (), template + "{% if tools %}<|call|>{% endif %}") == (1, 0)
 
 
 def test_ids_outside_a_gguf_vocabulary_reach_no_configuration():

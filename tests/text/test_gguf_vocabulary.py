@@ -208,6 +208,16 @@ def test_pieces_without_scores_are_taken_in_their_order(caplog):
             False,
         ),
         ({"tokens": ["a", "b", "ab", "<|im_end|>"], "eos_token_id": 2, "token_type": [1, 1, 1, 1]}, None, (2,), False),
+        (
+            {
+                "tokens": ["a", "b", "ab", "<|end|>", "<|call|>", "<|return|>"],
+                "eos_token_id": 5,
+                "token_type": [1, 1, 1, 3, 3, 3],
+            },
+            None,
+            (5, 4),
+            False,
+        ),
     ],
 )
 def test_roles(changes, bos, eos, add_bos):
