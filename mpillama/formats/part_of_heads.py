@@ -80,8 +80,10 @@ def part_of_heads(spec: TensorSpec, table: Mapping[str, StoredTensor]) -> Stored
     """A tensor as a part of the one that the table has in its place; None if it has none, or one of another shape."""
     part = spec.part_of
     whole = table.get(part.name) if part else None
-    columns = spec.source_shape[0] // part.heads if part and part.turned else spec.source_shape[1]
-    if part is None or whole is None or whole.shape != (part.heads * part.of, columns):
+    if part is None or whole is None:
+        return None
+    columns = spec.source_shape[0] // part.heads if part.turned else spec.source_shape[1]
+    if whole.shape != (part.heads * part.of, columns):
         return None
     return HeadsTensor(
         name=spec.name, shape=spec.source_shape, stored=whole.stored, file=whole.file, offset=whole.offset,
