@@ -1,15 +1,23 @@
 """Configurations of the families with routers of DeepSeek V3's kind: what is read, and what is refused by name."""
 
 import json
+from pathlib import Path
 
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from mpillama.errors import UserError
+from mpillama.loading.model_file import open_model
 from mpillama.models.config import ModelConfig
 from mpillama.models.mlp import Experts
 from mpillama.models.router import Router
 from mpillama.models.shapes import SHAPES
+from mpillama.models.tensors import WeightTypes
+from mpillama.quant.types.f32 import F32
 from tests import golden_models as g
+from tests import running
+from tests.conftest import THREADS
 
 
 def read(family: str, **options) -> ModelConfig:
@@ -85,3 +93,54 @@ def test_windows_of_every_other_layer():
     assert [block.attention.window for block in config.blocks[:4]] == [128, 0, 128, 0]
     plain = {key: value for key, value in SHAPES["gpt-oss-20b"].items() if key not in ("rope_scaling", "swiglu_limit")}
     assert ModelConfig.from_hf(plain) == config
+
+
+# -- gpt-oss as it is published: experts in MXFP4 ---------------------------------------------------------------------
+
+E2M1 = np.float32([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])
+
+
+def write_gpt_oss(folder: Path, as_published: bool) -> None:
+    """A gpt-oss of whole blocks of 32: experts in blocks and scales, or their values as transformers has them."""
+    config = json.loads((g.FOLDER / "gpt_oss" / "config.json").read_text())
+    config |= {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "layer_types": None}
+    rng, tensors = np.random.default_rng(9), {}
+    for spec in ModelConfig.from_hf(config).tensors(WeightTypes(F32)):
+        if ".experts." not in spec.name:
+            scale = 0.2 if len(spec.source_shape) > 1 else 1.0
+            values = (scale * rng.standard_normal(spec.source_shape)).astype(np.float32)
+            tensors[spec.name.replace(".mlp.gate.", ".mlp.router.")] = values
+    for layer in range(2):
+        prefix = f"model.layers.{layer}.mlp.experts."
+        for name, rows, columns in (("gate_up_proj", 192, 64), ("down_proj", 64, 96)):
+            blocks = rng.integers(0, 256, (9, rows, columns // 32, 16), np.uint8)
+            scales = rng.integers(122, 126, (9, rows, columns // 32), np.uint8)
+            tensors[f"{prefix}{name}_bias"] = rng.standard_normal((9, rows)).astype(np.float32)
+            if as_published:
+                tensors |= {f"{prefix}{name}_blocks": blocks, f"{prefix}{name}_scales": scales}
+            else:
+                codes = np.stack([blocks & 15, blocks >> 4], axis=-1).reshape(9, rows, columns // 32, 32)
+                values = E2M1[codes] * np.exp2(scales[..., None].astype(np.float32) - 127)
+                turned = values.reshape(9, rows, columns).swapaxes(1, 2)
+                tensors[prefix + name] = np.ascontiguousarray(turned, np.float32)
+    folder.mkdir()
+    published = {"quantization_config": {"quant_method": "mxfp4"}} if as_published else {}
+    (folder / "config.json").write_text(json.dumps({**config, **published}))
+    save_file(tensors, folder / "model.safetensors")
+
+
+def test_experts_in_blocks_have_the_values_of_those_in_floats(tmp_path):
+    """Bit for bit as float32; and as they are stored the file's own numbers are kept."""
+    ids = g.golden("gpt_oss")[0]
+    for name, as_published in (("blocks", True), ("floats", False)):
+        write_gpt_oss(tmp_path / name, as_published)
+    found, expected = (
+        running.all_logits(running.load_file(open_model(str(tmp_path / name), "f32"), THREADS), [ids])
+        for name in ("blocks", "floats")
+    )
+    assert np.array_equal(found, expected)
+    kept = open_model(str(tmp_path / "blocks"))
+    assert {kept.weight_types.of(s.name).name for s in kept.specs if s.experts and not s.vector} == {"mxfp4"}
+    near = running.all_logits(running.load_file(kept, THREADS), [ids])
+    # A token whose router hesitates may choose otherwise by activations in int8.
+    assert np.median(np.abs(near - expected)) < 0.01 * np.abs(expected).max()
