@@ -117,6 +117,20 @@ def test_a_gguf_with_kv_b_in_one_piece_gives_the_same_bits(tmp_path):
     assert np.array_equal(found, logits(open_model(str(g.FOLDER / "deepseek_v3"), "f32"), "deepseek_v3"))
 
 
+@pytest.mark.parametrize(
+    ("family", "name"),
+    [("deepseek_v3", "kv_b_proj.weight"), ("deepseek_v3", "kv_a_layernorm.weight"), ("qwen2", "q_proj.bias")],
+)
+def test_what_is_missing_is_named(family, name, tmp_path):
+    """Of a matrix in two parts the first of them."""
+    (tmp_path / "config.json").write_text((g.FOLDER / family / "config.json").read_text())
+    kept = {key: tensor for key, tensor in g.family_tensors(family).items() if f"1.self_attn.{name}" not in key}
+    save_file(kept, tmp_path / "model.safetensors")
+    shown = name.replace("kv_b", "k_b")
+    with pytest.raises(UserError, match=rf"1\.self_attn\.{shown}' is missing"):
+        open_model(str(tmp_path))
+
+
 def test_kimi_within_a_model_that_also_sees_gives_the_same_bits(tmp_path):
     """As Kimi K2.5 and later are published."""
     inner = json.loads((g.FOLDER / "kimi_k2" / "config.json").read_text())
