@@ -57,7 +57,7 @@ build/kernels.stamp: $(SOURCES) | $(CMAKE)
 
 # Those of this machine's processor alone; no more where all are there.
 build/host.stamp: $(SOURCES) | $(CMAKE)
-	$(call compile,COUNT=2,--target host)
+	$(call compile,COUNT=$$(cat build/kernels/host_count),--target host)
 	@touch $@
 
 $(CURDIR)/$(BIN)/cmake: | $(BIN)/python

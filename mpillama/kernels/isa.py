@@ -70,6 +70,12 @@ def choose_isa(requested: str, features: frozenset[str], is_built: Callable[[str
     )
 
 
+def missed_isa(chosen: InstructionSet, features: frozenset[str]) -> str:
+    """The best set of a processor that runs plain code since none of its own was built, else ""."""
+    best = sets_of(features)[0]
+    return best.name if chosen == GENERIC != best else ""
+
+
 def sets_of(features: frozenset[str]) -> list[InstructionSet]:
     """The sets whose needs `features` meet, whether they were built or not; the best first."""
     return [s for s in known_sets() if s.needs <= features]

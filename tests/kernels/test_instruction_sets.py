@@ -20,6 +20,7 @@ from mpillama.kernels.isa import (
     cpu_flags,
     host_features,
     known_sets,
+    missed_isa,
     sets_of,
 )
 from mpillama.kernels.library import SOURCES, is_built, library_path, load
@@ -69,6 +70,13 @@ def test_other_processors_have_the_generic_set(monkeypatch):
     on(monkeypatch, "riscv64")
     assert [isa.name for isa in known_sets()] == ["generic"]
     assert choose("", EVERYTHING).name == "generic"
+
+
+def test_plain_code_on_a_processor_that_could_do_better_is_noticed(monkeypatch):
+    on(monkeypatch, "x86_64")
+    assert missed_isa(choose("", EVERYTHING, *(isa.name for isa in X86_SETS[:-1])), EVERYTHING) == "amx"
+    assert not missed_isa(choose("", EVERYTHING, "amx"), EVERYTHING)
+    assert not missed_isa(choose("", frozenset()), frozenset())
 
 
 def test_a_set_that_was_not_built_is_not_chosen(monkeypatch):
