@@ -25,10 +25,9 @@ from mpillama.loading.synthetic import SyntheticWeights
 from mpillama.loading.truncated import TruncatedModel
 from mpillama.models.config import ModelConfig
 from mpillama.models.decoder import Decoder, DecoderLayer
-from mpillama.models.shapes import shape_config
+from mpillama.models.shapes import shape_config, types_of_shape
 from mpillama.models.tensors import TensorSpec
 from mpillama.models.weights import Weights, load_weights, slice_bytes
-from mpillama.quant.registry import WEIGHT_TYPES
 
 Report = dict[str, Any]
 
@@ -187,7 +186,7 @@ def _load(options: BenchOptions, world: World, target: Target) -> tuple[Decoder,
         return loaded.model, whole_file.config
     whole = ModelConfig.from_hf(shape_config(options.shape or ""))
     config = whole.some_layers(options.layers or whole.num_hidden_layers)
-    specs = config.tensors(config.quantised_to(WEIGHT_TYPES[weights_of_shape(options.weights)]))
+    specs = config.tensors(types_of_shape(options.shape or "", options.weights, config))
     chunk = min(options.prefill_chunk, config.max_position_embeddings)
     choose_reduction(world.comm, world, target.team, config.padded_hidden_size, chunk)
     model = Decoder(config, _made_weights(options, config, specs, world, target), world.comm, target.team)

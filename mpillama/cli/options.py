@@ -219,9 +219,10 @@ class BenchOptions(RunOptions):
         metavar="NAME",
     )
     weights: str = option(
-        "weight type in memory; as-stored means q4_0 for a shape (default: as-stored)",
+        "weight type in memory; as-stored means q4_0 for a shape, as-published the types of its makers' smallest files "
+        "(default: as-stored)",
         "as-stored",
-        choices=["as-stored", *WEIGHT_TYPE_NAMES],
+        choices=["as-stored", "as-published", *WEIGHT_TYPE_NAMES],
     )
     prefill: list[int] = option("prompt lengths to time (default: 512)", [512], nargs="*", metavar="TOKENS", least=1)
     decode: int = option("decode steps to time (default: 64)", 64, metavar="STEPS", least=1)
@@ -390,9 +391,10 @@ class PlanOptions(Options):
     model: Optional[str] = option("model in any format", metavar="PATH")
     shape: Optional[str] = option("a known shape instead of a file, e.g. llama-3.1-405b", metavar="NAME")
     weights: str = option(
-        "weight type in memory; as-stored means q4_0 for a shape (default: as-stored)",
+        "weight type in memory; as-stored means q4_0 for a shape, as-published the types of its makers' smallest files "
+        "(default: as-stored)",
         "as-stored",
-        choices=["as-stored", *WEIGHT_TYPE_NAMES],
+        choices=["as-stored", "as-published", *WEIGHT_TYPE_NAMES],
     )
     tokenizer: Optional[str] = option("the .t file of a distributed-llama model", metavar="PATH")
     nodes: int = option("nodes of the job (default: 1)", 1, metavar="COUNT", least=1)

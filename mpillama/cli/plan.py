@@ -16,9 +16,8 @@ from mpillama.loading.memory import RESERVE
 from mpillama.loading.model_file import open_model
 from mpillama.loading.plan import Network, Node, Plan, PlanRequest, Remedy, Speed, make_plan, predict, remedies
 from mpillama.models.config import ModelConfig
-from mpillama.models.shapes import shape_config
+from mpillama.models.shapes import AS_PUBLISHED, shape_config, types_of_shape
 from mpillama.models.tensors import WeightTypes
-from mpillama.quant.registry import WEIGHT_TYPES
 
 ENVIRONMENT = r"""# -- environment: the same lines in every script; jobs/README.md explains them --
 if [[ -n ${MODULES:-} ]]; then
@@ -71,7 +70,7 @@ def _command(options: PlanOptions) -> list[str]:
         words += ["--max-seq-len", str(options.max_seq_len)]
     if options.model is not None:
         model = f"MODEL=${{MODEL:-{shlex.quote(options.model)}}}"
-        words += ["--weights", options.weights] if options.weights != "as-stored" else []
+        words += ["--weights", options.weights] if options.weights not in ("as-stored", AS_PUBLISHED) else []
         words += ["--tokenizer", options.tokenizer] if options.tokenizer is not None else []
     else:
         model = f': "${{MODEL:?is not set: give the {options.shape} that was planned, as a file}}"'
@@ -120,9 +119,8 @@ def _request(options: PlanOptions) -> PlanRequest:
 
 def _model(options: PlanOptions) -> tuple[ModelConfig, WeightTypes]:
     if options.shape is not None:
-        name = "q4_0" if options.weights == "as-stored" else options.weights
         config = ModelConfig.from_hf(shape_config(options.shape))
-        return config, config.quantised_to(WEIGHT_TYPES[name])
+        return config, types_of_shape(options.shape, options.weights, config)
     file = open_model(options.model or "", options.weights, options.tokenizer)
     return file.config, file.weight_types
 

@@ -17,6 +17,7 @@ from mpillama.formats.locate import locate_model
 from mpillama.formats.native.table import HDF5_SIGNATURE, read_table
 from mpillama.models.config import ModelConfig
 from mpillama.models.families import FAMILIES
+from mpillama.models.shapes import AS_PUBLISHED
 from mpillama.models.tensors import TensorSpec, WeightTypes
 from mpillama.quant.weight_type import WeightType
 from mpillama.text.dllama_vocabulary import tokenizer_json_of_dllama
@@ -107,8 +108,10 @@ def model_path(given: str | Path | None) -> str:
 def open_model(path: str, weights: str = AS_STORED, tokenizer: str | None = None) -> ModelFile:
     """Read everything but the weights; UserError says what was found, what was expected and what to do.
 
-    `weights` is a weight type or "as-stored"; `tokenizer` the `.t` file of a distributed-llama model.
+    `weights` is a weight type or "as-stored", for a file the same as "as-published"; `tokenizer` the `.t` file of a
+    distributed-llama model.
     """
+    weights = AS_STORED if weights == AS_PUBLISHED else weights
     path = locate_model(path)
     if not is_native(path):
         return checkpoint_model(with_tokenizer(read_checkpoint(path, tokenizer)), weights)

@@ -1,8 +1,19 @@
 """Configurations of well-known models, for planning and measuring without a file (from their published config.json)."""
 
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from mpillama.errors import UserError
+from mpillama.models.config import ModelConfig
+from mpillama.models.tensors import EMBEDDING, LM_HEAD, TensorSpec, WeightTypes
+from mpillama.quant.registry import WEIGHT_TYPES, weight_type_named
+from mpillama.quant.types.q8_0 import Q8_0
+from mpillama.quant.weight_type import WeightType
+
+CHOSEN = Q8_0
+"""Stands for the type to be chosen; matrices that have another one, such as routers, have it always."""
 
 LLAMA3_ROPE = {
     "rope_type": "llama3",
@@ -298,3 +309,48 @@ def shape_config(name: str) -> dict[str, Any]:
     if name not in SHAPES:
         raise UserError(f"--shape {name} is not known: choose one of {', '.join(SHAPES)}.")
     return SHAPES[name]
+
+
+# -- in which types they are published ------------------------------------------------------------------------------
+
+AS_PUBLISHED = "as-published"
+
+
+@dataclass(frozen=True)
+class Published:
+    """The types of a model's files: of its matrices, of its routed experts, of embedding and head."""
+
+    matrices: str = "bf16"
+    experts: str = ""
+    vocabulary: str = "bf16"
+
+    def of(self, spec: TensorSpec) -> WeightType:
+        """The type of a matrix in memory; a quantised one that is turned becomes float32."""
+        name = self.vocabulary if spec.name in (EMBEDDING, LM_HEAD) else self.matrices
+        name = self.experts or name if spec.experts else name
+        found = weight_type_named("f32" if spec.part_of and spec.part_of.turned and name != "bf16" else name)
+        assert found is not None
+        return found
+
+
+FP8 = Published("fp8")
+PUBLISHED: Mapping[str, Published] = {
+    "glm-4.5-air": FP8,
+    "glm-4.6": FP8,
+    "minimax-m2": FP8,
+    "deepseek-r1": FP8,
+    "kimi-k2": Published(experts="int4/32"),
+    "gpt-oss-20b": Published(experts="mxfp4"),
+    "gpt-oss-120b": Published(experts="mxfp4"),
+}
+"""Those with another type than bfloat16: the smallest files of their makers. Kimi K2's are those of K2 Thinking."""
+
+
+def types_of_shape(name: str, weights: str, config: ModelConfig) -> WeightTypes:
+    """The types of a shape's matrices: a name, as published, or as stored, which is q4_0 for lack of a file."""
+    if weights != AS_PUBLISHED:
+        return config.quantised_to(WEIGHT_TYPES["q4_0" if weights == "as-stored" else weights])
+    published = PUBLISHED.get(name, Published())
+    kinds = {s.name: published.of(s) for s in config.tensors(WeightTypes(CHOSEN)) if s.weight_type is CHOSEN}
+    default = Counter(kinds.values()).most_common(1)[0][0]
+    return WeightTypes(default, {key: kind for key, kind in kinds.items() if kind != default} or None)

@@ -11,7 +11,7 @@ from mpillama.models.attention import GroupedQueryAttention
 from mpillama.models.config import ModelConfig
 from mpillama.models.mlp import Experts, GatedMlp
 from mpillama.models.router import Router
-from mpillama.models.shapes import SHAPES, shape_config
+from mpillama.models.shapes import SHAPES, shape_config, types_of_shape
 from tests.reference import llama3_frequencies
 
 BASE: dict[str, Any] = {
@@ -128,6 +128,27 @@ def test_llama3_frequencies_at_the_ends_of_the_ramp():
     for turns, kept in ((4.0, 1.0), (1.0, 0.0), (2.5, 0.5)):
         frequency = turns * 2 * math.pi / 8192
         assert scaling.apply([frequency], 1e4)[0] == pytest.approx(frequency * (kept + (1 - kept) / 8))
+
+
+@pytest.mark.parametrize(
+    ("name", "dense", "experts"),
+    [
+        ("llama-3.2-1b", "bf16", ""),
+        ("glm-4.6", "fp8", "fp8"),
+        ("deepseek-r1", "fp8", "fp8"),
+        ("kimi-k2", "bf16", "int4/32"),
+        ("gpt-oss-120b", "bf16", "mxfp4"),
+    ],
+)
+def test_shapes_as_they_are_published(name, dense, experts):
+    config = ModelConfig.from_hf(shape_config(name))
+    specs = {s.name: s for s in config.tensors(types_of_shape(name, "as-published", config))}
+    last = f"model.layers.{config.num_hidden_layers - 1}."
+    assert specs["model.embed_tokens.weight"].weight_type.name == "bf16"
+    assert specs[last + "self_attn.o_proj.weight"].weight_type.name == dense
+    found = {s.weight_type.name for s in specs.values() if s.experts}
+    assert found - {"f32"} == ({experts} if experts else set())
+    assert types_of_shape(name, "as-stored", config).default.name == "q4_0"
 
 
 @pytest.mark.parametrize("name", list(SHAPES))
