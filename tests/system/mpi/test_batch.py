@@ -212,7 +212,9 @@ def test_a_group_that_fails_retires_and_the_others_do_its_rows(
     ran = failing(ranks, culprits, kind, source, target, demo, size)
     assert ran.status == PARTIAL_STATUS, ran.stderr
     for culprit in culprits.split(","):
-        assert ran.stderr.count(f"retired, others did its rows: rank {culprit} of {ranks}") == 1, ran.stderr
+        assert ran.stderr.count(f"a replica failed, others answered its rows: rank {culprit} of {ranks}") == 1, (
+            ran.stderr
+        )
     assert "Traceback" not in ran.stderr
     assert results(target) == whole
 

@@ -29,8 +29,8 @@ def test_a_trial_is_told_as_one(demo: Path) -> None:
     assert "trial of 1 of 6 layers" in result.stderr
 
 
-@pytest.mark.parametrize("layers", ["0", "7"])
-def test_layers_that_are_none(layers: str, demo: Path) -> None:
+@pytest.mark.parametrize(("layers", "told"), [("0", "--layers is 0: give at least 1"), ("7", "1 to 6 layers")])
+def test_layers_that_are_none(layers: str, told: str, demo: Path) -> None:
     result = run(None, *PROGRAM, "--model", demo, *GREEDY, "--layers", layers)
     assert (result.status, result.stdout) == (2, "")
-    assert "1 to 6 layers" in result.stderr
+    assert told in result.stderr
