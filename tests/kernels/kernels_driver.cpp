@@ -115,8 +115,13 @@ Matrix matrix(Random& random, i64 type, i64 panels, i64 groups, i64 columns, i64
     bool has_supers = false;
     for (i64 i = FIRST_WITH_SUPERS; i < TYPES; i++) has_supers |= type == TYPE_NUMBERS[i];
     if (has_supers) {  // any integers as scales, and small steps
-        of_blocks = numbers(random, type, 2 * values / BLOCK);
-        supers = reinterpret_cast<const u8*>(scales(random, 3 * values / SUPER_COLUMNS));
+        u8* const of_halves = numbers(random, type, 2 * values / BLOCK);
+        u16* const steps = scales(random, 3 * values / SUPER_COLUMNS);
+        if (type == NVFP4::NUMBER)  // finite scales, and a float32 of which `steps` are halves
+            for (i64 i = 0; i < 2 * values / BLOCK; i++) of_halves[i] %= 56;
+        if (type == NVFP4::NUMBER || type == INT4::NUMBER || type == INT4_BF16::NUMBER)  // bfloat16 from 2^-7 to 2^-5
+            for (i64 i = 0; i < 3 * values / SUPER_COLUMNS; i++) steps[i] = static_cast<u16>(0x3c00 + (steps[i] & 0xff));
+        of_blocks = of_halves, supers = reinterpret_cast<const u8*>(steps);
     }
     return {numbers(random, type, values), of_blocks, supers, type, experts, panels, groups, columns, SUPER_COLUMNS};
 }
@@ -277,9 +282,9 @@ void sums() {
         double* total = zeros<double>(tokens * width);
         for (i64 i = 0; i < tokens * width; i++)
             total[i] = static_cast<double>(random.number()) + static_cast<double>(random.number()) * 0x1p-24;
-        find<void(Team*, float*, const double*, const float*, i64, i64)>("add_rounded")(team, x, total, bias, tokens,
-                                                                                       width);
-        find<void(Team*, const double*, float*, i64, i64)>("round_to_float")(team, total, out, tokens, width);
+        find<void(Team*, float*, const double*, const float*, double, i64, i64)>("add_rounded")(
+            team, x, total, bias, 0.5, tokens, width);
+        find<void(Team*, const double*, float*, double, i64, i64)>("round_to_float")(team, total, out, 0.75, tokens, width);
         digest.add(x, tokens * width);
         digest.add(out, tokens * width);
     });
