@@ -26,14 +26,6 @@ inline i32 load_i32(const void* p) {
     return x;
 }
 
-// use(h, t, dot(h, t)) of H parts of rows and N tokens, token by token.
-template <int H, int N, class Dot, class Use> inline void each_dot(Dot dot, Use use) {
-#pragma GCC unroll 8
-    for (int t = 0; t < N; t++)
-#pragma GCC unroll 4
-        for (int h = 0; h < H; h++) use(h, t, dot(h, t));
-}
-
 }  // namespace mpillama
 
 #if defined(__AMX_INT8__) || defined(MPILLAMA_AMX_IN_SOFTWARE)
@@ -52,6 +44,11 @@ template <int H, int N, class Dot, class Use> inline void each_dot(Dot dot, Use 
 namespace mpillama {
 
 constexpr int PARTS = LANES / W;
+
+// Exact dots of H parts of rows with N adjacent tokens, for sets where a group is two registers (isa/avx2.h).
+template <int N, int H, class Seed, class Use> void dots_nibbles(const Vb (&w)[H][STEPS], const i8* x, Seed seed, Use use);
+template <int N, int H, class Seed, class Use> void dots_small(const Vb (&w)[H][STEPS], const i8* x, Seed seed, Use use);
+template <int N, int H, class Use> void dots_signed(const Vb (&w)[H][STEPS], const i8* x, const i32* starts, Use use);
 
 struct F32x16 {
     Vf part[PARTS];

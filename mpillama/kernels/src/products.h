@@ -448,9 +448,11 @@ inline void panels(const Matrix& m, i64 expert, i64 group, const Input& in, i64 
             const u8* values = from.values + group * units * T::bytes;
             const Input here{in.from, in.tokens, panel * m.columns};
             Sums<TOKENS> sums = {};
-            if constexpr (T::BLOCKS)
-                tile<T, TOKENS>(values, {from.scales, group * units}, units, units * T::bytes, here, token, sums);
-            else
+            if constexpr (T::BLOCKS) {
+                const ScalePlace<typename T::Scales> scales(from.scales, group * units);
+                prefetch_run(scales.scales + units * T::Scales::bytes, units * T::Scales::bytes);
+                tile<T, TOKENS>(values, scales, units, units * T::bytes, here, token, sums);
+            } else
                 float_tile<T, TOKENS>(values, {from.scales, group * (units / BLOCK)}, units, here, token, sums);
             add_panel<TOKENS>(sums, totals);
         }

@@ -193,6 +193,14 @@ inline Vi keep(Vi x) {
     return x;
 }
 
+// use(h, t, dot(h, t)) of H parts of rows and N tokens, token by token.
+template <int H, int N, class Dot, class Use> inline void each_dot(Dot dot, Use use) {
+#pragma GCC unroll 8
+    for (int t = 0; t < N; t++)
+#pragma GCC unroll 4
+        for (int h = 0; h < H; h++) use(h, t, dot(h, t));
+}
+
 // out[h][t] = int16 pairs of sums of steps FIRST:LAST.
 template <int FIRST, int LAST, int H, int N>
 inline void word_sums(const Vb (&w)[H][STEPS], const i8* x, Vi (&out)[H][N]) {
@@ -249,7 +257,8 @@ template <int N, int H, class Use> inline void dots_signed(const Vb (&w)[H][STEP
     each_dot<H, N>([&](int h, int t) { return out[h][t]; }, use);
 }
 
-inline void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T1); }
+// Volatile: the compiler must not gather the prefetches of a loop in one of their own.
+inline void prefetch(const void* p) { asm volatile("prefetcht1 %0" : : "m"(*static_cast<const char*>(p))); }
 inline void pause() { _mm_pause(); }
 
 }  // namespace mpillama

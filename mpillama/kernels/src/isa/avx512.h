@@ -159,33 +159,6 @@ inline void dot_each_half(const Vb (&w)[STEPS], const i8* x, Vi& first, Vi& last
 // … and 16 times it the 128 that is added to every signed byte.
 inline Vi dot_signed(const Vb (&w)[STEPS], const i8* x, i32 start) { return dot_steps(w, x, splat(start * 16)); }
 
-// The same of H parts of rows with N adjacent tokens, a step at a time, so that what is loaded of it is used for all
-// tokens; seed(t) is where the sums of token t start, and
-// use(h, t, dot) takes the dots, token by token.
-template <int N, int H, class Seed, class Use>
-inline void dots_nibbles(const Vb (&w)[H][STEPS], const i8* x, Seed seed, Use use) {
-    Vi out[H][N];
-#pragma GCC unroll 8
-    for (int t = 0; t < N; t++)
-        for (int h = 0; h < H; h++) out[h][t] = seed(t);
-#pragma GCC unroll 8
-    for (int j = 0; j < STEPS; j++)
-#pragma GCC unroll 8
-        for (int t = 0; t < N; t++)
-            for (int h = 0; h < H; h++) out[h][t] = _mm512_dpbusd_epi32(out[h][t], w[h][j], splat_bytes(x + BLOCK * t, j));
-    each_dot<H, N>([&](int h, int t) { return out[h][t]; }, use);
-}
-
-template <int N, int H, class Seed, class Use>
-inline void dots_small(const Vb (&w)[H][STEPS], const i8* x, Seed seed, Use use) {
-    dots_nibbles<N>(w, x, seed, use);
-}
-
-template <int N, int H, class Use>
-inline void dots_signed(const Vb (&w)[H][STEPS], const i8* x, const i32* starts, Use use) {
-    dots_nibbles<N>(w, x, [&](int t) { return shift_left<4>(splat(starts[t])); }, use);
-}
-
 #else
 
 inline Vb signed_step(Vb x) { return x; }
@@ -255,71 +228,10 @@ inline Vi dot_signed(const Vb (&w)[STEPS], const i8* x, i32) {
     return sum;
 }
 
-// Keep a sum where it is: the compiler may not reorder additions around it.
-inline Vi keep(Vi x) {
-    asm("" : "+v"(x));
-    return x;
-}
-
-// out[h][t] = int16 pairs of sums of steps FIRST:LAST.
-template <int FIRST, int LAST, int H, int N>
-inline void word_sums(const Vb (&w)[H][STEPS], const i8* x, Vi (&out)[H][N]) {
-#pragma GCC unroll 8
-    for (int j = FIRST; j < LAST; j++) {
-        Vb rows[H];
-        for (int h = 0; h < H; h++) rows[h] = w[h][j];
-#pragma GCC unroll 8
-        for (int t = 0; t < N; t++) {
-            const Vi here = splat_bytes(x + BLOCK * t, j);
-            for (int h = 0; h < H; h++) {
-                const Vi product = _mm512_maddubs_epi16(rows[h], here);
-                out[h][t] = j == FIRST ? product : keep(_mm512_add_epi16(out[h][t], product));
-            }
-        }
-    }
-}
-
-// The same of H parts of rows with N adjacent tokens, a step at a time, so that what is loaded of either is used for all
-// of the other; seed(t) is where the sums of token t start, and
-// use(h, t, dot) takes the dots, token by token. The compiler may not gather the sums of several steps: it
-// would run out of registers.
-template <int N, int H, class Seed, class Use>
-inline void dots_nibbles(const Vb (&w)[H][STEPS], const i8* x, Seed seed, Use use) {
-    Vi words[H][N];
-    word_sums<0, STEPS>(w, x, words);
-    each_dot<H, N>([&](int h, int t) { return add(word_pairs(words[h][t]), seed(t)); }, use);
-}
-
-template <int N, int H, class Seed, class Use>
-inline void dots_small(const Vb (&w)[H][STEPS], const i8* x, Seed seed, Use use) {
-    Vi words[H][N], first[H][N];
-    word_sums<0, STEPS / 2>(w, x, words);
-    each_dot<H, N>([&](int h, int t) { return word_pairs(words[h][t]); }, [&](int h, int t, Vi dot) { first[h][t] = dot; });
-    word_sums<STEPS / 2, STEPS>(w, x, words);
-    each_dot<H, N>([&](int h, int t) { return add(add(first[h][t], word_pairs(words[h][t])), seed(t)); }, use);
-}
-
-template <int N, int H, class Use> inline void dots_signed(const Vb (&w)[H][STEPS], const i8* x, const i32*, Use use) {
-    Vi out[H][N];
-#pragma GCC unroll 8
-    for (int j = 0; j < STEPS; j++) {
-        Vb magnitudes[H];
-        for (int h = 0; h < H; h++) magnitudes[h] = _mm512_abs_epi8(w[h][j]);
-#pragma GCC unroll 8
-        for (int t = 0; t < N; t++) {
-            const Vi here = splat_bytes(x + BLOCK * t, j);
-            for (int h = 0; h < H; h++) {
-                const Vi product = word_pairs(_mm512_maddubs_epi16(magnitudes[h], with_sign_of(w[h][j], here)));
-                out[h][t] = j == 0 ? product : keep(add(out[h][t], product));
-            }
-        }
-    }
-    each_dot<H, N>([&](int h, int t) { return out[h][t]; }, use);
-}
-
 #endif
 
-inline void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T1); }
+// Volatile: the compiler must not gather the prefetches of a loop in one of their own.
+inline void prefetch(const void* p) { asm volatile("prefetcht1 %0" : : "m"(*static_cast<const char*>(p))); }
 inline void pause() { _mm_pause(); }
 
 }  // namespace mpillama

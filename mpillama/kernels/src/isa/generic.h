@@ -160,22 +160,6 @@ inline Vi dot_signed(const Vb (&w)[STEPS], const i8* x, i32) {
 inline Vi dot_nibbles(const Vb (&w)[STEPS], const i8* x, i32 start) { return add(dot_signed(w, x, 0), splat(start)); }
 inline Vi dot_small(const Vb (&w)[STEPS], const i8* x, i32 start) { return dot_nibbles(w, x, start); }
 
-// The same of H parts of rows with N adjacent tokens; seed(t) is where the sums of token t start, and
-// use(h, t, dot) takes the dots, token by token.
-template <int N, int H, class Seed, class Use>
-inline void dots_nibbles(const Vb (&w)[H][STEPS], const i8* x, Seed seed, Use use) {
-    each_dot<H, N>([&](int h, int t) { return add(dot_signed(w[h], x + BLOCK * t, 0), seed(t)); }, use);
-}
-
-template <int N, int H, class Seed, class Use>
-inline void dots_small(const Vb (&w)[H][STEPS], const i8* x, Seed seed, Use use) {
-    dots_nibbles<N>(w, x, seed, use);
-}
-
-template <int N, int H, class Use> inline void dots_signed(const Vb (&w)[H][STEPS], const i8* x, const i32*, Use use) {
-    each_dot<H, N>([&](int h, int t) { return dot_signed(w[h], x + BLOCK * t, 0); }, use);
-}
-
 // sum + x.low * y.low + x.high * y.high, of the 16-bit halves of each lane and of y.
 inline Vi dot_pairs(Vi x, i32 y, Vi sum) {
     for (int i = 0; i < W; i++)

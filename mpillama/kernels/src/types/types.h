@@ -4,7 +4,8 @@
 //     Steps: W rows of a block, unpacked once for all tokens;
 //     load(values, part, steps): rows W * part and the following;
 //     dot(steps, x, start): their exact dots with 32 int8 activations, whose sum times -8 is `start`;
-//     dots<N>(steps, x, starts, use): the same of some parts with N adjacent tokens; use(part, token, dot) takes them;
+//     dots<N>(steps, x, starts, use): the same of some parts with N adjacent tokens, where 16 rows are two registers;
+//         use(part, token, dot) takes them;
 //     at(values, lane, k): one of a row;
 //     signed_steps(values, out): 8 steps of 64 signed bytes, for tiles of AMX.
 // Where Scales differ between a block's halves, `add(steps, scales, x, sum)` stands for `dot`.
@@ -102,10 +103,18 @@ template <class T, int COUNT = PARTS> struct alignas(64) ReadyBlock {
 #pragma GCC unroll 8
             for (int t = 0; t < N; t++)
                 for (int i = 0; i < COUNT; i++) sums[i][t] = T::add(steps[i], scales[i], x[place + t], sums[i][t]);
-        } else {
+        } else if constexpr (PARTS == 2) {
             T::template dots<N>(steps, x.values + BLOCK * place, x.starts + place, [&](int i, int t, Vi dot) {
                 sums[i][t] = scales[i].add_scaled(dot, x.scales[place + t], x.starts[place + t], sums[i][t]);
             });
+        } else {
+#pragma GCC unroll 8
+            for (int t = 0; t < N; t++) {
+                const InputBlock token = x[place + t];
+                for (int i = 0; i < COUNT; i++)
+                    sums[i][t] = scales[i].add_scaled(T::dot(steps[i], token.values, token.start), token.scale, token.start,
+                                                      sums[i][t]);
+            }
         }
     }
 };
