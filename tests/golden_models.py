@@ -27,6 +27,7 @@ FAMILIES = (
     "llama", "llama3", "llama_bias", "llama_linear", "llama_yarn", "mistral", "qwen2", "qwen3", "mixtral", "qwen3_moe",
     "seed_oss", "olmo2", "granite", "smollm3", "ministral", "ministral3", "phi3", "phi3_longrope", "gemma2", "gemma3",
     "hy_v3", "glm4_moe", "minimax_m2", "gpt_oss", "deepseek_v3", "kimi_k2", "llama4", "llama4_usual",
+    "qwen3_next", "qwen3_5", "qwen3_5_moe",
 )  # fmt: skip
 Tensors = Mapping[str, np.ndarray]
 
@@ -58,9 +59,7 @@ def tensors(checkpoint: Checkpoint) -> dict[str, np.ndarray]:
 
 def _values(tensor: StoredTensor, source: PathSource) -> np.ndarray:
     rows = tensor.shape[0] if len(tensor.shape) > 1 else 1
-    return tensor.read(source, range(rows), range(tensor.shape[-1])).decode().reshape(tensor.shape) + np.float32(
-        tensor.added
-    )
+    return tensor.meant(tensor.read(source, range(rows), range(tensor.shape[-1])).decode().reshape(tensor.shape))
 
 
 def family_tensors(family: str) -> dict[str, np.ndarray]:
