@@ -50,8 +50,8 @@ class StoredTensor:
     64-bit byte offset in file number `file`. A ScaledTensor is spread over several arrays.
     `interleaved` is head_dim where the rows of each head stand as rotary pairs (row 2i of the file is row i of the
     head, row 2i + 1 is row i + head_dim / 2), else 0. All values are multiplied by `factor`. `added` is what a vector's
-    stored values lack, as those of norms that count from 1; with `is_logarithm` the values of a vector are below 0, and
-    stored as the logarithm of their magnitude.
+    stored values lack, as those of norms that count from 1; with `is_logarithm` it is stored as the logarithm of its
+    values.
     """
 
     name: str
@@ -107,7 +107,7 @@ class StoredTensor:
     def meant(self, values: Float32) -> Float32:
         """What a vector's stored values stand for."""
         if self.is_logarithm:
-            values = -np.exp(values.astype(np.float64)).astype(np.float32)
+            values = np.exp(values.astype(np.float64)).astype(np.float32)
         return values + np.float32(self.added)
 
     def some_rows(self, name: str, first: int, count: int) -> "StoredTensor":

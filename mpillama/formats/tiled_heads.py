@@ -68,7 +68,8 @@ class TiledTensor(StoredTensor):
             found = super().read(source, rows, range(self.shape[-1]))
             assert isinstance(found, StoredRows)
             return ReorderedRows(found.type, found.raw, found.factor, stored, self.size)
-        pieces = [super().read(source, range(h * self.size, (h + 1) * self.size), columns) for h in stored]
+        read = super().read
+        pieces = [read(source, range(head * self.size, (head + 1) * self.size), columns) for head in stored]
         first = heads.start * self.size
         return joined(pieces, self).rows(slice(rows.start - first, rows.stop - first))
 

@@ -143,17 +143,19 @@ class GatedDeltaNet:
         self, weights: LayerWeights, part: Partition, hidden_size: int, norm: str, eps: float
     ) -> arguments.DeltaLayer:
         q, k, v, z, a, b = (weights.matrix(f"{PREFIX}in_proj_{name}.weight").column_parallel() for name in "qkvzab")
-        taps = [self._taps(weights, name) for name in "qkv"]
+        taps, rates = [self._taps(weights, name) for name in "qkv"], weights.vector(f"{PREFIX}A")
+        assert rates is not None
+        decays = -rates
         starts, (key_dim, value_dim) = self.head_starts(part), self._padded_dims()
         layer = arguments.DeltaLayer(
             q=q, k=k, v=v, z=z, a=a, b=b, o=weights.matrix(f"{PREFIX}out_proj.weight").row_parallel(),
-            norm=weights.address(norm), decays=weights.address(f"{PREFIX}A"),
+            norm=weights.address(norm), decays=arguments.address(decays),
             biases=weights.address(f"{PREFIX}dt_bias"), head_norm=weights.address(f"{PREFIX}norm.weight"), eps=eps,
             hidden_size=hidden_size, key_heads=len(part[self.key_split]), value_heads=len(part[self.value_split]),
             first_head=part[self.value_split].start, key_dim=key_dim, value_dim=value_dim, key_channels=self.key_dim,
             value_channels=self.value_dim,
         )  # fmt: skip
-        layer.kept = starts, *taps
+        layer.kept = starts, decays, *taps
         layer.q_taps, layer.k_taps, layer.v_taps = map(arguments.address, taps)
         layer.head_start = arguments.address(starts)
         return layer

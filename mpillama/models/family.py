@@ -119,7 +119,7 @@ class Gguf:
     only if the first layer has the tensor; `fields` gives what else the configuration says. `partial_rope`: the family
     reads partial_rotary_factor; `rope_keys`: what else it reads of `rope.`; `scaling`: what its YaRN has that files do
     not tell; `own_heads`: `fields` reads the sizes of heads, of which only a part is turned. `tiled_heads` are modules
-    of a layer whose heads stand in another order.
+    of a layer whose heads stand in another order, `negative` those whose values have the other sign.
     """
 
     architecture: str
@@ -133,6 +133,7 @@ class Gguf:
     rope_keys: Sequence[str] = ()
     own_heads: bool = False
     tiled_heads: Callable[[ConfigValues], Mapping[str, TiledHeads]] = lambda values: {}
+    negative: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
@@ -223,10 +224,10 @@ class Family:
     `renames` turns a checkpoint's names of tensors into ours by regular expressions. `fused` gives, for modules of a
     layer that hold several of ours, these and their rows, one below the other. Regular expressions for vectors: `flat`
     for those that may have any shape, `from_one` for those that a Hugging Face folder stores less 1, `logarithms` for
-    those of which it has the logarithm of what they are below 0. `rotary_pairs`: the rows of q and k stand there in
-    pairs that RoPE turns. `turned_experts`: stacked experts are as in formats/turned_experts.py, the rows of gate and up by
-    turns if `experts_by_turns`. `pre_tokenizer` names the rules of vocabularies in GGUF files that name none;
-    `tokens_strip`: control tokens of a vocabulary of pieces take the white space behind them along.
+    those of which it has the logarithms. `rotary_pairs`: the rows of q and k stand there in pairs that RoPE turns.
+    `turned_experts`: stacked experts are as in formats/turned_experts.py, the rows of gate and up by turns if
+    `experts_by_turns`. `pre_tokenizer` names the rules of vocabularies in GGUF files that name none; `tokens_strip`:
+    control tokens of a vocabulary of pieces take the white space behind them along.
     """
 
     model_type: str

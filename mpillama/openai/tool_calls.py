@@ -11,7 +11,8 @@ from typing import Any
 from mpillama.openai.harmony import CHANNEL, harmony_rules, is_harmony, read_nothing
 from mpillama.openai.tagged_calls import GLM as GLM_TAGS
 from mpillama.openai.tagged_calls import MINIMAX as MINIMAX_TAGS
-from mpillama.openai.tagged_calls import glm_rules, minimax_rules, read_glm, read_minimax
+from mpillama.openai.tagged_calls import QWEN as QWEN_TAGS
+from mpillama.openai.tagged_calls import glm_rules, minimax_rules, qwen_rules, read_glm, read_minimax, read_qwen
 from mpillama.openai.tool_grammars import (
     MISTRAL_ID,
     Rules,
@@ -43,8 +44,6 @@ from mpillama.openai.tool_readers import (
 )
 
 COMMENT = re.compile(r"\{#.*?#\}", re.DOTALL)
-# Another way to write calls between the markers of Hermes (Qwen3-Coder).
-FOREIGN = ("<function=",)
 
 
 @dataclass(frozen=True)
@@ -237,6 +236,7 @@ DEEPSEEK_FENCED = ToolFormat("deepseek-fenced", DEEPSEEK_MARKS.begin, False, rea
 KIMI = ToolFormat("kimi", KIMI_MARKS.begin, False, read_kimi, kimi_rules)
 GLM = ToolFormat("glm", TOOL_CALL, False, read_glm, glm_rules)
 MINIMAX = ToolFormat("minimax", MINIMAX_TAGS.block[0], False, read_minimax, minimax_rules)
+QWEN = ToolFormat("qwen", TOOL_CALL, False, read_qwen, qwen_rules)
 HARMONY = ToolFormat("harmony", CHANNEL, False, read_nothing, harmony_rules, one_text=True)
 AS_JSON = re.compile(r"arguments['\"]?\]?\s*\|\s*tojson")
 
@@ -244,12 +244,14 @@ AS_JSON = re.compile(r"arguments['\"]?\]?\s*\|\s*tojson")
 def tool_format(template_source: str) -> ToolFormat | None:
     """The format that a chat template writes calls in; None if it takes no tools, or in a way not known here."""
     source = COMMENT.sub("", template_source)
-    if not re.search(r"\btools\b", source) or any(mark in source for mark in FOREIGN):
+    if not re.search(r"\btools\b", source):
         return None
     if is_harmony(source):
         return HARMONY
     if MINIMAX_TAGS.block[0] in source:
         return MINIMAX
+    if QWEN_TAGS.call[0] in source:  # another way to write calls than Hermes', between the same markers or others
+        return QWEN if TOOL_CALL in source and QWEN_TAGS.key[0] in source else None
     if TOOL_CALL in source and GLM_TAGS.key[0] in source:
         return GLM
     if TOOL_CALLS in source:

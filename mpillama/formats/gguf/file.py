@@ -60,7 +60,9 @@ def _canonical_tensors(
         for whole in canonical(path, tensor, metadata.gguf, metadata.head_dim):
             scaled = flattened(_scaled(whole, factors.get(tensor.name)), metadata.family)
             for part in cut_fused(path, scaled, fused):
-                yield with_tiled_heads(part, tiled.get(module_of(part.name)))
+                module = module_of(part.name)
+                signed = replace(part, factor=np.float32(-1)) if module in metadata.gguf.negative else part
+                yield with_tiled_heads(signed, tiled.get(module))
 
 
 # -- parts ----------------------------------------------------------------------------------------------------------

@@ -33,6 +33,7 @@ FAMILY = Family(
         flags={},
         fields=qwen3_next.gguf_fields,
         partial_rope=True,
+        negative=qwen3_next.NEGATIVE,
         rope_keys=("dimension_sections",),
         tiled_heads=qwen3_5_text.tiled_heads,
     ),

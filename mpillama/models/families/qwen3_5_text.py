@@ -40,6 +40,7 @@ FAMILY = Family(
         flags={},
         fields=qwen3_next.gguf_delta_fields,
         partial_rope=True,
+        negative=qwen3_next.NEGATIVE,
         rope_keys=("dimension_sections",),
         tiled_heads=tiled_heads,
     ),

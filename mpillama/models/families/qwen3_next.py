@@ -109,6 +109,7 @@ RENAMES = {
 }
 FROM_ONE = r"(?<!linear_attn\.)norm\.weight$"
 LOGARITHMS = r"\.linear_attn\.A$"
+NEGATIVE = ("linear_attn.A",)
 FLAT = r"\.linear_attn\.conv1d\."
 DEFAULTS: Json = {
     "num_key_value_heads": 2,
@@ -140,7 +141,15 @@ FAMILY = Family(
     logarithms=LOGARITHMS,
     flat=FLAT,
     rope=read_partial_rope,
-    gguf=Gguf("qwen3next", experts=True, names=GGUF_SPARSE, flags={}, fields=gguf_fields, partial_rope=True),
+    gguf=Gguf(
+        "qwen3next",
+        experts=True,
+        names=GGUF_SPARSE,
+        flags={},
+        fields=gguf_fields,
+        partial_rope=True,
+        negative=NEGATIVE,
+    ),
     pre_tokenizer="qwen2",
 )
 MULTIMODAL_ROPE = ("mrope_section", "mrope_interleaved")
