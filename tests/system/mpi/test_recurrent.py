@@ -16,7 +16,7 @@ from tests.system.mpi.test_chat import talk
 pytestmark = [pytest.mark.timeout(4 * TIMEOUT), pytest.mark.slow]
 
 PROMPT = [5 + i % 40 for i in range(150)]
-GREEDY = ("--temperature", "0", "--max-tokens", "40", "--logit-bias", "1=-1000", "--json")
+GREEDY = ("--temperature", "0", "--max-tokens", "40", "--logit-bias", "1=-100", "--json")
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +68,7 @@ def test_a_chat_is_what_its_whole_conversation_gives(ranks: int | None, delta: P
 
 def test_a_server_finds_prompts_and_forks_them(delta: Path, tmp_path: Path, truth: dict[str, Any]) -> None:
     """The second request begins from a snapshot, and so do three answers to one prompt; all are the plain run's."""
-    body = {"prompt": PROMPT, "temperature": 0, "max_tokens": 40, "logit_bias": {"1": -1000}, "model": "delta"}
+    body = {"prompt": PROMPT, "temperature": 0, "max_tokens": 40, "logit_bias": {"1": -100}, "model": "delta-q8_0"}
     with serving(delta, tmp_path, 2, "--no-auth", "--speculate", "2") as served:
         found = [post(served.url, body | {"n": n}) for n in (1, 1, 3)]
     texts = {choice["text"] for response in found for choice in response["choices"]}
