@@ -12,9 +12,8 @@ from mpillama.openai.prompts import Prompter
 from mpillama.openai.served import DetokenizeBody, EmbeddingBody, ServedChat, ServedCompletion, TokenizeBody
 from mpillama.server import errors, schemas
 from mpillama.server.async_engine import SERVING, AsyncEngine, ServerState
-from mpillama.server.chat_choice import chat_choices, embedding_entry, shortened
 from mpillama.server.chat_page import page
-from mpillama.server.completion_choice import completion_choices
+from mpillama.server.choices import chat_choices, completion_choices
 from mpillama.server.errors import AsciiJson, Refused
 from mpillama.server.metrics import Metrics
 from mpillama.server.preparing import Preparation, prepared
@@ -26,9 +25,9 @@ from mpillama.server.requests import (
     embedding_requests,
     left_out_of_grammar,
 )
-from mpillama.server.responses import Answerer, Reply
+from mpillama.server.response_store import ResponseStore
+from mpillama.server.responses import Answerer, Reply, embedding_entry, shortened
 from mpillama.server.responses_api import responses
-from mpillama.server.responses_api_schemas import ResponseStore
 from mpillama.server.routes import (
     REFUSALS,
     EngineOf,
