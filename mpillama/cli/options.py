@@ -1,13 +1,14 @@
 """What the user may choose: one frozen dataclass for each command.
 
-The help says defaults in words, since some are decided later; a test compares those that are not.
+Defaults are written into the help by hand, because argparse-dataclass prints MISSING for them; a test compares.
 """
 
 import argparse
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import MISSING, dataclass, field, fields
-from types import NoneType
-from typing import Any, ClassVar, NoReturn, get_args
+from dataclasses import dataclass, field, fields, make_dataclass
+from typing import Any, ClassVar, NoReturn, Optional
+
+import argparse_dataclass
 
 from mpillama import __version__
 from mpillama.cli.values import parse_bytes
@@ -16,6 +17,9 @@ from mpillama.job.deadline import parse_duration
 from mpillama.loading.settings import EngineSettings, ModelSettings, SpeculationSettings, check_numbers, option
 from mpillama.quant import WEIGHT_TYPE_NAMES
 from mpillama.text.sampling_params import About, Number, SamplingParams
+
+# argparse-dataclass evaluates the annotations itself and knows Optional[int], not int | None.
+# ruff: noqa: UP045
 
 DESCRIPTION = """\
 Run Llama-family language models over MPI: each rank loads only its own slices of one shared file.
@@ -70,12 +74,14 @@ class OnRanks(Options):
 class RunOptions(OnRanks, ModelSettings):
     """Options of every command that loads a model."""
 
-    monitor: float | None = option("log each rank's memory, page faults and speed at this interval", metavar="SECONDS")
-    memory_floor: str | None = option(
+    monitor: Optional[float] = option(
+        "log each rank's memory, page faults and speed at this interval", metavar="SECONDS"
+    )
+    memory_floor: Optional[str] = option(
         "end the job when a host has less free memory than this, e.g. 2GB, before the system kills a rank",
         metavar="BYTES",
     )
-    log_dir: str | None = option("write a log file per rank into this folder", metavar="FOLDER")
+    log_dir: Optional[str] = option("write a log file per rank into this folder", metavar="FOLDER")
     log_level: str = option(
         "lowest level in the log files (default: info)", "info", choices=["debug", "info", "warning"]
     )
@@ -110,8 +116,13 @@ def options_of(command: type) -> list[tuple[str, Any, Any]]:
         if "changed" in each.metadata:
             found += _sampling_options(each.metadata["changed"])
         else:
-            found.append((each.name, each.type, each))
+            found.append((each.name, each.type, _copy(each)))
     return found
+
+
+def _copy(each: Any) -> Any:
+    """A field like another one, for another dataclass."""
+    return field(default=each.default, default_factory=each.default_factory, metadata=each.metadata, repr=each.repr)
 
 
 def _sampling_options(changed: Mapping[str, tuple[str, Any]] | None) -> Iterator[tuple[str, Any, Any]]:
@@ -157,12 +168,12 @@ class GenerateOptions(RunOptions, SpeculationSettings):
         "Once upon a time",
         metavar="TEXT",
     )
-    prompt_token_ids: str | None = option("token ids to continue instead of a text", metavar="1,2,3")
+    prompt_token_ids: Optional[str] = option("token ids to continue instead of a text", metavar="1,2,3")
     chat: bool = option("put the prompt into the model's chat template as a user message", False)
     raw: bool = option("continue the prompt as it is; the default without --chat", False)
     quiet: bool = option("print only the generated text: no prompt, no progress, no closing line", False)
     json: bool = option("print one JSON object instead of streaming text", False)
-    logits_out: str | None = option(
+    logits_out: Optional[str] = option(
         "write the logits that each token was sampled from, float32 [steps, vocab]", metavar="FILE.npy"
     )
 
@@ -193,7 +204,7 @@ class GenerateOptions(RunOptions, SpeculationSettings):
 @dataclass(frozen=True, kw_only=True)
 class ChatOptions(RunOptions, SpeculationSettings):
     sampling: SamplingParams = sampling()
-    system: str | None = option("the system message to begin with", metavar="TEXT")
+    system: Optional[str] = option("the system message to begin with", metavar="TEXT")
     quiet: bool = option("no progress and no closing lines", False)
 
     @property
@@ -203,7 +214,7 @@ class ChatOptions(RunOptions, SpeculationSettings):
 
 @dataclass(frozen=True, kw_only=True)
 class BenchOptions(RunOptions):
-    shape: str | None = option(
+    shape: Optional[str] = option(
         "generate weights of a known shape in memory instead of reading a file, e.g. llama-3.2-1b, llama-3.1-405b",
         metavar="NAME",
     )
@@ -222,7 +233,7 @@ class BenchOptions(RunOptions):
     repetitions: int = option("runs of each prompt length (default: 5)", 5, metavar="COUNT", least=1)
     where: bool = option("break down a step's time, part by part", False)
     json: bool = option("print one JSON object", False)
-    plot: str | None = option("plot the roofline and the breakdown of time (needs matplotlib)", metavar="FILE.png")
+    plot: Optional[str] = option("plot the roofline and the breakdown of time (needs matplotlib)", metavar="FILE.png")
 
     def check(self) -> None:
         super().check()
@@ -239,7 +250,7 @@ class PerplexityOptions(RunOptions):
         metavar="TOKENS",
         least=2,
     )
-    stride: int | None = option(
+    stride: Optional[int] = option(
         "tokens from one window to the next (default: the window's size, as llama.cpp does)", metavar="TOKENS"
     )
     json: bool = option("print one JSON object", False)
@@ -262,16 +273,16 @@ class BatchOptions(EngineOptions):
     sampling: SamplingParams = sampling(
         seed=("seed of the job; with a row's id it gives the row's seed (default: 0)", 0)
     )
-    time_limit: str | None = option(
+    time_limit: Optional[str] = option(
         "stop before this time, with status 85: seconds, MM:SS, HH:MM:SS or D-HH:MM:SS (default: the Slurm job's end)",
         metavar="TIME",
     )
-    tensor_parallel: int | None = option(
+    tensor_parallel: Optional[int] = option(
         "ranks that share a model; several such groups share the rows (default: the fewest ranks that fit the memory)",
         metavar="RANKS",
         least=1,
     )
-    metrics: str | None = option("append a JSON line of metrics every ten seconds", metavar="FILE")
+    metrics: Optional[str] = option("append a JSON line of metrics every ten seconds", metavar="FILE")
     quiet: bool = option("no progress and no closing lines", False)
     json: bool = option("print the summary as one JSON object", False)
 
@@ -290,20 +301,20 @@ class ServeOptions(EngineOptions):
 
     host: str = option("address to listen on (default: 127.0.0.1)", "127.0.0.1", metavar="ADDRESS")
     port: int = option("port to listen on, 0 for any that is free (default: 8000)", 8000, metavar="PORT")
-    api_key: str | None = option(
+    api_key: Optional[str] = option(
         "key that clients must send; auto generates one (visible in `ps`, unlike --api-key-file and MPILLAMA_API_KEY)",
         metavar="KEY",
         secret=True,
     )
-    api_key_file: str | None = option("file whose first line is the key", metavar="FILE")
+    api_key_file: Optional[str] = option("file whose first line is the key", metavar="FILE")
     no_auth: bool = option("require no key: anyone who reaches the address may ask", False)
-    tls_certificate: str | None = option("certificate (chain) in PEM format: serve HTTPS", metavar="FILE")
-    tls_key: str | None = option("the certificate's private key in PEM format", metavar="FILE")
-    rendezvous: str | None = option(
+    tls_certificate: Optional[str] = option("certificate (chain) in PEM format: serve HTTPS", metavar="FILE")
+    tls_key: Optional[str] = option("the certificate's private key in PEM format", metavar="FILE")
+    rendezvous: Optional[str] = option(
         "file for URL, key and tunnel, read by `client` (default: in this folder, named after the job)",
         metavar="FILE",
     )
-    model_name: str | None = option("the model's name in the API (default: its file's)", metavar="NAME")
+    model_name: Optional[str] = option("the model's name in the API (default: its file's)", metavar="NAME")
     sampling: SamplingParams = sampling(
         max_tokens=(
             "limit of a chat answer, in tokens (default: what the context holds; completions: 16, as in OpenAI's API)",
@@ -331,7 +342,7 @@ class ServeOptions(EngineOptions):
     replicas: int = option(
         "groups that the ranks divide into, each with the whole model (default: 1)", 1, metavar="COUNT", least=1
     )
-    time_limit: str | None = option(
+    time_limit: Optional[str] = option(
         "shut down before this time: seconds, MM:SS, HH:MM:SS or D-HH:MM:SS (default: the Slurm job's end)",
         metavar="TIME",
     )
@@ -359,15 +370,15 @@ class ServeOptions(EngineOptions):
 class ClientOptions(Options):
     """Options of `client`; a sampling option that is not given is the server's."""
 
-    rendezvous: str | None = option(
+    rendezvous: Optional[str] = option(
         "the server's rendezvous file (default: the newest one in this folder)", metavar="FILE"
     )
-    url: str | None = option("the server's URL, instead of the one in that file", metavar="URL")
-    api_key_file: str | None = option(
+    url: Optional[str] = option("the server's URL, instead of the one in that file", metavar="URL")
+    api_key_file: Optional[str] = option(
         "file whose first line is the key (default: that of the rendezvous file, or MPILLAMA_API_KEY)", metavar="FILE"
     )
-    prompt: str | None = option("ask this (- for standard input) and exit", metavar="TEXT")
-    system: str | None = option("the system message to begin with", metavar="TEXT")
+    prompt: Optional[str] = option("ask this (- for standard input) and exit", metavar="TEXT")
+    system: Optional[str] = option("the system message to begin with", metavar="TEXT")
     sampling: dict[str, Any] = given_sampling()
     timeout: float = option(
         "give up when the server is silent for this long (default: 600.0)", 600.0, metavar="SECONDS"
@@ -377,22 +388,22 @@ class ClientOptions(Options):
 
 @dataclass(frozen=True)
 class PlanOptions(Options):
-    model: str | None = option("model in any format", metavar="PATH")
-    shape: str | None = option("a known shape instead of a file, e.g. llama-3.1-405b", metavar="NAME")
+    model: Optional[str] = option("model in any format", metavar="PATH")
+    shape: Optional[str] = option("a known shape instead of a file, e.g. llama-3.1-405b", metavar="NAME")
     weights: str = option(
         "weight type in memory; as-stored means q4_0 for a shape, as-published the types of its makers' smallest files "
         "(default: as-stored)",
         "as-stored",
         choices=["as-stored", "as-published", *WEIGHT_TYPE_NAMES],
     )
-    tokenizer: str | None = option("the .t file of a distributed-llama model", metavar="PATH")
+    tokenizer: Optional[str] = option("the .t file of a distributed-llama model", metavar="PATH")
     nodes: int = option("nodes of the job (default: 1)", 1, metavar="COUNT", least=1)
     ranks_per_node: int = option("ranks on each node (default: 1)", 1, metavar="COUNT", least=1)
     memory_per_node: str = option("memory of a node, e.g. 64GB or 60GiB (default: 64GB)", "64GB", metavar="BYTES")
-    layers: int | None = option(
+    layers: Optional[int] = option(
         "plan a trial of the first N layers; with --shape as `bench` runs it, which has no tokenizer", metavar="N"
     )
-    max_seq_len: int | None = option(
+    max_seq_len: Optional[int] = option(
         "limit of prompt and answer together, in tokens (default: the model's own context)", metavar="TOKENS"
     )
     batch: int = option("sequences computed together (default: 1)", 1, metavar="COUNT", least=1)
@@ -403,10 +414,12 @@ class PlanOptions(Options):
         "2TMAC/s",
         metavar="MAC/s",
     )
-    bench: str | None = option("take the node's bandwidth and compute from a saved `bench --json`", metavar="FILE")
+    bench: Optional[str] = option("take the node's bandwidth and compute from a saved `bench --json`", metavar="FILE")
     network: str = option("latency and bandwidth between nodes (default: 5us,10GB/s)", "5us,10GB/s", metavar="L,B")
-    read_bandwidth: str | None = option("read bandwidth of a node from the file system, e.g. 5GB/s", metavar="BYTES/s")
-    sbatch: str | None = option("write a job script for this plan", metavar="FILE")
+    read_bandwidth: Optional[str] = option(
+        "read bandwidth of a node from the file system, e.g. 5GB/s", metavar="BYTES/s"
+    )
+    sbatch: Optional[str] = option("write a job script for this plan", metavar="FILE")
     json: bool = option("print one JSON object", False)
 
     def check(self) -> None:
@@ -422,15 +435,15 @@ class ConvertOptions(OnRanks):
     weights: str = option(
         "weight type of the new file (default: as-stored)", "as-stored", choices=["as-stored", *WEIGHT_TYPE_NAMES]
     )
-    importance: str | None = option(
+    importance: Optional[str] = option(
         "importance matrix of llama.cpp (GGUF or .dat), by which columns count when weights are quantised",
         metavar="PATH",
     )
-    tokenizer: str | None = option(
+    tokenizer: Optional[str] = option(
         "the .t file of a distributed-llama model (default: the one beside it)", metavar="PATH"
     )
     force: bool = option("replace the target if it exists", False)
-    threads: int | None = option(
+    threads: Optional[int] = option(
         "threads of each rank (default: the cores this rank may use, shared fairly with the ranks on them)",
         metavar="COUNT",
     )
@@ -440,15 +453,15 @@ class ConvertOptions(OnRanks):
 @dataclass(frozen=True)
 class VerifyOptions(OnRanks):
     file: str = positional("file", "model in any format, as for --model")
-    tokenizer: str | None = option("the .t file of a distributed-llama model", metavar="PATH")
+    tokenizer: Optional[str] = option("the .t file of a distributed-llama model", metavar="PATH")
     json: bool = option("print one JSON object", False)
 
 
 @dataclass(frozen=True)
 class TokenizeOptions(Options):
     text: str = positional("text", "text, or - for standard input")
-    model: str | None = option("model in any format (default: data/demo.h5)", metavar="PATH")
-    tokenizer: str | None = option("the .t file of a distributed-llama model", metavar="PATH")
+    model: Optional[str] = option("model in any format (default: data/demo.h5)", metavar="PATH")
+    tokenizer: Optional[str] = option("the .t file of a distributed-llama model", metavar="PATH")
     literal: bool = option("treat the names of special tokens as ordinary text", False)
     json: bool = option("print one JSON object", False)
 
@@ -456,7 +469,7 @@ class TokenizeOptions(Options):
 @dataclass(frozen=True)
 class InspectOptions(Options):
     file: str = positional("file", "model in any format, as for --model")
-    tokenizer: str | None = option("the .t file of a distributed-llama model", metavar="PATH")
+    tokenizer: Optional[str] = option("the .t file of a distributed-llama model", metavar="PATH")
     json: bool = option("print one JSON object", False)
 
 
@@ -464,7 +477,7 @@ class InspectOptions(Options):
 class DoctorOptions(OnRanks):
     needs_one_job: ClassVar[bool] = False
 
-    threads: int | None = option("threads of each rank, as for generate", metavar="COUNT")
+    threads: Optional[int] = option("threads of each rank, as for generate", metavar="COUNT")
     json: bool = option("print one JSON object", False)
 
 
@@ -495,43 +508,44 @@ class _Collect(argparse.Action):
         setattr(namespace, self.dest, [*given, *values] if is_list and given else values)
 
 
-class _Parser(argparse.ArgumentParser):
+class _Parser(argparse_dataclass.ArgumentParser):  # type: ignore[misc]
     """Reports a mistake as one sentence."""
+
+    def register(self, registry_name: str, value: Any, object: Any) -> None:  # noqa: A002 - argparse's own name
+        """Make _Collect the action of options that name none."""
+        super().register(registry_name, value, _Collect if (registry_name, value) == ("action", None) else object)
 
     def error(self, message: str) -> NoReturn:
         """Raise instead of printing the usage on every rank."""
-        listed = "options" if " " in self.prog else "commands"
-        raise UserError(f"{message}; `{self.prog} --help` shows the {listed}.")
+        raise UserError(f"{message}; `{self.prog} --help` shows the options.")
+
+
+class _CommandParser(argparse.ArgumentParser):
+    """As _Parser, for the program itself."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raise instead of printing the usage on every rank."""
+        raise UserError(f"{message}; `{self.prog} --help` shows the commands.")
+
+
+@dataclass
+class _NoOptions:
+    pass
 
 
 def build_parser(commands: Collection[str] = tuple(COMMANDS)) -> argparse.ArgumentParser:
     """Return the parser of the whole program, which knows the options of these commands, and of others the names."""
-    parser = _Parser(prog="mpillama", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--version", action="version", version=f"mpillama {__version__}")
-    parsers = parser.add_subparsers(dest="command", metavar="COMMAND")
-    for name, (options_class, text) in COMMANDS.items():
-        command = parsers.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.")
-        for option_name, kind, about in options_of(options_class) if name in commands else ():
-            _add_option(command, option_name, kind, about)
-    return parser
-
-
-def _add_option(parser: argparse.ArgumentParser, name: str, kind: Any, about: Any) -> None:
-    """Teach a parser an option: `kind` is the type of its value, `about` the dataclass's field."""
-    known = about.metadata
-    if "args" in known:
-        parser.add_argument(*known["args"], type=kind, help=known["help"])
-        return
-    flag = f"--{name.replace('_', '-')}"
-    if kind is bool:
-        parser.add_argument(flag, action="store_true", help=known["help"])
-        return
-    of_one = next((part for part in get_args(kind) if part is not NoneType), kind)  # of list[T] or T | None
-    default = about.default if about.default_factory is MISSING else about.default_factory()
-    more = {key: known[key] for key in ("metavar", "choices", "nargs") if known.get(key)}
-    parser.add_argument(
-        flag, action=_Collect, type=known.get("type", of_one), default=default, help=known["help"], **more
+    parser = _CommandParser(
+        prog="mpillama", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.add_argument("--version", action="version", version=f"mpillama {__version__}")
+    parsers = parser.add_subparsers(dest="command", metavar="COMMAND", parser_class=_Parser)
+    for name, (options_class, text) in COMMANDS.items():
+        flat: type = _NoOptions
+        if name in commands:
+            flat = make_dataclass(name, options_of(options_class), repr=False, eq=False, kw_only=True)
+        parsers.add_parser(name, options_class=flat, help=text, description=f"{text[0].upper()}{text[1:]}.")
+    return parser
 
 
 def recorded(options: Any) -> dict[str, Any]:

@@ -1,11 +1,14 @@
 """How a model is loaded and run: the one list of these settings, for command-line options and `LLM` alike."""
 
 from dataclasses import dataclass, field, fields
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Optional
 
 from mpillama.comm.launcher import DEFAULT_TIMEOUT
 from mpillama.errors import UserError
 from mpillama.quant import WEIGHT_TYPE_NAMES
+
+# argparse-dataclass evaluates the annotations itself and knows Optional[int], not int | None.
+# ruff: noqa: UP045
 
 
 def option(text: str, default: Any = None, **metadata: Any) -> Any:
@@ -33,7 +36,7 @@ class ModelSettings:
     needs_head: ClassVar[bool] = True
     """Whether the program tells which token comes next, which a model of embeddings cannot."""
 
-    model: str | None = option(
+    model: Optional[str] = option(
         "mpillama's .h5, a Hugging Face folder, a .gguf, or a distributed-llama .m file (default: data/demo.h5)",
         metavar="PATH",
     )
@@ -42,17 +45,19 @@ class ModelSettings:
         "as-stored",
         choices=["as-stored", *WEIGHT_TYPE_NAMES],
     )
-    tokenizer: str | None = option(
+    tokenizer: Optional[str] = option(
         "the .t file of a distributed-llama model (default: the one beside it)", metavar="PATH"
     )
-    layers: int | None = option("run only the first N layers and extrapolate to the whole model", metavar="N", least=1)
+    layers: Optional[int] = option(
+        "run only the first N layers and extrapolate to the whole model", metavar="N", least=1
+    )
     force: bool = option("load even if a host does not have enough memory", False)
     verify: bool = option("check the bytes that are read against the file's checksums", False)
-    max_seq_len: int | None = option(
+    max_seq_len: Optional[int] = option(
         "limit of prompt and answer together, in tokens (default: the model's own context)", metavar="TOKENS", least=1
     )
     kv_type: str = option("type of the KV cache (default: f16)", "f16", choices=["f16", "f32", "q8"])
-    threads: int | None = option(
+    threads: Optional[int] = option(
         "threads of each rank (default: the cores this rank may use, shared fairly with the ranks on them)",
         metavar="COUNT",
     )
@@ -83,7 +88,7 @@ class EngineSettings(ModelSettings, SpeculationSettings):
     """How many sequences run at once."""
 
     sequences: int = option("sequences computed together (default: 32)", 32, metavar="COUNT", least=1)
-    cache_tokens: int | None = option(
+    cache_tokens: Optional[int] = option(
         "total positions in the KV cache, for all sequences together "
         "(default: what they can need, up to nine tenths of the memory)",
         metavar="TOKENS",
