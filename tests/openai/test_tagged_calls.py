@@ -1,11 +1,19 @@
-"""Calls of GLM and MiniMax: read wherever they are cut, their values by the types of the functions, and forced."""
+"""Calls of GLM, Hy3 and MiniMax: read wherever they are cut, their values by the types of the functions, and forced."""
 
 import json
+from pathlib import Path
 
 import pytest
 
-from mpillama.openai.tool_calls import GLM, MINIMAX, tool_format
+from mpillama.errors import UserError
+from mpillama.openai.messages import TemplateFields, in_words_of
+from mpillama.openai.reasoning import ReasoningFormat, reasoning_format
+from mpillama.openai.tool_calls import GLM, LLAMA4_PYTHONIC, MINIMAX, tool_format
+from mpillama.text.chat_template import ChatTemplate
 
+TEMPLATES = Path(__file__).parents[1] / "golden" / "chat_templates"
+OF_HY3 = (TEMPLATES / "hy3.jinja").read_text()
+HY = tool_format(OF_HY3)
 PARAMETERS = {
     "type": "object",
     "properties": {
@@ -39,6 +47,20 @@ def minimax(*calls: tuple[str, dict[str, str]]) -> str:
     return text + "</minimax:tool_call>"
 
 
+def hy(*calls: tuple[str, dict[str, str]], line: str = "\n", end: str = ":toy") -> str:
+    def tag(name: str) -> str:
+        return f"<{name}{end}>"
+
+    text = tag("tool_calls") + line
+    for name, values in calls:
+        pairs = (
+            f"{tag('arg_key')}{key}{tag('/arg_key')}{line}{tag('arg_value')}{value}{tag('/arg_value')}{line}"
+            for key, value in values.items()
+        )
+        text += f"{tag('tool_call')}{name}{tag('tool_sep')}{line}{''.join(pairs)}{tag('/tool_call')}{line}"
+    return text + tag("/tool_calls")
+
+
 def read(form, text: str, size: int = 1, names=None) -> tuple[str, list[tuple[str, dict]]]:
     parser = form.parser(lambda: "id", {"weather": PARAMETERS, "now": None} if names is None else names)
     found = [delta for i in range(0, len(text), size) for delta in parser.push(text[i : i + size])] + parser.finish()
@@ -59,6 +81,38 @@ def test_calls_of_minimax(size):
     assert read(MINIMAX, text, size) == ("Let me look.", [("weather", EXPECTED), ("now", {})])
 
 
+@pytest.mark.parametrize("size", [1, 3, 1000])
+@pytest.mark.parametrize("line", ["\n", ""])
+def test_calls_of_hy3(size, line):
+    text = "Let me look.\n" + hy(("weather", VALUES), ("now", {}), line=line)
+    assert read(HY, text, size) == ("Let me look.", [("weather", EXPECTED), ("now", {})])
+    unclosed = text.removesuffix("</tool_calls:toy>")
+    assert read(HY, unclosed, size) == ("Let me look.", [("weather", EXPECTED), ("now", {})])
+
+
+def test_tags_of_hy3_may_have_no_ending():
+    form = tool_format("{{ tools }}<tool_calls><tool_call>name<tool_sep><arg_key>")
+    assert read(form, hy(("weather", {"city": "Rome"}), end="")) == ("", [("weather", {"city": "Rome"})])
+    assert reasoning_format("<think>", lambda text: None) == ReasoningFormat("<think>", "</think>")
+    assert reasoning_format(OF_HY3, lambda text: None) == ReasoningFormat("<think:toy>", "</think:toy>")
+    by_id = reasoning_format(OF_HY3, {"<think:toy>": 7, "</think:toy>": 8}.get)
+    assert by_id == ReasoningFormat("<think:toy>", "</think:toy>", 7, 8)
+
+
+@pytest.mark.parametrize(
+    ("asked", "effort"),
+    [(None, None), ("none", "no_think"), ("minimal", "low"), ("low", "low"), ("medium", "low"), ("max", "high")],
+)
+def test_efforts_are_those_that_the_template_of_hy3_knows(asked, effort):
+    variables = in_words_of(OF_HY3, TemplateFields(reasoning_effort=asked).template_variables)
+    assert variables.get("reasoning_effort") == effort
+    text = ChatTemplate(OF_HY3, bos_token="", eos_token="").render([{"role": "user", "content": "Hi"}], **variables)
+    assert text.endswith("<think:toy>") == (effort not in (None, "no_think"))
+    switched = in_words_of(OF_HY3, {"thinking": False, "reasoning_effort": "high"})
+    assert switched["reasoning_effort"] == "no_think"
+    assert in_words_of("{{ reasoning_effort }}", {"reasoning_effort": "max"}) == {"reasoning_effort": "max"}
+
+
 @pytest.mark.parametrize("form", [GLM, MINIMAX])
 def test_values_of_unknown_types_are_json_where_they_can_be(form):
     values = {"a": "7", "b": "seven", "c": '"7"', "d": "{}", "e": ""}
@@ -76,6 +130,10 @@ def test_values_of_unknown_types_are_json_where_they_can_be(form):
         (GLM, "<tool_call>weather\n<arg_value>"),
         (GLM, "<tool_call>weather\n<arg_key>city</arg_key>\n<arg_value>without an end"),
         (GLM, "<tool_call>other\n</tool_call>"),
+        (HY, "<tool_calls:toy></tool_calls:toy>"),
+        (HY, "<tool_calls:toy><tool_call:toy>weather</tool_call:toy>"),
+        (HY, "<tool_calls:toy><tool_call:toy>weather<tool_sep:toy><arg_key:toy>city</arg_key:toy>no"),
+        (HY, "<tool_calls>"),
         (MINIMAX, "<minimax:tool_call></minimax:tool_call>"),
         (MINIMAX, '<minimax:tool_call><invoke name="a b">'),
         (MINIMAX, '<minimax:tool_call>\n<invoke name="weather">\n<parameter name="city">Rome'),
@@ -106,10 +164,12 @@ def matches(form, text: str, several: bool = True, tools=(WEATHER,)) -> bool:
 SIMPLE = {key: VALUES[key] for key in ("city", "days", "exact", "unit")}
 
 
-@pytest.mark.parametrize("form", [GLM, MINIMAX])
+@pytest.mark.parametrize("form", [GLM, MINIMAX, HY], ids=lambda form: form.name)
 def test_a_forced_call_is_one_that_is_read(form):
     def written(*values: dict[str, str]) -> str:
         calls = [("weather", each) for each in values]
+        if form is HY:
+            return hy(*calls)
         return minimax(*calls) if form is MINIMAX else "\n".join(glm(*call) for call in calls)
 
     simple = {**SIMPLE, "city": "New York"}
@@ -122,3 +182,23 @@ def test_a_forced_call_is_one_that_is_read(form):
     assert not matches(form, written({"city": "x", "unit": "K"}))
     assert not matches(form, "Hello")
     assert read(form, written(simple))[1] == [("weather", {**{k: EXPECTED[k] for k in SIMPLE}, "city": "New York"})]
+
+
+ASKS = {"type": "object", "properties": {"a-b": {"type": "string"}}}
+
+
+def test_a_forced_call_in_python_is_one_that_is_read():
+    form = LLAMA4_PYTHONIC
+    call = '[weather(city="New York", days=3, exact=True, unit="C")]'
+    assert matches(form, call)
+    assert matches(form, '[weather(city="x"), weather(city="y", points=[{"a": "b"}])]')
+    assert not matches(form, '[weather(city="x"), weather(city="y")]', several=False)
+    assert not matches(form, "[weather(days=3)]")  # a city is required
+    assert not matches(form, '[weather(city="x", days="three")]')
+    assert read(form, call)[1] == [("weather", {"city": "New York", "days": 3, "exact": True, "unit": "C"})]
+    free = {"properties": {"a": {"type": "integer"}, "b": {"type": "boolean"}}}
+    tools = [{"type": "function", "function": {"name": "f", "parameters": free}}]
+    for text in ("[f()]", "[f(a=1)]", "[f(b=False)]", "[f(a=1, b=True)]"):
+        assert matches(form, text, tools=tools), text
+    with pytest.raises(UserError, match="'a-b' is no name"):
+        form.grammar([{"type": "function", "function": {"name": "f", "parameters": ASKS}}], "required", True, {}.get)
