@@ -1,4 +1,4 @@
-"""Calls that models write with a tag around each argument: those of GLM, of Hy3 and of MiniMax.
+"""Calls that models write with a tag around each argument: GLM, Hy3, MiniMax, and Qwen since Qwen3-Coder.
 
 A value is there as it is, without quotation marks if it is a text; what the function asks for tells what it means.
 """
@@ -47,6 +47,11 @@ MINIMAX = Tags(
     ('<parameter name="', '"'),
     (">", "</parameter>"),
 )
+QWEN = Tags(
+    (TOOL_CALL, END_TOOL_CALL), ("<function=", "</function>"), ">", ("<parameter=", ">"), ("\n", "\n</parameter>")
+)
+AS_PYTHON = {"True": "true", "False": "false", "None": "null"}
+"""Values as templates write them that take Python's words for them."""
 
 
 HY = re.compile(r"<tool_calls(:\w+)?>")
@@ -82,6 +87,8 @@ class TaggedCall(Call):
 
 def _as_json(text: str, schema: Any) -> str:
     """A value in JSON: a text stays one if nothing else is asked for, or if it is no JSON."""
+    if _types(schema) & {"boolean", "null"} and "string" not in _types(schema):
+        text = AS_PYTHON.get(text, text)
     if _types(schema) != {"string"}:
         try:
             found = json.loads(text, parse_constant=_refuse)
@@ -204,6 +211,31 @@ def _invoked() -> Generator[None, str, Call]:
         values.append((key, (yield from _text_before(MINIMAX.value[1]))))
 
 
+def read_qwen() -> Reader:
+    """`<tool_call>`, `<function=name>` with `<parameter=name>`, whose value has lines of its own, and the ends."""
+    yield from literal(TOOL_CALL)
+    expect((yield from skip_space()), QWEN.call[0][0])
+    yield from literal(QWEN.call[0][1:])
+    name = yield from _text_before(QWEN.name_end, MOST_NAME)
+    if not NAME.fullmatch(name):
+        raise NoCall
+    values: list[tuple[str, str]] = []
+    while True:
+        expect((yield from skip_space()), "<")
+        kind = yield
+        if kind == "/":
+            yield from literal(QWEN.call[1][2:])
+            break
+        expect(kind, QWEN.key[0][1])
+        yield from literal(QWEN.key[0][2:])
+        key = yield from _text_before(QWEN.key[1])
+        value = yield from _text_before(QWEN.value[1].strip())
+        values.append((key, value.removeprefix("\n").removesuffix("\n")))
+    expect((yield from skip_space()), END_TOOL_CALL[0])
+    yield from literal(END_TOOL_CALL[1:])
+    return [TaggedCall(name, "", values=tuple(values))]
+
+
 def _plain_name() -> Generator[None, str, tuple[str, str]]:
     """A function's name, and the character behind it."""
     char, name = (yield from skip_space()), ""
@@ -280,6 +312,23 @@ def minimax_rules(functions: Sequence[Function], several: bool, token_id: TokenI
 
     def argument(name: str, value: str) -> str:
         return f"{text_rule(MINIMAX.key[0] + name + MINIMAX.key[1] + MINIMAX.value[0])} {value}"
+
+    return start + call_rules(map(rule, functions))
+
+
+def qwen_rules(functions: Sequence[Function], several: bool, token_id: TokenId) -> str:
+    """Calls with lines for the name, for that of each argument, and for its value."""
+    begin, end = (marker_rule(text, token_id) for text in QWEN.block)
+    line = text_rule("\n")
+    start = f"start: block {more_rules('block', line, several)}\nblock: {begin} {line} call {line} {end}\n"
+
+    def rule(function: Function) -> str:
+        head = text_rule(f"{QWEN.call[0]}{function.name}{QWEN.name_end}\n")
+        arguments = " ".join(_arguments(function, argument, None, QWEN.value[1] + "\n"))
+        return f"{head} {arguments} {text_rule(QWEN.call[1])}"
+
+    def argument(name: str, value: str) -> str:
+        return f"{text_rule(QWEN.key[0] + name + QWEN.key[1] + QWEN.value[0])} {value}"
 
     return start + call_rules(map(rule, functions))
 
