@@ -230,6 +230,7 @@ def test_a_text_file_goes_with_a_message(fake: FakeServer, page: Page, tmp_path:
     until(lambda: not page.all("#attached li"), "the file gone")
     assert not page.button("Send").is_enabled()
     page.one("#files").send_keys(str(tmp_path / "job.sh"))
+    page.wait_for("job.sh", "#attached")
     page.script("""
         const data = new DataTransfer();
         data.items.add(new File(["1,2\\n"], "table.csv"));
