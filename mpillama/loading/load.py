@@ -23,6 +23,7 @@ from mpillama.kernels.library import Team
 from mpillama.kernels.shared_sum import SharedWindow, window_bytes
 from mpillama.kernels.target import Target
 from mpillama.loading.model_file import ModelFile, chat_template_source, model_path, open_model
+from mpillama.loading.placement import warn_of_shared_cores
 from mpillama.loading.preflight import cache_room, choose_context, measure_host, refuse_no_room, warn_of_hosts
 from mpillama.loading.progress import PLACE, AbandonedError, LoadState, LoadWatch
 from mpillama.loading.settings import EngineSettings, ModelSettings
@@ -107,6 +108,7 @@ def load_model(settings: ModelSettings, world: World, target: Target, progress: 
     _check_context(settings, file)
     LOG.info("table of %s with %d tensors after %.1f s.", file.path, len(file.specs), time.perf_counter() - start)
     warn_of_hosts(world)
+    warn_of_shared_cores(world, target.threads)
     comm.together(lambda: refuse_no_room(settings.force))
     chunk = max(1, min(settings.prefill_chunk, settings.max_seq_len or file.config.max_position_embeddings))
     choose_reduction(comm, world, target.team, file.config.padded_hidden_size, chunk)

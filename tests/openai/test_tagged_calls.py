@@ -1,11 +1,19 @@
-"""Calls of GLM, MiniMax and Qwen: read wherever they are cut, values by the types of the functions, and forced."""
+"""Calls of GLM, Hy3, MiniMax and Qwen: read wherever they are cut, values by the types of the functions, and forced."""
 
 import json
+from pathlib import Path
 
 import pytest
 
-from mpillama.openai.tool_calls import GLM, MINIMAX, QWEN, tool_format
+from mpillama.errors import UserError
+from mpillama.openai.messages import TemplateFields, in_words_of
+from mpillama.openai.reasoning import ReasoningFormat, reasoning_format
+from mpillama.openai.tool_calls import GLM, LLAMA4_PYTHONIC, MINIMAX, QWEN, tool_format
+from mpillama.text.chat_template import ChatTemplate
 
+TEMPLATES = Path(__file__).parents[1] / "golden" / "chat_templates"
+OF_HY3 = (TEMPLATES / "hy3.jinja").read_text()
+HY = tool_format(OF_HY3)
 PARAMETERS = {
     "type": "object",
     "properties": {
@@ -39,14 +47,30 @@ def minimax(*calls: tuple[str, dict[str, str]]) -> str:
     return text + "</minimax:tool_call>"
 
 
+def hy(*calls: tuple[str, dict[str, str]], line: str = "\n", end: str = ":toy") -> str:
+    def tag(name: str) -> str:
+        return f"<{name}{end}>"
+
+    text = tag("tool_calls") + line
+    for name, values in calls:
+        pairs = (
+            f"{tag('arg_key')}{key}{tag('/arg_key')}{line}{tag('arg_value')}{value}{tag('/arg_value')}{line}"
+            for key, value in values.items()
+        )
+        text += f"{tag('tool_call')}{name}{tag('tool_sep')}{line}{''.join(pairs)}{tag('/tool_call')}{line}"
+    return text + tag("/tool_calls")
+
+
 def qwen(name: str, values: dict[str, str], line: str = "\n") -> str:
     pairs = (f"<parameter={k}>{line}{v}{line}</parameter>{line}" for k, v in values.items())
     return f"<tool_call>{line}<function={name}>{line}{''.join(pairs)}</function>{line}</tool_call>"
 
 
 def written(form, *calls: tuple[str, dict[str, str]]) -> str:
-    one = {GLM: glm, QWEN: qwen}.get(form)
-    return "\n".join(one(*call) for call in calls) if one else minimax(*calls)
+    one = {GLM.name: glm, QWEN.name: qwen}.get(form.name)
+    if one is not None:
+        return "\n".join(one(*call) for call in calls)
+    return hy(*calls) if form is HY else minimax(*calls)
 
 
 def read(form, text: str, size: int = 1, names=None) -> tuple[str, list[tuple[str, dict]]]:
@@ -67,6 +91,38 @@ def test_calls_of_glm(size, line):
 def test_calls_of_minimax(size):
     text = "Let me look.\n" + minimax(("weather", VALUES), ("now", {}))
     assert read(MINIMAX, text, size) == ("Let me look.", [("weather", EXPECTED), ("now", {})])
+
+
+@pytest.mark.parametrize("size", [1, 3, 1000])
+@pytest.mark.parametrize("line", ["\n", ""])
+def test_calls_of_hy3(size, line):
+    text = "Let me look.\n" + hy(("weather", VALUES), ("now", {}), line=line)
+    assert read(HY, text, size) == ("Let me look.", [("weather", EXPECTED), ("now", {})])
+    unclosed = text.removesuffix("</tool_calls:toy>")
+    assert read(HY, unclosed, size) == ("Let me look.", [("weather", EXPECTED), ("now", {})])
+
+
+def test_tags_of_hy3_may_have_no_ending():
+    form = tool_format("{{ tools }}<tool_calls><tool_call>name<tool_sep><arg_key>")
+    assert read(form, hy(("weather", {"city": "Rome"}), end="")) == ("", [("weather", {"city": "Rome"})])
+    assert reasoning_format("<think>", lambda text: None) == ReasoningFormat("<think>", "</think>")
+    assert reasoning_format(OF_HY3, lambda text: None) == ReasoningFormat("<think:toy>", "</think:toy>")
+    by_id = reasoning_format(OF_HY3, {"<think:toy>": 7, "</think:toy>": 8}.get)
+    assert by_id == ReasoningFormat("<think:toy>", "</think:toy>", 7, 8)
+
+
+@pytest.mark.parametrize(
+    ("asked", "effort"),
+    [(None, None), ("none", "no_think"), ("minimal", "low"), ("low", "low"), ("medium", "low"), ("max", "high")],
+)
+def test_efforts_are_those_that_the_template_of_hy3_knows(asked, effort):
+    variables = in_words_of(OF_HY3, TemplateFields(reasoning_effort=asked).template_variables)
+    assert variables.get("reasoning_effort") == effort
+    text = ChatTemplate(OF_HY3, bos_token="", eos_token="").render([{"role": "user", "content": "Hi"}], **variables)
+    assert text.endswith("<think:toy>") == (effort not in (None, "no_think"))
+    switched = in_words_of(OF_HY3, {"thinking": False, "reasoning_effort": "high"})
+    assert switched["reasoning_effort"] == "no_think"
+    assert in_words_of("{{ reasoning_effort }}", {"reasoning_effort": "max"}) == {"reasoning_effort": "max"}
 
 
 @pytest.mark.parametrize("size", [1, 3, 1000])
@@ -100,6 +156,10 @@ def test_values_of_unknown_types_are_json_where_they_can_be(form):
         (GLM, "<tool_call>weather\n<arg_value>"),
         (GLM, "<tool_call>weather\n<arg_key>city</arg_key>\n<arg_value>without an end"),
         (GLM, "<tool_call>other\n</tool_call>"),
+        (HY, "<tool_calls:toy></tool_calls:toy>"),
+        (HY, "<tool_calls:toy><tool_call:toy>weather</tool_call:toy>"),
+        (HY, "<tool_calls:toy><tool_call:toy>weather<tool_sep:toy><arg_key:toy>city</arg_key:toy>no"),
+        (HY, "<tool_calls>"),
         (MINIMAX, "<minimax:tool_call></minimax:tool_call>"),
         (MINIMAX, '<minimax:tool_call><invoke name="a b">'),
         (MINIMAX, '<minimax:tool_call>\n<invoke name="weather">\n<parameter name="city">Rome'),
@@ -135,7 +195,7 @@ def matches(form, text: str, several: bool = True, tools=(WEATHER,)) -> bool:
 SIMPLE = {key: VALUES[key] for key in ("city", "days", "exact", "unit")}
 
 
-@pytest.mark.parametrize("form", [GLM, MINIMAX, QWEN])
+@pytest.mark.parametrize("form", [GLM, MINIMAX, HY, QWEN], ids=lambda form: form.name)
 def test_a_forced_call_is_one_that_is_read(form):
     def of(*values: dict[str, str]) -> str:
         return written(form, *(("weather", each) for each in values))
@@ -150,3 +210,23 @@ def test_a_forced_call_is_one_that_is_read(form):
     assert not matches(form, of({"city": "x", "unit": "K"}))
     assert not matches(form, "Hello")
     assert read(form, of(simple))[1] == [("weather", {**{k: EXPECTED[k] for k in SIMPLE}, "city": "New York"})]
+
+
+ASKS = {"type": "object", "properties": {"a-b": {"type": "string"}}}
+
+
+def test_a_forced_call_in_python_is_one_that_is_read():
+    form = LLAMA4_PYTHONIC
+    call = '[weather(city="New York", days=3, exact=True, unit="C")]'
+    assert matches(form, call)
+    assert matches(form, '[weather(city="x"), weather(city="y", points=[{"a": "b"}])]')
+    assert not matches(form, '[weather(city="x"), weather(city="y")]', several=False)
+    assert not matches(form, "[weather(days=3)]")  # a city is required
+    assert not matches(form, '[weather(city="x", days="three")]')
+    assert read(form, call)[1] == [("weather", {"city": "New York", "days": 3, "exact": True, "unit": "C"})]
+    free = {"properties": {"a": {"type": "integer"}, "b": {"type": "boolean"}}}
+    tools = [{"type": "function", "function": {"name": "f", "parameters": free}}]
+    for text in ("[f()]", "[f(a=1)]", "[f(b=False)]", "[f(a=1, b=True)]"):
+        assert matches(form, text, tools=tools), text
+    with pytest.raises(UserError, match="'a-b' is no name"):
+        form.grammar([{"type": "function", "function": {"name": "f", "parameters": ASKS}}], "required", True, {}.get)
