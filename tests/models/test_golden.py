@@ -213,7 +213,7 @@ MIXED = [gguf.GGMLQuantizationType[kind] for kind in ("Q4_K", "Q6_K", "IQ4_XS", 
 
 @pytest.mark.parametrize(("family", "tolerance"), [("llama", 0.03), ("mixtral", 0.03), ("qwen3_5", 0.06)])
 def test_every_matrix_of_a_gguf_may_have_its_own_type(family, tolerance, tmp_path):
-    """Also gate, up and down of the same experts, and the same matrix of different layers; blocks over several heads."""
+    """Also gate, up and down of the same experts, one matrix of different layers, and blocks over several heads."""
     g.write_of_whole_blocks(tmp_path / "folder", 256, family)
     g.write_gguf(tmp_path / "blocks.gguf", str(tmp_path / "folder"), g.as_blocks_in_turn(MIXED))
     g.write_gguf(tmp_path / "floats.gguf", str(tmp_path / "folder"), g.as_floats_of(g.as_blocks_in_turn(MIXED)))
