@@ -1,7 +1,7 @@
 """What a run will need of each rank and node, before it is queued: memory exactly, speed by the limits.
 
-Memory is that of loading/memory.py. Speed: decode reads the weights and the KV cache once a token; the network adds a
-latency and the bytes of each all-reduce.
+Memory is that of loading/memory.py. Speed: decode reads the weights and the KV cache once a token, and changes
+recurrent states; the network adds a latency and the bytes of each all-reduce.
 """
 
 import math
@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 from mpillama.loading.memory import RESERVE, MemoryModel, RankMemory
+from mpillama.loading.settings import state_slots
 from mpillama.models.config import ModelConfig
 from mpillama.models.tensors import EMBEDDING, LM_HEAD, TensorSpec, WeightTypes
 from mpillama.models.weights import slice_bytes
@@ -45,7 +46,9 @@ class PlanRequest:
     @property
     def memory_model(self) -> MemoryModel:
         sizes = (self.ranks, self.kv_type, self.prefill_chunk, self.batch)
-        return MemoryModel(self.config, self.specs, *sizes, has_tokenizer=self.tokenizer)
+        return MemoryModel(
+            self.config, self.specs, *sizes, has_tokenizer=self.tokenizer, states=state_slots(self.batch)
+        )
 
 
 @dataclass(frozen=True)
@@ -228,10 +231,14 @@ def multiply_adds(config: ModelConfig) -> int:
 
 
 def _streamed(request: PlanRequest, rank: RankMemory, idle: float) -> int:
-    """Bytes that a rank reads in a decode step: its weights (without an untied embedding) and its KV cache."""
+    """Bytes that a rank reads in a decode step: its weights (without an untied embedding), its KV cache, and states.
+
+    Each sequence's state is read and written.
+    """
     config = request.config
     embedding = 0 if config.tie_word_embeddings else rank.embedding // 2
-    return round((rank.weights - embedding) * (1 - idle)) + rank.kv_cache
+    states = 2 * request.batch * rank.states // state_slots(request.batch)
+    return round((rank.weights - embedding) * (1 - idle)) + rank.kv_cache + states
 
 
 def _idle_share(request: PlanRequest) -> float:

@@ -1,7 +1,6 @@
 """Tool calls: a model's format, calls parsed from its answers, and messages as its template expects them."""
 
 import hashlib
-import json
 import re
 import secrets
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -13,15 +12,18 @@ from mpillama.openai.harmony import CHANNEL, harmony_rules, is_harmony, read_not
 from mpillama.openai.pythonic_calls import PYTHON_START, SHOWN, json_rules, pythonic_rules, read_llama4
 from mpillama.openai.tagged_calls import GLM as GLM_TAGS
 from mpillama.openai.tagged_calls import MINIMAX as MINIMAX_TAGS
+from mpillama.openai.tagged_calls import QWEN as QWEN_TAGS
 from mpillama.openai.tagged_calls import (
     Tags,
     glm_rules,
     hy_rules,
     hy_tags,
     minimax_rules,
+    qwen_rules,
     read_glm,
     read_hy,
     read_minimax,
+    read_qwen,
 )
 from mpillama.openai.tool_grammars import (
     MISTRAL_ID,
@@ -37,6 +39,7 @@ from mpillama.openai.tool_grammars import (
     mistral_args_rules,
     mistral_rules,
 )
+from mpillama.openai.tool_json import strict_json
 from mpillama.openai.tool_readers import (
     ARGS,
     DEEPSEEK_MARKS,
@@ -57,8 +60,6 @@ from mpillama.openai.tool_readers import (
 )
 
 COMMENT = re.compile(r"\{#.*?#\}", re.DOTALL)
-# Another way to write calls between the markers of Hermes (Qwen3-Coder).
-FOREIGN = ("<function=",)
 
 
 @dataclass(frozen=True)
@@ -254,6 +255,7 @@ LLAMA4_PYTHONIC = replace(LLAMA4, name="llama4-pythonic", rules=pythonic_rules)
 LISTED = ToolFormat("listed", LISTED_CALLS, "", read_listed, listed_rules)
 GLM = ToolFormat("glm", TOOL_CALL, "", read_glm, glm_rules)
 MINIMAX = ToolFormat("minimax", MINIMAX_TAGS.block[0], "", read_minimax, minimax_rules)
+QWEN = ToolFormat("qwen", TOOL_CALL, "", read_qwen, qwen_rules)
 HARMONY = ToolFormat("harmony", CHANNEL, "", read_nothing, harmony_rules, one_text=True)
 
 
@@ -268,7 +270,7 @@ AS_JSON = re.compile(r"arguments['\"]?\]?\s*\|\s*tojson")
 def tool_format(template_source: str) -> ToolFormat | None:
     """The format that a chat template writes calls in; None if it takes no tools, or in a way not known here."""
     source = COMMENT.sub("", template_source)
-    if not re.search(r"\btools\b", source) or any(mark in source for mark in FOREIGN):
+    if not re.search(r"\btools\b", source):
         return None
     if is_harmony(source):
         return HARMONY
@@ -276,6 +278,8 @@ def tool_format(template_source: str) -> ToolFormat | None:
         return MINIMAX
     if tags := hy_tags(source):
         return hy_format(tags)
+    if QWEN_TAGS.call[0] in source:  # another way to write calls than Hermes', between the same markers or others
+        return QWEN if TOOL_CALL in source and QWEN_TAGS.key[0] in source else None
     if TOOL_CALL in source and GLM_TAGS.key[0] in source:
         return GLM
     if TOOL_CALLS in source:
@@ -308,14 +312,10 @@ def _with_object(call: Mapping[str, Any]) -> dict[str, Any]:
     if not isinstance(function, Mapping) or not isinstance(function.get("arguments"), str):
         return dict(call)
     try:
-        value = json.loads(function["arguments"] or "{}", parse_constant=_refuse)
+        value = strict_json(function["arguments"] or "{}")
     except (ValueError, RecursionError):
         return dict(call)
     return {**call, "function": {**function, "arguments": value}} if isinstance(value, dict) else dict(call)
-
-
-def _refuse(constant: str) -> None:
-    raise ValueError(f"{constant} is not JSON")
 
 
 def _with_short_id(fields: Mapping[str, Any], key: str) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Calls of GLM, Hy3 and MiniMax: read wherever they are cut, their values by the types of the functions, and forced."""
+"""Calls of GLM, Hy3, MiniMax and Qwen: read wherever they are cut, values by the types of the functions, and forced."""
 
 import json
 from pathlib import Path
@@ -8,7 +8,7 @@ import pytest
 from mpillama.errors import UserError
 from mpillama.openai.messages import TemplateFields, in_words_of
 from mpillama.openai.reasoning import ReasoningFormat, reasoning_format
-from mpillama.openai.tool_calls import GLM, LLAMA4_PYTHONIC, MINIMAX, tool_format
+from mpillama.openai.tool_calls import GLM, LLAMA4_PYTHONIC, MINIMAX, QWEN, tool_format
 from mpillama.text.chat_template import ChatTemplate
 
 TEMPLATES = Path(__file__).parents[1] / "golden" / "chat_templates"
@@ -59,6 +59,18 @@ def hy(*calls: tuple[str, dict[str, str]], line: str = "\n", end: str = ":toy") 
         )
         text += f"{tag('tool_call')}{name}{tag('tool_sep')}{line}{''.join(pairs)}{tag('/tool_call')}{line}"
     return text + tag("/tool_calls")
+
+
+def qwen(name: str, values: dict[str, str], line: str = "\n") -> str:
+    pairs = (f"<parameter={k}>{line}{v}{line}</parameter>{line}" for k, v in values.items())
+    return f"<tool_call>{line}<function={name}>{line}{''.join(pairs)}</function>{line}</tool_call>"
+
+
+def written(form, *calls: tuple[str, dict[str, str]]) -> str:
+    one = {GLM.name: glm, QWEN.name: qwen}.get(form.name)
+    if one is not None:
+        return "\n".join(one(*call) for call in calls)
+    return hy(*calls) if form is HY else minimax(*calls)
 
 
 def read(form, text: str, size: int = 1, names=None) -> tuple[str, list[tuple[str, dict]]]:
@@ -113,10 +125,24 @@ def test_efforts_are_those_that_the_template_of_hy3_knows(asked, effort):
     assert in_words_of("{{ reasoning_effort }}", {"reasoning_effort": "max"}) == {"reasoning_effort": "max"}
 
 
-@pytest.mark.parametrize("form", [GLM, MINIMAX])
+@pytest.mark.parametrize("size", [1, 3, 1000])
+@pytest.mark.parametrize("line", ["\n", ""])
+def test_calls_of_qwen(size, line):
+    text = f"Let me look.\n{qwen('weather', VALUES, line)}\n{qwen('now', {}, line)}"
+    assert read(QWEN, text, size) == ("Let me look.", [("weather", EXPECTED), ("now", {})])
+
+
+def test_words_of_python_are_values_where_these_are_asked_for():
+    """As templates write them that put true through Jinja's `string`."""
+    values = {"city": "True", "exact": "True", "maybe": "None", "any": "False"}
+    expected = {"city": "True", "exact": True, "maybe": "None", "any": "False"}
+    assert read(QWEN, qwen("weather", values))[1] == [("weather", expected)]
+
+
+@pytest.mark.parametrize("form", [GLM, MINIMAX, QWEN])
 def test_values_of_unknown_types_are_json_where_they_can_be(form):
     values = {"a": "7", "b": "seven", "c": '"7"', "d": "{}", "e": ""}
-    text = glm("weather", values) if form is GLM else minimax(("weather", values))
+    text = written(form, ("weather", values))
     assert read(form, text, names={"weather": None})[1] == [
         ("weather", {"a": 7, "b": "seven", "c": "7", "d": {}, "e": ""})
     ]
@@ -138,6 +164,10 @@ def test_values_of_unknown_types_are_json_where_they_can_be(form):
         (MINIMAX, '<minimax:tool_call><invoke name="a b">'),
         (MINIMAX, '<minimax:tool_call>\n<invoke name="weather">\n<parameter name="city">Rome'),
         (MINIMAX, "a <minimal> b"),
+        (QWEN, '<tool_call>\n{"name": "weather"}</tool_call>'),
+        (QWEN, "<tool_call>\n<function=two words>"),
+        (QWEN, "<tool_call>\n<function=weather>\n<parameter=city>\nRome\n</parameter>\n</function> and more"),
+        (QWEN, "<tool_call><function=other></function></tool_call>"),
     ],
 )
 def test_what_is_no_call_is_content(form, text):
@@ -148,6 +178,7 @@ def test_templates_tell_the_format():
     assert tool_format("{{ tools }} <tool_call>{name}<arg_key>") is GLM
     assert tool_format("{{ tools }} <minimax:tool_call>") is MINIMAX
     assert tool_format("<minimax:tool_call>") is None
+    assert tool_format("{{ tools }} <tool_call><function=name><parameter=key>") is QWEN
 
 
 def matches(form, text: str, several: bool = True, tools=(WEATHER,)) -> bool:
@@ -164,24 +195,21 @@ def matches(form, text: str, several: bool = True, tools=(WEATHER,)) -> bool:
 SIMPLE = {key: VALUES[key] for key in ("city", "days", "exact", "unit")}
 
 
-@pytest.mark.parametrize("form", [GLM, MINIMAX, HY], ids=lambda form: form.name)
+@pytest.mark.parametrize("form", [GLM, MINIMAX, HY, QWEN], ids=lambda form: form.name)
 def test_a_forced_call_is_one_that_is_read(form):
-    def written(*values: dict[str, str]) -> str:
-        calls = [("weather", each) for each in values]
-        if form is HY:
-            return hy(*calls)
-        return minimax(*calls) if form is MINIMAX else "\n".join(glm(*call) for call in calls)
+    def of(*values: dict[str, str]) -> str:
+        return written(form, *(("weather", each) for each in values))
 
     simple = {**SIMPLE, "city": "New York"}
-    assert matches(form, written(simple))
-    assert matches(form, written({"city": "a < b"}))
-    assert matches(form, written({"city": "x"}, {"city": "y"}))
-    assert not matches(form, written({"city": "x"}, {"city": "y"}), several=False)
-    assert not matches(form, written({"days": "3"}))  # a city is required
-    assert not matches(form, written({"city": "x", "days": "three"}))
-    assert not matches(form, written({"city": "x", "unit": "K"}))
+    assert matches(form, of(simple))
+    assert matches(form, of({"city": "a < b"}))
+    assert matches(form, of({"city": "x"}, {"city": "y"}))
+    assert not matches(form, of({"city": "x"}, {"city": "y"}), several=False)
+    assert not matches(form, of({"days": "3"}))  # a city is required
+    assert not matches(form, of({"city": "x", "days": "three"}))
+    assert not matches(form, of({"city": "x", "unit": "K"}))
     assert not matches(form, "Hello")
-    assert read(form, written(simple))[1] == [("weather", {**{k: EXPECTED[k] for k in SIMPLE}, "city": "New York"})]
+    assert read(form, of(simple))[1] == [("weather", {**{k: EXPECTED[k] for k in SIMPLE}, "city": "New York"})]
 
 
 ASKS = {"type": "object", "properties": {"a-b": {"type": "string"}}}
