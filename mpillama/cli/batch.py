@@ -150,7 +150,7 @@ def group_size(options: BatchOptions, world: World) -> int:
     open_file = lambda: open_model(model_path(options.model), options.weights, options.tokenizer)  # noqa: E731
     file = world.comm.on_root(lambda: world.comm.busy(open_file, "reading the model's table"))
     context = options.max_seq_len or min(file.config.max_position_embeddings, DEFAULT_BATCH_CONTEXT)
-    return smallest_group(file, world, context, options.kv_type, options.prefill_chunk)
+    return smallest_group(file, world, context, options.kv_type, options.prefill_chunk, options.pipeline)
 
 
 def check(options: BatchOptions) -> None:

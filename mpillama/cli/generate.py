@@ -117,7 +117,7 @@ def _finish(session: Session, options: GenerateOptions, done: Generation) -> Non
 def _memory(session: Session, options: GenerateOptions, positions: int) -> list[RankUsage]:
     executor, file = session.executor, session.loaded.file
     chunk = executor.model.workspace.capacity
-    model = MemoryModel(file.config, file.specs, executor.comm.size, options.kv_type, chunk)
+    model = MemoryModel(file.config, file.specs, executor.model.division, options.kv_type, chunk)
     return memory_of_ranks(model, executor.blocks, positions, executor.memory_per_rank())
 
 

@@ -9,6 +9,7 @@ from mpillama.errors import UserError
 from mpillama.loading.memory import MemoryModel
 from mpillama.loading.model_file import ModelFile, SliceReader
 from mpillama.models.config import ModelConfig
+from mpillama.models.partition import Division
 from mpillama.models.tensors import TensorSpec, WeightTypes
 from mpillama.quant.weight_type import WeightType
 
@@ -90,9 +91,9 @@ def extrapolate(
     The trial's cache is resident for the `positions` that were written, the whole model's is counted to the end of the
     context.
     """
-    ranks = engine.executor.comm.size
-    small = _bytes_of_ranks(file, ranks, positions, kv_type)
-    whole = _bytes_of_ranks(file.whole, ranks, engine.longest, kv_type)
+    division = engine.executor.model.division
+    small = _bytes_of_ranks(file, division, positions, kv_type)
+    whole = _bytes_of_ranks(file.whole, division, engine.longest, kv_type)
     most = max(m - sum(s) + sum(w) for m, s, w in zip(memory, small, whole, strict=True))
     ratio = max(w[0] / s[0] for s, w in zip(small, whole, strict=True))
     speed = engine.counts.decode.tokens_per_second / ratio
@@ -100,7 +101,7 @@ def extrapolate(
     return Extrapolation(*layers, most, load_seconds * ratio, speed)
 
 
-def _bytes_of_ranks(file: ModelFile, ranks: int, context: int, kv_type: str) -> list[tuple[int, int]]:
+def _bytes_of_ranks(file: ModelFile, division: Division, context: int, kv_type: str) -> list[tuple[int, int]]:
     """Each rank's weights, and the KV cache up to the positions of the context."""
-    model = MemoryModel(file.config, file.specs, ranks, kv_type, chunk=1)
+    model = MemoryModel(file.config, file.specs, division, kv_type, chunk=1)
     return [(memory.weights, memory.kv_cache) for memory in model.of_ranks(context)]

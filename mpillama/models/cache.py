@@ -22,7 +22,7 @@ def blocks_for(positions: int) -> int:
 def cache_bytes(config: ModelConfig, part: Partition, blocks: int, kv_type: str) -> int:
     """Bytes of a rank's cache of `blocks` blocks."""
     kind = KV_TYPES[kv_type]
-    arrays = (array for block in config.blocks for array in block.attention.cache_arrays(part, blocks, kind))
+    arrays = (array for block in part.own(config.blocks) for array in block.attention.cache_arrays(part, blocks, kind))
     return sum(prod(shape) * dtype.itemsize for shape, dtype in arrays)
 
 
@@ -30,14 +30,13 @@ class KVCache:
     """The cache blocks of each layer: arrays [blocks, …] as its kind of attention has them."""
 
     def __init__(self, config: ModelConfig, part: Partition, blocks: int, kv_type: str):
-        kind = KV_TYPES[kv_type]
+        kind, own = KV_TYPES[kv_type], part.own(config.blocks)
         # Zeroed memory costs nothing until its pages are written.
         self.layers: list[LayerCache] = [
-            tuple(np.zeros(*array) for array in block.attention.cache_arrays(part, blocks, kind))
-            for block in config.blocks
+            tuple(np.zeros(*array) for array in block.attention.cache_arrays(part, blocks, kind)) for block in own
         ]
         self.arguments = [
-            block.attention.cache_argument(layer, kind) for block, layer in zip(config.blocks, self.layers, strict=True)
+            block.attention.cache_argument(layer, kind) for block, layer in zip(own, self.layers, strict=True)
         ]
         self.blocks = blocks
 
@@ -62,6 +61,16 @@ class Step:
         """Write which tokens there are into a step's arguments; this object must outlive their use."""
         step.slots, step.segments, step.tables = (a.ctypes.data for a in (self.slots, self.segments, self.tables))
         step.segment_count, step.table_width = self.tables.shape
+
+    def rows(self, first: int, last: int) -> "Step":
+        """The step of some of the tokens; those before them must have gone through each layer before."""
+        starts = np.maximum(self.segments[:, 0], first)
+        counts = np.minimum(self.segments[:, 0] + self.segments[:, 1], last) - starts
+        held = counts > 0
+        segments = np.stack([starts - first, counts, self.segments[:, 2] + starts - self.segments[:, 0]], axis=1)
+        wanted = self.logit_rows[(self.logit_rows >= first) & (self.logit_rows < last)] - first
+        each = (self.token_ids[first:last], self.positions[first:last], self.slots[first:last])
+        return Step(*each, np.ascontiguousarray(segments[held]), np.ascontiguousarray(self.tables[held]), wanted)
 
 
 def joint_step(
