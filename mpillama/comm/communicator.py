@@ -57,6 +57,7 @@ class Communicator:
             self.shared.window.Free()
             self.shared = None
         if self.watch.messages is not None:
+            self.watch.messages.outbox.drain()
             self.watch.messages.mpi.Free()
             self.watch.messages = None
         self.mpi.Free()
