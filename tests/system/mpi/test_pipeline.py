@@ -43,7 +43,7 @@ def test_batch_and_perplexity_through_stages(toy: Path, tmp_path: Path) -> None:
         batch = run(ranks, *PROGRAM, "batch", rows, out, *command, *options, *parallel)
         assert batch.status == 0, batch
         found = (json.loads(line) for line in out.read_text().splitlines())
-        answers.append({row["id"]: row["text"] for row in found if "text" in row})
+        answers.append({row["custom_id"]: row["response"]["body"]["choices"][0]["text"] for row in found})
         told = run(
             ranks, *PROGRAM, "perplexity", "--model", toy, "--file", texts, "--context", "64", "--json", *options
         )
