@@ -215,10 +215,12 @@ def _print(planned: Plan, speed: Speed, even: Speed | None, cures: list[Remedy])
     fullest = max(range(count), key=lambda rank: planned.ranks[rank].total)
     for rank in range(count) if count <= 8 else sorted({0, 1, 2, fullest, count - 1}):
         r, mark = planned.ranks[rank], " (most)" if rank == fullest and planned.inequality > 0 else ""
-        row = (r.weights, r.embedding, r.kv_cache, r.buffers, r.python, r.total, r.reads)
+        states = (r.states,) if request.config.has_state else ()
+        row = (r.weights, r.embedding, r.kv_cache, *states, r.buffers, r.python, r.total, r.reads)
         share = [f"{100 * r.weights / sum(each.weights for each in planned.ranks):.1f} %"] if request.shares else []
         rows.append((f"{rank}{mark}", *share, *map(in_units, row)))
-    columns = ("weights", "embedding, head", "KV cache", "buffers", "Python", "total", "reads")
+    states_column = ("states",) if request.config.has_state else ()
+    columns = ("weights", "embedding, head", "KV cache", *states_column, "buffers", "Python", "total", "reads")
     print_table(("rank", *(["share"] if request.shares else []), *columns), rows)
     on = f"{in_number(request.nodes, 'node')} x {in_number(request.ranks_per_node, 'rank')}"
     print_sentence(

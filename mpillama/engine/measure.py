@@ -10,7 +10,7 @@ import numpy as np
 from mpillama.comm.communicator import Communicator
 from mpillama.engine.skew import RankTimes, timed_layers
 from mpillama.kernels.library import PARTS, Team
-from mpillama.models.cache import KVCache, blocks_for, cache_bytes, decode_step, single_sequence_step
+from mpillama.models.cache import KVCache, blocks_for, cache_bytes, decode_step, single_sequence_step, state_bytes
 from mpillama.models.decoder import Decoder
 
 WARM_UP_STEPS = 3
@@ -51,7 +51,7 @@ class Stopwatch:
         self.comm: Communicator = model.all_ranks
         self.kv_type = kv_type
         self.prefill_chunk = prefill_chunk
-        self.cache = KVCache(model.config, model.part, blocks * sequences, kv_type)
+        self.cache = KVCache(model.config, model.part, blocks * sequences, kv_type, sequences)
         self.tables = np.arange(blocks * sequences, dtype=np.int64).reshape(sequences, blocks)
         self.wants_parts = False
         self.parts = np.zeros(len(PARTS))
@@ -107,9 +107,11 @@ class Stopwatch:
         return Timing(slowest, communication, self.model.comm.calls, sum(seconds) - communication)
 
     def kv_bytes(self, sequences: int, context: int) -> int:
-        """Bytes of keys and values that this rank reads in a step at position `context`."""
-        whole = cache_bytes(self.model.config, self.model.part, 1, self.kv_type) // 64
-        return whole * (context + 1) * sequences
+        """Bytes of keys, values and states that this rank reads in a step at position `context`."""
+        config, part = self.model.config, self.model.part
+        return cache_bytes(config, part, 1, self.kv_type) // 64 * (context + 1) * sequences + state_bytes(
+            config, part, sequences
+        )
 
 
 def read_bandwidths(comm: Communicator, team: Team, repetitions: int = 7) -> list[float]:

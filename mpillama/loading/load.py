@@ -130,13 +130,15 @@ def load_model(settings: ModelSettings, world: World, target: Target, progress: 
     stage = stage_world(world, pipeline)
     choose_reduction(stage.comm, stage, target.team, file.config.padded_hidden_size, chunk)
     LOG.info("kernels ready (%s) after %.1f s.", target.isa.name, time.perf_counter() - start)
-    host = measure_host(file, world, settings.kv_type, chunk, division)
+    host = measure_host(file, world, settings, chunk, division)
     context = choose_context(file, world, settings.max_seq_len, host, settings.force)
     room = cache_room(world, host)
     LOG.info(
         "the ranks of this host need %.3f GB for a context of %d tokens, %.3f GB are available.",
         host.need(context) / 1e9, context, host.available / 1e9,
     )  # fmt: skip
+    if host.states:
+        LOG.info("of that, %.3f GB are for %d recurrent states.", host.states / 1e9, settings.state_slots)
     start = time.perf_counter()
     weights, bytes_read = _read_weights(settings, file, division, world, stage.comm, target.team, progress)
     seconds = time.perf_counter() - start
@@ -236,8 +238,9 @@ def _check_context(settings: ModelSettings, file: ModelFile) -> None:
 
 
 def open_executor(settings: ModelSettings, loaded: LoadedModel) -> Executor:
-    """Allocate the KV cache of one sequence, for the context that was found to fit."""
-    return Executor(loaded.model, loaded.context, settings.kv_type, min(settings.prefill_chunk, loaded.context))
+    """Allocate the cache of one sequence, for the context that was found to fit."""
+    tokens, states = min(settings.prefill_chunk, loaded.context), settings.state_slots
+    return Executor(loaded.model, loaded.context, settings.kv_type, tokens, states=states)
 
 
 def open_shared_executor(settings: EngineSettings, loaded: LoadedModel) -> Executor:
@@ -252,4 +255,5 @@ def open_shared_executor(settings: EngineSettings, loaded: LoadedModel) -> Execu
         room = blocks_for(settings.cache_tokens)
     tokens = max(settings.prefill_chunk, settings.sequences * (1 + settings.speculate))
     blocks = max(longest, room)
-    return Executor(loaded.model, loaded.context, settings.kv_type, tokens, settings.sequences, blocks)
+    model, context, states = loaded.model, loaded.context, settings.state_slots
+    return Executor(model, context, settings.kv_type, tokens, settings.sequences, blocks, states)

@@ -1,7 +1,7 @@
 """What a run will need of each rank and node, before it is queued: memory exactly, speed by the limits.
 
-Memory is that of loading/memory.py. Speed: decode reads the weights and the KV cache once a token; the network adds a
-latency and the bytes of each all-reduce.
+Memory is that of loading/memory.py. Speed: decode reads the weights and the KV cache once a token, and changes
+recurrent states; the network adds a latency and the bytes of each all-reduce.
 """
 
 import math
@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 from mpillama.loading.memory import RESERVE, MemoryModel, RankMemory
+from mpillama.loading.settings import state_slots
 from mpillama.loading.shares import Measured, measured_division
 from mpillama.models.config import ModelConfig
 from mpillama.models.partition import Division, micro_batches
@@ -60,7 +61,8 @@ class PlanRequest:
     @property
     def memory_model(self) -> MemoryModel:
         sizes = (self.kv_type, self.prefill_chunk, self.batch)
-        return MemoryModel(self.config, self.specs, self.division, *sizes, has_tokenizer=self.tokenizer)
+        states = state_slots(self.batch)
+        return MemoryModel(self.config, self.specs, self.division, *sizes, has_tokenizer=self.tokenizer, states=states)
 
     @property
     def memory_of_nodes(self) -> list[int]:
@@ -316,9 +318,11 @@ def _sums(request: PlanRequest, network: Network, layers: int, tokens: float) ->
 
 
 def _streamed_of_ranks(plan: Plan) -> list[tuple[int, int]]:
-    """Bytes of weights and of the KV cache that each rank reads in a step that goes through in one part."""
-    idle = _idle_share(plan.request)
-    return [(_streamed(plan.request, rank, idle), rank.kv_cache) for rank in plan.ranks]
+    """Bytes of weights, and of KV cache and states, that each rank reads in a step that goes through in one part."""
+    request, idle = plan.request, _idle_share(plan.request)
+    states = [2 * request.batch * rank.states // state_slots(request.batch) for rank in plan.ranks]  # read and written
+    caches = [rank.kv_cache + size for rank, size in zip(plan.ranks, states, strict=True)]
+    return [(_streamed(request, rank, idle), cache) for rank, cache in zip(plan.ranks, caches, strict=True)]
 
 
 def multiply_adds(config: ModelConfig) -> int:
