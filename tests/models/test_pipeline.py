@@ -7,14 +7,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mpillama.models.cache import cache_bytes, joint_step
+from mpillama.loading.model_file import open_model
+from mpillama.models.cache import KVCache, cache_bytes, joint_step
 from mpillama.models.config import ModelConfig
+from mpillama.models.decoder import Decoder
 from mpillama.models.partition import MICRO_TOKENS, Division, divide_layers, micro_batches
 from mpillama.models.shapes import SHAPES
 from mpillama.models.tensors import EMBEDDING, FINAL_NORM, LM_HEAD, WeightTypes
 from mpillama.models.weights import slice_bytes
 from mpillama.quant.registry import WEIGHT_TYPES
-from tests import running
+from tests import golden_models, running
 from tests import tiny_models as models
 
 TYPES = WeightTypes(WEIGHT_TYPES["q8_0"])
@@ -79,14 +81,23 @@ def test_small_steps_stay_in_one_part():
 
 @pytest.mark.parametrize("parts", [1, 2, 3, 7, 20])
 def test_a_step_in_parts_has_the_bits_of_the_whole(parts, model_file):
-    """Prompts, chunks and single tokens of three sequences together, cut anywhere."""
-    model = running.load(model_file("awkward", "q8_0"), 2)
+    """Three sequences together, cut anywhere."""
+    check_parts(running.load(model_file("awkward", "q8_0"), 2), parts)
+
+
+@pytest.mark.parametrize("parts", [2, 7])
+def test_a_step_in_parts_carries_states_on(parts):
+    """Of gated delta nets, which read in each part what the part before wrote."""
+    check_parts(running.load_file(open_model(str(golden_models.FOLDER / "qwen3_next")), 2), parts)
+
+
+def check_parts(model: Decoder, parts: int) -> None:
     tokens = np.random.default_rng(3).integers(0, 101, 20)
     starts, counts, logits = np.array([0, 0, 0]), np.array([11, 1, 8]), np.array([4, 1, 8])
     tables = np.array([[2], [0], [1]])
     whole = joint_step(tokens, starts, counts, logits, tables)
-    expected = model.forward(whole, running.new_cache(model, 3, "f16"))
-    cache = running.new_cache(model, 3, "f16")
+    expected = model.forward(whole, KVCache(model.config, model.part, 3, "f16", states=3))
+    cache = KVCache(model.config, model.part, 3, "f16", states=3)
     borders = np.linspace(0, 20, parts + 1).astype(int)
     found = [model.forward(whole.rows(a, b), cache) for a, b in pairwise(borders)]
     np.testing.assert_array_equal(np.concatenate(found), expected)
