@@ -76,7 +76,7 @@ class Communicator:
         if self.size > 1:
             start = time.perf_counter()
             if shared := self.shared_for(partial.size):
-                self.watch.enter(ALL_REDUCE)
+                self.watch.enter(ALL_REDUCE, self.is_of_all)
                 shared.all_reduce(partial, self.yields, self.watch.poll)
                 self.watch.leave()
             else:
@@ -92,7 +92,7 @@ class Communicator:
     def finish_all_reduce(self, done: bool, waited: float, go_on: Callable[[], bool]) -> None:
         """Wait for an all-reduce that began in the kernels and waited there for so many seconds; `go_on` ends it."""
         start = time.perf_counter()
-        self.watch.enter(ALL_REDUCE)
+        self.watch.enter(ALL_REDUCE, self.is_of_all)
         backoff = Backoff(self.yields)
         while not done:
             self.watch.poll()

@@ -142,3 +142,10 @@ def test_what_nobody_reads_or_knows_is_refused_by_name(family, changes):
     with pytest.raises(UserError) as caught:
         ModelConfig.from_hf(changed(family, **changes))
     assert any(name in str(caught.value) for name in named)
+
+
+def test_windows_of_experts_are_those_of_all_layers():
+    """Whatever max_window_layers says, as in transformers."""
+    windows = {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 48}
+    config = ModelConfig.from_hf(changed("qwen3_moe", **windows))
+    assert {block.attention.window for block in config.blocks} == {6}
