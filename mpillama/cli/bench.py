@@ -122,6 +122,7 @@ def _print_where(step: Report) -> None:
 def _print_waiting(step: Report) -> None:
     """How long ranks wait, for which, and in which layers most."""
     ranks = step["ranks"]
+    staged = any(r["stage_wait_seconds"] for r in ranks)
     rows = [
         (
             str(r["rank"]),
@@ -129,16 +130,18 @@ def _print_waiting(step: Report) -> None:
             f"{1e6 * r['own_seconds']:.0f} µs",
             f"{1e6 * sum(r['waiting_seconds_per_layer']):.0f} µs",
             f"{1e6 * r['wire_seconds']:.0f} µs",
+            *([f"{1e6 * r['stage_wait_seconds']:.0f} µs"] if staged else []),
             _worst_layer(r),
         )
         for r in (ranks if len(ranks) <= MOST_ROWS else sorted(ranks, key=lambda r: -r["own_seconds"])[:MOST_ROWS])
     ]
-    print_table(("rank", "host", "works", "waits for others", "the wire", "waits most in"), rows)
+    stages = ("waits for other stages",) if staged else ()
+    print_table(("rank", "host", "works", "waits for others", "the wire", *stages, "waits most in"), rows)
     for late in step["late"]:
+        later = max(0.0, 1e6 * late["seconds_later"])
         print_sentence(
-            f"The others wait for rank {late['rank']} on {late['host']}, which works "
-            f"{1e6 * late['seconds_later']:.0f} µs longer than the middle one: "
-            f"{1e6 * step['waiting_seconds']:.0f} µs a step and rank in the mean."
+            f"The others wait most for rank {late['rank']} on {late['host']}, which works {later:.0f} µs longer than "
+            f"the middle one; a rank waits {1e6 * step['waiting_seconds']:.0f} µs a step in the mean."
         )
 
 
@@ -284,6 +287,7 @@ def _of_several(ranks: list[RankTimes]) -> dict[str, Any]:
                 "first_layer": r.first_layer,
                 "waiting_seconds_per_layer": waiting,
                 "wire_seconds": wire,
+                "stage_wait_seconds": r.stage_wait,
             }
             for r, waiting, wire in zip(ranks, skew.waiting, skew.wire, strict=True)
         ],

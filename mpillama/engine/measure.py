@@ -177,8 +177,9 @@ def where_time_goes(
     sizes = _bytes(watch.model, tokens)
     found = [Part(name, seconds, sizes.get(name, 0)) for name, seconds in parts.items()]
     own = timing.own_seconds / steps
-    layers = watch.model.part.layers
-    mine = RankTimes(watch.comm.rank, host, own, parts, watch.sums, layers.start if layers else 0)
+    layers, pipeline = watch.model.part.layers, watch.model.pipeline
+    stage_wait = pipeline.seconds / steps if pipeline else 0.0
+    mine = RankTimes(watch.comm.rank, host, own, parts, watch.sums, layers.start if layers else 0, stage_wait)
     return found, watch.comm.gather(mine)
 
 
