@@ -188,7 +188,7 @@ def _load(options: BenchOptions, world: World, target: Target) -> tuple[Decoder,
     config = whole.some_layers(options.layers or whole.num_hidden_layers)
     specs = config.tensors(types_of_shape(options.shape or "", options.weights, config))
     chunk = min(options.prefill_chunk, config.max_position_embeddings)
-    choose_reduction(world.comm, world, target.team, config.padded_hidden_size, chunk)
+    choose_reduction(world.comm, target.team, config.padded_hidden_size, chunk)
     model = Decoder(config, _made_weights(options, config, specs, world, target), world.comm, target.team)
     return model, whole
 
@@ -299,6 +299,7 @@ def _decode(
     kv_bytes = sum(world.comm.gather(watch.kv_bytes(batch, options.context)))
     weight_bytes = sum(world.comm.gather(watch.model.weights.bytes_per_step(batch)))
     ranks = world.comm.gather((timing.own_seconds, world.host, timing.all_reduce_microseconds))
+    sent = max(world.comm.gather((timing.sent.bytes, timing.sent.messages)))
     slowest = max(range(len(ranks)), key=lambda r: ranks[r][0])
     result = {
         "batch": batch,
@@ -310,6 +311,8 @@ def _decode(
         "communication_share": timing.communication_share,
         "allreduce_microseconds": min(r[2] for r in ranks),
         "slowest_rank": {"rank": slowest, "host": ranks[slowest][1]},
+        "sent_bytes_per_step": sent[0] / len(timing.seconds),
+        "sent_messages_per_step": sent[1] / len(timing.seconds),
     }
     if watch.model.config.num_hidden_layers < whole.num_hidden_layers:
         again = lambda: watch.decode(batch, options.context, options.decode)  # noqa: E731

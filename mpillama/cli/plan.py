@@ -14,7 +14,8 @@ from mpillama.cli.values import output_file, parse_bytes, parse_number, refuse_u
 from mpillama.errors import UserError
 from mpillama.loading.memory import RESERVE
 from mpillama.loading.model_file import open_model
-from mpillama.loading.plan import Network, Node, Plan, PlanRequest, Remedy, Speed, make_plan, predict, remedies
+from mpillama.loading.plan import Node, Plan, PlanRequest, Remedy, Speed, make_plan, predict, remedies
+from mpillama.loading.traffic import Network
 from mpillama.models.config import ModelConfig
 from mpillama.models.shapes import AS_PUBLISHED, shape_config, types_of_shape
 from mpillama.models.tensors import WeightTypes

@@ -137,7 +137,7 @@ class Step(ctypes.Structure):
         ("tokens", ctypes.c_int64),
         ("x", Address),
         *((name, Activations) for name in ("hidden", "context", "gate", "latent")),
-        *((name, Address) for name in ("q", "k", "v", "up", "partial", "squares", "cosines", "sines")),
+        *((name, Address) for name in ("q", "k", "v", "up", "partial", "squares", "shifts", "cosines", "sines")),
         *((name, Address) for name in ("query_factors", "slots", "segments", "tables")),
         *((name, ctypes.c_int64) for name in ("rotary_half", "segment_count", "table_width", "in_flight")),
     ]
@@ -150,6 +150,8 @@ class Window(ctypes.Structure):
         ("slots", Address),
         ("flags", Address),
         *((name, ctypes.c_int64) for name in ("ranks", "rank", "capacity")),
+        ("totals", Address),
+        ("published", Address),
     ]
 
 

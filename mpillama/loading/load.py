@@ -62,11 +62,11 @@ def is_read(spec: TensorSpec, comm: Communicator) -> bool:
     return comm.is_root or spec.split is not None
 
 
-def choose_reduction(comm: Communicator, world: World, team: Team, hidden_size: int, chunk: int) -> None:
-    """Let the ranks of one host reduce through shared memory where that is faster than MPI."""
-    if comm.size > 1 and world.neighbours.size == comm.size and hidden_size <= CAPACITY:
+def choose_reduction(comm: Communicator, team: Team, hidden_size: int, chunk: int) -> None:
+    """Let the ranks of a host add up in shared memory, and hosts exchange sums, where that is faster than MPI."""
+    if comm.size > 1 and hidden_size <= CAPACITY:
         with comm.watch.blocking("the making of memory that the ranks share"):
-            shared = SharedReduction(comm.mpi, window_bytes, partial(SharedWindow, team))
+            shared = SharedReduction(comm.mpi, window_bytes, partial(SharedWindow, team), comm.yields)
         sizes = sorted({hidden_size * tokens for tokens in (1, 8, 32, chunk)})
         comm.choose_reduction(shared, sizes)
 
@@ -105,11 +105,13 @@ def load_model(settings: ModelSettings, world: World, target: Target, progress: 
     _refuse_other_contents(file, world)
     file = truncated(file, settings.layers)
     _check_context(settings, file)
+    if settings.sync == "q80" and file.config.has_post_norms:
+        raise UserError(f"{file.path}: --sync q80 is for models without norms after the halves of a layer: use exact.")
     LOG.info("table of %s with %d tensors after %.1f s.", file.path, len(file.specs), time.perf_counter() - start)
     warn_of_hosts(world)
     comm.together(lambda: refuse_no_room(settings.force))
     chunk = max(1, min(settings.prefill_chunk, settings.max_seq_len or file.config.max_position_embeddings))
-    choose_reduction(comm, world, target.team, file.config.padded_hidden_size, chunk)
+    choose_reduction(comm, target.team, file.config.padded_hidden_size, chunk)
     LOG.info("kernels ready (%s) after %.1f s.", target.isa.name, time.perf_counter() - start)
     host = measure_host(file, world, settings.kv_type, chunk)
     context = choose_context(file, world, settings.max_seq_len, host, settings.force)
@@ -122,7 +124,8 @@ def load_model(settings: ModelSettings, world: World, target: Target, progress: 
     weights, bytes_read = _read_weights(settings, file, world, target.team, progress)
     seconds = time.perf_counter() - start
     LOG.info("read %d bytes in %.1f s, %.2f GB/s.", bytes_read, seconds, bytes_read / seconds / 1e9)
-    model = Decoder(file.config.for_context(settings.max_seq_len), weights, comm, target.team)
+    config = file.config.for_context(settings.max_seq_len)
+    model = Decoder(config, weights, comm, target.team, coarse=settings.sync == "q80")
     return LoadedModel(file, model, bytes_read, time.perf_counter() - start, context, room)
 
 

@@ -1,15 +1,15 @@
 """What a run will need of each rank and node, before it is queued: memory exactly, speed by the limits.
 
-Memory is that of loading/memory.py. Speed: decode reads the weights and the KV cache once a token; the network adds a
-latency and the bytes of each all-reduce.
+Memory is that of loading/memory.py. Speed: decode reads the weights and the KV cache once a token; the network adds the
+latencies and bytes of loading/traffic.py.
 """
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 
 from mpillama.loading.memory import RESERVE, MemoryModel, RankMemory
+from mpillama.loading.traffic import Layout, Network, step_seconds, step_sent
 from mpillama.models.config import ModelConfig
 from mpillama.models.tensors import EMBEDDING, LM_HEAD, TensorSpec, WeightTypes
 from mpillama.models.weights import slice_bytes
@@ -37,6 +37,10 @@ class PlanRequest:
     @property
     def ranks(self) -> int:
         return self.nodes * self.ranks_per_node
+
+    @property
+    def layout(self) -> Layout:
+        return Layout(self.nodes, self.ranks_per_node)
 
     @cached_property
     def specs(self) -> list[TensorSpec]:
@@ -150,16 +154,8 @@ def _least_nodes(request: PlanRequest) -> Plan | None:
 
 
 @dataclass(frozen=True)
-class Network:
-    """What a message costs: seconds, and bytes per second."""
-
-    latency: float
-    bandwidth: float
-
-
-@dataclass(frozen=True)
 class Speed:
-    """A prediction for one step of `batch` sequences; the communication is that of one rank."""
+    """A prediction for one step of `batch` sequences; messages and bytes are those that a host's first rank sends."""
 
     decode_tokens_per_second: float
     prefill_tokens_per_second: float
@@ -185,30 +181,19 @@ def predict(plan: Plan, node: Node, network: Network) -> Speed:
     per_rank = node.memory_bandwidth / request.ranks_per_node * GOOD_EFFICIENCY
     idle = _idle_share(request)
     streamed = [_streamed(request, r, idle) for r in plan.ranks]
-    calls = 2 * request.config.num_hidden_layers + 2 if request.ranks > 1 else 0
-    message = 8 * request.config.padded_hidden_size * request.batch
-    communication = _communication(request, network, request.batch)
+    communication = step_seconds(request.config, request.layout, request.batch, network, request.batch)
+    sent = step_sent(request.config, request.layout, request.batch, network, request.batch)
     fullest_read = max(r.reads for r in plan.ranks) * request.ranks_per_node
     seconds = max(streamed) / per_rank + communication
     return Speed(
         request.batch / seconds,
         _prefill(request, node, network),
         sum(streamed),
-        calls,
-        2 * calls * message,
+        sent.messages,
+        round(sent.bytes),
         communication / seconds,
         fullest_read / node.read_bandwidth if node.read_bandwidth else None,
     )
-
-
-def _communication(request: PlanRequest, network: Network, tokens: int) -> float:
-    """Seconds of a step's all-reduces of so many tokens."""
-    if request.ranks == 1:
-        return 0.0
-    rounds = math.ceil(math.log2(request.ranks))
-    message = 8 * request.config.padded_hidden_size * tokens
-    calls = 2 * request.config.num_hidden_layers + 2
-    return calls * (2 * rounds * network.latency + 2 * message / network.bandwidth)
 
 
 def _prefill(request: PlanRequest, node: Node, network: Network) -> float:
@@ -217,7 +202,8 @@ def _prefill(request: PlanRequest, node: Node, network: Network) -> float:
     panels = request.config.blocks[-1].mlp.splits[0]
     share = max(len(part[panels]) for part in request.config.partition(request.ranks)) / panels.count
     work = tokens * multiply_adds(request.config) * share
-    return tokens / (work / (node.multiply_adds / request.ranks_per_node) + _communication(request, network, tokens))
+    communication = step_seconds(request.config, request.layout, tokens, network, rows=0)
+    return tokens / (work / (node.multiply_adds / request.ranks_per_node) + communication)
 
 
 def multiply_adds(config: ModelConfig) -> int:

@@ -9,6 +9,7 @@ from mpillama.cli.values import parse_bytes
 from mpillama.errors import UserError
 from mpillama.loading import plan
 from mpillama.loading.memory import RESERVE
+from mpillama.loading.traffic import Network
 from mpillama.models.cache import blocks_for
 from mpillama.models.config import ModelConfig
 from mpillama.models.shapes import shape_config
@@ -90,13 +91,13 @@ def test_what_fits_needs_no_remedy():
 
 def test_prediction_is_bounded_by_the_memory():
     made = plan.make_plan(request())
-    fast = plan.predict(made, plan.Node(200e9, 2e12), plan.Network(0.0, 1e15))
+    fast = plan.predict(made, plan.Node(200e9, 2e12), Network(0.0, 1e15))
     assert fast.decode_tokens_per_second <= 200e9 / max(r.weights - r.embedding for r in made.ranks)
     assert fast.prefill_tokens_per_second == pytest.approx(4 * 2e12 / 403e9, rel=0.01)  # 405B without the head
-    slow = plan.predict(made, plan.Node(200e9, 2e12, 5e9), plan.Network(1e-3, 1e9))
+    slow = plan.predict(made, plan.Node(200e9, 2e12, 5e9), Network(1e-3, 1e9))
     assert slow.prefill_tokens_per_second < fast.prefill_tokens_per_second
     assert slow.decode_tokens_per_second < fast.decode_tokens_per_second
-    assert slow.messages_per_step == 2 * 126 + 2
+    assert slow.messages_per_step == 3 * (1 + 2 * 126) + 1
     assert slow.load_seconds == pytest.approx(max(r.reads for r in made.ranks) / 5e9)
 
 

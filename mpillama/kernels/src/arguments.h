@@ -105,13 +105,14 @@ struct MlpLayer {
 // The tokens that go through the model together; `segments` [segment_count, 3]: first token, tokens, first position of
 // each sequence; `tables` [segment_count, table_width]: its cache blocks; `slots`: where each token's key and value go.
 // RoPE turns the first 2 * rotary_half channels of a head, queries are multiplied by `query_factors` [tokens] (or null).
-// `squares` [tokens, 4]: sums of squares of queries and keys, as norm.h says.
+// `squares` [tokens, 4]: sums of squares of queries and keys, as norm.h says. `shifts` [tokens], or null: the grid of what
+// half a layer adds to each token, if it is coarser (numbers.h).
 struct Step {
     i64 tokens;
     float* x;
     Activations hidden, context, gate, latent;
     float *q, *k, *v, *up;
-    double *partial, *squares;
+    double *partial, *squares, *shifts;
     const float *cosines, *sines, *query_factors;
     const i64 *slots, *segments, *tables;
     i64 rotary_half, segment_count, table_width;
