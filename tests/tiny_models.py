@@ -88,6 +88,22 @@ LATENT_TOY: Mapping[str, Any] = {
 }
 """The same with latent attention."""
 
+DELTA_TOY: Mapping[str, Any] = {
+    **TOY,
+    "model_type": "qwen3_next",
+    "full_attention_interval": 2,
+    "linear_num_key_heads": 3,
+    "linear_num_value_heads": 6,
+    "linear_key_head_dim": 24,
+    "linear_value_head_dim": 40,
+    "partial_rotary_factor": 0.5,
+    "num_experts": 6,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 96,
+    "shared_expert_intermediate_size": 64,
+}
+"""The same with a gated delta net before each layer of attention, and experts."""
+
 TOY_CHAT_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}{{ '<|' + message.role + '|>' }}{{ message.content }}"
     "{% if message.role == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
@@ -140,6 +156,8 @@ def random_tensors(config: Mapping[str, Any], seed: int = 7) -> Tensors:
 
 
 def _random_tensor(spec: TensorSpec, rng: np.random.Generator) -> np.ndarray:
+    if spec.name.endswith("linear_attn.A"):
+        return -rng.uniform(0.05, 1.0, spec.source_shape).astype(np.float32)
     if spec.vector:
         return rng.uniform(0.6, 1.4, spec.source_shape).astype(np.float32)
     return (rng.standard_normal(spec.source_shape) * _gain(spec)).astype(np.float32)

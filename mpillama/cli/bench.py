@@ -19,6 +19,7 @@ from mpillama.errors import UserError
 from mpillama.job.start import World
 from mpillama.kernels.target import Target
 from mpillama.loading.load import choose_reduction, load_model
+from mpillama.loading.placement import warn_of_shared_cores
 from mpillama.loading.plan import multiply_adds
 from mpillama.loading.progress import LoadWatch
 from mpillama.loading.synthetic import SyntheticWeights
@@ -184,6 +185,7 @@ def _load(options: BenchOptions, world: World, target: Target) -> tuple[Decoder,
         loaded = load_model(options, world, target, load_progress(world.comm.is_root, options.json))
         whole_file = loaded.file.whole if isinstance(loaded.file, TruncatedModel) else loaded.file
         return loaded.model, whole_file.config
+    warn_of_shared_cores(world, target.threads)
     whole = ModelConfig.from_hf(shape_config(options.shape or ""))
     config = whole.some_layers(options.layers or whole.num_hidden_layers)
     specs = config.tensors(types_of_shape(options.shape or "", options.weights, config))

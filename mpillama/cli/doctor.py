@@ -14,6 +14,7 @@ from mpillama.job.start import World, mpi_library
 from mpillama.kernels.isa import host_features, sets_of
 from mpillama.kernels.library import is_built
 from mpillama.kernels.target import Target
+from mpillama.loading.placement import Placement, measured_place, placement_advice, processor_list
 from mpillama.loading.session import choose_target
 
 SLURM_VARIABLES = (
@@ -28,9 +29,11 @@ SLURM_VARIABLES = (
 
 def doctor(options: DoctorOptions, world: World) -> int:
     """Print the report on rank 0; returns the exit status."""
-    ranks = world.comm.gather(_describe_rank(world, choose_target(world)))
+    target = choose_target(world)
+    ranks = world.comm.gather(_describe_rank(world, target))
+    places = world.comm.gather(measured_place(world, target.team))
     if world.comm.is_root:
-        report = _report(world, ranks)
+        report = _report(world, ranks, places)
         sys.stdout.write(json.dumps(report, indent=2) + "\n") if options.json else _print(report)
     return 0
 
@@ -49,7 +52,7 @@ def _describe_rank(world: World, target: Target) -> dict[str, Any]:
     }
 
 
-def _report(world: World, ranks: list[dict[str, Any]]) -> dict[str, Any]:
+def _report(world: World, ranks: list[dict[str, Any]], places: list[Placement]) -> dict[str, Any]:
     variable, launched = launched_size()
     report = {
         "mpillama": __version__,
@@ -58,9 +61,18 @@ def _report(world: World, ranks: list[dict[str, Any]]) -> dict[str, Any]:
         "ranks": world.comm.size,
         "launched": {"variable": variable, "processes": launched},
         "slurm": {name: os.environ[name] for name in SLURM_VARIABLES if name in os.environ},
-        "per_rank": ranks,
+        "per_rank": [{**rank, **_as_json(place)} for rank, place in zip(ranks, places, strict=True)],
     }
-    return {**report, "advice": advice(report)}
+    return {**report, "advice": [*advice(report), *placement_advice(places)]}
+
+
+def _as_json(place: Placement) -> dict[str, Any]:
+    return {
+        "physical_cores": place.core_count,
+        "sockets": place.sockets,
+        "numa_nodes": place.nodes,
+        "first_touch_bytes_per_numa_node": place.memory,
+    }
 
 
 def advice(report: dict[str, Any]) -> list[str]:
@@ -93,19 +105,19 @@ def _print(report: dict[str, Any]) -> None:
     facts = {key: str(report[key]) for key in ("mpillama", "python", "mpi", "ranks")}
     print_table((), list({**facts, **report["slurm"]}.items()))
     fields = ("rank", "host", "cores", "threads", "isa", "isas")
-    ranks = [{**r, "cores": core_list(r["cores"]), "isas": ", ".join(r["isas"])} for r in report["per_rank"]]
+    ranks = [{**r, "cores": processor_list(r["cores"]), "isas": ", ".join(r["isas"])} for r in report["per_rank"]]
     header = ("rank", "host", "cores it may use", "threads", "instructions", "of those that work here")
     print_table(header, [[str(r[field]) for field in fields] for r in ranks])
+    places = ("rank", "physical cores", "sockets", "NUMA nodes", "memory it touches first is on")
+    print_table(places, [_places_row(r) for r in report["per_rank"]])
     for sentence in report["advice"] or ["All is well."]:
         print_sentence(sentence)
 
 
-def core_list(cores: list[int]) -> str:
-    """Core numbers as the taskset command writes them: 0-3,8."""
-    parts: list[list[int]] = []
-    for core in cores:
-        if parts and core == parts[-1][-1] + 1:
-            parts[-1][1:] = [core]
-        else:
-            parts.append([core])
-    return ",".join("-".join(map(str, p)) for p in parts)
+def _places_row(rank: dict[str, Any]) -> list[str]:
+    memory = rank["first_touch_bytes_per_numa_node"]
+    shares = [
+        f"node {node}: {100 * size / sum(memory.values()):.0f} %" for node, size in sorted(memory.items()) if size
+    ]
+    lists = (processor_list(rank[name]) for name in ("sockets", "numa_nodes"))
+    return [str(rank["rank"]), str(rank["physical_cores"]), *lists, ", ".join(shares) or "not told by this system"]

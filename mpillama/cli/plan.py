@@ -67,6 +67,7 @@ def _head(options: PlanOptions) -> list[str]:
 
 def _command(options: PlanOptions) -> list[str]:
     words = ["--kv-type", options.kv_type]
+    words += ["--sync", options.sync] if options.sync != "exact" else []
     if options.max_seq_len is not None:
         words += ["--max-seq-len", str(options.max_seq_len)]
     if options.model is not None:
@@ -115,7 +116,7 @@ def _request(options: PlanOptions) -> PlanRequest:
         config = config.first_layers(options.layers) if options.model else config.some_layers(options.layers)
     bench_trial = options.shape is not None and options.layers is not None  # without texts
     sizes = (nodes, ranks, memory, context, options.batch, options.kv_type)
-    return PlanRequest(config, types, *sizes, tokenizer=not bench_trial)
+    return PlanRequest(config, types, *sizes, tokenizer=not bench_trial, sync=options.sync)
 
 
 def _model(options: PlanOptions) -> tuple[ModelConfig, WeightTypes]:
@@ -168,9 +169,12 @@ def _print(planned: Plan, speed: Speed, cures: list[Remedy]) -> None:
     fullest = max(range(count), key=lambda rank: planned.ranks[rank].total)
     for rank in range(count) if count <= 8 else sorted({0, 1, 2, fullest, count - 1}):
         r, mark = planned.ranks[rank], " (most)" if rank == fullest and planned.inequality > 0 else ""
-        row = (r.weights, r.embedding, r.kv_cache, r.buffers, r.python, r.total, r.reads)
+        states = (r.states,) if request.config.has_state else ()
+        row = (r.weights, r.embedding, r.kv_cache, *states, r.buffers, r.python, r.total, r.reads)
         rows.append((f"{rank}{mark}", *map(in_units, row)))
-    print_table(("rank", "weights", "embedding, head", "KV cache", "buffers", "Python", "total", "reads"), rows)
+    states_column = ("states",) if request.config.has_state else ()
+    columns = ("weights", "embedding, head", "KV cache", *states_column, "buffers", "Python", "total", "reads")
+    print_table(("rank", *columns), rows)
     on = f"{in_number(request.nodes, 'node')} x {in_number(request.ranks_per_node, 'rank')}"
     print_sentence(
         f"{on}: the fullest needs {in_units(max(planned.nodes))} of {in_units(request.memory_per_node)}, "

@@ -62,6 +62,7 @@ class Communicator:
             self.shared.free()
             self.shared = None
         if self.watch.messages is not None:
+            self.watch.messages.outbox.drain()
             self.watch.messages.mpi.Free()
             self.watch.messages = None
         self.mpi.Free()
@@ -129,7 +130,7 @@ class Communicator:
                 seconds[way] = self.median_seconds(message)
             best = self.broadcast(min(shared.ways, key=seconds.__getitem__))
             table.append((size, best))
-            if seconds[best] < by_mpi:
+            if seconds[best] < by_mpi or shared.virtual:
                 limit = size
         self.shared_limit = self.broadcast(limit)
         shared.use(table)

@@ -10,7 +10,7 @@ import numpy as np
 from mpi4py import MPI
 
 from mpillama.comm.hosts import HostExchange, Packer, count_hosts, host_mates, leaders_of
-from mpillama.comm.ways import Traffic, ways_between
+from mpillama.comm.ways import RANKS_PER_HOST, Traffic, ways_between
 
 SPINS = 4000
 """Polls of shared memory before the core is given away: some 100 microseconds."""
@@ -105,6 +105,11 @@ class SharedReduction:
         pause = lambda: Backoff(yields).pause  # noqa: E731
         self.exchange = HostExchange(leaders, self.shared, CAPACITY, self.traffic, pause) if leaders else None
         self._ahead: deque[tuple[int, int]] = deque()
+
+    @property
+    def virtual(self) -> bool:
+        """Whether hosts are made up, so that MPI's own way, which stays on one machine, is no alternative."""
+        return bool(os.environ.get(RANKS_PER_HOST))
 
     @property
     def leads(self) -> bool:

@@ -164,6 +164,16 @@ class LogprobRecorder:
         return noted
 
 
+def recorder(alternatives: int | None) -> LogprobRecorder | None:
+    """What notes log-probabilities where they are asked for."""
+    return None if alternatives is None else LogprobRecorder(alternatives)
+
+
+def noted(callback: object) -> list[TokenLogprob] | None:
+    """What the recorder among a request's callbacks has noted since the last call; None without one."""
+    return callback.take() if isinstance(callback, LogprobRecorder) else None
+
+
 def log_sum(logits: np.ndarray) -> float:
     """The logarithm of the sum of exponentials, in float64."""
     highest = float(logits.max())

@@ -11,7 +11,7 @@ from itertools import islice
 import numpy as np
 
 from mpillama.engine.answer import Answer, Mark
-from mpillama.engine.block_pool import BlockPool
+from mpillama.engine.block_pool import BlockPool, StatePool
 from mpillama.engine.executor import Executor
 from mpillama.engine.scheduler import ScheduledSequence, Scheduler
 from mpillama.engine.sequence import EngineSequence, Request, check_prompt
@@ -119,7 +119,7 @@ class Engine:
     def __init__(self, executor: Executor, tokenizer: Tokenizer, speculate: int = 0):
         self.executor = executor
         self.tokenizer = tokenizer
-        self.pool = BlockPool(executor.blocks)
+        self.pool = BlockPool(executor.blocks, StatePool(executor.states) if executor.states else None)
         self.drafter = Drafter(speculate) if speculate else None
         self.scheduler = Scheduler(self.pool, executor.slots, executor.max_tokens, executor.max_seq_len, self.drafter)
         self.counts = EngineCounts()
@@ -188,7 +188,7 @@ class Engine:
             return []
         decodes = all(share.count == 1 and share.sequence.answer.token_ids for share in shares)
         clock = self.counts.decode if decodes else self.counts.prefill
-        segments = [share.sequence.segment(share.count, share.drafts) for share in shares]
+        segments = [share.sequence.segment(share.count, share.drafts, share.states) for share in shares]
         clock.tokens += sum(share.count for share in shares)
         self.in_step = True
         with timed(clock):

@@ -20,6 +20,10 @@ HEADER = 4
 FIELDS = 8
 """Numbers of a segment: slot, first position, tokens, rows of logits, first table place, new block ids, candidates,
 temperature (the bits of a float64)."""
+STATE_FIELDS = 2
+"""With recurrent layers also: the state slot that is read, and the one that is written."""
+NOWHERE = -1
+"""No state slot."""
 
 
 class Order(IntEnum):
@@ -32,12 +36,25 @@ class Order(IntEnum):
 
 
 @dataclass(frozen=True)
+class SegmentStates:
+    """Where recurrent layers have the state of a sequence: the slot before a segment (-1 is none yet) and behind it.
+
+    `snapshots` are more slots, each with the index of the token after which it is written, in ascending order.
+    """
+
+    read: int
+    write: int
+    snapshots: Sequence[tuple[int, int]] = ()
+
+
+@dataclass(frozen=True)
 class Segment:
     """New tokens of one sequence, from position `start` on, with the logits after the last `logits` of them, or what
     is `wanted` of these.
 
     `slot` is the sequence's row in the block tables, which every rank keeps; `blocks` are written into that row from
-    place `table_start` on before the step. Without tokens only the table is written.
+    place `table_start` on before the step. Without tokens only the table is written. Without `states` the state of a
+    model that has one is in state slot `slot`.
     """
 
     slot: int
@@ -46,20 +63,31 @@ class Segment:
     logits: int = 0
     table_start: int = 0
     blocks: Sequence[int] | np.ndarray = ()
+    states: SegmentStates | None = None
     wanted: Wanted = WHOLE
+
+    @property
+    def state_slots(self) -> SegmentStates:
+        return self.states or SegmentStates(self.slot if self.start else NOWHERE, self.slot)
 
 
 class StepPlan:
     """The message's buffer, int64, of a size fixed by the most tokens and sequences of a step: no pickling, no sizes.
 
-    `tables` int64 [slots, blocks of the longest sequence] are the block tables of this rank.
+    `tables` int64 [slots, blocks of the longest sequence] are the block tables of this rank. Of a model that
+    `has_state` the message also says where states are; a token has at most one slot of its own.
     """
 
-    def __init__(self, max_tokens: int, slots: int, max_seq_len: int):
+    def __init__(self, max_tokens: int, slots: int, max_seq_len: int, has_state: bool = False):
         self.max_tokens = max_tokens
         self.slots = slots
+        self.has_state = has_state
         self.max_blocks = blocks_for(max_tokens) + 2 * slots
-        self.buffer = np.zeros(HEADER + FIELDS * slots + max_tokens + self.max_blocks, np.int64)
+        self.fields = FIELDS + STATE_FIELDS * has_state
+        size = HEADER + self.fields * slots + max_tokens + self.max_blocks
+        self.buffer = np.zeros(size + max_tokens * has_state, np.int64)
+        self.snapshots = self.buffer[size:]
+        """Of each token the slot that its state is written to, or -1."""
         self.tables = np.zeros((slots, blocks_for(max_seq_len)), np.int64)
         # What was never written must not be read; a slot that has no such block keeps pointing at block 0.
 
@@ -90,22 +118,26 @@ class StepPlan:
         if len(ids) > self.max_tokens or len(segments) > self.slots or len(blocks) > self.max_blocks:
             raise ValueError(f"a step of {len(ids)} tokens, {len(segments)} sequences, {len(blocks)} new blocks")
         self.buffer[:HEADER] = Order.FORWARD, len(ids), len(segments), len(blocks)
-        at = HEADER + FIELDS * len(segments)
-        self.buffer[HEADER:at] = [
-            number
+        at = HEADER + self.fields * len(segments)
+        fields = self.buffer[HEADER:at].reshape(len(segments), self.fields)
+        fields[:, :FIELDS] = [
+            (s.slot, s.start, len(s.token_ids), s.logits, s.table_start, len(s.blocks), *_numbers(s.wanted))
             for s in segments
-            for number in (
-                s.slot,
-                s.start,
-                len(s.token_ids),
-                s.logits,
-                s.table_start,
-                len(s.blocks),
-                *_numbers(s.wanted),
-            )
         ]
         self.buffer[at : at + len(ids)] = ids
         self.buffer[at + len(ids) : at + len(ids) + len(blocks)] = blocks
+        if self.has_state:
+            self._write_states(segments, fields)
+
+    def _write_states(self, segments: Sequence[Segment], fields: np.ndarray) -> None:
+        self.snapshots[:] = NOWHERE
+        first = 0
+        for s, numbers in zip(segments, fields, strict=True):
+            states = s.state_slots
+            numbers[FIELDS:] = states.read, states.write
+            for index, slot in states.snapshots:
+                self.snapshots[first + index] = slot
+            first += len(s.token_ids)
 
     # -- all ranks -------------------------------------------------------------------------------------------------
 
@@ -120,8 +152,8 @@ class StepPlan:
 
     def wanted(self) -> list[Wanted]:
         """What is wanted of each row of logits of the step."""
-        at = HEADER + FIELDS * int(self.buffer[2])
-        fields = self.buffer[HEADER:at].reshape(-1, FIELDS)
+        at = HEADER + self.fields * int(self.buffer[2])
+        fields = self.buffer[HEADER:at].reshape(-1, self.fields)
         of_segments = [
             Wanted(int(count), float(temperature))
             for count, temperature in zip(fields[:, 6], fields[:, 7].copy().view(np.float64), strict=True)
@@ -131,13 +163,18 @@ class StepPlan:
     def step(self) -> Step:
         """Write the message's blocks into the tables and return the step that it describes."""
         tokens, count, _ = (int(n) for n in self.buffer[1:HEADER])
-        at = HEADER + FIELDS * count
-        fields = self.buffer[HEADER:at].reshape(count, FIELDS)
+        at = HEADER + self.fields * count
+        fields = self.buffer[HEADER:at].reshape(count, self.fields)
         self._write_tables(fields, self.buffer[at + tokens :])
         fields = fields[fields[:, 2] > 0]
         slots, starts, counts, logits = fields[:, 0], fields[:, 1], fields[:, 2], fields[:, 3]
         width = blocks_for(int((starts + counts).max())) if len(fields) else 0
-        return joint_step(self.buffer[at : at + tokens], starts, counts, logits, self.tables[slots, :width])
+        ids, tables = self.buffer[at : at + tokens], self.tables[slots, :width]
+        if not self.has_state:
+            return joint_step(ids, starts, counts, logits, tables)
+        rows = np.flatnonzero(self.snapshots >= 0)
+        snapshots = np.stack([rows, self.snapshots[rows]], axis=1)
+        return joint_step(ids, starts, counts, logits, tables, fields[:, FIELDS:].copy(), snapshots)
 
     def _write_tables(self, fields: np.ndarray, blocks: np.ndarray) -> None:
         first = 0
@@ -158,27 +195,29 @@ class Executor:
     """A model and a cache for up to `slots` sequences of up to `max_seq_len` positions, steps of up to `max_tokens`.
 
     The cache has `blocks` blocks, which rank 0 gives to sequences with the segments; without that number each slot has
-    the blocks that it may need, and none need be given. On rank 0 call forward, memory_per_rank and end; on the other
-    ranks call follow once.
+    the blocks that it may need, and none need be given. A model with recurrent layers has `states` state slots, by
+    default one more than sequences. On rank 0 call forward, memory_per_rank and end; on the other ranks call follow
+    once.
     """
 
     def __init__(
         self, model: Decoder, max_seq_len: int, kv_type: str, max_tokens: int, slots: int = 1,
-        blocks: int | None = None,
+        blocks: int | None = None, states: int = 0,
     ):  # fmt: skip
         self.model = model
         self.comm: Communicator = model.comm
         self.max_seq_len = max_seq_len
         self.max_tokens = max_tokens
         self.slots = slots
-        self.plan = StepPlan(max_tokens, slots, max_seq_len)
+        self.plan = StepPlan(max_tokens, slots, max_seq_len, model.config.has_state)
         if blocks is None:
             blocks = self.plan.tables.size
             self.plan.tables.reshape(-1)[:] = np.arange(blocks)
         self.blocks = blocks
         self.piece = max(1, LOGIT_BYTES // (4 * model.config.vocab_size))
         self.abandoned = False
-        self.cache = KVCache(model.config, model.part, blocks, kv_type)
+        self.states = max(states, slots + 1) if model.config.has_state else 0
+        self.cache = KVCache(model.config, model.part, blocks, kv_type, self.states)
 
     # -- rank 0 ----------------------------------------------------------------------------------------------------
 

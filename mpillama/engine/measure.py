@@ -9,7 +9,15 @@ import numpy as np
 from mpillama.comm.communicator import Communicator
 from mpillama.comm.ways import Traffic
 from mpillama.kernels.library import PARTS, Team
-from mpillama.models.cache import KVCache, Step, blocks_for, cache_bytes, decode_step, single_sequence_step
+from mpillama.models.cache import (
+    KVCache,
+    Step,
+    blocks_for,
+    cache_bytes,
+    decode_step,
+    single_sequence_step,
+    state_bytes,
+)
 from mpillama.models.decoder import Decoder
 from mpillama.text.sampler import wanted_of
 from mpillama.text.sampling_params import SamplingParams
@@ -53,7 +61,7 @@ class Stopwatch:
         self.comm: Communicator = model.comm
         self.kv_type = kv_type
         self.prefill_chunk = prefill_chunk
-        self.cache = KVCache(model.config, model.part, blocks * sequences, kv_type)
+        self.cache = KVCache(model.config, model.part, blocks * sequences, kv_type, sequences)
         self.tables = np.arange(blocks * sequences, dtype=np.int64).reshape(sequences, blocks)
         self.wanted = wanted_of(SamplingParams(), model.config.vocab_size)
         self.wants_parts = False
@@ -108,9 +116,11 @@ class Stopwatch:
         return Timing(slowest, self.comm.seconds, self.comm.calls, own, sent)
 
     def kv_bytes(self, sequences: int, context: int) -> int:
-        """Bytes of keys and values that this rank reads in a step at position `context`."""
-        whole = cache_bytes(self.model.config, self.model.part, 1, self.kv_type) // 64
-        return whole * (context + 1) * sequences
+        """Bytes of keys, values and states that this rank reads in a step at position `context`."""
+        config, part = self.model.config, self.model.part
+        return cache_bytes(config, part, 1, self.kv_type) // 64 * (context + 1) * sequences + state_bytes(
+            config, part, sequences
+        )
 
 
 def read_bandwidth(comm: Communicator, team: Team, repetitions: int = 7) -> float:

@@ -17,6 +17,7 @@ from mpillama.comm.communicator import Communicator
 from mpillama.comm.failure import FAILURE_STATUS, Aborter, describe_rank, no_longer_than
 from mpillama.comm.launcher import DEFAULT_TIMEOUT, launched_here, launched_rank, launched_size, refuse_singletons
 from mpillama.comm.liveness import Messages
+from mpillama.comm.outbox import drain_all
 from mpillama.comm.watchdog import Guard, Watch
 from mpillama.errors import UserError
 
@@ -114,6 +115,7 @@ class World:
             watch.messages = Messages(mpi.Dup()) if size > 1 else None
         watch.display = whole.watch.display
         watch.names = whole.watch.names[group * size : (group + 1) * size]
+        watch.hosts = whole.watch.hosts[group * size : (group + 1) * size]
         comm = Communicator(mpi, whole.yields, watch)
         return replace(self, comm=comm, neighbours=comm.neighbours())
 
@@ -175,6 +177,7 @@ def _meet(mpi: MPI.Intracomm, aborter: Aborter, timeout: float, guarded: bool) -
         hosts = refuse_other_programs(mpi)
         watch.messages = Messages(mpi.Dup()) if mpi.size > 1 else None
     watch.names = [f"rank {rank} of {mpi.size} on {host}" for rank, host in enumerate(hosts)]
+    watch.hosts = hosts
     return Communicator(mpi, watch=watch)
 
 
@@ -183,6 +186,7 @@ def _finish(comm: Communicator, timeout: float) -> None:
     comm.barrier()
     comm.watch.messages = None
     with no_longer_than(timeout):
+        drain_all()
         MPI.Finalize()
 
 

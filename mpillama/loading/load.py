@@ -23,6 +23,7 @@ from mpillama.kernels.library import Team
 from mpillama.kernels.shared_sum import SharedWindow, window_bytes
 from mpillama.kernels.target import Target
 from mpillama.loading.model_file import ModelFile, chat_template_source, model_path, open_model
+from mpillama.loading.placement import warn_of_shared_cores
 from mpillama.loading.preflight import cache_room, choose_context, measure_host, refuse_no_room, warn_of_hosts
 from mpillama.loading.progress import PLACE, AbandonedError, LoadState, LoadWatch
 from mpillama.loading.settings import EngineSettings, ModelSettings
@@ -109,17 +110,20 @@ def load_model(settings: ModelSettings, world: World, target: Target, progress: 
         raise UserError(f"{file.path}: --sync q80 is for models without norms after the halves of a layer: use exact.")
     LOG.info("table of %s with %d tensors after %.1f s.", file.path, len(file.specs), time.perf_counter() - start)
     warn_of_hosts(world)
+    warn_of_shared_cores(world, target.threads)
     comm.together(lambda: refuse_no_room(settings.force))
     chunk = max(1, min(settings.prefill_chunk, settings.max_seq_len or file.config.max_position_embeddings))
     choose_reduction(comm, target.team, file.config.padded_hidden_size, chunk)
     LOG.info("kernels ready (%s) after %.1f s.", target.isa.name, time.perf_counter() - start)
-    host = measure_host(file, world, settings.kv_type, chunk)
+    host = measure_host(file, world, settings, chunk)
     context = choose_context(file, world, settings.max_seq_len, host, settings.force)
     room = cache_room(world, host)
     LOG.info(
         "the ranks of this host need %.3f GB for a context of %d tokens, %.3f GB are available.",
         host.need(context) / 1e9, context, host.available / 1e9,
     )  # fmt: skip
+    if host.states:
+        LOG.info("of that, %.3f GB are for %d recurrent states.", host.states / 1e9, settings.state_slots)
     start = time.perf_counter()
     weights, bytes_read = _read_weights(settings, file, world, target.team, progress)
     seconds = time.perf_counter() - start
@@ -188,8 +192,9 @@ def _check_context(settings: ModelSettings, file: ModelFile) -> None:
 
 
 def open_executor(settings: ModelSettings, loaded: LoadedModel) -> Executor:
-    """Allocate the KV cache of one sequence, for the context that was found to fit."""
-    return Executor(loaded.model, loaded.context, settings.kv_type, min(settings.prefill_chunk, loaded.context))
+    """Allocate the cache of one sequence, for the context that was found to fit."""
+    tokens, states = min(settings.prefill_chunk, loaded.context), settings.state_slots
+    return Executor(loaded.model, loaded.context, settings.kv_type, tokens, states=states)
 
 
 def open_shared_executor(settings: EngineSettings, loaded: LoadedModel) -> Executor:
@@ -204,4 +209,5 @@ def open_shared_executor(settings: EngineSettings, loaded: LoadedModel) -> Execu
         room = blocks_for(settings.cache_tokens)
     tokens = max(settings.prefill_chunk, settings.sequences * (1 + settings.speculate))
     blocks = max(longest, room)
-    return Executor(loaded.model, loaded.context, settings.kv_type, tokens, settings.sequences, blocks)
+    model, context, states = loaded.model, loaded.context, settings.state_slots
+    return Executor(model, context, settings.kv_type, tokens, settings.sequences, blocks, states)

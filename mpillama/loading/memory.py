@@ -1,13 +1,13 @@
 """How many bytes a rank takes: the one model of memory behind `plan`, the check before loading, the log and `generate`.
 
-Weights, KV cache and step buffers are computed by the functions that allocate them; what Python and the libraries take
-was measured.
+Weights, KV cache, recurrent states and step buffers are computed by the functions that allocate them; what Python and
+the libraries take was measured.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from mpillama.models.cache import blocks_for, cache_bytes
+from mpillama.models.cache import blocks_for, cache_bytes, state_bytes
 from mpillama.models.config import ModelConfig
 from mpillama.models.partition import Partition
 from mpillama.models.tensors import EMBEDDING, LM_HEAD, TensorSpec
@@ -37,6 +37,7 @@ class RankMemory:
     weights: int
     embedding: int
     kv_cache: int
+    states: int
     buffers: int
     python: int
     tokenizer: int
@@ -45,17 +46,20 @@ class RankMemory:
     @property
     def total(self) -> int:
         """Resident bytes once the whole context is used."""
-        return self.weights + self.kv_cache + self.buffers + self.python
+        return self.weights + self.kv_cache + self.states + self.buffers + self.python
 
     @property
     def to_allocate(self) -> int:
         """Of these, what a process that has just started still takes."""
-        return self.weights + self.kv_cache + self.buffers + self.tokenizer
+        return self.weights + self.kv_cache + self.states + self.buffers + self.tokenizer
 
 
 @dataclass(frozen=True)
 class MemoryModel:
-    """A model on `ranks` ranks, up to `sequences` sequences at a time, steps of up to `chunk` prompt tokens."""
+    """A model on `ranks` ranks, up to `sequences` sequences at a time, steps of up to `chunk` prompt tokens.
+
+    `states` are the state slots, if it has recurrent layers.
+    """
 
     config: ModelConfig
     specs: Sequence[TensorSpec]
@@ -64,6 +68,7 @@ class MemoryModel:
     chunk: int
     sequences: int = 1
     has_tokenizer: bool = True
+    states: int = 0
 
     def of_rank(self, rank: int, part: Partition, context: int) -> RankMemory:
         """What a rank takes if each sequence has a cache of `context` positions, which may be 0."""
@@ -76,6 +81,7 @@ class MemoryModel:
             weights=arena_bytes(self.specs, part),
             embedding=slice_bytes([spec for spec in self.specs if spec.name in (EMBEDDING, LM_HEAD)], part),
             kv_cache=blocks_for(context) * self.sequences * self.cache_block_bytes(part),
+            states=state_bytes(config, part, self.states),
             buffers=workspace_bytes(config, part, tokens) + logits + window,
             python=PYTHON_BYTES + (ROOT_BYTES + tokenizer if rank == 0 else 0),
             tokenizer=tokenizer,
@@ -101,13 +107,14 @@ class MemoryModel:
 class RankUsage:
     """What one rank's memory was used for, in bytes.
 
-    `kv_cache` has room for the context, of which `kv_cache_filled` was written, and only that is resident. `process` is
-    all that is resident, Python and libraries too.
+    `kv_cache` has room for the context, of which `kv_cache_filled` was written, and only that is resident; so it is
+    with `states`, slot by slot. `process` is all that is resident, Python and libraries too.
     """
 
     weights: int
     kv_cache: int
     kv_cache_filled: int
+    states: int
     buffers: int
     process: int
 
@@ -120,6 +127,7 @@ def memory_of_ranks(model: MemoryModel, blocks: int, positions: int, processes: 
             of_rank.weights,
             blocks * model.cache_block_bytes(part),
             filled * model.cache_block_bytes(part),
+            of_rank.states,
             of_rank.buffers,
             process,
         )

@@ -1,7 +1,7 @@
 """What a run will need of each rank and node, before it is queued: memory exactly, speed by the limits.
 
-Memory is that of loading/memory.py. Speed: decode reads the weights and the KV cache once a token; the network adds the
-latencies and bytes of loading/traffic.py.
+Memory is that of loading/memory.py. Speed: decode reads the weights and the KV cache once a token, and changes
+recurrent states; the network adds the latencies and bytes of loading/traffic.py.
 """
 
 from collections.abc import Iterator
@@ -9,7 +9,8 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 from mpillama.loading.memory import RESERVE, MemoryModel, RankMemory
-from mpillama.loading.traffic import Layout, Network, step_seconds, step_sent
+from mpillama.loading.settings import state_slots
+from mpillama.loading.traffic import COARSE_BITS, EXACT_BITS, Layout, Network, step_seconds, step_sent
 from mpillama.models.config import ModelConfig
 from mpillama.models.tensors import EMBEDDING, LM_HEAD, TensorSpec, WeightTypes
 from mpillama.models.weights import slice_bytes
@@ -33,6 +34,7 @@ class PlanRequest:
     kv_type: str
     prefill_chunk: int = 256
     tokenizer: bool = True
+    sync: str = "exact"
 
     @property
     def ranks(self) -> int:
@@ -40,7 +42,7 @@ class PlanRequest:
 
     @property
     def layout(self) -> Layout:
-        return Layout(self.nodes, self.ranks_per_node)
+        return Layout(self.nodes, self.ranks_per_node, COARSE_BITS if self.sync == "q80" else EXACT_BITS)
 
     @cached_property
     def specs(self) -> list[TensorSpec]:
@@ -49,7 +51,9 @@ class PlanRequest:
     @property
     def memory_model(self) -> MemoryModel:
         sizes = (self.ranks, self.kv_type, self.prefill_chunk, self.batch)
-        return MemoryModel(self.config, self.specs, *sizes, has_tokenizer=self.tokenizer)
+        return MemoryModel(
+            self.config, self.specs, *sizes, has_tokenizer=self.tokenizer, states=state_slots(self.batch)
+        )
 
 
 @dataclass(frozen=True)
@@ -214,10 +218,14 @@ def multiply_adds(config: ModelConfig) -> int:
 
 
 def _streamed(request: PlanRequest, rank: RankMemory, idle: float) -> int:
-    """Bytes that a rank reads in a decode step: its weights (without an untied embedding) and its KV cache."""
+    """Bytes that a rank reads in a decode step: its weights (without an untied embedding), its KV cache, and states.
+
+    Each sequence's state is read and written.
+    """
     config = request.config
     embedding = 0 if config.tie_word_embeddings else rank.embedding // 2
-    return round((rank.weights - embedding) * (1 - idle)) + rank.kv_cache
+    states = 2 * request.batch * rank.states // state_slots(request.batch)
+    return round((rank.weights - embedding) * (1 - idle)) + rank.kv_cache + states
 
 
 def _idle_share(request: PlanRequest) -> float:

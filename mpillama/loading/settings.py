@@ -29,6 +29,15 @@ def check_numbers(settings: Any, prefix: str = "") -> None:
                 raise UserError(f"{name} is {number:g}: give at least {least}.")
 
 
+SNAPSHOTS_PER_SEQUENCE = 2
+"""State slots for what others may begin from, if the user does not say how many: the prompt, and the text so far."""
+
+
+def state_slots(sequences: int, drafts: int = 0, snapshots: int | None = None) -> int:
+    """Slots for recurrent states: each sequence's own, one for each of its drafts, and snapshots for all together."""
+    return sequences * (1 + drafts) + (SNAPSHOTS_PER_SEQUENCE * sequences if snapshots is None else snapshots)
+
+
 @dataclass(frozen=True, kw_only=True)
 class ModelSettings:
     """Which model, in which types, and what its ranks may use."""
@@ -75,6 +84,11 @@ class ModelSettings:
     )
 
     @property
+    def state_slots(self) -> int:
+        """Slots for the states of a model with recurrent layers."""
+        return state_slots(1, getattr(self, "speculate", 0))
+
+    @property
     def needs_template(self) -> bool:
         """Whether the model must have a chat template."""
         return False
@@ -100,3 +114,12 @@ class EngineSettings(ModelSettings, SpeculationSettings):
         metavar="TOKENS",
         least=1,
     )
+    state_snapshots: Optional[int] = option(
+        "states of recurrent layers kept for texts that begin alike (default: two for each sequence)",
+        metavar="COUNT",
+        least=1,
+    )
+
+    @property
+    def state_slots(self) -> int:
+        return state_slots(self.sequences, self.speculate, self.state_snapshots)

@@ -73,6 +73,12 @@ class ModelConfig:
         return self.rotations[0].inverse_frequencies()
 
     @property
+    def has_state(self) -> bool:
+        """Whether some layer keeps a state of each sequence, which cannot be cut back."""
+        alone = self.partition(1)[0]
+        return any(kind.attention.state_arrays(alone) for kind in self.kinds)
+
+    @property
     def has_post_norms(self) -> bool:
         """Whether a norm follows on attention or MLP in some layer."""
         return any(kind.has_post_norms for kind in self.kinds)

@@ -85,6 +85,7 @@ class StepArrays:
     gate: Activations
     latent: Activations
     up: Array
+    gates: Array
     partial: Array
     addend: Array
     squares: Array
@@ -95,7 +96,7 @@ class StepArrays:
 
     def __post_init__(self) -> None:
         step = arguments.Step(tokens=len(self.x))
-        for name in ("x", "q", "k", "v", "up", "partial", "squares"):
+        for name in ("x", "q", "k", "v", "up", "gates", "partial", "squares"):
             setattr(step, name, arguments.address(getattr(self, name)))
         for name in ("hidden", "context", "gate", "latent"):
             setattr(step, name, getattr(self, name).argument())
@@ -140,6 +141,7 @@ class Workspace:
             gate=Activations.empty(tokens, widths["inner"]),
             latent=Activations.empty(tokens, widths["latent"]),
             up=np.empty((tokens, widths["inner"]), np.float32),
+            gates=np.empty((tokens, widths["gates"]), np.float32),
             partial=np.empty((tokens, hidden), np.float64),
             addend=np.empty((tokens, hidden if self.config.has_post_norms else 0), np.float32),
             squares=np.zeros((tokens, 4), np.float64),
@@ -164,7 +166,7 @@ class Workspace:
 def step_widths(config: ModelConfig, part: Partition) -> Mapping[str, int]:
     """Channels of the step's arrays on a rank: of each the widest of all layers."""
     of_layers = [{**kind.attention.step_widths(part), "inner": kind.mlp.step_width(part)} for kind in config.kinds]
-    names = ("q", "k", "v", "context", "latent", "inner")
+    names = ("q", "k", "v", "context", "latent", "gates", "inner")
     return {name: max(widths.get(name, 0) for widths in of_layers) for name in names}
 
 
@@ -173,6 +175,6 @@ def workspace_bytes(config: ModelConfig, part: Partition, tokens: int) -> int:
     hidden, widths = config.padded_hidden_size, step_widths(config, part)
     of_layers = (widths[name] for name in ("context", "latent", "inner"))
     activations = sum(Activations.bytes(tokens, k) for k in (hidden, *of_layers))
-    floats = hidden * (1 + config.has_post_norms) + sum(widths[name] for name in ("q", "k", "v", "inner"))
+    floats = hidden * (1 + config.has_post_norms) + sum(widths[name] for name in ("q", "k", "v", "gates", "inner"))
     floats += sum(rotation.channels for rotation in config.rotations)
     return activations + tokens * (4 * floats + 8 * (hidden + 5))

@@ -9,7 +9,7 @@ from mpillama.engine.sequence import Request
 from mpillama.errors import UserError
 from mpillama.openai.bodies import ALL_TOKENS, ANY_SEED, ASKED, NO_LIMIT, ChatBody, CompletionBody, SamplingBody
 from mpillama.openai.body import BadRequest
-from mpillama.openai.messages import Message, TemplateFields
+from mpillama.openai.messages import Message, TemplateFields, in_words_of
 from mpillama.openai.tool_calls import for_template
 from mpillama.text.chat_template import ChatTemplate
 from mpillama.text.sampling_params import SamplingParams
@@ -58,7 +58,7 @@ class Prompter:
 
         `variables` are the template's own, such as enable_thinking; they count before those of `how`.
         """
-        variables = how.template_variables | variables
+        variables = in_words_of(self.template().source, how.template_variables | variables)
         given = [self.for_template(m.for_template()) for m in messages]
         if how.continue_final_message:
             _check_continuation(messages, how)

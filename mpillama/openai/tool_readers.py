@@ -14,6 +14,7 @@ from mpillama.openai.tool_json import JsonObject, NotJson
 
 TOOL_CALL, END_TOOL_CALL = "<tool_call>", "</tool_call>"
 PYTHON_TAG = "<|python_tag|>"
+LISTED_CALLS, END_LISTED_CALLS = "<|tool_call|>", "<|/tool_call|>"
 TOOL_CALLS, CALL_ID, ARGS = "[TOOL_CALLS]", "[CALL_ID]", "[ARGS]"
 
 
@@ -73,7 +74,7 @@ Part = Generator[None, str, str]
 def read_hermes() -> Reader:
     """`<tool_call>{"name": ..., "arguments": ...}</tool_call>`; the end of the text closes it as well."""
     yield from literal(TOOL_CALL)
-    call = yield from _call((yield from skip_space()))
+    call = yield from read_object_call((yield from skip_space()))
     char = yield from skip_space()
     if char:
         expect(char, END_TOOL_CALL[0])
@@ -89,7 +90,7 @@ def read_llama3() -> Reader:
         char = yield from skip_space()
     calls = []
     while char:
-        calls.append((yield from _call(char)))
+        calls.append((yield from read_object_call(char)))
         char = yield from skip_space()
         if char:
             expect(char, ";")
@@ -105,9 +106,26 @@ def read_mistral() -> Reader:
     char = yield from skip_space()
     if char != "[":
         return [(yield from _named_call(char))]
-    calls = []
+    return (yield from _listed())
+
+
+def read_listed() -> Reader:
+    """`<|tool_call|>[{"name": ..., "arguments": ...}, ...]`, of Phi-4-mini closed by `<|/tool_call|>`."""
+    yield from literal(LISTED_CALLS)
+    expect((yield from skip_space()), "[")
+    calls = yield from _listed()
+    char = yield from skip_space()
+    if char:
+        expect(char, END_LISTED_CALLS[0])
+        yield from literal(END_LISTED_CALLS[1:])
+    return calls
+
+
+def _listed() -> Generator[None, str, list[Call]]:
+    """Objects behind the bracket that opens their list."""
+    calls, char = [], ""
     while char != "]":
-        calls.append((yield from _call((yield from skip_space()))))
+        calls.append((yield from read_object_call((yield from skip_space()))))
         char = yield from skip_space()
         if char not in ("]", ","):
             raise NoCall
@@ -203,7 +221,7 @@ def _named_call(char: str) -> Generator[None, str, Call]:
     return Call(name, found.text)
 
 
-def _call(char: str) -> Generator[None, str, Call]:
+def read_object_call(char: str) -> Generator[None, str, Call]:
     """An object with a name and arguments, or parameters, that are an object."""
     found = yield from _object(char, FIRST_KEYS)
     name = _name(found.members.get("name", ""))

@@ -101,6 +101,22 @@ def test_prediction_is_bounded_by_the_memory():
     assert slow.load_seconds == pytest.approx(max(r.reads for r in made.ranks) / 5e9)
 
 
+def test_coarse_sums_send_less():
+    exact, coarse = (
+        plan.predict(plan.make_plan(request(sync=sync)), plan.Node(200e9, 2e12), Network(1e-4, 1e8))
+        for sync in ("exact", "q80")
+    )
+    assert coarse.messages_per_step == exact.messages_per_step
+    assert coarse.communication_bytes_per_step < 0.4 * exact.communication_bytes_per_step
+    assert coarse.decode_tokens_per_second > exact.decode_tokens_per_second
+
+
+def test_a_node_alone_sends_nothing_but_likely_tokens():
+    made = plan.make_plan(request(nodes=1, memory=1000 * GB))
+    speed = plan.predict(made, plan.Node(200e9, 2e12), Network(1e-4, 1e8))
+    assert speed.messages_per_step == (made.request.ranks > 1)
+
+
 @pytest.mark.parametrize(
     ("text", "expected"), [("64GB", 64 * GB), ("60GiB", 60 * 2**30), ("1.5TB", 15 * 10**11), ("7", 7)]
 )

@@ -11,11 +11,6 @@
 
 namespace mpillama {
 
-// A step's activations seen as so many columns.
-inline Activations as_columns(const Activations& a, i64 columns) {
-    return {a.x, a.values, a.scales, a.starts, a.halves, columns};
-}
-
 // Rotate `rope` channels by half as many angles, to halves; with `pairs` neighbours turn together. Not in place.
 inline void rotate_to(const float* from, const float* cosines, const float* sines, i64 half, bool pairs, float* to) {
     for (i64 i = 0; i < half; i++) {

@@ -81,7 +81,8 @@ inline void row_parallel(const Member& member, const Matrix& m, const Activation
 
 inline i64 attention_half_scratch_bytes(const AttentionLayer& layer) {
     i64 most = attention_scratch_bytes(layer);
-    for (const Matrix* m : {&layer.q, &layer.k, &layer.v, &layer.o}) most = larger(most, product_scratch_bytes(*m));
+    for (const Matrix* m : {&layer.q, &layer.k, &layer.v, &layer.o, &layer.gate})
+        if (m->groups > 0) most = larger(most, product_scratch_bytes(*m));
     return most;
 }
 
@@ -97,9 +98,11 @@ inline i64 mlp_half_scratch_bytes(const MlpLayer& layer) {
     return most;
 }
 
-// Norm and q/k/v.
+// Norm, q/k/v and, into step.latent, the gate of heads.
 inline void project(const Member& member, const AttentionLayer& layer, const Step& step) {
-    const bool quantised = has_blocks(layer.q.type) || has_blocks(layer.k.type) || has_blocks(layer.v.type);
+    const bool gated = layer.gate.groups > 0;
+    const bool quantised = has_blocks(layer.q.type) || has_blocks(layer.k.type) || has_blocks(layer.v.type) ||
+                           (gated && has_blocks(layer.gate.type));
     choose_grids(member, step, layer.hidden_size);
     normalise(member, step.x, step.tokens, layer.norm, layer.hidden_size, layer.eps, quantised, step.hidden);
     member.did(Part::NORM);
@@ -107,6 +110,7 @@ inline void project(const Member& member, const AttentionLayer& layer, const Ste
     column_part(member, layer.q, step.hidden, step.tokens, step.q, step.in_flight);
     column_part(member, layer.k, step.hidden, step.tokens, step.k, step.in_flight);
     column_part(member, layer.v, step.hidden, step.tokens, step.v, step.in_flight);
+    if (gated) column_part(member, layer.gate, step.hidden, step.tokens, step.latent.x, step.in_flight);
     member.did(Part::QKV);
     member.barrier();
 }

@@ -163,12 +163,14 @@ template <class T, int TOKENS>
     for (int part = 0; part < PARTS; part++) {
         ScalePlace<typename T::Scales> scales = first;
         Vf here[1][TOKENS] = {};
+#pragma GCC unroll 8
         for (int t = 0; t < TOKENS; t++) here[0][t] = sums[part][t];
         for (i64 i = 0; i < blocks; i++, scales.advance()) {
             if (part == 0) prefetch_run(values + i * T::bytes + ahead, T::bytes);
             const ReadyBlock<T, 1> rows(values + i * T::bytes, scales, part);
             rows.template add<TOKENS>(x, i * width, here);
         }
+#pragma GCC unroll 8
         for (int t = 0; t < TOKENS; t++) sums[part][t] = here[0][t];
     }
 }
@@ -269,11 +271,13 @@ template <class T, int GROUPS> inline i64 column_stream(const Slice& w, const In
 }
 
 template <int TOKENS> inline void load_sums(const float* out, i64 stride, Sums<TOKENS>& sums) {
+#pragma GCC unroll 8
     for (int t = 0; t < TOKENS; t++)
         for (int part = 0; part < PARTS; part++) sums[part][t] = load(out + t * stride + W * part);
 }
 
 template <int TOKENS> inline void store_sums(const Sums<TOKENS>& sums, float* out, i64 stride) {
+#pragma GCC unroll 8
     for (int t = 0; t < TOKENS; t++)
         for (int part = 0; part < PARTS; part++) store(out + t * stride + W * part, sums[part][t]);
 }
