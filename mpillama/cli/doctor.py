@@ -97,6 +97,8 @@ def advice(report: dict[str, Any]) -> list[str]:
         )
     if any(r["oversubscribed"] for r in ranks):
         found.append("More threads than cores on a host: start fewer ranks or give fewer --threads.")
+    if "Open MPI" in report["mpi"] and any(_fill_their_cores(host, ranks) for host in {r["host"] for r in ranks}):
+        found.append("Open MPI starts more ranks than cores only with `mpirun --map-by :OVERSUBSCRIBE`.")
     idle = sum(max(0, len(r["cores"]) - r["threads"]) for r in ranks if not _shares_cores(r, ranks))
     if idle:
         found.append(f"{idle} cores are not used: raise --threads.")
@@ -113,6 +115,12 @@ def advice(report: dict[str, Any]) -> list[str]:
     if lacking := {name for r in ranks for name in r["isas_not_built"]}:
         found.append(f"{', '.join(sorted(lacking))}: not built, although a processor has it; a newer compiler would.")
     return found
+
+
+def _fill_their_cores(host: str, ranks: list[dict[str, Any]]) -> bool:
+    """Whether a host has no core for a further rank."""
+    beside = [r for r in ranks if r["host"] == host]
+    return len(beside) >= len({core for r in beside for core in r["cores"]})
 
 
 def _shares_cores(rank: dict[str, Any], ranks: list[dict[str, Any]]) -> bool:
