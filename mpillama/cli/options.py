@@ -412,6 +412,9 @@ class PlanOptions(Options):
     )
     batch: int = option("sequences computed together (default: 1)", 1, metavar="COUNT", least=1)
     kv_type: str = option("type of the KV cache (default: f16)", "f16", choices=["f16", "f32", "q8"])
+    sync: str = option(
+        "how layers' results are added up between nodes (default: exact)", "exact", choices=["exact", "q80"]
+    )
     memory_bandwidth: str = option("memory bandwidth of a node (default: 200GB/s)", "200GB/s", metavar="BYTES/s")
     compute: str = option(
         "multiply-adds per second of a node, 150 GMAC/s for each core with VNNI (default: 2TMAC/s)",
@@ -486,6 +489,11 @@ class TokenizeOptions(Options):
 
 
 @dataclass(frozen=True)
+class PackOptions(Options):
+    file: str = positional("file", "tar file to write")
+
+
+@dataclass(frozen=True)
 class InspectOptions(Options):
     file: str = positional("file", "model in any format, as for --model")
     tokenizer: Optional[str] = option("the .t file of a distributed-llama model", metavar="PATH")
@@ -515,6 +523,7 @@ COMMANDS: dict[str, tuple[type, str]] = {
     "tokenize": (TokenizeOptions, "show the ids and pieces of a text"),
     "inspect": (InspectOptions, "show what is in a model file"),
     "doctor": (DoctorOptions, "check MPI, ranks, threads and instruction sets"),
+    "pack": (PackOptions, "make one file of this environment, for many nodes to unpack"),
 }
 
 

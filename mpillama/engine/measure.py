@@ -3,15 +3,26 @@
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from mpillama.comm.communicator import Communicator
+from mpillama.comm.ways import Traffic
 from mpillama.engine.skew import RankTimes, timed_layers
 from mpillama.kernels.library import PARTS, Team
-from mpillama.models.cache import KVCache, blocks_for, cache_bytes, decode_step, single_sequence_step, state_bytes
+from mpillama.models.cache import (
+    KVCache,
+    Step,
+    blocks_for,
+    cache_bytes,
+    decode_step,
+    single_sequence_step,
+    state_bytes,
+)
 from mpillama.models.decoder import Decoder
+from mpillama.text.sampler import wanted_of
+from mpillama.text.sampling_params import SamplingParams
 
 WARM_UP_STEPS = 3
 BANDWIDTH_BYTES = 512 << 20
@@ -20,12 +31,13 @@ BANDWIDTH_BYTES = 512 << 20
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds of repeated steps on the slowest rank, and this rank's own work and communication in them."""
+    """Seconds of repeated steps on the slowest rank, and this rank's own work, communication and messages in them."""
 
     seconds: np.ndarray
     communication_seconds: float
     all_reduces: int
     own_seconds: float
+    sent: Traffic
 
     @property
     def median(self) -> float:
@@ -53,6 +65,7 @@ class Stopwatch:
         self.prefill_chunk = prefill_chunk
         self.cache = KVCache(model.config, model.part, blocks * sequences, kv_type, sequences)
         self.tables = np.arange(blocks * sequences, dtype=np.int64).reshape(sequences, blocks)
+        self.wanted = wanted_of(SamplingParams(), model.config.vocab_size)
         self.wants_parts = False
         self.parts = np.zeros(len(PARTS))
         """Seconds of the main thread in the timed steps, by kernels.library.PARTS, if `wants_parts`."""
@@ -81,13 +94,14 @@ class Stopwatch:
 
         return self._time([step(i) for i in range(steps)], WARM_UP_STEPS)
 
-    def _discard(self, plan: object) -> None:
-        self.model.forward(plan, self.cache)  # type: ignore[arg-type]
+    def _discard(self, plan: Step) -> None:
+        self.model.advance(plan, self.cache)
+        self.model.wanted_logits(plan.logit_rows, [self.wanted] * len(plan.logit_rows))
 
     def _time(self, runs: list[Callable[[], None]], warm_up: int) -> Timing:
         for run in runs[:warm_up]:
             run()
-        self.model.forget_seconds()
+        self.model.forget_costs()
         seconds: list[float] = []
         team = self.model.team
         if self.wants_parts:
@@ -102,9 +116,10 @@ class Stopwatch:
         if self.wants_parts:
             self.parts = team.times()[0]
             team.watch(False)
+        sent = replace(self.model.sent)
         slowest = np.max(self.comm.gather(seconds), axis=0)
         communication = self.model.communication_seconds
-        return Timing(slowest, communication, self.model.comm.calls, sum(seconds) - communication)
+        return Timing(slowest, communication, self.model.comm.calls, sum(seconds) - communication, sent)
 
     def kv_bytes(self, sequences: int, context: int) -> int:
         """Bytes of keys, values and states that this rank reads in a step at position `context`."""
@@ -177,8 +192,9 @@ def where_time_goes(
     sizes = _bytes(watch.model, tokens)
     found = [Part(name, seconds, sizes.get(name, 0)) for name, seconds in parts.items()]
     own = timing.own_seconds / steps
-    layers = watch.model.part.layers
-    mine = RankTimes(watch.comm.rank, host, own, parts, watch.sums, layers.start if layers else 0)
+    layers, pipeline = watch.model.part.layers, watch.model.pipeline
+    stage_wait = pipeline.seconds / steps if pipeline else 0.0
+    mine = RankTimes(watch.comm.rank, host, own, parts, watch.sums, layers.start if layers else 0, stage_wait)
     return found, watch.comm.gather(mine)
 
 

@@ -1,21 +1,24 @@
-"""The decoder, split over ranks: two all-reduces a layer, one all-gather of the logits."""
+"""The decoder, split over ranks: two all-reduces a layer, and what rank 0 needs of the logits."""
 
 import ctypes
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import pairwise
 from typing import Any, cast
 
 import numpy as np
 
 from mpillama.comm.communicator import Communicator
 from mpillama.comm.pipeline import Pipeline
-from mpillama.comm.shared_memory import YIELDS, Backoff
+from mpillama.comm.shared_memory import Backoff
+from mpillama.comm.ways import Traffic
 from mpillama.kernels import arguments
 from mpillama.kernels.library import Team
 from mpillama.kernels.shared_sum import PROGRESS_STRIDE, SharedWindow
 from mpillama.models.cache import KVCache, Step
+from mpillama.models.candidates import Candidates, Wanted, message_numbers, read_candidates, write_candidates
 from mpillama.models.config import ModelConfig
 from mpillama.models.family import Block
 from mpillama.models.linear import LayerWeights, Matrix, any_quantised
@@ -72,9 +75,7 @@ class ResidualSum:
         self.team = team
         self.size, self.eps = config.hidden_size, config.rms_norm_eps
         self._progress = np.zeros((team.threads, PROGRESS_STRIDE), np.int64)
-        self._sum = arguments.Sum(
-            progress=arguments.address(self._progress), spins=Backoff(comm.yields).spins, yields=YIELDS
-        )
+        self._sum = arguments.Sum(progress=arguments.address(self._progress))
 
     def __call__(self, a: StepArrays, half: Callable[[arguments.Sum | None], bool], ending: Ending) -> None:
         """Run half a layer and add its sum to a.x, as `ending` says; `half` gets how to add up, None to leave it."""
@@ -100,10 +101,11 @@ class ResidualSum:
             window = cast(SharedWindow, shared.shared)
             total.window = ctypes.addressof(window.argument)
             total.sequence = shared.next_sequence(window.exchanges(*a.partial.shape))
+            total.spins, total.yields = shared.waits(Backoff(self.comm.yields))
         done = half(total)
         if shared is not None:
             go_on = lambda: self.team.finish_sum(a.argument, total)  # noqa: E731
-            self.comm.finish_all_reduce(done, total.waited * 1e-9, go_on)
+            self.comm.finish_all_reduce(shared, done, total.waited * 1e-9, go_on)
 
 
 class DecoderLayer:
@@ -138,11 +140,12 @@ class DecoderLayer:
 class Decoder:
     """A rank's part of a model, which ranks divide evenly unless there is a `division`.
 
-    `comm` has the ranks that divide this rank's layers: all, or with a `pipeline` those of its stage.
+    `comm` has the ranks that divide this rank's layers: all, or with a `pipeline` those of its stage. `coarse`: panels'
+    results are rounded to about 8 bits before they are added up.
     """
 
     def __init__(
-        self, config: ModelConfig, weights: Weights, comm: Communicator, team: Team,
+        self, config: ModelConfig, weights: Weights, comm: Communicator, team: Team, coarse: bool = False,
         division: Division | None = None, pipeline: Pipeline | None = None,
     ):  # fmt: skip
         self.division = division or Division(comm.size)
@@ -151,6 +154,7 @@ class Decoder:
         mates = self.division.mates_of(self.all_ranks.rank)
         parts = config.partition(self.division)[mates.start : mates.stop]
         self.tokens_run = 0
+        self.coarse = coarse
         self.config = config
         self.weights = weights
         self.part = parts[comm.rank]
@@ -168,7 +172,7 @@ class Decoder:
         ]
 
     def forward(self, step: Step, cache: KVCache) -> Array:
-        """Run the step's tokens and return the wanted logits, float32 [len(step.logit_rows), vocab_size]."""
+        """Run the step's tokens and return the wanted logits on rank 0, float32 [len(step.logit_rows), vocab_size]."""
         self.advance(step, cache)
         return self.logits(step.logit_rows)
 
@@ -186,6 +190,7 @@ class Decoder:
         self._turn(step.positions, a)
         step.describe(a.argument)
         a.argument.in_flight = self.in_flight
+        a.argument.shifts = arguments.address(a.shifts) if self.coarse else None
         for decoder, layer_cache in zip(self.layers, cache.arguments, strict=False):
             decoder.forward(a, layer_cache)
 
@@ -207,20 +212,39 @@ class Decoder:
         """Time spent in collectives and in waiting for other stages."""
         return self.comm.seconds + (self.pipeline.seconds if self.pipeline else 0.0)
 
-    def forget_seconds(self) -> None:
+    @property
+    def sent(self) -> Traffic:
+        """What this rank sent in steps."""
+        return self.comm.sent + self.pipeline.comm.sent + self.pipeline.sent if self.pipeline else self.comm.sent
+
+    def forget_costs(self) -> None:
         """Begin to count communication anew."""
-        self.comm.seconds, self.comm.calls = 0.0, 0
+        self.comm.forget_costs()
         if self.pipeline:
-            self.pipeline.seconds = 0.0
+            self.pipeline.forget_costs()
 
     def logits(self, rows: Array) -> Array:
-        """What comes after tokens of the last step, float32 [len(rows), vocab_size]; all ranks ask for the same.
+        """On rank 0 what comes after tokens of the last step, float32 [len(rows), vocab_size].
 
-        In a pipeline the ranks of the last stage have them, rank 0 among them; the others get nothing.
+        All ranks ask for the same; elsewhere there are no rows.
         """
         if not self.part.is_last:
             return np.empty((0, self.config.vocab_size), np.float32)
-        return self._logits(self.workspace.residual(0, self.workspace.capacity)[rows])
+        return self._gather(self._logits(rows))
+
+    def wanted_logits(self, rows: Array, wanted: Sequence[Wanted]) -> list[Array | Candidates]:
+        """On rank 0 of each row what is wanted: as `logits`, or its candidates. All ranks ask for the same."""
+        if self.comm.size == 1 or not self.part.is_last or not any(each.count for each in wanted):
+            return list(self.logits(rows))
+        part = self._logits(rows)
+        found: list[Array | Candidates] = [np.empty(0, np.float32)] * (len(rows) if self.comm.is_root else 0)
+        whole = [i for i, each in enumerate(wanted) if not each.count]
+        for i, row in zip(whole, self._gather(part[whole]), strict=False):
+            found[i] = row
+        few = [i for i, each in enumerate(wanted) if each.count]
+        for i, candidates in zip(few, self._candidates(part, rows, few, wanted), strict=False):
+            found[i] = candidates
+        return found
 
     def hidden_states(self, first: int, count: int) -> Array:
         """The last step's tokens after the last layer and norm, float32 [count, hidden_size]; no collective."""
@@ -243,10 +267,34 @@ class Decoder:
             if rotation.rope.query_factors and to.query_factors is not None:
                 to.query_factors[:] = [rotation.rope.query_factors.at(int(p)) for p in positions]
 
-    def _logits(self, x: Array) -> Array:
-        if not len(x):
+    def _candidates(self, part: Array, rows: Array, few: list[int], wanted: Sequence[Wanted]) -> Iterator[Candidates]:
+        """One message of each rank with the candidates of all rows that want them; rank 0 joins them."""
+        ends = np.cumsum([0, *self.logit_widths]).clip(max=self.config.vocab_size).tolist()
+        widths = [last - first for first, last in pairwise(ends)]
+        lengths = [[message_numbers(wanted[i].count, width) for i in few] for width in widths]
+        mine = lengths[self.comm.rank]
+        message = np.empty((1, sum(mine)), np.float32)
+        for i, piece in zip(few, np.split(message[0], np.cumsum(mine)[:-1]), strict=True):
+            if len(piece):
+                write_candidates(part[i, : widths[self.comm.rank]], wanted[i], piece)
+        gathered = self.comm.gather_columns(message, [sum(of_rank) for of_rank in lengths])
+        if len(gathered):
+            of_ranks = np.split(gathered[0], np.cumsum([sum(of_rank) for of_rank in lengths])[:-1])
+            parts = [np.split(all_, np.cumsum(of_rank)[:-1]) for all_, of_rank in zip(of_ranks, lengths, strict=True)]
+            for place, i in enumerate(few):
+                yield read_candidates([of_rank[place] for of_rank in parts], ends[:-1], int(rows[i]))
+
+    def _gather(self, part: Array) -> Array:
+        """Whole rows of logits on rank 0."""
+        if not len(part):
             return np.empty((0, self.config.vocab_size), np.float32)
-        head = self.weights.lm_head
+        return self.comm.gather_columns(part, self.logit_widths)[:, : self.config.vocab_size]
+
+    def _logits(self, rows: Array) -> Array:
+        """This rank's logits after tokens of the last step, float32 [len(rows), its part of the vocabulary]."""
+        x, head = self.workspace.residual(0, self.workspace.capacity)[rows], self.weights.lm_head
+        if not len(x):
+            return np.empty((0, self.logit_widths[self.comm.rank]), np.float32)
         h = Activations.empty(*x.shape)
         part = np.empty((len(x), self.logit_widths[self.comm.rank]), np.float32)
         self._normalise(x, h, any_quantised(head))
@@ -254,7 +302,7 @@ class Decoder:
         factors = self.config.factors
         if factors.logits != 1.0 or factors.logits_cap:
             self.team.scale_logits(part, factors.logits, factors.logits_cap)
-        return self.comm.all_gather_columns(part, self.logit_widths)[:, : self.config.vocab_size]
+        return part
 
     def _normalise(self, x: Array, h: Activations, quantised: bool) -> None:
         """The model's last norm, of x [tokens, padded hidden] to h."""

@@ -89,6 +89,7 @@ class StepArrays:
     partial: Array
     addend: Array
     squares: Array
+    shifts: Array
     angles: tuple[Angles, ...]
     argument: arguments.Step = field(init=False)
     """For kernels; which tokens a step has is written into it when it runs."""
@@ -144,6 +145,7 @@ class Workspace:
             partial=np.empty((tokens, hidden), np.float64),
             addend=np.empty((tokens, hidden if self.config.has_post_norms else 0), np.float32),
             squares=np.zeros((tokens, 4), np.float64),
+            shifts=np.empty(tokens, np.float64),
             angles=tuple(Angles.empty(tokens, rotation) for rotation in self.config.rotations),
         )
         self._views: dict[int, StepArrays] = {}
@@ -184,4 +186,4 @@ def workspace_bytes(config: ModelConfig, part: Partition, tokens: int) -> int:
     activations = sum(Activations.bytes(tokens, k) for k in (hidden, *of_layers))
     floats = hidden * (1 + config.has_post_norms) + sum(widths[name] for name in ("q", "k", "v", "gates", "inner"))
     floats += sum(rotation.channels for rotation in config.rotations)
-    return activations + tokens * (4 * floats + 8 * (hidden + 4))
+    return activations + tokens * (4 * floats + 8 * (hidden + 5))

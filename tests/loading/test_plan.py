@@ -10,6 +10,7 @@ from mpillama.errors import UserError
 from mpillama.loading import plan
 from mpillama.loading.memory import RESERVE
 from mpillama.loading.settings import state_slots
+from mpillama.loading.traffic import Network
 from mpillama.models.cache import blocks_for
 from mpillama.models.config import ModelConfig
 from mpillama.models.shapes import shape_config
@@ -109,14 +110,30 @@ def test_what_fits_needs_no_remedy():
 
 def test_prediction_is_bounded_by_the_memory():
     made = plan.make_plan(request())
-    fast = plan.predict(made, plan.Node(200e9, 2e12), plan.Network(0.0, 1e15))
+    fast = plan.predict(made, plan.Node(200e9, 2e12), Network(0.0, 1e15))
     assert fast.decode_tokens_per_second <= 200e9 / max(r.weights - r.embedding for r in made.ranks)
     assert fast.prefill_tokens_per_second == pytest.approx(4 * 2e12 / 403e9, rel=0.01)  # 405B without the head
-    slow = plan.predict(made, plan.Node(200e9, 2e12, 5e9), plan.Network(1e-3, 1e9))
+    slow = plan.predict(made, plan.Node(200e9, 2e12, 5e9), Network(1e-3, 1e9))
     assert slow.prefill_tokens_per_second < fast.prefill_tokens_per_second
     assert slow.decode_tokens_per_second < fast.decode_tokens_per_second
-    assert slow.messages_per_step == 2 * 126 + 2
+    assert slow.messages_per_step == 3 * (1 + 2 * 126) + 1
     assert slow.load_seconds == pytest.approx(max(r.reads for r in made.ranks) / 5e9)
+
+
+def test_coarse_sums_send_less():
+    exact, coarse = (
+        plan.predict(plan.make_plan(request(sync=sync)), plan.Node(200e9, 2e12), Network(1e-4, 1e8))
+        for sync in ("exact", "q80")
+    )
+    assert coarse.messages_per_step == exact.messages_per_step
+    assert coarse.communication_bytes_per_step < 0.4 * exact.communication_bytes_per_step
+    assert coarse.decode_tokens_per_second > exact.decode_tokens_per_second
+
+
+def test_a_node_alone_sends_nothing_but_likely_tokens():
+    made = plan.make_plan(request(nodes=1, memory=1000 * GB))
+    speed = plan.predict(made, plan.Node(200e9, 2e12), Network(1e-4, 1e8))
+    assert speed.messages_per_step == (made.request.ranks > 1)
 
 
 @pytest.mark.parametrize(
@@ -175,34 +192,35 @@ def test_mistakes_of_the_command(options, words):
 # -- stages -----------------------------------------------------------------------------------------------------------
 
 
-def staged(network: plan.Network, **changes) -> list[plan.Layout]:
+def staged(network: Network, **changes) -> list[plan.StagePlan]:
     asked = request("llama-3.1-70b", nodes=4, ranks_per_node=2, context=2048, **changes)
-    return plan.layouts(asked, plan.Node(200e9, 2e12), network)
+    return plan.plans_of_stages(asked, plan.Node(200e9, 2e12), network)
 
 
 def test_slow_networks_want_a_stage_for_each_node_and_fast_ones_none():
-    fast, slow = staged(plan.Network(2e-6, 12e9)), staged(plan.Network(1e-3, 120e6))
+    fast, slow = staged(Network(2e-6, 12e9)), staged(Network(1e-3, 120e6))
     assert [layout.stages for layout in fast] == [1, 2, 4]
-    assert plan.best_layout(fast).stages == 1
-    assert plan.best_layout(slow).stages == 4
-    assert [layout.crossings for layout in slow] == [162, 1 + 2 * 82, 3]
+    assert plan.best_stages(fast).stages == 1
+    assert plan.best_stages(slow).stages == 4
+    assert [layout.crossings > 100 for layout in slow] == [True, True, False]
+    assert slow[-1].crossings == 3
 
 
 def test_a_stage_after_the_other_takes_as_long_as_all_ranks_of_one():
     """Without a network, a single stream gains nothing from stages: each works a quarter of the time, for as long."""
-    one, two, four = (layout.speed.decode_tokens_per_second for layout in staged(plan.Network(0.0, 1e15)))
+    one, two, four = (layout.speed.decode_tokens_per_second for layout in staged(Network(0.0, 1e15)))
     assert one / two == pytest.approx(2, rel=0.1)
     assert one / four == pytest.approx(4, rel=0.1)
 
 
 def test_prompts_keep_the_stages_busy():
-    one, two, four = (layout.speed.prefill_tokens_per_second for layout in staged(plan.Network(0.0, 1e15)))
+    one, two, four = (layout.speed.prefill_tokens_per_second for layout in staged(Network(0.0, 1e15)))
     assert 0.85 < two / one < 1.1
     assert 0.75 < four / one < 1.1
 
 
 def test_stages_need_no_more_memory_than_one():
-    needs = [sum(layout.plan.nodes) for layout in staged(plan.Network(1e-3, 1e9))]
+    needs = [sum(layout.plan.nodes) for layout in staged(Network(1e-3, 1e9))]
     assert max(needs) == pytest.approx(min(needs), rel=0.02)
 
 
