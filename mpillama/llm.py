@@ -14,7 +14,7 @@ import numpy as np
 
 from mpillama.comm.launcher import check_start
 from mpillama.comm.watchdog import PeerFailedError
-from mpillama.engine.answer import LogprobRecorder, TokenLogprob
+from mpillama.engine.answer import TokenLogprob, noted, recorder
 from mpillama.engine.engine import Engine
 from mpillama.engine.perplexity import NOTHING, Losses, losses_of
 from mpillama.engine.sequence import EngineSequence, Pooling, Request
@@ -87,23 +87,6 @@ class RequestOutput:
     @property
     def cumulative_logprob(self) -> float | None:
         return self.outputs[0].cumulative_logprob
-
-
-@dataclass(frozen=True)
-class _Asked:
-    """A sequence on its way, and what is noted of it."""
-
-    sequence: EngineSequence
-    logprobs: LogprobRecorder | None
-    prompt_logprobs: LogprobRecorder | None
-
-    def completion(self) -> Completion:
-        """Its answer, once it has ended."""
-        answer, seed = self.sequence.answer, self.sequence.request.sampling.seed
-        assert answer.finish_reason is not None
-        assert seed is not None
-        found = None if self.logprobs is None else self.logprobs.take()
-        return Completion(answer.text, answer.token_ids, answer.finish_reason, seed, found)
 
 
 @dataclass(frozen=True, eq=False)
@@ -196,6 +179,8 @@ class LLM(EngineSettings):
         if not session.executor.abandoned:
             if session.is_root:
                 session.executor.end(0)
+            if session.loaded.model.pipeline:
+                session.loaded.model.pipeline.free()
             session.world.free()
         session.target.team.close()
 
@@ -263,16 +248,16 @@ class LLM(EngineSettings):
             raise UserError(f"n is {sampling_params.n}: a stream has one answer.")
         is_chat = not isinstance(prompt, str) and len(prompt) > 0 and isinstance(prompt[0], Mapping)
         ids = self._chat_ids(cast(Messages, prompt), {}) if is_chat else self._prompt_ids(cast(Prompt, prompt))
-        (asked,) = self._submit([self._request(ids, sampling_params, 0, not is_chat)])
-        return self._pieces(asked)
+        (sequence,) = self._submit([self._request(ids, sampling_params, 0, not is_chat)])
+        return self._pieces(sequence)
 
-    def _pieces(self, asked: _Asked) -> Iterator[str]:
-        updates = self.engine.run(asked.sequence)
+    def _pieces(self, sequence: EngineSequence) -> Iterator[str]:
+        updates = self.engine.run(sequence)
         while True:
             with self._stepping():
                 update = next(updates, None)
             if update is None:
-                return self._check(asked)
+                return self._check(sequence)
             if update.text:
                 yield update.text
 
@@ -282,9 +267,8 @@ class LLM(EngineSettings):
         """
         each = [texts] if _is_one(texts) else texts
         ids = [self._prompt_ids(cast(Prompt, text)) for text in each]
-        asked = self._submit([_Asking(Request(one, NOTHING, pooling=pooling)) for one in ids])
-        self._run(asked)
-        vectors = [one.sequence.pooled for one in asked]
+        sequences = self._run([Request(one, NOTHING, pooling=pooling) for one in ids])
+        vectors = [sequence.pooled for sequence in sequences]
         return np.array(vectors, np.float64).reshape(len(ids), self._open.loaded.file.config.hidden_size)
 
     def score(self, text: Prompt) -> np.ndarray:
@@ -293,9 +277,8 @@ class LLM(EngineSettings):
         A text begins with BOS if the model wants one, so that all of its own tokens have one.
         """
         self._check_head()
-        (asked,) = self._submit([_Asking(Request(self._prompt_ids(text), NOTHING, on_prompt_logits=Losses()))])
-        self._run([asked])
-        return -losses_of(asked.sequence)
+        (sequence,) = self._run([Request(self._prompt_ids(text), NOTHING, on_prompt_logits=Losses())])
+        return -losses_of(sequence)
 
     # -- requests ------------------------------------------------------------------------------------------------------
 
@@ -312,40 +295,36 @@ class LLM(EngineSettings):
 
     def _outputs(self, prompts: list[tuple[list[int], SamplingParams]], continues: bool) -> list[RequestOutput]:
         self._check_head()
-        asking = [self._request(ids, params, i, continues) for ids, params in prompts for i in range(params.n)]
-        asked = self._submit(asking)
-        self._run(asked)
-        outputs, rest = [], iter(asked)
+        requests = [self._request(ids, params, i, continues) for ids, params in prompts for i in range(params.n)]
+        outputs, rest = [], iter(self._run(requests))
         for ids, params in prompts:
-            own = [next(rest) for _ in range(params.n)]
-            noted = own[0].prompt_logprobs
-            cached = own[0].sequence.cached_tokens or 0
-            outputs.append(RequestOutput(ids, [o.completion() for o in own], noted.take() if noted else None, cached))
+            first, *others = [next(rest) for _ in range(params.n)]
+            completions = [_completion(sequence) for sequence in (first, *others)]
+            of_prompt = noted(first.request.on_prompt_logits)
+            outputs.append(RequestOutput(ids, completions, of_prompt, first.cached_tokens or 0))
         return outputs
 
-    def _request(self, ids: list[int], params: SamplingParams, number: int, continues: bool) -> "_Asking":
-        """The `number`-th answer of a prompt has a seed of its own."""
+    def _request(self, ids: list[int], params: SamplingParams, number: int, continues: bool) -> Request:
+        """The `number`-th answer of a prompt has a seed of its own; the first one tells of the prompt."""
         seed = new_seed() if params.seed is None else params.seed
         if number:
-            seed = derived_seed(seed, str(number))
-        logprobs = None if params.logprobs is None else LogprobRecorder(params.logprobs)
-        wants_prompt = params.prompt_logprobs is not None and number == 0
-        prompt_logprobs = LogprobRecorder(params.prompt_logprobs or 0) if wants_prompt else None
-        request = Request(
-            ids, replace(params, seed=seed), on_logits=logprobs, on_prompt_logits=prompt_logprobs, continues=continues
-        )
-        return _Asking(request, logprobs, prompt_logprobs)
+            params, seed = replace(params, prompt_logprobs=None), derived_seed(seed, str(number))
+        return Request(
+            ids, replace(params, seed=seed), on_logits=recorder(params.logprobs),
+            on_prompt_logits=recorder(params.prompt_logprobs), continues=continues,
+        )  # fmt: skip
 
-    def _submit(self, asking: "Sequence[_Asking]") -> list[_Asked]:
+    def _submit(self, requests: Sequence[Request]) -> list[EngineSequence]:
         """Queue all requests, or none if one is refused."""
         engine = self.engine
-        for one in asking:
-            engine.check(one.request)
-        return [_Asked(engine.submit(one.request), one.logprobs, one.prompt_logprobs) for one in asking]
+        for request in requests:
+            engine.check(request)
+        return [engine.submit(request) for request in requests]
 
-    def _run(self, asked: Sequence[_Asked]) -> None:
-        """Until all have ended; UserError if one failed."""
-        engine, left = self.engine, [one.sequence for one in asked]
+    def _run(self, requests: Sequence[Request]) -> list[EngineSequence]:
+        """Run requests until all have ended; UserError if one failed."""
+        sequences = self._submit(requests)
+        engine, left = self.engine, list(sequences)
         try:
             while left:
                 if left[-1].finished:
@@ -357,12 +336,13 @@ class LLM(EngineSettings):
             for sequence in left:
                 if not self._open.executor.abandoned:
                     engine.cancel(sequence)
-        for one in asked:
-            self._check(one)
+        for sequence in sequences:
+            self._check(sequence)
+        return sequences
 
-    def _check(self, asked: _Asked) -> None:
-        if asked.sequence.error is not None:
-            raise self._open.failed(asked.sequence.error)
+    def _check(self, sequence: EngineSequence) -> None:
+        if sequence.error is not None:
+            raise self._open.failed(sequence.error)
 
     @contextmanager
     def _stepping(self) -> Iterator[None]:
@@ -378,15 +358,6 @@ class LLM(EngineSettings):
             raise
 
 
-@dataclass(frozen=True)
-class _Asking:
-    """A request, and what is to be noted of it."""
-
-    request: Request
-    logprobs: LogprobRecorder | None = None
-    prompt_logprobs: LogprobRecorder | None = None
-
-
 _OPEN: "weakref.WeakSet[LLM]" = weakref.WeakSet()
 
 
@@ -395,6 +366,15 @@ def _close_all() -> None:
     """Where a script ended without closing its models, no rank must wait for one that is gone."""
     for llm in list(_OPEN):
         llm.close()
+
+
+def _completion(sequence: EngineSequence) -> Completion:
+    """The answer of a sequence that has ended."""
+    answer, request = sequence.answer, sequence.request
+    assert answer.finish_reason is not None
+    assert request.sampling.seed is not None
+    found = noted(request.on_logits)
+    return Completion(answer.text, answer.token_ids, answer.finish_reason, request.sampling.seed, found)
 
 
 def _abandon(session: Session) -> None:

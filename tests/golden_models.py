@@ -19,6 +19,7 @@ from mpillama.formats.foreign import PathSource
 from mpillama.formats.hugging_face import read_hugging_face
 from mpillama.loading.model_file import open_model
 from mpillama.models.config import ModelConfig
+from mpillama.models.delta_net import GatedDeltaNet
 from mpillama.quant.registry import STORED_TYPES
 from tests.tiny_models import random_tensors
 
@@ -27,6 +28,7 @@ FAMILIES = (
     "llama", "llama3", "llama_bias", "llama_linear", "llama_yarn", "mistral", "qwen2", "qwen3", "mixtral", "qwen3_moe",
     "seed_oss", "olmo2", "granite", "smollm3", "ministral", "ministral3", "phi3", "phi3_longrope", "gemma2", "gemma3",
     "hy_v3", "glm4_moe", "minimax_m2", "gpt_oss", "deepseek_v3", "kimi_k2", "llama4", "llama4_usual",
+    "qwen3_next", "qwen3_5", "qwen3_5_moe",
 )  # fmt: skip
 Tensors = Mapping[str, np.ndarray]
 
@@ -58,9 +60,7 @@ def tensors(checkpoint: Checkpoint) -> dict[str, np.ndarray]:
 
 def _values(tensor: StoredTensor, source: PathSource) -> np.ndarray:
     rows = tensor.shape[0] if len(tensor.shape) > 1 else 1
-    return tensor.read(source, range(rows), range(tensor.shape[-1])).decode().reshape(tensor.shape) + np.float32(
-        tensor.added
-    )
+    return tensor.meant(tensor.read(source, range(rows), range(tensor.shape[-1])).decode().reshape(tensor.shape))
 
 
 def family_tensors(family: str) -> dict[str, np.ndarray]:
@@ -91,6 +91,7 @@ ARCHITECTURES |= {"gemma3_text": "gemma3"}
 ARCHITECTURES |= {"hy_v3": "hy_v3", "glm4_moe": "glm4moe", "minimax_m2": "minimax-m2", "gpt_oss": "gpt-oss"}
 ARCHITECTURES |= {"deepseek_v3": "deepseek2"}
 ARCHITECTURES |= {"llama4_text": "llama4"}
+ARCHITECTURES |= {"qwen3_next": "qwen3next", "qwen3_5_text": "qwen35", "qwen3_5_moe_text": "qwen35moe"}
 IN_PAIRS = ("llama", "granite", "smollm3", "mistral3")
 """Architectures whose rows of q and k stand in rotary pairs."""
 GGUF_NAMES = {
@@ -104,6 +105,10 @@ GGUF_NAMES = {
     "self_attn.q_a_proj": "attn_q_a", "self_attn.q_a_layernorm": "attn_q_a_norm", "self_attn.q_b_proj": "attn_q_b",
     "self_attn.kv_a_proj_with_mqa": "attn_kv_a_mqa", "self_attn.kv_a_layernorm": "attn_kv_a_norm",
     "self_attn.kv_b_proj": "attn_kv_b",
+    "self_attn.q_gate_proj": "attn_q", "linear_attn.in_proj_qkv": "attn_qkv", "linear_attn.in_proj_z": "attn_gate",
+    "linear_attn.in_proj_ba": "ssm_ba", "linear_attn.in_proj_a": "ssm_alpha", "linear_attn.in_proj_b": "ssm_beta",
+    "linear_attn.conv1d": "ssm_conv1d", "linear_attn.norm": "ssm_norm", "linear_attn.out_proj": "ssm_out",
+    "mlp.shared_expert_gate": "ffn_gate_inp_shexp",
 }  # fmt: skip
 POST_NORMS = {
     "post_attention_layernorm": "post_attention_norm", "post_feedforward_layernorm": "post_ffw_norm",
@@ -111,7 +116,7 @@ POST_NORMS = {
 }  # fmt: skip
 POST_ATTENTION = {"post_attention_layernorm": "post_attention_norm"}
 OTHER_NAMES = {
-    **dict.fromkeys(("seed_oss", "glm4moe", "gpt-oss"), POST_ATTENTION),
+    **dict.fromkeys(("seed_oss", "glm4moe", "gpt-oss", "qwen3next", "qwen35", "qwen35moe"), POST_ATTENTION),
     **dict.fromkeys(("olmo2", "gemma2", "gemma3"), POST_NORMS),
 }  # fmt: skip
 """What single architectures call otherwise."""
@@ -135,7 +140,7 @@ def write_gguf(
     _write_vocabulary(writer, family, pre)
     stored = _gguf_tensors(family, architecture, config)
     for name, tensor in (stored if old else _with_halves(stored, config)).items():
-        if tensor.ndim == 1 or "ffn_gate_inp" in name or name.endswith(".bias"):
+        if tensor.ndim == 1 or "ffn_gate_inp" in name or "conv1d" in name or name.endswith(".bias"):
             writer.add_tensor(name, tensor)
         else:
             data, kind = quantise(tensor)
@@ -147,8 +152,8 @@ def write_gguf(
 
 
 def attention(config: ModelConfig) -> Any:
-    """That of the first layer."""
-    return config.blocks[0].attention
+    """That of the first layer which has any."""
+    return next(block.attention for block in config.blocks if not isinstance(block.attention, GatedDeltaNet))
 
 
 def mlp(config: ModelConfig) -> Any:
@@ -199,6 +204,23 @@ def _write_metadata(writer: gguf.GGUFWriter, family: str, config: ModelConfig, d
             _write_sigmoids(writer, config)
     if config.model_type == "gpt_oss":
         _write_gpt_oss(writer, config)
+    if config.has_state:
+        _write_delta_nets(writer, config)
+
+
+def _write_delta_nets(writer: gguf.GGUFWriter, config: ModelConfig) -> None:
+    """The sizes of gated delta nets, in the words of state-space models; every second layer has none."""
+    net: Any = config.blocks[0].attention
+    writer.add_ssm_conv_kernel(4)
+    writer.add_ssm_state_size(net.key_dim)
+    writer.add_ssm_group_count(net.key_heads)
+    writer.add_ssm_time_step_rank(net.value_heads)
+    writer.add_ssm_inner_size(net.value_heads * net.value_dim)
+    writer.add_uint32(f"{ARCHITECTURES[config.model_type]}.full_attention_interval", 2)
+    if config.model_type != "qwen3_next":
+        writer.add_rope_dimension_sections([1, 1, 0, 0])
+    if experts(config):
+        writer.add_expert_shared_feed_forward_length(last_mlp(config).shared.intermediate_size)
 
 
 def _write_gpt_oss(writer: gguf.GGUFWriter, config: ModelConfig) -> None:
@@ -231,6 +253,46 @@ def _write_latents(writer: gguf.GGUFWriter, config: ModelConfig, old: bool) -> N
         writer.add_rope_scaling_orig_ctx_len(int(scaling.original_max_position_embeddings))
         magnitude = (np.sqrt(kind.softmax_factor) - 1) / np.log(scaling.factor)
         writer.add_rope_scaling_yarn_log_mul(float(magnitude))
+
+
+def _with_delta_nets(tensors: Tensors, config: ModelConfig) -> Tensors:
+    """With what llama.cpp's converter makes of gated delta nets: q, k and v together, heads of Qwen3.5 in its order."""
+    found, tiles = dict(tensors), config.model_type != "qwen3_next"
+    for number, block in enumerate(config.blocks):
+        net, prefix = block.attention, f"model.layers.{number}.linear_attn."
+        if not isinstance(net, GatedDeltaNet):
+            continue
+        if grouped := f"{prefix}in_proj_qkvz.weight" in found:
+            whole = found.pop(f"{prefix}in_proj_qkvz.weight")
+            by_head = whole.reshape(net.key_heads, -1, whole.shape[1])
+            ends = np.cumsum([net.key_dim, net.key_dim, net.group * net.value_dim])
+            parts = dict(zip("qkvz", (p.reshape(-1, p.shape[2]) for p in np.split(by_head, ends, axis=1)), strict=True))
+        else:
+            parts = {part: found.pop(f"{prefix}in_proj_{part}.weight") for part in "qkvz"}
+        assert grouped != tiles
+        taps = {part: found.pop(f"{prefix}conv1d_{part}.weight").reshape(-1, 4) for part in "qkv"}
+        rest = {name: found.pop(prefix + name) for name in ("A", "dt_bias")}
+        if tiles:
+            order = np.arange(net.value_heads).reshape(net.key_heads, net.group).T.reshape(-1)
+            gates = {f"in_proj_{part}.weight": found[f"{prefix}in_proj_{part}.weight"] for part in "ab"}
+            found |= {prefix + name: _by_head(tensor, order) for name, tensor in gates.items()}
+            rest = {name: tensor[order] for name, tensor in rest.items()}
+            parts |= {part: _by_head(parts[part], order) for part in "vz"}
+            taps["v"] = _by_head(taps["v"], order)
+            out = found[f"{prefix}out_proj.weight"]
+            found[f"{prefix}out_proj.weight"] = np.ascontiguousarray(_by_head(out.T, order).T)
+        found[f"{prefix}in_proj_qkv.weight"] = np.concatenate([parts[part] for part in "qkv"])
+        found[f"{prefix}in_proj_z.weight"] = parts["z"]
+        found[f"{prefix}conv1d.weight"] = np.concatenate([taps[part] for part in "qkv"])
+        found |= {f"blk.{number}.ssm_a": -rest["A"], f"blk.{number}.ssm_dt.bias": rest["dt_bias"]}
+    for name in [name for name in found if name.endswith("shared_expert_gate.weight")]:
+        found[name] = found[name][0]
+    return found
+
+
+def _by_head(rows: np.ndarray, order: np.ndarray) -> np.ndarray:
+    """Rows of as many heads, in another order."""
+    return rows.reshape(len(order), -1, *rows.shape[1:])[order].reshape(rows.shape)
 
 
 def _with_halves(stored: Tensors, config: ModelConfig) -> Tensors:
@@ -349,7 +411,7 @@ def _write_vocabulary(writer: gguf.GGUFWriter, family: str, pre: str) -> None:
 def _gguf_tensors(family: str, architecture: str, config: ModelConfig) -> Tensors:
     found: dict[str, np.ndarray] = {}
     stacked: dict[str, list[np.ndarray]] = {}
-    tensors = family_tensors(family)
+    tensors = _with_delta_nets(family_tensors(family), config)
     for name, tensor in (_fused(tensors, config.num_hidden_layers) if architecture == "phi3" else tensors).items():
         if name.startswith("blk."):
             found[name] = tensor
@@ -466,10 +528,24 @@ def write_of_whole_blocks(folder: Path, block: int = 32, family: str = "llama") 
         "num_key_value_heads": heads,
     }
     config |= {"intermediate_size": 5 * block, "num_hidden_layers": 2}
+    if "layer_types" in config:  # blocks reach over several value heads
+        sizes = {"linear_key_head_dim": 32, "linear_value_head_dim": 32}
+        config |= {**sizes, "linear_num_key_heads": block // 32, "linear_num_value_heads": block // 16}
+        config["layer_types"] = config["layer_types"][:2]
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(config))
     shutil.copy(FOLDER / family / "tokenizer.json", folder)
-    save_file(random_tensors(config), folder / "model.safetensors")
+    save_file(_with_gates(random_tensors(config), heads), folder / "model.safetensors")
+
+
+def _with_gates(tensors: Tensors, heads: int) -> dict[str, np.ndarray]:
+    """With queries and gates of heads in one matrix, as checkpoints have them."""
+    found = dict(tensors)
+    for name in [name for name in found if name.endswith("self_attn.gate_proj.weight")]:
+        queries = name.replace("gate_proj", "q_proj")
+        both = [part.reshape(heads, -1, part.shape[1]) for part in (found[queries], found.pop(name))]
+        found[queries] = np.concatenate(both, axis=1).reshape(-1, both[0].shape[2])
+    return found
 
 
 # -- distributed-llama ----------------------------------------------------------------------------------------------

@@ -88,6 +88,22 @@ LATENT_TOY: Mapping[str, Any] = {
 }
 """The same with latent attention."""
 
+DELTA_TOY: Mapping[str, Any] = {
+    **TOY,
+    "model_type": "qwen3_next",
+    "full_attention_interval": 2,
+    "linear_num_key_heads": 3,
+    "linear_num_value_heads": 6,
+    "linear_key_head_dim": 24,
+    "linear_value_head_dim": 40,
+    "partial_rotary_factor": 0.5,
+    "num_experts": 6,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 96,
+    "shared_expert_intermediate_size": 64,
+}
+"""The same with a gated delta net before each layer of attention, and experts."""
+
 TOY_CHAT_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}{{ '<|' + message.role + '|>' }}{{ message.content }}"
     "{% if message.role == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
@@ -110,14 +126,19 @@ def write_plain(path: str | Path, weight_type: str) -> None:
     write_random(path, PLAIN, weight_type)
 
 
-def write_toy(path: str | Path, weight_type: str = "q8_0") -> None:
+def write_toy(path: str | Path, weight_type: str = "q8_0", config: Mapping[str, Any] = TOY) -> None:
     """Write a model with tokenizer, chat template, BOS and EOS, ready for `python -m mpillama`."""
     texts = {
         "tokenizer.json": toy_tokenizer(),
         "chat_template.jinja": TOY_CHAT_TEMPLATE.encode(),
         "generation_config.json": json.dumps({"bos_token_id": BOS, "eos_token_id": [EOS]}).encode(),
     }
-    write_random(path, TOY, weight_type, texts)
+    write_random(path, config, weight_type, texts)
+
+
+def write_delta(path: str | Path, weight_type: str = "q8_0") -> None:
+    """Write a model with recurrent states, ready for the same."""
+    write_toy(path, weight_type, DELTA_TOY)
 
 
 def write_random(

@@ -81,7 +81,7 @@ class Reporter:
             "running": len(engine.scheduler.running),
             "waiting": len(engine.scheduler.waiting),
             "cache_blocks_used": engine.pool.used,
-            "cache_blocks": engine.pool.blocks,
+            "cache_blocks": engine.pool.size,
             "prefix_cache_hit_share": totals.cached_tokens / max(1, totals.prompt_tokens),
             "preemptions": engine.scheduler.preemptions,
             "steps": totals.steps,
@@ -120,7 +120,7 @@ def shown(quiet: bool) -> Iterator[Callable[[str], None]]:
         yield status.update
 
 
-ANSWER_OPTIONS = ("weights", "kv_type", "layers")
+ANSWER_OPTIONS = ("weights", "kv_type", "sync", "layers")
 """What an answer depends on besides row, model and sampling."""
 
 
@@ -150,7 +150,7 @@ def group_size(options: BatchOptions, world: World) -> int:
     open_file = lambda: open_model(model_path(options.model), options.weights, options.tokenizer)  # noqa: E731
     file = world.comm.on_root(lambda: world.comm.busy(open_file, "reading the model's table"))
     context = options.max_seq_len or min(file.config.max_position_embeddings, DEFAULT_BATCH_CONTEXT)
-    return smallest_group(file, world, context, options.kv_type, options.prefill_chunk)
+    return smallest_group(file, world, options, context)
 
 
 def check(options: BatchOptions) -> None:

@@ -3,13 +3,14 @@
 import json
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import httpx
 
+from mpillama.cli.conversation import HELP, Conversation, Message, converse
 from mpillama.cli.keyboard import Keyboard
 from mpillama.cli.options import ClientOptions
 from mpillama.cli.values import read_standard_input
@@ -17,49 +18,25 @@ from mpillama.errors import UserError
 from mpillama.redaction import keep_secret
 from mpillama.server.rendezvous import Rendezvous, read_rendezvous
 
-HELP = "/reset forgets the conversation, /system TEXT sets the system message, /quit leaves; Ctrl-C stops an answer."
 CONNECT_SECONDS = 20.0
 PATTERN = "mpillama-serve*.json"
 
 
 def client(options: ClientOptions) -> int:
-    where = Server.find(options)
-    talk = Talk(where, options.sampling, options.system)
+    server = Server.find(options)
+
+    def answer(messages: list[Message]) -> Generator[str, None, None]:
+        return server.answer({**options.sampling, "messages": messages})
+
+    conversation = Conversation(answer, options.system)
     if options.prompt is not None:
-        talk.ask(read_standard_input() if options.prompt == "-" else options.prompt, lambda: False)
+        conversation.ask(read_standard_input() if options.prompt == "-" else options.prompt)
         return 0
-    return converse(talk, options.quiet)
-
-
-def converse(talk: "Talk", quiet: bool) -> int:
-    """Ask what a person types until the input ends; returns the exit status."""
-    keyboard = Keyboard()
-    quiet = quiet or not sys.stdin.isatty()
+    keyboard, quiet = Keyboard(), options.quiet or not sys.stdin.isatty()
     if not quiet:
-        keyboard.tell(f"{talk.server.url}\n{HELP}")
-    with keyboard.listening():
-        while (line := keyboard.line("" if quiet else "> ")) is not None:
-            text = line.strip()
-            if text == "/quit":
-                break
-            name, _, argument = text.partition(" ")
-            if name == "/reset":
-                talk.reset(talk.system)
-            elif name == "/system" and argument:
-                talk.reset(argument)
-            elif text.startswith("/"):
-                keyboard.tell(HELP)
-            elif text:
-                _ask_kindly(talk, text, keyboard)
+        keyboard.tell(f"{server.url}\n{HELP}")
+    converse(conversation, keyboard, "" if quiet else "> ")
     return 0
-
-
-def _ask_kindly(talk: "Talk", text: str, keyboard: Keyboard) -> None:
-    """Ask; an error is reported, and the conversation goes on."""
-    try:
-        talk.ask(text, lambda: keyboard.interrupted)
-    except UserError as error:
-        keyboard.tell(f"mpillama: {error}")
 
 
 class Server:
@@ -99,7 +76,7 @@ class Server:
                 f"{self.url}: does not answer ({reason}): is the server still running{self.hint}?"
             ) from error
 
-    def answer(self, body: dict[str, Any]) -> Iterator[str]:
+    def answer(self, body: dict[str, Any]) -> Generator[str, None, None]:
         """The pieces of a chat's answer; UserError if the server refuses or fails."""
         with (
             self._connected() as connection,
@@ -135,33 +112,3 @@ def _rendezvous(options: ClientOptions) -> Rendezvous:
             f"there is no {PATTERN} in this folder: name the server's file (--rendezvous) or its URL (--url)."
         )
     return read_rendezvous(found[-1])
-
-
-class Talk:
-    """A conversation; a question that fails is not part of it."""
-
-    def __init__(self, server: Server, sampling: dict[str, Any], system: str | None):
-        self.server = server
-        self.sampling = sampling
-        self.system = system
-        self.messages: list[dict[str, str]] = []
-        self.reset(system)
-
-    def reset(self, system: str | None) -> None:
-        self.system = system
-        self.messages = [{"role": "system", "content": system}] if system else []
-
-    def ask(self, text: str, is_stopped: Any) -> None:
-        """Print the answer as it comes; stopping midway cancels it on the server."""
-        asked, answer = [*self.messages, {"role": "user", "content": text}], ""
-        pieces = self.server.answer({**self.sampling, "messages": asked})
-        for piece in pieces:
-            sys.stdout.write(piece)
-            sys.stdout.flush()
-            answer += piece
-            if is_stopped():
-                sys.stdout.write(" (stopped)")
-                break
-        pieces.close()  # type: ignore[attr-defined]
-        sys.stdout.write("\n")
-        self.messages = [*asked, {"role": "assistant", "content": answer}]

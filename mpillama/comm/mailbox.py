@@ -2,11 +2,12 @@
 
 import os
 import time
-from typing import Any, ClassVar
+from typing import Any
 
 from mpi4py import MPI
 
 from mpillama.comm.communicator import Communicator
+from mpillama.comm.outbox import Outbox
 
 BEAT_SECONDS = 5.0
 """The longest time between two heartbeats; several must come within the job's time-out."""
@@ -19,12 +20,10 @@ class Mailbox:
     longer than the job's time-out.
     """
 
-    _sent: ClassVar[list[MPI.Request]] = []
-    """Messages on their way, of all mailboxes: MPI may read one until it has arrived, even if its mailbox is gone."""
-
     def __init__(self, comm: Communicator):
         with comm.watch.blocking("the start"):
             self._mpi = comm.mpi.Dup()
+        self._outbox = Outbox(self._mpi, self.receive)
         self.size = comm.size
         self._watchdog = comm.watch
         self._period = min(BEAT_SECONDS, comm.watch.timeout / 4) if comm.watch.timeout else BEAT_SECONDS
@@ -42,8 +41,7 @@ class Mailbox:
         self._heard.pop(rank, None)
 
     def send(self, to: int, value: Any) -> None:
-        self._sent[:] = [request for request in self._sent if not request.Test()]
-        self._sent.append(self._mpi.isend(value, to))
+        self._outbox.keep(self._mpi.issend(value, to))
 
     def receive(self) -> list[tuple[int, Any]]:
         """Everything that has arrived: the sender's rank and the object."""

@@ -15,7 +15,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext, supp
 from typing import Generic, TypeVar
 
 from mpillama.comm.failure import Aborter
-from mpillama.comm.liveness import Kind, Liveness, Messages, State, describe
+from mpillama.comm.liveness import NO_NEWS, PASSED_ON, Kind, Liveness, Message, Messages, Place, State, describe
 
 LOOK_SECONDS = 0.1
 """Time between two looks of a wait, or of a rank that works."""
@@ -60,6 +60,7 @@ class Watch:
         self.timeout = timeout
         self.messages: Messages | None = None
         self.names: Sequence[str] = ()
+        self.hosts: Sequence[str] = ()
         self.clock: Callable[[], float] = time.perf_counter
         self.entered = 0
         self.work = 0
@@ -71,6 +72,7 @@ class Watch:
         self.idle_at = -1
         self.failed_at = -1
         self.job_ends = False
+        self.blamed: Sequence[int] = ()
         self.display: Display = no_display
         self._reserve: mmap.mmap | None = mmap.mmap(-1, RESERVE_BYTES, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
 
@@ -100,34 +102,41 @@ class Watch:
             return
         mpi = self.messages.mpi
         if self.liveness is None:
-            self.liveness = Liveness(self.state(), mpi.rank, mpi.size, self.timeout, self.clock)
+            self.liveness = Liveness(self.state(), mpi.rank, self.messages.neighbours, self.timeout, self.clock)
         self._listen()
         if self.timeout:
-            self._call(self.liveness)
+            self._call(self.messages, self.liveness)
 
     def state(self) -> State:
         """How far this rank is."""
         return State(self.entered, self.work, bool(self.place))
 
-    def _call(self, liveness: Liveness) -> None:
+    def _call(self, messages: Messages, liveness: Liveness) -> None:
         liveness.pass_time()
         if self.idle_at >= 0 and self.entered == self.idle_at + 1:
             liveness.restart()  # rank 0 waits for a person before it comes here
             return
-        if liveness.is_time_to_call() and self.messages is not None:
-            self.messages.send_all(Kind.CALL, self.state())
+        asked = [*liveness.to_call(), *liveness.to_probe(self.hosts)]
+        messages.send(asked, Message(Kind.CALL, self.state(), liveness.news))
+        messages.send(liveness.to_tell(), Message(Kind.HERE, self.state(), liveness.news))
         verdict, mates = liveness.verdict()
         if verdict:
-            me = self.messages.mpi.rank if self.messages else 0
-            self.abort(describe(verdict, mates, self.names, self.place, me, self.timeout))
+            answering = liveness.answering_hosts(self.hosts)
+            self.blamed = [mate.rank for mate in mates]
+            place = Place(messages.mpi.rank, self.place, self.names, self.hosts, answering)
+            self.abort(describe(verdict, mates, place, self.timeout))
 
     def _listen(self) -> None:
         """Answer whoever asks, and note what others say."""
         if self.messages is None:
             return
-        for rank, kind, state in self.messages.receive():
+        for rank, message in self.messages.receive():
+            kind, state = message.kind, message.state
             if kind is Kind.CALL:
-                self.messages.send(rank, Kind.HERE, self.state())
+                news = self.liveness.news if self.liveness else NO_NEWS
+                self.messages.send([rank], Message(Kind.HERE, self.state(), news))
+            if kind in PASSED_ON and not (kind is Kind.ENDING and self.job_ends):
+                self.messages.pass_on(rank, message)
             if kind in (Kind.IDLE, Kind.BACK):
                 self.idle_at = state.entered if kind is Kind.IDLE else -1
             elif kind is Kind.FAILED:
@@ -137,12 +146,12 @@ class Watch:
             elif kind is Kind.GONE:
                 raise PeerFailedError(self.names[rank] if self.names else f"rank {rank}")
             elif self.liveness is not None:
-                self.liveness.hear(rank, kind, state)
+                self.liveness.hear(rank, message)
 
     def tell_end(self) -> None:
         """Let the other ranks know that this one ends the job and says why."""
         if self.messages is not None and threading.current_thread() is threading.main_thread():
-            self.messages.send_all(Kind.ENDING, self.state())
+            self.messages.send_all(Kind.ENDING, self.state(), self.blamed)
 
     def knows_of_end(self) -> bool:
         """Whether another rank has told so."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from mpillama.errors import UserError
-from mpillama.text.sampler import largest
+from mpillama.models.candidates import largest
 from mpillama.text.sampling_params import SamplingParams
 from mpillama.text.tokenizer import Tokenizer
 
@@ -162,6 +162,16 @@ class LogprobRecorder:
         """What was noted since the last call."""
         noted, self._noted = self._noted, []
         return noted
+
+
+def recorder(alternatives: int | None) -> LogprobRecorder | None:
+    """What notes log-probabilities where they are asked for."""
+    return None if alternatives is None else LogprobRecorder(alternatives)
+
+
+def noted(callback: object) -> list[TokenLogprob] | None:
+    """What the recorder among a request's callbacks has noted since the last call; None without one."""
+    return callback.take() if isinstance(callback, LogprobRecorder) else None
 
 
 def log_sum(logits: np.ndarray) -> float:

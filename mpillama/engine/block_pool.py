@@ -30,42 +30,117 @@ def block_digest(before: bytes, token_ids: Sequence[int]) -> bytes:
     return hashlib.blake2b(np.asarray(token_ids, "<i8").tobytes(), digest_size=16, key=before).digest()
 
 
-class BlockPool:
-    """`blocks` cache blocks; each is free, used by some sequences, or unused but still known by its digest."""
+class Pool:
+    """`size` places of cache memory; each is free, used by some sequences, or unused but still known by its digest."""
 
-    def __init__(self, blocks: int):
-        self.blocks = blocks
-        self._free = list(range(blocks - 1, -1, -1))
-        self._users = [0] * blocks
-        self._digests: list[bytes | None] = [None] * blocks
+    def __init__(self, size: int):
+        self.size = size
+        self._free = list(range(size - 1, -1, -1))
+        self._users = [0] * size
+        self._digests: list[bytes | None] = [None] * size
         self._known: dict[bytes, int] = {}
         self._unused: OrderedDict[int, None] = OrderedDict()
 
     @property
     def available(self) -> int:
-        """Blocks that can be had."""
+        """Places that can be had."""
         return len(self._free) + len(self._unused)
 
     @property
     def used(self) -> int:
-        return self.blocks - self.available
+        return self.size - self.available
 
     def take(self) -> int:
-        """A block for one user; IndexError if none is available."""
+        """A place for one user; IndexError if none is available."""
         if not self._free:
             self._forget(next(iter(self._unused)))
-        block = self._free.pop()
-        self._users[block] = 1
-        return block
+        place = self._free.pop()
+        self._users[place] = 1
+        return place
 
-    def _forget(self, block: int) -> None:
-        """Make an unused, known block free."""
-        del self._unused[block]
-        digest = self._digests[block]
+    def _forget(self, place: int) -> bytes:
+        """Make an unused, known place free; returns its digest."""
+        del self._unused[place]
+        digest = self._digests[place]
         assert digest is not None
         del self._known[digest]
-        self._digests[block] = None
-        self._free.append(block)
+        self._digests[place] = None
+        self._free.append(place)
+        return digest
+
+    def _use(self, place: int) -> int:
+        """Add a user to a known place."""
+        self._unused.pop(place, None)
+        self._users[place] += 1
+        return place
+
+    def publish(self, place: int, digest: bytes) -> None:
+        """Let others find what a place holds; nothing happens if another place with the same content is known."""
+        if self._digests[place] is None and digest not in self._known:
+            self._digests[place] = digest
+            self._known[digest] = place
+
+    def release(self, places: Sequence[int]) -> None:
+        """Give back one use of each place, the last first: the beginning of a text is the last to be forgotten."""
+        for place in reversed(places):
+            assert self._users[place] > 0
+            self._users[place] -= 1
+            if self._users[place]:
+                continue
+            if self._digests[place] is None:
+                self._free.append(place)
+            else:
+                self._unused[place] = None
+
+
+class StatePool(Pool):
+    """State slots of recurrent layers: a sequence's own, and snapshots, known by the digest of the block they follow.
+
+    A state cannot be rewound: a known beginning of a text can be continued only where there is a snapshot.
+    """
+
+    def knows(self, digest: bytes) -> bool:
+        """Whether there is a snapshot."""
+        return digest in self._known
+
+    def is_known(self, slot: int) -> bool:
+        """Whether a slot is a snapshot that others can find."""
+        return self._digests[slot] is not None
+
+    def find(self, digests: Sequence[bytes]) -> tuple[int, int | None]:
+        """How many blocks the longest beginning with a snapshot has, and that slot, with one user more; 0 and None."""
+        for count in range(len(digests), 0, -1):
+            if digests[count - 1] in self._known:
+                return count, self._use(self._known[digests[count - 1]])
+        return 0, None
+
+    def supersede(self, digest: bytes) -> None:
+        """Let a snapshot be the next that is forgotten: its sequence has a later one."""
+        slot = self._known.get(digest)
+        if slot is not None and slot in self._unused:
+            self._unused.move_to_end(slot, last=False)
+
+    def forget(self, digest: bytes) -> None:
+        """Nothing finds a snapshot any more once its block is forgotten; who uses it still may."""
+        slot = self._known.get(digest)
+        if slot is not None and slot in self._unused:
+            self._forget(slot)
+        elif slot is not None:
+            self._digests[self._known.pop(digest)] = None
+
+
+class BlockPool(Pool):
+    """Cache blocks, and the state slots of a model that has recurrent layers."""
+
+    def __init__(self, blocks: int, states: StatePool | None = None):
+        super().__init__(blocks)
+        self.states = states
+
+    def _forget(self, place: int) -> bytes:
+        digest = super()._forget(place)
+        if self.states is not None:
+            self.states.forget(digest)
+        return digest
 
     def find(self, digests: Sequence[bytes]) -> list[int]:
         """The blocks of the longest known beginning, each with one user more."""
@@ -74,28 +149,8 @@ class BlockPool:
             block = self._known.get(digest)
             if block is None:
                 break
-            self._unused.pop(block, None)
-            self._users[block] += 1
-            found.append(block)
+            found.append(self._use(block))
         return found
-
-    def publish(self, block: int, digest: bytes) -> None:
-        """Let others find a full block; nothing happens if another block with the same content is known."""
-        if self._digests[block] is None and digest not in self._known:
-            self._digests[block] = digest
-            self._known[digest] = block
-
-    def release(self, blocks: Sequence[int]) -> None:
-        """Give back one use of each block, the last first: the beginning of a text is the last to be forgotten."""
-        for block in reversed(blocks):
-            assert self._users[block] > 0
-            self._users[block] -= 1
-            if self._users[block]:
-                continue
-            if self._digests[block] is None:
-                self._free.append(block)
-            else:
-                self._unused[block] = None
 
 
 def prefix_digests(token_ids: Sequence[int], before: bytes = NO_TOKENS) -> list[bytes]:

@@ -4,19 +4,26 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from enum import IntEnum
+from typing import cast
 
 import numpy as np
 import psutil
 
 from mpillama.comm.communicator import Communicator
 from mpillama.models.cache import KVCache, Step, blocks_for, joint_step
+from mpillama.models.candidates import WHOLE, Candidates, Wanted
 from mpillama.models.decoder import Decoder
 from mpillama.text.tokenizer import check_token_ids
 
 HEADER = 4
-"""Numbers at the beginning of the message: order, tokens (or an exit status), segments, block ids."""
-FIELDS = 6
-"""Numbers of a segment: slot, first position, tokens, wanted logits, first table place, new block ids."""
+"""Numbers at the beginning of the message: order, tokens (or exit status, or row), segments, block ids."""
+FIELDS = 8
+"""Numbers of a segment: slot, first position, tokens, rows of logits, first table place, new block ids, candidates,
+temperature (the bits of a float64)."""
+STATE_FIELDS = 2
+"""With recurrent layers also: the state slot that is read, and the one that is written."""
+NOWHERE = -1
+"""No state slot."""
 
 
 class Order(IntEnum):
@@ -25,14 +32,29 @@ class Order(IntEnum):
     FORWARD = 1
     END = 2
     REPORT_MEMORY = 3
+    LOGITS = 4
+
+
+@dataclass(frozen=True)
+class SegmentStates:
+    """Where recurrent layers have the state of a sequence: the slot before a segment (-1 is none yet) and behind it.
+
+    `snapshots` are more slots, each with the index of the token after which it is written, in ascending order.
+    """
+
+    read: int
+    write: int
+    snapshots: Sequence[tuple[int, int]] = ()
 
 
 @dataclass(frozen=True)
 class Segment:
-    """New tokens of one sequence, from position `start` on, with the logits after the last `logits` of them.
+    """New tokens of one sequence, from position `start` on, with the logits after the last `logits` of them, or what
+    is `wanted` of these.
 
     `slot` is the sequence's row in the block tables, which every rank keeps; `blocks` are written into that row from
-    place `table_start` on before the step. Without tokens only the table is written.
+    place `table_start` on before the step. Without tokens only the table is written. Without `states` the state of a
+    model that has one is in state slot `slot`.
     """
 
     slot: int
@@ -41,19 +63,31 @@ class Segment:
     logits: int = 0
     table_start: int = 0
     blocks: Sequence[int] | np.ndarray = ()
+    states: SegmentStates | None = None
+    wanted: Wanted = WHOLE
+
+    @property
+    def state_slots(self) -> SegmentStates:
+        return self.states or SegmentStates(self.slot if self.start else NOWHERE, self.slot)
 
 
 class StepPlan:
     """The message's buffer, int64, of a size fixed by the most tokens and sequences of a step: no pickling, no sizes.
 
-    `tables` int64 [slots, blocks of the longest sequence] are the block tables of this rank.
+    `tables` int64 [slots, blocks of the longest sequence] are the block tables of this rank. Of a model that
+    `has_state` the message also says where states are; a token has at most one slot of its own.
     """
 
-    def __init__(self, max_tokens: int, slots: int, max_seq_len: int):
+    def __init__(self, max_tokens: int, slots: int, max_seq_len: int, has_state: bool = False):
         self.max_tokens = max_tokens
         self.slots = slots
+        self.has_state = has_state
         self.max_blocks = blocks_for(max_tokens) + 2 * slots
-        self.buffer = np.zeros(HEADER + FIELDS * slots + max_tokens + self.max_blocks, np.int64)
+        self.fields = FIELDS + STATE_FIELDS * has_state
+        size = HEADER + self.fields * slots + max_tokens + self.max_blocks
+        self.buffer = np.zeros(size + max_tokens * has_state, np.int64)
+        self.snapshots = self.buffer[size:]
+        """Of each token the slot that its state is written to, or -1."""
         self.tables = np.zeros((slots, blocks_for(max_seq_len)), np.int64)
         # What was never written must not be read; a slot that has no such block keeps pointing at block 0.
 
@@ -84,14 +118,26 @@ class StepPlan:
         if len(ids) > self.max_tokens or len(segments) > self.slots or len(blocks) > self.max_blocks:
             raise ValueError(f"a step of {len(ids)} tokens, {len(segments)} sequences, {len(blocks)} new blocks")
         self.buffer[:HEADER] = Order.FORWARD, len(ids), len(segments), len(blocks)
-        at = HEADER + FIELDS * len(segments)
-        self.buffer[HEADER:at] = [
-            number
+        at = HEADER + self.fields * len(segments)
+        fields = self.buffer[HEADER:at].reshape(len(segments), self.fields)
+        fields[:, :FIELDS] = [
+            (s.slot, s.start, len(s.token_ids), s.logits, s.table_start, len(s.blocks), *_numbers(s.wanted))
             for s in segments
-            for number in (s.slot, s.start, len(s.token_ids), s.logits, s.table_start, len(s.blocks))
         ]
         self.buffer[at : at + len(ids)] = ids
         self.buffer[at + len(ids) : at + len(ids) + len(blocks)] = blocks
+        if self.has_state:
+            self._write_states(segments, fields)
+
+    def _write_states(self, segments: Sequence[Segment], fields: np.ndarray) -> None:
+        self.snapshots[:] = NOWHERE
+        first = 0
+        for s, numbers in zip(segments, fields, strict=True):
+            states = s.state_slots
+            numbers[FIELDS:] = states.read, states.write
+            for index, slot in states.snapshots:
+                self.snapshots[first + index] = slot
+            first += len(s.token_ids)
 
     # -- all ranks -------------------------------------------------------------------------------------------------
 
@@ -101,25 +147,44 @@ class StepPlan:
 
     @property
     def status(self) -> int:
-        """The exit status of an END."""
+        """The exit status of an END, the row of LOGITS."""
         return int(self.buffer[1])
+
+    def wanted(self) -> list[Wanted]:
+        """What is wanted of each row of logits of the step."""
+        at = HEADER + self.fields * int(self.buffer[2])
+        fields = self.buffer[HEADER:at].reshape(-1, self.fields)
+        of_segments = [
+            Wanted(int(count), float(temperature))
+            for count, temperature in zip(fields[:, 6], fields[:, 7].copy().view(np.float64), strict=True)
+        ]
+        return [w for w, rows in zip(of_segments, fields[:, 3].tolist(), strict=True) for _ in range(rows)]
 
     def step(self) -> Step:
         """Write the message's blocks into the tables and return the step that it describes."""
         tokens, count, _ = (int(n) for n in self.buffer[1:HEADER])
-        at = HEADER + FIELDS * count
-        fields = self.buffer[HEADER:at].reshape(count, FIELDS)
+        at = HEADER + self.fields * count
+        fields = self.buffer[HEADER:at].reshape(count, self.fields)
         self._write_tables(fields, self.buffer[at + tokens :])
         fields = fields[fields[:, 2] > 0]
         slots, starts, counts, logits = fields[:, 0], fields[:, 1], fields[:, 2], fields[:, 3]
         width = blocks_for(int((starts + counts).max())) if len(fields) else 0
-        return joint_step(self.buffer[at : at + tokens], starts, counts, logits, self.tables[slots, :width])
+        ids, tables = self.buffer[at : at + tokens], self.tables[slots, :width]
+        if not self.has_state:
+            return joint_step(ids, starts, counts, logits, tables)
+        rows = np.flatnonzero(self.snapshots >= 0)
+        snapshots = np.stack([rows, self.snapshots[rows]], axis=1)
+        return joint_step(ids, starts, counts, logits, tables, fields[:, FIELDS:].copy(), snapshots)
 
     def _write_tables(self, fields: np.ndarray, blocks: np.ndarray) -> None:
         first = 0
-        for slot, _, _, _, place, count in fields[fields[:, 5] > 0].tolist():
+        for slot, _, _, _, place, count in fields[fields[:, 5] > 0, :6].tolist():
             self.tables[slot, place : place + count] = blocks[first : first + count]
             first += count
+
+
+def _numbers(wanted: Wanted) -> tuple[int, int]:
+    return wanted.count, int(np.float64(wanted.temperature).view(np.int64))
 
 
 LOGIT_BYTES = 32 << 20
@@ -130,40 +195,45 @@ class Executor:
     """A model and a cache for up to `slots` sequences of up to `max_seq_len` positions, steps of up to `max_tokens`.
 
     The cache has `blocks` blocks, which rank 0 gives to sequences with the segments; without that number each slot has
-    the blocks that it may need, and none need be given. On rank 0 call forward, memory_per_rank and end; on the other
-    ranks call follow once.
+    the blocks that it may need, and none need be given. A model with recurrent layers has `states` state slots, by
+    default one more than sequences. On rank 0 call forward, memory_per_rank and end; on the other ranks call follow
+    once.
     """
 
     def __init__(
         self, model: Decoder, max_seq_len: int, kv_type: str, max_tokens: int, slots: int = 1,
-        blocks: int | None = None,
+        blocks: int | None = None, states: int = 0,
     ):  # fmt: skip
         self.model = model
-        self.comm: Communicator = model.comm
+        self.comm: Communicator = model.all_ranks
         self.max_seq_len = max_seq_len
         self.max_tokens = max_tokens
         self.slots = slots
-        self.plan = StepPlan(max_tokens, slots, max_seq_len)
+        self.plan = StepPlan(max_tokens, slots, max_seq_len, model.config.has_state)
         if blocks is None:
             blocks = self.plan.tables.size
             self.plan.tables.reshape(-1)[:] = np.arange(blocks)
         self.blocks = blocks
         self.piece = max(1, LOGIT_BYTES // (4 * model.config.vocab_size))
         self.abandoned = False
-        self.cache = KVCache(model.config, model.part, blocks, kv_type)
+        self.states = max(states, slots + 1) if model.config.has_state else 0
+        self.cache = KVCache(model.config, model.part, blocks, kv_type, self.states)
 
     # -- rank 0 ----------------------------------------------------------------------------------------------------
 
     def forward(self, segments: Sequence[Segment]) -> np.ndarray:
-        """Run a step and return the wanted logits, float32 [rows, vocab_size], in the order of the segments.
+        """Run a step and return whole rows of logits, float32 [rows, vocab_size], in the order of the segments.
 
         UserError for a token that the model does not have; nothing is run then.
         """
-        pieces = list(self.forward_in_pieces(segments))
-        return pieces[0] if len(pieces) == 1 else np.concatenate(pieces or [self._no_logits()])
+        rows = [row for piece in self.forward_in_pieces(segments) for row in piece]
+        return np.stack(cast(list[np.ndarray], rows)) if rows else self._no_logits()
 
-    def forward_in_pieces(self, segments: Sequence[Segment]) -> Iterator[np.ndarray]:
-        """As forward, with up to `piece` rows at a time; take them all, since all ranks compute them together."""
+    def forward_in_pieces(self, segments: Sequence[Segment]) -> Iterator[list[np.ndarray | Candidates]]:
+        """Run a step and return what is wanted of its rows of logits, up to `piece` rows at a time.
+
+        Take them all, since all ranks compute them together. UserError as for forward.
+        """
         for segment in segments:
             check_token_ids(segment.token_ids, self.model.config.vocab_size)
         blocks_first, rest = self.plan.fit(segments)
@@ -178,7 +248,13 @@ class Executor:
     def _no_logits(self) -> np.ndarray:
         return np.empty((0, self.model.config.vocab_size), np.float32)
 
-    def _run(self, segments: Sequence[Segment]) -> Iterator[np.ndarray]:
+    def whole_row(self, row: int) -> np.ndarray:
+        """All logits after a token of the last step, whose pieces were all taken: float32 [vocab_size]."""
+        self._order(Order.LOGITS, row)
+        logits: np.ndarray = self.model.logits(np.array([row]))[0]
+        return logits
+
+    def _run(self, segments: Sequence[Segment]) -> Iterator[list[np.ndarray | Candidates]]:
         self.plan.write(segments)
         self.comm.broadcast_plan(self.plan.buffer)
         return self._execute()
@@ -209,16 +285,19 @@ class Executor:
                 return self.plan.status
             if self.plan.order == Order.REPORT_MEMORY:
                 self._gather_memory()
+            elif self.plan.order == Order.LOGITS:
+                self.model.logits(np.array([self.plan.status]))
             else:
                 deque(self._execute(), maxlen=0)
 
-    def _execute(self) -> Iterator[np.ndarray]:
+    def _execute(self) -> Iterator[list[np.ndarray | Candidates]]:
         """Run the step; its logits are computed as they are taken."""
-        step = self.plan.step()
+        step, wanted = self.plan.step(), self.plan.wanted()
         if len(step.token_ids):
             self.model.advance(step, self.cache)
         starts = range(0, len(step.logit_rows), self.piece)
-        return (self.model.logits(step.logit_rows[first : first + self.piece]) for first in starts)
+        pieces = (slice(first, first + self.piece) for first in starts)
+        return (self.model.wanted_logits(step.logit_rows[piece], wanted[piece]) for piece in pieces)
 
     def _gather_memory(self) -> list[int]:
         return self.comm.gather(int(psutil.Process().memory_info().rss))

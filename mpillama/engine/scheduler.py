@@ -2,9 +2,11 @@
 
 from collections import deque
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from mpillama.engine.block_pool import BlockPool
+from mpillama.engine.executor import SegmentStates
+from mpillama.engine.recurrent_state import RecurrentState
 from mpillama.engine.sequence import EngineSequence
 from mpillama.engine.speculation import Drafter
 from mpillama.models.attention import BLOCK_POSITIONS
@@ -13,11 +15,12 @@ from mpillama.models.cache import blocks_for
 
 @dataclass(frozen=True)
 class ScheduledSequence:
-    """A sequence's part of a step: its next `count` tokens, and drafts of those to come."""
+    """A sequence's part of a step: its next `count` tokens, and drafts of those to come; and its state slots."""
 
     sequence: EngineSequence
     count: int
     drafts: list[int]
+    states: SegmentStates | None = None
 
     @property
     def tokens(self) -> int:
@@ -63,7 +66,14 @@ class Scheduler:
                 self._schedule(sequence)
         while self._admissible() and self.preemptions == before and self._admit(self.waiting[0]):
             self._schedule(self.running[-1])
-        return list(self._shares.values())
+        shares = list(self._shares.values())
+        return shares if self.pool.states is None else [self._with_states(share) for share in shares]
+
+    def _with_states(self, share: ScheduledSequence) -> ScheduledSequence:
+        """Add state slots, once it is certain which sequences are in the step; drafts that get none are left out."""
+        assert self.pool.states is not None
+        drafts = share.drafts[: self.pool.states.available]
+        return replace(share, drafts=drafts, states=share.sequence.plan_states(share.count, len(drafts)))
 
     def _admissible(self) -> bool:
         return bool(self._budget() and self._slots and self.waiting)
@@ -130,9 +140,17 @@ class Scheduler:
         """Give the oldest waiting sequence a slot and what the cache knows of its text, if its tokens have room."""
         digests = sequence.prefix_digests()
         found = self.pool.find(digests)
+        if self.pool.states is not None:
+            sequence.state = RecurrentState.begin(self.pool.states, digests[: len(found)], sequence.last_reusable)
+            if sequence.state is None:
+                self.pool.release(found)
+                return False
+            self.pool.release(found[sequence.state.first_block :])
+            found = found[: sequence.state.first_block]
         room = sequence.request.sampling.room_for(0, 1)
         if blocks_for(len(sequence.tokens) + room) - len(found) > self.pool.available:
             self.pool.release(found)
+            sequence.leave_state()
             return False
         self.waiting.popleft()
         sequence.slot = self._slots.pop()

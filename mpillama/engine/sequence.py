@@ -8,11 +8,13 @@ import numpy as np
 
 from mpillama.engine.answer import Answer
 from mpillama.engine.block_pool import BlockPool, block_digest, prefix_digests, salt_digest
-from mpillama.engine.executor import Segment
+from mpillama.engine.executor import Segment, SegmentStates
+from mpillama.engine.recurrent_state import RecurrentState
 from mpillama.errors import UserError
 from mpillama.models.attention import BLOCK_POSITIONS
 from mpillama.models.cache import blocks_for
-from mpillama.text.sampler import Sampler
+from mpillama.models.candidates import WHOLE, Wanted
+from mpillama.text.sampler import Sampler, wanted_of
 from mpillama.text.sampling_params import SamplingParams
 from mpillama.text.tokenizer import check_token_ids
 
@@ -70,9 +72,10 @@ class EngineSequence:
     """A request's tokens, what the cache holds of them, and its answer.
 
     `computed` positions have keys and values in `blocks`; `cached_tokens` of the prompt were found in the cache at its
-    first admission. `slot` is its row of the block tables while it runs. `pooled` float64 [hidden_size] is the sum of
+    first admission. `slot` is its row of the block tables while it runs, `state` what it has besides if the model has
+    recurrent layers. `pooled` float64 [hidden_size] is the sum of
     hidden states so far, and in the end the embedding, of length 1. `told` positions of the prompt had their logits
-    passed on.
+    passed on. Whole rows of logits have `vocab_size` numbers; 0 samples from whole rows alone.
     """
 
     request: Request
@@ -81,6 +84,7 @@ class EngineSequence:
     tokens: list[int]
     sampler: Sampler | None = None
     slot: int | None = None
+    state: RecurrentState | None = None
     computed: int = 0
     blocks: list[int] = field(default_factory=list)
     cached_tokens: int | None = None
@@ -91,6 +95,7 @@ class EngineSequence:
     preemptions: int = 0
     pooled: np.ndarray | None = None
     told: int = 0
+    vocab_size: int = 0
     _digests: tuple[int, list[bytes]] = (-1, [])
 
     def __post_init__(self) -> None:
@@ -128,6 +133,11 @@ class EngineSequence:
         return self._digests[1] if self.untold == 0 else self._digests[1][: self.told // BLOCK_POSITIONS]
 
     @property
+    def last_reusable(self) -> int:
+        """The last border of blocks from which the prompt can be answered again: its last token must be computed."""
+        return (len(self.request.prompt_ids) - 1) // BLOCK_POSITIONS * BLOCK_POSITIONS
+
+    @property
     def untold(self) -> int:
         """Positions of the prompt whose logits are still to be passed on."""
         return 0 if self.request.on_prompt_logits is None else len(self.request.prompt_ids) - 1 - self.told
@@ -136,31 +146,61 @@ class EngineSequence:
         """How many of the next `count` pending positions are."""
         return max(0, min(self.computed + count, self.told + self.untold) - max(self.computed, self.told))
 
-    def segment(self, count: int, drafts: list[int]) -> Segment:
+    def plan_states(self, count: int, drafts: int) -> SegmentStates | None:
+        """The state slots of the next `count` pending tokens and drafts, if the model has recurrent layers."""
+        return None if self.state is None else self.state.plan(self.computed, count, drafts, self._digest_at)
+
+    def _digest_at(self, position: int) -> bytes:
+        """The digest of the text before a border of blocks that is not published yet."""
+        digest = self.last_digest
+        for start in range(self.published * BLOCK_POSITIONS, position, BLOCK_POSITIONS):
+            digest = block_digest(digest, self.tokens[start : start + BLOCK_POSITIONS])
+        return digest
+
+    def segment(self, count: int, drafts: list[int], states: SegmentStates | None = None) -> Segment:
         """The next `count` pending tokens and then drafts, with the logits that are wanted of them."""
         assert self.slot is not None
         ids = self.tokens[self.computed : self.computed + count] + drafts
         sampled = 1 + len(drafts) if count == self.pending and not self.request.pooling else 0
         new = self.blocks[self.sent_blocks :]
         logits = self.untold_among(count) + sampled
-        segment = Segment(self.slot, self.computed, ids, logits, self.sent_blocks, new)
+        wanted = WHOLE if logits > sampled else self._wanted
+        segment = Segment(self.slot, self.computed, ids, logits, self.sent_blocks, new, states, wanted)
         self.sent_blocks = len(self.blocks)
         return segment
 
+    @property
+    def _wanted(self) -> Wanted:
+        """What of a row of logits it is sampled from: all of it, if somebody else looks at it, too."""
+        request = self.request
+        looks = request.on_logits is not None or request.constraint is not None
+        return WHOLE if looks else wanted_of(request.sampling, self.vocab_size)
+
     def publish(self, pool: BlockPool) -> None:
-        """Let others find the blocks that became full."""
+        """Let others find the blocks that became full, and the snapshots of the state at their ends."""
         while (self.published + 1) * BLOCK_POSITIONS <= self.computed:
             start = self.published * BLOCK_POSITIONS
             self.last_digest = block_digest(self.last_digest, self.tokens[start : start + BLOCK_POSITIONS])
             pool.publish(self.blocks[self.published], self.last_digest)
             self.published += 1
+            if self.state is not None:
+                self.state.publish(self.published * BLOCK_POSITIONS, self.last_digest)
+        if self.state is not None:
+            self.state.settle(self.computed)
 
     def leave(self, pool: BlockPool) -> None:
-        """Give slot and blocks back; the tokens stay."""
+        """Give slot, state and blocks back; the tokens stay."""
+        self.leave_state()
         pool.release(self.blocks)
         self.blocks, self.slot = [], None
         self.computed = self.sent_blocks = self.published = 0
         self.last_digest = self._salt
+
+    def leave_state(self) -> None:
+        """Give the state slots back, if there are any."""
+        if self.state is not None:
+            self.state.leave()
+            self.state = None
 
 
 def check_prompt(ids: Sequence[int], longest: int, vocab_size: int, room: int = 1) -> None:

@@ -50,7 +50,8 @@ class StoredTensor:
     64-bit byte offset in file number `file`. A ScaledTensor is spread over several arrays.
     `interleaved` is head_dim where the rows of each head stand as rotary pairs (row 2i of the file is row i of the
     head, row 2i + 1 is row i + head_dim / 2), else 0. All values are multiplied by `factor`. `added` is what a vector's
-    stored values lack, as those of norms that count from 1.
+    stored values lack, as those of norms that count from 1; with `is_logarithm` it is stored as the logarithm of its
+    values.
     """
 
     name: str
@@ -61,6 +62,7 @@ class StoredTensor:
     interleaved: int = 0
     factor: np.float32 = np.float32(1)
     added: float = 0.0
+    is_logarithm: bool = False
 
     @property
     def type(self) -> StoredType:
@@ -101,6 +103,12 @@ class StoredTensor:
     def keeps(self, weight_type: WeightType, chunk: int = 0) -> bool:
         """Whether the stored numbers go over as they are: the same type, and no block of 32 is cut or padded."""
         return self.type == weight_type and (chunk or self.shape[1]) % BLOCK == 0
+
+    def meant(self, values: Float32) -> Float32:
+        """What a vector's stored values stand for."""
+        if self.is_logarithm:
+            values = np.exp(values.astype(np.float64)).astype(np.float32)
+        return values + np.float32(self.added)
 
     def some_rows(self, name: str, first: int, count: int) -> "StoredTensor":
         """Rows of a matrix, or numbers of a vector, as a tensor with a name of its own."""

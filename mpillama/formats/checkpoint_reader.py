@@ -153,7 +153,7 @@ class CheckpointReader:
 
     def _read_vector(self, spec: TensorSpec, tensor: StoredTensor, units: range, out: np.ndarray) -> int:
         tally = Tally(self.files)
-        values = tensor.read(tally, range(1), range(tensor.shape[0])).decode().reshape(-1, 1) + np.float32(tensor.added)
+        values = tensor.meant(tensor.read(tally, range(1), range(tensor.shape[0])).decode()).reshape(-1, 1)
         whole = spec.pad(_straightened(values, tensor.interleaved).reshape(-1))
         out[:] = whole[units.start * spec.unit : units.stop * spec.unit]
         return tally.bytes

@@ -7,6 +7,7 @@ import struct
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import pairwise
+from math import prod
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -16,7 +17,7 @@ from mpillama.formats.checkpoint import StoredTensor
 from mpillama.formats.reading import read_exactly
 from mpillama.formats.stand_ins import HEAD_BYTES, refuse_stand_in, refuse_text_stand_in
 from mpillama.formats.stored_arrays import StoredArray
-from mpillama.models.family import Fused
+from mpillama.models.family import Family, Fused
 from mpillama.models.router import MOST_EXPERTS
 from mpillama.models.tensors import LAYER_PREFIX
 
@@ -149,19 +150,32 @@ def split_expert_vectors(path: str, prefix: str, tensor: StoredTensor, part: str
         yield replace(tensor, name=f"{prefix}{number}.{part}.bias", shape=(rows,), offset=offset)
 
 
+def module_of(name: str) -> str:
+    """A tensor's module within its layer, "" outside the layers."""
+    found = re.fullmatch(LAYER_PREFIX.format("[0-9]+") + r"(.+?)(?:\.(?:weight|bias))?", name)
+    return found[1] if found else ""
+
+
+def flattened(tensor: StoredTensor, family: Family | None) -> StoredTensor:
+    """As a vector, if the family has it so."""
+    if family is None or not family.flat or not re.search(family.flat, tensor.name):
+        return tensor
+    return replace(tensor, shape=(prod(tensor.shape),))
+
+
 def cut_fused(path: str, tensor: StoredTensor, fused: Fused) -> Iterator[StoredTensor]:
     """The tensors that lie one below the other in one of a layer's modules; any other tensor as it is."""
-    name = re.fullmatch(LAYER_PREFIX.format("[0-9]+") + r"(.+)\.(weight|bias)", tensor.name)
-    parts = fused.get(name[1], ()) if name else ()
-    if name is None or not parts:
+    module = module_of(tensor.name)
+    parts = fused.get(module, ())
+    if not parts:
         yield tensor
         return
     if sum(rows for _, rows in parts) != tensor.shape[0]:
         shown = " + ".join(f"{rows} of {module}" for module, rows in parts)
         raise damaged(path, f"tensor {tensor.name!r} has {tensor.shape[0]} rows, the configuration asks for {shown}")
     first = 0
-    for module, rows in parts:
-        yield tensor.some_rows(tensor.name.replace(name[1], module), first, rows)
+    for part, rows in parts:
+        yield tensor.some_rows(tensor.name.replace(module, part), first, rows)
         first += rows
 
 

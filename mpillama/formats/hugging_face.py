@@ -17,6 +17,7 @@ from mpillama.formats.foreign import (
     check_extents,
     cut_fused,
     damaged,
+    flattened,
     one_line,
     read_json,
     read_text,
@@ -159,7 +160,7 @@ def read_hugging_face(path: str) -> Checkpoint:
 TEXT_CONFIG = "text_config"
 OF_BOTH = ("bos_token_id", "eos_token_id", TIED)
 """What the outer configuration may say of the language model, too."""
-SEES = re.compile(r"(?:model\.)?(?:vision_tower|vision_model|multi_modal_projector|mm_projector)\.")
+SEES = re.compile(r"(?:model\.)?(?:vision_tower|vision_model|visual|multi_modal_projector|mm_projector)\.")
 INNER_PREFIX = re.compile(r"(?:model\.)?language_model\.(?:model\.)?")
 
 
@@ -251,16 +252,22 @@ def _canonical_tensors(
 ) -> Iterator[StoredTensor]:
     """The tensors under their canonical names, each part of a fused one by itself."""
     fused = family.fused(ConfigValues(config, family.defaults)) if family else {}
-    from_one = re.compile(family.from_one if family and family.from_one else r"(?!)")
+    from_one, logarithms = (
+        re.compile(pattern or NOTHING)
+        for pattern in ((family.from_one, family.logarithms) if family else (NOTHING, NOTHING))
+    )
     pairs = _head_dim(ConfigValues(config, family.defaults)) if family and family.rotary_pairs else 0
     for tensor in tensors:
         path = files[tensor.file]
         for whole in _canonical(path, tensor, family):
-            for part in cut_fused(path, whole, fused):
+            for part in cut_fused(path, flattened(whole, family), fused):
                 interleaved = pairs if ROTATED.search(part.name) else 0
-                yield replace(part, added=1.0 if from_one.search(part.name) else 0.0, interleaved=interleaved)
+                added = 1.0 if from_one.search(part.name) else 0.0
+                is_logarithm = logarithms.search(part.name) is not None
+                yield replace(part, added=added, interleaved=interleaved, is_logarithm=is_logarithm)
 
 
+NOTHING = r"(?!)"
 ROTATED = re.compile(r"\.self_attn\.[qk]_proj\.")
 
 

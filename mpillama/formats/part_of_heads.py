@@ -49,7 +49,7 @@ class HeadsTensor(StoredTensor):
         heads = range(rows.start // of_head, -(-rows.stop // of_head))
         wanted = slice(rows.start - heads.start * of_head, rows.stop - heads.start * of_head)
         if not self.part.turned:
-            return _joined([self._head(source, head, columns) for head in heads], self.whole).rows(wanted)
+            return joined([self._head(source, head, columns) for head in heads], self.whole).rows(wanted)
         every = range(self.whole.shape[1])
         turned = [self._head(source, head, every).decode().T[:, columns.start : columns.stop] for head in heads]
         values = np.concatenate([np.zeros((0, len(columns)), np.float32), *turned])
@@ -61,7 +61,7 @@ class HeadsTensor(StoredTensor):
         return self.whole.read(source, range(start, start + self.part.rows), columns)
 
 
-def _joined(pieces: list[StoredRows | Coded], whole: StoredTensor) -> StoredRows | Coded:
+def joined(pieces: list[StoredRows | Coded], whole: StoredTensor) -> StoredRows | Coded:
     """Rows of the same columns, one below the other."""
     first = pieces[0] if pieces else StoredRows(whole.type, np.empty((0, 0), np.uint8))
     if isinstance(first, StoredRows):

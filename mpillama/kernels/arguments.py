@@ -78,7 +78,7 @@ class AttentionLayer(ctypes.Structure):
     """The first half of a decoder layer."""
 
     _fields_: ClassVar = [
-        *((name, Matrix) for name in ("q", "k", "v", "o")),
+        *((name, Matrix) for name in ("q", "k", "v", "o", "gate")),
         ("cache", Cache),
         *((name, Address) for name in ("norm", "q_bias", "k_bias", "v_bias", "q_norm", "k_norm", "sinks")),
         ("head_start", Address),
@@ -117,6 +117,26 @@ class LatentLayer(ctypes.Structure):
     ]
 
 
+class States(ctypes.Structure):
+    """One layer's states of sequences."""
+
+    _fields_: ClassVar = [("tails", Address), ("sums", Address)]
+
+
+class DeltaLayer(ctypes.Structure):
+    """The first half of a decoder layer with a gated delta net."""
+
+    _fields_: ClassVar = [
+        *((name, Matrix) for name in ("q", "k", "v", "z", "a", "b", "o")),
+        ("states", States),
+        *((name, Address) for name in ("norm", "q_taps", "k_taps", "v_taps", "decays", "biases", "head_norm")),
+        ("head_start", Address),
+        ("eps", ctypes.c_double),
+        *((name, ctypes.c_int64) for name in ("hidden_size", "key_heads", "value_heads", "first_head", "key_dim")),
+        *((name, ctypes.c_int64) for name in ("value_dim", "key_channels", "value_channels")),
+    ]
+
+
 class MlpLayer(ctypes.Structure):
     """The second half of a decoder layer."""
 
@@ -137,9 +157,11 @@ class Step(ctypes.Structure):
         ("tokens", ctypes.c_int64),
         ("x", Address),
         *((name, Activations) for name in ("hidden", "context", "gate", "latent")),
-        *((name, Address) for name in ("q", "k", "v", "up", "partial", "squares", "cosines", "sines")),
-        *((name, Address) for name in ("query_factors", "slots", "segments", "tables")),
-        *((name, ctypes.c_int64) for name in ("rotary_half", "segment_count", "table_width", "in_flight")),
+        *((name, Address) for name in ("q", "k", "v", "up", "gates", "partial", "squares", "shifts")),
+        *((name, Address) for name in ("cosines", "sines")),
+        *((name, Address) for name in ("query_factors", "slots", "segments", "tables", "states", "snapshots")),
+        *((name, ctypes.c_int64) for name in ("rotary_half", "segment_count", "table_width", "snapshot_count")),
+        ("in_flight", ctypes.c_int64),
     ]
 
 
@@ -150,6 +172,8 @@ class Window(ctypes.Structure):
         ("slots", Address),
         ("flags", Address),
         *((name, ctypes.c_int64) for name in ("ranks", "rank", "capacity")),
+        ("totals", Address),
+        ("published", Address),
     ]
 
 
@@ -164,7 +188,8 @@ class Sum(ctypes.Structure):
 
 
 STRUCTS = (
-    Matrix, Activations, Cache, AttentionLayer, LatentCache, LatentLayer, Router, MlpLayer, Step, Sum, Window,
+    Matrix, Activations, Cache, AttentionLayer, LatentCache, LatentLayer, States, DeltaLayer, Router, MlpLayer, Step,
+    Sum, Window,
 )  # fmt: skip
 
 

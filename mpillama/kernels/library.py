@@ -106,6 +106,10 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
         c_int64,
         [c_void_p, POINTER(arguments.LatentLayer), POINTER(arguments.Step), POINTER(arguments.Sum)],
     ),
+    "delta_half": (
+        c_int64,
+        [c_void_p, POINTER(arguments.DeltaLayer), POINTER(arguments.Step), POINTER(arguments.Sum)],
+    ),
     "mlp_half": (
         c_int64,
         [c_void_p, POINTER(arguments.MlpLayer), POINTER(arguments.Step), POINTER(arguments.Sum)],
@@ -143,6 +147,10 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     ),
     "quantise": (None, [POINTER(arguments.Activations), c_int64]),
     "sum_shared": (c_int64, [POINTER(arguments.Window), c_void_p, c_int64, c_int64, c_int64, c_int64, c_int64]),
+    "sum_host": (c_int64, [POINTER(arguments.Window), c_int64, c_int64, c_int64, c_int64]),
+    "publish": (None, [POINTER(arguments.Window), c_int64]),
+    "pack": (c_int64, [c_void_p, c_int64, c_void_p]),
+    "unpack": (c_int64, [c_void_p, c_int64, c_int64, c_void_p, c_int64]),
     "touch_pages": (None, [c_void_p, c_void_p, c_int64]),
     "read_memory": (None, [c_void_p, c_void_p, c_int64, c_void_p]),
     "watch": (c_int64, [c_void_p, c_int64]),
@@ -235,6 +243,10 @@ class Team:
     ) -> bool:
         """As attention_half, for multi-head latent attention."""
         return self._done(self._calls.latent_half(self._handle, byref(layer), byref(step), _optional(total)))
+
+    def delta_half(self, layer: arguments.DeltaLayer, step: arguments.Step, total: arguments.Sum | None = None) -> bool:
+        """As attention_half, for a gated delta net: projections, convolution, delta rule, gated norm, o_proj."""
+        return self._done(self._calls.delta_half(self._handle, byref(layer), byref(step), _optional(total)))
 
     def mlp_half(self, layer: arguments.MlpLayer, step: arguments.Step, total: arguments.Sum | None = None) -> bool:
         """Norm, SwiGLU or experts; `total` and the result are those of attention_half."""

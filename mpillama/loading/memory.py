@@ -1,15 +1,15 @@
 """How many bytes a rank takes: the one model of memory behind `plan`, the check before loading, the log and `generate`.
 
-Weights, KV cache and step buffers are computed by the functions that allocate them; what Python and the libraries take
-was measured.
+Weights, KV cache, recurrent states and step buffers are computed by the functions that allocate them; what Python and
+the libraries take was measured.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from mpillama.models.cache import blocks_for, cache_bytes
+from mpillama.models.cache import blocks_for, cache_bytes, state_bytes
 from mpillama.models.config import ModelConfig
-from mpillama.models.partition import Partition
+from mpillama.models.partition import Division, Partition
 from mpillama.models.tensors import EMBEDDING, LM_HEAD, TensorSpec
 from mpillama.models.weights import arena_bytes, slice_bytes
 from mpillama.models.workspace import workspace_bytes
@@ -37,38 +37,44 @@ class RankMemory:
     weights: int
     embedding: int
     kv_cache: int
+    states: int
     buffers: int
     python: int
     tokenizer: int
     reads: int
+    has_head: bool = True
 
     @property
     def total(self) -> int:
         """Resident bytes once the whole context is used."""
-        return self.weights + self.kv_cache + self.buffers + self.python
+        return self.weights + self.kv_cache + self.states + self.buffers + self.python
 
     @property
     def to_allocate(self) -> int:
         """Of these, what a process that has just started still takes."""
-        return self.weights + self.kv_cache + self.buffers + self.tokenizer
+        return self.weights + self.kv_cache + self.states + self.buffers + self.tokenizer
 
 
 @dataclass(frozen=True)
 class MemoryModel:
-    """A model on `ranks` ranks, up to `sequences` sequences at a time, steps of up to `chunk` prompt tokens."""
+    """A model divided so, up to `sequences` sequences at a time, steps of up to `chunk` prompt tokens.
+
+    `states` are the state slots, if it has recurrent layers.
+    """
 
     config: ModelConfig
     specs: Sequence[TensorSpec]
-    ranks: int
+    division: Division
     kv_type: str
     chunk: int
     sequences: int = 1
     has_tokenizer: bool = True
+    states: int = 0
 
     def of_rank(self, rank: int, part: Partition, context: int) -> RankMemory:
         """What a rank takes if each sequence has a cache of `context` positions, which may be 0."""
         config = self.config
-        window = SHARED_WINDOW_BYTES if self.ranks > 1 else 0
+        window = SHARED_WINDOW_BYTES if self.division.ranks > 1 else 0
         logits = 8 * config.vocab_size * self.sequences
         tokenizer = TOKENIZER_BYTES * config.vocab_size if self.has_tokenizer and rank == 0 else 0
         tokens = max(self.sequences, min(self.chunk, context or self.chunk))
@@ -76,17 +82,20 @@ class MemoryModel:
             weights=arena_bytes(self.specs, part),
             embedding=slice_bytes([spec for spec in self.specs if spec.name in (EMBEDDING, LM_HEAD)], part),
             kv_cache=blocks_for(context) * self.sequences * self.cache_block_bytes(part),
+            states=state_bytes(config, part, self.states),
             buffers=workspace_bytes(config, part, tokens) + logits + window,
             python=PYTHON_BYTES + (ROOT_BYTES + tokenizer if rank == 0 else 0),
             tokenizer=tokenizer,
             reads=slice_bytes(self.specs, part),
+            has_head=part.is_last,
         )
 
     def of_ranks(self, context: int) -> list[RankMemory]:
         """What each rank takes; of thousands of ranks most are alike and computed once."""
         known, found = dict[tuple[int, ...], RankMemory](), []
-        for rank, part in enumerate(self.config.partition(self.ranks)):
-            sizes = (int(rank == 0), *(len(units) for units in part.ranges.values()))
+        for rank, part in enumerate(self.config.partition(self.division)):
+            stage = (part.layers.start, part.layers.stop) if part.layers else ()
+            sizes = (int(rank == 0), *stage, *(len(units) for units in part.ranges.values()))
             if sizes not in known:
                 known[sizes] = self.of_rank(rank, part, context)
             found.append(known[sizes])
@@ -101,25 +110,27 @@ class MemoryModel:
 class RankUsage:
     """What one rank's memory was used for, in bytes.
 
-    `kv_cache` has room for the context, of which `kv_cache_filled` was written, and only that is resident. `process` is
-    all that is resident, Python and libraries too.
+    `kv_cache` has room for the context, of which `kv_cache_filled` was written, and only that is resident; so it is
+    with `states`, slot by slot. `process` is all that is resident, Python and libraries too.
     """
 
     weights: int
     kv_cache: int
     kv_cache_filled: int
+    states: int
     buffers: int
     process: int
 
 
 def memory_of_ranks(model: MemoryModel, blocks: int, positions: int, processes: Sequence[int]) -> list[RankUsage]:
     """Each rank's memory with a cache of `blocks` blocks, `positions` of it filled; `processes` are resident bytes."""
-    parts, filled = model.config.partition(model.ranks), blocks_for(positions)
+    parts, filled = model.config.partition(model.division), blocks_for(positions)
     return [
         RankUsage(
             of_rank.weights,
             blocks * model.cache_block_bytes(part),
             filled * model.cache_block_bytes(part),
+            of_rank.states,
             of_rank.buffers,
             process,
         )

@@ -10,8 +10,10 @@ from mpillama.job.host_memory import available_bytes, memory_warnings, process_r
 from mpillama.job.start import World
 from mpillama.loading.memory import RESERVE, MemoryModel
 from mpillama.loading.model_file import ModelFile
+from mpillama.loading.settings import ModelSettings
 from mpillama.models.attention import BLOCK_POSITIONS
 from mpillama.models.cache import blocks_for
+from mpillama.models.partition import Division
 
 PROGRAM_ROOM = 128_000_000
 """Bytes that a process must be free to map before it loads a model: the demo takes 40 MB, mostly stacks of threads."""
@@ -29,12 +31,16 @@ def refuse_no_room(force: bool) -> None:
 
 @dataclass(frozen=True)
 class Host:
-    """A host's ranks together: bytes without a KV cache, bytes for each 64 positions of it, and what there is."""
+    """A host's ranks together: bytes without a KV cache, bytes for each 64 positions of it, and what there is.
+
+    `states` is what recurrent states take of `fixed`.
+    """
 
     name: str
     fixed: int
     per_block: int
     available: int
+    states: int = 0
 
     def need(self, context: int) -> int:
         """Bytes for a context."""
@@ -47,18 +53,18 @@ class Host:
         return room // self.per_block * BLOCK_POSITIONS if self.per_block else (1 << 40 if room >= 0 else -1)
 
 
-def measure_host(file: ModelFile, world: World, kv_type: str, prefill_chunk: int, size: int | None = None) -> Host:
-    """What the ranks of this host need and have, if `size` ranks share a model; the same on each of them."""
-    size = size or world.comm.size
-    model = MemoryModel(file.config, file.specs, size, kv_type, prefill_chunk)
-    rank = world.comm.rank % size
-    part = file.config.partition(size)[rank]
-    fixed = model.of_rank(rank, part, context=0).to_allocate + RESERVE
-    per_block = model.cache_block_bytes(part)
-    mates = world.neighbours.gather((fixed, per_block, process_room()))
-    narrowest = min(room * len(mates) for _, _, room in mates)  # a limit on each process binds the fullest
+def measure_host(file: ModelFile, world: World, settings: ModelSettings, chunk: int, division: Division) -> Host:
+    """What the ranks of this host need and have, if ranks share a model so; the same on each of them."""
+    model = MemoryModel(file.config, file.specs, division, settings.kv_type, chunk, states=settings.state_slots)
+    rank = world.comm.rank % division.ranks
+    part = file.config.partition(division)[rank]
+    without_cache = model.of_rank(rank, part, context=0)
+    needs = without_cache.to_allocate + RESERVE, model.cache_block_bytes(part), without_cache.states
+    rooms = world.neighbours.gather(process_room())
+    narrowest = min(rooms) * len(rooms)  # a limit on each process binds the fullest
     available = min(world.neighbours.broadcast(available_bytes()), narrowest)
-    return Host(world.host, sum(f for f, _, _ in mates), sum(b for _, b, _ in mates), available)
+    fixed, per_block, states = map(sum, zip(*world.neighbours.gather(needs), strict=True))
+    return Host(world.host, fixed, per_block, available, states)
 
 
 def choose_context(file: ModelFile, world: World, wanted: int | None, host: Host, force: bool) -> int:
@@ -76,7 +82,8 @@ def choose_context(file: ModelFile, world: World, wanted: int | None, host: Host
     context = BLOCK_POSITIONS if wanted is None else wanted
     raise UserError(
         f"{file.path}: the ranks on host {tightest.name} need {tightest.need(context) / 1e9:.1f} GB for a context of "
-        f"{context} tokens, but it has {tightest.available / 1e9:.1f} GB: {_remedy(tightest, wanted)} "
+        f"{context} tokens{_states(tightest)}, but it has {tightest.available / 1e9:.1f} GB: "
+        f"{_remedy(tightest, wanted)} "
         "(`mpillama plan` shows what fits; --force tries all the same)."
     )
 
@@ -88,14 +95,20 @@ def cache_room(world: World, host: Host) -> int:
     return max(0, min(rooms, default=0))
 
 
-def smallest_group(file: ModelFile, world: World, context: int, kv_type: str, prefill_chunk: int) -> int:
+def smallest_group(file: ModelFile, world: World, settings: ModelSettings, context: int) -> int:
     """The fewest ranks that can share a model so that all ranks are in groups of that size and every host has room."""
-    size = world.comm.size
-    for ranks in [n for n in range(1, size) if size % n == 0]:
-        hosts = world.comm.gather(measure_host(file, world, kv_type, prefill_chunk, ranks))
+    size, stages = world.comm.size, settings.pipeline
+    for ranks in [n for n in range(stages, size, stages) if size % n == 0]:
+        division = Division(ranks, None, stages)
+        hosts = world.comm.gather(measure_host(file, world, settings, settings.prefill_chunk, division))
         if all(host.need(context) <= 0.9 * host.available for host in hosts):
             return ranks
     return size
+
+
+def _states(host: Host) -> str:
+    """What the sentence says of recurrent states."""
+    return f" and {host.states / 1e9:.1f} GB of recurrent states (fewer sequences take less)" if host.states else ""
 
 
 def _remedy(host: Host, wanted: int | None) -> str:

@@ -29,6 +29,15 @@ def check_numbers(settings: Any, prefix: str = "") -> None:
                 raise UserError(f"{name} is {number:g}: give at least {least}.")
 
 
+SNAPSHOTS_PER_SEQUENCE = 2
+"""State slots for what others may begin from, if the user does not say how many: the prompt, and the text so far."""
+
+
+def state_slots(sequences: int, drafts: int = 0, snapshots: int | None = None) -> int:
+    """Slots for recurrent states: each sequence's own, one for each of its drafts, and snapshots for all together."""
+    return sequences * (1 + drafts) + (SNAPSHOTS_PER_SEQUENCE * sequences if snapshots is None else snapshots)
+
+
 @dataclass(frozen=True, kw_only=True)
 class ModelSettings:
     """Which model, in which types, and what its ranks may use."""
@@ -57,16 +66,39 @@ class ModelSettings:
         "limit of prompt and answer together, in tokens (default: the model's own context)", metavar="TOKENS", least=1
     )
     kv_type: str = option("type of the KV cache (default: f16)", "f16", choices=["f16", "f32", "q8"])
+    sync: str = option(
+        "how layers' results are added up: exact, or q80 for slow networks: rounded to about 8 bits a panel, other "
+        "answers than exact, but the same on any number of ranks (default: exact)",
+        "exact",
+        choices=["exact", "q80"],
+    )
     threads: Optional[int] = option(
         "threads of each rank (default: the cores this rank may use, shared fairly with the ranks on them)",
         metavar="COUNT",
     )
     prefill_chunk: int = option("prompt tokens computed together (default: 256)", 256, metavar="TOKENS", least=1)
+    pipeline: int = option(
+        "stages of equally many ranks that hold the layers one after the other; the ranks of a stage divide each of "
+        "its layers (default: 1)",
+        1,
+        metavar="STAGES",
+        least=1,
+    )
+    shares: Optional[str] = option(
+        "how much of the model each rank takes: numbers such as 3,3,1, or by bandwidth and memory, from a saved "
+        "`doctor --bandwidth --json` (default: evenly)",
+        metavar="FILE|N,N,…",
+    )
     timeout: float = option(
         "end the job if a rank keeps the others waiting this long without progress, 0 for never (default: 600.0)",
         DEFAULT_TIMEOUT,
         metavar="SECONDS",
     )
+
+    @property
+    def state_slots(self) -> int:
+        """Slots for the states of a model with recurrent layers."""
+        return state_slots(1, getattr(self, "speculate", 0))
 
     @property
     def needs_template(self) -> bool:
@@ -94,3 +126,12 @@ class EngineSettings(ModelSettings, SpeculationSettings):
         metavar="TOKENS",
         least=1,
     )
+    state_snapshots: Optional[int] = option(
+        "states of recurrent layers kept for texts that begin alike (default: two for each sequence)",
+        metavar="COUNT",
+        least=1,
+    )
+
+    @property
+    def state_slots(self) -> int:
+        return state_slots(self.sequences, self.speculate, self.state_snapshots)

@@ -88,11 +88,12 @@ def extrapolate(
     """Scale measured figures by the bytes that the whole model has more; `memory` is each rank's resident bytes.
 
     The trial's cache is resident for the `positions` that were written, the whole model's is counted to the end of the
-    context.
+    context. Recurrent states are counted as if all were written.
     """
-    ranks = engine.executor.comm.size
-    small = _bytes_of_ranks(file, ranks, positions, kv_type)
-    whole = _bytes_of_ranks(file.whole, ranks, engine.longest, kv_type)
+    division, states = engine.executor.model.division, engine.executor.states
+    small = _bytes_of_ranks(MemoryModel(file.config, file.specs, division, kv_type, 1, states=states), positions)
+    larger = MemoryModel(file.whole.config, file.whole.specs, division, kv_type, 1, states=states)
+    whole = _bytes_of_ranks(larger, engine.longest)
     most = max(m - sum(s) + sum(w) for m, s, w in zip(memory, small, whole, strict=True))
     ratio = max(w[0] / s[0] for s, w in zip(small, whole, strict=True))
     speed = engine.counts.decode.tokens_per_second / ratio
@@ -100,7 +101,6 @@ def extrapolate(
     return Extrapolation(*layers, most, load_seconds * ratio, speed)
 
 
-def _bytes_of_ranks(file: ModelFile, ranks: int, context: int, kv_type: str) -> list[tuple[int, int]]:
-    """Each rank's weights, and the KV cache up to the positions of the context."""
-    model = MemoryModel(file.config, file.specs, ranks, kv_type, chunk=1)
-    return [(memory.weights, memory.kv_cache) for memory in model.of_ranks(context)]
+def _bytes_of_ranks(model: MemoryModel, context: int) -> list[tuple[int, int]]:
+    """Each rank's weights, and the cache up to the positions of the context."""
+    return [(memory.weights, memory.kv_cache + memory.states) for memory in model.of_ranks(context)]

@@ -7,7 +7,7 @@ keeps of the past, and how kernels are called. `Attention` is what the rest of t
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -18,7 +18,7 @@ from mpillama.kernels.library import Team
 from mpillama.models.config_values import ConfigValues
 from mpillama.models.linear import LayerWeights
 from mpillama.models.partition import Partition, Split
-from mpillama.models.tensors import TensorSpec, WeightTypes, whole_vector
+from mpillama.models.tensors import PartOfHeads, TensorSpec, WeightTypes, whole_vector
 from mpillama.quant.types.f32 import F32
 from mpillama.quant.weight_type import BLOCK, round_up
 
@@ -67,11 +67,14 @@ class Attention(Protocol):
     def cache_arrays(self, part: Partition, blocks: int, kv_type: KVType) -> Sequence[CacheArray]:
         """What a rank keeps of the past in one layer, in blocks of 64 positions."""
 
+    def state_arrays(self, part: Partition) -> Sequence[CacheArray]:
+        """What a rank keeps of each sequence in one layer, however long it is."""
+
     def cache_argument(self, arrays: Sequence[np.ndarray], kv_type: KVType) -> Any:
-        """What kernels are told of these arrays."""
+        """What kernels are told of the arrays of cache_arrays and then those of states [slots, …]."""
 
     def step_widths(self, part: Partition) -> Mapping[str, int]:
-        """Channels of the step's arrays q, k, v, context and latent on a rank; what is left out is not needed."""
+        """Channels of the step's arrays q, k, v, context, latent, gates on a rank; what is left out is not needed."""
 
     def layer(self, weights: LayerWeights, part: Partition, hidden_size: int, norm: str, eps: float) -> Any:
         """What kernels are told of a layer; `norm` names the vector of its norm."""
@@ -95,6 +98,8 @@ class GroupedQueryAttention:
     0 sees all.
     Scores are multiplied by `scale`, 0 for the usual 1 / sqrt(head_dim), and bent to +-soft_cap unless that is 0. RoPE
     turns the first `turned` channels of a head, None for all. With `sinks` each head has a score more, of no value.
+    `gated`: heads are multiplied by the sigmoids of a projection of their own, which a checkpoint has together with
+    q_proj, head by head, as q_gate_proj.
     """
 
     heads: int
@@ -110,11 +115,7 @@ class GroupedQueryAttention:
     turned: int | None = None
     head_norm: HeadNorm = HeadNorm.BEFORE_ROPE
     sinks: bool = False
-
-    products: ClassVar[Mapping[str, tuple[str, ...]]] = {
-        "q/k/v": tuple(f"self_attn.{letter}_proj.weight" for letter in "qkv"),
-        "o_proj": ("self_attn.o_proj.weight",),
-    }
+    gated: bool = False
 
     @classmethod
     def read(cls, values: ConfigValues, *, qkv_bias: bool = False, qk_norm: bool = False) -> "GroupedQueryAttention":
@@ -140,6 +141,14 @@ class GroupedQueryAttention:
         if found.head_dim % 2:
             raise UserError(f"The model's configuration has head_dim={found.head_dim}: it must be even for RoPE.")
         return found
+
+    @property
+    def products(self) -> Mapping[str, tuple[str, ...]]:
+        names = ("q", "k", "v", *(("gate",) if self.gated else ()))
+        return {
+            "q/k/v": tuple(f"self_attn.{name}_proj.weight" for name in names),
+            "o_proj": ("self_attn.o_proj.weight",),
+        }
 
     @property
     def padded_head_dim(self) -> int:
@@ -169,7 +178,7 @@ class GroupedQueryAttention:
             name, rows, source = f"{prefix}{letter}_proj", split.count * head, split.count * self.head_dim
             yield TensorSpec(
                 name + ".weight", split, rows, hidden, types.of(name + ".weight"), head, (source, hidden_size),
-                row_chunks=split.count,
+                row_chunks=split.count, part_of=self._part_of_both(prefix, 0) if letter == "q" and self.gated else None,
             )  # fmt: skip
             if self.qkv_bias:
                 yield TensorSpec(
@@ -177,6 +186,12 @@ class GroupedQueryAttention:
                 )
             if self.qk_norm and letter != "v":
                 yield from self._norm(f"{prefix}{letter}_norm.weight", split)
+        if self.gated:
+            name, rows, source = f"{prefix}gate_proj.weight", self.heads * head, self.heads * self.head_dim
+            yield TensorSpec(
+                name, self.query_split, rows, hidden, types.of(name), head, (source, hidden_size),
+                row_chunks=self.heads, part_of=self._part_of_both(prefix, self.head_dim),
+            )  # fmt: skip
         if self.sinks:
             yield TensorSpec(prefix + "sinks", self.query_split, self.heads, 1, F32, 1, (self.heads,), vector=True)
         name = prefix + "o_proj"
@@ -186,6 +201,9 @@ class GroupedQueryAttention:
         )  # fmt: skip
         if self.output_bias:
             yield whole_vector(name + ".bias", hidden_size, hidden)
+
+    def _part_of_both(self, prefix: str, first: int) -> PartOfHeads:
+        return PartOfHeads(f"{prefix}q_gate_proj.weight", self.heads, 2 * self.head_dim, first, self.head_dim)
 
     def _norm(self, name: str, split: Split) -> Iterator[TensorSpec]:
         head, count = self.padded_head_dim, split.count
@@ -203,12 +221,15 @@ class GroupedQueryAttention:
         values = (blocks, heads, BLOCK_POSITIONS, head), kv_type.dtype
         return keys, scales, values, scales
 
+    def state_arrays(self, part: Partition) -> Sequence[CacheArray]:
+        return ()
+
     def cache_argument(self, arrays: Sequence[np.ndarray], kv_type: KVType) -> arguments.Cache:
         return arguments.Cache(*map(arguments.address, arrays), kv_type.number)
 
     def step_widths(self, part: Partition) -> Mapping[str, int]:
         queries, keys = (len(part[split]) * self.padded_head_dim for split in self.splits)
-        return {"q": queries, "k": keys, "v": keys, "context": queries}
+        return {"q": queries, "k": keys, "v": keys, "context": queries, "latent": queries if self.gated else 0}
 
     def layer(
         self, weights: LayerWeights, part: Partition, hidden_size: int, norm: str, eps: float
@@ -229,6 +250,8 @@ class GroupedQueryAttention:
         layer.q_bias, layer.k_bias, layer.v_bias = (weights.address(f"self_attn.{x}_proj.bias") for x in "qkv")
         layer.q_norm, layer.k_norm = (weights.address(f"self_attn.{x}_norm.weight") for x in "qk")
         layer.sinks = weights.address("self_attn.sinks")
+        if self.gated:
+            layer.gate = weights.matrix("self_attn.gate_proj.weight").column_parallel()
         if self.qk_norm and self.head_norm == HeadNorm.AFTER_ROPE:
             layer.q_norm = layer.k_norm = arguments.address(layer.kept[1])
         return layer

@@ -1,4 +1,4 @@
-"""The KV cache of a rank's heads, in blocks of 64 positions, and the step that reads and writes it."""
+"""A rank's cache: keys and values in blocks of 64 positions, states of sequences; and the step that uses it."""
 
 from dataclasses import dataclass
 from math import prod
@@ -22,22 +22,34 @@ def blocks_for(positions: int) -> int:
 def cache_bytes(config: ModelConfig, part: Partition, blocks: int, kv_type: str) -> int:
     """Bytes of a rank's cache of `blocks` blocks."""
     kind = KV_TYPES[kv_type]
-    arrays = (array for block in config.blocks for array in block.attention.cache_arrays(part, blocks, kind))
+    arrays = (array for block in part.own(config.blocks) for array in block.attention.cache_arrays(part, blocks, kind))
     return sum(prod(shape) * dtype.itemsize for shape, dtype in arrays)
 
 
-class KVCache:
-    """The cache blocks of each layer: arrays [blocks, …] as its kind of attention has them."""
+def state_bytes(config: ModelConfig, part: Partition, states: int) -> int:
+    """Bytes of a rank's states of so many sequences."""
+    arrays = (array for block in part.own(config.blocks) for array in block.attention.state_arrays(part))
+    return states * sum(prod(shape) * dtype.itemsize for shape, dtype in arrays)
 
-    def __init__(self, config: ModelConfig, part: Partition, blocks: int, kv_type: str):
-        kind = KV_TYPES[kv_type]
+
+class KVCache:
+    """The cache of each layer, as its kind of attention has it: arrays of blocks, and of states in slots."""
+
+    def __init__(self, config: ModelConfig, part: Partition, blocks: int, kv_type: str, states: int = 1):
+        kind, own = KV_TYPES[kv_type], part.own(config.blocks)
         # Zeroed memory costs nothing until its pages are written.
         self.layers: list[LayerCache] = [
-            tuple(np.zeros(*array) for array in block.attention.cache_arrays(part, blocks, kind))
-            for block in config.blocks
+            tuple(
+                np.zeros(*array)
+                for array in (
+                    *block.attention.cache_arrays(part, blocks, kind),
+                    *(((states, *shape), dtype) for shape, dtype in block.attention.state_arrays(part)),
+                )
+            )
+            for block in own
         ]
         self.arguments = [
-            block.attention.cache_argument(layer, kind) for block, layer in zip(config.blocks, self.layers, strict=True)
+            block.attention.cache_argument(layer, kind) for block, layer in zip(own, self.layers, strict=True)
         ]
         self.blocks = blocks
 
@@ -48,7 +60,10 @@ class Step:
 
     token_ids, positions int32 [tokens]; slots int64 [tokens]: where each token's key and value go (block * 64 + place);
     segments int64 [sequences, 3]: first token, number of tokens, first position; tables int64 [sequences, blocks]:
-    each sequence's cache blocks; logit_rows int64: the tokens whose logits are wanted.
+    each sequence's cache blocks; logit_rows int64: the tokens whose logits are wanted. Where layers keep states: states
+    int64 [sequences, 2]: the slots that a sequence's is read from, -1 at its beginning, and written to; snapshots int64
+    [count, 2]: tokens in ascending order, and a slot that also gets the state behind each. In a step no slot is written
+    twice, or read by one sequence and written by another.
     """
 
     token_ids: np.ndarray
@@ -57,20 +72,41 @@ class Step:
     segments: np.ndarray
     tables: np.ndarray
     logit_rows: np.ndarray
+    states: np.ndarray
+    snapshots: np.ndarray
 
     def describe(self, step: arguments.Step) -> None:
         """Write which tokens there are into a step's arguments; this object must outlive their use."""
-        step.slots, step.segments, step.tables = (a.ctypes.data for a in (self.slots, self.segments, self.tables))
+        for name in ("slots", "segments", "tables", "states", "snapshots"):
+            setattr(step, name, arguments.address(getattr(self, name)))
         step.segment_count, step.table_width = self.tables.shape
+        step.snapshot_count = len(self.snapshots)
+
+    def rows(self, first: int, last: int) -> "Step":
+        """The step of some of the tokens; those before them must have gone through each layer before."""
+        starts = np.maximum(self.segments[:, 0], first)
+        counts = np.minimum(self.segments[:, 0] + self.segments[:, 1], last) - starts
+        held = counts > 0
+        segments = np.stack([starts - first, counts, self.segments[:, 2] + starts - self.segments[:, 0]], axis=1)
+        wanted = self.logit_rows[(self.logit_rows >= first) & (self.logit_rows < last)] - first
+        each = (self.token_ids[first:last], self.positions[first:last], self.slots[first:last])
+        states = self.states[held]  # where an earlier part has begun the sequence, its state is where that wrote it
+        begun = self.segments[held, 0] < first
+        states[begun, 0] = states[begun, 1]
+        snapshots = self.snapshots[(self.snapshots[:, 0] >= first) & (self.snapshots[:, 0] < last)]
+        snapshots[:, 0] -= first
+        return Step(*each, segments[held], self.tables[held], wanted, states, snapshots)
 
 
 def joint_step(
-    token_ids: np.ndarray, starts: np.ndarray, counts: np.ndarray, logits: np.ndarray, tables: np.ndarray
-) -> Step:
+    token_ids: np.ndarray, starts: np.ndarray, counts: np.ndarray, logits: np.ndarray, tables: np.ndarray,
+    states: np.ndarray | None = None, snapshots: np.ndarray | None = None,
+) -> Step:  # fmt: skip
     """Make the step of several sequences' tokens, one sequence after the other in `token_ids`.
 
     int64 [sequences] each: first position, number of tokens (at least one), how many last tokens' logits are wanted;
-    tables int64 [sequences, blocks] are the cache blocks of each.
+    tables int64 [sequences, blocks] are the cache blocks of each. `states` and `snapshots` are those of Step; without
+    them a sequence's state is in the slot of its own number.
     """
     ends = np.cumsum(counts)
     firsts = ends - counts
@@ -78,6 +114,9 @@ def joint_step(
     rows = np.arange(len(token_ids))
     positions = rows + (starts - firsts)[sequence]
     blocks = tables[sequence, positions // BLOCK_POSITIONS]
+    if states is None:
+        own = np.arange(len(counts))
+        states = np.stack([np.where(starts == 0, -1, own), own], axis=1)
     return Step(
         token_ids=np.ascontiguousarray(token_ids, np.int32),
         positions=positions.astype(np.int32),
@@ -85,6 +124,8 @@ def joint_step(
         segments=np.stack([firsts, counts, starts], axis=1).astype(np.int64),
         tables=np.ascontiguousarray(tables, np.int64),
         logit_rows=np.flatnonzero(rows >= (ends - logits)[sequence]),
+        states=np.ascontiguousarray(states, np.int64),
+        snapshots=np.ascontiguousarray(np.zeros((0, 2)) if snapshots is None else snapshots, np.int64),
     )
 
 

@@ -51,6 +51,18 @@ class OuterFactors:
     logits_cap: float = 0.0
 
 
+@dataclass(frozen=True)
+class TiledHeads:
+    """Heads that stand in another order than ours: the first of each group, then the second of each, and so on.
+
+    They are rows of a tensor, or `columns`.
+    """
+
+    groups: int
+    of_group: int
+    columns: bool = False
+
+
 class GgufMetadata(Protocol):
     """Checked values out of a GGUF file's metadata, by keys without the architecture."""
 
@@ -106,7 +118,8 @@ class Gguf:
     the rows of q and k stand in pairs that RoPE turns. `flags` are options of the configuration that are true if and
     only if the first layer has the tensor; `fields` gives what else the configuration says. `partial_rope`: the family
     reads partial_rotary_factor; `rope_keys`: what else it reads of `rope.`; `scaling`: what its YaRN has that files do
-    not tell; `own_heads`: `fields` reads the sizes of heads, of which only a part is turned.
+    not tell; `own_heads`: `fields` reads the sizes of heads, of which only a part is turned. `tiled_heads` are modules
+    of a layer whose heads stand in another order, `negative` those whose values have the other sign.
     """
 
     architecture: str
@@ -119,6 +132,8 @@ class Gguf:
     scaling: Json = field(default_factory=dict)
     rope_keys: Sequence[str] = ()
     own_heads: bool = False
+    tiled_heads: Callable[[ConfigValues], Mapping[str, TiledHeads]] = lambda values: {}
+    negative: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
@@ -207,11 +222,12 @@ class Family:
     `rope` reads the model's RoPE, given its context, `factors` what is around the layers. `within` are types of models
     that hold one of this family under text_config, among other parts.
     `renames` turns a checkpoint's names of tensors into ours by regular expressions. `fused` gives, for modules of a
-    layer that hold several of ours, these and their rows, one below the other. `from_one` is a regular expression for
-    the vectors that a Hugging Face folder stores less 1, `rotary_pairs`: the rows of q and k stand there in pairs that
-    RoPE turns. `turned_experts`: stacked experts are as in formats/turned_experts.py, the rows of gate and up by turns
-    if `experts_by_turns`. `pre_tokenizer` names the rules of vocabularies in GGUF files that name none;
-    `tokens_strip`: control tokens of a vocabulary of pieces take the white space behind them along.
+    layer that hold several of ours, these and their rows, one below the other. Regular expressions for vectors: `flat`
+    for those that may have any shape, `from_one` for those that a Hugging Face folder stores less 1, `logarithms` for
+    those of which it has the logarithms. `rotary_pairs`: the rows of q and k stand there in pairs that RoPE turns.
+    `turned_experts`: stacked experts are as in formats/turned_experts.py, the rows of gate and up by turns if
+    `experts_by_turns`. `pre_tokenizer` names the rules of vocabularies in GGUF files that name none; `tokens_strip`:
+    control tokens of a vocabulary of pieces take the white space behind them along.
     """
 
     model_type: str
@@ -220,7 +236,9 @@ class Family:
     refusals: tuple[Refusal, ...] = ()
     renames: Mapping[str, str] = field(default_factory=dict)
     fused: Callable[[ConfigValues], Fused] = lambda values: {}
+    flat: str = ""
     from_one: str = ""
+    logarithms: str = ""
     rotary_pairs: bool = False
     turned_experts: bool = False
     experts_by_turns: bool = True

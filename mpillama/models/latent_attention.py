@@ -122,6 +122,9 @@ class LatentAttention:
         scales = (*lead, width // BLOCK if kv_type.scaled else 0), np.dtype(np.uint16)
         return ((*lead, width), kv_type.dtype), scales
 
+    def state_arrays(self, part: Partition) -> Sequence[CacheArray]:
+        return ()
+
     def cache_argument(self, arrays: Sequence[np.ndarray], kv_type: KVType) -> arguments.LatentCache:
         return arguments.LatentCache(*map(arguments.address, arrays), kv_type.number)
 

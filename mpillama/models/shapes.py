@@ -263,6 +263,34 @@ GRANITE = {
 SMOLLM3 = {"model_type": "smollm3", "vocab_size": 128256, "max_position_embeddings": 65536, "rope_theta": 5e6}
 MISTRAL_SMALL = {**MISTRAL, "vocab_size": 131072, "max_position_embeddings": 131072, "rope_theta": 1e9}
 
+QWEN35 = {
+    "model_type": "qwen3_5_text",
+    "vocab_size": 248320,
+    "max_position_embeddings": 262144,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 1e7,
+    "head_dim": 256,
+    "num_key_value_heads": 2,
+    "linear_num_key_heads": 16,
+    "linear_num_value_heads": 32,
+    "tie_word_embeddings": False,
+}
+QWEN35_MOE = {**QWEN35, "model_type": "qwen3_5_moe_text", "num_experts": 256, "num_experts_per_tok": 8}
+QWEN35_LARGE = {
+    "linear_num_value_heads": 64,
+    "moe_intermediate_size": 1024,
+    "shared_expert_intermediate_size": 1024,
+}
+QWEN35_LARGEST = {**QWEN35_LARGE, "num_experts": 512, "num_experts_per_tok": 10}
+QWEN3_NEXT = {
+    **QWEN35,
+    "model_type": "qwen3_next",
+    "vocab_size": 151936,
+    "num_experts": 512,
+    "num_experts_per_tok": 10,
+    "norm_topk_prob": True,
+}
+
 SMALL_ROPE = {**LLAMA3_ROPE, "factor": 32.0}
 SHAPES: dict[str, dict[str, Any]] = {
     "llama-3.2-1b": _sizes(LLAMA3, 2048, 8192, 16, 32, head_dim=64, tie_word_embeddings=True, rope_scaling=SMALL_ROPE),
@@ -293,6 +321,12 @@ SHAPES: dict[str, dict[str, Any]] = {
     "qwen3-235b-a22b": _sizes(
         {**QWEN3, **EXPERTS, "model_type": "qwen3_moe", "moe_intermediate_size": 1536}, 4096, 12288, 94, 64
     ),
+    "qwen3-next-80b": _sizes(QWEN3_NEXT, 2048, 5120, 48, 16),
+    "qwen3.5-9b": _sizes(QWEN35, 4096, 12288, 32, 16, num_key_value_heads=4),
+    "qwen3.5-27b": _sizes(QWEN35, 5120, 17408, 64, 24, num_key_value_heads=4, linear_num_value_heads=48),
+    "qwen3.5-35b-a3b": _sizes(QWEN35_MOE, 2048, 512, 40, 16),
+    "qwen3.5-122b-a10b": _sizes({**QWEN35_MOE, **QWEN35_LARGE}, 3072, 1024, 48, 32),
+    "qwen3.5-397b": _sizes({**QWEN35_MOE, **QWEN35_LARGEST}, 4096, 1024, 60, 32),
     "glm-4.5-air": _sizes({**GLM4, **GLM45_AIR}, 4096, 10944, 46, 96),
     "glm-4.6": _sizes({**GLM4, **GLM46}, 5120, 12288, 92, 96),
     "minimax-m2": _sizes(MINIMAX_M2, 3072, 1536, 62, 48),

@@ -134,6 +134,8 @@ class TensorSpec:
 
     def units_of(self, part: Partition) -> range:
         """The units that a rank with this partition owns."""
+        if part.layers is not None and not part.holds(self.layer, self.name):
+            return range(0)
         return part[self.split] if self.split else range(1)
 
 
@@ -154,10 +156,12 @@ def whole_vector(name: str, size: int, padded: int) -> TensorSpec:
     return TensorSpec(name, None, padded, 1, F32, padded, (size,), vector=True)
 
 
-def whole_matrix(name: str, rows: int, columns: int, weight_type: WeightType) -> TensorSpec:
+def whole_matrix(
+    name: str, rows: int, columns: int, weight_type: WeightType, part_of: PartOfHeads | None = None
+) -> TensorSpec:
     """A matrix that every rank holds in full; columns are padded to blocks of 32, rows to groups."""
-    padded = round_up(rows, LANES)
-    return TensorSpec(name, None, padded, round_up(columns, 32), weight_type, padded, (rows, columns))
+    padded, source = round_up(rows, LANES), (rows, columns)
+    return TensorSpec(name, None, padded, round_up(columns, 32), weight_type, padded, source, part_of=part_of)
 
 
 def whole_rows(name: str, rows: int, columns: int, types: WeightTypes) -> TensorSpec:

@@ -1,7 +1,7 @@
 """The arrays that a step's activations live in: allocated once, so that a step allocates nothing."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import numpy as np
@@ -85,16 +85,18 @@ class StepArrays:
     gate: Activations
     latent: Activations
     up: Array
+    gates: Array
     partial: Array
     addend: Array
     squares: Array
+    shifts: Array
     angles: tuple[Angles, ...]
     argument: arguments.Step = field(init=False)
     """For kernels; which tokens a step has is written into it when it runs."""
 
     def __post_init__(self) -> None:
         step = arguments.Step(tokens=len(self.x))
-        for name in ("x", "q", "k", "v", "up", "partial", "squares"):
+        for name in ("x", "q", "k", "v", "up", "gates", "partial", "squares"):
             setattr(step, name, arguments.address(getattr(self, name)))
         for name in ("hidden", "context", "gate", "latent"):
             setattr(step, name, getattr(self, name).argument())
@@ -139,12 +141,15 @@ class Workspace:
             gate=Activations.empty(tokens, widths["inner"]),
             latent=Activations.empty(tokens, widths["latent"]),
             up=np.empty((tokens, widths["inner"]), np.float32),
+            gates=np.empty((tokens, widths["gates"]), np.float32),
             partial=np.empty((tokens, hidden), np.float64),
             addend=np.empty((tokens, hidden if self.config.has_post_norms else 0), np.float32),
             squares=np.zeros((tokens, 4), np.float64),
+            shifts=np.empty(tokens, np.float64),
             angles=tuple(Angles.empty(tokens, rotation) for rotation in self.config.rotations),
         )
         self._views: dict[int, StepArrays] = {}
+        self._parts: dict[tuple[int, int], StepArrays] = {}
 
     def for_tokens(self, tokens: int) -> StepArrays:
         """The arrays of a step; the same ones each time."""
@@ -154,6 +159,14 @@ class Workspace:
             self._views[tokens] = self._whole.first(tokens)
         return self._views[tokens]
 
+    def for_rows(self, first: int, count: int) -> StepArrays:
+        """The arrays of a part of a step, whose residual stream has a place of its own; the rest all parts share."""
+        if first == 0:
+            return self.for_tokens(count)
+        if (first, count) not in self._parts:
+            self._parts[first, count] = replace(self._whole.first(count), x=self._whole.x[first : first + count])
+        return self._parts[first, count]
+
     def residual(self, first: int, count: int) -> Array:
         """The residual stream of tokens of the last step, float32 [count, padded hidden]."""
         return self._whole.x[first : first + count]
@@ -162,7 +175,7 @@ class Workspace:
 def step_widths(config: ModelConfig, part: Partition) -> Mapping[str, int]:
     """Channels of the step's arrays on a rank: of each the widest of all layers."""
     of_layers = [{**kind.attention.step_widths(part), "inner": kind.mlp.step_width(part)} for kind in config.kinds]
-    names = ("q", "k", "v", "context", "latent", "inner")
+    names = ("q", "k", "v", "context", "latent", "gates", "inner")
     return {name: max(widths.get(name, 0) for widths in of_layers) for name in names}
 
 
@@ -171,6 +184,6 @@ def workspace_bytes(config: ModelConfig, part: Partition, tokens: int) -> int:
     hidden, widths = config.padded_hidden_size, step_widths(config, part)
     of_layers = (widths[name] for name in ("context", "latent", "inner"))
     activations = sum(Activations.bytes(tokens, k) for k in (hidden, *of_layers))
-    floats = hidden * (1 + config.has_post_norms) + sum(widths[name] for name in ("q", "k", "v", "inner"))
+    floats = hidden * (1 + config.has_post_norms) + sum(widths[name] for name in ("q", "k", "v", "gates", "inner"))
     floats += sum(rotation.channels for rotation in config.rotations)
-    return activations + tokens * (4 * floats + 8 * (hidden + 4))
+    return activations + tokens * (4 * floats + 8 * (hidden + 5))

@@ -112,6 +112,21 @@ NO_THOUGHT: dict[str, Any] = {"enable_thinking": False, "thinking": False}
 """The variables by which templates leave thoughts out: Qwen's, DeepSeek's and Kimi's."""
 
 
+NO_THINK = "no_think"
+EFFORTS_OF_HY = {"none": NO_THINK, "minimal": "low", "medium": "low", "xhigh": "high", "max": "high"}
+"""What Hy3's template calls the efforts that it refuses."""
+
+
+def in_words_of(template_source: str, variables: dict[str, Any]) -> dict[str, Any]:
+    """`variables` with the effort that a template knows; without thoughts none at all."""
+    if NO_THINK not in template_source:
+        return variables
+    if variables.get("thinking") is False or variables.get("enable_thinking") is False:
+        return {**variables, "reasoning_effort": NO_THINK}
+    effort = variables.get("reasoning_effort")
+    return {**variables, "reasoning_effort": EFFORTS_OF_HY[effort]} if effort in EFFORTS_OF_HY else variables
+
+
 class TemplateFields(Body):
     """How the chat template is used; `chat_template_kwargs` are variables of its own, such as enable_thinking."""
 

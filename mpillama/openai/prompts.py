@@ -9,7 +9,7 @@ from mpillama.engine.sequence import Request
 from mpillama.errors import UserError
 from mpillama.openai.bodies import ALL_TOKENS, ANY_SEED, ASKED, NO_LIMIT, ChatBody, CompletionBody, SamplingBody
 from mpillama.openai.body import BadRequest
-from mpillama.openai.messages import Message, TemplateFields
+from mpillama.openai.messages import Message, TemplateFields, in_words_of
 from mpillama.openai.tool_calls import for_template
 from mpillama.text.chat_template import ChatTemplate
 from mpillama.text.sampling_params import SamplingParams
@@ -20,20 +20,14 @@ PLAINLY = TemplateFields()
 
 
 @dataclass(frozen=True)
-class Defaults:
-    """Values for what a request leaves out."""
-
-    sampling: SamplingParams
-
-
-@dataclass(frozen=True)
 class Prompter:
     """Turns bodies into requests with a model's tokenizer and chat template (a function that makes it when needed)."""
 
     tokenizer: Tokenizer
     template: Callable[[], ChatTemplate]
     vocab_size: int
-    defaults: Defaults
+    defaults: SamplingParams
+    """Values for what a request leaves out."""
     for_template: Callable[[dict[str, Any]], dict[str, Any]] = for_template
     """Makes of a message with calls of tools what the template expects."""
 
@@ -58,7 +52,7 @@ class Prompter:
 
         `variables` are the template's own, such as enable_thinking; they count before those of `how`.
         """
-        variables = how.template_variables | variables
+        variables = in_words_of(self.template().source, how.template_variables | variables)
         given = [self.for_template(m.for_template()) for m in messages]
         if how.continue_final_message:
             _check_continuation(messages, how)
@@ -107,7 +101,7 @@ class Prompter:
             raise BadRequest("stop: an empty text would stop before the first token", "stop")
         if body.most_tokens is not None:
             given["max_tokens"] = None if body.most_tokens == NO_LIMIT else body.most_tokens
-        options = replace(self.defaults.sampling, ignore_eos=bool(body.ignore_eos), **given)
+        options = replace(self.defaults, ignore_eos=bool(body.ignore_eos), **given)
         if body.logit_bias is not None:
             options = replace(options, logit_bias=self._bias(body.logit_bias))
         return options if options.seed is not None else replace(options, seed=seed)

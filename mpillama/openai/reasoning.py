@@ -16,6 +16,8 @@ from mpillama.openai.harmony import harmony_format, is_harmony
 COMMENT = re.compile(r"\{#.*?#\}", re.DOTALL)
 PAIRS = (("<think>", "</think>"), ("[THINK]", "[/THINK]"))
 """What stands around a thought: DeepSeek-R1, Qwen and many after them; Magistral."""
+WITH_ENDING = re.compile(r"<think(:\w+)>")
+"""Of Hy3, whose checkpoints give every tag the same ending."""
 
 
 @dataclass(frozen=True)
@@ -186,7 +188,8 @@ def reasoning_format(template_source: str, token_id: Callable[[str], int | None]
     source = COMMENT.sub("", template_source)
     if is_harmony(source) and (channels := harmony_format(token_id)):
         return channels
-    for opening, closing in PAIRS:
+    endings = dict.fromkeys(WITH_ENDING.findall(source))
+    for opening, closing in (*((f"<think{ending}>", f"</think{ending}>") for ending in endings), *PAIRS):
         ids = token_id(opening), token_id(closing)
         if None not in ids:
             return ReasoningFormat(opening, closing, *ids)

@@ -1,4 +1,4 @@
-"""Calls that models write with a tag around each argument: those of GLM and of MiniMax.
+"""Calls that models write with a tag around each argument: GLM, Hy3, MiniMax, and Qwen since Qwen3-Coder.
 
 A value is there as it is, without quotation marks if it is a text; what the function asks for tells what it means.
 """
@@ -10,22 +10,22 @@ from dataclasses import dataclass
 from typing import Any
 
 from mpillama.openai.tool_grammars import Function, TokenId, call_rules, marker_rule, more_rules, schema_rule
+from mpillama.openai.tool_json import strict_json
 from mpillama.openai.tool_readers import (
     END_TOOL_CALL,
+    MOST_NAME,
     TOOL_CALL,
     Call,
     NoCall,
-    Part,
     Reader,
     expect,
     literal,
+    plain_name,
     skip_space,
+    text_before,
+    word,
 )
 from mpillama.text.constraint import text_rule, token_rule
-
-MOST_NAME = 256
-"""Characters of a name at the most; longer text is no call."""
-NAME = re.compile(r"[a-zA-Z0-9_.-]+")
 
 
 @dataclass(frozen=True)
@@ -47,6 +47,27 @@ MINIMAX = Tags(
     ('<parameter name="', '"'),
     (">", "</parameter>"),
 )
+QWEN = Tags(
+    (TOOL_CALL, END_TOOL_CALL), ("<function=", "</function>"), ">", ("<parameter=", ">"), ("\n", "\n</parameter>")
+)
+AS_PYTHON = {"True": "true", "False": "false", "None": "null"}
+"""Values as templates write them that take Python's words for them."""
+
+
+HY = re.compile(r"<tool_calls(:\w+)?>")
+"""What begins a block of Hy3; every tag of a checkpoint may have the same ending."""
+
+
+def hy_tags(template_source: str) -> Tags | None:
+    """The tags of Hy3 in a chat template, with the ending that they have there; None of another template."""
+    begin = HY.search(template_source)
+    if begin is None or f"<arg_key{begin[1] or ''}>" not in template_source:
+        return None
+    block, call, key, value = (
+        (f"<{name}{begin[1] or ''}>", f"</{name}{begin[1] or ''}>")
+        for name in ("tool_calls", "tool_call", "arg_key", "arg_value")
+    )
+    return Tags(block, call, f"<tool_sep{begin[1] or ''}>", key, value)
 
 
 @dataclass(frozen=True)
@@ -66,19 +87,17 @@ class TaggedCall(Call):
 
 def _as_json(text: str, schema: Any) -> str:
     """A value in JSON: a text stays one if nothing else is asked for, or if it is no JSON."""
+    if _types(schema) & {"boolean", "null"} and "string" not in _types(schema):
+        text = AS_PYTHON.get(text, text)
     if _types(schema) != {"string"}:
         try:
-            found = json.loads(text, parse_constant=_refuse)
+            found = strict_json(text)
         except (ValueError, RecursionError):
             pass
         else:
             if not isinstance(found, str) or "string" not in _types(schema):
                 return text.strip()
     return json.dumps(text, ensure_ascii=False)
-
-
-def _refuse(constant: str) -> None:
-    raise ValueError(f"{constant} is not JSON")
 
 
 def _types(schema: Any) -> set[str]:
@@ -100,23 +119,52 @@ def _types(schema: Any) -> set[str]:
 def read_glm() -> Reader:
     """`<tool_call>name`, then `<arg_key>…</arg_key><arg_value>…</arg_value>` for each argument, and the end."""
     yield from literal(TOOL_CALL)
-    name, char = yield from _plain_name()
+    name, char = yield from word((yield from skip_space()))
+    values = yield from _pairs(GLM, char)
+    return [TaggedCall(name, "", values=values)]
+
+
+def read_hy(tags: Tags) -> Reader:
+    """`<tool_calls>`, calls as `<tool_call>name<tool_sep>` with the arguments as GLM writes them, and the end."""
+    yield from literal(tags.block[0])
+    calls: list[Call] = []
+    char = yield from skip_space()
+    while char:
+        expect(char, "<")
+        kind = yield
+        if calls and kind == "/":
+            yield from literal(tags.block[1][2:])
+            return calls
+        expect(kind, tags.call[0][1])
+        yield from literal(tags.call[0][2:])
+        name, char = yield from word((yield from skip_space()))
+        expect((yield from skip_space()) if char.isspace() else char, "<")
+        yield from literal(tags.name_end[1:])
+        calls.append(TaggedCall(name, "", values=(yield from _pairs(tags, (yield)))))
+        char = yield from skip_space()
+    if not calls:
+        raise NoCall
+    return calls
+
+
+def _pairs(tags: Tags, char: str) -> Generator[None, str, tuple[tuple[str, str], ...]]:
+    """Names and values up to the end of a call, or of the text; `char` is the first character."""
     values: list[tuple[str, str]] = []
     char = (yield from skip_space()) if char.isspace() else char
     while char:
         expect(char, "<")
         kind = yield
         if kind == "/":
-            yield from literal(END_TOOL_CALL[2:])
+            yield from literal(tags.call[1][2:])
             break
-        expect(kind, GLM.key[0][1])
-        yield from literal(GLM.key[0][2:])
-        key = yield from _text_before(GLM.key[1])
-        expect((yield from skip_space()), GLM.value[0][0])
-        yield from literal(GLM.value[0][1:])
-        values.append((key.strip(), (yield from _text_before(GLM.value[1]))))
+        expect(kind, tags.key[0][1])
+        yield from literal(tags.key[0][2:])
+        key = yield from text_before(tags.key[1])
+        expect((yield from skip_space()), tags.value[0][0])
+        yield from literal(tags.value[0][1:])
+        values.append((key.strip(), (yield from text_before(tags.value[1]))))
         char = yield from skip_space()
-    return [TaggedCall(name, "", values=tuple(values))]
+    return tuple(values)
 
 
 def read_minimax() -> Reader:
@@ -141,9 +189,7 @@ def read_minimax() -> Reader:
 
 def _invoked() -> Generator[None, str, Call]:
     """A call from its name on."""
-    name = yield from _text_before('"', MOST_NAME)
-    if not NAME.fullmatch(name):
-        raise NoCall
+    name = plain_name((yield from text_before('"', most=MOST_NAME)))
     yield from literal(">")
     values: list[tuple[str, str]] = []
     while True:
@@ -154,34 +200,32 @@ def _invoked() -> Generator[None, str, Call]:
             return TaggedCall(name, "", values=tuple(values))
         expect(kind, MINIMAX.key[0][1])
         yield from literal(MINIMAX.key[0][2:])
-        key = yield from _text_before(MINIMAX.key[1])
+        key = yield from text_before(MINIMAX.key[1])
         yield from literal(MINIMAX.value[0])
-        values.append((key, (yield from _text_before(MINIMAX.value[1]))))
+        values.append((key, (yield from text_before(MINIMAX.value[1]))))
 
 
-def _plain_name() -> Generator[None, str, tuple[str, str]]:
-    """A function's name, and the character behind it."""
-    char, name = (yield from skip_space()), ""
-    while char and NAME.fullmatch(char):
-        name, char = name + char, (yield)
-        if len(name) > MOST_NAME:
-            raise NoCall
-    if not name or (char and not char.isspace() and char != "<"):
-        raise NoCall
-    return name, char
-
-
-def _text_before(mark: str, most: int | None = None) -> Part:
-    """The text up to a mark, which is taken as well; NoCall if it does not come."""
-    taken: list[str] = []
-    end = ""  # as many of the last characters as the mark has
-    while end != mark:
-        char = yield
-        if not char or (most is not None and len(taken) > most):
-            raise NoCall
-        taken.append(char)
-        end = (end + char)[-len(mark) :]
-    return "".join(taken)[: -len(mark)]
+def read_qwen() -> Reader:
+    """`<tool_call>`, `<function=name>` with `<parameter=name>`, whose value has lines of its own, and the ends."""
+    yield from literal(TOOL_CALL)
+    expect((yield from skip_space()), QWEN.call[0][0])
+    yield from literal(QWEN.call[0][1:])
+    name = plain_name((yield from text_before(QWEN.name_end, most=MOST_NAME)))
+    values: list[tuple[str, str]] = []
+    while True:
+        expect((yield from skip_space()), "<")
+        kind = yield
+        if kind == "/":
+            yield from literal(QWEN.call[1][2:])
+            break
+        expect(kind, QWEN.key[0][1])
+        yield from literal(QWEN.key[0][2:])
+        key = yield from text_before(QWEN.key[1])
+        value = yield from text_before(QWEN.value[1].strip())
+        values.append((key, value.removeprefix("\n").removesuffix("\n")))
+    expect((yield from skip_space()), END_TOOL_CALL[0])
+    yield from literal(END_TOOL_CALL[1:])
+    return [TaggedCall(name, "", values=tuple(values))]
 
 
 # -- forcing ----------------------------------------------------------------------------------------------------------
@@ -192,19 +236,34 @@ FREE_TEXT = r"(<+[^<\/]|[^<])*"
 
 def glm_rules(functions: Sequence[Function], several: bool, token_id: TokenId) -> str:
     """Calls with a line for each name and value."""
-    begin, end = (marker_rule(text, token_id) for text in GLM.call)
     line = text_rule("\n")
-    start = f"start: block {more_rules('block', line, several)}\nblock: {begin} call {end}\n"
+    start = f"start: block {more_rules('block', line, several)}\n"
+    return start + _calls_in_lines(GLM, functions, token_id)
+
+
+def hy_rules(tags: Tags, functions: Sequence[Function], several: bool, token_id: TokenId) -> str:
+    """A block of such calls."""
+    begin, end = (marker_rule(text, token_id) for text in tags.block)
+    line = text_rule("\n")
+    start = f"start: {begin} {line} block {more_rules('block', line, several)} {line} {end}\n"
+    return start + _calls_in_lines(tags, functions, token_id)
+
+
+def _calls_in_lines(tags: Tags, functions: Sequence[Function], token_id: TokenId) -> str:
+    """The rules `block`, a call with its tags, and `call`."""
+    begin, end = (marker_rule(text, token_id) for text in tags.call)
+    name_end = marker_rule(tags.name_end, token_id) if tags.name_end else ""
+    line = text_rule("\n")
 
     def rule(function: Function) -> str:
-        arguments = " ".join(_arguments(function, argument, token_id(GLM.value[1]), GLM.value[1]))
-        return f"{text_rule(function.name)} {arguments} {line}"
+        arguments = " ".join(_arguments(function, argument, token_id(tags.value[1]), tags.value[1]))
+        return f"{text_rule(function.name)} {name_end} {arguments} {line}"
 
     def argument(name: str, value: str) -> str:
-        key_begin, key_end, value_begin = (marker_rule(text, token_id) for text in (*GLM.key, GLM.value[0]))
+        key_begin, key_end, value_begin = (marker_rule(text, token_id) for text in (*tags.key, tags.value[0]))
         return f"{line} {key_begin} {text_rule(name)} {key_end} {line} {value_begin} {value}"
 
-    return start + call_rules(map(rule, functions))
+    return f"block: {begin} call {end}\n" + call_rules(map(rule, functions))
 
 
 def minimax_rules(functions: Sequence[Function], several: bool, token_id: TokenId) -> str:
@@ -220,6 +279,23 @@ def minimax_rules(functions: Sequence[Function], several: bool, token_id: TokenI
 
     def argument(name: str, value: str) -> str:
         return f"{text_rule(MINIMAX.key[0] + name + MINIMAX.key[1] + MINIMAX.value[0])} {value}"
+
+    return start + call_rules(map(rule, functions))
+
+
+def qwen_rules(functions: Sequence[Function], several: bool, token_id: TokenId) -> str:
+    """Calls with lines for the name, for that of each argument, and for its value."""
+    begin, end = (marker_rule(text, token_id) for text in QWEN.block)
+    line = text_rule("\n")
+    start = f"start: block {more_rules('block', line, several)}\nblock: {begin} {line} call {line} {end}\n"
+
+    def rule(function: Function) -> str:
+        head = text_rule(f"{QWEN.call[0]}{function.name}{QWEN.name_end}\n")
+        arguments = " ".join(_arguments(function, argument, None, QWEN.value[1] + "\n"))
+        return f"{head} {arguments} {text_rule(QWEN.call[1])}"
+
+    def argument(name: str, value: str) -> str:
+        return f"{text_rule(QWEN.key[0] + name + QWEN.key[1] + QWEN.value[0])} {value}"
 
     return start + call_rules(map(rule, functions))
 

@@ -1,17 +1,30 @@
 """Tool calls: a model's format, calls parsed from its answers, and messages as its template expects them."""
 
 import hashlib
-import json
 import re
 import secrets
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from mpillama.openai.harmony import CHANNEL, harmony_rules, is_harmony, read_nothing
+from mpillama.openai.pythonic_calls import PYTHON_START, SHOWN, json_rules, pythonic_rules, read_llama4
 from mpillama.openai.tagged_calls import GLM as GLM_TAGS
 from mpillama.openai.tagged_calls import MINIMAX as MINIMAX_TAGS
-from mpillama.openai.tagged_calls import glm_rules, minimax_rules, read_glm, read_minimax
+from mpillama.openai.tagged_calls import QWEN as QWEN_TAGS
+from mpillama.openai.tagged_calls import (
+    Tags,
+    glm_rules,
+    hy_rules,
+    hy_tags,
+    minimax_rules,
+    qwen_rules,
+    read_glm,
+    read_hy,
+    read_minimax,
+    read_qwen,
+)
 from mpillama.openai.tool_grammars import (
     MISTRAL_ID,
     Rules,
@@ -21,14 +34,17 @@ from mpillama.openai.tool_grammars import (
     deepseek_rules,
     hermes_rules,
     kimi_rules,
+    listed_rules,
     llama3_rules,
     mistral_args_rules,
     mistral_rules,
 )
+from mpillama.openai.tool_json import strict_json
 from mpillama.openai.tool_readers import (
     ARGS,
     DEEPSEEK_MARKS,
     KIMI_MARKS,
+    LISTED_CALLS,
     PYTHON_TAG,
     TOOL_CALL,
     TOOL_CALLS,
@@ -38,13 +54,12 @@ from mpillama.openai.tool_readers import (
     read_deepseek,
     read_hermes,
     read_kimi,
+    read_listed,
     read_llama3,
     read_mistral,
 )
 
 COMMENT = re.compile(r"\{#.*?#\}", re.DOTALL)
-# Another way to write calls between the markers of Hermes (Qwen3-Coder).
-FOREIGN = ("<function=",)
 
 
 @dataclass(frozen=True)
@@ -85,7 +100,7 @@ class ToolFormat:
 
     name: str
     marker: str
-    bare: bool  # whether an answer may be a call without the marker
+    bare: str  # with which characters an answer may begin that is a call without the marker
     read: Callable[[], Reader]
     rules: Rules
     short_ids: bool = False  # whether the templates insist on ids of 9 letters and digits
@@ -185,7 +200,7 @@ class ToolCallParser:
         return refused[1:]
 
     def _may_begin(self, char: str) -> bool:
-        return char == self._form.marker[0] or (char == "{" and self._form.bare and self._untouched)
+        return char == self._form.marker[0] or (self._untouched and char in self._form.bare)
 
     def _read(self, char: str) -> list[str]:
         """Give a character to the reader; returns all that it held if that is no call."""
@@ -228,28 +243,43 @@ class ToolCallParser:
         return found
 
 
-HERMES = ToolFormat("hermes", TOOL_CALL, False, read_hermes, hermes_rules)
-LLAMA3 = ToolFormat("llama3", PYTHON_TAG, True, read_llama3, llama3_rules)
-MISTRAL = ToolFormat("mistral", TOOL_CALLS, False, read_mistral, mistral_rules, short_ids=True)
-MISTRAL_ARGS = ToolFormat("mistral-args", TOOL_CALLS, False, read_mistral, mistral_args_rules, short_ids=True)
-DEEPSEEK = ToolFormat("deepseek", DEEPSEEK_MARKS.begin, False, read_deepseek, deepseek_rules)
-DEEPSEEK_FENCED = ToolFormat("deepseek-fenced", DEEPSEEK_MARKS.begin, False, read_deepseek, deepseek_fenced_rules)
-KIMI = ToolFormat("kimi", KIMI_MARKS.begin, False, read_kimi, kimi_rules)
-GLM = ToolFormat("glm", TOOL_CALL, False, read_glm, glm_rules)
-MINIMAX = ToolFormat("minimax", MINIMAX_TAGS.block[0], False, read_minimax, minimax_rules)
-HARMONY = ToolFormat("harmony", CHANNEL, False, read_nothing, harmony_rules, one_text=True)
+HERMES = ToolFormat("hermes", TOOL_CALL, "", read_hermes, hermes_rules)
+LLAMA3 = ToolFormat("llama3", PYTHON_TAG, "{", read_llama3, llama3_rules)
+MISTRAL = ToolFormat("mistral", TOOL_CALLS, "", read_mistral, mistral_rules, short_ids=True)
+MISTRAL_ARGS = ToolFormat("mistral-args", TOOL_CALLS, "", read_mistral, mistral_args_rules, short_ids=True)
+DEEPSEEK = ToolFormat("deepseek", DEEPSEEK_MARKS.begin, "", read_deepseek, deepseek_rules)
+DEEPSEEK_FENCED = ToolFormat("deepseek-fenced", DEEPSEEK_MARKS.begin, "", read_deepseek, deepseek_fenced_rules)
+KIMI = ToolFormat("kimi", KIMI_MARKS.begin, "", read_kimi, kimi_rules)
+LLAMA4 = ToolFormat("llama4", PYTHON_START, "[{", read_llama4, json_rules)
+LLAMA4_PYTHONIC = replace(LLAMA4, name="llama4-pythonic", rules=pythonic_rules)
+LISTED = ToolFormat("listed", LISTED_CALLS, "", read_listed, listed_rules)
+GLM = ToolFormat("glm", TOOL_CALL, "", read_glm, glm_rules)
+MINIMAX = ToolFormat("minimax", MINIMAX_TAGS.block[0], "", read_minimax, minimax_rules)
+QWEN = ToolFormat("qwen", TOOL_CALL, "", read_qwen, qwen_rules)
+HARMONY = ToolFormat("harmony", CHANNEL, "", read_nothing, harmony_rules, one_text=True)
+
+
+def hy_format(tags: Tags) -> ToolFormat:
+    """The format of Hy3 with the tags that a checkpoint has."""
+    return ToolFormat("hy", tags.block[0], "", partial(read_hy, tags), partial(hy_rules, tags))
+
+
 AS_JSON = re.compile(r"arguments['\"]?\]?\s*\|\s*tojson")
 
 
 def tool_format(template_source: str) -> ToolFormat | None:
     """The format that a chat template writes calls in; None if it takes no tools, or in a way not known here."""
     source = COMMENT.sub("", template_source)
-    if not re.search(r"\btools\b", source) or any(mark in source for mark in FOREIGN):
+    if not re.search(r"\btools\b", source):
         return None
     if is_harmony(source):
         return HARMONY
-    if MINIMAX_TAGS.block[0] in source:
+    if MINIMAX_TAGS.block[0].strip("<>") in source:
         return MINIMAX
+    if tags := hy_tags(source):
+        return hy_format(tags)
+    if QWEN_TAGS.call[0] in source:  # another way to write calls than Hermes', between the same markers or others
+        return QWEN if TOOL_CALL in source and QWEN_TAGS.key[0] in source else None
     if TOOL_CALL in source and GLM_TAGS.key[0] in source:
         return GLM
     if TOOL_CALLS in source:
@@ -261,6 +291,10 @@ def tool_format(template_source: str) -> ToolFormat | None:
         return replace(form, text_arguments=not AS_JSON.search(source))
     if KIMI_MARKS.begin in source:
         return KIMI
+    if LISTED_CALLS in source:
+        return LISTED
+    if PYTHON_START in source or SHOWN.search(source):
+        return LLAMA4_PYTHONIC if SHOWN.search(source) else LLAMA4
     # Not every template of Llama 3 mentions <|python_tag|>; all give results to the role ipython.
     return LLAMA3 if "ipython" in source and "parameters" in source else None
 
@@ -278,14 +312,10 @@ def _with_object(call: Mapping[str, Any]) -> dict[str, Any]:
     if not isinstance(function, Mapping) or not isinstance(function.get("arguments"), str):
         return dict(call)
     try:
-        value = json.loads(function["arguments"] or "{}", parse_constant=_refuse)
+        value = strict_json(function["arguments"] or "{}")
     except (ValueError, RecursionError):
         return dict(call)
     return {**call, "function": {**function, "arguments": value}} if isinstance(value, dict) else dict(call)
-
-
-def _refuse(constant: str) -> None:
-    raise ValueError(f"{constant} is not JSON")
 
 
 def _with_short_id(fields: Mapping[str, Any], key: str) -> dict[str, Any]:

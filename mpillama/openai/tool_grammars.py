@@ -9,9 +9,11 @@ from mpillama.openai.tool_readers import (
     ARGS,
     DEEPSEEK_MARKS,
     END_FENCE,
+    END_LISTED_CALLS,
     END_TOOL_CALL,
     FENCE,
     KIMI_MARKS,
+    LISTED_CALLS,
     PYTHON_TAG,
     TOOL_CALL,
     TOOL_CALLS,
@@ -72,6 +74,15 @@ def mistral_rules(functions: Sequence[Function], several: bool, token_id: TokenI
     before_id, quote = text_rule(', "id": "'), text_rule('"')
     call_id = f"({before_id} /{MISTRAL_ID}/ {quote})?"
     return start + call_rules(_object_call(function, "arguments", call_id) for function in functions)
+
+
+def listed_rules(functions: Sequence[Function], several: bool, token_id: TokenId) -> str:
+    """A marker and a list of objects, closed where the vocabulary has a token for that."""
+    end = token_id(END_LISTED_CALLS)
+    more = more_rules("call", text_rule(", "), several)
+    closing = "" if end is None else token_rule(end)
+    start = f'start: {marker_rule(LISTED_CALLS, token_id)} "[" call {more} "]" {closing}\n'
+    return start + call_rules(_object_call(function, "arguments") for function in functions)
 
 
 def mistral_args_rules(functions: Sequence[Function], several: bool, token_id: TokenId) -> str:

@@ -158,7 +158,7 @@ class EngineRunner(Generic[RequestT, OutputT]):
             communication_seconds=engine.executor.comm.seconds,
             running=len(scheduler.running),
             waiting=len(scheduler.waiting),
-            blocks=engine.pool.blocks,
+            blocks=engine.pool.size,
             blocks_used=engine.pool.used,
             memory=self._memory,
         )

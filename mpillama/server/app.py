@@ -8,13 +8,12 @@ from fastapi.routing import APIRoute
 
 from mpillama import __version__
 from mpillama.errors import UserError
+from mpillama.openai.bodies import DetokenizeBody, EmbeddingBody, ServedChat, ServedCompletion, TokenizeBody
 from mpillama.openai.prompts import Prompter
-from mpillama.openai.served import DetokenizeBody, EmbeddingBody, ServedChat, ServedCompletion, TokenizeBody
 from mpillama.server import errors, schemas
 from mpillama.server.async_engine import SERVING, AsyncEngine, ServerState
-from mpillama.server.chat_choice import chat_choices, embedding_entry, shortened
 from mpillama.server.chat_page import page
-from mpillama.server.completion_choice import completion_choices
+from mpillama.server.choices import chat_choices, completion_choices
 from mpillama.server.errors import AsciiJson, Refused
 from mpillama.server.metrics import Metrics
 from mpillama.server.preparing import Preparation, prepared
@@ -26,15 +25,15 @@ from mpillama.server.requests import (
     embedding_requests,
     left_out_of_grammar,
 )
-from mpillama.server.responses import Answerer, Reply
+from mpillama.server.response_store import ResponseStore
+from mpillama.server.responses import Answerer, Reply, embedding_entry, shortened
 from mpillama.server.responses_api import responses
-from mpillama.server.responses_api_schemas import ResponseStore
 from mpillama.server.routes import (
-    EVENTS,
     REFUSALS,
     EngineOf,
     StateOf,
     StrictRoute,
+    answers,
     log_prompt,
     tell_ignored,
     tell_unknown,
@@ -84,11 +83,7 @@ def _document(app: FastAPI) -> dict[str, Any]:
 api = APIRouter(route_class=StrictRoute)
 
 
-@api.post(
-    "/v1/chat/completions",
-    response_model=None,
-    responses={200: {"model": schemas.ChatCompletion, "content": EVENTS}, **REFUSALS},
-)
+@api.post("/v1/chat/completions", responses=answers(schemas.ChatCompletion, streams=True))
 async def chat_completions(request: Request, body: ServedChat, state: StateOf) -> Response:
     """Answer a conversation, whole or as a stream."""
     tell_unknown(request, body)
@@ -98,11 +93,7 @@ async def chat_completions(request: Request, body: ServedChat, state: StateOf) -
     return await _answer(request, reply, chat_choices(state, body), body)
 
 
-@api.post(
-    "/v1/completions",
-    response_model=None,
-    responses={200: {"model": schemas.Completion, "content": EVENTS}, **REFUSALS},
-)
+@api.post("/v1/completions", responses=answers(schemas.Completion, streams=True))
 async def completions(request: Request, body: ServedCompletion, state: StateOf) -> Response:
     """Continue a text, whole or as a stream."""
     tell_unknown(request, body)
@@ -121,7 +112,7 @@ async def _answer(request: Request, reply: Reply, choice: Any, body: ServedChat 
     return AsciiJson(await while_connected(request, answerer.whole(reply, choice)))
 
 
-@api.post("/v1/embeddings", response_model=None, responses={200: {"model": schemas.Embeddings}, **REFUSALS})
+@api.post("/v1/embeddings", responses=answers(schemas.Embeddings))
 async def embeddings(request: Request, body: EmbeddingBody, state: StateOf) -> Response:
     """Give the direction of texts in the model's last hidden state: vectors of length 1."""
     tell_unknown(request, body)
@@ -136,13 +127,13 @@ async def embeddings(request: Request, body: EmbeddingBody, state: StateOf) -> R
     return AsciiJson({"object": "list", "data": entries, "model": state.model, "usage": usage})
 
 
-@api.get("/v1/models", responses={200: {"model": schemas.Models}, **REFUSALS})
+@api.get("/v1/models", responses=answers(schemas.Models))
 async def models(state: StateOf) -> dict[str, Any]:
     """List the one model."""
     return {"object": "list", "data": [_model(state)]}
 
 
-@api.get("/v1/models/{name}", responses={200: {"model": schemas.Model}, **REFUSALS})
+@api.get("/v1/models/{name}", responses=answers(schemas.Model))
 async def model(name: str, state: StateOf) -> dict[str, Any]:
     """Describe the model."""
     check_model(state, name)
@@ -159,7 +150,7 @@ def _model(state: ServerState) -> dict[str, Any]:
     }
 
 
-@api.post("/tokenize", response_model=None, responses={200: {"model": schemas.Tokens}, **REFUSALS})
+@api.post("/tokenize", responses=answers(schemas.Tokens))
 async def tokenize(request: Request, body: TokenizeBody, state: StateOf) -> Response:
     """Give the token ids of a text, or of a conversation as the model sees it."""
     tell_unknown(request, body)
@@ -169,7 +160,7 @@ async def tokenize(request: Request, body: TokenizeBody, state: StateOf) -> Resp
     return await prepared(request, lambda pause: tokenized(state, body, pause))
 
 
-@api.post("/detokenize", response_model=None, responses={200: {"model": schemas.Text}, **REFUSALS})
+@api.post("/detokenize", responses=answers(schemas.Text))
 async def detokenize(request: Request, body: DetokenizeBody, state: StateOf) -> Response:
     """Give the text of token ids."""
     tell_unknown(request, body)
@@ -177,7 +168,7 @@ async def detokenize(request: Request, body: DetokenizeBody, state: StateOf) -> 
     return await prepared(request, lambda _: detokenized(state, body))
 
 
-@api.get("/tokenizer_info", responses={200: {"model": schemas.TokenizerInfo}, **REFUSALS})
+@api.get("/tokenizer_info", responses=answers(schemas.TokenizerInfo))
 async def tokenizer_info(state: StateOf) -> dict[str, Any]:
     """Tell what clients that count tokens must know, as vLLM does."""
     prompter = state.prompter
@@ -197,7 +188,7 @@ def _template_source(prompter: Prompter) -> str | None:
         return None
 
 
-@api.get("/health", response_model=None, responses={200: {"model": schemas.Health}, 503: {"model": schemas.Health}})
+@api.get("/health", responses={200: {"model": schemas.Health}, 503: {"model": schemas.Health}})
 async def health(engine: EngineOf) -> Response:
     """Tell whether requests are taken."""
     replicas = engine.state.replicas if engine.state else ()
@@ -212,7 +203,7 @@ async def health(engine: EngineOf) -> Response:
     return AsciiJson(found, status, headers)
 
 
-@api.get("/metrics", response_model=None, responses={200: {"content": {"text/plain": {}}}, 401: REFUSALS[401]})
+@api.get("/metrics", responses={200: {"content": {"text/plain": {}}}, 401: REFUSALS[401]})
 async def metrics(request: Request) -> Response:
     """Show counters and histograms for Prometheus."""
     return Response(request.app.state.metrics.page(), media_type="text/plain; version=0.0.4")

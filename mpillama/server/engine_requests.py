@@ -1,12 +1,12 @@
 """What goes from the server's requests to the engines and back: plain values that may travel to another rank."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
 import numpy as np
 
-from mpillama.engine.answer import LogprobRecorder, Mark, TokenLogprob
+from mpillama.engine.answer import Mark, TokenLogprob, noted, recorder
 from mpillama.engine.engine import Update
 from mpillama.engine.sequence import Request
 from mpillama.errors import UserError
@@ -98,13 +98,13 @@ class ServerAdapter(Adapter[ServerRequest, Output]):
             request.key,
             update.token_ids,
             update.text,
-            _noted(request.on_logits),
+            noted(request.on_logits) or (),
             answer.finish_reason,
             sequence.cached_tokens or 0,
             sequence.error,
             sequence.pooled if sequence.finished else None,
             update.marks,
-            _noted(request.on_prompt_logits),
+            noted(request.on_prompt_logits) or (),
             refused=request.constraint is not None and request.constraint.refused,
             first_token=len(answer.token_ids) - len(update.token_ids),
             first_character=len(answer.text) - len(update.text),
@@ -112,13 +112,5 @@ class ServerAdapter(Adapter[ServerRequest, Output]):
 
 
 def _engine_request(request: ServerRequest, constraint: Constraint | None = None) -> Request:
-    recorder, prompt_recorder = map(_recorder, (request.sampling.logprobs, request.sampling.prompt_logprobs))
-    return replace(request, constraint=constraint, on_logits=recorder, on_prompt_logits=prompt_recorder)
-
-
-def _recorder(alternatives: int | None) -> LogprobRecorder | None:
-    return None if alternatives is None else LogprobRecorder(alternatives)
-
-
-def _noted(recorder: Callable[[np.ndarray, int], None] | None) -> Sequence[TokenLogprob]:
-    return recorder.take() if isinstance(recorder, LogprobRecorder) else ()
+    of_answer, of_prompt = map(recorder, (request.sampling.logprobs, request.sampling.prompt_logprobs))
+    return replace(request, constraint=constraint, on_logits=of_answer, on_prompt_logits=of_prompt)

@@ -7,19 +7,18 @@ from typing import Any
 
 from mpillama.engine.sequence import check_prompt
 from mpillama.errors import UserError
-from mpillama.openai.answer_parts import PartParser
-from mpillama.openai.bodies import SamplingBody
-from mpillama.openai.body import BadRequest
-from mpillama.openai.messages import NO_THOUGHT
-from mpillama.openai.served import (
+from mpillama.openai.bodies import (
     AllowedTools,
     EmbeddingBody,
     JsonObjectFormat,
     JsonSchemaFormat,
     NamedTool,
+    SamplingBody,
     ServedChat,
     ServedCompletion,
 )
+from mpillama.openai.body import BadRequest
+from mpillama.openai.messages import NO_THOUGHT
 from mpillama.openai.tool_grammars import calls_or_json
 from mpillama.server.async_engine import ServerState
 from mpillama.server.engine_requests import ServerRequest
@@ -30,8 +29,6 @@ from mpillama.text.json_schema import rewritten
 from mpillama.text.sampler import derived_seed
 from mpillama.text.sampling_params import SamplingParams
 
-LONGEST_OPENING = 16
-"""Tokens at a prompt's end among which a thought is opened."""
 MOST_LEFT_OUT = 16
 """Words of schemas that are named."""
 
@@ -65,15 +62,6 @@ def chat_requests(state: ServerState, body: ServedChat) -> list[ServerRequest]:
 
 def _with_prompt_logprobs(request: ServerRequest, alternatives: int | None) -> ServerRequest:
     return replace(request, sampling=replace(request.sampling, prompt_logprobs=alternatives))
-
-
-def thought_parser(state: ServerState, body: ServedChat, request: ServerRequest) -> PartParser | None:
-    """What tells thoughts from the rest of a request's answer; None where there can be none."""
-    if state.reasoning is None or request.grammar is not None:
-        return None
-    end = state.prompter.tokenizer.decode(request.prompt_ids[-LONGEST_OPENING:], skip_special=False)
-    begun = str(body.messages[-1].for_template()["content"]) if body.continue_final_message else ""
-    return state.reasoning.parser_after(end, begun)
 
 
 def used_tools(body: ServedChat) -> list[dict[str, Any]] | None:

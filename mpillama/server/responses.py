@@ -1,44 +1,22 @@
 """Responses of /v1/chat/completions and /v1/completions, whole or streamed."""
 
 import asyncio
+import base64
 import secrets
 import time
 from collections.abc import AsyncGenerator, Callable, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
 from mpillama import __version__
 from mpillama.server.async_engine import AnswerFailed, AnswerRefused, Answers, AsyncEngine, ServerState
+from mpillama.server.choices import Choice
 from mpillama.server.engine_requests import Output, ServerRequest
 from mpillama.server.metrics import Metrics
 from mpillama.server.streams import DONE, event
 
 Json = dict[str, Any]
-
-
-class Choice(Protocol):
-    """One of a request's answers while it is generated."""
-
-    def begin(self) -> Json | None:
-        """What a stream says of it first, if anything."""
-
-    def push(self, output: Output) -> list[Json]:
-        """Take an output; returns the `choices` entries of a stream that tell of it."""
-
-    def whole(self) -> Json:
-        """The entry of a response that is not streamed."""
-
-    def beside(self) -> Json:
-        """What such a response says of it beside the entries."""
-
-    @property
-    def writes_prompt(self) -> bool:
-        """Whether the next push takes long, since the prompt may be."""
-
-    @property
-    def reasoning_tokens(self) -> int | None:
-        """Tokens of its thoughts so far; None if it cannot have any."""
 
 
 class Reply:
@@ -146,3 +124,19 @@ class Answerer:
         async for index, output in answers.outputs(self.seconds):
             watch.note(index, output)
             yield index, output
+
+
+def shortened(embedding: np.ndarray, dimensions: int | None) -> np.ndarray:
+    """The first numbers of an embedding, of length 1 again."""
+    if dimensions is None:
+        return embedding
+    part = embedding[:dimensions]
+    length = float(np.linalg.norm(part))
+    return part / length if length else part
+
+
+def embedding_entry(index: int, embedding: np.ndarray, base64_wanted: bool) -> Json:
+    """An embedding, as numbers or as base64 of float32."""
+    vector = embedding.astype("<f4")
+    encoded = base64.b64encode(vector.tobytes()).decode() if base64_wanted else vector.tolist()
+    return {"object": "embedding", "index": index, "embedding": encoded}

@@ -7,20 +7,20 @@ from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Depends, Query, Request, Response
 
+from mpillama.openai.bodies import ServedChat
 from mpillama.openai.responses import ITEM, ResponseBody
-from mpillama.openai.served import ServedChat
-from mpillama.server import responses_api_schemas as schemas
+from mpillama.server import schemas
 from mpillama.server.async_engine import AnswerFailed, AnswerRefused, ServerState
-from mpillama.server.chat_choice import chat_choices
+from mpillama.server.choices import chat_choices
 from mpillama.server.errors import AsciiJson, Refused
 from mpillama.server.middleware import ASKER
 from mpillama.server.preparing import prepared
 from mpillama.server.requests import chat_requests, left_out_of_grammar
+from mpillama.server.response_store import Kept, ResponseStore, kept_items
 from mpillama.server.responses import Answerer, Reply
 from mpillama.server.responses_api_chat import chat_of, in_words_of_responses, input_items, with_references
 from mpillama.server.responses_api_events import ResponseWriter, new_id
-from mpillama.server.responses_api_schemas import Kept, ResponseStore, kept_items
-from mpillama.server.routes import EVENTS, REFUSALS, StateOf, StrictRoute, log_prompt, tell_ignored, tell_unknown
+from mpillama.server.routes import StateOf, StrictRoute, answers, log_prompt, tell_ignored, tell_unknown
 from mpillama.server.streams import named_event, stream, while_connected
 
 Json = dict[str, Any]
@@ -105,11 +105,7 @@ async def understood(request: Request, state: ServerState, store: ResponseStore,
     return asked
 
 
-@responses.post(
-    "/v1/responses",
-    response_model=None,
-    responses={200: {"model": schemas.ModelResponse, "content": EVENTS}, **REFUSALS},
-)
+@responses.post("/v1/responses", responses=answers(schemas.ModelResponse, streams=True))
 async def create_response(request: Request, body: ResponseBody, state: StateOf, store: StoreOf) -> Response:
     """Answer a conversation in items, whole or as a stream of events."""
     tell_unknown(request, body)
@@ -179,16 +175,14 @@ def _usage(found: Json) -> Json:
     }
 
 
-@responses.post("/v1/responses/input_tokens", responses={200: {"model": schemas.InputTokens}, **REFUSALS})
+@responses.post("/v1/responses/input_tokens", responses=answers(schemas.InputTokens))
 async def count_input_tokens(request: Request, body: ResponseBody, state: StateOf, store: StoreOf) -> Json:
     """Count the tokens that a request would have."""
     asked = await understood(request, state, store, body)
     return {"object": "response.input_tokens", "input_tokens": len(asked.engine_request.prompt_ids)}
 
 
-@responses.get(
-    "/v1/responses/{response_id}", response_model=None, responses={200: {"model": schemas.ModelResponse}, **REFUSALS}
-)
+@responses.get("/v1/responses/{response_id}", responses=answers(schemas.ModelResponse))
 async def get_response(response_id: str, store: StoreOf, asker: AskerOf, stream: bool = False) -> Response:
     """Give a response that is kept."""
     if stream:
@@ -196,18 +190,14 @@ async def get_response(response_id: str, store: StoreOf, asker: AskerOf, stream:
     return AsciiJson(store.get(asker, response_id).whole())
 
 
-@responses.delete("/v1/responses/{response_id}", responses={200: {"model": schemas.Deleted}, **REFUSALS})
+@responses.delete("/v1/responses/{response_id}", responses=answers(schemas.Deleted))
 async def delete_response(response_id: str, store: StoreOf, asker: AskerOf) -> Json:
     """Forget a response."""
     store.delete(asker, response_id)
     return {"id": response_id, "object": "response", "deleted": True}
 
 
-@responses.get(
-    "/v1/responses/{response_id}/input_items",
-    response_model=None,
-    responses={200: {"model": schemas.Items}, **REFUSALS},
-)
+@responses.get("/v1/responses/{response_id}/input_items", responses=answers(schemas.Items))
 async def list_input_items(
     response_id: str,
     store: StoreOf,

@@ -39,7 +39,12 @@ EVENT = {
     "properties": {"event": {"type": "string"}, "data": {"type": "string"}},
     "required": ["data"],
 }
-EVENTS = {"text/event-stream": {"schema": EVENT}}
+
+
+def answers(model: type[BaseModel], streams: bool = False) -> dict[int | str, dict[str, Any]]:
+    """What a path answers, for the OpenAPI document: an object, maybe a stream of events as well, or a refusal."""
+    stream = {"content": {"text/event-stream": {"schema": EVENT}}} if streams else {}
+    return {200: {"model": model, **stream}, **REFUSALS}
 
 
 class StrictRequest(Request):

@@ -30,15 +30,20 @@ def latent_model(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
+def delta_model(model_file: ModelFile):
+    return running.load(model_file("delta", "q8_0"), THREADS)
+
+
+@pytest.fixture(scope="module")
 def tokenizer() -> Tokenizer:
     return Tokenizer(models.toy_tokenizer(), bos_token_id=models.BOS, eos_token_ids=(models.EOS,), add_bos=True)
 
 
-def new_engine(model, tokenizer, slots=4, blocks=8, max_tokens=48, speculate=0, longest=LONGEST):
+def new_engine(model, tokenizer, slots=4, blocks=8, max_tokens=48, speculate=0, longest=LONGEST, states=0):
     from mpillama.engine.engine import Engine
     from mpillama.engine.executor import Executor
 
-    executor = Executor(model, longest, "f16", max_tokens, slots, blocks)
+    executor = Executor(model, longest, "f16", max_tokens, slots, blocks, states)
     return Engine(executor, tokenizer, speculate)
 
 
@@ -100,9 +105,16 @@ def test_answers_over_a_cache_of_latents_do_not_depend_on_company(latent_model, 
     check_company(latent_model, tokenizer, 1, speculate=4)
 
 
-def check_company(model, tokenizer, seed, speculate):
+@pytest.mark.parametrize(("seed", "speculate", "states"), [(2, 0, 12), (6, 4, 0), (4, 4, 28)])
+def test_answers_over_recurrent_states_do_not_depend_on_company(delta_model, tokenizer, seed, speculate, states):
+    """With a single slot for snapshots, in which drafts hardly find a place, and with enough for all."""
+    engine = check_company(delta_model, tokenizer, seed, speculate, blocks=6, states=states)
+    assert engine.pool.states.available == engine.executor.states == (states or 5)
+
+
+def check_company(model, tokenizer, seed, speculate, blocks=8, states=0):
     rng = np.random.default_rng(seed)
-    engine = new_engine(model, tokenizer, speculate=speculate)
+    engine = new_engine(model, tokenizer, blocks=blocks, speculate=speculate, states=states)
     requests = [random_request(rng, i) for i in range(30)]
     waiting, alive, done, cancelled = list(requests), [], [], 0
     while waiting or not engine.idle:
@@ -119,13 +131,14 @@ def check_company(model, tokenizer, seed, speculate):
     assert len(done) > 20
     assert engine.scheduler.preemptions > 0
     assert engine.counts.cached_tokens > 0
-    assert engine.pool.available == 8
+    assert engine.pool.available == blocks
     assert not speculate or engine.drafter.accepted > 0
     for sequence in done:
         answer, digest = alone(model, tokenizer, sequence.request)
         assert sequence.answer.token_ids == answer.token_ids
         assert (sequence.answer.text, sequence.answer.finish_reason) == (answer.text, answer.finish_reason)
         assert sequence.request.on_logits.digest.hexdigest() == digest
+    return engine
 
 
 class PromptRecorder:
@@ -220,7 +233,7 @@ def test_logits_that_are_no_numbers_end_their_sequence_only(model, tokenizer, mo
     def damaged(segments):
         for piece in forward(segments):
             if engine.counts.steps == 0:
-                piece[0] = np.nan
+                piece[0][:] = np.nan
             yield piece
 
     monkeypatch.setattr(engine.executor, "forward_in_pieces", damaged)

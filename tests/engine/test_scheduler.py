@@ -7,8 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mpillama.engine.answer import Answer
-from mpillama.engine.block_pool import NO_TOKENS, BlockPool, prefix_digests, salt_digest
-from mpillama.engine.scheduler import Scheduler
+from mpillama.engine.block_pool import NO_TOKENS, BlockPool, StatePool, prefix_digests, salt_digest
+from mpillama.engine.executor import SegmentStates
+from mpillama.engine.scheduler import ScheduledSequence, Scheduler
 from mpillama.engine.sequence import EngineSequence, Request
 from mpillama.engine.speculation import Drafter, last_occurrence
 from mpillama.text.sampling_params import SamplingParams
@@ -23,14 +24,19 @@ TOKENIZER = Tokenizer(models.toy_tokenizer(), bos_token_id=models.BOS, eos_token
 class Simulation:
     """Requests whose answers are known beforehand, run by the scheduler without a model."""
 
-    def __init__(self, drafts: int = 0):
-        self.pool = BlockPool(BLOCKS)
+    def __init__(self, drafts: int = 0, states: int = 0):
+        self.pool = BlockPool(BLOCKS, StatePool(states) if states else None)
+        self.states = States(states)
         self.scheduler = Scheduler(self.pool, SLOTS, BUDGET, LONGEST, Drafter(drafts) if drafts else None)
         self.alive: list[EngineSequence] = []
         self.number = 0
+        self.computed = 0
+        self.accepted = 0
 
     def submit(self, prompt: int, answer: int, family: int, salt: str = "") -> EngineSequence:
-        ids = [family * 1000 + i % 7 for i in range(prompt)]
+        return self.submit_ids([family * 1000 + i % 7 for i in range(prompt)], answer, salt)
+
+    def submit_ids(self, ids: list[int], answer: int, salt: str = "") -> EngineSequence:
         request = Request(ids, SamplingParams(max_tokens=answer), cache_salt=salt)
         sequence = EngineSequence(request, self.number, Answer(TOKENIZER, request.sampling), list(ids))
         self.number += 1
@@ -46,20 +52,37 @@ class Simulation:
         """Run a step; returns the numbers of the sequences that went on."""
         shares = self.scheduler.schedule()
         self.check(shares)
+        if self.pool.states is not None:
+            self.states.run(shares)
         for share in shares:
             sequence = share.sequence
-            segment = sequence.segment(share.count, share.drafts)
+            segment = sequence.segment(share.count, share.drafts, share.states)
             assert len(segment.token_ids) == share.tokens
             last = share.count == sequence.pending
             sequence.computed += share.count
+            self.computed += share.count
             if last:
-                sequence.tokens.append(len(sequence.tokens) % 7)
-                sequence.answer.token_ids.append(0)
+                self.sample(sequence, share.drafts)
             sequence.publish(self.pool)
+            if sequence.state is not None:
+                assert self.states.after(sequence) == sequence.tokens[: sequence.computed]
             if len(sequence.answer.token_ids) >= sequence.request.sampling.max_tokens:
                 self.scheduler.remove(sequence)
                 self.alive.remove(sequence)
         return {share.sequence.number for share in shares}
+
+    def sample(self, sequence: EngineSequence, drafts: list[int]) -> None:
+        """Append the next token of the answer, and one for each draft that comes true."""
+        for draft in [*drafts, None]:
+            token = (
+                len(sequence.tokens) % 7 if len(sequence.tokens) % 32 else 9
+            )  # also a surprise at a border of blocks
+            sequence.tokens.append(token)
+            sequence.answer.token_ids.append(0)
+            if draft != token or len(sequence.answer.token_ids) >= sequence.request.sampling.max_tokens:
+                break
+            sequence.computed += 1
+            self.accepted += 1
 
     def check(self, shares) -> None:
         assert sum(share.tokens for share in shares) <= BUDGET
@@ -75,6 +98,45 @@ class Simulation:
         users = Counter(block for s in running for block in s.blocks)
         assert all(self.pool._users[block] == users[block] for block in range(BLOCKS))
         assert self.pool.available == BLOCKS - len(users)
+        if self.pool.states is not None:
+            assert set(self.pool.states._known) <= set(self.pool._known), "no snapshot without its block"
+            for digest, slot in self.pool.states._known.items():
+                assert prefix_digests(self.states.slots[slot])[-1] == digest
+
+
+class States:
+    """What a model would have in its state slots: the tokens that led to each state."""
+
+    def __init__(self, slots: int):
+        self.slots: list[list[int] | None] = [None] * slots
+
+    def run(self, shares: list[ScheduledSequence]) -> None:
+        """Run a step as kernels may: in any order of sequences."""
+        reads = [share.states.read for share in shares]
+        writes = [[share.states.write, *(slot for _, slot in share.states.snapshots)] for share in shares]
+        written = [slot for slots in writes for slot in slots]
+        assert len(set(written)) == len(written), "no slot is written twice"
+        for i, slots in enumerate(writes):
+            assert not set(slots) & {read for j, read in enumerate(reads) if j != i}, "no slot of another is written"
+        for share in reversed(shares):
+            self._run(share.sequence, share.states, share.count, share.drafts)
+
+    def _run(self, sequence: EngineSequence, states: SegmentStates, count: int, drafts: list[int]) -> None:
+        start = sequence.computed
+        assert (states.read < 0) == (start == 0)
+        before = self.slots[states.read] if start else []
+        assert before == sequence.tokens[:start]
+        text = [*sequence.tokens[: start + count], *drafts]
+        indices = [index for index, _ in states.snapshots]
+        assert indices == sorted(set(indices))
+        for index, slot in states.snapshots:
+            self.slots[slot] = text[: start + index + 1]
+        self.slots[states.write] = text
+
+    def after(self, sequence: EngineSequence) -> list[int] | None:
+        """What a sequence goes on from."""
+        state = sequence.state
+        return self.slots[state.own if state.source is None else state.source]
 
 
 EVENTS = st.lists(
@@ -90,7 +152,19 @@ EVENTS = st.lists(
 @settings(max_examples=150, deadline=None)
 @given(events=EVENTS, drafts=st.sampled_from([0, 5]))
 def test_invariants_hold_and_everything_ends(events, drafts):
-    simulation = Simulation(drafts)
+    check_that_everything_ends(Simulation(drafts), events)
+
+
+@settings(max_examples=200, deadline=None)
+@given(events=EVENTS, drafts=st.sampled_from([0, 5]), states=st.sampled_from([SLOTS + 1, 7, 12, 40]))
+def test_every_sequence_goes_on_from_its_own_state(events, drafts, states):
+    """Whatever is found in the cache, pushed out or guessed wrongly, with enough slots for snapshots and with few."""
+    simulation = Simulation(drafts, states)
+    check_that_everything_ends(simulation, events)
+    assert simulation.pool.states.available == states
+
+
+def check_that_everything_ends(simulation, events):
     for kind, *values in events:
         if kind == "submit":
             simulation.submit(*values)
@@ -160,6 +234,84 @@ def test_a_preempted_sequence_finds_only_what_its_salt_opens():
     while salted.published < 3:
         simulation.step()
     assert simulation.pool.find(prefix_digests(salted.tokens)) == []
+
+
+# -- recurrent state --------------------------------------------------------------------------------------------------
+
+
+def run_alone(simulation: Simulation, prompt: list[int], answer: int = 1) -> EngineSequence:
+    """Run a sequence to its end; returns it."""
+    sequence = simulation.submit_ids(prompt, answer)
+    while sequence in simulation.alive:
+        simulation.step()
+    return sequence
+
+
+def text(family: int, tokens: int) -> list[int]:
+    return [family * 1000 + i for i in range(tokens)]
+
+
+def test_a_text_goes_on_from_the_last_border_of_its_beginning():
+    """The end of a prompt has a snapshot, and so have both its answer and what the answer was asked for again."""
+    simulation = Simulation(states=12)
+    prompt = text(1, 200)
+    first = run_alone(simulation, prompt, answer=70)
+    assert run_alone(simulation, prompt).cached_tokens == 192
+    assert run_alone(simulation, [*first.tokens, 1, 2]).cached_tokens == 256
+    assert run_alone(simulation, [*first.tokens[:150], 1, 2]).cached_tokens == 128, "chunks of 48 end at 144"
+
+
+def test_where_texts_part_others_find_a_snapshot():
+    """With two slots for snapshots: the second text has one made where it parts from the first."""
+    simulation = Simulation(states=3)
+    shared = text(1, 140)
+    found = [run_alone(simulation, shared + text(family, 150)).cached_tokens for family in (2, 3, 4, 5)]
+    assert found == [0, 64, 128, 128]
+
+
+def test_a_preempted_sequence_goes_on_from_its_last_snapshot():
+    simulation = Simulation(states=SLOTS + 1)
+    sequence = simulation.submit(150, 100, 0)
+    while len(sequence.tokens) < 215:
+        simulation.step()
+    simulation.scheduler._preempt(sequence)
+    before = simulation.computed
+    simulation.step()
+    assert simulation.computed - before == 215 - 192
+    while simulation.alive:
+        simulation.step()
+    assert len(sequence.answer.token_ids) == 100
+
+
+def test_drafts_take_no_more_slots_than_there_are():
+    """Each needs one for the time of a step; the answer goes on from the state before the first wrong one."""
+    for states in (SLOTS + 1, 40):
+        simulation = Simulation(drafts=5, states=states)
+        for family in range(SLOTS):
+            simulation.submit(30, 60, family)
+        while simulation.alive:
+            simulation.step()
+        assert simulation.accepted > 0
+        assert simulation.pool.states.available == states
+
+
+def test_snapshots_are_forgotten_with_their_blocks_and_superseded_ones_first():
+    states = StatePool(3)
+    pool, digests = BlockPool(3, states), prefix_digests(range(192))
+    blocks = [pool.take() for _ in digests]
+    slots = [states.take() for _ in digests]
+    for block, slot, digest in zip(blocks, slots, digests, strict=True):
+        pool.publish(block, digest)
+        states.publish(slot, digest)
+        states.release([slot])
+    states.supersede(digests[2])
+    assert states.take() == slots[2]
+    assert states.find(digests) == (2, slots[1])
+    pool.release(blocks)
+    assert [pool.take(), pool.take()] == [blocks[2], blocks[1]]
+    assert states.find(digests) == (1, slots[0])
+    states.release([slots[1]])
+    assert states.available == 1, "a snapshot in use is not given away, and free once it is not"
 
 
 # -- the pool ---------------------------------------------------------------------------------------------------------

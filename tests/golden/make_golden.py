@@ -124,6 +124,24 @@ LATENT: Mapping[str, Any] = {  # heads that no number of ranks divides, groups o
     "tie_word_embeddings": True,
 }
 
+DELTA: Mapping[str, Any] = {  # seven groups of two heads in both kinds of layers, of which RoPE turns 4 channels
+    "num_hidden_layers": 3,
+    "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+    "num_attention_heads": 14,
+    "num_key_value_heads": 7,
+    "head_dim": 16,
+    "linear_num_key_heads": 7,
+    "linear_num_value_heads": 14,
+    "linear_key_head_dim": 12,
+    "linear_value_head_dim": 20,
+}
+DELTA_MOE: Mapping[str, Any] = DELTA | {
+    "num_experts": 9,
+    "num_experts_per_tok": 3,
+    "moe_intermediate_size": 40,
+    "shared_expert_intermediate_size": 24,
+}
+
 FAMILIES: Mapping[str, Family] = {
     "llama": Family("llama", {"head_dim": 16}, torch.float32, prompt=16),
     "llama_yarn": Family("llama", {"head_dim": 16} | YARN_ROPE, torch.float32, prompt=16, weights_of="llama"),
@@ -315,6 +333,11 @@ FAMILIES: Mapping[str, Family] = {
         | {"q_lora_rank": None, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 0, "n_routed_experts": 6},
         called="kimi_k2",
     ),
+    "qwen3_next": Family("qwen3_next", DELTA_MOE, prompt=24, norms=0.0),
+    "qwen3_5": Family("qwen3_5_text", DELTA | {"tie_word_embeddings": True}, prompt=24, norms=0.0),
+    "qwen3_5_moe": Family(
+        "qwen3_5_moe_text", DELTA_MOE | {"linear_num_key_heads": 3, "linear_num_value_heads": 9}, prompt=24, norms=0.0
+    ),
 }
 
 
@@ -329,6 +352,7 @@ def main() -> None:
     for name, family in FAMILIES.items():
         write_family(name, family)
     write_renderings(HERE / "chat_templates")
+    write_config_fields(HERE / "config_fields.json")
 
 
 def write_family(name: str, family: Family) -> None:
@@ -365,6 +389,12 @@ def random_model(family: Family) -> transformers.PreTrainedModel:
 def random_values(name: str, shape: tuple[int, ...], norms: float) -> np.ndarray:
     """Larger than what training starts from, so that every mistake shows in the logits."""
     normal = np.random.default_rng(zlib.crc32(name.encode())).standard_normal(shape, np.float32)
+    if name.endswith("A_log"):  # some heads forget at once, others hardly
+        return 2 * normal - 1
+    if "conv1d" in name:
+        return 0.5 * normal
+    if "linear_attn.norm" in name:
+        return 1 + 0.3 * normal
     if "norm" in name:
         return norms + 0.3 * normal
     if name.endswith("gate_up_proj_bias"):  # some are beyond the limits of 7
@@ -459,6 +489,19 @@ def write_tokenizer(folder: Path) -> None:
         "tokenizer_class": "PreTrainedTokenizerFast",
     }
     (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+def write_config_fields(path: Path) -> None:
+    """What each configuration class has beside what all have, with the defaults: {model_type: {field: value}}."""
+    of_all = set(transformers.PreTrainedConfig().to_dict())
+    types = dict.fromkeys(family.model_type for family in FAMILIES.values())
+    fields = {
+        name: {
+            key: value for key, value in transformers.AutoConfig.for_model(name).to_dict().items() if key not in of_all
+        }
+        for name in sorted(types)
+    }
+    path.write_text(json.dumps(fields, indent=1) + "\n")
 
 
 def write_renderings(folder: Path) -> None:

@@ -52,8 +52,8 @@ def blank_step(x: np.ndarray, heads: int, kv_heads: int, head_dim: int, inner: i
     return StepArrays(
         x=x.copy(), hidden=blank_activations(*x.shape), q=nan(heads, head_dim), k=nan(kv_heads, head_dim),
         v=nan(kv_heads, head_dim), context=blank_activations(tokens, heads * head_dim),
-        gate=blank_activations(tokens, inner), latent=blank_activations(tokens, 0), up=nan(inner),
-        partial=nan(x.shape[1], dtype=np.float64), addend=nan(0), squares=nan(4, dtype=np.float64),
+        gate=blank_activations(tokens, inner), latent=blank_activations(tokens, heads * head_dim), up=nan(inner),
+        gates=nan(0), partial=nan(x.shape[1], dtype=np.float64), addend=nan(0), squares=nan(4, dtype=np.float64),
         angles=(Angles(nan(half), nan(half)),),
     )  # fmt: skip
 
@@ -165,6 +165,7 @@ class AttentionCase:
         self.changes: dict[str, float] = {}
         self.query_factors: np.ndarray | None = None
         self.sinks: np.ndarray | None = None
+        self.gate: Matrix | None = None
 
     def cache(self) -> list[np.ndarray]:
         """Keys, their scales, values, their scales."""
@@ -191,6 +192,8 @@ class AttentionCase:
             setattr(layer, name, arguments.address(vector))
         for name, value in self.changes.items():
             setattr(layer, name, value)
+        if self.gate is not None:
+            layer.gate = self.gate.column_parallel()
         step = a.argument
         for name in ("slots", "segments", "tables"):
             setattr(step, name, arguments.address(getattr(self, name)))
@@ -285,6 +288,16 @@ def test_attention_with_other_head_sizes(head_dim, kv_type):
     case = AttentionCase([(5, 62)], [0, 2], kv_type, head_dim)
     found = case.everywhere()
     np.testing.assert_allclose(found.context, case.context(found.q), atol=4e-6)
+
+
+@pytest.mark.parametrize("weights", ["f32", "q8_0"])
+@pytest.mark.parametrize("tokens", [1, 9, 33])
+def test_heads_may_be_gated(tokens, weights):
+    case = AttentionCase([(tokens, 30)], [0, 1, 4], weights=weights)
+    case.gate, dense = packed(random_matrix(case.heads * case.head_dim, HIDDEN, seed=8) / 4, weights)
+    found = case.everywhere()
+    gates = seen_by(WEIGHT_TYPES[weights], found.hidden) @ dense.T
+    np.testing.assert_allclose(found.context, case.context(found.q) / (1 + np.exp(-gates)), atol=4e-6)
 
 
 def test_attention_on_an_idle_rank():

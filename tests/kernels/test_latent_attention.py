@@ -123,7 +123,7 @@ class LatentCase:
             x=self.x.copy(), hidden=blank_activations(self.tokens, HIDDEN), q=nan(sizes["q"]), k=nan(sizes["k"]),
             v=nan(sizes["v"]), context=blank_activations(self.tokens, sizes["context"]),
             gate=blank_activations(self.tokens, 0), latent=blank_activations(self.tokens, sizes["latent"]), up=nan(0),
-            partial=nan(HIDDEN, np.float64), addend=nan(0), squares=nan(4, np.float64),
+            gates=nan(0), partial=nan(HIDDEN, np.float64), addend=nan(0), squares=nan(4, np.float64),
             angles=(Angles(self.cosines, self.sines),),
         )  # fmt: skip
         cache = [array.copy() for array in cache or self.cache()]

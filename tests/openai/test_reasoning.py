@@ -17,7 +17,7 @@ from mpillama.text.tokenizer import Tokenizer
 from tests import tiny_models as models
 
 if TYPE_CHECKING:
-    from mpillama.server.chat_choice import ChatChoice
+    from mpillama.server.choices import ChatChoice
 
 OPEN, CLOSE = PAIRS[0]
 QWEN = "{{ messages }}{% if enable_thinking is false %}<think>\n\n</think>\n\n{% endif %}"
@@ -64,12 +64,12 @@ def answered(
     tools: ToolFormat | None = None,
 ) -> "ChatChoice":
     """An answer of these tokens on its way through the engine's Answer to the message, a few tokens a step."""
-    from mpillama.server.chat_choice import ChatChoice
-    from mpillama.server.engine_requests import Output
+    from mpillama.server.choices import ChatChoice
+    from mpillama.server.engine_requests import Output, ServerRequest
 
     form = form_of(tokens)
     calls = tools.parser() if tools else None
-    choice = ChatChoice(0, tokens, calls, False, thoughts=form.parser(is_open))
+    choice = ChatChoice(0, tokens, ServerRequest([], SamplingParams()), False, calls, thoughts=form.parser(is_open))
     answer = Answer(tokens, SamplingParams(max_tokens=1000, stop=stops), keep_special, form.marking)
     step, text, told = [], "", 0
     entries = []

@@ -1,11 +1,19 @@
-"""Calls of GLM and MiniMax: read wherever they are cut, their values by the types of the functions, and forced."""
+"""Calls of GLM, Hy3, MiniMax and Qwen: read wherever they are cut, values by the types of the functions, and forced."""
 
 import json
+from pathlib import Path
 
 import pytest
 
-from mpillama.openai.tool_calls import GLM, MINIMAX, tool_format
+from mpillama.errors import UserError
+from mpillama.openai.messages import TemplateFields, in_words_of
+from mpillama.openai.reasoning import ReasoningFormat, reasoning_format
+from mpillama.openai.tool_calls import GLM, LLAMA4_PYTHONIC, MINIMAX, QWEN, tool_format
+from mpillama.text.chat_template import ChatTemplate
 
+TEMPLATES = Path(__file__).parents[1] / "golden" / "chat_templates"
+OF_HY3 = (TEMPLATES / "hy3.jinja").read_text()
+HY = tool_format(OF_HY3)
 PARAMETERS = {
     "type": "object",
     "properties": {
@@ -39,6 +47,32 @@ def minimax(*calls: tuple[str, dict[str, str]]) -> str:
     return text + "</minimax:tool_call>"
 
 
+def hy(*calls: tuple[str, dict[str, str]], line: str = "\n", end: str = ":toy") -> str:
+    def tag(name: str) -> str:
+        return f"<{name}{end}>"
+
+    text = tag("tool_calls") + line
+    for name, values in calls:
+        pairs = (
+            f"{tag('arg_key')}{key}{tag('/arg_key')}{line}{tag('arg_value')}{value}{tag('/arg_value')}{line}"
+            for key, value in values.items()
+        )
+        text += f"{tag('tool_call')}{name}{tag('tool_sep')}{line}{''.join(pairs)}{tag('/tool_call')}{line}"
+    return text + tag("/tool_calls")
+
+
+def qwen(name: str, values: dict[str, str], line: str = "\n") -> str:
+    pairs = (f"<parameter={k}>{line}{v}{line}</parameter>{line}" for k, v in values.items())
+    return f"<tool_call>{line}<function={name}>{line}{''.join(pairs)}</function>{line}</tool_call>"
+
+
+def written(form, *calls: tuple[str, dict[str, str]]) -> str:
+    one = {GLM.name: glm, QWEN.name: qwen}.get(form.name)
+    if one is not None:
+        return "\n".join(one(*call) for call in calls)
+    return hy(*calls) if form is HY else minimax(*calls)
+
+
 def read(form, text: str, size: int = 1, names=None) -> tuple[str, list[tuple[str, dict]]]:
     parser = form.parser(lambda: "id", {"weather": PARAMETERS, "now": None} if names is None else names)
     found = [delta for i in range(0, len(text), size) for delta in parser.push(text[i : i + size])] + parser.finish()
@@ -59,10 +93,56 @@ def test_calls_of_minimax(size):
     assert read(MINIMAX, text, size) == ("Let me look.", [("weather", EXPECTED), ("now", {})])
 
 
-@pytest.mark.parametrize("form", [GLM, MINIMAX])
+@pytest.mark.parametrize("size", [1, 3, 1000])
+@pytest.mark.parametrize("line", ["\n", ""])
+def test_calls_of_hy3(size, line):
+    text = "Let me look.\n" + hy(("weather", VALUES), ("now", {}), line=line)
+    assert read(HY, text, size) == ("Let me look.", [("weather", EXPECTED), ("now", {})])
+    unclosed = text.removesuffix("</tool_calls:toy>")
+    assert read(HY, unclosed, size) == ("Let me look.", [("weather", EXPECTED), ("now", {})])
+
+
+def test_tags_of_hy3_may_have_no_ending():
+    form = tool_format("{{ tools }}<tool_calls><tool_call>name<tool_sep><arg_key>")
+    assert read(form, hy(("weather", {"city": "Rome"}), end="")) == ("", [("weather", {"city": "Rome"})])
+    assert reasoning_format("<think>", lambda text: None) == ReasoningFormat("<think>", "</think>")
+    assert reasoning_format(OF_HY3, lambda text: None) == ReasoningFormat("<think:toy>", "</think:toy>")
+    by_id = reasoning_format(OF_HY3, {"<think:toy>": 7, "</think:toy>": 8}.get)
+    assert by_id == ReasoningFormat("<think:toy>", "</think:toy>", 7, 8)
+
+
+@pytest.mark.parametrize(
+    ("asked", "effort"),
+    [(None, None), ("none", "no_think"), ("minimal", "low"), ("low", "low"), ("medium", "low"), ("max", "high")],
+)
+def test_efforts_are_those_that_the_template_of_hy3_knows(asked, effort):
+    variables = in_words_of(OF_HY3, TemplateFields(reasoning_effort=asked).template_variables)
+    assert variables.get("reasoning_effort") == effort
+    text = ChatTemplate(OF_HY3, bos_token="", eos_token="").render([{"role": "user", "content": "Hi"}], **variables)
+    assert text.endswith("<think:toy>") == (effort not in (None, "no_think"))
+    switched = in_words_of(OF_HY3, {"thinking": False, "reasoning_effort": "high"})
+    assert switched["reasoning_effort"] == "no_think"
+    assert in_words_of("{{ reasoning_effort }}", {"reasoning_effort": "max"}) == {"reasoning_effort": "max"}
+
+
+@pytest.mark.parametrize("size", [1, 3, 1000])
+@pytest.mark.parametrize("line", ["\n", ""])
+def test_calls_of_qwen(size, line):
+    text = f"Let me look.\n{qwen('weather', VALUES, line)}\n{qwen('now', {}, line)}"
+    assert read(QWEN, text, size) == ("Let me look.", [("weather", EXPECTED), ("now", {})])
+
+
+def test_words_of_python_are_values_where_these_are_asked_for():
+    """As templates write them that put true through Jinja's `string`."""
+    values = {"city": "True", "exact": "True", "maybe": "None", "any": "False"}
+    expected = {"city": "True", "exact": True, "maybe": "None", "any": "False"}
+    assert read(QWEN, qwen("weather", values))[1] == [("weather", expected)]
+
+
+@pytest.mark.parametrize("form", [GLM, MINIMAX, QWEN])
 def test_values_of_unknown_types_are_json_where_they_can_be(form):
     values = {"a": "7", "b": "seven", "c": '"7"', "d": "{}", "e": ""}
-    text = glm("weather", values) if form is GLM else minimax(("weather", values))
+    text = written(form, ("weather", values))
     assert read(form, text, names={"weather": None})[1] == [
         ("weather", {"a": 7, "b": "seven", "c": "7", "d": {}, "e": ""})
     ]
@@ -76,10 +156,18 @@ def test_values_of_unknown_types_are_json_where_they_can_be(form):
         (GLM, "<tool_call>weather\n<arg_value>"),
         (GLM, "<tool_call>weather\n<arg_key>city</arg_key>\n<arg_value>without an end"),
         (GLM, "<tool_call>other\n</tool_call>"),
+        (HY, "<tool_calls:toy></tool_calls:toy>"),
+        (HY, "<tool_calls:toy><tool_call:toy>weather</tool_call:toy>"),
+        (HY, "<tool_calls:toy><tool_call:toy>weather<tool_sep:toy><arg_key:toy>city</arg_key:toy>no"),
+        (HY, "<tool_calls>"),
         (MINIMAX, "<minimax:tool_call></minimax:tool_call>"),
         (MINIMAX, '<minimax:tool_call><invoke name="a b">'),
         (MINIMAX, '<minimax:tool_call>\n<invoke name="weather">\n<parameter name="city">Rome'),
         (MINIMAX, "a <minimal> b"),
+        (QWEN, '<tool_call>\n{"name": "weather"}</tool_call>'),
+        (QWEN, "<tool_call>\n<function=two words>"),
+        (QWEN, "<tool_call>\n<function=weather>\n<parameter=city>\nRome\n</parameter>\n</function> and more"),
+        (QWEN, "<tool_call><function=other></function></tool_call>"),
     ],
 )
 def test_what_is_no_call_is_content(form, text):
@@ -90,6 +178,7 @@ def test_templates_tell_the_format():
     assert tool_format("{{ tools }} <tool_call>{name}<arg_key>") is GLM
     assert tool_format("{{ tools }} <minimax:tool_call>") is MINIMAX
     assert tool_format("<minimax:tool_call>") is None
+    assert tool_format("{{ tools }} <tool_call><function=name><parameter=key>") is QWEN
 
 
 def matches(form, text: str, several: bool = True, tools=(WEATHER,)) -> bool:
@@ -106,19 +195,38 @@ def matches(form, text: str, several: bool = True, tools=(WEATHER,)) -> bool:
 SIMPLE = {key: VALUES[key] for key in ("city", "days", "exact", "unit")}
 
 
-@pytest.mark.parametrize("form", [GLM, MINIMAX])
+@pytest.mark.parametrize("form", [GLM, MINIMAX, HY, QWEN], ids=lambda form: form.name)
 def test_a_forced_call_is_one_that_is_read(form):
-    def written(*values: dict[str, str]) -> str:
-        calls = [("weather", each) for each in values]
-        return minimax(*calls) if form is MINIMAX else "\n".join(glm(*call) for call in calls)
+    def of(*values: dict[str, str]) -> str:
+        return written(form, *(("weather", each) for each in values))
 
     simple = {**SIMPLE, "city": "New York"}
-    assert matches(form, written(simple))
-    assert matches(form, written({"city": "a < b"}))
-    assert matches(form, written({"city": "x"}, {"city": "y"}))
-    assert not matches(form, written({"city": "x"}, {"city": "y"}), several=False)
-    assert not matches(form, written({"days": "3"}))  # a city is required
-    assert not matches(form, written({"city": "x", "days": "three"}))
-    assert not matches(form, written({"city": "x", "unit": "K"}))
+    assert matches(form, of(simple))
+    assert matches(form, of({"city": "a < b"}))
+    assert matches(form, of({"city": "x"}, {"city": "y"}))
+    assert not matches(form, of({"city": "x"}, {"city": "y"}), several=False)
+    assert not matches(form, of({"days": "3"}))  # a city is required
+    assert not matches(form, of({"city": "x", "days": "three"}))
+    assert not matches(form, of({"city": "x", "unit": "K"}))
     assert not matches(form, "Hello")
-    assert read(form, written(simple))[1] == [("weather", {**{k: EXPECTED[k] for k in SIMPLE}, "city": "New York"})]
+    assert read(form, of(simple))[1] == [("weather", {**{k: EXPECTED[k] for k in SIMPLE}, "city": "New York"})]
+
+
+ASKS = {"type": "object", "properties": {"a-b": {"type": "string"}}}
+
+
+def test_a_forced_call_in_python_is_one_that_is_read():
+    form = LLAMA4_PYTHONIC
+    call = '[weather(city="New York", days=3, exact=True, unit="C")]'
+    assert matches(form, call)
+    assert matches(form, '[weather(city="x"), weather(city="y", points=[{"a": "b"}])]')
+    assert not matches(form, '[weather(city="x"), weather(city="y")]', several=False)
+    assert not matches(form, "[weather(days=3)]")  # a city is required
+    assert not matches(form, '[weather(city="x", days="three")]')
+    assert read(form, call)[1] == [("weather", {"city": "New York", "days": 3, "exact": True, "unit": "C"})]
+    free = {"properties": {"a": {"type": "integer"}, "b": {"type": "boolean"}}}
+    tools = [{"type": "function", "function": {"name": "f", "parameters": free}}]
+    for text in ("[f()]", "[f(a=1)]", "[f(b=False)]", "[f(a=1, b=True)]"):
+        assert matches(form, text, tools=tools), text
+    with pytest.raises(UserError, match="'a-b' is no name"):
+        form.grammar([{"type": "function", "function": {"name": "f", "parameters": ASKS}}], "required", True, {}.get)

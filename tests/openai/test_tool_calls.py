@@ -18,9 +18,15 @@ from mpillama.errors import UserError
 from mpillama.openai.tool_calls import (
     DEEPSEEK,
     DEEPSEEK_FENCED,
+    GLM,
+    HARMONY,
     HERMES,
     KIMI,
+    LISTED,
     LLAMA3,
+    LLAMA4,
+    LLAMA4_PYTHONIC,
+    MINIMAX,
     MISTRAL,
     MISTRAL_ARGS,
     CallPiece,
@@ -36,7 +42,7 @@ from tests.text import vocabularies
 from tests.tiny_models import toy_tokenizer
 
 TEMPLATES = Path(__file__).parents[1] / "golden" / "chat_templates"
-FORMATS = [HERMES, LLAMA3, MISTRAL, MISTRAL_ARGS, DEEPSEEK, DEEPSEEK_FENCED, KIMI]
+FORMATS = [HERMES, LLAMA3, MISTRAL, MISTRAL_ARGS, DEEPSEEK, DEEPSEEK_FENCED, KIMI, LISTED, LLAMA4]
 formats = pytest.mark.parametrize("form", FORMATS, ids=lambda form: form.name)
 
 
@@ -101,6 +107,34 @@ CALLS = [
         [("f", "{}"), ("g", '{"a":[]}')],
     ),
 ]
+CALLS += [
+    (LISTED, '<|tool_call|>[{"name": "f", "arguments": {"a": 1}}]', "", [("f", '{"a": 1}')]),
+    (
+        LISTED,
+        'I look.\n<|tool_call|> [{"name": "f", "arguments": {}}, {"name": "g", "arguments": {"b": []}}]<|/tool_call|>',
+        "I look.",
+        [("f", "{}"), ("g", '{"b": []}')],
+    ),
+    (
+        LLAMA4,
+        '{"name": "f", "parameters": {}}{"name": "g", "parameters": {"b": 2}}',
+        "",
+        [("f", "{}"), ("g", '{"b": 2}')],
+    ),
+    (LLAMA4, 'So:<|python_start|>{"name": "f", "parameters": {}}<|python_end|>', "So:", [("f", "{}")]),
+    (
+        LLAMA4,
+        '[f(a="x\\n\\"]", b=[1, -2.5, {"c": None}]), g()]',
+        "",
+        [("f", '{"a": "x\\n\\"]", "b": [1, -2.5, {"c": null}]}'), ("g", "{}")],
+    ),
+    (
+        LLAMA4,
+        "<|python_start|>[get.it(a='ü', b=True, c=false)]<|python_end|> ",
+        "",
+        [("get.it", '{"a": "ü", "b": true, "c": false}')],
+    ),
+]
 D, K = "<｜tool▁{}｜>", "<|tool_{}|>"
 DEEPSEEK_BEGIN, DEEPSEEK_END = D.format("calls▁begin"), D.format("calls▁end")
 KIMI_BEGIN, KIMI_END = K.format("calls_section_begin"), K.format("calls_section_end")
@@ -143,6 +177,28 @@ CALLS += [
 ]
 
 NO_CALLS = [
+    (LISTED, '<|tool_call|>{"name": "f", "arguments": {}}'),
+    (LISTED, "<|tool_call|>[]"),
+    (LISTED, '<|tool_call|>[{"name": "f", "arguments": {}}] and more'),
+    *(
+        (LLAMA4, text)
+        for text in ("[1, 2]", "[a link](https://a.b)", "[f(1)]", "[f(a=b)]", "[f(**{})]", "[f(a=1+2)]", "[]")
+    ),
+    *(
+        (LLAMA4, text)
+        for text in ("[f(a=1)] and more", "[f(a=1), {}]", "[f(a=1)", "[f(a=(1, 2))]", "[f(a='x\n')]", "[f(a=1e999)]")
+    ),
+    *(
+        (LLAMA4, text)
+        for text in (
+            "[f(a={1: 2})]",
+            "[f(a={[)]",
+            "So [f(a=1)]",
+            "<|python_start|>print(1)<|python_end|>",
+            "[f(a='\\ud800')]",
+        )
+    ),
+    (LLAMA4, "[f(a=" + "[" * 5000 + "]" * 5000 + ")]"),
     (DEEPSEEK, f"The mark {DEEPSEEK_BEGIN} alone, and {DEEPSEEK_BEGIN}{DEEPSEEK_END}"),
     (DEEPSEEK, DEEPSEEK_BEGIN + deepseek("f", "[]") + DEEPSEEK_END),
     (DEEPSEEK, DEEPSEEK_BEGIN + deepseek("no name", "{}") + DEEPSEEK_END),
@@ -283,11 +339,13 @@ objects = st.dictionaries(st.text(max_size=5), json_values, max_size=4)
 @settings(max_examples=100, deadline=None)
 def test_calls_come_back_as_they_were_written(form, calls, escaped):
     texts = [(name, json.dumps(arguments, ensure_ascii=escaped)) for name, arguments in calls]
-    key = "parameters" if form is LLAMA3 else "arguments"
+    key = "parameters" if form in (LLAMA3, LLAMA4) else "arguments"
     found = [f'{{"name": "{name}", "{key}": {arguments}}}' for name, arguments in texts]
     written = {
         "hermes": "\n".join(f"<tool_call>\n{call}\n</tool_call>" for call in found),
         "llama3": "; ".join(found),
+        "llama4": "".join(found),
+        "listed": f"<|tool_call|>[{', '.join(found)}]",
         "mistral": f"[TOOL_CALLS][{', '.join(found)}]",
         "mistral-args": "".join(f"[TOOL_CALLS]{name}[ARGS]{arguments}" for name, arguments in texts),
         "deepseek": DEEPSEEK_BEGIN + "".join(deepseek(*call) for call in texts) + DEEPSEEK_END,
@@ -318,7 +376,10 @@ def test_the_reader_of_json_agrees_with_pythons(text):
 @pytest.mark.parametrize(
     ("name", "form"),
     [
-        *(("qwen3", HERMES), ("llama3", LLAMA3), ("mistral", MISTRAL), ("kimi", KIMI)),
+        *(("qwen3", HERMES), ("llama3", LLAMA3), ("mistral", MISTRAL), ("kimi", KIMI), ("granite", LISTED)),
+        *(("llama4", LLAMA4_PYTHONIC), ("ministral3", MISTRAL_ARGS), ("glm", GLM), ("minimax", MINIMAX)),
+        *(("harmony", HARMONY), ("gemma2", None), ("gemma3", None), ("olmo2", None)),
+        ("deepseek_r1", replace(DEEPSEEK_FENCED, text_arguments=True)),
         *(("llama2", None), ("smollm", None), ("zephyr", None), ("deepseek", replace(DEEPSEEK, text_arguments=True))),
     ],
 )
@@ -334,7 +395,7 @@ def test_other_formats_are_not_mistaken_for_known_ones():
     assert tool_format("{% if tools %}[TOOL_CALLS]{{ name }}[ARGS]{% endif %}") is MISTRAL_ARGS
 
 
-@pytest.mark.parametrize("name", ["qwen3", "llama3", "mistral", "deepseek", "kimi"])
+@pytest.mark.parametrize("name", ["qwen3", "llama3", "llama4", "mistral", "ministral3", "deepseek", "kimi", "granite"])
 def test_what_a_template_writes_is_read_again(name):
     source = (TEMPLATES / f"{name}.jinja").read_text()
     form = tool_format(source)
@@ -346,7 +407,14 @@ def test_what_a_template_writes_is_read_again(name):
     ]
     template = ChatTemplate(source, bos_token="", eos_token="")
     text = template.render([form.for_template(message) for message in messages], tools=None)
-    ways = r"<tool_call>.*</tool_call>", r"\[TOOL_CALLS\].*?\}\]", r"\{\"name.*?\}\}", r"<.tool.calls.*calls.{0,9}end.>"
+    ways = (
+        r"<tool_call>.*</tool_call>",
+        r"<.tool_call.>\[.*?\}\}\]",
+        r"\[TOOL_CALLS\]f\[ARGS\]\{.*?\}",
+        r"\[TOOL_CALLS\].*?\}\]",
+        r"\{\"name.*?\}\}",
+        r"<.tool.calls.*calls.{0,9}end.>",
+    )
     answer = re.search("|".join(ways), text, re.DOTALL)[0]
     assert read(form, answer) == ("", [("f", '{"a": ["é", 1]}')])
     assert "5" in text
@@ -455,11 +523,13 @@ def test_a_named_function_is_the_only_one(form):
 def test_the_usual_way_to_write_calls_is_allowed(form):
     tokenizer, grammars = tokenizer_with(tuple(MARKERS))
     one, two = '{"city": "Köln", "days": 3}', '{"deep": [true, false]}'
-    key = "parameters" if form is LLAMA3 else "arguments"
+    key = "parameters" if form in (LLAMA3, LLAMA4) else "arguments"
     calls = [f'{{"name": "get", "{key}": {one}}}', f'{{"name": "get_all", "{key}": {two}}}']
     text = {
         "hermes": "\n".join(f"<tool_call>\n{call}\n</tool_call>" for call in calls),
         "llama3": "; ".join(calls),
+        "llama4": "; ".join(calls),
+        "listed": f"<|tool_call|>[{', '.join(calls)}]",
         "mistral": f'[TOOL_CALLS] [{calls[0][:-1]}, "id": "abcDEF123"}}, {calls[1]}]',
         "mistral-args": f"[TOOL_CALLS]get[ARGS]{one}[TOOL_CALLS]get_all[ARGS]{two}",
         "deepseek": DEEPSEEK_BEGIN + deepseek("get", one) + deepseek("get_all", two) + DEEPSEEK_END,

@@ -1,6 +1,7 @@
 """Markdown of answers as HTML: what models write, what strangers try, and texts that are still growing."""
 
 import asyncio
+import gc
 import re
 import time
 from html.parser import HTMLParser
@@ -182,7 +183,7 @@ def test_nothing_that_is_written_becomes_markup_of_its_own(attempt: str, growing
      "[^a", "[^a]: x\n", "&", "\\begin{align}\n", "- [ ] a\n", "a\n===\n", "```````a", "<https://a.b> ", "a@b.c "],
 )  # fmt: skip
 def test_odd_texts_take_no_longer_than_twice_as_much_for_twice_the_length(odd: str) -> None:
-    """A quadratic way through one of them would show; some milliseconds are everybody's."""
+    """A quadratic way through one of them would show, in the calls that are made or in each call's own loops."""
 
     def seconds(count: int) -> float:
         began = time.process_time()
@@ -191,7 +192,11 @@ def test_odd_texts_take_no_longer_than_twice_as_much_for_twice_the_length(odd: s
         return time.process_time() - began
 
     render(odd * 100)
-    assert seconds(2000) < 12 * seconds(500) + 0.5
+    gc.disable()  # a collection looks at everything that this process has, not at the text
+    try:
+        assert any(seconds(2000) < 12 * seconds(500) + 0.5 for _ in range(3))
+    finally:
+        gc.enable()
 
 
 def test_the_renderer_is_a_process_that_is_ended_when_it_takes_too_long() -> None:

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mpillama.engine.answer import Answer, TokenLogprob
-from mpillama.server.tokenizing import NamedToken, TokenNames, alternatives, prompt_logprobs
+from mpillama.server.token_names import NamedToken, TokenNames, alternatives, prompt_logprobs
 from mpillama.text.sampling_params import SamplingParams
 from mpillama.text.tokenizer import PART_OF_CHARACTER, Tokenizer
 from tests.text import vocabularies

@@ -35,12 +35,18 @@ EXPERTS = {
     "ffn_down_exps": ("down_proj",),
     "ffn_gate_up_exps": ("gate_proj", "up_proj"),
 }
+SINGLE_ROWS = ("ffn_gate_inp_shexp",)
+"""Matrices of one row, which are vectors there."""
 ROTATED = ("attn_q", "attn_k")
 """What may stand in rotary pairs."""
 
 
 def canonical(path: str, tensor: StoredTensor, gguf: Gguf, head_dim: int) -> Iterator[StoredTensor]:
     """The tensor under Hugging Face's name, stacked experts one by one; an unknown name stays as it is."""
+    bare = re.fullmatch(r"blk\.([0-9]{1,6})\.(\w+)", tensor.name, re.ASCII)
+    if bare and bare[2] in gguf.names:
+        yield replace(tensor, name=f"model.layers.{int(bare[1])}.{gguf.names[bare[2]]}")
+        return
     layer = re.fullmatch(r"blk\.([0-9]{1,6})\.(\w+)(?:\.([0-9]{1,6}))?\.(weight|bias)", tensor.name, re.ASCII)
     if layer is None:
         yield replace(tensor, name=OUTER.get(tensor.name, tensor.name))
@@ -58,6 +64,8 @@ def canonical(path: str, tensor: StoredTensor, gguf: Gguf, head_dim: int) -> Ite
     elif kind in gguf.names and not expert:
         if len(tensor.shape) == 3:  # a matrix for each head
             tensor = replace(tensor, shape=(tensor.shape[0] * tensor.shape[1], tensor.shape[2]))
+        if kind in SINGLE_ROWS and len(tensor.shape) == 1:
+            tensor = replace(tensor, shape=(1, *tensor.shape))
         pairs = head_dim if gguf.rotary_pairs and kind in ROTATED else 0
         yield replace(tensor, name=f"{prefix}{gguf.names[kind]}.{ending}", interleaved=pairs)
     elif kind != IGNORED:

@@ -11,10 +11,20 @@ import numpy as np
 
 from mpillama.errors import UserError
 from mpillama.formats.checkpoint import DEFAULT, Checkpoint, StoredTensor, named_templates, only_template
-from mpillama.formats.foreign import PathSource, by_name, check_extents, cut_fused, damaged, unreadable
+from mpillama.formats.foreign import (
+    PathSource,
+    by_name,
+    check_extents,
+    cut_fused,
+    damaged,
+    flattened,
+    module_of,
+    unreadable,
+)
 from mpillama.formats.gguf.config import EMBEDDING, ROPE_FACTORS, TOKENIZER, Metadata, canonical, hugging_face_config
 from mpillama.formats.gguf.header import GgufHeader, read_gguf_header
 from mpillama.formats.reading import read_exactly
+from mpillama.formats.tiled_heads import with_tiled_heads
 from mpillama.models.attention import MOST_CHANNELS
 from mpillama.models.config_values import ConfigValues
 
@@ -42,12 +52,17 @@ def _canonical_tensors(
     files: tuple[str, ...], stored: dict[str, StoredTensor], metadata: Metadata, config: Mapping[str, Any]
 ) -> Iterator[StoredTensor]:
     """The tensors under Hugging Face's names, each part of a fused one by itself."""
-    fused = metadata.family.fused(ConfigValues(config, metadata.family.defaults))
+    values = ConfigValues(config, metadata.family.defaults)
+    fused, tiled = metadata.family.fused(values), metadata.gguf.tiled_heads(values)
     factors = _factors_of(files, stored)
     for tensor in stored.values():
         path = files[tensor.file]
         for whole in canonical(path, tensor, metadata.gguf, metadata.head_dim):
-            yield from cut_fused(path, _scaled(whole, factors.get(tensor.name)), fused)
+            scaled = flattened(_scaled(whole, factors.get(tensor.name)), metadata.family)
+            for part in cut_fused(path, scaled, fused):
+                module = module_of(part.name)
+                signed = replace(part, factor=np.float32(-1)) if module in metadata.gguf.negative else part
+                yield with_tiled_heads(signed, tiled.get(module))
 
 
 # -- parts ----------------------------------------------------------------------------------------------------------

@@ -11,6 +11,11 @@ namespace mpillama {
 
 constexpr i64 TILE_WIDTH = 16;
 
+// A step's activations seen as so many columns.
+inline Activations as_columns(const Activations& a, i64 columns) {
+    return {a.x, a.values, a.scales, a.starts, a.halves, columns};
+}
+
 inline i64 tile_width(i64 tokens) { return tokens < TILE_WIDTH ? tokens : TILE_WIDTH; }
 
 // Where a block of a token lies, counted in blocks.

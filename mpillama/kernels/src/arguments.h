@@ -48,9 +48,9 @@ enum HeadNorm : i64 { BEFORE_ROPE, AFTER_ROPE, WHOLE_PROJECTION };
 // last `window` positions, or those of its own `chunk`; 0 is all. Scores are bent to +-soft_cap, unless it is 0. With
 // WHOLE_PROJECTION the projections have q_width and k_width channels on all ranks together, and the KV heads before
 // first_counted belong to the rank before, too. `sinks` [heads], or null: a score of each head that takes part in the
-// softmax and has no value.
+// softmax and has no value. With `gate` (else it has no groups) heads are multiplied by the sigmoids of its rows.
 struct AttentionLayer {
-    Matrix q, k, v, o;
+    Matrix q, k, v, o, gate;
     Cache cache;
     const float *norm, *q_bias, *k_bias, *v_bias, *q_norm, *k_norm, *sinks;
     const i64* head_start;
@@ -75,6 +75,24 @@ struct LatentLayer {
     const float *norm, *q_norm, *kv_norm;
     double eps, latent_eps, scale;
     i64 hidden_size, heads, q_rank, kv_rank, nope, rope, pairs;
+};
+
+// One layer's states of sequences, in slots, as delta_layer.h says.
+struct States {
+    float *tails, *sums;
+};
+
+// A gated delta net: heads of queries and keys lie key_dim apart, of values value_dim, multiples of 32, of which
+// `key_channels` and `value_channels` are no padding; head_start is as in AttentionLayer. `a` and `b` have the rows of
+// all ranks' value heads, of which this one's begin at `first_head`. Taps are [4, this rank's channels]; `decays`
+// [value_heads] are -e^A_log, `biases` what is added to a.
+struct DeltaLayer {
+    Matrix q, k, v, z, a, b, o;
+    States states;
+    const float *norm, *q_taps, *k_taps, *v_taps, *decays, *biases, *head_norm;
+    const i64* head_start;
+    double eps;
+    i64 hidden_size, key_heads, value_heads, first_head, key_dim, value_dim, key_channels, value_channels;
 };
 
 // How tokens choose among experts, as router.h says; without experts `matrix` has no groups. `bias` is added to the
@@ -105,16 +123,21 @@ struct MlpLayer {
 // The tokens that go through the model together; `segments` [segment_count, 3]: first token, tokens, first position of
 // each sequence; `tables` [segment_count, table_width]: its cache blocks; `slots`: where each token's key and value go.
 // RoPE turns the first 2 * rotary_half channels of a head, queries are multiplied by `query_factors` [tokens] (or null).
-// `squares` [tokens, 4]: sums of squares of queries and keys, as norm.h says.
+// `squares` [tokens, 4]: sums of squares of queries and keys, as norm.h says. `shifts` [tokens], or null: the grid of what
+// half a layer adds to each token, if it is coarser (numbers.h).
+// Of layers whose past is a state: `states` [segment_count, 2] are the slots that a sequence's state is read from (-1: it
+// begins with zeros) and written to, `snapshots` [snapshot_count, 2] a token and a slot that also gets the state behind
+// it, by ascending tokens. No slot is written twice, or read by one sequence and written by another.
 struct Step {
     i64 tokens;
     float* x;
     Activations hidden, context, gate, latent;
     float *q, *k, *v, *up;
-    double *partial, *squares;
+    float* gates;
+    double *partial, *squares, *shifts;
     const float *cosines, *sines, *query_factors;
-    const i64 *slots, *segments, *tables;
-    i64 rotary_half, segment_count, table_width;
+    const i64 *slots, *segments, *tables, *states, *snapshots;
+    i64 rotary_half, segment_count, table_width, snapshot_count;
     i64 in_flight;  // row groups that a single token goes through together: 1 or 2, whichever is faster
 };
 

@@ -105,7 +105,8 @@ inline void combine(const Tile& tile, i64 span, i64 head_dim, const TileSums& to
             combine_span(total.row(r, head_dim), part.row(r, head_dim), head_dim);
 }
 
-// Divide by the sums and write the rows to their tokens and heads, quantised too if a matrix of blocks follows.
+// Divide by the sums and write the rows to their tokens and heads, gated if heads are, quantised too if a matrix of
+// blocks follows.
 inline void scatter_rows(const AttentionLayer& layer, const Step& step, const Tile& tile, const TileSums& total) {
     const bool quantised = has_blocks(layer.o.type);
     const i64 blocks = layer.head_dim / BLOCK;
@@ -114,6 +115,8 @@ inline void scatter_rows(const AttentionLayer& layer, const Step& step, const Ti
         float* out = step.context.x + token * step.context.columns + head * layer.head_dim;
         if (layer.sinks != nullptr) add_sink(total.row(r, layer.head_dim), layer.sinks[head], layer.head_dim);
         finish_row(total.row(r, layer.head_dim), layer.head_dim, out);
+        if (layer.gate.groups > 0)
+            multiply_by_sigmoid(out, step.latent.x + (token * layer.heads + head) * layer.head_dim, layer.head_dim);
         if (quantised) quantise_blocks(out, blocks, step.context, step.tokens, token, head * blocks);
     }
 }

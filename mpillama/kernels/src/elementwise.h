@@ -16,6 +16,12 @@ inline void multiply(float* x, float factor, i64 first, i64 last) {
 // x / (1 + e^-x).
 inline Vf silu(Vf x) { return div(x, add(splat(1.0f), exponential(negate(x)))); }
 
+// x / (1 + e^-gate), over a multiple of 16 numbers.
+inline void multiply_by_sigmoid(float* x, const float* gate, i64 count) {
+    for (i64 i = 0; i < count; i += W)
+        store(x + i, div(load(x + i), add(splat(1.0f), exponential(negate(load(gate + i))))));
+}
+
 // GELU by its approximation with tanh (https://arxiv.org/abs/1606.08415): x (1 + tanh u) / 2 is x / (1 + e^-2u), with
 // u = sqrt(2 / pi) (x + 0.044715 x^3).
 inline Vf gelu_tanh(Vf x) {

@@ -1,8 +1,10 @@
 // What Python calls (mpillama/kernels/library.py), compiled once for each instruction set.
 #include <new>
 
+#include "delta_layer.h"
 #include "latent_layer.h"
 #include "layers.h"
+#include "packed_sums.h"
 #include "shared_sum.h"
 #include "threads.h"
 
@@ -84,6 +86,12 @@ MPILLAMA_API i64 mpillama_latent_half(Team* team, const LatentLayer* layer, cons
                               row_shared_bytes(layer->o, step->tokens, team->threads));
     if (!team->reserve(latent_half_scratch_bytes(*layer), common)) return NO_MEMORY;
     return run_half(team, *step, sum, [&](const Member& member, const Step& own) { latent_half(member, *layer, own); });
+}
+
+MPILLAMA_API i64 mpillama_delta_half(Team* team, const DeltaLayer* layer, const Step* step, Sum* sum) {
+    const i64 common = row_shared_bytes(layer->o, step->tokens, team->threads);
+    if (!team->reserve(delta_half_scratch_bytes(*layer), common)) return NO_MEMORY;
+    return run_half(team, *step, sum, [&](const Member& member, const Step& own) { delta_half(member, *layer, own); });
 }
 
 MPILLAMA_API i64 mpillama_mlp_half(Team* team, const MlpLayer* layer, const Step* step, Sum* sum) {
@@ -234,6 +242,23 @@ MPILLAMA_API i64 mpillama_sum_shared(const Window* window, double* partial, i64 
     return sum_shared(*window, partial, count, sequence, posted != 0, spins, yields);
 }
 
+// Of the first rank of a host, as shared_sum.h says.
+MPILLAMA_API i64 mpillama_sum_host(const Window* window, i64 count, i64 sequence, i64 spins, i64 yields) {
+    return sum_host(*window, count, sequence, spins, yields);
+}
+
+MPILLAMA_API void mpillama_publish(const Window* window, i64 sequence) {
+    window->published->store(sequence, std::memory_order_release);
+}
+
+// float64 [count] in as few bits as they need, as packed_sums.h says; returns the bytes.
+MPILLAMA_API i64 mpillama_pack(const double* values, i64 count, u8* out) { return pack(values, count, out); }
+
+// totals += what was packed, or = with `begin`; returns 0 if the bytes are no such message.
+MPILLAMA_API i64 mpillama_unpack(const u8* in, i64 bytes, i64 count, double* totals, i64 begin) {
+    return unpack(in, bytes, count, totals, begin != 0);
+}
+
 // Write to every page of fresh memory, each thread to the part of an array that it has in the products.
 MPILLAMA_API void mpillama_touch_pages(Team* team, u8* memory, i64 bytes) {
     constexpr i64 page = 4096;
@@ -297,7 +322,7 @@ MPILLAMA_API i64 mpillama_offset(i64 index) {
         sizeof(Cache), offsetof(Cache, keys), offsetof(Cache, key_scales), offsetof(Cache, values),
         offsetof(Cache, value_scales), offsetof(Cache, type),
         sizeof(AttentionLayer), offsetof(AttentionLayer, q), offsetof(AttentionLayer, k), offsetof(AttentionLayer, v),
-        offsetof(AttentionLayer, o), offsetof(AttentionLayer, cache), offsetof(AttentionLayer, norm),
+        offsetof(AttentionLayer, o), offsetof(AttentionLayer, gate), offsetof(AttentionLayer, cache), offsetof(AttentionLayer, norm),
         offsetof(AttentionLayer, q_bias), offsetof(AttentionLayer, k_bias), offsetof(AttentionLayer, v_bias),
         offsetof(AttentionLayer, q_norm), offsetof(AttentionLayer, k_norm), offsetof(AttentionLayer, sinks),
         offsetof(AttentionLayer, head_start),
@@ -314,6 +339,15 @@ MPILLAMA_API i64 mpillama_offset(i64 index) {
         offsetof(LatentLayer, hidden_size), offsetof(LatentLayer, heads), offsetof(LatentLayer, q_rank),
         offsetof(LatentLayer, kv_rank), offsetof(LatentLayer, nope), offsetof(LatentLayer, rope),
         offsetof(LatentLayer, pairs),
+        sizeof(States), offsetof(States, tails), offsetof(States, sums),
+        sizeof(DeltaLayer), offsetof(DeltaLayer, q), offsetof(DeltaLayer, k), offsetof(DeltaLayer, v),
+        offsetof(DeltaLayer, z), offsetof(DeltaLayer, a), offsetof(DeltaLayer, b), offsetof(DeltaLayer, o),
+        offsetof(DeltaLayer, states), offsetof(DeltaLayer, norm), offsetof(DeltaLayer, q_taps),
+        offsetof(DeltaLayer, k_taps), offsetof(DeltaLayer, v_taps), offsetof(DeltaLayer, decays),
+        offsetof(DeltaLayer, biases), offsetof(DeltaLayer, head_norm), offsetof(DeltaLayer, head_start),
+        offsetof(DeltaLayer, eps), offsetof(DeltaLayer, hidden_size), offsetof(DeltaLayer, key_heads),
+        offsetof(DeltaLayer, value_heads), offsetof(DeltaLayer, first_head), offsetof(DeltaLayer, key_dim),
+        offsetof(DeltaLayer, value_dim), offsetof(DeltaLayer, key_channels), offsetof(DeltaLayer, value_channels),
         sizeof(Router), offsetof(Router, matrix), offsetof(Router, bias), offsetof(Router, correction),
         offsetof(Router, epsilon), offsetof(Router, scaling), offsetof(Router, scores), offsetof(Router, chosen),
         offsetof(Router, renormalise), offsetof(Router, groups), offsetof(Router, chosen_groups),
@@ -325,16 +359,16 @@ MPILLAMA_API i64 mpillama_offset(i64 index) {
         offsetof(MlpLayer, activation), offsetof(MlpLayer, weighs_inputs),
         sizeof(Step), offsetof(Step, tokens), offsetof(Step, x), offsetof(Step, hidden), offsetof(Step, context),
         offsetof(Step, gate), offsetof(Step, latent), offsetof(Step, q), offsetof(Step, k), offsetof(Step, v),
-        offsetof(Step, up), offsetof(Step, partial), offsetof(Step, squares), offsetof(Step, cosines),
-        offsetof(Step, sines),
-        offsetof(Step, query_factors), offsetof(Step, slots),
-        offsetof(Step, segments), offsetof(Step, tables), offsetof(Step, rotary_half), offsetof(Step, segment_count),
-        offsetof(Step, table_width), offsetof(Step, in_flight),
+        offsetof(Step, up), offsetof(Step, gates), offsetof(Step, partial), offsetof(Step, squares),
+        offsetof(Step, shifts), offsetof(Step, cosines), offsetof(Step, sines), offsetof(Step, query_factors),
+        offsetof(Step, slots), offsetof(Step, segments), offsetof(Step, tables), offsetof(Step, states),
+        offsetof(Step, snapshots), offsetof(Step, rotary_half), offsetof(Step, segment_count),
+        offsetof(Step, table_width), offsetof(Step, snapshot_count), offsetof(Step, in_flight),
         sizeof(Sum), offsetof(Sum, window), offsetof(Sum, bias), offsetof(Sum, progress), offsetof(Sum, addend),
         offsetof(Sum, factor), offsetof(Sum, sequence),
         offsetof(Sum, spins), offsetof(Sum, yields), offsetof(Sum, waited),
         sizeof(Window), offsetof(Window, slots), offsetof(Window, flags), offsetof(Window, ranks),
-        offsetof(Window, rank), offsetof(Window, capacity),
+        offsetof(Window, rank), offsetof(Window, capacity), offsetof(Window, totals), offsetof(Window, published),
     };
     const i64 count = sizeof offsets / sizeof offsets[0];
     return index < count ? offsets[index] : -1;

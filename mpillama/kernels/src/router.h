@@ -19,26 +19,6 @@ inline i64 largest(const float* row, i64 count) {
     return best;
 }
 
-// 1 / (1 + e^-x).
-inline Vf sigmoid(Vf x) {
-    const Vf one = splat(1.0f);
-    return div(one, add(one, exponential(negate(x))));
-}
-
-inline float sigmoid(float x) {
-    float lanes[W];
-    store(lanes, sigmoid(splat(x)));
-    return lanes[0];
-}
-
-// log(1 + e^x) = max(x, 0) + log(1 + u), where u = e^-|x| is at most 1 and log(1 + u) = 2 atanh(u / (2 + u)).
-inline float softplus(float x) {
-    const double u = exponential(x < 0.0f ? x : -x), s = u / (2.0 + u), square = s * s;
-    double sum = 0.0;
-    for (int n = 39; n > 0; n -= 2) sum = sum * square + 1.0 / n;
-    return static_cast<float>((x > 0.0f ? static_cast<double>(x) : 0.0) + 2.0 * s * sum);
-}
-
 constexpr float NEVER = -__builtin_inff();
 
 // Rule out all experts but those of the best groups: a group counts by the sum of its two best experts. `room` float32

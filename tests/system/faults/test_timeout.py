@@ -3,7 +3,7 @@
 import os
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from mpillama.cli.running import write
-from mpillama.comm.liveness import Kind, Liveness, State, describe
+from mpillama.comm.liveness import Kind, Liveness, Message, Place, Progress, State, describe, tree_neighbours
 from tests.system.faults.running import (
     LONG,
     QUICK,
@@ -43,6 +43,16 @@ def test_stopped_rank(ranks: int, victim: int, phase: str, toy: Path, tmp_path: 
         sentence = the_sentence(ends(launch, BOUND))
     assert sentence.startswith(f"mpillama: {name(victim, ranks)} has not answered for {WAIT} s while rank ")
     assert "--timeout" in sentence
+
+
+@pytest.mark.parametrize("victim", [0, 1, 2], ids=["leader and root", "not a leader", "leader"])
+def test_stopped_rank_of_several_hosts(victim: int, toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two ranks on one host, one on another: each waits for others of its host, or of other hosts."""
+    monkeypatch.setenv("MPILLAMA_RANKS_PER_HOST", "2,1")
+    with in_the_midst(3, "decode", toy, tmp_path, "--timeout", str(WAIT), slow=victim) as launch:
+        launch.ranks()[victim].suspend()
+        sentence = the_sentence(ends(launch, BOUND))
+    assert sentence.startswith(f"mpillama: {name(victim, 3)} has not answered for {WAIT} s while rank ")
 
 
 def test_rank_0_stopped_in_perplexity(toy: Path, tmp_path: Path) -> None:
@@ -175,23 +185,29 @@ def test_a_reader_that_takes_its_time_is_announced(reader: str, monkeypatch: pyt
 
 
 class Hour:
-    """Rank 1 of four waits in collective 7 for the others; `others` say what they answer when asked, None nothing."""
+    """Rank 1 waits in collective 7 for its neighbours 0, 2 and 3; `others` say what they answer when asked, or None.
 
-    def __init__(self, timeout: float = 600, mates: int = 4):
+    `hosts`: of every rank, for those that are asked once one is silent.
+    """
+
+    def __init__(self, timeout: float = 600, hosts: Sequence[str] = "aaaa"):
         self.now = 0.0
-        self.calls: list[float] = []
-        self.liveness = Liveness(State(7, 0, True), 1, mates, timeout, lambda: self.now)
+        self.hosts = hosts
+        self.calls: list[tuple[float, int]] = []
+        self.liveness = Liveness(State(7, 0, True), 1, (0, 2, 3), timeout, lambda: self.now)
+
+    def hear(self, rank: int, kind: Kind, state: State, *news: Any) -> None:
+        self.liveness.hear(rank, Message(kind, state, *news))
 
     def wait(self, seconds: float, others: dict[int, Any], step: float = 0.5) -> tuple[str, list[int]]:
         """Pass time until a verdict."""
         for _ in range(int(seconds / step)):
             self.now += step
             self.liveness.pass_time()
-            if self.liveness.is_time_to_call():
-                self.calls.append(self.now)
-                for rank, answer in others.items():
-                    if state := answer(self.now):
-                        self.liveness.hear(rank, Kind.HERE, state)
+            for rank in [*self.liveness.to_call(), *self.liveness.to_probe(self.hosts)]:
+                self.calls.append((self.now, rank))
+                if rank in others and (state := others[rank](self.now)):
+                    self.hear(rank, Kind.HERE, state)
             verdict, found = self.liveness.verdict()
             if verdict:
                 return verdict, [mate.rank for mate in found]
@@ -240,7 +256,7 @@ def test_verdicts(case: str) -> None:
     names = [f"rank {rank} of 4 on n{rank}" for rank in range(4)]
     if expected[0]:
         mates = [hour.liveness.mates[rank] for rank in expected[1]]
-        sentence = describe(expected[0], mates, names, "a sum", 1, 600)
+        sentence = describe(expected[0], mates, Place(1, "a sum", names, hour.hosts, {"a"}), 600)
         assert all(names[rank] in sentence for rank in expected[1][:1])
         assert "600 s" in sentence
         assert "--timeout" in sentence
@@ -267,19 +283,80 @@ def test_nobody_is_asked_during_a_short_wait() -> None:
     assert hour.calls == []
 
 
-def test_the_lowest_rank_asks_for_all() -> None:
+def test_who_has_just_been_heard_is_not_asked() -> None:
     hour = Hour()
-    others = {0: waits, 2: silent, 3: waits}
-    for _ in range(100):
-        hour.liveness.hear(0, Kind.CALL, State(7, 0, True))
-        assert hour.wait(10, others) == ("", [])
-    assert hour.calls == []
-    assert hour.wait(60, others) == ("silent", [2])  # rank 0 asks no more
+    for _ in range(1000):
+        hour.hear(0, Kind.CALL, State(7, 0, True))
+        hour.wait(0.5, {})
+    assert {rank for _, rank in hour.calls} == {2, 3}
 
 
-def test_a_call_from_another_collective_or_a_higher_rank_does_not_silence() -> None:
+@pytest.mark.parametrize("gets_on", [True, False])
+def test_news_of_a_rank_far_away_keep_a_wait_alive(gets_on: bool) -> None:
+    """All neighbours wait here, but one of them has heard of rank 50."""
+    hour, others = Hour(), {0: waits, 2: waits, 3: waits}
+    for step in range(100):
+        hour.hear(2, Kind.HERE, waits(0), (50, Progress(6, 10 + gets_on * step)))
+        verdict = hour.wait(10, others)
+        if verdict[0]:
+            break
+    assert (verdict[0], hour.now < 625) == (("", False) if gets_on else ("all", True))
+    assert hour.liveness.known[50] == Progress(6, 10 + gets_on * step)
+
+
+def test_news_are_passed_on_once_and_not_back() -> None:
     hour = Hour()
-    hour.liveness.hear(0, Kind.CALL, State(6, 0, True))
-    hour.liveness.hear(3, Kind.CALL, State(7, 0, True))
-    hour.wait(5, {})
-    assert hour.calls
+    hour.wait(20, {0: waits, 2: waits, 3: waits})
+    hour.hear(2, Kind.HERE, reads(hour.now))
+    assert hour.liveness.to_tell() == [0, 3]
+    assert hour.liveness.news == (2, Progress(6, int(hour.now)))
+    hour.wait(2, {})
+    hour.hear(0, Kind.HERE, waits(0), (2, Progress(6, 20)))
+    assert hour.liveness.to_tell() == []
+
+
+@pytest.mark.parametrize(
+    ("hosts", "silent_ranks", "words"),
+    [
+        ("abcd", {0, 2, 3}, ["rank 0 of 4 on a (and 2 more)", "so b is cut off from the network"]),
+        ("abcd", {2}, ["rank 2 of 4 on c has not", "host c is down, hangs or is cut off", "other hosts answer"]),
+        ("abcd", {2, 3}, ["rank 2 of 4 on c (and 1 more)", "the hosts c, d are down, or cut off from b"]),
+        ("bbaa", {2, 3}, ["rank 2 of 4 on a (and 1 more)", "the network between it and b is down"]),
+        ("bbaa", {2}, ["rank 2 of 4 on a has not", "it was stopped, it is busy"]),
+        ("bbbb", {2, 3}, ["rank 2 of 4 on b (and 1 more)", "it was stopped, it is busy"]),
+    ],
+)
+def test_a_silent_host_is_named(hosts: str, silent_ranks: set[int], words: list[str]) -> None:
+    hour = Hour(10, hosts)
+    others = {rank: silent if rank in silent_ranks else waits for rank in (0, 2, 3)}
+    verdict, ranks = hour.wait(12, others)
+    assert (verdict, set(ranks)) == ("silent", silent_ranks)
+    names = [f"rank {rank} of 4 on {host}" for rank, host in enumerate(hosts)]
+    place = Place(1, "a sum", names, hosts, hour.liveness.answering_hosts(hosts))
+    sentence = describe(verdict, [hour.liveness.mates[rank] for rank in ranks], place, 10)
+    assert all(part in sentence for part in words), sentence
+
+
+def test_a_few_ranks_elsewhere_tell_whether_a_host_is_cut_off() -> None:
+    """Rank 1's only neighbours are on host b; of 40 more hosts eight are asked, and of host b all but those."""
+    hosts = ["x", "x", "b", "b", *("b" if rank < 8 else f"h{rank}" for rank in range(4, 48))]
+    hour = Hour(10)
+    hour.hosts, hour.liveness.mates = hosts, {rank: hour.liveness.mates[rank] for rank in (2, 3)}
+    verdict, ranks = hour.wait(12, dict.fromkeys(range(8, 48), waits))
+    probes = [mate for mate in hour.liveness.mates.values() if mate.probe]
+    assert [mate.rank for mate in probes if hosts[mate.rank] == "b"] == [4, 5, 6, 7]
+    assert len(probes) == 12
+    assert (verdict, ranks) == ("silent", [2, 3, 4, 5, 6, 7])
+
+
+@pytest.mark.parametrize("size", [1, 2, 9, 10, 100, 4096])
+def test_the_tree_joins_all_ranks_by_few_links(size: int) -> None:
+    neighbours = {rank: tree_neighbours(rank, size) for rank in range(size)}
+    assert sum(map(len, neighbours.values())) == 2 * (size - 1)
+    assert all(rank in neighbours[other] for rank, found in neighbours.items() for other in found)
+    assert max(map(len, neighbours.values())) <= 9
+    reached, steps = {0}, 0
+    while len(reached) < size:
+        reached |= {other for rank in reached for other in neighbours[rank]}
+        steps += 1
+    assert steps <= 4

@@ -1,0 +1,77 @@
+"""A conversation that somebody types, in `chat` and in `client`: commands, questions, and answers as they come."""
+
+import sys
+from collections.abc import Callable, Generator
+from contextlib import AbstractContextManager, closing, nullcontext
+from typing import Any
+
+from mpillama.cli.keyboard import Keyboard
+from mpillama.errors import UserError
+
+HELP = "/reset forgets the conversation, /system TEXT sets the system message, /quit leaves; Ctrl-C stops an answer."
+Message = dict[str, Any]
+
+
+def write_at_once(text: str) -> None:
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
+class Conversation:
+    """The messages so far, and who answers them: `answer` gives the pieces of the next one, `write` prints a piece."""
+
+    def __init__(
+        self, answer: Callable[[list[Message]], Generator[str, None, None]], system: str | None,
+        write: Callable[[str], object] = write_at_once,
+    ):  # fmt: skip
+        self.messages: list[Message] = []
+        self._answer = answer
+        self._write = write
+        self.reset(system)
+
+    def reset(self, system: str | None) -> None:
+        self.messages = [{"role": "system", "content": system}] if system else []
+
+    @property
+    def system(self) -> str | None:
+        first = self.messages[:1]
+        return first[0]["content"] if first and first[0]["role"] == "system" else None
+
+    def ask(self, text: str, is_stopped: Callable[[], bool] = lambda: False) -> None:
+        """Print the answer as it comes; stopping midway cancels it. A question that fails is forgotten."""
+        asked, answer = [*self.messages, {"role": "user", "content": text}], ""
+        with closing(self._answer(asked)) as pieces:
+            for piece in pieces:
+                self._write(piece)
+                answer += piece
+                if is_stopped():
+                    sys.stdout.write(" (stopped)")
+                    break
+        sys.stdout.write("\n")
+        self.messages = [*asked, {"role": "assistant", "content": answer}]
+
+
+def converse(
+    conversation: Conversation, keyboard: Keyboard, prompt: str, advice: str = "",
+    waiting: Callable[[], AbstractContextManager[object]] = nullcontext,
+) -> None:  # fmt: skip
+    """Answer what is typed until the input ends; `advice` follows an error, `waiting` is entered for each line."""
+    with keyboard.listening():
+        while True:
+            with waiting():
+                line = keyboard.line(prompt)
+            text = "/quit" if line is None else line.strip()
+            if text == "/quit":
+                return
+            name, _, argument = text.partition(" ")
+            if name == "/reset":
+                conversation.reset(conversation.system)
+            elif name == "/system" and argument:
+                conversation.reset(argument)
+            elif text.startswith("/"):
+                keyboard.tell(HELP)
+            elif text:
+                try:
+                    conversation.ask(text, lambda: keyboard.interrupted)
+                except UserError as error:
+                    keyboard.tell(f"mpillama: {error}{advice}")

@@ -1,0 +1,77 @@
+"""Runs over several hosts: the answer of one rank, nothing else on standard output, and what crosses the wire."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.system.hosts.network import Hosts
+from tests.system.mpi.launch import PROGRAM, TIMEOUT, run
+
+pytestmark = pytest.mark.timeout(TIMEOUT + 60)
+
+TOKENS = 12
+PROMPT = "Once * upon"
+OPTIONS = ("--json", "--temperature", "0", "--max-tokens", str(TOKENS), "--prompt", PROMPT)
+
+
+def answer(stdout: str) -> tuple[list[int], str]:
+    found = json.loads(stdout)
+    return found["token_ids"], found["logits_sha256"]
+
+
+@pytest.fixture(scope="module")
+def alone(toy: Path) -> tuple[list[int], str]:
+    """The answer of one rank."""
+    return answer(run(None, *PROGRAM, "generate", "--model", toy, *OPTIONS).stdout)
+
+
+def generate(hosts: Hosts, per_host: int, toy: Path, *options: str) -> dict[str, Any]:
+    """A whole run, whose standard output must be one JSON object."""
+    result = hosts.run(per_host, *PROGRAM, "generate", "--model", toy, *OPTIONS, *options)
+    assert result.status == 0, result.stderr
+    found: dict[str, Any] = json.loads(result.stdout)
+    return found
+
+
+@pytest.mark.parametrize("per_host", [1, 2])
+def test_two_hosts_give_the_answer_of_one_rank(
+    per_host: int, two_hosts: Hosts, toy: Path, alone: tuple[list[int], str]
+) -> None:
+    found = generate(two_hosts, per_host, toy)
+    assert (found["token_ids"], found["logits_sha256"]) == alone
+    assert found["ranks"] == 2 * per_host
+
+
+@pytest.mark.slow
+def test_four_hosts_give_it_too(four_hosts: Hosts, toy: Path, alone: tuple[list[int], str]) -> None:
+    """Over a slow network that loses frames."""
+    four_hosts.shape(delay_us=200, mbit=1000, loss_percent=1)
+    found = generate(four_hosts, 1, toy)
+    assert (found["token_ids"], found["logits_sha256"]) == alone
+
+
+def test_too_little_shared_memory_is_a_sentence(two_hosts: Hosts, toy: Path) -> None:
+    """On the host that lacks it, before MPI ends by a bus error."""
+    two_hosts.call("h2", "mount", "-o", "remount,size=1M", "/dev/shm")
+    words, truth = ("generate", "--model", toy, *OPTIONS), 'MPI_LOCALNRANKS=2 exec "$0" "$@"'
+    with two_hosts.started(2, *PROGRAM, *words, wrapper=truth) as launch:
+        result = launch.finish(timeout=60)
+    assert result.status != 0
+    assert "mpillama: /dev/shm on host h2 holds 1 MB, but 2 ranks" in result.stderr
+    assert result.stderr.count("mpillama: ") == 1
+    assert "{" not in result.stdout
+
+
+def test_the_wire_counts_delays_and_cuts(two_hosts: Hosts) -> None:
+    usual = two_hosts.ping()
+    two_hosts.counts()
+    two_hosts.shape(delay_us=2000)
+    assert usual + 0.004 <= two_hosts.ping(10) < usual + 0.02
+    counts = two_hosts.counts()
+    assert all(count.messages == 10 for count in counts.values())
+    assert all(10 * 64 < count.bytes < 50 * 200 for count in counts.values())
+    two_hosts.link("h2", up=False)
+    with pytest.raises(AssertionError):
+        two_hosts.call("h1", "timeout", "1", "python3", "-c", "import socket; socket.create_connection(('h2', 7))")
