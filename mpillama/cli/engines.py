@@ -10,7 +10,7 @@ from mpillama.comm.failure import USER_ERROR_STATUS
 from mpillama.comm.mailbox import Mailbox
 from mpillama.job.start import World
 from mpillama.loading.session import Session
-from mpillama.openai.prompts import Defaults, Prompter
+from mpillama.openai.prompts import Prompter
 from mpillama.replicas.replica import LocalReplica, RemoteReplica, end_job, wait_for_end
 from mpillama.replicas.router import Router
 from mpillama.replicas.runner import EngineRunner, OutputT, RequestT
@@ -58,6 +58,5 @@ def replicated(job: Job, size: int) -> Iterator[ReplicaWorld]:
 
 def prompter(session: Session, options: BatchOptions | ServeOptions) -> Prompter:
     """What turns bodies into requests, with the command's sampling options as defaults."""
-    defaults = Defaults(options.sampling)
     vocab_size = session.loaded.file.config.vocab_size
-    return Prompter(session.tokenizer, lambda: session.chat_template, vocab_size, defaults)
+    return Prompter(session.tokenizer, lambda: session.chat_template, vocab_size, options.sampling)

@@ -118,8 +118,8 @@ def _finish(session: Session, options: GenerateOptions, done: Generation) -> Non
 def _memory(session: Session, options: GenerateOptions, positions: int) -> list[RankUsage]:
     executor, file = session.executor, session.loaded.file
     chunk = executor.model.workspace.capacity
-    ranks, states = executor.comm.size, executor.states
-    model = MemoryModel(file.config, file.specs, ranks, options.kv_type, chunk, states=states)
+    division, states = executor.model.division, executor.states
+    model = MemoryModel(file.config, file.specs, division, options.kv_type, chunk, states=states)
     return memory_of_ranks(model, executor.blocks, positions, executor.memory_per_rank())
 
 

@@ -231,9 +231,13 @@ class BenchOptions(RunOptions):
     )
     context: int = option("position at which decoding begins (default: 512)", 512, metavar="TOKENS", least=0)
     repetitions: int = option("runs of each prompt length (default: 5)", 5, metavar="COUNT", least=1)
-    where: bool = option("break down a step's time, part by part", False)
+    where: bool = option("break down a step's time, part by part, and say which rank the others wait for", False)
     json: bool = option("print one JSON object", False)
-    plot: Optional[str] = option("plot the roofline and the breakdown of time (needs matplotlib)", metavar="FILE.png")
+    plot: Optional[str] = option(
+        "plot the roofline and the breakdown of time; with --where and several ranks, ranks x parts and ranks x layers "
+        "(needs matplotlib)",
+        metavar="FILE.png",
+    )
 
     def check(self) -> None:
         super().check()
@@ -417,7 +421,22 @@ class PlanOptions(Options):
         "2TMAC/s",
         metavar="MAC/s",
     )
-    bench: Optional[str] = option("take the node's bandwidth and compute from a saved `bench --json`", metavar="FILE")
+    bench: Optional[str] = option(
+        "take the node's bandwidth and compute from a saved `bench --json`; with --where and several ranks, also how "
+        "long ranks wait for each other",
+        metavar="FILE",
+    )
+    pipeline: int = option(
+        "stages of equally many nodes that hold the layers one after the other (default: 1; others are compared)",
+        1,
+        metavar="STAGES",
+        least=1,
+    )
+    shares: Optional[str] = option(
+        "how much of the model each rank takes: numbers such as 3,3,1, or a saved `doctor --bandwidth --json`, which "
+        "also says how fast and how large each rank's memory is (default: evenly)",
+        metavar="FILE|N,N,…",
+    )
     network: str = option("latency and bandwidth between nodes (default: 5us,10GB/s)", "5us,10GB/s", metavar="L,B")
     read_bandwidth: Optional[str] = option(
         "read bandwidth of a node from the file system, e.g. 5GB/s", metavar="BYTES/s"
@@ -481,6 +500,7 @@ class DoctorOptions(OnRanks):
     needs_one_job: ClassVar[bool] = False
 
     threads: Optional[int] = option("threads of each rank, as for generate", metavar="COUNT")
+    bandwidth: bool = option("measure how fast each rank reads memory; --shares takes the result", False)
     json: bool = option("print one JSON object", False)
 
 

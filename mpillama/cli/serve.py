@@ -107,7 +107,7 @@ def serve(options: ServeOptions, world: World) -> int:
             if api:
                 ServeJob(options, api, replica, world.comm.size).run(session)
             elif session.is_root and replica.mailbox:
-                job.status = follow_router(replica.mailbox, make_runner(session, make_grammars(session), options))
+                job.status = follow_router(replica.mailbox, make_runner(session, make_grammars(session)))
     return job.status
 
 
@@ -175,7 +175,7 @@ class ServeJob:
 
     def run(self, session: Session) -> None:
         grammars = make_grammars(session)
-        router = self.replica.router(make_runner(session, grammars, self.options), "start the server again.")
+        router = self.replica.router(make_runner(session, grammars), "start the server again.")
         state, rendezvous = self._state(session, grammars, router.replicas), self._rendezvous(session)
         shutdown = Shutdown(self.stop, Deadline.of_run(self.options.time_limit), self.options.grace)
         self.stop.install()
@@ -233,7 +233,7 @@ class ServeJob:
             sys.stderr.flush()
 
 
-def make_runner(session: Session, grammars: Grammars, options: ServeOptions) -> EngineRunner[ServerRequest, Output]:
+def make_runner(session: Session, grammars: Grammars) -> EngineRunner[ServerRequest, Output]:
     """The engine of this process's replica."""
     return EngineRunner(session.engine, ServerAdapter(grammars))
 

@@ -81,7 +81,7 @@ class Communicator:
         if self.size > 1:
             start = time.perf_counter()
             if shared := self.shared_for(partial.size):
-                self.watch.enter(ALL_REDUCE)
+                self.watch.enter(ALL_REDUCE, self.is_of_all)
                 shared.all_reduce(partial, self.yields, self.watch.poll)
                 self.watch.leave()
             else:
@@ -97,7 +97,7 @@ class Communicator:
     def finish_all_reduce(self, shared: SharedReduction, done: bool, waited: float, go_on: Callable[[], bool]) -> None:
         """Wait for an all-reduce that began in the kernels and waited there for so many seconds; `go_on` ends it."""
         start = time.perf_counter()
-        self.watch.enter(ALL_REDUCE)
+        self.watch.enter(ALL_REDUCE, self.is_of_all)
         backoff = Backoff(self.yields)
         while not done:
             shared.advance(backoff, self.watch.poll)

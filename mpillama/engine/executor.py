@@ -205,7 +205,7 @@ class Executor:
         blocks: int | None = None, states: int = 0,
     ):  # fmt: skip
         self.model = model
-        self.comm: Communicator = model.comm
+        self.comm: Communicator = model.all_ranks
         self.max_seq_len = max_seq_len
         self.max_tokens = max_tokens
         self.slots = slots

@@ -4,14 +4,17 @@ Memory is that of loading/memory.py. Speed: decode reads the weights and the KV 
 recurrent states; the network adds the latencies and bytes of loading/traffic.py.
 """
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
 from mpillama.loading.memory import RESERVE, MemoryModel, RankMemory
 from mpillama.loading.settings import state_slots
-from mpillama.loading.traffic import COARSE_BITS, EXACT_BITS, Layout, Network, step_seconds, step_sent
+from mpillama.loading.shares import Measured, measured_division
+from mpillama.loading.traffic import COARSE_BITS, EXACT_BITS, Hosts, Network, Sent, logits_sent, sum_sent
 from mpillama.models.config import ModelConfig
+from mpillama.models.partition import Division, micro_batches
 from mpillama.models.tensors import EMBEDDING, LM_HEAD, TensorSpec, WeightTypes
 from mpillama.models.weights import slice_bytes
 from mpillama.quant.registry import SMALLEST
@@ -34,6 +37,10 @@ class PlanRequest:
     kv_type: str
     prefill_chunk: int = 256
     tokenizer: bool = True
+    shares: tuple[float, ...] | None = None
+    measured: tuple[Measured, ...] | None = None
+    """Each rank's bandwidth and memory, if they are known one by one."""
+    stages: int = 1
     sync: str = "exact"
 
     @property
@@ -41,19 +48,52 @@ class PlanRequest:
         return self.nodes * self.ranks_per_node
 
     @property
-    def layout(self) -> Layout:
-        return Layout(self.nodes, self.ranks_per_node, COARSE_BITS if self.sync == "q80" else EXACT_BITS)
+    def hosts_of_stage(self) -> Hosts:
+        """Those of the ranks that add up: all, or those of a stage."""
+        group, bits = self.division.group, COARSE_BITS if self.sync == "q80" else EXACT_BITS
+        if self.ranks_per_node % group == 0:
+            return Hosts(1, group, bits)
+        return Hosts(math.ceil(group / self.ranks_per_node), self.ranks_per_node, bits)
 
     @cached_property
     def specs(self) -> list[TensorSpec]:
         return self.config.tensors(self.types)
 
     @property
+    def division(self) -> Division:
+        return Division(self.ranks, self.shares, self.stages)
+
+    @cached_property
+    def layers_of_stages(self) -> tuple[range, ...]:
+        """The layers of each stage, the first ones first."""
+        return self.config.layers_of_stages(self.stages)
+
+    @property
     def memory_model(self) -> MemoryModel:
-        sizes = (self.ranks, self.kv_type, self.prefill_chunk, self.batch)
-        return MemoryModel(
-            self.config, self.specs, *sizes, has_tokenizer=self.tokenizer, states=state_slots(self.batch)
-        )
+        sizes = (self.kv_type, self.prefill_chunk, self.batch)
+        states = state_slots(self.batch)
+        return MemoryModel(self.config, self.specs, self.division, *sizes, has_tokenizer=self.tokenizer, states=states)
+
+    @property
+    def memory_of_nodes(self) -> list[int]:
+        """Bytes that each node has."""
+        if self.measured is None:
+            return [self.memory_per_node] * self.nodes
+        ranks = [rank.memory for rank in self.measured]
+        return [sum(ranks[i : i + self.ranks_per_node]) for i in range(0, len(ranks), self.ranks_per_node)]
+
+    def speeds(self, node: "Node") -> list[float]:
+        """Bytes per second that each rank reads from memory."""
+        if self.measured is None:
+            return [node.memory_bandwidth / self.ranks_per_node] * self.ranks
+        return [rank.bandwidth for rank in self.measured]
+
+
+def shared_by_measure(request: PlanRequest, measured: Sequence[Measured]) -> PlanRequest:
+    """The request with shares by each rank's bandwidth, limited by its memory."""
+    known = replace(request, measured=tuple(measured))
+    division = measured_division(measured, known.memory_model, request.max_seq_len)
+    return replace(known, shares=division.shares)
 
 
 @dataclass(frozen=True)
@@ -73,7 +113,7 @@ class Plan:
     @property
     def headroom(self) -> int:
         """Bytes that stay free on the fullest node; below 0 if it does not fit."""
-        return self.request.memory_per_node - max(self.nodes)
+        return min(has - need for has, need in zip(self.request.memory_of_nodes, self.nodes, strict=True))
 
     @property
     def fits(self) -> bool:
@@ -122,7 +162,7 @@ def _remedies(plan: Plan) -> Iterator[Remedy]:
         changed = make_plan(changed_request)
         if changed.fits:
             yield Remedy(text, changed)
-    more = _least_nodes(request)
+    more = None if request.measured or request.shares else _least_nodes(request)
     if more:
         yield Remedy(f"--nodes {more.request.nodes} instead of {request.nodes}", more)
 
@@ -168,6 +208,23 @@ class Speed:
     communication_bytes_per_step: int
     communication_share: float
     load_seconds: float | None
+    waiting_share: float
+    """What ranks wait for late ones, if it was measured."""
+
+
+@dataclass(frozen=True)
+class Waiting:
+    """What ranks waited for each other in a measured run of `ranks`, as a share of their work."""
+
+    share: float
+    ranks: int
+
+    def seconds(self, work: float, ranks: int) -> float:
+        """What they will wait where each works so long.
+
+        Delays that come by chance add up as the latest of n does: with the root of log n.
+        """
+        return work * self.share * math.sqrt(math.log(ranks) / math.log(self.ranks)) if ranks > 1 else 0.0
 
 
 @dataclass(frozen=True)
@@ -177,37 +234,100 @@ class Node:
     memory_bandwidth: float
     multiply_adds: float
     read_bandwidth: float | None = None
+    waiting: Waiting | None = None
+
+
+INSIDE_LATENCY, INSIDE_BANDWIDTH = 4e-6, 10e9
+"""Seconds and bytes per second of a sum between ranks of a node: 4.2 us were measured for 16 kB on two."""
 
 
 def predict(plan: Plan, node: Node, network: Network) -> Speed:
     """Predict decoding at the full context, and prefill without the attention's part."""
     request = plan.request
-    per_rank = node.memory_bandwidth / request.ranks_per_node * GOOD_EFFICIENCY
-    idle = _idle_share(request)
-    streamed = [_streamed(request, r, idle) for r in plan.ranks]
-    communication = step_seconds(request.config, request.layout, request.batch, network, request.batch)
-    sent = step_sent(request.config, request.layout, request.batch, network, request.batch)
+    work, communication = _step(plan, node, network, request.batch, prefill=False)
+    waiting = node.waiting.seconds(work, request.division.group) if node.waiting else 0.0
+    seconds = work + communication + waiting
+    prefill = request.prefill_chunk / sum(_step(plan, node, network, request.prefill_chunk, prefill=True))
+    streamed = _streamed_of_ranks(plan)
     fullest_read = max(r.reads for r in plan.ranks) * request.ranks_per_node
-    seconds = max(streamed) / per_rank + communication
+    sent = _sent(request, network)
     return Speed(
         request.batch / seconds,
-        _prefill(request, node, network),
-        sum(streamed),
+        prefill,
+        sum(weights + cache for weights, cache in streamed),
         sent.messages,
         round(sent.bytes),
         communication / seconds,
         fullest_read / node.read_bandwidth if node.read_bandwidth else None,
+        waiting / seconds,
     )
 
 
-def _prefill(request: PlanRequest, node: Node, network: Network) -> float:
-    """Tokens per second of a prompt's full chunks: the rank with the largest share of the products decides."""
-    tokens = request.prefill_chunk
+def _step(plan: Plan, node: Node, network: Network, tokens: int, prefill: bool) -> tuple[float, float]:
+    """Seconds of work and of communication in a step of so many tokens, which goes through the stages in parts.
+
+    The first part passes all stages, the others follow at the pace of the slowest.
+    """
+    request = plan.request
+    parts = micro_batches(tokens, request.stages)
+    each = tokens / parts
+    works = _works(plan, node, each, prefill)
+    talks = [_sums(request, network, len(layers), each) for layers in request.layers_of_stages]
+    slowest = max(range(request.stages), key=lambda stage: works[stage] + talks[stage])
+    hops = (request.stages - 1) * (network.latency + 4 * request.config.padded_hidden_size * each / network.bandwidth)
+    return (
+        sum(works) + (parts - 1) * works[slowest],
+        sum(talks) + (parts - 1) * talks[slowest] + hops,
+    )
+
+
+def _works(plan: Plan, node: Node, tokens: float, prefill: bool) -> list[float]:
+    """Seconds that the slowest rank of each stage works on a part of a step: it reads its weights, or multiplies."""
+    request, found = plan.request, []
+    speeds, streamed = request.speeds(node), _streamed_of_ranks(plan)
+    compute = node.multiply_adds / request.ranks_per_node
     panels = request.config.blocks[-1].mlp.splits[0]
-    share = max(len(part[panels]) for part in request.config.partition(request.ranks)) / panels.count
-    work = tokens * multiply_adds(request.config) * share
-    communication = step_seconds(request.config, request.layout, tokens, network, rows=0)
-    return tokens / (work / (node.multiply_adds / request.ranks_per_node) + communication)
+    parts = request.config.partition(request.division)
+    whole, count = multiply_adds(request.config), request.config.num_hidden_layers
+    for stage, layers in enumerate(request.layers_of_stages):
+        mates = [rank for rank in range(request.ranks) if request.division.stage_of(rank) == stage]
+        share = max(len(parts[rank][panels]) for rank in mates) / panels.count
+        multiplying = tokens * whole * len(layers) / count * share / compute
+        reading = max(
+            (streamed[rank][0] + streamed[rank][1] * tokens / request.batch) / speeds[rank] / GOOD_EFFICIENCY
+            for rank in mates
+        )
+        found.append(multiplying if prefill else max(reading, multiplying))
+    return found
+
+
+def _calls(request: PlanRequest, layers: int) -> int:
+    """A rank's sums and gatherings in a stage of so many layers."""
+    return 2 * layers + 2 if request.division.group > 1 else 0
+
+
+def _sums(request: PlanRequest, network: Network, layers: int, tokens: float) -> float:
+    """Seconds of a stage's sums over its ranks: within nodes, and over the network."""
+    hosts, width = request.hosts_of_stage, request.config.padded_hidden_size
+    inside = INSIDE_LATENCY + 16 * width * tokens / INSIDE_BANDWIDTH if hosts.ranks_per_host > 1 else 0.0
+    return _calls(request, layers) * (inside + sum_sent(hosts, width, tokens, network).seconds(network))
+
+
+def _sent(request: PlanRequest, network: Network) -> Sent:
+    """What the first rank of a host sends in a step; of several stages the one with most layers and the logits."""
+    hosts, config = request.hosts_of_stage, request.config
+    sums = 1 + 2 * max(len(layers) for layers in request.layers_of_stages)
+    each = sum_sent(hosts, config.padded_hidden_size, request.batch, network)
+    hops = Sent(1, 1, 4 * config.padded_hidden_size * request.batch) if request.stages > 1 else Sent()
+    return each.times(sums) + logits_sent(config, hosts, request.batch) + hops
+
+
+def _streamed_of_ranks(plan: Plan) -> list[tuple[int, int]]:
+    """Bytes of weights, and of KV cache and states, that each rank reads in a step that goes through in one part."""
+    request, idle = plan.request, _idle_share(plan.request)
+    states = [2 * request.batch * rank.states // state_slots(request.batch) for rank in plan.ranks]  # read and written
+    caches = [rank.kv_cache + size for rank, size in zip(plan.ranks, states, strict=True)]
+    return [(_streamed(request, rank, idle), cache) for rank, cache in zip(plan.ranks, caches, strict=True)]
 
 
 def multiply_adds(config: ModelConfig) -> int:
@@ -218,14 +338,12 @@ def multiply_adds(config: ModelConfig) -> int:
 
 
 def _streamed(request: PlanRequest, rank: RankMemory, idle: float) -> int:
-    """Bytes that a rank reads in a decode step: its weights (without an untied embedding), its KV cache, and states.
-
-    Each sequence's state is read and written.
-    """
-    config = request.config
-    embedding = 0 if config.tie_word_embeddings else rank.embedding // 2
-    states = 2 * request.batch * rank.states // state_slots(request.batch)
-    return round((rank.weights - embedding) * (1 - idle)) + rank.kv_cache + states
+    """Bytes of weights that a rank reads in a decode step: all but an untied embedding and experts not chosen."""
+    if request.stages > 1:
+        unread = 0 if rank.has_head else rank.embedding
+    else:
+        unread = 0 if request.config.tie_word_embeddings else rank.embedding // 2
+    return round((rank.weights - unread) * (1 - idle))
 
 
 def _idle_share(request: PlanRequest) -> float:
@@ -234,3 +352,49 @@ def _idle_share(request: PlanRequest) -> float:
     experts = [spec for spec in request.specs if spec.experts]
     idle = sum(slice_bytes([s], whole) * (1 - min(1.0, request.batch * s.chosen / s.experts)) for s in experts)
     return idle / slice_bytes(request.specs, whole)
+
+
+# -- stages ---------------------------------------------------------------------------------------------------------
+
+MOST_STAGES = 16
+WORTH_STAGES = 1.05
+"""Stages are advised only if they make this much of a difference."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A way to divide a job's ranks into stages."""
+
+    plan: Plan
+    speed: Speed
+
+    @property
+    def stages(self) -> int:
+        return self.plan.request.stages
+
+    @property
+    def crossings(self) -> int:
+        """How often a step meets the network: from stage to stage, and in sums unless they stay within nodes."""
+        request = self.plan.request
+        if request.ranks_per_node % request.division.group == 0:
+            return self.stages - 1
+        return self.stages - 1 + sum(_calls(request, len(layers)) for layers in request.layers_of_stages)
+
+
+def layouts(request: PlanRequest, node: Node, network: Network) -> list[Layout]:
+    """All numbers of stages of whole nodes, with memory and speed; with uneven shares only the number asked for."""
+    found = []
+    for stages in range(1, min(request.nodes, MOST_STAGES, request.config.num_hidden_layers) + 1):
+        if request.nodes % stages == 0 and (stages == request.stages or request.shares is None):
+            plan = make_plan(replace(request, stages=stages))
+            found.append(Layout(plan, predict(plan, node, network)))
+    return found
+
+
+def best_layout(found: Sequence[Layout]) -> Layout:
+    """The fastest that fits, with as few stages as come near it; if none fits, the one that is nearest."""
+    fitting = [layout for layout in found if layout.plan.fits]
+    if not fitting:
+        return max(found, key=lambda layout: layout.plan.headroom)
+    fastest = max(layout.speed.decode_tokens_per_second for layout in fitting)
+    return next(layout for layout in fitting if layout.speed.decode_tokens_per_second * WORTH_STAGES >= fastest)

@@ -77,6 +77,18 @@ class ModelSettings:
         metavar="COUNT",
     )
     prefill_chunk: int = option("prompt tokens computed together (default: 256)", 256, metavar="TOKENS", least=1)
+    pipeline: int = option(
+        "stages of equally many ranks that hold the layers one after the other; the ranks of a stage divide each of "
+        "its layers (default: 1)",
+        1,
+        metavar="STAGES",
+        least=1,
+    )
+    shares: Optional[str] = option(
+        "how much of the model each rank takes: numbers such as 3,3,1, or by bandwidth and memory, from a saved "
+        "`doctor --bandwidth --json` (default: evenly)",
+        metavar="FILE|N,N,…",
+    )
     timeout: float = option(
         "end the job if a rank keeps the others waiting this long without progress, 0 for never (default: 600.0)",
         DEFAULT_TIMEOUT,

@@ -11,7 +11,9 @@ from typing import Any, cast
 import numpy as np
 
 from mpillama.comm.communicator import Communicator
+from mpillama.comm.pipeline import Pipeline
 from mpillama.comm.shared_memory import Backoff
+from mpillama.comm.ways import Traffic
 from mpillama.kernels import arguments
 from mpillama.kernels.library import Team
 from mpillama.kernels.shared_sum import PROGRESS_STRIDE, SharedWindow
@@ -20,7 +22,7 @@ from mpillama.models.candidates import Candidates, Wanted, message_numbers, read
 from mpillama.models.config import ModelConfig
 from mpillama.models.family import Block
 from mpillama.models.linear import LayerWeights, Matrix, any_quantised
-from mpillama.models.partition import Partition
+from mpillama.models.partition import Division, Partition, micro_batches, split_units
 from mpillama.models.weights import Weights
 from mpillama.models.workspace import Activations, StepArrays, Workspace
 from mpillama.quant.weight_type import LANES
@@ -136,12 +138,23 @@ class DecoderLayer:
 
 
 class Decoder:
-    """A rank's part of a model. `coarse`: panels' results are rounded to about 8 bits before they are added up."""
+    """A rank's part of a model, which ranks divide evenly unless there is a `division`.
 
-    def __init__(self, config: ModelConfig, weights: Weights, comm: Communicator, team: Team, coarse: bool = False):
-        parts = config.partition(comm.size)
+    `comm` has the ranks that divide this rank's layers: all, or with a `pipeline` those of its stage. `coarse` rounds
+    panels' results to about 8 bits before they are added up.
+    """
+
+    def __init__(
+        self, config: ModelConfig, weights: Weights, comm: Communicator, team: Team,
+        division: Division | None = None, pipeline: Pipeline | None = None,
+    ):  # fmt: skip
+        self.division = division or Division(comm.size)
+        self.pipeline = pipeline
+        self.all_ranks = pipeline.comm if pipeline else comm
+        mates = self.division.mates_of(self.all_ranks.rank)
+        parts = config.partition(self.division)[mates.start : mates.stop]
         self.tokens_run = 0
-        self.coarse = coarse
+        self.coarse = False
         self.config = config
         self.weights = weights
         self.part = parts[comm.rank]
@@ -155,7 +168,7 @@ class Decoder:
         all_reduce = ResidualSum(comm, team, config)
         self.layers = [
             DecoderLayer(config, block, of_layer, self.part, all_reduce)
-            for block, of_layer in zip(config.blocks, weights.layers, strict=True)
+            for block, of_layer in self.part.own(list(zip(config.blocks, weights.layers, strict=True)))
         ]
 
     def forward(self, step: Step, cache: KVCache) -> Array:
@@ -166,24 +179,62 @@ class Decoder:
     def advance(self, step: Step, cache: KVCache) -> None:
         """Run the step's tokens; logits and hidden states of any of them can be had until the next step."""
         a = self.workspace.for_tokens(len(step.token_ids))
-        self._embed(step.token_ids, a)
+        if self.pipeline is None:
+            self._embed(step.token_ids, a)
+            self._run_layers(step, a, cache)
+        else:
+            self._run_stage(self.pipeline, step, cache)
+        self.tokens_run += len(step.token_ids)
+
+    def _run_layers(self, step: Step, a: StepArrays, cache: KVCache) -> None:
         self._turn(step.positions, a)
         step.describe(a.argument)
         a.argument.in_flight = self.in_flight
         a.argument.shifts = arguments.address(a.shifts) if self.coarse else None
         for decoder, layer_cache in zip(self.layers, cache.arguments, strict=False):
             decoder.forward(a, layer_cache)
-        self.tokens_run += len(step.token_ids)
+
+    def _run_stage(self, pipeline: Pipeline, step: Step, cache: KVCache) -> None:
+        """The step in parts, so that the stage after works on one while this stage works on the next."""
+        ranges = split_units(len(step.token_ids), micro_batches(len(step.token_ids), self.division.stages))
+        parts = [(step.rows(r.start, r.stop), self.workspace.for_rows(r.start, len(r))) for r in ranges]
+        pipeline.expect([a.x for _, a in parts])
+        for part, a in parts:
+            if self.part.is_first:
+                self._embed(part.token_ids, a)
+            pipeline.receive()
+            self._run_layers(part, a, cache)
+            pipeline.send(a.x)
+        pipeline.finish()
+
+    @property
+    def communication_seconds(self) -> float:
+        """Time spent in collectives and in waiting for other stages."""
+        return self.comm.seconds + (self.pipeline.seconds if self.pipeline else 0.0)
+
+    @property
+    def sent(self) -> Traffic:
+        """What this rank sent to others."""
+        return self.comm.sent + (self.pipeline.traffic if self.pipeline else Traffic())
+
+    def forget_costs(self) -> None:
+        """Begin to count communication anew."""
+        self.comm.forget_costs()
+        if self.pipeline:
+            self.pipeline.seconds = 0.0
+            self.pipeline.traffic.forget()
 
     def logits(self, rows: Array) -> Array:
         """On rank 0 what comes after tokens of the last step, float32 [len(rows), vocab_size].
 
         All ranks ask for the same; elsewhere there are no rows.
         """
-        return self._gather(self._logits(rows))
+        return self._gather(self._logits(rows)) if self.part.is_last else self._gather(rows[:0])
 
     def wanted_logits(self, rows: Array, wanted: Sequence[Wanted]) -> list[Array | Candidates]:
         """On rank 0 of each row what is wanted: as `logits`, or its candidates. All ranks ask for the same."""
+        if not self.part.is_last:
+            return []
         if self.comm.size == 1 or not any(each.count for each in wanted):
             return list(self.logits(rows))
         part = self._logits(rows)

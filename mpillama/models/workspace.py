@@ -1,7 +1,7 @@
 """The arrays that a step's activations live in: allocated once, so that a step allocates nothing."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import numpy as np
@@ -149,6 +149,7 @@ class Workspace:
             angles=tuple(Angles.empty(tokens, rotation) for rotation in self.config.rotations),
         )
         self._views: dict[int, StepArrays] = {}
+        self._parts: dict[tuple[int, int], StepArrays] = {}
 
     def for_tokens(self, tokens: int) -> StepArrays:
         """The arrays of a step; the same ones each time."""
@@ -157,6 +158,14 @@ class Workspace:
         if tokens not in self._views:
             self._views[tokens] = self._whole.first(tokens)
         return self._views[tokens]
+
+    def for_rows(self, first: int, count: int) -> StepArrays:
+        """The arrays of a part of a step, whose residual stream has a place of its own; the rest all parts share."""
+        if first == 0:
+            return self.for_tokens(count)
+        if (first, count) not in self._parts:
+            self._parts[first, count] = replace(self._whole.first(count), x=self._whole.x[first : first + count])
+        return self._parts[first, count]
 
     def residual(self, first: int, count: int) -> Array:
         """The residual stream of tokens of the last step, float32 [count, padded hidden]."""

@@ -20,20 +20,14 @@ PLAINLY = TemplateFields()
 
 
 @dataclass(frozen=True)
-class Defaults:
-    """Values for what a request leaves out."""
-
-    sampling: SamplingParams
-
-
-@dataclass(frozen=True)
 class Prompter:
     """Turns bodies into requests with a model's tokenizer and chat template (a function that makes it when needed)."""
 
     tokenizer: Tokenizer
     template: Callable[[], ChatTemplate]
     vocab_size: int
-    defaults: Defaults
+    defaults: SamplingParams
+    """Values for what a request leaves out."""
     for_template: Callable[[dict[str, Any]], dict[str, Any]] = for_template
     """Makes of a message with calls of tools what the template expects."""
 
@@ -107,7 +101,7 @@ class Prompter:
             raise BadRequest("stop: an empty text would stop before the first token", "stop")
         if body.most_tokens is not None:
             given["max_tokens"] = None if body.most_tokens == NO_LIMIT else body.most_tokens
-        options = replace(self.defaults.sampling, ignore_eos=bool(body.ignore_eos), **given)
+        options = replace(self.defaults, ignore_eos=bool(body.ignore_eos), **given)
         if body.logit_bias is not None:
             options = replace(options, logit_bias=self._bias(body.logit_bias))
         return options if options.seed is not None else replace(options, seed=seed)

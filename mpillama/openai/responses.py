@@ -8,16 +8,17 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Discriminator, Field, Tag, TypeAdapter
 from pydantic_core import PydanticCustomError
 
-from mpillama.openai.bodies import MostTokens, SamplingBody
-from mpillama.openai.body import Body, Ignored, refusing
-from mpillama.openai.messages import Effort, TemplateFields
-from mpillama.openai.served import (
+from mpillama.openai.bodies import (
     MOST_LOGPROBS,
     FunctionTool,
     JsonObjectFormat,
     JsonSchema,
+    MostTokens,
+    SamplingBody,
     TextFormat,
 )
+from mpillama.openai.body import Body, Ignored, refusing
+from mpillama.openai.messages import Effort, RefusalPart, TemplateFields
 
 LOGPROBS = "message.output_text.logprobs"
 """What `include` must name for log-probabilities."""
@@ -46,20 +47,8 @@ class TextContent(Body):
     prompt_cache_breakpoint: Ignored = None
 
 
-class RefusalContent(Body):
-    """What a model said instead of an answer."""
-
-    type: Literal["refusal"]
-    refusal: str
-
-    @property
-    def text(self) -> str:
-        """As any other text of the assistant."""
-        return self.refusal
-
-
 Content = Annotated[
-    Annotated[TextContent | RefusalContent, Field(discriminator="type")],
+    Annotated[TextContent | RefusalPart, Field(discriminator="type")],
     _only("content of the type", "input_text", "output_text", "text", "refusal"),
 ]
 Contents = str | Annotated[list[Content], Field(fail_fast=True)]
@@ -157,7 +146,7 @@ class NamedFunction(Body):
     name: str
 
 
-class AllowedTools(Body):
+class AllowedFunctions(Body):
     """A choice among some of the tools."""
 
     type: Literal["allowed_tools"]
@@ -169,7 +158,7 @@ class AllowedTools(Body):
 
 
 ToolChoice = Annotated[
-    Literal["none", "auto", "required"] | Annotated[NamedFunction | AllowedTools, Field(discriminator="type")],
+    Literal["none", "auto", "required"] | Annotated[NamedFunction | AllowedFunctions, Field(discriminator="type")],
     _only("a choice of the type", "function", "allowed_tools"),
 ]
 

@@ -10,22 +10,22 @@ from dataclasses import dataclass
 from typing import Any
 
 from mpillama.openai.tool_grammars import Function, TokenId, call_rules, marker_rule, more_rules, schema_rule
+from mpillama.openai.tool_json import strict_json
 from mpillama.openai.tool_readers import (
     END_TOOL_CALL,
+    MOST_NAME,
     TOOL_CALL,
     Call,
     NoCall,
-    Part,
     Reader,
     expect,
     literal,
+    plain_name,
     skip_space,
+    text_before,
+    word,
 )
 from mpillama.text.constraint import text_rule, token_rule
-
-MOST_NAME = 256
-"""Characters of a name at the most; longer text is no call."""
-NAME = re.compile(r"[a-zA-Z0-9_.-]+")
 
 
 @dataclass(frozen=True)
@@ -91,17 +91,13 @@ def _as_json(text: str, schema: Any) -> str:
         text = AS_PYTHON.get(text, text)
     if _types(schema) != {"string"}:
         try:
-            found = json.loads(text, parse_constant=_refuse)
+            found = strict_json(text)
         except (ValueError, RecursionError):
             pass
         else:
             if not isinstance(found, str) or "string" not in _types(schema):
                 return text.strip()
     return json.dumps(text, ensure_ascii=False)
-
-
-def _refuse(constant: str) -> None:
-    raise ValueError(f"{constant} is not JSON")
 
 
 def _types(schema: Any) -> set[str]:
@@ -123,7 +119,7 @@ def _types(schema: Any) -> set[str]:
 def read_glm() -> Reader:
     """`<tool_call>name`, then `<arg_key>…</arg_key><arg_value>…</arg_value>` for each argument, and the end."""
     yield from literal(TOOL_CALL)
-    name, char = yield from _plain_name()
+    name, char = yield from word((yield from skip_space()))
     values = yield from _pairs(GLM, char)
     return [TaggedCall(name, "", values=values)]
 
@@ -141,7 +137,7 @@ def read_hy(tags: Tags) -> Reader:
             return calls
         expect(kind, tags.call[0][1])
         yield from literal(tags.call[0][2:])
-        name, char = yield from _plain_name()
+        name, char = yield from word((yield from skip_space()))
         expect((yield from skip_space()) if char.isspace() else char, "<")
         yield from literal(tags.name_end[1:])
         calls.append(TaggedCall(name, "", values=(yield from _pairs(tags, (yield)))))
@@ -163,10 +159,10 @@ def _pairs(tags: Tags, char: str) -> Generator[None, str, tuple[tuple[str, str],
             break
         expect(kind, tags.key[0][1])
         yield from literal(tags.key[0][2:])
-        key = yield from _text_before(tags.key[1])
+        key = yield from text_before(tags.key[1])
         expect((yield from skip_space()), tags.value[0][0])
         yield from literal(tags.value[0][1:])
-        values.append((key.strip(), (yield from _text_before(tags.value[1]))))
+        values.append((key.strip(), (yield from text_before(tags.value[1]))))
         char = yield from skip_space()
     return tuple(values)
 
@@ -193,9 +189,7 @@ def read_minimax() -> Reader:
 
 def _invoked() -> Generator[None, str, Call]:
     """A call from its name on."""
-    name = yield from _text_before('"', MOST_NAME)
-    if not NAME.fullmatch(name):
-        raise NoCall
+    name = plain_name((yield from text_before('"', most=MOST_NAME)))
     yield from literal(">")
     values: list[tuple[str, str]] = []
     while True:
@@ -206,9 +200,9 @@ def _invoked() -> Generator[None, str, Call]:
             return TaggedCall(name, "", values=tuple(values))
         expect(kind, MINIMAX.key[0][1])
         yield from literal(MINIMAX.key[0][2:])
-        key = yield from _text_before(MINIMAX.key[1])
+        key = yield from text_before(MINIMAX.key[1])
         yield from literal(MINIMAX.value[0])
-        values.append((key, (yield from _text_before(MINIMAX.value[1]))))
+        values.append((key, (yield from text_before(MINIMAX.value[1]))))
 
 
 def read_qwen() -> Reader:
@@ -216,9 +210,7 @@ def read_qwen() -> Reader:
     yield from literal(TOOL_CALL)
     expect((yield from skip_space()), QWEN.call[0][0])
     yield from literal(QWEN.call[0][1:])
-    name = yield from _text_before(QWEN.name_end, MOST_NAME)
-    if not NAME.fullmatch(name):
-        raise NoCall
+    name = plain_name((yield from text_before(QWEN.name_end, most=MOST_NAME)))
     values: list[tuple[str, str]] = []
     while True:
         expect((yield from skip_space()), "<")
@@ -228,37 +220,12 @@ def read_qwen() -> Reader:
             break
         expect(kind, QWEN.key[0][1])
         yield from literal(QWEN.key[0][2:])
-        key = yield from _text_before(QWEN.key[1])
-        value = yield from _text_before(QWEN.value[1].strip())
+        key = yield from text_before(QWEN.key[1])
+        value = yield from text_before(QWEN.value[1].strip())
         values.append((key, value.removeprefix("\n").removesuffix("\n")))
     expect((yield from skip_space()), END_TOOL_CALL[0])
     yield from literal(END_TOOL_CALL[1:])
     return [TaggedCall(name, "", values=tuple(values))]
-
-
-def _plain_name() -> Generator[None, str, tuple[str, str]]:
-    """A function's name, and the character behind it."""
-    char, name = (yield from skip_space()), ""
-    while char and NAME.fullmatch(char):
-        name, char = name + char, (yield)
-        if len(name) > MOST_NAME:
-            raise NoCall
-    if not name or (char and not char.isspace() and char != "<"):
-        raise NoCall
-    return name, char
-
-
-def _text_before(mark: str, most: int | None = None) -> Part:
-    """The text up to a mark, which is taken as well; NoCall if it does not come."""
-    taken: list[str] = []
-    end = ""  # as many of the last characters as the mark has
-    while end != mark:
-        char = yield
-        if not char or (most is not None and len(taken) > most):
-            raise NoCall
-        taken.append(char)
-        end = (end + char)[-len(mark) :]
-    return "".join(taken)[: -len(mark)]
 
 
 # -- forcing ----------------------------------------------------------------------------------------------------------

@@ -1,7 +1,6 @@
 """Tool calls: a model's format, calls parsed from its answers, and messages as its template expects them."""
 
 import hashlib
-import json
 import re
 import secrets
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -40,6 +39,7 @@ from mpillama.openai.tool_grammars import (
     mistral_args_rules,
     mistral_rules,
 )
+from mpillama.openai.tool_json import strict_json
 from mpillama.openai.tool_readers import (
     ARGS,
     DEEPSEEK_MARKS,
@@ -312,14 +312,10 @@ def _with_object(call: Mapping[str, Any]) -> dict[str, Any]:
     if not isinstance(function, Mapping) or not isinstance(function.get("arguments"), str):
         return dict(call)
     try:
-        value = json.loads(function["arguments"] or "{}", parse_constant=_refuse)
+        value = strict_json(function["arguments"] or "{}")
     except (ValueError, RecursionError):
         return dict(call)
     return {**call, "function": {**function, "arguments": value}} if isinstance(value, dict) else dict(call)
-
-
-def _refuse(constant: str) -> None:
-    raise ValueError(f"{constant} is not JSON")
 
 
 def _with_short_id(fields: Mapping[str, Any], key: str) -> dict[str, Any]:

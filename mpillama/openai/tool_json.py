@@ -1,13 +1,24 @@
 """A JSON object read character by character: its end is known at once, and so is text that is no JSON."""
 
+import json
 import re
 from collections.abc import Callable
+from typing import Any
 
 NUMBER_OR_NAME = re.compile(r"-?(0|[1-9][0-9]*)(\.[0-9]+)?([eE][+-]?[0-9]+)?|true|false|null")
 SCALAR_CHARACTERS = frozenset("+-.0123456789eEaflnrstu")
 SPACE = frozenset(" \t\r\n")
 ESCAPES = frozenset('"\\/bfnrt')
 HEX_DIGITS = frozenset("0123456789abcdefABCDEF")
+
+
+def strict_json(text: str) -> Any:
+    """The value that a whole text is; ValueError or RecursionError if it is no JSON, as NaN is none."""
+    return json.loads(text, parse_constant=_refuse)
+
+
+def _refuse(constant: str) -> None:
+    raise ValueError(f"{constant} is not JSON")
 
 
 class NotJson(Exception):  # noqa: N818 - nobody's error: most text is not JSON

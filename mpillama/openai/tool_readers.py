@@ -5,6 +5,7 @@ first character that cannot belong to a call, and returns the calls with the las
 """
 
 import json
+import math
 import re
 from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass
@@ -42,7 +43,7 @@ KIMI_MARKS = Marks(
 FENCE, END_FENCE = "\n```json\n", "```"
 """What DeepSeek V3 and R1 write around the arguments."""
 
-NAME = r"[a-zA-Z0-9_.-]+"
+NAME = re.compile(r"[a-zA-Z0-9_.-]+")
 MOST_NAME = 256
 """Characters of a name, and of what stands around it, at the most."""
 
@@ -157,7 +158,7 @@ def _marked_calls(marks: Marks, read: Callable[[str], Generator[None, str, Call]
             return calls
         expect(char, marks.begin_call[same])
         yield from literal(marks.begin_call[same + 1 :])
-        calls.append((yield from read((yield from _text_before(marks.before_arguments)))))
+        calls.append((yield from read((yield from text_before(marks.before_arguments, most=MOST_NAME)))))
         char = yield from skip_space()
         if char:
             expect(char, marks.end_call[0])
@@ -171,12 +172,12 @@ def _marked_calls(marks: Marks, read: Callable[[str], Generator[None, str, Call]
 def _deepseek_call(kind: str) -> Generator[None, str, Call]:
     char = yield from skip_space()
     if char == "{":
-        return Call(_plain_name(kind.strip()), (yield from _object(char)).text)
-    name = yield from _text_before(FENCE, char)
+        return Call(plain_name(kind.strip()), (yield from _object(char)).text)
+    name = yield from text_before(FENCE, char, MOST_NAME)
     found = yield from _object((yield from skip_space()))
     expect((yield from skip_space()), END_FENCE[0])
     yield from literal(END_FENCE[1:])
-    return Call(_plain_name(name.strip()), found.text)
+    return Call(plain_name(name.strip()), found.text)
 
 
 def _kimi_call(call_id: str) -> Generator[None, str, Call]:
@@ -185,35 +186,25 @@ def _kimi_call(call_id: str) -> Generator[None, str, Call]:
     found = yield from _object((yield from skip_space()))
     if not colon or not number.isdecimal():
         raise NoCall
-    return Call(_plain_name(name), found.text, call_id)
+    return Call(plain_name(name), found.text, call_id)
 
 
-def _plain_name(name: str) -> str:
+def plain_name(name: str) -> str:
     """A name as functions have it; NoCall for another text."""
-    if not re.fullmatch(NAME, name):
+    if not NAME.fullmatch(name):
         raise NoCall
     return name
 
 
-def _text_before(mark: str, text: str = "") -> Part:
-    """The text up to a mark, which is taken as well; it begins with `text`."""
-    while not text.endswith(mark):
-        if len(text) > MOST_NAME + len(mark):
-            raise NoCall
-        char = yield
-        if not char:
-            raise NoCall
-        text += char
-    return text.removesuffix(mark)
-
-
 def _named_call(char: str) -> Generator[None, str, Call]:
     """`name[ARGS]{...}`, with `[CALL_ID]id` before `[ARGS]` from some models."""
-    name = yield from _word(char)
+    name, char = yield from word(char)
+    expect(char, ARGS[0])
     marker = yield
     if marker == CALL_ID[1]:
         yield from literal(CALL_ID[2:])
-        yield from _word((yield))
+        _, char = yield from word((yield))
+        expect(char, ARGS[0])
         marker = yield
     expect(marker, ARGS[1])
     yield from literal(ARGS[2:])
@@ -254,17 +245,28 @@ def _name(text: str) -> str:
     return name
 
 
-def _word(char: str) -> Part:
-    """Letters, digits and "_.-" up to the "[" behind them, which is taken as well."""
-    word = ""
-    while char != "[":
-        if not (char.isascii() and (char.isalnum() or char in ("_", ".", "-"))):
+def word(char: str) -> Generator[None, str, tuple[str, str]]:
+    """A function's name, which begins with `char`, and the character behind it."""
+    name = ""
+    while char and NAME.fullmatch(char):
+        name, char = name + char, (yield)
+        if len(name) > MOST_NAME:
             raise NoCall
-        word += char
-        char = yield
-    if not word:
+    if not name:
         raise NoCall
-    return word
+    return name, char
+
+
+def text_before(mark: str, begun: str = "", most: float = math.inf) -> Part:
+    """The text up to a mark, which is taken as well; it begins with `begun` and has `most` characters at the most."""
+    taken, end = list(begun), begun  # `end`: as many of the last characters as the mark has
+    while end != mark:
+        char = yield
+        if not char or len(taken) > most + len(mark):
+            raise NoCall
+        taken.append(char)
+        end = (end + char)[-len(mark) :]
+    return "".join(taken)[: -len(mark)]
 
 
 def literal(text: str) -> Generator[None, str, None]:

@@ -8,8 +8,8 @@ from fastapi.routing import APIRoute
 
 from mpillama import __version__
 from mpillama.errors import UserError
+from mpillama.openai.bodies import DetokenizeBody, EmbeddingBody, ServedChat, ServedCompletion, TokenizeBody
 from mpillama.openai.prompts import Prompter
-from mpillama.openai.served import DetokenizeBody, EmbeddingBody, ServedChat, ServedCompletion, TokenizeBody
 from mpillama.server import errors, schemas
 from mpillama.server.async_engine import SERVING, AsyncEngine, ServerState
 from mpillama.server.chat_page import page

@@ -7,18 +7,18 @@ from typing import Any
 
 from mpillama.engine.sequence import check_prompt
 from mpillama.errors import UserError
-from mpillama.openai.bodies import SamplingBody
-from mpillama.openai.body import BadRequest
-from mpillama.openai.messages import NO_THOUGHT
-from mpillama.openai.served import (
+from mpillama.openai.bodies import (
     AllowedTools,
     EmbeddingBody,
     JsonObjectFormat,
     JsonSchemaFormat,
     NamedTool,
+    SamplingBody,
     ServedChat,
     ServedCompletion,
 )
+from mpillama.openai.body import BadRequest
+from mpillama.openai.messages import NO_THOUGHT
 from mpillama.openai.tool_grammars import calls_or_json
 from mpillama.server.async_engine import ServerState
 from mpillama.server.engine_requests import ServerRequest

@@ -7,8 +7,8 @@ from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Depends, Query, Request, Response
 
+from mpillama.openai.bodies import ServedChat
 from mpillama.openai.responses import ITEM, ResponseBody
-from mpillama.openai.served import ServedChat
 from mpillama.server import schemas
 from mpillama.server.async_engine import AnswerFailed, AnswerRefused, ServerState
 from mpillama.server.choices import chat_choices

@@ -4,11 +4,11 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from mpillama.openai.bodies import SamplingBody
+from mpillama.openai.bodies import SamplingBody, ServedChat
 from mpillama.openai.body import BadRequest
 from mpillama.openai.messages import CalledFunction, Message, TemplateFields, ToolCall
 from mpillama.openai.responses import (
-    AllowedTools,
+    AllowedFunctions,
     CallItem,
     CallOutputItem,
     Contents,
@@ -19,7 +19,6 @@ from mpillama.openai.responses import (
     ResponseBody,
     SchemaFormat,
 )
-from mpillama.openai.served import ServedChat
 from mpillama.server.errors import Refused
 
 Json = dict[str, Any]
@@ -124,7 +123,7 @@ def _tools(body: ResponseBody) -> Json:
     """What may be called, in a chat's words; a choice that is free needs no tools."""
     tools = [{"type": "function", "function": tool.model_dump(exclude={"type"})} for tool in body.tools or ()]
     choice: Any = body.tool_choice
-    if isinstance(choice, AllowedTools):
+    if isinstance(choice, AllowedFunctions):
         choice = {
             "type": "allowed_tools",
             "allowed_tools": {"mode": choice.mode, "tools": [_named(tool) for tool in choice.tools]},

@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from mpillama.errors import UserError
+from mpillama.openai.bodies import DetokenizeBody, TokenizeBody
 from mpillama.openai.messages import Message
-from mpillama.openai.served import DetokenizeBody, TokenizeBody
 from mpillama.server.async_engine import ServerState
 from mpillama.server.errors import AsciiJson, Refused, Unprocessable
 from mpillama.server.preparing import Pause

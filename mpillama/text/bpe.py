@@ -8,10 +8,14 @@ from tokenizers import AddedToken, decoders, models, normalizers
 from tokenizers.pre_tokenizers import PreTokenizer
 
 from mpillama.errors import UserError
+from mpillama.text.tokenizer import BYTE_LEVEL
 from mpillama.text.vocabulary import MOST_ADDED_TOKENS, MOST_SPLITS, VocabularyValues
 
 SPACE = "▁"
 BYTE_NAMES = [f"<0x{byte:02X}>" for byte in range(256)]
+
+VISIBLE = {byte: character for character, byte in BYTE_LEVEL.items()}
+"""GPT-2's visible character for every byte."""
 
 Merges = list[tuple[str, str]]
 
@@ -42,12 +46,15 @@ def sentencepiece_json(
     model = models.BPE(dict(ids), merges, unk_token=unknown, fuse_unk=True, byte_fallback=True)
     tokenizer = tokenizers.Tokenizer(model)
     prefix = [normalizers.Prepend(SPACE)] if space_prefix else []
-    strip = [decoders.Strip(" ", 1, 0)] if space_prefix else []
     tokenizer.normalizer = normalizers.Sequence([*prefix, normalizers.Replace(" ", SPACE)])
-    tokenizer.decoder = decoders.Sequence(
-        [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse(), *strip]
-    )
+    tokenizer.decoder = sentencepiece_decoder(space_prefix)
     return finished(tokenizer, added)
+
+
+def sentencepiece_decoder(space_prefix: bool) -> decoders.Decoder:
+    """▁ to the space, tokens of bytes to characters; a text that had a space put before it loses that."""
+    strip = [decoders.Strip(" ", 1, 0)] if space_prefix else []
+    return decoders.Sequence([decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse(), *strip])
 
 
 def merges_by_score(ids: Mapping[str, int], scores: Sequence[float], mergeable: Container[int]) -> Merges:

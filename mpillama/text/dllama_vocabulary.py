@@ -12,6 +12,7 @@ from typing import Any
 from mpillama.text.bpe import (
     BYTE_NAMES,
     SPACE,
+    VISIBLE,
     added_tokens,
     byte_level_json,
     merges_by_score,
@@ -23,16 +24,6 @@ from mpillama.text.vocabulary import TokenizerFiles, VocabularyValues
 
 LOWEST_SCORE = -1e10
 """Tokens with this score or less are never merged."""
-
-
-def _visible_bytes() -> list[str]:
-    """GPT-2's visible character for every byte."""
-    visible = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = iter(range(0x100, 0x200))
-    return [chr(byte) if byte in visible else chr(next(others)) for byte in range(256)]
-
-
-VISIBLE = _visible_bytes()
 
 
 def tokenizer_json_of_dllama(vocabulary: Mapping[str, Any]) -> TokenizerFiles:

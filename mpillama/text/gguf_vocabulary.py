@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Mapping
-from enum import IntEnum
 from typing import Any
 
 from mpillama.text.bpe import (
@@ -15,7 +14,7 @@ from mpillama.text.bpe import (
     unique_ids,
 )
 from mpillama.text.pre_tokenizers import PRE_TOKENIZERS, PreTokenizer, guessed_pre_tokenizer
-from mpillama.text.vocabulary import TokenizerFiles, VocabularyValues
+from mpillama.text.vocabulary import PieceKind, TokenizerFiles, VocabularyValues
 
 # Names that end an answer whatever the metadata say: many files know only the base model's end of text.
 END_NAMES = frozenset(
@@ -31,17 +30,6 @@ HARMONY_ENDS = frozenset([HARMONY_END, "<|call|>", "<|endoftext|>"])
 
 KEEPING = ("<unk>", "<s>", "<|endoftext|>")
 """Control tokens that never take white space along."""
-
-
-class Kind(IntEnum):
-    """`token_type`."""
-
-    NORMAL = 1
-    UNKNOWN = 2
-    CONTROL = 3
-    USER_DEFINED = 4
-    UNUSED = 5
-    BYTE = 6
 
 
 def tokenizer_json_of_gguf(vocabulary: Mapping[str, Any]) -> TokenizerFiles:
@@ -76,7 +64,7 @@ def _sentencepiece(values: VocabularyValues) -> TokenizerFiles:
     unknown, bos, eos = (index if index < len(ids) else None for index in range(3))
     unknown = values.role("unknown_token_id", unknown)
     kinds = _kinds(values, (unknown, values.role("bos_token_id", bos), values.role("eos_token_id", eos)))
-    mergeable = {index for index, kind in enumerate(kinds) if kind in (Kind.NORMAL, Kind.UNUSED)}
+    mergeable = {index for index, kind in enumerate(kinds) if kind in (PieceKind.NORMAL, PieceKind.UNUSED)}
     scores = [-math.inf if math.isnan(score) else score for score in _scores(values)]
     content = sentencepiece_json(
         ids,
@@ -118,16 +106,16 @@ def _kinds(values: VocabularyValues, control: tuple[int | None, ...]) -> list[fl
         return values.numbers("token_type")
     names = set(BYTE_NAMES)
     return [
-        Kind.CONTROL if index in control else Kind.BYTE if token in names else Kind.NORMAL
+        PieceKind.CONTROL if index in control else PieceKind.BYTE if token in names else PieceKind.NORMAL
         for index, token in enumerate(values.tokens)
     ]
 
 
 def _added(values: VocabularyValues, kinds: list[float]) -> dict[str, bool]:
     """Tokens that are looked for in the text; True for those that only a prompt may hold, not a user's words."""
-    wanted = (Kind.CONTROL, Kind.UNKNOWN, Kind.USER_DEFINED)
+    wanted = (PieceKind.CONTROL, PieceKind.UNKNOWN, PieceKind.USER_DEFINED)
     pairs = zip(values.tokens, kinds, strict=True)
-    return {token: kind != Kind.USER_DEFINED for token, kind in pairs if kind in wanted}
+    return {token: kind != PieceKind.USER_DEFINED for token, kind in pairs if kind in wanted}
 
 
 def _stripping(values: VocabularyValues, kinds: list[float]) -> list[str]:
@@ -135,7 +123,7 @@ def _stripping(values: VocabularyValues, kinds: list[float]) -> list[str]:
     if not values.flag("strips_of_family", False):
         return []
     pairs = zip(values.tokens, kinds, strict=True)
-    return [token for token, kind in pairs if kind == Kind.CONTROL and token not in KEEPING]
+    return [token for token, kind in pairs if kind == PieceKind.CONTROL and token not in KEEPING]
 
 
 def _merges(values: VocabularyValues, ids: Mapping[str, int]) -> Merges:
@@ -159,6 +147,6 @@ def _files(
     bos = values.role("bos_token_id", bos_and_eos[0])
     named = [values.role("eos_token_id", bos_and_eos[1]), values.role("eot_token_id"), values.role("eom_token_id")]
     names = END_NAMES if HARMONY_END not in values.tokens else HARMONY_ENDS
-    known = [i for i, token in enumerate(values.tokens) if token in names and kinds[i] == Kind.CONTROL]
+    known = [i for i, token in enumerate(values.tokens) if token in names and kinds[i] == PieceKind.CONTROL]
     ends = tuple(dict.fromkeys(index for index in [*named, *known] if index is not None))
     return TokenizerFiles(content, bos, ends, values.flag("add_bos_token", add_bos) and bos is not None)

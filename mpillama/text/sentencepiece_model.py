@@ -12,14 +12,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import tokenizers
-from tokenizers import AddedToken, decoders, models, normalizers
+from tokenizers import AddedToken, models, normalizers
 from tokenizers.normalizers import Normalizer
 
 from mpillama.errors import UserError
-from mpillama.text.bpe import BYTE_NAMES, SPACE, finished, merges_by_score
-from mpillama.text.vocabulary import MOST_ADDED_TOKENS, TokenizerFiles
+from mpillama.text.bpe import BYTE_NAMES, SPACE, finished, merges_by_score, sentencepiece_decoder
+from mpillama.text.vocabulary import MOST_ADDED_TOKENS, PieceKind, TokenizerFiles
 
-NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
 UNIGRAM, BPE = 1, 2
 VARINT, EIGHT_BYTES, LENGTH, FOUR_BYTES = 0, 1, 2, 5
 TIKTOKEN = re.compile(rb"[A-Za-z0-9+/]+=* [0-9]+\r?\n")
@@ -53,15 +52,12 @@ def tokenizer_json_of_sentencepiece(content: bytes, path: str, added: Mapping[in
     ids = {name: index for index, name in enumerate(pieces.names)}
     if len(ids) < len(pieces.names):
         raise _damaged(path, "it has a piece twice")
-    unknown = next((index for index, kind in enumerate(pieces.kinds) if kind == UNKNOWN), None)
+    unknown = next((index for index, kind in enumerate(pieces.kinds) if kind == PieceKind.UNKNOWN), None)
     if unknown is None:
         raise _damaged(path, "it has no piece for what is unknown")
     tokenizer = tokenizers.Tokenizer(_model(pieces, ids, unknown))
     tokenizer.normalizer = normalizers.Sequence(list(_normalizers(pieces, path)))
-    strip = [decoders.Strip(" ", 1, 0)] if pieces.dummy_prefix else []
-    tokenizer.decoder = decoders.Sequence(
-        [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse(), *strip]
-    )
+    tokenizer.decoder = sentencepiece_decoder(pieces.dummy_prefix)
     bos, eos = (index if 0 <= index < len(ids) else None for index in (pieces.bos, pieces.eos))
     tokens = [*_own_added(pieces, path), *_following(added, len(ids))]
     return TokenizerFiles(finished(tokenizer, tokens), bos, () if eos is None else (eos,), bos is not None)
@@ -87,9 +83,9 @@ def _model(pieces: Pieces, ids: dict[str, int], unknown: int) -> models.Model:
         # The names of bytes are no text: with such a score another way to write them is always better.
         lowest = min(pieces.scores) - 1e6
         known = zip(pieces.names, pieces.scores, pieces.kinds, strict=True)
-        scored = [(name, lowest if kind == BYTE else score) for name, score, kind in known]
+        scored = [(name, lowest if kind == PieceKind.BYTE else score) for name, score, kind in known]
         return models.Unigram(scored, unk_id=unknown, byte_fallback=has_bytes)
-    mergeable = {index for index, kind in enumerate(pieces.kinds) if kind in (NORMAL, UNUSED)}
+    mergeable = {index for index, kind in enumerate(pieces.kinds) if kind in (PieceKind.NORMAL, PieceKind.UNUSED)}
     merges = merges_by_score(ids, pieces.scores, mergeable)
     return models.BPE(ids, merges, unk_token=pieces.names[unknown], fuse_unk=True, byte_fallback=has_bytes)
 
@@ -121,9 +117,9 @@ def _nfkc(table: Normalizer) -> Iterator[Normalizer]:
 def _own_added(pieces: Pieces, path: str) -> list[AddedToken]:
     """The pieces that are looked for in the text before all else."""
     special = [
-        AddedToken(name, normalized=False, special=kind != USER_DEFINED)
+        AddedToken(name, normalized=False, special=kind != PieceKind.USER_DEFINED)
         for name, kind in zip(pieces.names, pieces.kinds, strict=True)
-        if kind in (UNKNOWN, CONTROL, USER_DEFINED)
+        if kind in (PieceKind.UNKNOWN, PieceKind.CONTROL, PieceKind.USER_DEFINED)
     ]
     if len(special) > MOST_ADDED_TOKENS:
         raise _damaged(path, f"it has {len(special)} special tokens")
@@ -153,7 +149,7 @@ def _pieces(content: bytes, path: str) -> Pieces:
         found = Pieces(
             names=[_bytes(piece[1][-1]).decode() for piece in pieces],
             scores=[_float(piece) for piece in pieces],
-            kinds=[_int(piece, 3, NORMAL) for piece in pieces],
+            kinds=[_int(piece, 3, PieceKind.NORMAL) for piece in pieces],
             kind=_int(trainer, 3, UNIGRAM),
             bos=_int(trainer, 41, 1),
             eos=_int(trainer, 42, 2),

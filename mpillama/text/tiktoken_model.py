@@ -11,9 +11,8 @@ from collections.abc import Mapping
 from tokenizers import AddedToken
 
 from mpillama.errors import UserError
-from mpillama.text.bpe import byte_level_json, merges_by_score
+from mpillama.text.bpe import VISIBLE, byte_level_json, merges_by_score
 from mpillama.text.pre_tokenizers import PRE_TOKENIZERS
-from mpillama.text.tokenizer import BYTE_LEVEL
 
 RULES = "kimi-k2"
 """How words are cut; the file does not tell, and only Kimi's models come with one of this name."""
@@ -23,12 +22,11 @@ RESERVED = 256
 
 def tokenizer_json_of_tiktoken(content: bytes, path: str, added: Mapping[int, AddedToken]) -> bytes:
     """`added` are special tokens by id, which the files beside it name; UserError for a file that cannot be read."""
-    names = {byte: char for char, byte in BYTE_LEVEL.items()}
-    tokens = ["".join(names[byte] for byte in token) for token in _tokens(content, path)]
+    tokens = ["".join(VISIBLE[byte] for byte in token) for token in _tokens(content, path)]
     ids = {token: index for index, token in enumerate(tokens)}
     if len(ids) < len(tokens):
         raise _damaged(path, "it has a token twice")
-    if any(char not in ids for char in names.values()):
+    if any(char not in ids for char in VISIBLE.values()):
         raise _damaged(path, "it lacks the token of a byte")
     merges = merges_by_score(ids, [-float(rank) for rank in range(len(tokens))], range(len(tokens)))
     unnamed = {i: AddedToken(f"<|reserved_token_{i}|>", normalized=False, special=True) for i in _behind(tokens)}

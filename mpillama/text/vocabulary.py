@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
+from enum import IntEnum
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,17 @@ from mpillama.errors import UserError
 MOST_ADDED_TOKENS = 20_000
 """A damaged file may mark every token as special, for which older libraries take hours; real files have 7,000."""
 MOST_SPLITS = 10**9
+
+
+class PieceKind(IntEnum):
+    """SentencePiece's kinds of pieces, which GGUF's `token_type` took over."""
+
+    NORMAL = 1
+    UNKNOWN = 2
+    CONTROL = 3
+    USER_DEFINED = 4
+    UNUSED = 5
+    BYTE = 6
 
 
 @dataclass(frozen=True)

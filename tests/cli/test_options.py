@@ -16,6 +16,7 @@ DESCRIBED = {
     "model": "data/demo.h5",
     "max_seq_len": "the model's own context",
     "threads": "the cores this rank may use, shared fairly with the ranks on them",
+    "shares": "evenly",
     "tokenizer": "the one beside it",
     "stride": "the window's size, as llama.cpp does",
     "seed": "a new one, reported",

@@ -9,9 +9,8 @@ from typing import Any
 import pytest
 
 from mpillama.cli.options import COMMANDS, options_of, parse, recorded_sampling
-from mpillama.openai.bodies import ChatBody, CompletionBody
+from mpillama.openai.bodies import ChatBody, CompletionBody, ServedChat, ServedCompletion
 from mpillama.openai.responses import ResponseBody
-from mpillama.openai.served import ServedChat, ServedCompletion
 from mpillama.server.chat_page import sampling_js
 from mpillama.text.sampling_params import SamplingParams
 
@@ -91,13 +90,13 @@ class SamplingParams(module.SamplingParams):
 
 module.SamplingParams = SamplingParams
 
-from mpillama.openai.prompts import Defaults, Prompter
-from mpillama.openai.served import ServedChat
+from mpillama.openai.prompts import Prompter
+from mpillama.openai.bodies import ServedChat
 from mpillama.cli.options import parse, recorded_sampling
 from mpillama.server.chat_page import sampling_js
 
 body = ServedChat.model_validate({"messages": [{"role": "user", "content": "Hi"}], "typical_p": 0.25})
-prompter = Prompter(None, None, 10, Defaults(SamplingParams()))
+prompter = Prompter(None, None, 10, SamplingParams())
 print(json.dumps({
     "option": parse(["--typical-p", "0.5"])[1].sampling.typical_p,
     "client": parse(["client", "--typical-p", "0.5"])[1].sampling,

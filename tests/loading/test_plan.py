@@ -168,3 +168,50 @@ def test_mistakes_of_the_command(options, words):
     assert (result.status, result.stdout) == (2, ""), result
     assert words in result.stderr
     assert result.stderr.count("\n") == 1
+
+
+# -- stages -----------------------------------------------------------------------------------------------------------
+
+
+def staged(network: Network, **changes) -> list[plan.Layout]:
+    asked = request("llama-3.1-70b", nodes=4, ranks_per_node=2, context=2048, **changes)
+    return plan.layouts(asked, plan.Node(200e9, 2e12), network)
+
+
+def test_slow_networks_want_a_stage_for_each_node_and_fast_ones_none():
+    fast, slow = staged(Network(2e-6, 12e9)), staged(Network(1e-3, 120e6))
+    assert [layout.stages for layout in fast] == [1, 2, 4]
+    assert plan.best_layout(fast).stages == 1
+    assert plan.best_layout(slow).stages == 4
+    assert [layout.crossings for layout in slow] == [162, 1 + 2 * 82, 3]
+
+
+def test_a_stage_after_the_other_takes_as_long_as_all_ranks_of_one():
+    """Without a network, a single stream gains nothing from stages: each works a quarter of the time, for as long."""
+    one, two, four = (layout.speed.decode_tokens_per_second for layout in staged(Network(0.0, 1e15)))
+    assert one / two == pytest.approx(2, rel=0.1)
+    assert one / four == pytest.approx(4, rel=0.1)
+
+
+def test_prompts_keep_the_stages_busy():
+    one, two, four = (layout.speed.prefill_tokens_per_second for layout in staged(Network(0.0, 1e15)))
+    assert 0.85 < two / one < 1.1
+    assert 0.75 < four / one < 1.1
+
+
+def test_stages_need_no_more_memory_than_one():
+    needs = [sum(layout.plan.nodes) for layout in staged(Network(1e-3, 1e9))]
+    assert max(needs) == pytest.approx(min(needs), rel=0.02)
+
+
+def test_the_command_compares_stages():
+    options = ("--shape", "llama-3.1-70b", "--nodes", "2", "--max-seq-len", "2048", "--network", "1ms,120MB/s")
+    shown = run(None, *PROGRAM, "plan", *options)
+    assert "Best: --pipeline 2" in shown.stdout
+    found = json.loads(run(None, *PROGRAM, "plan", *options, "--pipeline", "2", "--json").stdout)
+    assert found["best_pipeline"] == 2
+    speeds = [layout["decode_tokens_per_second"] for layout in found["layouts"]]
+    assert found["speed"]["decode_tokens_per_second"] == speeds[1] > speeds[0]
+    assert found["speed"]["messages_per_step"] == 1
+    wrong = run(None, *PROGRAM, "plan", *options, "--pipeline", "3")
+    assert (wrong.status, wrong.stderr.count("\n")) == (2, 1)

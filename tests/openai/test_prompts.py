@@ -7,7 +7,7 @@ import pytest
 from mpillama.errors import UserError
 from mpillama.openai.bodies import ChatBody, CompletionBody
 from mpillama.openai.body import BadRequest, parse_body
-from mpillama.openai.prompts import Defaults, Prompter
+from mpillama.openai.prompts import Prompter
 from mpillama.text.chat_template import ChatTemplate
 from mpillama.text.sampling_params import SamplingParams
 from mpillama.text.tokenizer import Tokenizer
@@ -33,7 +33,7 @@ STORY = [{"role": "user", "content": "Tell"}]
 def prompter(template: str = PLAIN, bos: int | None = models.BOS, ends: tuple[int, ...] = (models.EOS,)) -> Prompter:
     tokenizer = Tokenizer(models.toy_tokenizer(), bos_token_id=bos, eos_token_ids=ends, add_bos=bos is not None)
     recorded = ChatTemplate(template, bos_token="", eos_token="</s>")
-    return Prompter(tokenizer, lambda: recorded, 320, Defaults(SamplingParams(max_tokens=9)))
+    return Prompter(tokenizer, lambda: recorded, 320, SamplingParams(max_tokens=9))
 
 
 def text_of(asks: Prompter, messages: list[dict[str, Any]], **fields: Any) -> str:
@@ -144,7 +144,7 @@ def test_minus_one_is_what_it_is_elsewhere():
 
 def test_a_seed_of_the_command_does_not_count_where_none_in_particular_is_wanted():
     asks = prompter()
-    fixed = Prompter(asks.tokenizer, asks.template, 320, Defaults(SamplingParams(seed=3, max_tokens=9)))
+    fixed = Prompter(asks.tokenizer, asks.template, 320, SamplingParams(seed=3, max_tokens=9))
     body = parse_body(CompletionBody, {"prompt": "a", "seed": -1})
     assert fixed.request(body, None, seed=5).sampling.seed == 5
 

@@ -1,7 +1,7 @@
 """Chats of server, batch and /tokenize go one way, and what users and tools wrote makes no control token there."""
 
 from mpillama.openai.bodies import Message
-from mpillama.openai.prompts import Defaults, Prompter
+from mpillama.openai.prompts import Prompter
 from mpillama.text.sampling_params import SamplingParams
 from tests.text.chat_families import template, tokenizer
 
@@ -12,7 +12,7 @@ TOOL = {"type": "function", "function": {"name": "f", "description": ATTACK}}
 def starts(messages: list[dict[str, str]], **more) -> int:
     """How many turns begin in a prompt."""
     prompter = Prompter(
-        tokenizer("chatml"), lambda: template("chatml"), 1000, Defaults(SamplingParams(max_tokens=1)), lambda m: m
+        tokenizer("chatml"), lambda: template("chatml"), 1000, SamplingParams(max_tokens=1), lambda m: m
     )
     ids = prompter.chat_ids([Message(**message) for message in messages], **more)
     return ids.count(tokenizer("chatml").token_id("<|im_start|>"))

@@ -397,3 +397,28 @@ def screenshot(page: Page, name: str, otherwise: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     page.settle()
     assert page.driver.save_screenshot(str(folder / f"{name}.png"))
+
+
+def opened(browser: webdriver.Chrome, url: str) -> Iterator[Page]:
+    page = Page(browser, url)
+    page.resize(1280, 860)
+    try:
+        yield page.open()
+        assert page.problems() == []
+    finally:
+        page.reset()
+
+
+def stored(page: Page) -> list[dict[str, Any]]:
+    """The stored conversations."""
+    entries = page.script("return Object.entries(localStorage)")
+    return [json.loads(text) for name, text in entries if name.startswith("mpillama.conversation.")]
+
+
+def fill_settings(page: Page, **values: str) -> None:
+    page.button("System prompt and sampling").click()
+    for name, value in values.items():
+        field = page.one(f"#settings [name={name}]")
+        field.clear()
+        field.send_keys(value)
+    page.button("Save", "#settings").click()

@@ -15,8 +15,8 @@ import psutil
 import pytest
 from pydantic import BaseModel
 
+from mpillama.openai.bodies import DetokenizeBody, EmbeddingBody, ServedChat, ServedCompletion, TokenizeBody
 from mpillama.openai.responses import ResponseBody
-from mpillama.openai.served import DetokenizeBody, EmbeddingBody, ServedChat, ServedCompletion, TokenizeBody
 from mpillama.server.http_server import HEADER_BYTES, HEADER_SECONDS
 from tests.server.conftest import Served, serving
 from tests.server.raw import HOST, Answer, Wire, active, first_of, head, post, until

@@ -1,7 +1,7 @@
 """Markdown as models write it to HTML, one piece for each block, so that a page can keep those that do not change.
 
 Nothing that is written becomes markup of its own: HTML is text but for a few tags without attributes, pictures are
-links (the page asks nobody but its server), and what the renderer makes goes through `safety` in the end.
+links (the page asks nobody but its server), and what the renderer makes goes through `clean` in the end.
 """
 
 import json
