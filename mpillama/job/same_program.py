@@ -7,7 +7,7 @@ they differ, as with a copy on each node, one rank of each host reads them.
 import hashlib
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import cast
 
@@ -15,6 +15,7 @@ import numpy as np
 from mpi4py import MPI
 
 import mpillama
+from mpillama.comm.launcher import launched_first
 from mpillama.errors import UserError
 
 RECORD = "S32", "S64", "S64", "S352"
@@ -76,24 +77,32 @@ def _sources(folder: Path) -> list[Path]:
 
 def refuse_other_programs(mpi: MPI.Intracomm) -> list[str]:
     """UserError on all ranks if one runs another mpillama than rank 0; returns every rank's host."""
-    mates = cast(MPI.Intracomm, mpi.Split_type(MPI.COMM_TYPE_SHARED))
-    programs = _exchange(mpi, mates, looks_of)
+    look = looks_of if launched_first() else lambda folder: ""
+    programs = told_by_the_first(_exchange(mpi, this_program(look).record()))
     if len({p.version for p in programs}) == 1 < len({p.sources for p in programs}):
-        programs = _exchange(mpi, mates, contents_of)
-    mates.Free()
+        programs = _exchange(mpi, _read_by_the_first(mpi))
     refuse_differences(programs)
     return [p.host for p in programs]
 
 
-def _exchange(mpi: MPI.Intracomm, mates: MPI.Intracomm, sources: Callable[[Path], str]) -> list[Program]:
-    """Every rank's program. Of a host the first rank looks, for all that run from the same folder."""
-    mine = this_program(sources if mates.rank == 0 else lambda folder: "").record()
+def told_by_the_first(programs: list[Program]) -> list[Program]:
+    """Of ranks that have not looked themselves the program is that in the same folder of their host, if one has."""
+    known = {(p.host, p.folder): p.sources for p in programs if p.sources}
+    return [replace(p, sources=known.get((p.host, p.folder), "")) for p in programs]
+
+
+def _read_by_the_first(mpi: MPI.Intracomm) -> np.ndarray:
+    """This rank's record with the contents; the first rank of a host reads for all that run from the same folder."""
+    mates = cast(MPI.Intracomm, mpi.Split_type(MPI.COMM_TYPE_SHARED))
+    mine = this_program(contents_of if mates.rank == 0 else lambda folder: "").record()
     first = mine.copy()
     mates.Bcast(first)
-    if mates.rank and Program.of_record(first).folder == Program.of_record(mine).folder:
-        mine = first
-    elif mates.rank:
-        mine = this_program(sources).record()
+    same_folder = Program.of_record(first).folder == Program.of_record(mine).folder
+    mates.Free()
+    return first if same_folder else this_program(contents_of).record()
+
+
+def _exchange(mpi: MPI.Intracomm, mine: np.ndarray) -> list[Program]:
     records = np.empty((mpi.size, len(mine)), np.uint8)
     mpi.Allgather(mine, records)
     return [Program.of_record(r) for r in records]

@@ -9,7 +9,15 @@ import pytest
 
 from mpillama import __version__
 from mpillama.errors import UserError
-from mpillama.job.same_program import FOLDER, Program, contents_of, looks_of, refuse_differences, this_program
+from mpillama.job.same_program import (
+    FOLDER,
+    Program,
+    contents_of,
+    looks_of,
+    refuse_differences,
+    this_program,
+    told_by_the_first,
+)
 from tests.system.faults.running import SHORT, name, sabotage, the_mistake
 from tests.system.mpi.launch import PROGRAM, TIMEOUT, run
 
@@ -50,6 +58,13 @@ def test_a_copy_looks_different_but_has_the_same_contents(tmp_path: Path) -> Non
     source = copy / "errors.py"
     source.write_text(source.read_text().replace("e", "f", 1))
     assert contents_of(copy) != contents_of(FOLDER)
+
+
+def test_one_rank_of_a_host_speaks_for_those_of_its_folder() -> None:
+    looked = [
+        Program("1", sources, *place) for sources, *place in (("abc", "x", "/a"), ("", "x", "/a"), ("", "x", "/b"))
+    ]
+    assert [p.sources for p in told_by_the_first(looked)] == ["abc", "abc", ""]
 
 
 def test_the_first_rank_that_differs_is_named() -> None:
