@@ -489,6 +489,11 @@ class TokenizeOptions(Options):
 
 
 @dataclass(frozen=True)
+class PackOptions(Options):
+    file: str = positional("file", "tar file to write")
+
+
+@dataclass(frozen=True)
 class InspectOptions(Options):
     file: str = positional("file", "model in any format, as for --model")
     tokenizer: Optional[str] = option("the .t file of a distributed-llama model", metavar="PATH")
@@ -518,6 +523,7 @@ COMMANDS: dict[str, tuple[type, str]] = {
     "tokenize": (TokenizeOptions, "show the ids and pieces of a text"),
     "inspect": (InspectOptions, "show what is in a model file"),
     "doctor": (DoctorOptions, "check MPI, ranks, threads and instruction sets"),
+    "pack": (PackOptions, "make one file of this environment, for many nodes to unpack"),
 }
 
 
