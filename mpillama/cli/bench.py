@@ -21,7 +21,7 @@ from mpillama.engine.skew import RankTimes, skew_of
 from mpillama.errors import UserError
 from mpillama.job.start import World
 from mpillama.kernels.target import Target
-from mpillama.loading.load import choose_division, choose_reduction, load_model, stage_world
+from mpillama.loading.load import choose_division, choose_reduction, load_model
 from mpillama.loading.placement import warn_of_shared_cores
 from mpillama.loading.plan import multiply_adds
 from mpillama.loading.progress import LoadWatch
@@ -122,6 +122,7 @@ def _print_where(step: Report) -> None:
 def _print_waiting(step: Report) -> None:
     """How long ranks wait, for which, and in which layers most."""
     ranks = step["ranks"]
+    staged = any(r["stage_wait_seconds"] for r in ranks)
     rows = [
         (
             str(r["rank"]),
@@ -129,16 +130,18 @@ def _print_waiting(step: Report) -> None:
             f"{1e6 * r['own_seconds']:.0f} µs",
             f"{1e6 * sum(r['waiting_seconds_per_layer']):.0f} µs",
             f"{1e6 * r['wire_seconds']:.0f} µs",
+            *([f"{1e6 * r['stage_wait_seconds']:.0f} µs"] if staged else []),
             _worst_layer(r),
         )
         for r in (ranks if len(ranks) <= MOST_ROWS else sorted(ranks, key=lambda r: -r["own_seconds"])[:MOST_ROWS])
     ]
-    print_table(("rank", "host", "works", "waits for others", "the wire", "waits most in"), rows)
+    stages = ("waits for other stages",) if staged else ()
+    print_table(("rank", "host", "works", "waits for others", "the wire", *stages, "waits most in"), rows)
     for late in step["late"]:
+        later = max(0.0, 1e6 * late["seconds_later"])
         print_sentence(
-            f"The others wait for rank {late['rank']} on {late['host']}, which works "
-            f"{1e6 * late['seconds_later']:.0f} µs longer than the middle one: "
-            f"{1e6 * step['waiting_seconds']:.0f} µs a step and rank in the mean."
+            f"The others wait most for rank {late['rank']} on {late['host']}, which works {later:.0f} µs longer than "
+            f"the middle one; a rank waits {1e6 * step['waiting_seconds']:.0f} µs a step in the mean."
         )
 
 
@@ -189,10 +192,10 @@ def _load(options: BenchOptions, world: World, target: Target) -> tuple[Decoder,
     chunk = min(options.prefill_chunk, config.max_position_embeddings)
     division, _ = choose_division(options, config, specs, world, chunk)
     pipeline = join_stages(world.comm, division.stages) if division.stages > 1 else None
-    stage = stage_world(world, pipeline)
-    choose_reduction(stage.comm, target.team, config.padded_hidden_size, chunk)
+    comm = pipeline.group if pipeline else world.comm
+    choose_reduction(comm, target.team, config.padded_hidden_size, chunk)
     weights = _made_weights(options, config, specs, division, world, target)
-    return Decoder(config, weights, stage.comm, target.team, division, pipeline), whole
+    return Decoder(config, weights, comm, target.team, options.sync == "q80", division, pipeline), whole
 
 
 def _made_weights(
@@ -284,6 +287,7 @@ def _of_several(ranks: list[RankTimes]) -> dict[str, Any]:
                 "first_layer": r.first_layer,
                 "waiting_seconds_per_layer": waiting,
                 "wire_seconds": wire,
+                "stage_wait_seconds": r.stage_wait,
             }
             for r, waiting, wire in zip(ranks, skew.waiting, skew.wire, strict=True)
         ],
@@ -368,15 +372,16 @@ def _extrapolate(watch: Stopwatch, median: float, whole: ModelConfig, again: Cal
 
     Kinds that were not measured are counted as the others' mean.
     """
-    layers, counts = watch.model.layers, Counter(whole.blocks)
+    layers, caches, counts = watch.model.layers, watch.cache.arguments, Counter(whole.blocks)
     kinds = list(dict.fromkeys(layer.block for layer in layers))
 
     def seconds(kept: list[DecoderLayer]) -> float:
-        watch.model.layers = kept
+        of_kept = [cache for layer, cache in zip(layers, caches, strict=True) if layer in kept]
+        watch.model.layers, watch.cache.arguments = kept, of_kept
         try:
             return float(again().median)
         finally:
-            watch.model.layers = layers
+            watch.model.layers, watch.cache.arguments = layers, caches
 
     rest = seconds([])
     if len(kinds) == 1:

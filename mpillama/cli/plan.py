@@ -15,16 +15,16 @@ from mpillama.errors import UserError
 from mpillama.loading.memory import RESERVE
 from mpillama.loading.model_file import open_model
 from mpillama.loading.plan import (
-    Layout,
     Node,
     Plan,
     PlanRequest,
     Remedy,
     Speed,
+    StagePlan,
     Waiting,
-    best_layout,
-    layouts,
+    best_stages,
     make_plan,
+    plans_of_stages,
     predict,
     remedies,
     shared_by_measure,
@@ -113,7 +113,7 @@ def plan(options: PlanOptions) -> int:
     if planned.request.shares is not None:
         even = predict(make_plan(replace(planned.request, shares=None)), node, network)
     cures = remedies(planned)
-    compared = layouts(planned.request, node, network) if options.nodes > 1 else []
+    compared = plans_of_stages(planned.request, node, network) if options.nodes > 1 else []
     if options.json:
         report = {**_as_json(planned, speed, even, cures), **_layouts_as_json(compared)}
         sys.stdout.write(json.dumps(report, indent=2) + "\n")
@@ -140,7 +140,7 @@ def _request(options: PlanOptions) -> PlanRequest:
         config = config.first_layers(options.layers) if options.model else config.some_layers(options.layers)
     bench_trial = options.shape is not None and options.layers is not None  # without texts
     sizes = (nodes, ranks, memory, context, options.batch, options.kv_type)
-    request = PlanRequest(config, types, *sizes, tokenizer=not bench_trial, stages=options.pipeline, sync=options.sync)
+    request = PlanRequest(config, types, *sizes, tokenizer=not bench_trial, sync=options.sync, stages=options.pipeline)
     divide(request.ranks, request.stages, None, config.num_hidden_layers)
     return request if options.shares is None else _with_shares(request, read_shares(options.shares))
 
@@ -248,7 +248,7 @@ def _print(planned: Plan, speed: Speed, even: Speed | None, cures: list[Remedy])
     _print_verdict(planned, cures)
 
 
-def _layouts_as_json(compared: list[Layout]) -> dict[str, Any]:
+def _layouts_as_json(compared: list[StagePlan]) -> dict[str, Any]:
     if not compared:
         return {}
     found = [
@@ -261,10 +261,10 @@ def _layouts_as_json(compared: list[Layout]) -> dict[str, Any]:
         }
         for layout in compared
     ]
-    return {"layouts": found, "best_pipeline": best_layout(compared).stages}
+    return {"layouts": found, "best_pipeline": best_stages(compared).stages}
 
 
-def _print_layouts(compared: list[Layout], network: Network) -> None:
+def _print_layouts(compared: list[StagePlan], network: Network) -> None:
     """The ways to divide the nodes into stages, and which is best, and why."""
     header = ("stages x ranks", "fullest node", "fits", "decode tok/s", "prefill tok/s", "communication")
     rows = [
@@ -279,7 +279,7 @@ def _print_layouts(compared: list[Layout], network: Network) -> None:
         for layout in compared
     ]
     print_table(header, rows)
-    best = best_layout(compared)
+    best = best_stages(compared)
     one = next((layout for layout in compared if layout.stages == 1), best)
     ratio = best.speed.decode_tokens_per_second / one.speed.decode_tokens_per_second
     if best.stages == 1:

@@ -23,21 +23,18 @@ class Pipeline:
     """A rank's place in a pipeline: `comm` has all ranks, `group` those of its stage, which divide each layer.
 
     Every rank of a stage holds the residual stream in full, and sends all of it to its partner in the stage after, so
-    that no stage has to put it together. `before` and `after` are the partners' ranks in `comm`, None at the ends;
-    `neighbours` are those of its stage on its host.
-    `traffic` is what was sent. `seconds` adds up the time that was spent waiting for the stage before, and for the one
-    after to take what it gets.
+    that no stage has to put it together. `before` and `after` are the partners' ranks in `comm`, None at the ends.
+    `seconds` adds up the time that was spent waiting for the stage before, and for the one after to take what it gets.
     """
 
     comm: Communicator
     group: Communicator
-    neighbours: Communicator
     before: int | None
     after: int | None
     seconds: float = 0.0
-    traffic: Traffic = field(default_factory=Traffic)
+    sent: Traffic = field(default_factory=Traffic)
     _expected: deque[MPI.Request] = field(default_factory=deque)
-    _sent: list[MPI.Request] = field(default_factory=list)
+    _pending: list[MPI.Request] = field(default_factory=list)
 
     def expect(self, pieces: Sequence[np.ndarray]) -> None:
         """Say where the parts of a step's activations go, in the order in which they come; nothing for stage 0."""
@@ -52,21 +49,25 @@ class Pipeline:
     def send(self, piece: np.ndarray) -> None:
         """Give a part to the stage after, if there is one; it must stay as it is until `finish`."""
         if self.after is not None:
-            self._sent.append(self.comm.mpi.Isend(piece, self.after, ACTIVATIONS))
-            self.traffic.add(piece.nbytes)
+            self._pending.append(self.comm.mpi.Isend(piece, self.after, ACTIVATIONS))
+            self.sent.add(piece.nbytes)
 
     def finish(self) -> None:
         """Wait until the stage after has got everything."""
-        for request in self._sent:
+        for request in self._pending:
             self._wait(request, "the wait for the stage after")
-        self._sent.clear()
+        self._pending.clear()
+
+    def forget_costs(self) -> None:
+        """Begin anew to count what this rank waits and sends."""
+        self.seconds, self.sent = 0.0, Traffic()
+        self.comm.forget_costs()
 
     def free(self) -> None:
         """Give back what the stage holds of MPI; all ranks must call this, with nothing under way."""
         if self.group.shared is not None:
             self.group.shared.free()
             self.group.shared = None
-        self.neighbours.mpi.Free()
         self.group.mpi.Free()
 
     def _wait(self, request: MPI.Request, place: str) -> None:
@@ -88,4 +89,4 @@ def join_stages(comm: Communicator, stages: int) -> Pipeline:
     group = Communicator(mpi, comm.yields, comm.watch, is_of_all=False)
     before = comm.rank + size if comm.rank + size < comm.size else None
     after = comm.rank - size if comm.rank >= size else None
-    return Pipeline(comm, group, group.neighbours(), before, after)
+    return Pipeline(comm, group, before, after)

@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -116,7 +116,7 @@ class Stopwatch:
         if self.wants_parts:
             self.parts = team.times()[0]
             team.watch(False)
-        sent = self.model.sent
+        sent = replace(self.model.sent)
         slowest = np.max(self.comm.gather(seconds), axis=0)
         communication = self.model.communication_seconds
         return Timing(slowest, communication, self.model.comm.calls, sum(seconds) - communication, sent)
@@ -192,8 +192,9 @@ def where_time_goes(
     sizes = _bytes(watch.model, tokens)
     found = [Part(name, seconds, sizes.get(name, 0)) for name, seconds in parts.items()]
     own = timing.own_seconds / steps
-    layers = watch.model.part.layers
-    mine = RankTimes(watch.comm.rank, host, own, parts, watch.sums, layers.start if layers else 0)
+    layers, pipeline = watch.model.part.layers, watch.model.pipeline
+    stage_wait = pipeline.seconds / steps if pipeline else 0.0
+    mine = RankTimes(watch.comm.rank, host, own, parts, watch.sums, layers.start if layers else 0, stage_wait)
     return found, watch.comm.gather(mine)
 
 

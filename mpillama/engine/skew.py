@@ -47,7 +47,8 @@ def timed_layers(model: Decoder, seconds: np.ndarray) -> Iterator[None]:
 class RankTimes:
     """A rank's seconds in a step: those of its parts by name, and what it spends outside of sums over ranks (`own`).
 
-    `sums` float64 [steps, layers] are those in each step's and layer's sums; `first_layer` is the first of its stage.
+    `sums` float64 [steps, layers] are those in each step's and layer's sums; `first_layer` is the first of its stage,
+    and `stage_wait` what it waits for other stages.
     """
 
     rank: int
@@ -56,6 +57,7 @@ class RankTimes:
     parts: dict[str, float]
     sums: np.ndarray
     first_layer: int = 0
+    stage_wait: float = 0.0
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import cast
@@ -12,7 +12,7 @@ from typing import cast
 import numpy as np
 
 from mpillama.comm.communicator import Communicator
-from mpillama.comm.pipeline import Pipeline, join_stages
+from mpillama.comm.pipeline import join_stages
 from mpillama.comm.shared_memory import CAPACITY, SharedReduction
 from mpillama.engine.executor import Executor
 from mpillama.errors import UserError
@@ -66,13 +66,6 @@ class ReplicatedTensors:
 def is_read(spec: TensorSpec, comm: Communicator) -> bool:
     """Whether this rank reads its units of a tensor from the file."""
     return comm.is_root or spec.split is not None
-
-
-def stage_world(world: World, pipeline: Pipeline | None) -> World:
-    """The world of the ranks that divide this rank's layers: all, or those of its stage."""
-    if pipeline is None:
-        return world
-    return replace(world, comm=pipeline.group, neighbours=pipeline.neighbours)
 
 
 def choose_reduction(comm: Communicator, team: Team, hidden_size: int, chunk: int) -> None:
@@ -129,8 +122,8 @@ def load_model(settings: ModelSettings, world: World, target: Target, progress: 
     chunk = max(1, min(settings.prefill_chunk, settings.max_seq_len or file.config.max_position_embeddings))
     division, gain = choose_division(settings, file.config, file.specs, world, chunk)
     pipeline = join_stages(comm, division.stages) if division.stages > 1 else None
-    stage = stage_world(world, pipeline)
-    choose_reduction(stage.comm, target.team, file.config.padded_hidden_size, chunk)
+    mates = pipeline.group if pipeline else comm
+    choose_reduction(mates, target.team, file.config.padded_hidden_size, chunk)
     LOG.info("kernels ready (%s) after %.1f s.", target.isa.name, time.perf_counter() - start)
     host = measure_host(file, world, settings, chunk, division)
     context = choose_context(file, world, settings.max_seq_len, host, settings.force)
@@ -142,12 +135,11 @@ def load_model(settings: ModelSettings, world: World, target: Target, progress: 
     if host.states:
         LOG.info("of that, %.3f GB are for %d recurrent states.", host.states / 1e9, settings.state_slots)
     start = time.perf_counter()
-    weights, bytes_read = _read_weights(settings, file, division, world, stage.comm, target.team, progress)
+    weights, bytes_read = _read_weights(settings, file, division, world, mates, target.team, progress)
     seconds = time.perf_counter() - start
     LOG.info("read %d bytes in %.1f s, %.2f GB/s.", bytes_read, seconds, bytes_read / seconds / 1e9)
-    config = file.config.for_context(settings.max_seq_len)
-    model = Decoder(config, weights, stage.comm, target.team, division, pipeline)
-    model.coarse = settings.sync == "q80"
+    config, coarse = file.config.for_context(settings.max_seq_len), settings.sync == "q80"
+    model = Decoder(config, weights, mates, target.team, coarse, division, pipeline)
     return LoadedModel(file, model, bytes_read, time.perf_counter() - start, context, room, gain)
 
 

@@ -12,7 +12,7 @@ from functools import cached_property
 from mpillama.loading.memory import RESERVE, MemoryModel, RankMemory
 from mpillama.loading.settings import state_slots
 from mpillama.loading.shares import Measured, measured_division
-from mpillama.loading.traffic import COARSE_BITS, EXACT_BITS, Hosts, Network, Sent, logits_sent, sum_sent
+from mpillama.loading.traffic import COARSE_BITS, EXACT_BITS, Layout, Network, Sent, step_seconds, step_sent
 from mpillama.models.config import ModelConfig
 from mpillama.models.partition import Division, micro_batches
 from mpillama.models.tensors import EMBEDDING, LM_HEAD, TensorSpec, WeightTypes
@@ -47,13 +47,16 @@ class PlanRequest:
     def ranks(self) -> int:
         return self.nodes * self.ranks_per_node
 
-    @property
-    def hosts_of_stage(self) -> Hosts:
-        """Those of the ranks that add up: all, or those of a stage."""
+    @cached_property
+    def staged(self) -> list["StageTraffic"]:
+        """The stages, and how their ranks lie on nodes."""
         group, bits = self.division.group, COARSE_BITS if self.sync == "q80" else EXACT_BITS
-        if self.ranks_per_node % group == 0:
-            return Hosts(1, group, bits)
-        return Hosts(math.ceil(group / self.ranks_per_node), self.ranks_per_node, bits)
+        layout = Layout(-(-group // self.ranks_per_node), min(group, self.ranks_per_node), bits)
+        last = self.layers_of_stages[-1]
+        return [
+            StageTraffic(replace(self.config, blocks=self.config.blocks[own.start : own.stop]), layout, own == last)
+            for own in self.layers_of_stages
+        ]
 
     @cached_property
     def specs(self) -> list[TensorSpec]:
@@ -94,6 +97,24 @@ def shared_by_measure(request: PlanRequest, measured: Sequence[Measured]) -> Pla
     known = replace(request, measured=tuple(measured))
     division = measured_division(measured, known.memory_model, request.max_seq_len)
     return replace(known, shares=division.shares)
+
+
+@dataclass(frozen=True)
+class StageTraffic:
+    """What the ranks of a stage say to each other: a model of its layers, and how they lie on nodes."""
+
+    config: ModelConfig
+    layout: Layout
+    samples: bool
+
+    def sent(self, network: Network, tokens: int) -> Sent:
+        """What a node's first rank sends in a step of decoding."""
+        return step_sent(self.config, self.layout, tokens, network, tokens * self.samples)
+
+    def seconds(self, network: Network, tokens: float, prefill: bool) -> float:
+        """Seconds of a step or a part of one."""
+        rows = 0 if prefill or not self.samples else math.ceil(tokens)
+        return step_seconds(self.config, self.layout, math.ceil(tokens), network, rows)
 
 
 @dataclass(frozen=True)
@@ -237,10 +258,6 @@ class Node:
     waiting: Waiting | None = None
 
 
-INSIDE_LATENCY, INSIDE_BANDWIDTH = 4e-6, 10e9
-"""Seconds and bytes per second of a sum between ranks of a node: 4.2 us were measured for 16 kB on two."""
-
-
 def predict(plan: Plan, node: Node, network: Network) -> Speed:
     """Predict decoding at the full context, and prefill without the attention's part."""
     request = plan.request
@@ -249,18 +266,24 @@ def predict(plan: Plan, node: Node, network: Network) -> Speed:
     seconds = work + communication + waiting
     prefill = request.prefill_chunk / sum(_step(plan, node, network, request.prefill_chunk, prefill=True))
     streamed = _streamed_of_ranks(plan)
+    sent = max((stage.sent(network, request.batch) for stage in request.staged), key=lambda each: each.bytes)
     fullest_read = max(r.reads for r in plan.ranks) * request.ranks_per_node
-    sent = _sent(request, network)
+    hop = _hop(request, request.batch)
     return Speed(
         request.batch / seconds,
         prefill,
         sum(weights + cache for weights, cache in streamed),
-        sent.messages,
-        round(sent.bytes),
+        sent.messages + hop.messages,
+        round(sent.bytes + hop.bytes),
         communication / seconds,
         fullest_read / node.read_bandwidth if node.read_bandwidth else None,
         waiting / seconds,
     )
+
+
+def _hop(request: PlanRequest, tokens: float) -> Sent:
+    """What a rank sends to the stage after of a part of a step."""
+    return Sent(1, 1, 4 * request.config.padded_hidden_size * tokens) if request.stages > 1 else Sent()
 
 
 def _step(plan: Plan, node: Node, network: Network, tokens: int, prefill: bool) -> tuple[float, float]:
@@ -272,9 +295,11 @@ def _step(plan: Plan, node: Node, network: Network, tokens: int, prefill: bool) 
     parts = micro_batches(tokens, request.stages)
     each = tokens / parts
     works = _works(plan, node, each, prefill)
-    talks = [_sums(request, network, len(layers), each) for layers in request.layers_of_stages]
+    talks = [stage.seconds(network, each, prefill) for stage in request.staged]
     slowest = max(range(request.stages), key=lambda stage: works[stage] + talks[stage])
-    hops = (request.stages - 1) * (network.latency + 4 * request.config.padded_hidden_size * each / network.bandwidth)
+    hops = (request.stages - 1) * _hop(request, each).seconds(network)
+    if request.stages > 1:
+        hops += math.ceil(math.log2(request.nodes)) * network.latency  # the plan
     return (
         sum(works) + (parts - 1) * works[slowest],
         sum(talks) + (parts - 1) * talks[slowest] + hops,
@@ -299,27 +324,6 @@ def _works(plan: Plan, node: Node, tokens: float, prefill: bool) -> list[float]:
         )
         found.append(multiplying if prefill else max(reading, multiplying))
     return found
-
-
-def _calls(request: PlanRequest, layers: int) -> int:
-    """A rank's sums and gatherings in a stage of so many layers."""
-    return 2 * layers + 2 if request.division.group > 1 else 0
-
-
-def _sums(request: PlanRequest, network: Network, layers: int, tokens: float) -> float:
-    """Seconds of a stage's sums over its ranks: within nodes, and over the network."""
-    hosts, width = request.hosts_of_stage, request.config.padded_hidden_size
-    inside = INSIDE_LATENCY + 16 * width * tokens / INSIDE_BANDWIDTH if hosts.ranks_per_host > 1 else 0.0
-    return _calls(request, layers) * (inside + sum_sent(hosts, width, tokens, network).seconds(network))
-
-
-def _sent(request: PlanRequest, network: Network) -> Sent:
-    """What the first rank of a host sends in a step; of several stages the one with most layers and the logits."""
-    hosts, config = request.hosts_of_stage, request.config
-    sums = 1 + 2 * max(len(layers) for layers in request.layers_of_stages)
-    each = sum_sent(hosts, config.padded_hidden_size, request.batch, network)
-    hops = Sent(1, 1, 4 * config.padded_hidden_size * request.batch) if request.stages > 1 else Sent()
-    return each.times(sums) + logits_sent(config, hosts, request.batch) + hops
 
 
 def _streamed_of_ranks(plan: Plan) -> list[tuple[int, int]]:
@@ -362,39 +366,36 @@ WORTH_STAGES = 1.05
 
 
 @dataclass(frozen=True)
-class Layout:
-    """A way to divide a job's ranks into stages."""
+class StagePlan:
+    """A number of stages for a job's ranks: memory and speed."""
 
     plan: Plan
     speed: Speed
+    crossings: int
+    """How often a decode step meets the network, one time after the other."""
 
     @property
     def stages(self) -> int:
         return self.plan.request.stages
 
-    @property
-    def crossings(self) -> int:
-        """How often a step meets the network: from stage to stage, and in sums unless they stay within nodes."""
-        request = self.plan.request
-        if request.ranks_per_node % request.division.group == 0:
-            return self.stages - 1
-        return self.stages - 1 + sum(_calls(request, len(layers)) for layers in request.layers_of_stages)
 
-
-def layouts(request: PlanRequest, node: Node, network: Network) -> list[Layout]:
-    """All numbers of stages of whole nodes, with memory and speed; with uneven shares only the number asked for."""
+def plans_of_stages(request: PlanRequest, node: Node, network: Network) -> list[StagePlan]:
+    """All numbers of stages of whole nodes; with uneven shares only the number asked for."""
     found = []
     for stages in range(1, min(request.nodes, MOST_STAGES, request.config.num_hidden_layers) + 1):
         if request.nodes % stages == 0 and (stages == request.stages or request.shares is None):
             plan = make_plan(replace(request, stages=stages))
-            found.append(Layout(plan, predict(plan, node, network)))
+            sums = [
+                stage.sent(network, request.batch).rounds for stage in plan.request.staged if stage.layout.hosts > 1
+            ]
+            found.append(StagePlan(plan, predict(plan, node, network), stages - 1 + sum(sums)))
     return found
 
 
-def best_layout(found: Sequence[Layout]) -> Layout:
+def best_stages(found: Sequence[StagePlan]) -> StagePlan:
     """The fastest that fits, with as few stages as come near it; if none fits, the one that is nearest."""
-    fitting = [layout for layout in found if layout.plan.fits]
+    fitting = [each for each in found if each.plan.fits]
     if not fitting:
-        return max(found, key=lambda layout: layout.plan.headroom)
-    fastest = max(layout.speed.decode_tokens_per_second for layout in fitting)
-    return next(layout for layout in fitting if layout.speed.decode_tokens_per_second * WORTH_STAGES >= fastest)
+        return max(found, key=lambda each: each.plan.headroom)
+    fastest = max(each.speed.decode_tokens_per_second for each in fitting)
+    return next(each for each in fitting if each.speed.decode_tokens_per_second * WORTH_STAGES >= fastest)

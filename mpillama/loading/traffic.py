@@ -4,12 +4,14 @@ import math
 from dataclasses import dataclass
 
 from mpillama.comm.ways import ways_between
-from mpillama.models.candidates import message_numbers
+from mpillama.models.candidates import Wanted, message_numbers
 from mpillama.models.config import ModelConfig
 from mpillama.quant.weight_type import LANES
 
 EXACT_BITS, COARSE_BITS = 33.0, 11.5
 """Of a number that a host adds to a sum, as measured on SmolLM2-135M: exact, and with --sync q80."""
+SHARED_SECONDS = 5e-6
+"""Of a sum through the memory of a host."""
 CANDIDATES = 1024
 """Logits of a row that a rank tells where sampling is not greedy."""
 
@@ -23,8 +25,8 @@ class Network:
 
 
 @dataclass(frozen=True)
-class Hosts:
-    """How many there are, with how many ranks each that add up, and the bits of a number in the sums between them."""
+class Layout:
+    """How many hosts there are, with how many ranks each, and the bits of a number in the sums between them."""
 
     hosts: int
     ranks_per_host: int
@@ -53,32 +55,48 @@ class Sent:
         return Sent(self.rounds + other.rounds, self.messages + other.messages, self.bytes + other.bytes)
 
 
-def sum_ways(hosts: Hosts, width: int, tokens: float) -> dict[str, Sent]:
+def sums_of_step(config: ModelConfig) -> int:
+    """The embedding, and two of each layer."""
+    return 1 + 2 * config.num_hidden_layers
+
+
+def sum_sent(layout: Layout, width: int, tokens: int) -> dict[str, Sent]:
     """What a host's first rank sends in one sum of `width` numbers of each token, in each way between several hosts."""
-    count, whole = hosts.hosts, width * tokens * hosts.bits / 8
-    steps = math.ceil(math.log2(count))
-    piece = 2 * (count - 1) / count * whole
+    hosts, whole = layout.hosts, width * tokens * layout.bits / 8
+    steps = math.ceil(math.log2(hosts))
+    piece = 2 * (hosts - 1) / hosts * whole
     ways = {
-        "direct": Sent(1, count - 1, (count - 1) * whole),
-        "pieces": Sent(2, 2 * (count - 1), piece),
+        "direct": Sent(1, hosts - 1, (hosts - 1) * whole),
+        "pieces": Sent(2, 2 * (hosts - 1), piece),
         "doubling": Sent(steps, steps, steps * whole),
         "halving": Sent(2 * steps, 2 * steps, piece),
     }
-    return {name: ways[name] for name in ways_between(count)}
+    return {name: ways[name] for name in ways_between(hosts)}
 
 
-def sum_sent(hosts: Hosts, width: int, tokens: float, network: Network) -> Sent:
-    """The same in the fastest way; nothing if there is one host."""
-    if hosts.hosts == 1:
-        return Sent()
-    return min(sum_ways(hosts, width, tokens).values(), key=lambda sent: sent.seconds(network))
-
-
-def logits_sent(config: ModelConfig, hosts: Hosts, rows: int) -> Sent:
+def logits_sent(config: ModelConfig, layout: Layout, rows: int, whole: bool = False) -> Sent:
     """What every rank but the first sends for so many tokens to be sampled: the likeliest ones, or all logits."""
-    if hosts.ranks == 1:
+    if layout.ranks == 1:
         return Sent()
-    width = LANES * math.ceil(config.vocab_size / LANES / hosts.ranks)
-    if config.vocab_size < 4 * CANDIDATES:
+    width = max(len(part[config.vocabulary_split]) * LANES for part in config.partition(layout.ranks))
+    if whole or config.vocab_size < 4 * CANDIDATES:
         return Sent(1, 1, 4 * width * rows)
-    return Sent(1, 1, 4 * message_numbers(CANDIDATES, width) * rows)
+    return Sent(1, 1, 4 * message_numbers(Wanted(CANDIDATES).count, width) * rows)
+
+
+def step_sent(config: ModelConfig, layout: Layout, tokens: int, network: Network, rows: int) -> Sent:
+    """What a host's first rank sends in a step, in the fastest way; `rows` are sampled from, 0 of a prompt's chunk."""
+    logits = logits_sent(config, layout, rows)
+    if layout.hosts == 1:
+        return logits
+    ways = sum_sent(layout, config.padded_hidden_size, tokens).values()
+    return min(ways, key=lambda sent: sent.seconds(network)).times(sums_of_step(config)) + logits
+
+
+def step_seconds(config: ModelConfig, layout: Layout, tokens: int, network: Network, rows: int) -> float:
+    """Seconds of a step's communication: the plan, the sums inside hosts and between them, the logits."""
+    if layout.ranks == 1:
+        return 0.0
+    inside = SHARED_SECONDS * sums_of_step(config) * (layout.ranks_per_host > 1)
+    plan = math.ceil(math.log2(layout.hosts)) * network.latency
+    return inside + plan + step_sent(config, layout, tokens, network, rows).seconds(network)

@@ -140,12 +140,12 @@ class DecoderLayer:
 class Decoder:
     """A rank's part of a model, which ranks divide evenly unless there is a `division`.
 
-    `comm` has the ranks that divide this rank's layers: all, or with a `pipeline` those of its stage. `coarse` rounds
-    panels' results to about 8 bits before they are added up.
+    `comm` has the ranks that divide this rank's layers: all, or with a `pipeline` those of its stage. `coarse`: panels'
+    results are rounded to about 8 bits before they are added up.
     """
 
     def __init__(
-        self, config: ModelConfig, weights: Weights, comm: Communicator, team: Team,
+        self, config: ModelConfig, weights: Weights, comm: Communicator, team: Team, coarse: bool = False,
         division: Division | None = None, pipeline: Pipeline | None = None,
     ):  # fmt: skip
         self.division = division or Division(comm.size)
@@ -154,7 +154,7 @@ class Decoder:
         mates = self.division.mates_of(self.all_ranks.rank)
         parts = config.partition(self.division)[mates.start : mates.stop]
         self.tokens_run = 0
-        self.coarse = False
+        self.coarse = coarse
         self.config = config
         self.weights = weights
         self.part = parts[comm.rank]
@@ -214,28 +214,27 @@ class Decoder:
 
     @property
     def sent(self) -> Traffic:
-        """What this rank sent to others."""
-        return self.comm.sent + (self.pipeline.traffic if self.pipeline else Traffic())
+        """What this rank sent in steps."""
+        return self.comm.sent + self.pipeline.comm.sent + self.pipeline.sent if self.pipeline else self.comm.sent
 
     def forget_costs(self) -> None:
         """Begin to count communication anew."""
         self.comm.forget_costs()
         if self.pipeline:
-            self.pipeline.seconds = 0.0
-            self.pipeline.traffic.forget()
+            self.pipeline.forget_costs()
 
     def logits(self, rows: Array) -> Array:
         """On rank 0 what comes after tokens of the last step, float32 [len(rows), vocab_size].
 
         All ranks ask for the same; elsewhere there are no rows.
         """
-        return self._gather(self._logits(rows)) if self.part.is_last else self._gather(rows[:0])
+        if not self.part.is_last:
+            return np.empty((0, self.config.vocab_size), np.float32)
+        return self._gather(self._logits(rows))
 
     def wanted_logits(self, rows: Array, wanted: Sequence[Wanted]) -> list[Array | Candidates]:
         """On rank 0 of each row what is wanted: as `logits`, or its candidates. All ranks ask for the same."""
-        if not self.part.is_last:
-            return []
-        if self.comm.size == 1 or not any(each.count for each in wanted):
+        if self.comm.size == 1 or not self.part.is_last or not any(each.count for each in wanted):
             return list(self.logits(rows))
         part = self._logits(rows)
         found: list[Array | Candidates] = [np.empty(0, np.float32)] * (len(rows) if self.comm.is_root else 0)

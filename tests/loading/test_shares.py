@@ -9,8 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mpillama.errors import UserError
-from mpillama.loading.plan import Network, Node, PlanRequest, make_plan, predict, shared_by_measure
+from mpillama.loading.plan import Node, PlanRequest, make_plan, predict, shared_by_measure
 from mpillama.loading.shares import Measured, balanced, divide, gain_of, on_these_hosts, read_shares
+from mpillama.loading.traffic import Network
 from mpillama.models.config import ModelConfig
 from mpillama.models.partition import Division
 from mpillama.models.shapes import shape_config

@@ -54,6 +54,26 @@ def test_batch_and_perplexity_through_stages(toy: Path, tmp_path: Path) -> None:
     assert losses[0] == losses[1]
 
 
+def test_an_llm_of_stages_answers_and_embeds_as_one(toy: Path) -> None:
+    script = "tests.system.mpi.scripts.staged_llm"
+    alone, staged = run(None, "-m", script, toy, "1"), run(2, "-m", script, toy, "2")
+    assert (alone.status, staged.status) == (0, 0), staged
+    assert alone.stdout.count("\n") == 2
+    assert staged.stdout == alone.stdout
+
+
+def test_the_idle_time_of_stages_is_told(toy: Path) -> None:
+    """Of two stages with a step in one part, each waits while the other works."""
+    sizes = ("--prefill", "16", "--decode", "8", "--context", "8", "--repetitions", "2", "--batch", "4")
+    result = run(2, *PROGRAM, "bench", "--model", toy, "--pipeline", "2", "--threads", "1", "--where", "--json", *sizes)
+    assert result.status == 0, result
+    (step, _) = json.loads(result.stdout)["where"]
+    assert [rank["first_layer"] for rank in step["ranks"]] == [1, 0]
+    assert [len(rank["waiting_seconds_per_layer"]) for rank in step["ranks"]] == [1, 1]
+    assert step["ranks"][0]["stage_wait_seconds"] > 0.5 * step["ranks"][1]["own_seconds"]
+    assert step["late"] == []
+
+
 @pytest.mark.parametrize(
     ("ranks", "stages", "words"), [(3, "2", "3 ranks do not divide"), (3, "3", "only 2 layers"), (2, "0", "at least 1")]
 )

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from mpillama.loading.model_file import open_model
-from mpillama.loading.traffic import Hosts, Sent, logits_sent, sum_ways
+from mpillama.loading.traffic import Layout, Sent, logits_sent, sum_sent, sums_of_step
 from tests.system.mpi.launch import run
 
 pytestmark = pytest.mark.timeout(150)
@@ -20,18 +20,18 @@ def counted(ranks: int, per_host: int, model: Path, sync: str = "exact") -> dict
     return found
 
 
-@pytest.mark.parametrize(("count", "per_host"), [(2, 1), (2, 2), (4, 1)])
-def test_what_is_sent_is_what_plan_says(count: int, per_host: int, demo: Path) -> None:
-    config, hosts = open_model(str(demo)).config, Hosts(count, per_host)
-    found = counted(hosts.ranks, per_host, demo)
-    ways = sum_ways(hosts, config.padded_hidden_size, 1)
+@pytest.mark.parametrize(("hosts", "per_host"), [(2, 1), (2, 2), (4, 1)])
+def test_what_is_sent_is_what_plan_says(hosts: int, per_host: int, demo: Path) -> None:
+    config, layout = open_model(str(demo)).config, Layout(hosts, per_host)
+    found = counted(hosts * per_host, per_host, demo)
+    ways = sum_sent(layout, config.padded_hidden_size, 1)
     assert list(found) == list(ways)
     for way, of_ranks in found.items():
-        sums = ways[way].times(1 + 2 * config.num_hidden_layers)
+        sums = ways[way].times(sums_of_step(config))
         for rank, (messages, size) in enumerate(of_ranks):
             expected = sums if rank % per_host == 0 else Sent()  # one rank speaks for its host
             if rank:
-                expected += logits_sent(config, hosts, 1)
+                expected += logits_sent(config, layout, 1)
             assert messages == expected.messages
             assert size == pytest.approx(expected.bytes, rel=0.15)
 
