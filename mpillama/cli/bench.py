@@ -372,15 +372,16 @@ def _extrapolate(watch: Stopwatch, median: float, whole: ModelConfig, again: Cal
 
     Kinds that were not measured are counted as the others' mean.
     """
-    layers, counts = watch.model.layers, Counter(whole.blocks)
+    layers, caches, counts = watch.model.layers, watch.cache.arguments, Counter(whole.blocks)
     kinds = list(dict.fromkeys(layer.block for layer in layers))
 
     def seconds(kept: list[DecoderLayer]) -> float:
-        watch.model.layers = kept
+        of_kept = [cache for layer, cache in zip(layers, caches, strict=True) if layer in kept]
+        watch.model.layers, watch.cache.arguments = kept, of_kept
         try:
             return float(again().median)
         finally:
-            watch.model.layers = layers
+            watch.model.layers, watch.cache.arguments = layers, caches
 
     rest = seconds([])
     if len(kinds) == 1:

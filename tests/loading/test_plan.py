@@ -9,6 +9,7 @@ from mpillama.cli.values import parse_bytes
 from mpillama.errors import UserError
 from mpillama.loading import plan
 from mpillama.loading.memory import RESERVE
+from mpillama.loading.settings import state_slots
 from mpillama.loading.traffic import Network
 from mpillama.models.cache import blocks_for
 from mpillama.models.config import ModelConfig
@@ -41,10 +42,13 @@ def test_the_kv_cache_is_that_of_the_formula():
 
 
 @pytest.mark.parametrize("ranks", [1, 3])
-@pytest.mark.parametrize("kv_type", ["f16", "f32", "q8"])
-def test_the_check_before_loading_asks_for_what_is_planned(ranks, kv_type):
+@pytest.mark.parametrize(
+    ("shape", "kv_type"),
+    [("llama-3.2-1b", "f16"), ("llama-3.2-1b", "f32"), ("llama-3.2-1b", "q8"), ("qwen3-next-80b", "f16")],
+)
+def test_the_check_before_loading_asks_for_what_is_planned(ranks, shape, kv_type):
     """It adds cache blocks to what a rank takes without any, to find the longest context that fits."""
-    asked = request("llama-3.2-1b", nodes=ranks, context=1000, kv_type=kv_type)
+    asked = request(shape, nodes=ranks, context=1000, kv_type=kv_type)
     model = asked.memory_model
     for rank, (part, planned) in enumerate(
         zip(asked.config.partition(ranks), plan.make_plan(asked).ranks, strict=True)
@@ -53,6 +57,21 @@ def test_the_check_before_loading_asks_for_what_is_planned(ranks, kv_type):
         checked = without_cache.to_allocate + blocks_for(1000) * model.cache_block_bytes(part)
         already_there = planned.python - planned.tokenizer
         assert checked == planned.to_allocate == planned.total - already_there
+
+
+def test_states_are_those_of_the_formula():
+    """36 of 48 layers: 32 heads of 128 x 128 floats, and 3 tokens of 8,192 channels; 3 slots for each sequence."""
+    slot = 36 * 4 * (32 * 128 * 128 + 3 * 8192)
+    for batch in (1, 5):
+        made = plan.make_plan(request("qwen3-next-80b", nodes=2, batch=batch))
+        assert sum(rank.states for rank in made.ranks) == 3 * batch * slot
+        assert all(rank.total > rank.states + rank.kv_cache + rank.weights for rank in made.ranks)
+    assert not any(rank.states for rank in plan.make_plan(request()).ranks)
+
+
+def test_slots_are_a_sequences_own_its_drafts_and_snapshots():
+    assert [state_slots(1), state_slots(32), state_slots(4, drafts=3)] == [3, 96, 24]
+    assert [state_slots(4, drafts=3, snapshots=1), state_slots(1, snapshots=10)] == [17, 11]
 
 
 def test_only_rank_0_has_a_tokenizer():

@@ -26,6 +26,7 @@ WITHOUT_EFFECT = {
     ("deepseek_v3", "head_dim"): "the class computes it",
     ("hy_v3", "enable_moe_fp32_combine"): "all is added in float32 here",
     ("qwen3_moe", "intermediate_size"): "that of dense layers, which are refused",
+    ("qwen3_next", "intermediate_size"): "that of dense layers, which are refused",
 }
 WINDOWS = {"use_sliding_window": True, "sliding_window": 8, "layer_types": None, "max_window_layers": 1}
 BESIDE: dict[tuple[str, str], dict[str, Any]] = {
@@ -46,7 +47,8 @@ BESIDE: dict[tuple[str, str], dict[str, Any]] = {
 """What a field has an effect with only."""
 NAMED_BY = {
     "num_hidden_layers": ("layers",), "num_attention_heads": ("heads", "channels"), "n_routed_experts": ("experts",),
-    "rope_parameters": ("RoPE",), "_sliding_window_pattern": ("sliding_window_pattern",),
+    "linear_num_key_heads": ("key heads",), "rope_parameters": ("RoPE",),
+    "_sliding_window_pattern": ("sliding_window_pattern",),
 }  # fmt: skip
 """The words by which a field is named that another one contradicts."""
 
