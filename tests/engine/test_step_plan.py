@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from mpillama.engine.executor import FIELDS, HEADER, STATE_FIELDS, Order, Segment, SegmentStates, StepPlan
+from mpillama.models.candidates import WHOLE, Wanted
 
 
 def plan() -> StepPlan:
@@ -71,3 +72,12 @@ def test_the_message_is_small_and_of_one_size():
     p.write_order(Order.END, 3)
     assert (p.order, p.status) == (Order.END, 3)
     assert np.all(p.tables == 0)
+
+
+def test_what_is_wanted_of_rows_comes_out():
+    p = plan()
+    greedy, drawn = Wanted(1, 0.0), Wanted(40, 0.7)
+    p.write([Segment(2, 3, [5, 6], 2, wanted=greedy), Segment(0, 0, [8], 0), Segment(1, 9, [1], 1, wanted=drawn)])
+    assert p.wanted() == [greedy, greedy, drawn]
+    p.write([Segment(2, 3, [5, 6], 2)])
+    assert p.wanted() == [WHOLE, WHOLE]

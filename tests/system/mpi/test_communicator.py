@@ -19,7 +19,10 @@ def test_collectives(ranks: int) -> None:
     assert result.stdout.count(" passed") == ranks, result.stdout
 
 
-@pytest.mark.parametrize(("ranks", "hosts"), [(4, "2"), (3, "1"), (5, "3,1,1")])
+@pytest.mark.parametrize(
+    ("ranks", "hosts"),
+    [(4, "2,1,1"), pytest.param(4, "2", marks=pytest.mark.slow), pytest.param(3, "1", marks=pytest.mark.slow)],
+)
 def test_sums_between_hosts(ranks: int, hosts: str) -> None:
     """The ranks of this machine as if they were on several hosts, with all ways of exchanging sums."""
     only = ("-k", "shared and (reduce or reduction or messages) and not many")
