@@ -56,9 +56,9 @@ def hollow(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 @pytest.mark.parametrize(
     ("hollow", "ranks"),
-    [(HOLLOW, 1), (HOLLOW, 2), (HOLLOW, 3), (RECURRENT, 1)],
+    [(HOLLOW, 1), (HOLLOW, 2), (HOLLOW, 3), (RECURRENT, 1), (RECURRENT, 2)],
     indirect=["hollow"],
-    ids=["attention, 1 rank", "attention, 2", "attention, 3", "recurrent, 1"],
+    ids=["attention, 1 rank", "attention, 2", "attention, 3", "recurrent, 1", "recurrent, 2"],
 )
 def test_a_run_takes_what_was_planned(ranks: int, hollow: Path, tmp_path: Path) -> None:
     sizes = ("--model", hollow, "--max-seq-len", str(CONTEXT), "--kv-type", "f32", "--json")
