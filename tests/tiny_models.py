@@ -79,6 +79,7 @@ TOY: Mapping[str, Any] = {
 LATENT_TOY: Mapping[str, Any] = {
     **TOY,
     "model_type": "deepseek_v3",
+    "num_key_value_heads": 6,
     "q_lora_rank": 40,
     "kv_lora_rank": 56,
     "qk_nope_head_dim": 24,

@@ -51,8 +51,6 @@ class SampledLogits:
 
 @dataclass(frozen=True)
 class Generation:
-    """What was generated."""
-
     sequence: EngineSequence
     logits: SampledLogits
     memory: list[RankUsage]

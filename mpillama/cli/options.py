@@ -427,7 +427,7 @@ class PlanOptions(Options):
         metavar="FILE",
     )
     pipeline: int = option(
-        "stages of equally many nodes that hold the layers one after the other (default: 1; others are compared)",
+        "stages of equally many nodes that hold the layers one after the other; others are compared (default: 1)",
         1,
         metavar="STAGES",
         least=1,

@@ -290,10 +290,14 @@ def _print_layouts(compared: list[StagePlan], network: Network) -> None:
     elif one.plan.fits:
         print_sentence(
             f"Best: --pipeline {best.stages}, {ratio:.2f} times the decode speed of one stage: a step meets the "
-            f"network of {1e6 * network.latency:.0f} µs {best.crossings} times instead of {one.crossings}."
+            f"network of {1e6 * network.latency:.0f} µs {_times(best.crossings)} instead of {_times(one.crossings)}."
         )
     else:
         print_sentence(f"Best: --pipeline {best.stages}, the fastest that fits.")
+
+
+def _times(count: int) -> str:
+    return "once" if count == 1 else f"{count} times"
 
 
 def _memory_of_fullest(planned: Plan) -> int:

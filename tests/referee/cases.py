@@ -170,9 +170,9 @@ LONG: Mapping[str, Any] = {
 }  # fmt: skip
 EXPERTS: Mapping[str, Any] = {"num_experts": 9, "num_experts_per_tok": 3, "moe_intermediate_size": 72}
 LATENT: Mapping[str, Any] = {
-    **SMALL, "num_attention_heads": 6, "q_lora_rank": 40, "kv_lora_rank": 72, "qk_nope_head_dim": 24,
-    "qk_rope_head_dim": 10, "v_head_dim": 20, "n_routed_experts": 8, "n_group": 4, "topk_group": 2,
-    "num_experts_per_tok": 3, "moe_intermediate_size": 72, "first_k_dense_replace": 1,
+    **SMALL, "num_attention_heads": 6, "num_key_value_heads": 6, "q_lora_rank": 40, "kv_lora_rank": 72,
+    "qk_nope_head_dim": 24, "qk_rope_head_dim": 10, "v_head_dim": 20, "n_routed_experts": 8, "n_group": 4,
+    "topk_group": 2, "num_experts_per_tok": 3, "moe_intermediate_size": 72, "first_k_dense_replace": 1,
 }  # fmt: skip
 DELTA: Mapping[str, Any] = {
     **SMALL, "num_attention_heads": 6, "head_dim": 24, "rms_norm_eps": 1e-6, "linear_num_key_heads": 3,

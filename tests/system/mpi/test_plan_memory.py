@@ -28,21 +28,21 @@ HOLLOW = {
 CONTEXT = 1024
 RECURRENT = {
     **models.DELTA_TOY,
-    **{name: HOLLOW[name] for name in ("hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim")},
+    "hidden_size": 1024,
     "num_hidden_layers": 8,
-    "moe_intermediate_size": 512,
+    "moe_intermediate_size": 256,
     "linear_num_key_heads": 16,
     "linear_num_value_heads": 32,
     "linear_key_head_dim": 128,
     "linear_value_head_dim": 256,
 }
-"""Three slots for states of 17 MB each."""
+"""Three slots for states of 17 MB each, beside 340 MB of weights."""
 SAME = ("weights", "kv_cache", "states", "buffers")
 
 
 @pytest.fixture(scope="module")
 def hollow(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """400 MB of weights that are all zero: holes in the file, memory like any other once they are read."""
+    """Up to 400 MB of weights that are all zero: holes in the file, memory like any other once they are read."""
     path, types, config = (
         tmp_path_factory.mktemp("hollow") / "hollow.h5",
         WeightTypes(WEIGHT_TYPES["f16"]),

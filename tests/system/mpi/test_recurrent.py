@@ -37,11 +37,14 @@ def truth(delta: Path) -> dict[str, Any]:
     return generate(None, delta)
 
 
-@pytest.mark.parametrize(("ranks", "chunk", "drafts"), [(1, 1, 0), (2, 7, 3), (3, 64, 0), (5, 256, 3)])
+@pytest.mark.parametrize(
+    ("ranks", "chunk", "drafts", "stages"), [(1, 1, 0, 1), (2, 7, 3, 1), (3, 64, 0, 1), (5, 256, 3, 1), (2, 256, 3, 2)]
+)
 def test_one_digest_for_any_ranks_chunks_and_drafts(
-    ranks: int, chunk: int, drafts: int, delta: Path, truth: dict[str, Any]
+    ranks: int, chunk: int, drafts: int, stages: int, delta: Path, truth: dict[str, Any]
 ) -> None:
-    found = generate(ranks, delta, "--prefill-chunk", str(chunk), "--speculate", str(drafts))
+    options = ("--prefill-chunk", str(chunk), "--speculate", str(drafts), "--pipeline", str(stages))
+    found = generate(ranks, delta, *options)
     assert (found["token_ids"], found["logits_sha256"]) == (truth["token_ids"], truth["logits_sha256"])
     assert bool(drafts) == bool(found["drafts_proposed"])
 
