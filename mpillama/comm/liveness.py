@@ -143,18 +143,20 @@ class Messages:
 class Mate:
     """Another rank as it is seen from a waiting one; times in seconds of waiting.
 
-    A `probe` is no neighbour: it was asked once because one was silent.
+    `asked`: when it was first asked for an answer that has not come. A `probe` is no neighbour: it is asked because one
+    is silent.
     """
 
     rank: int
     state: State | None = None
     answered: float = 0.0
     got_on: float = 0.0
+    asked: float | None = None
     probe: bool = False
 
     def hear(self, state: State, now: float) -> bool:
         """Note an answer; returns whether the rank has got on since the one before."""
-        before, self.answered = self.state, now
+        before, self.answered, self.asked = self.state, now, None
         if state == before:
             return False
         self.state, self.got_on = state, now
@@ -171,7 +173,7 @@ class Liveness:
         self.state = state
         self.rank = rank
         self.timeout = timeout
-        self.turn = TURN * ((rank - 1) % ARITY) if rank else 0.0
+        self.turns = {(rank - 1) // ARITY: TURN * ((rank - 1) % ARITY)} if rank else {}
         self.clock = clock
         self.interval = min(timeout / 4, LONGEST_INTERVAL)
         self.grace = min(timeout / 2, GRACE)
@@ -188,6 +190,7 @@ class Liveness:
         self.news_heard = self.news_told = 0.0
         for mate in self.mates.values():
             mate.answered = mate.got_on = 0.0
+            mate.asked = None
 
     def pass_time(self) -> None:
         """Count the time since the last look."""
@@ -220,7 +223,10 @@ class Liveness:
         self.first_call = self.waited if self.first_call is None else self.first_call
         self.next_call = self.waited + self.interval
         lately = self.waited - self.interval / 2
-        return [m.rank for m in self.mates.values() if m.state is None or m.answered < lately]
+        found = [m for m in self.mates.values() if m.state is None or m.answered < lately]
+        for mate in found:
+            mate.asked = self.waited if mate.asked is None else mate.asked
+        return [m.rank for m in found]
 
     def to_tell(self) -> list[int]:
         """Who is to know now that somebody gets on."""
@@ -231,8 +237,10 @@ class Liveness:
 
     def to_probe(self, hosts: Sequence[str]) -> list[int]:
         """Whom else to ask now, once a neighbour has been silent for a while: ranks of its host, and of others."""
-        late = [m for m in self.mates.values() if self._is_silent_for(m, max(self.interval, self.grace / 2))]
-        if self.first_call is None or not late or any(m.probe for m in self.mates.values()):
+        late = [m for m in self.mates.values() if self._owes_an_answer(m)]
+        if not late:
+            self.mates = {rank: mate for rank, mate in self.mates.items() if not mate.probe}
+        if not late or any(m.probe for m in self.mates.values()):
             return []
         theirs, mine = {hosts[m.rank] for m in late}, hosts[self.rank]
         first = {host: rank for rank, host in reversed([*enumerate(hosts)])}
@@ -243,9 +251,8 @@ class Liveness:
         self.mates |= {rank: Mate(rank, answered=self.waited, got_on=self.waited, probe=True) for rank in found}
         return found
 
-    def _is_silent_for(self, mate: Mate, seconds: float) -> bool:
-        since = self.first_call if self.first_call is not None else self.waited
-        return self.waited - max(mate.answered, since) >= seconds
+    def _owes_an_answer(self, mate: Mate) -> bool:
+        return not mate.probe and mate.asked is not None and self.waited - mate.asked >= self.interval / 2
 
     # -- what it means -------------------------------------------------------------------------------------------------
 
@@ -256,10 +263,10 @@ class Liveness:
         collective; "all" means that everybody waits in this one. The last two are said a little later: of a rank that
         is silent or stuck its own neighbours know first.
         """
-        if self.first_call is None or self.waited < max(self.timeout, self.first_call + self.grace) + self.turn:
+        if self.first_call is None or self.waited < max(self.timeout, self.first_call + self.grace):
             return "", []
         neighbours = [m for m in self.mates.values() if not m.probe]
-        overdue = [m for m in neighbours if self.waited - m.got_on >= self.timeout]
+        overdue = [m for m in neighbours if self.waited - m.got_on >= self.timeout + self.turns.get(m.rank, 0.0)]
         silent = [m for m in overdue if self.waited - m.answered >= max(2 * self.interval, self.grace)]
         stuck = [m for m in overdue if m not in silent and m.state and not m.state.waits]
         if silent:
@@ -267,7 +274,7 @@ class Liveness:
         if stuck:
             return "stuck", stuck
         lately = max([self.news_heard, *(m.got_on for m in neighbours)])
-        if self.waited - lately < self.timeout + self.grace:
+        if len(overdue) < len(neighbours) or self.waited - lately < self.timeout + self.grace:
             return "", []
         elsewhere = [m for m in overdue if m.state and m.state.entered != self.state.entered]
         return ("elsewhere", elsewhere) if elsewhere else ("all", [])
