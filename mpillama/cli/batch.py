@@ -120,7 +120,7 @@ def shown(quiet: bool) -> Iterator[Callable[[str], None]]:
         yield status.update
 
 
-ANSWER_OPTIONS = ("weights", "kv_type", "layers")
+ANSWER_OPTIONS = ("weights", "kv_type", "sync", "layers")
 """What an answer depends on besides row, model and sampling."""
 
 

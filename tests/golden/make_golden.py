@@ -352,6 +352,7 @@ def main() -> None:
     for name, family in FAMILIES.items():
         write_family(name, family)
     write_renderings(HERE / "chat_templates")
+    write_config_fields(HERE / "config_fields.json")
 
 
 def write_family(name: str, family: Family) -> None:
@@ -488,6 +489,19 @@ def write_tokenizer(folder: Path) -> None:
         "tokenizer_class": "PreTrainedTokenizerFast",
     }
     (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+def write_config_fields(path: Path) -> None:
+    """What each configuration class has beside what all have, with the defaults: {model_type: {field: value}}."""
+    of_all = set(transformers.PreTrainedConfig().to_dict())
+    types = dict.fromkeys(family.model_type for family in FAMILIES.values())
+    fields = {
+        name: {
+            key: value for key, value in transformers.AutoConfig.for_model(name).to_dict().items() if key not in of_all
+        }
+        for name in sorted(types)
+    }
+    path.write_text(json.dumps(fields, indent=1) + "\n")
 
 
 def write_renderings(folder: Path) -> None:

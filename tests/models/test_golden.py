@@ -211,9 +211,9 @@ def test_a_gguf_gives_the_logits_of_the_values_in_its_blocks(kind, tmp_path):
 MIXED = [gguf.GGMLQuantizationType[kind] for kind in ("Q4_K", "Q6_K", "IQ4_XS", "Q3_K", "Q8_0")]
 
 
-@pytest.mark.parametrize("family", ["llama", "mixtral"])
-def test_every_matrix_of_a_gguf_may_have_its_own_type(family, tmp_path):
-    """Also gate, up and down of the same experts, and the same matrix of different layers."""
+@pytest.mark.parametrize(("family", "tolerance"), [("llama", 0.03), ("mixtral", 0.03), ("qwen3_5", 0.06)])
+def test_every_matrix_of_a_gguf_may_have_its_own_type(family, tolerance, tmp_path):
+    """Also gate, up and down of the same experts, one matrix of different layers, and blocks over several heads."""
     g.write_of_whole_blocks(tmp_path / "folder", 256, family)
     g.write_gguf(tmp_path / "blocks.gguf", str(tmp_path / "folder"), g.as_blocks_in_turn(MIXED))
     g.write_gguf(tmp_path / "floats.gguf", str(tmp_path / "folder"), g.as_floats_of(g.as_blocks_in_turn(MIXED)))
@@ -223,7 +223,7 @@ def test_every_matrix_of_a_gguf_may_have_its_own_type(family, tmp_path):
     assert len(set(of_mlp)) == 3
     assert {kind.name.lower() for kind in MIXED} <= set(types.values())
     found, expected = (logits(model, family) for model in models)
-    assert np.abs(found - expected).max() < BLOCKS_TOLERANCE * np.abs(expected).max()
+    assert np.abs(found - expected).max() < tolerance * np.abs(expected).max()
     runner, ids = running.load_file(models[0], THREADS), g.golden(family)[0]
     assert np.array_equal(running.all_logits(runner, running.cut(ids, 1)), found)
 

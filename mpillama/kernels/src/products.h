@@ -382,7 +382,8 @@ inline void column_span(const Matrix& m, i64 expert, const Activations& x, i64 t
 
 // -- row-parallel -------------------------------------------------------------------------------------------------------
 
-template <class T, int GROUPS> inline i64 row_stream(const Slice& w, const Input& in, i64 first, i64 last, double* out) {
+template <class T, int GROUPS>
+inline i64 row_stream(const Slice& w, const Input& in, i64 first, i64 last, double* out, double shift) {
     i64 group = first;
     for (; group + GROUPS <= last; group += GROUPS) {
         Vf sums[GROUPS][PARTS] = {};
@@ -390,7 +391,7 @@ template <class T, int GROUPS> inline i64 row_stream(const Slice& w, const Input
         for (int g = 0; g < GROUPS; g++)
             for (int part = 0; part < PARTS; part++) {
                 double* at = out + (group + g) * LANES + W * part;
-                store(at, add(load(at), round_to_grid(sums[g][part])));
+                store(at, add(load(at), round_to_grid(sums[g][part], shift)));
             }
     }
     return group;
@@ -398,27 +399,31 @@ template <class T, int GROUPS> inline i64 row_stream(const Slice& w, const Input
 
 // Add panels first_panel:last_panel of groups first:last times a single token to out, float64 [rows].
 inline void add_panels(const Matrix& m, i64 expert, const Activations& x, i64 first_panel, i64 last_panel, i64 first,
-                       i64 last, double* out, i64 in_flight) {
+                       i64 last, double* out, i64 in_flight, double shift = GRID_SHIFT) {
     with_type(m.type, [&](auto type) {
         using T = decltype(type);
         for (i64 panel = first_panel; panel < last_panel; panel++) {
             const Slice w = slice<T>(m, expert, panel);
             const Input in{x, 1, panel * m.columns};
             i64 group = first;
-            if constexpr (!T::BLOCKS) group = row_stream<T, 4>(w, in, group, last, out);
-            if (in_flight == 2 && T::BLOCKS) group = row_stream<T, 2>(w, in, group, last, out);
-            row_stream<T, 1>(w, in, group, last, out);
+            if constexpr (!T::BLOCKS) group = row_stream<T, 4>(w, in, group, last, out, shift);
+            if (in_flight == 2 && T::BLOCKS) group = row_stream<T, 2>(w, in, group, last, out, shift);
+            row_stream<T, 1>(w, in, group, last, out, shift);
         }
     });
 }
 
-// Where the tokens' results are added to: row `rows[t]` of float64 [.., stride], or row t where `rows` is null.
+// Where the tokens' results are added to: row `rows[t]` of float64 [.., stride], or row t where `rows` is null; and the
+// grids of these rows, or null.
 struct Output {
     double* out;
     i64 stride;
     const i64* rows;
+    const double* shifts = nullptr;
 
-    double* at(i64 token) const { return out + (rows == nullptr ? token : rows[token]) * stride; }
+    i64 row(i64 token) const { return rows == nullptr ? token : rows[token]; }
+    double* at(i64 token) const { return out + row(token) * stride; }
+    double shift(i64 token) const { return shifts == nullptr ? GRID_SHIFT : shifts[row(token)]; }
 };
 
 template <int TOKENS> using Totals = Vd[PARTS][TOKENS];
@@ -428,9 +433,12 @@ template <int TOKENS> inline void load_totals(const Output& to, i64 token, i64 g
         for (int part = 0; part < PARTS; part++) totals[part][t] = load(to.at(token + t) + group * LANES + W * part);
 }
 
-template <int TOKENS> inline void add_panel(const Sums<TOKENS>& sums, Totals<TOKENS>& totals) {
-    for (int t = 0; t < TOKENS; t++)
-        for (int part = 0; part < PARTS; part++) totals[part][t] = add(totals[part][t], round_to_grid(sums[part][t]));
+template <int TOKENS>
+inline void add_panel(const Sums<TOKENS>& sums, const Output& to, i64 token, Totals<TOKENS>& totals) {
+    for (int t = 0; t < TOKENS; t++) {
+        const double shift = to.shift(token + t);
+        for (int part = 0; part < PARTS; part++) totals[part][t] = add(totals[part][t], round_to_grid(sums[part][t], shift));
+    }
 }
 
 template <int TOKENS> inline void store_totals(const Totals<TOKENS>& totals, const Output& to, i64 token, i64 group) {
@@ -458,7 +466,7 @@ inline void panels(const Matrix& m, i64 expert, i64 group, const Input& in, i64 
                 tile<T, TOKENS>(values, scales, units, units * T::bytes, here, token, sums);
             } else
                 float_tile<T, TOKENS>(values, {from.scales, group * (units / BLOCK)}, units, here, token, sums);
-            add_panel<TOKENS>(sums, totals);
+            add_panel<TOKENS>(sums, to, token, totals);
         }
         store_totals<TOKENS>(totals, to, token, group);
     });
@@ -493,7 +501,7 @@ inline void ready_panels(const Matrix& m, i64 expert, i64 group, i64 first_panel
                 float_tile<T, TOKENS>(scratch + place * T::bytes,
                                       {slice<T>(m, expert, panel).scales, group * (units / BLOCK)}, units, here, token,
                                       sums);
-            add_panel<TOKENS>(sums, totals);
+            add_panel<TOKENS>(sums, to, token, totals);
         }
         store_totals<TOKENS>(totals, to, token, group);
     });
@@ -523,7 +531,7 @@ inline i64 panel_tiles(const Matrix& m, i64 expert, const Input& in, i64 first, 
                     amx_sums<Scales>(steps + 512 * panel * blocks, {scales, group * blocks}, blocks, x, scratch, sums);
                     for (int t = 0; t < AMX_TOKENS; t++) {
                         double* row = to.at(token + t) + group * LANES;
-                        store(row, add(load(row), round_to_grid(sums[t])));
+                        store(row, add(load(row), round_to_grid(sums[t], to.shift(token + t))));
                     }
                 }
             }

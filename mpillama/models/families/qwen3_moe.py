@@ -4,14 +4,15 @@ from dataclasses import replace
 
 from mpillama.models.attention import GroupedQueryAttention
 from mpillama.models.config_values import ConfigValues, Json
-from mpillama.models.families.qwen2 import windows
-from mpillama.models.family import Block, Dllama, Family, Gguf, GgufMetadata, no_such_biases
+from mpillama.models.family import Block, Dllama, Family, Gguf, GgufMetadata, layer_count, no_such_biases
 from mpillama.models.mlp import Experts
 
 
 def blocks(values: ConfigValues) -> tuple[Block, ...]:
     attention, experts = GroupedQueryAttention.read(values, qk_norm=True), Experts.read(values)
-    return tuple(Block(replace(attention, window=window), experts) for window in windows(values))
+    window = values.given("sliding_window") if values.flag("use_sliding_window") else None  # of all layers, if any
+    window = 0 if window is None else values.size("sliding_window")
+    return (Block(replace(attention, window=window), experts),) * layer_count(values)
 
 
 def gguf_fields(metadata: GgufMetadata) -> Json:
