@@ -408,6 +408,10 @@ class PlanOptions(Options):
     )
     batch: int = option("sequences computed together (default: 1)", 1, metavar="COUNT", least=1)
     kv_type: str = option("type of the KV cache (default: f16)", "f16", choices=["f16", "f32", "q8"])
+    threads: int = option(
+        "threads of each rank, which take memory for what they compute together (default: 16)", 16, metavar="COUNT",
+        least=1,
+    )  # fmt: skip
     memory_bandwidth: str = option("memory bandwidth of a node (default: 200GB/s)", "200GB/s", metavar="BYTES/s")
     compute: str = option(
         "multiply-adds per second of a node, 150 GMAC/s for each core with VNNI (default: 2TMAC/s)",

@@ -114,7 +114,7 @@ def _request(options: PlanOptions) -> PlanRequest:
         config = config.first_layers(options.layers) if options.model else config.some_layers(options.layers)
     bench_trial = options.shape is not None and options.layers is not None  # without texts
     sizes = (nodes, ranks, memory, context, options.batch, options.kv_type)
-    return PlanRequest(config, types, *sizes, tokenizer=not bench_trial)
+    return PlanRequest(config, types, *sizes, tokenizer=not bench_trial, threads=options.threads)
 
 
 def _model(options: PlanOptions) -> tuple[ModelConfig, WeightTypes]:
@@ -155,6 +155,7 @@ def _as_json(planned: Plan, speed: Speed, cures: list[Remedy]) -> dict[str, Any]
         "headroom_bytes_per_node": planned.headroom,
         "inequality": planned.inequality,
         "bytes_per_node": planned.nodes,
+        "kv_cache_bytes_if_divided_by_positions": planned.cache_by_positions,
         "ranks": [{"rank": rank, **asdict(memory), "total": memory.total} for rank, memory in enumerate(planned.ranks)],
         "speed": asdict(speed),
         "remedies": [{"change": cure.text, "headroom_bytes_per_node": cure.plan.headroom} for cure in cures],
@@ -178,6 +179,12 @@ def _print(planned: Plan, speed: Speed, cures: list[Remedy]) -> None:
         f"{on}: the fullest needs {in_units(max(planned.nodes))} of {in_units(request.memory_per_node)}, "
         f"{in_units(RESERVE)} a rank in reserve; the fullest rank is {100 * planned.inequality:.1f} % above the mean."
     )
+    if planned.repeats_cache:
+        most = in_units(max(r.kv_cache for r in planned.ranks))
+        print_sentence(
+            f"Several ranks hold the same part of the KV cache, {most} on a rank; "
+            f"divided by positions, which is not built, it would be {in_units(planned.cache_by_positions)}."
+        )
     loads = f", loads in {speed.load_seconds:.0f} s" if speed.load_seconds else ""
     communication = (
         f", {100 * speed.communication_share:.0f} % of it communication "

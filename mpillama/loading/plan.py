@@ -11,6 +11,7 @@ from functools import cached_property
 
 from mpillama.loading.memory import RESERVE, MemoryModel, RankMemory
 from mpillama.loading.settings import state_slots
+from mpillama.models.cache import blocks_for
 from mpillama.models.config import ModelConfig
 from mpillama.models.tensors import EMBEDDING, LM_HEAD, TensorSpec, WeightTypes
 from mpillama.models.weights import slice_bytes
@@ -34,6 +35,7 @@ class PlanRequest:
     kv_type: str
     prefill_chunk: int = 256
     tokenizer: bool = True
+    threads: int = 16
 
     @property
     def ranks(self) -> int:
@@ -47,8 +49,9 @@ class PlanRequest:
     def memory_model(self) -> MemoryModel:
         sizes = (self.ranks, self.kv_type, self.prefill_chunk, self.batch)
         return MemoryModel(
-            self.config, self.specs, *sizes, has_tokenizer=self.tokenizer, states=state_slots(self.batch)
-        )
+            self.config, self.specs, *sizes, has_tokenizer=self.tokenizer, states=state_slots(self.batch),
+            threads=self.threads,
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -73,6 +76,18 @@ class Plan:
     @property
     def fits(self) -> bool:
         return self.headroom >= 0
+
+    @property
+    def cache_by_positions(self) -> int:
+        """Bytes of a rank's cache if ranks held parts of the positions instead of heads, or of the same latents."""
+        request = self.request
+        whole = request.memory_model.cache_block_bytes(request.config.partition(1)[0])
+        return -(-blocks_for(request.max_seq_len) * request.batch * whole // request.ranks)
+
+    @property
+    def repeats_cache(self) -> bool:
+        """Whether several ranks hold the same part of the cache."""
+        return sum(rank.kv_cache for rank in self.ranks) > self.request.ranks * self.cache_by_positions
 
     @property
     def inequality(self) -> float:
