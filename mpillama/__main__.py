@@ -10,9 +10,24 @@ from collections.abc import Callable, Sequence
 from importlib import import_module
 
 from mpillama.cli.options import OnRanks, parse
-from mpillama.comm.failure import USER_ERROR_STATUS, report_user_error, starting_mpi, stop_printing
-from mpillama.comm.launcher import DEFAULT_TIMEOUT, check_start, launched_rank
+from mpillama.comm.failure import (
+    USER_ERROR_STATUS,
+    end_unmet,
+    print_error,
+    report_user_error,
+    starting_mpi,
+    stop_printing,
+)
+from mpillama.comm.launcher import (
+    DEFAULT_TIMEOUT,
+    check_start,
+    launched_first,
+    launched_here,
+    launched_rank,
+    launched_size,
+)
 from mpillama.errors import UserError
+from mpillama.job.host_memory import refuse_small_host
 
 OPTIONAL_PACKAGES = ("fastapi", "uvicorn", "prometheus_client", "httpx")
 """Those without which some commands cannot even be imported."""
@@ -46,6 +61,7 @@ def _run_on_ranks(name: str, options: OnRanks) -> int:
     """Start MPI, then run the command on every rank of the job."""
     threads, timeout = getattr(options, "threads", None), getattr(options, "timeout", DEFAULT_TIMEOUT)
     check_start(threads, timeout)
+    _refuse_small_host()
     with starting_mpi(timeout) as aborter:
         import_module("mpi4py.MPI")
     start = import_module("mpillama.job.start")
@@ -53,6 +69,18 @@ def _run_on_ranks(name: str, options: OnRanks) -> int:
         command = world.comm.together(lambda: import_command(name))
         status: int = command(options, world)
     return status
+
+
+def _refuse_small_host() -> None:
+    """End the process with a sentence if its host is too small to start on, which MPI would not survive."""
+    try:
+        refuse_small_host(launched_here())
+    except UserError as error:
+        if launched_first():
+            print_error(f"mpillama: {error}")
+        if launched_size()[1] > launched_here():
+            end_unmet()
+        sys.exit(USER_ERROR_STATUS)
 
 
 def import_command(name: str) -> Callable[..., int]:

@@ -179,6 +179,8 @@ class LLM(EngineSettings):
         if not session.executor.abandoned:
             if session.is_root:
                 session.executor.end(0)
+            if session.loaded.model.pipeline:
+                session.loaded.model.pipeline.free()
             session.world.free()
         session.target.team.close()
 

@@ -14,7 +14,12 @@ THREADS = 2
 ModelFile = Callable[[str, str], Path]
 """(kind, weight type) -> path of a model file."""
 
-WRITERS = {"awkward": models.write_awkward, "plain": models.write_plain, "toy": models.write_toy}
+WRITERS = {
+    "awkward": models.write_awkward,
+    "plain": models.write_plain,
+    "toy": models.write_toy,
+    "delta": models.write_delta,
+}
 
 
 def pytest_configure() -> None:
@@ -30,7 +35,7 @@ def target() -> Target:
 
 @pytest.fixture(scope="session")
 def model_file(tmp_path_factory: pytest.TempPathFactory) -> ModelFile:
-    """Give the path of an "awkward", "plain" or "toy" model (tests.tiny_models), written when first asked for."""
+    """Give the path of a model of WRITERS, written when first asked for."""
     directory = tmp_path_factory.mktemp("models")
 
     def path(kind: str, weight_type: str) -> Path:

@@ -528,10 +528,24 @@ def write_of_whole_blocks(folder: Path, block: int = 32, family: str = "llama") 
         "num_key_value_heads": heads,
     }
     config |= {"intermediate_size": 5 * block, "num_hidden_layers": 2}
+    if "layer_types" in config:  # blocks reach over several value heads
+        sizes = {"linear_key_head_dim": 32, "linear_value_head_dim": 32}
+        config |= {**sizes, "linear_num_key_heads": block // 32, "linear_num_value_heads": block // 16}
+        config["layer_types"] = config["layer_types"][:2]
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(config))
     shutil.copy(FOLDER / family / "tokenizer.json", folder)
-    save_file(random_tensors(config), folder / "model.safetensors")
+    save_file(_with_gates(random_tensors(config), heads), folder / "model.safetensors")
+
+
+def _with_gates(tensors: Tensors, heads: int) -> dict[str, np.ndarray]:
+    """With queries and gates of heads in one matrix, as checkpoints have them."""
+    found = dict(tensors)
+    for name in [name for name in found if name.endswith("self_attn.gate_proj.weight")]:
+        queries = name.replace("gate_proj", "q_proj")
+        both = [part.reshape(heads, -1, part.shape[1]) for part in (found[queries], found.pop(name))]
+        found[queries] = np.concatenate(both, axis=1).reshape(-1, both[0].shape[2])
+    return found
 
 
 # -- distributed-llama ----------------------------------------------------------------------------------------------

@@ -79,6 +79,7 @@ TOY: Mapping[str, Any] = {
 LATENT_TOY: Mapping[str, Any] = {
     **TOY,
     "model_type": "deepseek_v3",
+    "num_key_value_heads": 6,
     "q_lora_rank": 40,
     "kv_lora_rank": 56,
     "qk_nope_head_dim": 24,
@@ -126,14 +127,19 @@ def write_plain(path: str | Path, weight_type: str) -> None:
     write_random(path, PLAIN, weight_type)
 
 
-def write_toy(path: str | Path, weight_type: str = "q8_0") -> None:
+def write_toy(path: str | Path, weight_type: str = "q8_0", config: Mapping[str, Any] = TOY) -> None:
     """Write a model with tokenizer, chat template, BOS and EOS, ready for `python -m mpillama`."""
     texts = {
         "tokenizer.json": toy_tokenizer(),
         "chat_template.jinja": TOY_CHAT_TEMPLATE.encode(),
         "generation_config.json": json.dumps({"bos_token_id": BOS, "eos_token_id": [EOS]}).encode(),
     }
-    write_random(path, TOY, weight_type, texts)
+    write_random(path, config, weight_type, texts)
+
+
+def write_delta(path: str | Path, weight_type: str = "q8_0") -> None:
+    """Write a model with recurrent states, ready for the same."""
+    write_toy(path, weight_type, DELTA_TOY)
 
 
 def write_random(
@@ -156,8 +162,6 @@ def random_tensors(config: Mapping[str, Any], seed: int = 7) -> Tensors:
 
 
 def _random_tensor(spec: TensorSpec, rng: np.random.Generator) -> np.ndarray:
-    if spec.name.endswith("linear_attn.A"):
-        return -rng.uniform(0.05, 1.0, spec.source_shape).astype(np.float32)
     if spec.vector:
         return rng.uniform(0.6, 1.4, spec.source_shape).astype(np.float32)
     return (rng.standard_normal(spec.source_shape) * _gain(spec)).astype(np.float32)

@@ -36,8 +36,6 @@ class Line:
 
 @dataclass(frozen=True)
 class Row:
-    """A request of a batch file."""
-
     id: str
     url: str
     body: ChatBody | CompletionBody

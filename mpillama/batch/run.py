@@ -22,8 +22,6 @@ IDLE_SECONDS = 0.002
 
 @dataclass
 class Counts:
-    """What a run did."""
-
     rows: int = 0
     errors: int = 0
     skipped: int = 0

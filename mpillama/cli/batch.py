@@ -14,7 +14,7 @@ from mpillama.batch.journal import Journal, last_options, options_digest, record
 from mpillama.batch.results import Provenance, Result, RowAdapter
 from mpillama.batch.rows import Line, read_lines
 from mpillama.batch.run import REQUEUE_STATUS, BatchRun, Counts
-from mpillama.cli.display import terminal_console, watched
+from mpillama.cli.display import STANDARD_ERROR, console, watched
 from mpillama.cli.engines import ReplicaWorld, prompter, replicated
 from mpillama.cli.options import BatchOptions, recorded_sampling
 from mpillama.cli.running import loaded, running
@@ -116,11 +116,11 @@ def shown(quiet: bool) -> Iterator[Callable[[str], None]]:
         return
     from rich.status import Status
 
-    with Status("", console=terminal_console()) as status:
+    with Status("", console=console(STANDARD_ERROR)) as status:
         yield status.update
 
 
-ANSWER_OPTIONS = ("weights", "kv_type", "layers")
+ANSWER_OPTIONS = ("weights", "kv_type", "sync", "layers")
 """What an answer depends on besides row, model and sampling."""
 
 
@@ -228,7 +228,6 @@ class BatchJob:
 
 
 def make_runner(session: Session, options: BatchOptions) -> EngineRunner[Line, Result]:
-    """The engine of this process's replica."""
     engine = session.engine
     provenance = make_provenance(session, answer_options(options, session))
     return EngineRunner(

@@ -12,13 +12,16 @@ import psutil
 
 from mpillama.cli.display import in_number, in_units, load_progress, print_sentence, print_table
 from mpillama.cli.options import BenchOptions
+from mpillama.cli.plots import draw
 from mpillama.cli.running import running
 from mpillama.cli.values import refuse_unwritable
+from mpillama.comm.pipeline import join_stages
 from mpillama.engine.measure import Part, Stopwatch, Timing, read_bandwidth, where_time_goes
+from mpillama.engine.skew import RankTimes, skew_of
 from mpillama.errors import UserError
 from mpillama.job.start import World
 from mpillama.kernels.target import Target
-from mpillama.loading.load import choose_reduction, load_model
+from mpillama.loading.load import choose_division, choose_reduction, load_model
 from mpillama.loading.placement import warn_of_shared_cores
 from mpillama.loading.plan import multiply_adds
 from mpillama.loading.progress import LoadWatch
@@ -26,11 +29,16 @@ from mpillama.loading.synthetic import SyntheticWeights
 from mpillama.loading.truncated import TruncatedModel
 from mpillama.models.config import ModelConfig
 from mpillama.models.decoder import Decoder, DecoderLayer
+from mpillama.models.partition import Division
 from mpillama.models.shapes import shape_config, types_of_shape
 from mpillama.models.tensors import TensorSpec
 from mpillama.models.weights import Weights, load_weights, slice_bytes
 
 Report = dict[str, Any]
+
+
+MOST_ROWS = 32
+"""Of more ranks than these the slowest are shown."""
 
 
 def print_report(report: Report) -> None:
@@ -107,6 +115,42 @@ def _print_where(step: Report) -> None:
         for part in step["parts"]
     ]
     print_table((step["step"], f"of {1e6 * total:.0f} µs", "share", "weights", "speed"), rows)
+    if "ranks" in step:
+        _print_waiting(step)
+
+
+def _print_waiting(step: Report) -> None:
+    """How long ranks wait, for which, and in which layers most."""
+    ranks = step["ranks"]
+    staged = any(r["stage_wait_seconds"] for r in ranks)
+    rows = [
+        (
+            str(r["rank"]),
+            r["host"],
+            f"{1e6 * r['own_seconds']:.0f} µs",
+            f"{1e6 * sum(r['waiting_seconds_per_layer']):.0f} µs",
+            f"{1e6 * r['wire_seconds']:.0f} µs",
+            *([f"{1e6 * r['stage_wait_seconds']:.0f} µs"] if staged else []),
+            _worst_layer(r),
+        )
+        for r in (ranks if len(ranks) <= MOST_ROWS else sorted(ranks, key=lambda r: -r["own_seconds"])[:MOST_ROWS])
+    ]
+    stages = ("waits for other stages",) if staged else ()
+    print_table(("rank", "host", "works", "waits for others", "the wire", *stages, "waits most in"), rows)
+    for late in step["late"]:
+        later = max(0.0, 1e6 * late["seconds_later"])
+        print_sentence(
+            f"The others wait most for rank {late['rank']} on {late['host']}, which works {later:.0f} µs longer than "
+            f"the middle one; a rank waits {1e6 * step['waiting_seconds']:.0f} µs a step in the mean."
+        )
+
+
+def _worst_layer(rank: Report) -> str:
+    waiting = rank["waiting_seconds_per_layer"]
+    if not waiting or not max(waiting):
+        return ""
+    worst = max(range(len(waiting)), key=lambda i: waiting[i])
+    return f"layer {rank['first_layer'] + worst} ({1e6 * waiting[worst]:.0f} µs)"
 
 
 def _range(row: Report) -> str:
@@ -119,50 +163,6 @@ def _whole_column(report: Report) -> list[str]:
 
 def _whole_cell(row: Report) -> list[str]:
     return [f"{row['whole_model_tokens_per_second']:.3g}"] if "whole_model_tokens_per_second" in row else []
-
-
-def draw(report: Report, path: str) -> None:
-    """Write a PNG: decode speed under its memory roofline, and where the time of a step goes."""
-    try:
-        import matplotlib as mpl
-    except ImportError as error:
-        raise UserError("--plot needs matplotlib: pip install 'mpillama[plot]'.") from error
-    mpl.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, (roofline, split) = plt.subplots(1, 2, figsize=(11, 4.5), layout="constrained")
-    _draw_roofline(roofline, report)
-    _draw_split(split, report)
-    figure.suptitle(_headline(report))
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
-
-
-def _draw_roofline(axes: Any, report: Report) -> None:
-    batches = [row["batch"] for row in report["decode"]]
-    limit = [report["read_bandwidth_bytes_per_second"] / row["bytes_per_token"] for row in report["decode"]]
-    axes.plot(batches, limit, "--", color="gray", marker="_", label="memory limit")
-    axes.plot(batches, [row["tokens_per_second"] for row in report["decode"]], "o-", label="decode, measured")
-    best = max((row["tokens_per_second"] for row in report["prefill"]), default=None)
-    if best is not None:
-        axes.axhline(best, color="tab:orange", linestyle=":", label="prefill, measured (arithmetic limit)")
-    axes.set(xscale="log", yscale="log", xlabel="sequences in a step", ylabel="tokens/s", title="Roofline")
-    axes.set_xticks(batches, [str(b) for b in batches])
-    axes.legend()
-
-
-def _draw_split(axes: Any, report: Report) -> None:
-    rows = report["decode"]
-    labels = [f"decode, batch {row['batch']}" for row in rows]
-    streaming = [min(1.0, row["bandwidth_fraction"]) for row in rows]
-    talking = [min(row["communication_share"], 1 - s) for row, s in zip(rows, streaming, strict=True)]
-    rest = [max(0.0, 1 - s - t) for s, t in zip(streaming, talking, strict=True)]
-    left = [0.0] * len(rows)
-    for values, name in ((streaming, "memory at full bandwidth"), (talking, "communication"), (rest, "all else")):
-        axes.barh(labels, [100 * v for v in values], left=[100 * v for v in left], label=name)
-        left = [a + b for a, b in zip(left, values, strict=True)]
-    axes.set(xlabel="% of the time of a step", title="Where the time goes", xlim=(0, 100))
-    axes.legend(loc="lower left")
 
 
 def bench(options: BenchOptions, world: World) -> int:
@@ -190,16 +190,24 @@ def _load(options: BenchOptions, world: World, target: Target) -> tuple[Decoder,
     config = whole.some_layers(options.layers or whole.num_hidden_layers)
     specs = config.tensors(types_of_shape(options.shape or "", options.weights, config))
     chunk = min(options.prefill_chunk, config.max_position_embeddings)
-    choose_reduction(world.comm, world, target.team, config.padded_hidden_size, chunk)
-    model = Decoder(config, _made_weights(options, config, specs, world, target), world.comm, target.team)
-    return model, whole
+    division, _ = choose_division(options, config, specs, world, chunk)
+    pipeline = join_stages(world.comm, division.stages) if division.stages > 1 else None
+    comm = pipeline.group if pipeline else world.comm
+    choose_reduction(comm, target.team, config.padded_hidden_size, chunk)
+    weights = _made_weights(options, config, specs, division, world, target)
+    return Decoder(config, weights, comm, target.team, options.sync == "q80", division, pipeline), whole
 
 
 def _made_weights(
-    options: BenchOptions, config: ModelConfig, specs: list[TensorSpec], world: World, target: Target
+    options: BenchOptions,
+    config: ModelConfig,
+    specs: list[TensorSpec],
+    division: Division,
+    world: World,
+    target: Target,
 ) -> Weights:
     """Fill this rank's memory, and tell how far all ranks are."""
-    part, made = config.partition(world.comm.size)[world.comm.rank], SyntheticWeights()
+    part, made = config.partition(division)[world.comm.rank], SyntheticWeights()
     total = slice_bytes(specs, part)
     ranks = world.comm.gather((total, world.host))
     progress = load_progress(world.comm.is_root, options.json, "making weights")
@@ -221,7 +229,7 @@ def _measure(options: BenchOptions, world: World, target: Target, model: Decoder
     bandwidths = [read_bandwidth(world.comm, target.team)]
     prefill = [_prefill(options, watch, tokens, whole) for tokens in options.prefill]
     decode = [_decode(options, world, watch, batch, bandwidths, whole) for batch in options.batch]
-    where = {"where": _where(options, watch)} if options.where else {}
+    where = {"where": _where(options, watch, world.host)} if options.where else {}
     return {
         "shape": options.shape or options.model,
         "weights": weights_of_shape(options.weights) if options.shape else "as stored",
@@ -243,8 +251,8 @@ def _measure(options: BenchOptions, world: World, target: Target, model: Decoder
     }
 
 
-def _where(options: BenchOptions, watch: Stopwatch) -> list[dict[str, Any]]:
-    """The parts of a decode step of each batch and of a prefill chunk, on rank 0."""
+def _where(options: BenchOptions, watch: Stopwatch, host: str) -> list[dict[str, Any]]:
+    """The parts of a decode step of each batch and of a prefill chunk, on rank 0, and how ranks wait for each other."""
     chunk = min(options.prefill_chunk, max(options.prefill, default=options.prefill_chunk))
     runs = [
         (
@@ -260,9 +268,37 @@ def _where(options: BenchOptions, watch: Stopwatch) -> list[dict[str, Any]]:
     found = []
     for name, tokens, run in runs:
         with watch.comm.doing(f"measuring the parts of {name}"):
-            parts = where_time_goes(watch, run, tokens)
-        found.append({"step": name, "parts": [_part(part) for part in parts if part.seconds > 0]})
+            parts, ranks = where_time_goes(watch, run, tokens, host)
+        several = _of_several(ranks) if len(ranks) > 1 else {}
+        found.append({"step": name, "parts": [_part(part) for part in parts if part.seconds > 0], **several})
     return found
+
+
+def _of_several(ranks: list[RankTimes]) -> dict[str, Any]:
+    """What ranks wait for each other."""
+    skew = skew_of(ranks)
+    return {
+        "ranks": [
+            {
+                "rank": r.rank,
+                "host": r.host,
+                "own_seconds": r.own,
+                "parts": r.parts,
+                "first_layer": r.first_layer,
+                "waiting_seconds_per_layer": waiting,
+                "wire_seconds": wire,
+                "stage_wait_seconds": r.stage_wait,
+            }
+            for r, waiting, wire in zip(ranks, skew.waiting, skew.wire, strict=True)
+        ],
+        "waiting_seconds": skew.mean,
+        "waiting_share_of_work": skew.mean / float(np.mean([r.own for r in ranks])),
+        "wire_seconds": max(skew.wire),
+        "late": [
+            {"rank": rank, "host": ranks[rank].host, "seconds_later": seconds}
+            for rank, seconds in zip(skew.late, skew.late_by, strict=True)
+        ],
+    }
 
 
 def _part(part: Part) -> dict[str, Any]:
@@ -301,6 +337,7 @@ def _decode(
     kv_bytes = sum(world.comm.gather(watch.kv_bytes(batch, options.context)))
     weight_bytes = sum(world.comm.gather(watch.model.weights.bytes_per_step(batch)))
     ranks = world.comm.gather((timing.own_seconds, world.host, timing.all_reduce_microseconds))
+    sent = max(world.comm.gather((timing.sent.bytes, timing.sent.messages)))
     slowest = max(range(len(ranks)), key=lambda r: ranks[r][0])
     result = {
         "batch": batch,
@@ -312,6 +349,8 @@ def _decode(
         "communication_share": timing.communication_share,
         "allreduce_microseconds": min(r[2] for r in ranks),
         "slowest_rank": {"rank": slowest, "host": ranks[slowest][1]},
+        "sent_bytes_per_step": sent[0] / len(timing.seconds),
+        "sent_messages_per_step": sent[1] / len(timing.seconds),
     }
     if watch.model.config.num_hidden_layers < whole.num_hidden_layers:
         again = lambda: watch.decode(batch, options.context, options.decode)  # noqa: E731
@@ -333,15 +372,16 @@ def _extrapolate(watch: Stopwatch, median: float, whole: ModelConfig, again: Cal
 
     Kinds that were not measured are counted as the others' mean.
     """
-    layers, counts = watch.model.layers, Counter(whole.blocks)
+    layers, caches, counts = watch.model.layers, watch.cache.arguments, Counter(whole.blocks)
     kinds = list(dict.fromkeys(layer.block for layer in layers))
 
     def seconds(kept: list[DecoderLayer]) -> float:
-        watch.model.layers = kept
+        of_kept = [cache for layer, cache in zip(layers, caches, strict=True) if layer in kept]
+        watch.model.layers, watch.cache.arguments = kept, of_kept
         try:
             return float(again().median)
         finally:
-            watch.model.layers = layers
+            watch.model.layers, watch.cache.arguments = layers, caches
 
     rest = seconds([])
     if len(kinds) == 1:
@@ -355,7 +395,7 @@ def _extrapolate(watch: Stopwatch, median: float, whole: ModelConfig, again: Cal
 
 def _publish(options: BenchOptions, report: dict[str, Any]) -> None:
     if options.plot:
-        draw(report, options.plot)
+        draw(report, _headline(report), options.plot)
     if options.json:
         sys.stdout.write(json.dumps(report, indent=2) + "\n")
     else:

@@ -165,11 +165,6 @@ def watched(quiet: bool) -> bool:
     return not quiet and is_terminal(STANDARD_ERROR)
 
 
-def terminal_console() -> Any:
-    """Standard error with the size of the terminal that it comes to."""
-    return console(STANDARD_ERROR)
-
-
 def stages(is_root: bool, quiet: bool) -> Display:
     """Return a display for long operations: a line with the elapsed seconds on rank 0's terminal, else one sentence."""
     if quiet or not is_root:
@@ -197,7 +192,7 @@ def _show_line(what: str, notes: list[str], ended: threading.Event) -> None:
         return
     columns = SpinnerColumn(), TextColumn(what), TextColumn("{task.fields[note]}"), TimeElapsedColumn()
     # Drawn seldom: what is told of may be being measured.
-    with Progress(*columns, console=terminal_console(), transient=True, refresh_per_second=2) as progress:
+    with Progress(*columns, console=console(STANDARD_ERROR), transient=True, refresh_per_second=2) as progress:
         task = progress.add_task("", total=None, note=notes[0])
         while not ended.wait(PATIENCE):
             progress.update(task, note=notes[0])
@@ -268,7 +263,7 @@ def _bytes_bar(label: str) -> Any:
     )
 
     columns = (TextColumn(label), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-    return Progress(*columns, TextColumn("{task.fields[note]}"), console=terminal_console(), transient=True)
+    return Progress(*columns, TextColumn("{task.fields[note]}"), console=console(STANDARD_ERROR), transient=True)
 
 
 @contextmanager
@@ -280,7 +275,7 @@ def steps_progress(label: str, total: int, quiet: bool) -> Iterator[Callable[[],
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     columns = TextColumn(label), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-    with Progress(*columns, console=terminal_console(), transient=True) as progress:
+    with Progress(*columns, console=console(STANDARD_ERROR), transient=True) as progress:
         task = progress.add_task("", total=total)
         yield lambda: progress.advance(task)
 

@@ -4,12 +4,15 @@ import json
 import os
 import platform
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 from mpillama import __version__
-from mpillama.cli.display import print_sentence, print_table
+from mpillama.cli.display import in_units, print_sentence, print_table
 from mpillama.cli.options import DoctorOptions
 from mpillama.comm.launcher import launched_size
+from mpillama.engine.measure import read_bandwidths
+from mpillama.job.host_memory import available_bytes
 from mpillama.job.start import World, mpi_library
 from mpillama.kernels.isa import host_features, sets_of
 from mpillama.kernels.library import is_built
@@ -27,11 +30,20 @@ SLURM_VARIABLES = (
 )
 
 
+UNEVEN = 1.15
+"""Bandwidths that differ by more than this are worth uneven shares."""
+
+
 def doctor(options: DoctorOptions, world: World) -> int:
     """Print the report on rank 0; returns the exit status."""
     target = choose_target(world)
     ranks = world.comm.gather(_describe_rank(world, target))
     places = world.comm.gather(measured_place(world, target.team))
+    if options.bandwidth:
+        memory = world.comm.gather(world.neighbours.broadcast(available_bytes()) // world.neighbours.size)
+        speeds = read_bandwidths(world.comm, target.team)
+        for rank, speed, room in zip(ranks, speeds, memory, strict=True):
+            rank |= {"read_bandwidth_bytes_per_second": speed, "memory_bytes": room}
     if world.comm.is_root:
         report = _report(world, ranks, places)
         sys.stdout.write(json.dumps(report, indent=2) + "\n") if options.json else _print(report)
@@ -85,16 +97,30 @@ def advice(report: dict[str, Any]) -> list[str]:
         )
     if any(r["oversubscribed"] for r in ranks):
         found.append("More threads than cores on a host: start fewer ranks or give fewer --threads.")
+    if "Open MPI" in report["mpi"] and any(_fill_their_cores(host, ranks) for host in {r["host"] for r in ranks}):
+        found.append("Open MPI starts more ranks than cores only with `mpirun --map-by :OVERSUBSCRIBE`.")
     idle = sum(max(0, len(r["cores"]) - r["threads"]) for r in ranks if not _shares_cores(r, ranks))
     if idle:
         found.append(f"{idle} cores are not used: raise --threads.")
     if len({r["isa"] for r in ranks}) > 1:
         found.append("Hosts have different instruction sets: answers are the same, the slowest host sets the pace.")
+    speeds = [r["read_bandwidth_bytes_per_second"] for r in ranks if "memory_bytes" in r]
+    if speeds and max(speeds) > UNEVEN * min(speeds):
+        found.append(
+            f"The fastest rank reads memory {max(speeds) / min(speeds):.1f} times as fast as the slowest: save this "
+            "report with --json and give it as --shares, so that each takes as much as it can."
+        )
     if any(r["isa"] == "generic" for r in ranks):
         found.append("The generic kernels are slow: a processor with AVX2, AVX-512 or NEON is much faster.")
     if lacking := {name for r in ranks for name in r["isas_not_built"]}:
         found.append(f"{', '.join(sorted(lacking))}: not built, although a processor has it; a newer compiler would.")
     return found
+
+
+def _fill_their_cores(host: str, ranks: list[dict[str, Any]]) -> bool:
+    """Whether a host has no core for a further rank."""
+    beside = [r for r in ranks if r["host"] == host]
+    return len(beside) >= len({core for r in beside for core in r["cores"]})
 
 
 def _shares_cores(rank: dict[str, Any], ranks: list[dict[str, Any]]) -> bool:
@@ -110,8 +136,18 @@ def _print(report: dict[str, Any]) -> None:
     print_table(header, [[str(r[field]) for field in fields] for r in ranks])
     places = ("rank", "physical cores", "sockets", "NUMA nodes", "memory it touches first is on")
     print_table(places, [_places_row(r) for r in report["per_rank"]])
+    if "memory_bytes" in report["per_rank"][0]:
+        measured = ("rank", "reads memory at", "memory that it may take", "share of the bandwidth")
+        print_table(measured, list(_measured_rows(report["per_rank"])))
     for sentence in report["advice"] or ["All is well."]:
         print_sentence(sentence)
+
+
+def _measured_rows(ranks: list[dict[str, Any]]) -> Iterator[list[str]]:
+    total = sum(r["read_bandwidth_bytes_per_second"] for r in ranks)
+    for r in ranks:
+        speed = r["read_bandwidth_bytes_per_second"]
+        yield [str(r["rank"]), f"{speed / 1e9:.1f} GB/s", in_units(r["memory_bytes"]), f"{100 * speed / total:.1f} %"]
 
 
 def _places_row(rank: dict[str, Any]) -> list[str]:

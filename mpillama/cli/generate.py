@@ -51,8 +51,6 @@ class SampledLogits:
 
 @dataclass(frozen=True)
 class Generation:
-    """What was generated."""
-
     sequence: EngineSequence
     logits: SampledLogits
     memory: list[RankUsage]
@@ -68,7 +66,8 @@ def _generate(session: Session, options: GenerateOptions) -> None:
     if params.seed is None:
         params = replace(params, seed=new_seed())
     logits = SampledLogits(bool(options.logits_out))
-    sequence = session.engine.submit(Request(prompt_ids, params, on_logits=logits, continues=not options.chat))
+    on_logits = logits if options.json or options.logits_out else None  # else ranks need not tell all of them
+    sequence = session.engine.submit(Request(prompt_ids, params, on_logits=on_logits, continues=not options.chat))
     text = "" if options.quiet or options.chat else session.tokenizer.decode(prompt_ids)
     for piece in pieces_of(session, sequence):
         if not options.json:
@@ -117,8 +116,8 @@ def _finish(session: Session, options: GenerateOptions, done: Generation) -> Non
 def _memory(session: Session, options: GenerateOptions, positions: int) -> list[RankUsage]:
     executor, file = session.executor, session.loaded.file
     chunk = executor.model.workspace.capacity
-    ranks, states = executor.comm.size, executor.states
-    model = MemoryModel(file.config, file.specs, ranks, options.kv_type, chunk, states=states)
+    division, states = executor.model.division, executor.states
+    model = MemoryModel(file.config, file.specs, division, options.kv_type, chunk, states=states)
     return memory_of_ranks(model, executor.blocks, positions, executor.memory_per_rank())
 
 

@@ -34,7 +34,6 @@ class Sentences(logging.Handler):
         self.monitor = monitor
 
     def filter(self, record: logging.LogRecord) -> bool:
-        """Whether to print a line."""
         if record.levelno == logging.WARNING:
             return self.warnings
         return self.monitor and record.name == MONITOR and record.levelno == logging.INFO

@@ -231,9 +231,13 @@ class BenchOptions(RunOptions):
     )
     context: int = option("position at which decoding begins (default: 512)", 512, metavar="TOKENS", least=0)
     repetitions: int = option("runs of each prompt length (default: 5)", 5, metavar="COUNT", least=1)
-    where: bool = option("break down a step's time, part by part", False)
+    where: bool = option("break down a step's time, part by part, and say which rank the others wait for", False)
     json: bool = option("print one JSON object", False)
-    plot: Optional[str] = option("plot the roofline and the breakdown of time (needs matplotlib)", metavar="FILE.png")
+    plot: Optional[str] = option(
+        "plot the roofline and the breakdown of time; with --where and several ranks, ranks x parts and ranks x layers "
+        "(needs matplotlib)",
+        metavar="FILE.png",
+    )
 
     def check(self) -> None:
         super().check()
@@ -412,13 +416,31 @@ class PlanOptions(Options):
         "threads of each rank, which take memory for what they compute together (default: 16)", 16, metavar="COUNT",
         least=1,
     )  # fmt: skip
+    sync: str = option(
+        "how layers' results are added up between nodes (default: exact)", "exact", choices=["exact", "q80"]
+    )
     memory_bandwidth: str = option("memory bandwidth of a node (default: 200GB/s)", "200GB/s", metavar="BYTES/s")
     compute: str = option(
         "multiply-adds per second of a node, 150 GMAC/s for each core with VNNI (default: 2TMAC/s)",
         "2TMAC/s",
         metavar="MAC/s",
     )
-    bench: Optional[str] = option("take the node's bandwidth and compute from a saved `bench --json`", metavar="FILE")
+    bench: Optional[str] = option(
+        "take the node's bandwidth and compute from a saved `bench --json`; with --where and several ranks, also how "
+        "long ranks wait for each other",
+        metavar="FILE",
+    )
+    pipeline: int = option(
+        "stages of equally many nodes that hold the layers one after the other; others are compared (default: 1)",
+        1,
+        metavar="STAGES",
+        least=1,
+    )
+    shares: Optional[str] = option(
+        "how much of the model each rank takes: numbers such as 3,3,1, or a saved `doctor --bandwidth --json`, which "
+        "also says how fast and how large each rank's memory is (default: evenly)",
+        metavar="FILE|N,N,…",
+    )
     network: str = option("latency and bandwidth between nodes (default: 5us,10GB/s)", "5us,10GB/s", metavar="L,B")
     read_bandwidth: Optional[str] = option(
         "read bandwidth of a node from the file system, e.g. 5GB/s", metavar="BYTES/s"
@@ -471,6 +493,11 @@ class TokenizeOptions(Options):
 
 
 @dataclass(frozen=True)
+class PackOptions(Options):
+    file: str = positional("file", "tar file to write")
+
+
+@dataclass(frozen=True)
 class InspectOptions(Options):
     file: str = positional("file", "model in any format, as for --model")
     tokenizer: Optional[str] = option("the .t file of a distributed-llama model", metavar="PATH")
@@ -482,6 +509,7 @@ class DoctorOptions(OnRanks):
     needs_one_job: ClassVar[bool] = False
 
     threads: Optional[int] = option("threads of each rank, as for generate", metavar="COUNT")
+    bandwidth: bool = option("measure how fast each rank reads memory; --shares takes the result", False)
     json: bool = option("print one JSON object", False)
 
 
@@ -499,6 +527,7 @@ COMMANDS: dict[str, tuple[type, str]] = {
     "tokenize": (TokenizeOptions, "show the ids and pieces of a text"),
     "inspect": (InspectOptions, "show what is in a model file"),
     "doctor": (DoctorOptions, "check MPI, ranks, threads and instruction sets"),
+    "pack": (PackOptions, "make one file of this environment, for many nodes to unpack"),
 }
 
 

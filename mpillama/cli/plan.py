@@ -4,7 +4,7 @@ import json
 import re
 import shlex
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,23 @@ from mpillama.cli.values import output_file, parse_bytes, parse_number, refuse_u
 from mpillama.errors import UserError
 from mpillama.loading.memory import RESERVE
 from mpillama.loading.model_file import open_model
-from mpillama.loading.plan import Network, Node, Plan, PlanRequest, Remedy, Speed, make_plan, predict, remedies
+from mpillama.loading.plan import (
+    Node,
+    Plan,
+    PlanRequest,
+    Remedy,
+    Speed,
+    StagePlan,
+    Waiting,
+    best_stages,
+    make_plan,
+    plans_of_stages,
+    predict,
+    remedies,
+    shared_by_measure,
+)  # fmt: skip
+from mpillama.loading.shares import Measured, divide, read_shares
+from mpillama.loading.traffic import Network
 from mpillama.models.config import ModelConfig
 from mpillama.models.shapes import AS_PUBLISHED, shape_config, types_of_shape
 from mpillama.models.tensors import WeightTypes
@@ -66,8 +82,11 @@ def _head(options: PlanOptions) -> list[str]:
 
 def _command(options: PlanOptions) -> list[str]:
     words = ["--kv-type", options.kv_type]
+    words += ["--sync", options.sync] if options.sync != "exact" else []
     if options.max_seq_len is not None:
         words += ["--max-seq-len", str(options.max_seq_len)]
+    words += ["--shares", options.shares] if options.shares is not None else []
+    words += ["--pipeline", str(options.pipeline)] if options.pipeline > 1 else []
     if options.model is not None:
         model = f"MODEL=${{MODEL:-{shlex.quote(options.model)}}}"
         words += ["--weights", options.weights] if options.weights not in ("as-stored", AS_PUBLISHED) else []
@@ -89,12 +108,19 @@ def plan(options: PlanOptions) -> int:
     refuse_unwritable("--sbatch", options.sbatch)
     with stages(is_root=True, quiet=options.json)("planning"):
         planned = make_plan(_request(options))
-    speed = predict(planned, _node(options), _network(options.network))
+    node, network = _node(options), _network(options.network)
+    speed, even = predict(planned, node, network), None
+    if planned.request.shares is not None:
+        even = predict(make_plan(replace(planned.request, shares=None)), node, network)
     cures = remedies(planned)
+    compared = plans_of_stages(planned.request, node, network) if options.nodes > 1 else []
     if options.json:
-        sys.stdout.write(json.dumps(_as_json(planned, speed, cures), indent=2) + "\n")
+        report = {**_as_json(planned, speed, even, cures), **_layouts_as_json(compared)}
+        sys.stdout.write(json.dumps(report, indent=2) + "\n")
     else:
-        _print(planned, speed, cures)
+        _print(planned, speed, even, cures)
+        if len(compared) > 1:
+            _print_layouts(compared, network)
     if options.sbatch and planned.fits:
         _write_sbatch(options)
     return 0 if planned.fits else DOES_NOT_FIT
@@ -114,7 +140,25 @@ def _request(options: PlanOptions) -> PlanRequest:
         config = config.first_layers(options.layers) if options.model else config.some_layers(options.layers)
     bench_trial = options.shape is not None and options.layers is not None  # without texts
     sizes = (nodes, ranks, memory, context, options.batch, options.kv_type)
-    return PlanRequest(config, types, *sizes, tokenizer=not bench_trial, threads=options.threads)
+    request = PlanRequest(
+        config, types, *sizes, tokenizer=not bench_trial, sync=options.sync, stages=options.pipeline,
+        threads=options.threads,
+    )  # fmt: skip
+    divide(request.ranks, request.stages, None, config.num_hidden_layers)
+    return request if options.shares is None else _with_shares(request, read_shares(options.shares))
+
+
+def _with_shares(request: PlanRequest, shares: tuple[float, ...] | list[Measured]) -> PlanRequest:
+    """Ranks of a measurement are those of the plan in the same order, whatever their hosts are called."""
+    if isinstance(shares, tuple):
+        divide(request.ranks, request.stages, shares, request.config.num_hidden_layers)
+        return replace(request, shares=shares)
+    if len(shares) != request.ranks:
+        raise UserError(
+            f"--shares has measurements of {len(shares)} ranks: plan as many (--nodes times --ranks-per-node is "
+            f"{request.ranks})."
+        )
+    return shared_by_measure(request, shares)
 
 
 def _model(options: PlanOptions) -> tuple[ModelConfig, WeightTypes]:
@@ -144,13 +188,21 @@ def _node(options: PlanOptions) -> Node:
     try:
         found = json.loads(Path(options.bench).read_text())
         compute = max(entry["multiply_adds_per_second"] for entry in found["prefill"])
-        return Node(float(found["read_bandwidth_bytes_per_second"]), float(compute), read)
+        return Node(float(found["read_bandwidth_bytes_per_second"]), float(compute), read, _waiting(found))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"--bench {options.bench}: is no output of `bench --json` ({error}).") from error
 
 
-def _as_json(planned: Plan, speed: Speed, cures: list[Remedy]) -> dict[str, Any]:
+def _waiting(bench: dict[str, Any]) -> Waiting | None:
+    """What ranks waited in the decode step of the fewest sequences, if a `bench --where` of several ranks says so."""
+    step = next((step for step in bench.get("where", ()) if "waiting_share_of_work" in step), None)
+    return Waiting(float(step["waiting_share_of_work"]), int(bench["ranks"])) if step else None
+
+
+def _as_json(planned: Plan, speed: Speed, even: Speed | None, cures: list[Remedy]) -> dict[str, Any]:
+    shares = {"shares": planned.request.shares, "speed_with_even_shares": asdict(even)} if even else {}
     return {
+        **shares,
         "fits": planned.fits,
         "headroom_bytes_per_node": planned.headroom,
         "inequality": planned.inequality,
@@ -162,7 +214,7 @@ def _as_json(planned: Plan, speed: Speed, cures: list[Remedy]) -> dict[str, Any]
     }
 
 
-def _print(planned: Plan, speed: Speed, cures: list[Remedy]) -> None:
+def _print(planned: Plan, speed: Speed, even: Speed | None, cures: list[Remedy]) -> None:
     request, rows = planned.request, list[tuple[str, ...]]()
     count = len(planned.ranks)
     fullest = max(range(count), key=lambda rank: planned.ranks[rank].total)
@@ -170,13 +222,14 @@ def _print(planned: Plan, speed: Speed, cures: list[Remedy]) -> None:
         r, mark = planned.ranks[rank], " (most)" if rank == fullest and planned.inequality > 0 else ""
         states = (r.states,) if request.config.has_state else ()
         row = (r.weights, r.embedding, r.kv_cache, *states, r.buffers, r.python, r.total, r.reads)
-        rows.append((f"{rank}{mark}", *map(in_units, row)))
+        share = [f"{100 * r.weights / sum(each.weights for each in planned.ranks):.1f} %"] if request.shares else []
+        rows.append((f"{rank}{mark}", *share, *map(in_units, row)))
     states_column = ("states",) if request.config.has_state else ()
     columns = ("weights", "embedding, head", "KV cache", *states_column, "buffers", "Python", "total", "reads")
-    print_table(("rank", *columns), rows)
+    print_table(("rank", *(["share"] if request.shares else []), *columns), rows)
     on = f"{in_number(request.nodes, 'node')} x {in_number(request.ranks_per_node, 'rank')}"
     print_sentence(
-        f"{on}: the fullest needs {in_units(max(planned.nodes))} of {in_units(request.memory_per_node)}, "
+        f"{on}: the fullest needs {in_units(max(planned.nodes))} of {in_units(_memory_of_fullest(planned))}, "
         f"{in_units(RESERVE)} a rank in reserve; the fullest rank is {100 * planned.inequality:.1f} % above the mean."
     )
     if planned.repeats_cache:
@@ -190,12 +243,76 @@ def _print(planned: Plan, speed: Speed, cures: list[Remedy]) -> None:
         f", {100 * speed.communication_share:.0f} % of it communication "
         f"({speed.messages_per_step} messages, {in_units(speed.communication_bytes_per_step)} a rank and step)"
     )
+    if speed.waiting_share:
+        communication += f" and {100 * speed.waiting_share:.0f} % waiting for late ranks"
     print_sentence(
         f"Predicted: decode {speed.decode_tokens_per_second:.2f} tok/s at the full context"
         f"{communication if request.ranks > 1 else ''}; "
         f"prefill {speed.prefill_tokens_per_second:.0f} tok/s without attention{loads}."
     )
+    if even:
+        gain = speed.decode_tokens_per_second / even.decode_tokens_per_second
+        print_sentence(
+            f"With these shares: {gain:.2f} times the {even.decode_tokens_per_second:.2f} tok/s of even shares."
+        )
     _print_verdict(planned, cures)
+
+
+def _layouts_as_json(compared: list[StagePlan]) -> dict[str, Any]:
+    if not compared:
+        return {}
+    found = [
+        {
+            "pipeline": layout.stages,
+            "fits": layout.plan.fits,
+            "bytes_of_fullest_node": max(layout.plan.nodes),
+            "decode_tokens_per_second": layout.speed.decode_tokens_per_second,
+            "prefill_tokens_per_second": layout.speed.prefill_tokens_per_second,
+        }
+        for layout in compared
+    ]
+    return {"layouts": found, "best_pipeline": best_stages(compared).stages}
+
+
+def _print_layouts(compared: list[StagePlan], network: Network) -> None:
+    """The ways to divide the nodes into stages, and which is best, and why."""
+    header = ("stages x ranks", "fullest node", "fits", "decode tok/s", "prefill tok/s", "communication")
+    rows = [
+        (
+            f"{layout.stages} x {layout.plan.request.division.group}",
+            in_units(max(layout.plan.nodes)),
+            "yes" if layout.plan.fits else "no",
+            f"{layout.speed.decode_tokens_per_second:.2f}",
+            f"{layout.speed.prefill_tokens_per_second:.0f}",
+            f"{100 * layout.speed.communication_share:.0f} %",
+        )
+        for layout in compared
+    ]
+    print_table(header, rows)
+    best = best_stages(compared)
+    one = next((layout for layout in compared if layout.stages == 1), best)
+    ratio = best.speed.decode_tokens_per_second / one.speed.decode_tokens_per_second
+    if best.stages == 1:
+        print_sentence(
+            "Best: --pipeline 1, all ranks divide every layer: stages would wait for each other longer than the sums "
+            "over this network take."
+        )
+    elif one.plan.fits:
+        print_sentence(
+            f"Best: --pipeline {best.stages}, {ratio:.2f} times the decode speed of one stage: a step meets the "
+            f"network of {1e6 * network.latency:.0f} µs {_times(best.crossings)} instead of {_times(one.crossings)}."
+        )
+    else:
+        print_sentence(f"Best: --pipeline {best.stages}, the fastest that fits.")
+
+
+def _times(count: int) -> str:
+    return "once" if count == 1 else f"{count} times"
+
+
+def _memory_of_fullest(planned: Plan) -> int:
+    """What the node has that needs most."""
+    return max(zip(planned.nodes, planned.request.memory_of_nodes, strict=True))[1]
 
 
 def _print_verdict(planned: Plan, cures: list[Remedy]) -> None:

@@ -23,6 +23,7 @@ from mpillama.loading.load import LoadedModel, open_executor
 from mpillama.loading.memory import RankUsage
 from mpillama.loading.model_file import ModelFile
 from mpillama.loading.session import OpenExecutor, Session, choose_target, open_session
+from mpillama.models.partition import Division
 from mpillama.text.sampler import NonFiniteLogits
 
 LOG = logging.getLogger(__name__)
@@ -67,7 +68,8 @@ def loaded(job: Job, open_: OpenExecutor | None = None, world: World | None = No
     file, model = session.loaded.file, session.loaded.model
     job.monitor.watch(model)
     if is_root:
-        warn_of_idle_ranks(file, world.comm.size)
+        warn_of_idle_ranks(file, model.division)
+        tell_shares(session.loaded, quiet)
         warn_of_requantised(file)
         tell_lowered_context(job.options, session.loaded, quiet)
     gc.freeze()  # what is loaded stays: the collector need not look at it again
@@ -106,13 +108,28 @@ def write(comm: Communicator, text: str) -> None:
         sys.stdout.flush()
 
 
-def warn_of_idle_ranks(file: ModelFile, size: int) -> None:
+def warn_of_idle_ranks(file: ModelFile, division: Division) -> None:
     """Say so if the model has too few heads, FFN panels or vocabulary groups for all ranks."""
-    if any(part.is_idle() for part in file.config.partition(size)):
+    if division.shares is None and any(part.is_idle() for part in file.config.partition(division)):
         LOG.warning(
             "the model is too small for %d ranks, some have nothing to do in parts of it; more than %d gain nothing.",
-            size, file.config.most_busy_ranks, extra=OF_RUN,
+            division.group, file.config.most_busy_ranks, extra=OF_RUN,
         )  # fmt: skip
+
+
+def tell_shares(loaded: LoadedModel, quiet: bool) -> None:
+    """Say what each rank takes if the shares were measured, and what that gains."""
+    shares, gain = loaded.model.division.shares, loaded.gain
+    if shares is None or gain is None:
+        return
+    listed = ", ".join(f"{100 * share:.0f}" for share in shares[:16]) + (", …" if shares[16:] else "")
+    sentence = (
+        f"the ranks take {listed} % of the model by bandwidth and memory (--shares): the slowest reads its part "
+        f"{gain:.2f} times as fast as with even shares."
+    )
+    LOG.info("%s", sentence)
+    if not quiet:
+        sys.stderr.write(f"mpillama: {sentence}\n")
 
 
 def tell_lowered_context(options: RunOptions, loaded: LoadedModel, quiet: bool) -> None:
@@ -178,4 +195,4 @@ def closing_line(session: Session, memory: list[RankUsage]) -> str:
 def communication_share(session: Session) -> float:
     """The share of rank 0's step time that went into collectives, waiting for other ranks included."""
     seconds = session.engine.counts.model_seconds
-    return session.world.comm.seconds / seconds if seconds else 0.0
+    return session.executor.model.communication_seconds / seconds if seconds else 0.0

@@ -26,8 +26,7 @@ from mpillama.job.deadline import Deadline, StopRequest, ignore_stop_signals
 from mpillama.job.start import World
 from mpillama.loading.load import open_shared_executor
 from mpillama.loading.session import Session
-from mpillama.openai.reasoning import reasoning_format
-from mpillama.openai.tool_calls import tool_format
+from mpillama.openai.answer_formats import reasoning_format, tool_format
 from mpillama.redaction import keep_secret
 from mpillama.replicas.replica import Replica, follow_router
 from mpillama.replicas.runner import EngineRunner
@@ -234,7 +233,6 @@ class ServeJob:
 
 
 def make_runner(session: Session, grammars: Grammars) -> EngineRunner[ServerRequest, Output]:
-    """The engine of this process's replica."""
     return EngineRunner(session.engine, ServerAdapter(grammars))
 
 

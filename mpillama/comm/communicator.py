@@ -13,6 +13,7 @@ from mpi4py import MPI
 from mpillama.comm.failure import out_of_memory
 from mpillama.comm.shared_memory import Backoff, SharedReduction
 from mpillama.comm.watchdog import OthersFailedError, Watch, do_in_thread
+from mpillama.comm.ways import Traffic
 from mpillama.errors import UserError
 
 T = TypeVar("T")
@@ -22,6 +23,8 @@ MESSAGE_BYTES = 16 << 20
 ALL_REDUCE = "the sum over ranks (all-reduce) of a step"
 LARGEST_COUNT = 1 << 30
 """Numbers that one message holds: counts of MPI before version 4 have 32 bits."""
+TIMING_SECONDS = 0.3
+"""How long one way of adding up is timed at the start."""
 PLAN = "the wait for rank 0's next step"
 
 
@@ -29,8 +32,9 @@ class Communicator:
     """The ranks of a run.
 
     `yields` says that more threads than cores share this host: waits then give the core away instead of spinning.
-    `seconds` adds up the time spent in collectives during a step. `watch` sees that no wait lasts for ever, and counts
-    the collectives of all ranks together (`is_of_all`), which every rank must enter alike.
+    `seconds` adds up the time spent in collectives during a step, `sent` what this rank sent in them. `watch` sees that
+    no wait lasts for ever, and counts the collectives of all ranks together (`is_of_all`), which every rank must enter
+    alike.
     """
 
     def __init__(self, mpi: MPI.Intracomm, yields: bool = False, watch: Watch | None = None, is_of_all: bool = True):
@@ -42,6 +46,7 @@ class Communicator:
         self.is_of_all = is_of_all
         self.seconds = 0.0
         self.calls = 0
+        self._sent = Traffic()
         self.shared: SharedReduction | None = None
         self.shared_limit = 0
         self.largest_count = LARGEST_COUNT
@@ -54,7 +59,7 @@ class Communicator:
     def free(self) -> None:
         """Give back what this communicator holds of MPI; all ranks must call this, with nothing under way."""
         if self.shared is not None:
-            self.shared.window.Free()
+            self.shared.free()
             self.shared = None
         if self.watch.messages is not None:
             self.watch.messages.outbox.drain()
@@ -76,7 +81,7 @@ class Communicator:
         if self.size > 1:
             start = time.perf_counter()
             if shared := self.shared_for(partial.size):
-                self.watch.enter(ALL_REDUCE)
+                self.watch.enter(ALL_REDUCE, self.is_of_all)
                 shared.all_reduce(partial, self.yields, self.watch.poll)
                 self.watch.leave()
             else:
@@ -89,14 +94,13 @@ class Communicator:
         """The memory through which the ranks add up so many float64, if they do it so."""
         return self.shared if self.shared is not None and count <= self.shared_limit else None
 
-    def finish_all_reduce(self, done: bool, waited: float, go_on: Callable[[], bool]) -> None:
+    def finish_all_reduce(self, shared: SharedReduction, done: bool, waited: float, go_on: Callable[[], bool]) -> None:
         """Wait for an all-reduce that began in the kernels and waited there for so many seconds; `go_on` ends it."""
         start = time.perf_counter()
-        self.watch.enter(ALL_REDUCE)
+        self.watch.enter(ALL_REDUCE, self.is_of_all)
         backoff = Backoff(self.yields)
         while not done:
-            self.watch.poll()
-            backoff.pause()
+            shared.advance(backoff, self.watch.poll)
             done = go_on()
         self.watch.leave()
         self.seconds += waited + time.perf_counter() - start
@@ -106,48 +110,73 @@ class Communicator:
         for first in range(0, len(flat), self.largest_count):
             piece = flat[first : first + self.largest_count]
             self._complete(ALL_REDUCE, self.mpi.Iallreduce, MPI.IN_PLACE, piece)
+            self._sent.add(2 * piece.nbytes * (self.size - 1) // self.size)
 
     def choose_reduction(self, shared: SharedReduction, sizes: list[int]) -> None:
-        """Measure the shared-memory reduction against MPI's and use it up to the largest size at which it is faster.
+        """Measure the sum through shared memory (and the ways between hosts) against MPI's, and use what is faster.
 
-        `sizes`: numbers of float64 values, ascending; all ranks end with rank 0's choice.
+        `sizes`: numbers of float64 values, ascending; all ranks end with rank 0's choice. Each size has its own way
+        between hosts; shared memory is used up to the largest size at which it is faster.
         """
-        limit = 0
+        limit, table = 0, []
         for size in sizes:
-            message = np.zeros(size)
+            message = sample_addends(size)
             self.shared, self.shared_limit = None, 0
-            seconds = self.median_seconds(message)
+            by_mpi = self.median_seconds(message)
             self.shared, self.shared_limit = shared, size
-            if self.median_seconds(message) < seconds:
+            seconds = {}
+            for way in shared.ways:
+                shared.use([(size, way)])
+                seconds[way] = self.median_seconds(message)
+            best = self.broadcast(min(shared.ways, key=seconds.__getitem__))
+            table.append((size, best))
+            if seconds[best] < by_mpi or shared.virtual:
                 limit = size
         self.shared_limit = self.broadcast(limit)
-        self.seconds, self.calls = 0.0, 0
+        shared.use(table)
+        self.forget_costs()
 
-    def median_seconds(self, message: np.ndarray, repetitions: int = 15) -> float:
-        """Seconds of an all-reduce that all ranks begin together."""
-        times = []
-        for _ in range(repetitions):
-            self.barrier()
-            start = time.perf_counter()
-            self.all_reduce(message)
-            times.append(time.perf_counter() - start)
+    def forget_costs(self) -> None:
+        """Begin anew to count seconds, collectives and what is sent."""
+        self.seconds, self.calls, self._sent = 0.0, 0, Traffic()
+        if self.shared is not None:
+            self.shared.traffic.forget()
+
+    @property
+    def sent(self) -> Traffic:
+        """What this rank sent during steps; of MPI's own collectives what the best algorithms send."""
+        return self._sent if self.shared is None else self._sent + self.shared.traffic
+
+    def median_seconds(self, message: np.ndarray) -> float:
+        """Seconds of an all-reduce of such addends that all ranks begin together; the median of up to 15."""
+        times = [self._seconds_of(message)]
+        repetitions = self.broadcast(min(14, max(2, int(TIMING_SECONDS / times[0]))))
+        times += [self._seconds_of(message) for _ in range(repetitions)]
         return float(np.median(times))
 
-    def all_gather_columns(self, part: np.ndarray, widths: list[int]) -> np.ndarray:
-        """Join float32 [rows, widths[rank]] of all ranks along the columns."""
+    def _seconds_of(self, message: np.ndarray) -> float:
+        message = message.copy()
+        self.barrier()
+        start = time.perf_counter()
+        self.all_reduce(message)
+        return time.perf_counter() - start
+
+    def gather_columns(self, part: np.ndarray, widths: list[int]) -> np.ndarray:
+        """On rank 0 join float32 [rows, widths[rank]] of all ranks along the columns; elsewhere there are no rows."""
         if self.size == 1:
             return part
-        at_once = max(1, self.largest_count // sum(widths))
-        if len(part) > at_once:
-            pieces = [part[first : first + at_once] for first in range(0, len(part), at_once)]
-            return np.concatenate([self.all_gather_columns(piece, widths) for piece in pieces])
-        rows = len(part)
-        gathered = np.empty(rows * sum(widths), np.float32)
+        rows, at_once = len(part), max(1, self.largest_count // max(1, sum(widths)))
+        if rows > at_once:
+            pieces = [part[first : first + at_once] for first in range(0, rows, at_once)]
+            return np.concatenate([self.gather_columns(piece, widths) for piece in pieces])
         counts = [rows * width for width in widths]
+        gathered = np.empty(sum(counts) if self.is_root else 0, np.float32)
         with self._timed():
-            self._complete(
-                "the gathering of logits", self.mpi.Iallgatherv, np.ascontiguousarray(part), [gathered, counts]
-            )
+            place = [gathered, counts] if self.is_root else None
+            self._complete("the gathering of logits", self.mpi.Igatherv, np.ascontiguousarray(part), place)
+        if not self.is_root:
+            self._sent.add(part.nbytes, int(part.size > 0))
+            return np.empty((0, sum(widths)), np.float32)
         borders = np.cumsum(counts)[:-1]
         return np.concatenate([p.reshape(rows, -1) for p in np.split(gathered, borders)], axis=1)
 
@@ -157,6 +186,7 @@ class Communicator:
             return
         self.watch.enter(PLAN)
         request = self.mpi.Ibcast(plan)
+        self._sent.add(plan.nbytes * (children := tree_children(self.rank, self.size)), children)
         backoff = Backoff(self.yields)
         while not request.Test():
             self.watch.poll()
@@ -291,6 +321,17 @@ class Communicator:
         if len(found) == self.size:
             return sentence
         return f"rank {rank} of {self.size} on {host}{f' and {len(found) - 1} more' if found[1:] else ''}: {sentence}"
+
+
+def tree_children(rank: int, size: int) -> int:
+    """To how many ranks one sends rank 0's message, if it goes along a binomial tree."""
+    lowest = rank & -rank if rank else size
+    return sum(1 for bit in range(size.bit_length()) if 1 << bit < lowest and rank + (1 << bit) < size)
+
+
+def sample_addends(count: int) -> np.ndarray:
+    """What layers of a model add up, by its size: float64 [count], multiples of 2^-30 about 0.1."""
+    return np.random.default_rng(0).normal(0, 2**27, count).round() * 2.0**-30
 
 
 def attempt(action: Callable[[], T]) -> tuple[T | None, str | None]:

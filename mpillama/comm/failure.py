@@ -14,7 +14,7 @@ from contextlib import contextmanager, suppress
 from types import FrameType, TracebackType
 from typing import Any, NoReturn
 
-from mpillama.comm.launcher import launched_rank, launched_size
+from mpillama.comm.launcher import OPEN_MPI, launched_first, launched_rank, launched_size, quiet_mpi
 from mpillama.errors import UserError
 from mpillama.redaction import hide
 
@@ -27,7 +27,6 @@ LONGEST_TURN = 2.0
 POLL_SECONDS = 0.02
 DELIVERY_SECONDS = 0.2
 """Left to the launcher to pass the last words on: some drop what they have not read when a job is aborted."""
-OPEN_MPI = "OMPI_COMM_WORLD_SIZE"
 KILL_SECONDS = 2.0
 """Open MPI ends the ranks of an aborted job by SIGTERM, and kills them a second later: none need say so."""
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
@@ -164,6 +163,16 @@ class Aborter:
         os._exit(status)
 
 
+def end_unmet() -> NoReturn:
+    """End before MPI has started, so that the launcher ends the ranks of other hosts, which wait for this one in vain.
+
+    Some launchers take an exit for the end of one rank alone, whatever its status, but a signal for a failure.
+    """
+    time.sleep(DELIVERY_SECONDS if launched_first() else LONGEST_TURN)
+    os.kill(os.getpid(), signal.SIGKILL)
+    os._exit(FAILURE_STATUS)
+
+
 @contextmanager
 def starting_mpi(timeout: float) -> Iterator[Aborter]:
     """Guard the import of `mpi4py.MPI`, which starts MPI; what escapes from here on ends all ranks.
@@ -173,6 +182,7 @@ def starting_mpi(timeout: float) -> Iterator[Aborter]:
     aborter = Aborter(launched_rank(), launched_size()[1])
     aborter.install()
     os.environ.setdefault("MPI4PY_RC_THREAD_LEVEL", "funneled")
+    quiet_mpi()
     with no_longer_than(timeout), warnings.catch_warnings():
         # mpi4py's word on a launcher of another MPI, once per rank: refuse_singletons and doctor say it once.
         warnings.filterwarnings("ignore", "suspicious MPI execution environment", RuntimeWarning)

@@ -1,13 +1,15 @@
 """What the launcher (mpirun, srun) says of this process, known before MPI is started."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, MutableMapping
 
 from mpillama.errors import UserError
 
 RANK_VARIABLES = ("PMI_RANK", "PMIX_RANK", "OMPI_COMM_WORLD_RANK", "MPI_LOCALRANKID", "SLURM_PROCID")
 SIZE_VARIABLES = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE")
 SLURM_STEP_SIZE = "SLURM_STEP_NUM_TASKS"
+HOST_RANK_VARIABLES = ("MPI_LOCALRANKID", "OMPI_COMM_WORLD_LOCAL_RANK", "SLURM_LOCALID")
+OPEN_MPI = "OMPI_COMM_WORLD_SIZE"
 HOST_SIZE_VARIABLES = ("MPI_LOCALNRANKS", "OMPI_COMM_WORLD_LOCAL_SIZE")
 DEFAULT_TIMEOUT = 600.0
 """Seconds that a rank waits for another one."""
@@ -39,6 +41,25 @@ def launched_here(environment: Mapping[str, str] | None = None) -> int:
     environment = os.environ if environment is None else environment
     found = [environment[name] for name in HOST_SIZE_VARIABLES if environment.get(name, "").isdigit()]
     return int(found[0]) if found else 1
+
+
+def launched_first(environment: Mapping[str, str] | None = None) -> bool:
+    """Whether this process is the first of its host, or the launcher does not say which is."""
+    environment = os.environ if environment is None else environment
+    found = [environment[name] for name in HOST_RANK_VARIABLES if environment.get(name, "").isdigit()]
+    return not found or int(found[0]) == 0
+
+
+def quiet_mpi(environment: MutableMapping[str, str] | None = None) -> None:
+    """Keep MPI's own words out of the output, before it is loaded; what the user has set stays.
+
+    UCX, below MPICH and Open MPI, logs to standard output. Open MPI's one-sided messages over UCX, which nothing here
+    uses, complain at every start.
+    """
+    environment = os.environ if environment is None else environment
+    environment.setdefault("UCX_LOG_FILE", "stderr")
+    if OPEN_MPI in environment:
+        environment.setdefault("OMPI_MCA_osc", "^ucx")
 
 
 def check_start(threads: int | None, timeout: float) -> None:

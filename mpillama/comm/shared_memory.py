@@ -1,12 +1,16 @@
-"""All-reduce among ranks of one host through a window of shared memory."""
+"""All-reduce through a window of shared memory on each host, and among the hosts' first ranks."""
 
 import os
 import time
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import numpy as np
 from mpi4py import MPI
+
+from mpillama.comm.hosts import HostExchange, Packer, count_hosts, host_mates, leaders_of
+from mpillama.comm.ways import RANKS_PER_HOST, Traffic, ways_between
 
 SPINS = 4000
 """Polls of shared memory before the core is given away: some 100 microseconds."""
@@ -43,36 +47,92 @@ class Backoff:
 
 CAPACITY = 1 << 17
 """float64 values that a rank hands over at once (1 MiB); longer messages go in pieces."""
+ALIGNMENT = 64
+"""Bytes of a cache line."""
 YIELDS = 200
 """Times the core is given away before Python looks for signals."""
 
 
-class Window(Protocol):
+class Window(Packer, Protocol):
     """What adds up in shared memory: kernels.shared_sum.SharedWindow."""
+
+    totals: np.ndarray
 
     def clear(self) -> None:
         """Begin: once for this rank, before any rank adds up."""
 
     def sum(self, partial: np.ndarray, sequence: int, posted: bool, spins: int, yields: int) -> bool:
-        """Replace `partial` by its sum over ranks; returns whether all ranks arrived while it waited."""
+        """Replace `partial` by its sum over ranks; returns whether it was there while it waited."""
+
+    def sum_host(self, count: int, sequence: int, spins: int, yields: int) -> bool:
+        """Begin `totals` with what this host's ranks have; returns whether they all arrived while it waited."""
+
+    def publish(self, sequence: int) -> None:
+        """Give `totals` to this host's ranks."""
 
 
-MakeWindow = Callable[[np.ndarray, int, int, int], Window]
-"""From memory (uint8), ranks, own rank and capacity."""
+WindowBytes = Callable[[int, int, bool], int]
+"""Of a window: from ranks, capacity, and whether there are several hosts."""
+MakeWindow = Callable[[np.ndarray, int, int, int, bool], Window]
+"""From memory (uint8), ranks, own rank, capacity, and whether there are several hosts."""
 
 
 class SharedReduction:
-    """The window, and the number of the last exchange; the same calls must be made on all ranks."""
+    """The window of this host's ranks, and the number of the last exchange; the same calls must be made on all ranks.
 
-    def __init__(self, mpi: MPI.Intracomm, window_bytes: Callable[[int, int], int], make_window: MakeWindow):
-        size = window_bytes(mpi.size, CAPACITY)
-        self.window = MPI.Win.Allocate_shared(size if mpi.rank == 0 else 0, 1, comm=mpi)
-        buffer, _ = self.window.Shared_query(0)
-        memory = np.asarray(buffer).view(np.uint8).reshape(-1)
-        self.shared = make_window(memory, mpi.size, mpi.rank, CAPACITY)
+    With several hosts the first rank of each, which `leads`, has an `exchange` with the others'.
+    """
+
+    def __init__(self, mpi: MPI.Intracomm, window_bytes: WindowBytes, make_window: MakeWindow, yields: bool = False):
+        self.yields = yields
+        self.mates = mates = host_mates(mpi)
+        self.hosts = count_hosts(mpi, mates)
+        size = window_bytes(mates.size, CAPACITY, self.hosts > 1)
+        self.window: MPI.Win | None = None
+        if mates.size > 1:
+            self.window = MPI.Win.Allocate_shared(size if mates.rank == 0 else 0, 1, comm=mates)
+            buffer, _ = self.window.Shared_query(0)
+            memory = np.asarray(buffer).view(np.uint8).reshape(-1)
+        else:
+            memory = np.zeros(size + ALIGNMENT, np.uint8)
+            memory = memory[-memory.ctypes.data % ALIGNMENT :][:size]
+        self.shared = make_window(memory, mates.size, mates.rank, CAPACITY, self.hosts > 1)
         self.shared.clear()
-        mpi.Barrier()
+        mates.Barrier()
         self.sequence = 0
+        self.traffic = Traffic()
+        leaders = leaders_of(mpi, mates) if self.hosts > 1 else None
+        pause = lambda: Backoff(yields).pause  # noqa: E731
+        self.exchange = HostExchange(leaders, self.shared, CAPACITY, self.traffic, pause) if leaders else None
+        self._ahead: deque[tuple[int, int]] = deque()
+
+    @property
+    def virtual(self) -> bool:
+        """Whether hosts are made up, so that MPI's own way, which stays on one machine, is no alternative."""
+        return bool(os.environ.get(RANKS_PER_HOST))
+
+    @property
+    def leads(self) -> bool:
+        """Whether this rank speaks for its host."""
+        return self.exchange is not None
+
+    @property
+    def ways(self) -> list[str]:
+        """How hosts may exchange what they have."""
+        return ways_between(self.hosts)
+
+    def use(self, table: list[tuple[int, str]]) -> None:
+        """Exchange up to so many numbers in that way; the last way is for all that are more."""
+        if self.exchange is not None:
+            self.exchange.table = table
+
+    def free(self) -> None:
+        """Give back what this holds of MPI; all ranks must call this."""
+        if self.window is not None:
+            self.window.Free()
+        if self.exchange is not None:
+            self.exchange.mpi.Free()
+        self.mates.Free()
 
     def all_reduce(self, partial: np.ndarray, yields: bool = False, look: Callable[[], None] = lambda: None) -> None:
         """Sum a contiguous float64 array over ranks, in place; `look` is called now and then while it waits."""
@@ -80,15 +140,32 @@ class SharedReduction:
         for first in range(0, len(flat), CAPACITY):
             self._exchange(flat[first : first + CAPACITY], Backoff(yields), look)
 
-    def next_sequence(self, exchanges: int = 1) -> int:
-        """The number of the next exchange, of which so many follow."""
+    def next_sequence(self, counts: Sequence[int]) -> int:
+        """The number of the next exchange, of which there is one for each count of numbers."""
         first = self.sequence + 1
-        self.sequence += exchanges
+        self.sequence += len(counts)
+        if self.leads:
+            self._ahead += zip(range(first, first + len(counts)), counts, strict=True)
         return first
 
+    def waits(self, backoff: Backoff) -> tuple[int, int]:
+        """How often a rank polls for the sum and then gives its core away: a leader not at all, as it must fetch it."""
+        return (0, 0) if self.leads else (backoff.spins, YIELDS)
+
+    def advance(self, backoff: Backoff, look: Callable[[], None]) -> None:
+        """Between two polls for the sum: a leader brings one from the other hosts, if its own ranks are there."""
+        look()
+        if self.exchange is not None and self._ahead:
+            sequence, count = self._ahead[0]
+            if self.shared.sum_host(count, sequence, backoff.spins, YIELDS):
+                self.exchange.sum(self.shared.totals[:count], look)
+                self.shared.publish(sequence)
+                self._ahead.popleft()
+                return
+        backoff.pause()
+
     def _exchange(self, piece: np.ndarray, backoff: Backoff, look: Callable[[], None]) -> None:
-        sequence, posted = self.next_sequence(), False
-        while not self.shared.sum(piece, sequence, posted, backoff.spins, YIELDS):
+        sequence, posted = self.next_sequence([len(piece)]), False
+        while not self.shared.sum(piece, sequence, posted, *self.waits(backoff)):
             posted = True  # back in Python, so that signals are seen; then wait on
-            look()
-            backoff.pause()
+            self.advance(backoff, look)

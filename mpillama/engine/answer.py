@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from mpillama.errors import UserError
-from mpillama.text.sampler import largest
+from mpillama.models.candidates import largest
 from mpillama.text.sampling_params import SamplingParams
 from mpillama.text.tokenizer import Tokenizer
 

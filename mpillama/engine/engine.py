@@ -5,6 +5,7 @@ from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import islice
 
 import numpy as np
@@ -16,6 +17,7 @@ from mpillama.engine.scheduler import ScheduledSequence, Scheduler
 from mpillama.engine.sequence import EngineSequence, Request, check_prompt
 from mpillama.engine.speculation import Drafter
 from mpillama.errors import UserError
+from mpillama.models.candidates import Candidates
 from mpillama.text.sampler import NonFiniteLogits, Sampler, check_bias, check_finite
 from mpillama.text.tokenizer import Tokenizer
 
@@ -31,6 +33,14 @@ class Clock:
     def tokens_per_second(self) -> float:
         """0 if nothing ran."""
         return self.tokens / self.seconds if self.seconds else 0.0
+
+
+@contextmanager
+def timed(clock: Clock) -> Iterator[None]:
+    """Add the time of what is done to a clock."""
+    start = time.perf_counter()
+    yield
+    clock.seconds += time.perf_counter() - start
 
 
 @dataclass
@@ -54,6 +64,37 @@ class EngineCounts:
     @property
     def model_seconds(self) -> float:
         return self.prefill.seconds + self.decode.seconds
+
+
+Row = np.ndarray | Candidates
+"""After one position: logits float32 [vocab_size], or the likeliest tokens."""
+
+
+class Rows:
+    """A step's rows, one after the other; no more than a piece of them is held, unless `take_all` fetches the rest."""
+
+    def __init__(self, pieces: Iterator[list[Row]], clock: Clock):
+        self.pieces = pieces
+        self.clock = clock
+        self.held: deque[Row] = deque()
+
+    def __iter__(self) -> "Rows":
+        return self
+
+    def __next__(self) -> Row:
+        while not self.held:
+            with timed(self.clock):
+                piece = next(self.pieces, None)
+            if piece is None:
+                raise StopIteration
+            self.held += piece
+        return self.held.popleft()
+
+    def take_all(self) -> None:
+        """Compute all that are left."""
+        with timed(self.clock):
+            for piece in self.pieces:
+                self.held += piece
 
 
 @dataclass(frozen=True)
@@ -85,6 +126,7 @@ class Engine:
         self.in_step = False
         """Whether a step is being computed, or was left by an exception: the other ranks then wait for its rest."""
         self._number = 0
+        self._rows = Rows(iter(()), Clock())
         self._inboxes: dict[int, deque[Update]] = {}
 
     @property
@@ -106,7 +148,8 @@ class Engine:
         self.check(request)
         after = request.prompt_ids if request.continues else ()
         answer = Answer(self.tokenizer, request.sampling, request.keep_special, request.marking, after=after)
-        sequence = EngineSequence(request, self._number, answer, list(request.prompt_ids))
+        size = self.executor.model.config.vocab_size
+        sequence = EngineSequence(request, self._number, answer, list(request.prompt_ids), vocab_size=size)
         self._number += 1
         self.scheduler.add(sequence)
         return sequence
@@ -150,7 +193,8 @@ class Engine:
         self.in_step = True
         with timed(clock):
             pieces = self.executor.forward_in_pieces(segments)
-        updates = list(self._take(shares, self._rows(pieces, clock)))
+        self._rows = Rows(pieces, clock)
+        updates = list(self._take(shares, self._rows))
         self.in_step = False
         for update in updates:
             clock.tokens += max(0, len(update.token_ids) - 1)
@@ -160,16 +204,7 @@ class Engine:
         self.counts.step_seconds += time.perf_counter() - start
         return updates
 
-    def _rows(self, pieces: Iterator[np.ndarray], clock: Clock) -> Iterator[np.ndarray]:
-        """One position's logits after the other, float32 [vocab_size]; no more than a piece of them is held."""
-        while True:
-            with timed(clock):
-                piece = next(pieces, None)
-            if piece is None:
-                return
-            yield from piece
-
-    def _take(self, shares: list[ScheduledSequence], rows: Iterator[np.ndarray]) -> Iterator[Update]:
+    def _take(self, shares: list[ScheduledSequence], rows: "Rows") -> Iterator[Update]:
         """Note what was computed and sample where a sequence's last token was among it."""
         token = 0
         for share in shares:
@@ -192,9 +227,10 @@ class Engine:
             if not sequence.finished:
                 sequence.publish(self.pool)
 
-    def _tell_prompt(self, sequence: EngineSequence, rows: Iterator[np.ndarray]) -> None:
+    def _tell_prompt(self, sequence: EngineSequence, rows: Iterator[Row]) -> None:
         """Pass on the logits that each next token of the prompt would have been chosen from; take all rows."""
         for row in rows:
+            assert not isinstance(row, Candidates)  # whole rows were asked for
             sequence.told += 1
             if sequence.error is None and (tell := sequence.request.on_prompt_logits):
                 try:
@@ -204,14 +240,14 @@ class Engine:
                 else:
                     tell(row, sequence.request.prompt_ids[sequence.told])
 
-    def _answer(self, sequence: EngineSequence, logits: list[np.ndarray], drafts: list[int]) -> Update:
+    def _answer(self, sequence: EngineSequence, logits: list[Row], drafts: list[int]) -> Update:
         """Sample, unless the prompt was all that was wanted, or is as much as can be had."""
         if sequence.error is None and sequence.request.sampling.max_tokens != 0:
             return self._sample(sequence, logits, drafts)
         self._end(sequence, "error" if sequence.error else "length")
         return Update(sequence)
 
-    def _sample(self, sequence: EngineSequence, logits: list[np.ndarray], drafts: list[int]) -> Update:
+    def _sample(self, sequence: EngineSequence, logits: list[Row], drafts: list[int]) -> Update:
         """Sample a token, and one more for each draft that turns out to be that token."""
         tokens, text, marks = [], "", len(sequence.answer.marks)
         for i, row in enumerate(logits):
@@ -235,8 +271,10 @@ class Engine:
         self._count(tokens)
         return Update(sequence, tokens, text, sequence.answer.marks[marks:])
 
-    def _choose(self, sequence: EngineSequence, row: np.ndarray) -> int:
+    def _choose(self, sequence: EngineSequence, row: Row) -> int:
         """Sample a token from logits, within the request's constraint; NonFiniteLogits or UserError if none can be."""
+        if isinstance(row, Candidates):
+            return self._sampler(sequence).sample_among(row, partial(self._whole_row, row.row))
         constraint = sequence.request.constraint
         token = self._sampler(sequence).sample(row if constraint is None else constraint.masked(row))
         if constraint is not None:
@@ -244,6 +282,11 @@ class Engine:
         if sequence.request.on_logits is not None:
             sequence.request.on_logits(row, token)
         return token
+
+    def _whole_row(self, number: int) -> np.ndarray:
+        """All logits after a token of this step, once the other ranks are done with those that were asked for."""
+        self._rows.take_all()
+        return self.executor.whole_row(number)
 
     def _sampler(self, sequence: EngineSequence) -> Sampler:
         """Made when first needed: it is as large as the vocabulary."""
@@ -269,14 +312,6 @@ class Engine:
         self.counts.finished += 1
         self.counts.prompt_tokens += len(sequence.request.prompt_ids)
         self.counts.cached_tokens += sequence.cached_tokens or 0
-
-
-@contextmanager
-def timed(clock: Clock) -> Iterator[None]:
-    """Add the time of what is done to a clock."""
-    start = time.perf_counter()
-    yield
-    clock.seconds += time.perf_counter() - start
 
 
 def pool(sequence: EngineSequence, states: np.ndarray) -> None:

@@ -4,19 +4,22 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from enum import IntEnum
+from typing import cast
 
 import numpy as np
 import psutil
 
 from mpillama.comm.communicator import Communicator
 from mpillama.models.cache import KVCache, Step, blocks_for, joint_step
+from mpillama.models.candidates import WHOLE, Candidates, Wanted
 from mpillama.models.decoder import Decoder
 from mpillama.text.tokenizer import check_token_ids
 
 HEADER = 4
-"""Numbers at the beginning of the message: order, tokens (or an exit status), segments, block ids."""
-FIELDS = 6
-"""Numbers of a segment: slot, first position, tokens, wanted logits, first table place, new block ids."""
+"""Numbers at the beginning of the message: order, tokens (or exit status, or row), segments, block ids."""
+FIELDS = 8
+"""Numbers of a segment: slot, first position, tokens, rows of logits, first table place, new block ids, candidates,
+temperature (the bits of a float64)."""
 STATE_FIELDS = 2
 """With recurrent layers also: the state slot that is read, and the one that is written."""
 NOWHERE = -1
@@ -29,6 +32,7 @@ class Order(IntEnum):
     FORWARD = 1
     END = 2
     REPORT_MEMORY = 3
+    LOGITS = 4
 
 
 @dataclass(frozen=True)
@@ -45,7 +49,8 @@ class SegmentStates:
 
 @dataclass(frozen=True)
 class Segment:
-    """New tokens of one sequence, from position `start` on, with the logits after the last `logits` of them.
+    """New tokens of one sequence, from position `start` on, with the logits after the last `logits` of them, or what
+    is `wanted` of these.
 
     `slot` is the sequence's row in the block tables, which every rank keeps; `blocks` are written into that row from
     place `table_start` on before the step. Without tokens only the table is written. Without `states` the state of a
@@ -59,6 +64,7 @@ class Segment:
     table_start: int = 0
     blocks: Sequence[int] | np.ndarray = ()
     states: SegmentStates | None = None
+    wanted: Wanted = WHOLE
 
     @property
     def state_slots(self) -> SegmentStates:
@@ -115,7 +121,8 @@ class StepPlan:
         at = HEADER + self.fields * len(segments)
         fields = self.buffer[HEADER:at].reshape(len(segments), self.fields)
         fields[:, :FIELDS] = [
-            (s.slot, s.start, len(s.token_ids), s.logits, s.table_start, len(s.blocks)) for s in segments
+            (s.slot, s.start, len(s.token_ids), s.logits, s.table_start, len(s.blocks), *_numbers(s.wanted))
+            for s in segments
         ]
         self.buffer[at : at + len(ids)] = ids
         self.buffer[at + len(ids) : at + len(ids) + len(blocks)] = blocks
@@ -140,8 +147,18 @@ class StepPlan:
 
     @property
     def status(self) -> int:
-        """The exit status of an END."""
+        """The exit status of an END, the row of LOGITS."""
         return int(self.buffer[1])
+
+    def wanted(self) -> list[Wanted]:
+        """What is wanted of each row of logits of the step."""
+        at = HEADER + self.fields * int(self.buffer[2])
+        fields = self.buffer[HEADER:at].reshape(-1, self.fields)
+        of_segments = [
+            Wanted(int(count), float(temperature))
+            for count, temperature in zip(fields[:, 6], fields[:, 7].copy().view(np.float64), strict=True)
+        ]
+        return [w for w, rows in zip(of_segments, fields[:, 3].tolist(), strict=True) for _ in range(rows)]
 
     def step(self) -> Step:
         """Write the message's blocks into the tables and return the step that it describes."""
@@ -161,9 +178,13 @@ class StepPlan:
 
     def _write_tables(self, fields: np.ndarray, blocks: np.ndarray) -> None:
         first = 0
-        for slot, _, _, _, place, count in fields[fields[:, 5] > 0, :FIELDS].tolist():
+        for slot, _, _, _, place, count in fields[fields[:, 5] > 0, :6].tolist():
             self.tables[slot, place : place + count] = blocks[first : first + count]
             first += count
+
+
+def _numbers(wanted: Wanted) -> tuple[int, int]:
+    return wanted.count, int(np.float64(wanted.temperature).view(np.int64))
 
 
 LOGIT_BYTES = 32 << 20
@@ -184,7 +205,7 @@ class Executor:
         blocks: int | None = None, states: int = 0,
     ):  # fmt: skip
         self.model = model
-        self.comm: Communicator = model.comm
+        self.comm: Communicator = model.all_ranks
         self.max_seq_len = max_seq_len
         self.max_tokens = max_tokens
         self.slots = slots
@@ -201,15 +222,18 @@ class Executor:
     # -- rank 0 ----------------------------------------------------------------------------------------------------
 
     def forward(self, segments: Sequence[Segment]) -> np.ndarray:
-        """Run a step and return the wanted logits, float32 [rows, vocab_size], in the order of the segments.
+        """Run a step and return whole rows of logits, float32 [rows, vocab_size], in the order of the segments.
 
         UserError for a token that the model does not have; nothing is run then.
         """
-        pieces = list(self.forward_in_pieces(segments))
-        return pieces[0] if len(pieces) == 1 else np.concatenate(pieces or [self._no_logits()])
+        rows = [row for piece in self.forward_in_pieces(segments) for row in piece]
+        return np.stack(cast(list[np.ndarray], rows)) if rows else self._no_logits()
 
-    def forward_in_pieces(self, segments: Sequence[Segment]) -> Iterator[np.ndarray]:
-        """As forward, with up to `piece` rows at a time; take them all, since all ranks compute them together."""
+    def forward_in_pieces(self, segments: Sequence[Segment]) -> Iterator[list[np.ndarray | Candidates]]:
+        """Run a step and return what is wanted of its rows of logits, up to `piece` rows at a time.
+
+        Take them all, since all ranks compute them together. UserError as for forward.
+        """
         for segment in segments:
             check_token_ids(segment.token_ids, self.model.config.vocab_size)
         blocks_first, rest = self.plan.fit(segments)
@@ -224,7 +248,13 @@ class Executor:
     def _no_logits(self) -> np.ndarray:
         return np.empty((0, self.model.config.vocab_size), np.float32)
 
-    def _run(self, segments: Sequence[Segment]) -> Iterator[np.ndarray]:
+    def whole_row(self, row: int) -> np.ndarray:
+        """All logits after a token of the last step, whose pieces were all taken: float32 [vocab_size]."""
+        self._order(Order.LOGITS, row)
+        logits: np.ndarray = self.model.logits(np.array([row]))[0]
+        return logits
+
+    def _run(self, segments: Sequence[Segment]) -> Iterator[list[np.ndarray | Candidates]]:
         self.plan.write(segments)
         self.comm.broadcast_plan(self.plan.buffer)
         return self._execute()
@@ -255,16 +285,19 @@ class Executor:
                 return self.plan.status
             if self.plan.order == Order.REPORT_MEMORY:
                 self._gather_memory()
+            elif self.plan.order == Order.LOGITS:
+                self.model.logits(np.array([self.plan.status]))
             else:
                 deque(self._execute(), maxlen=0)
 
-    def _execute(self) -> Iterator[np.ndarray]:
+    def _execute(self) -> Iterator[list[np.ndarray | Candidates]]:
         """Run the step; its logits are computed as they are taken."""
-        step = self.plan.step()
+        step, wanted = self.plan.step(), self.plan.wanted()
         if len(step.token_ids):
             self.model.advance(step, self.cache)
         starts = range(0, len(step.logit_rows), self.piece)
-        return (self.model.logits(step.logit_rows[first : first + self.piece]) for first in starts)
+        pieces = (slice(first, first + self.piece) for first in starts)
+        return (self.model.wanted_logits(step.logit_rows[piece], wanted[piece]) for piece in pieces)
 
     def _gather_memory(self) -> list[int]:
         return self.comm.gather(int(psutil.Process().memory_info().rss))

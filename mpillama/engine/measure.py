@@ -2,14 +2,27 @@
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from mpillama.comm.communicator import Communicator
+from mpillama.comm.ways import Traffic
+from mpillama.engine.skew import RankTimes, timed_layers
 from mpillama.kernels.library import PARTS, Team
-from mpillama.models.cache import KVCache, blocks_for, cache_bytes, decode_step, single_sequence_step, state_bytes
+from mpillama.models.cache import (
+    KVCache,
+    Step,
+    blocks_for,
+    cache_bytes,
+    decode_step,
+    single_sequence_step,
+    state_bytes,
+)
 from mpillama.models.decoder import Decoder
+from mpillama.text.sampler import wanted_of
+from mpillama.text.sampling_params import SamplingParams
 
 WARM_UP_STEPS = 3
 BANDWIDTH_BYTES = 512 << 20
@@ -18,12 +31,13 @@ BANDWIDTH_BYTES = 512 << 20
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds of repeated steps on the slowest rank, and this rank's own work and communication in them."""
+    """Seconds of repeated steps on the slowest rank, and this rank's own work, communication and messages in them."""
 
     seconds: np.ndarray
     communication_seconds: float
     all_reduces: int
     own_seconds: float
+    sent: Traffic
 
     @property
     def median(self) -> float:
@@ -46,14 +60,17 @@ class Stopwatch:
     def __init__(self, model: Decoder, positions: int, sequences: int, kv_type: str, prefill_chunk: int):
         blocks = blocks_for(positions)
         self.model = model
-        self.comm: Communicator = model.comm
+        self.comm: Communicator = model.all_ranks
         self.kv_type = kv_type
         self.prefill_chunk = prefill_chunk
         self.cache = KVCache(model.config, model.part, blocks * sequences, kv_type, sequences)
         self.tables = np.arange(blocks * sequences, dtype=np.int64).reshape(sequences, blocks)
+        self.wanted = wanted_of(SamplingParams(), model.config.vocab_size)
         self.wants_parts = False
         self.parts = np.zeros(len(PARTS))
         """Seconds of the main thread in the timed steps, by kernels.library.PARTS, if `wants_parts`."""
+        self.sums = np.zeros((0, len(model.layers)))
+        """Seconds in the sums over ranks of each timed step and layer, if `wants_parts`."""
 
     def prefill(self, tokens: int, repetitions: int) -> Timing:
         """Time a prompt of this many tokens from an empty cache, logits for its last token."""
@@ -77,27 +94,32 @@ class Stopwatch:
 
         return self._time([step(i) for i in range(steps)], WARM_UP_STEPS)
 
-    def _discard(self, plan: object) -> None:
-        self.model.forward(plan, self.cache)  # type: ignore[arg-type]
+    def _discard(self, plan: Step) -> None:
+        self.model.advance(plan, self.cache)
+        self.model.wanted_logits(plan.logit_rows, [self.wanted] * len(plan.logit_rows))
 
     def _time(self, runs: list[Callable[[], None]], warm_up: int) -> Timing:
         for run in runs[:warm_up]:
             run()
-        self.comm.seconds, self.comm.calls, seconds = 0.0, 0, []
+        self.model.forget_costs()
+        seconds: list[float] = []
         team = self.model.team
         if self.wants_parts:
             team.watch(True)
-        for run in runs:
-            self.comm.barrier()
-            start = time.perf_counter()
-            run()
-            seconds.append(time.perf_counter() - start)
+            self.sums = np.zeros((len(runs), len(self.model.layers)))
+        for number, run in enumerate(runs):
+            with timed_layers(self.model, self.sums[number]) if self.wants_parts else nullcontext():
+                self.comm.barrier()
+                start = time.perf_counter()
+                run()
+                seconds.append(time.perf_counter() - start)
         if self.wants_parts:
             self.parts = team.times()[0]
             team.watch(False)
+        sent = replace(self.model.sent)
         slowest = np.max(self.comm.gather(seconds), axis=0)
-        own = sum(seconds) - self.comm.seconds
-        return Timing(slowest, self.comm.seconds, self.comm.calls, own)
+        communication = self.model.communication_seconds
+        return Timing(slowest, communication, self.model.comm.calls, sum(seconds) - communication, sent)
 
     def kv_bytes(self, sequences: int, context: int) -> int:
         """Bytes of keys, values and states that this rank reads in a step at position `context`."""
@@ -107,8 +129,21 @@ class Stopwatch:
         )
 
 
+def read_bandwidths(comm: Communicator, team: Team, repetitions: int = 7) -> list[float]:
+    """Bytes per second that each rank reads from memory while all others read, too; medians of the repetitions."""
+    seconds, size = _seconds_of_reading(comm, team, repetitions)
+    return [size / float(np.median(own)) for own in comm.gather(seconds)]
+
+
 def read_bandwidth(comm: Communicator, team: Team, repetitions: int = 7) -> float:
     """Bytes per second that all ranks together read from memory, all at the same time; median of the repetitions."""
+    seconds, size = _seconds_of_reading(comm, team, repetitions)
+    slowest = np.max(comm.gather(seconds), axis=0)
+    return comm.size * size / float(np.median(slowest))
+
+
+def _seconds_of_reading(comm: Communicator, team: Team, repetitions: int) -> tuple[list[float], int]:
+    """This rank's seconds of each repetition, and the bytes that it read each time."""
     data, results = np.ones(BANDWIDTH_BYTES, np.uint8), np.zeros(team.threads, np.int64)
     seconds, size = [], 0
     for _ in range(repetitions + 1):
@@ -116,8 +151,7 @@ def read_bandwidth(comm: Communicator, team: Team, repetitions: int = 7) -> floa
         start = time.perf_counter()
         size = team.read_memory(data, results)
         seconds.append(time.perf_counter() - start)
-    slowest = np.max(comm.gather(seconds[1:]), axis=0)
-    return comm.size * size / float(np.median(slowest))
+    return seconds[1:], size
 
 
 # -- Where the time of a step goes, part by part, on a rank's main thread: it takes part in everything ----------------
@@ -135,10 +169,12 @@ class Part:
     bytes: int
 
 
-def where_time_goes(watch: Stopwatch, run: Callable[[], Timing], tokens: int) -> list[Part]:
-    """The parts of a step of `tokens` tokens: means over the steps that `run` times.
+def where_time_goes(
+    watch: Stopwatch, run: Callable[[], Timing], tokens: int, host: str = ""
+) -> tuple[list[Part], list[RankTimes]]:
+    """The parts of a step of `tokens` tokens: means over the steps that `run` times. Every rank must call it.
 
-    Every rank must call it; the parts are this rank's own, and add up to its step.
+    The parts are this rank's own, and add up to its step; the times are those of all ranks.
     """
     watch.wants_parts = True
     try:
@@ -154,12 +190,17 @@ def where_time_goes(watch: Stopwatch, run: Callable[[], Timing], tokens: int) ->
     parts[LATE] += outside - reduction
     parts[REST] = max(0.0, timing.own_seconds / steps + communication - sum(parts.values()))
     sizes = _bytes(watch.model, tokens)
-    return [Part(name, seconds, sizes.get(name, 0)) for name, seconds in parts.items()]
+    found = [Part(name, seconds, sizes.get(name, 0)) for name, seconds in parts.items()]
+    own = timing.own_seconds / steps
+    layers, pipeline = watch.model.part.layers, watch.model.pipeline
+    stage_wait = pipeline.seconds / steps if pipeline else 0.0
+    mine = RankTimes(watch.comm.rank, host, own, parts, watch.sums, layers.start if layers else 0, stage_wait)
+    return found, watch.comm.gather(mine)
 
 
 def _sums_alone(watch: Stopwatch, tokens: int) -> float:
     """Seconds of a step's sums outside the kernels, were all ranks to begin at the same time."""
-    comm, config = watch.comm, watch.model.config
+    comm, config = watch.model.comm, watch.model.config
     if comm.size == 1:
         return 0.0
     message = np.zeros(tokens * config.padded_hidden_size)

@@ -13,7 +13,8 @@ from mpillama.engine.recurrent_state import RecurrentState
 from mpillama.errors import UserError
 from mpillama.models.attention import BLOCK_POSITIONS
 from mpillama.models.cache import blocks_for
-from mpillama.text.sampler import Sampler
+from mpillama.models.candidates import WHOLE, Wanted
+from mpillama.text.sampler import Sampler, wanted_of
 from mpillama.text.sampling_params import SamplingParams
 from mpillama.text.tokenizer import check_token_ids
 
@@ -74,7 +75,7 @@ class EngineSequence:
     first admission. `slot` is its row of the block tables while it runs, `state` what it has besides if the model has
     recurrent layers. `pooled` float64 [hidden_size] is the sum of
     hidden states so far, and in the end the embedding, of length 1. `told` positions of the prompt had their logits
-    passed on.
+    passed on. Whole rows of logits have `vocab_size` numbers; 0 samples from whole rows alone.
     """
 
     request: Request
@@ -94,6 +95,7 @@ class EngineSequence:
     preemptions: int = 0
     pooled: np.ndarray | None = None
     told: int = 0
+    vocab_size: int = 0
     _digests: tuple[int, list[bytes]] = (-1, [])
 
     def __post_init__(self) -> None:
@@ -162,9 +164,17 @@ class EngineSequence:
         sampled = 1 + len(drafts) if count == self.pending and not self.request.pooling else 0
         new = self.blocks[self.sent_blocks :]
         logits = self.untold_among(count) + sampled
-        segment = Segment(self.slot, self.computed, ids, logits, self.sent_blocks, new, states)
+        wanted = WHOLE if logits > sampled else self._wanted
+        segment = Segment(self.slot, self.computed, ids, logits, self.sent_blocks, new, states, wanted)
         self.sent_blocks = len(self.blocks)
         return segment
+
+    @property
+    def _wanted(self) -> Wanted:
+        """What of a row of logits it is sampled from: all of it, if somebody else looks at it, too."""
+        request = self.request
+        looks = request.on_logits is not None or request.constraint is not None
+        return WHOLE if looks else wanted_of(request.sampling, self.vocab_size)
 
     def publish(self, pool: BlockPool) -> None:
         """Let others find the blocks that became full, and the snapshots of the state at their ends."""

@@ -109,7 +109,7 @@ def checkpoint_model(checkpoint: Checkpoint, weights: str) -> CheckpointModel:
     config = ModelConfig.from_hf(checkpoint.config_json)
     checkpoint = _without_drafts(checkpoint, config)
     specs = config.tensors(WeightTypes(CHOSEN))
-    checkpoint = _with_parts(checkpoint, specs)
+    checkpoint = _without_zero_biases(_with_parts(checkpoint, specs), specs)
     _check_tensors(checkpoint, config, specs)
     if weights != AS_STORED:
         return CheckpointModel(checkpoint, config.quantised_to(WEIGHT_TYPES[weights]))
@@ -166,6 +166,25 @@ def _with_parts(checkpoint: Checkpoint, specs: Sequence[TensorSpec]) -> Checkpoi
         if spec.part_of and spec.name in table:
             table.pop(spec.part_of.name, None)
     return replace(checkpoint, tensors=table)
+
+
+BIAS = ".bias"
+
+
+def _without_zero_biases(checkpoint: Checkpoint, specs: Sequence[TensorSpec]) -> Checkpoint:
+    """Without biases that are zero and that the model has not: AutoGPTQ writes one for every matrix."""
+    wanted, source = {name for spec in specs for name in spec.source_names}, PathSource(checkpoint.files)
+
+    def is_zero(name: str, tensor: StoredTensor) -> bool:
+        if name in wanted or not name.endswith(BIAS) or name.removesuffix(BIAS) + ".weight" not in wanted:
+            return False
+        if len(tensor.shape) != 1:
+            return False
+        read = tensor.read(source, range(1), range(tensor.shape[0]))
+        return not read.decode().any()
+
+    kept = {name: tensor for name, tensor in checkpoint.tensors.items() if not is_zero(name, tensor)}
+    return replace(checkpoint, tensors=kept)
 
 
 def _check_tensors(checkpoint: Checkpoint, config: ModelConfig, specs: list[TensorSpec]) -> None:

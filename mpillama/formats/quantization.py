@@ -6,6 +6,7 @@ https://huggingface.co/docs/transformers/quantization/overview; AWQ and GPTQ: ht
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,8 @@ BESIDE = "hf_quant_config.json"
 """Where older checkpoints of modelopt say how they are quantised."""
 OF_ACTIVATIONS = (
     "input_scale", "input_global_scale", "input_zero_point", "k_scale", "v_scale", "q_scale", "output_scale",
+    "activation_scale", "gate_up_proj_activation_scale", "down_proj_activation_scale", "gate_up_proj_input_scale",
+    "down_proj_input_scale",
 )  # fmt: skip
 """What engines need that quantise activations or the KV cache in the same way; the weights are what they are."""
 LOW_FIRST = {4: tuple(range(8)), 8: tuple(range(4))}
@@ -414,6 +417,82 @@ def _mxfp4_experts(module: Module) -> Iterator[ScaledTensor]:
             )  # fmt: skip
 
 
+# -- stacked experts with scales --------------------------------------------------------------------------------------
+
+
+def _float8_experts(module: Module) -> Iterator[ScaledTensor]:
+    """[experts, rows, columns] as transformers keeps them, gate above up; by modelopt's names turned, as Llama 4's."""
+    stacked, turned = module.need("_proj"), module.find("_proj_weight_scale")
+    scale = turned or module.need("_proj_scale_inv", "_proj_scale")
+    if turned is not None:
+        module.expect(turned, (), (1,), stacked.shape[:1], (*stacked.shape[:1], 1, 1))
+    for expert, (name, first, shape) in _experts(module, stacked, turned is not None):
+        codes = Integers(_of_expert(stacked, expert), shape, transposed=turned is not None, first=first)
+        scales = _scales_of_expert(module, stacked.shape, scale, expert, (first, shape))
+        yield ScaledTensor(
+            name, shape, "fp8", stacked.file, codes.array.offset, codes=codes, scales=scales, kept=FP8,
+            within=_within(scales), table=E4M3,
+        )  # fmt: skip
+
+
+def _nvfp4_experts(module: Module) -> Iterator[ScaledTensor]:
+    """Llama 4 of modelopt: [experts, columns / 2, rows], two columns in a byte; scales [experts, columns / 16, rows]"""
+    stacked, scale = module.need("_proj"), module.need("_proj_weight_scale")
+    whole = module.expect(module.need("_proj_weight_scale_2"), (), (1,), dtypes=("F32",))
+    for expert, (name, first, shape) in _experts(module, stacked, True, 2):
+        experts, _, rows = stacked.shape
+        module.expect(scale, (experts, -(-shape[1] // 16), rows), dtypes=("F8_E4M3",))
+        codes = Integers(_of_expert(stacked, expert), shape, TWO_IN_A_BYTE, transposed=True, first=first)
+        scales = Scales(_of_expert(scale, expert), shape, (1, 16), transposed=True, first=first)
+        yield ScaledTensor(
+            name, shape, "nvfp4", stacked.file, codes.array.offset, codes=codes, scales=scales, kept=NVFP4, within=16,
+            table=E2M1, whole=whole,
+        )  # fmt: skip
+
+
+def _experts(
+    module: Module, stacked: StoredArray, turned: bool, per: int = 1
+) -> Iterator[tuple[int, tuple[str, int, tuple[int, int]]]]:
+    """Each expert's number with its matrices: name, first row and shape. `per` columns lie in an element."""
+    prefix, _, kind = (module.name + "_proj").rpartition(".")
+    if len(stacked.shape) != 3 or stacked.shape[0] > MOST_EXPERTS or kind not in HALVES_OF:
+        raise module.refuse(f"tensor {stacked.name} of shape {list(stacked.shape)}")
+    experts, all_rows, columns = (stacked.shape[i] for i in ((0, 2, 1) if turned else (0, 1, 2)))
+    halves = HALVES_OF[kind]
+    if all_rows % len(halves):
+        raise module.refuse(f"tensor {stacked.name} of {all_rows} rows")
+    rows = all_rows // len(halves)
+    for expert in range(experts):
+        for number, half in enumerate(halves):
+            yield expert, (f"{prefix}.{expert}.{half}.weight", number * rows, (rows, columns * per))
+
+
+def _of_expert(stacked: StoredArray, expert: int) -> StoredArray:
+    """The array of one of them."""
+    size = stacked.bytes // stacked.shape[0]
+    return replace(stacked, shape=stacked.shape[1:], offset=stacked.offset + expert * size)
+
+
+def _scales_of_expert(
+    module: Module, stacked: tuple[int, ...], scale: StoredArray, expert: int, part: tuple[int, tuple[int, int]]
+) -> Scales:
+    """One for all experts, one for each, one for gate and one for up, or one for each block."""
+    first, shape = part
+    count, halves, (height, width) = stacked[0], stacked[1] // shape[0], _block(module.config)
+    blocks = (count, -(-stacked[1] // height), -(-stacked[2] // width))
+    single = dict.fromkeys(((), (1,), (count,), (count, 1, 1), (count, halves, 1)))
+    module.expect(scale, *single, blocks, dtypes=(*FLOATS, "F8_E8M0"))
+    if scale.shape in single:
+        numbers = prod(scale.shape)
+        each = numbers // count
+        place = expert * each + (first // shape[0] if each > 1 else 0)
+        offset = scale.offset + place * (scale.bytes // numbers)
+        return Scales(replace(scale, shape=(1, 1), offset=offset), shape, shape)
+    if first % height:
+        raise module.refuse(f"scales for blocks of {height} rows, of which gate and up share some")
+    return Scales(_of_expert(scale, expert), shape, (height, width), first=first // height)
+
+
 # -- which methods there are ------------------------------------------------------------------------------------------
 
 
@@ -427,15 +506,15 @@ class Scheme:
     beside: tuple[str, ...] = ()
 
 
-FLOAT8 = Scheme(".weight", ("F8_E4M3",), _float8)
-MODELOPT_NVFP4 = Scheme(".weight", ("U8",), _nvfp4)
+FLOAT8 = (Scheme(".weight", ("F8_E4M3",), _float8), Scheme("_proj", ("F8_E4M3",), _float8_experts))
+MODELOPT_NVFP4 = (Scheme(".weight", ("U8",), _nvfp4), Scheme("_proj", ("U8",), _nvfp4_experts))
 METHODS: Mapping[str, tuple[Scheme, ...]] = {
-    "fp8": (FLOAT8, Scheme(".weight", ("I8", "U8"), _mxfp4)),
-    "fbgemm_fp8": (FLOAT8,),
-    "modelopt": (FLOAT8, MODELOPT_NVFP4),
-    "modelopt_fp4": (MODELOPT_NVFP4,),
+    "fp8": (*FLOAT8, Scheme(".weight", ("I8", "U8"), _mxfp4)),
+    "fbgemm_fp8": FLOAT8,
+    "modelopt": (*FLOAT8, *MODELOPT_NVFP4),
+    "modelopt_fp4": MODELOPT_NVFP4,
     "compressed-tensors": (
-        FLOAT8,
+        *FLOAT8,
         Scheme(".weight", ("I8",), _int8),
         Scheme(".weight_packed", ("I32",), _pack_quantized),
         Scheme(".weight_packed", ("U8",), _nvfp4, (".weight_global_scale",)),

@@ -76,8 +76,8 @@ class Integers:
 
     `shape` is the matrix's. `order` says at which place of a word, counted from its lowest bits, the elements that
     follow each other stand; without one there is an element for each of the array's. They follow each other along
-    `packed`: "columns" or "rows" of the matrix. A `transposed` array has the matrix's columns as its lines. Row i of
-    the matrix is row `first` + `step` * i of the array.
+    `packed`: "columns" or "rows" of the matrix. A `transposed` array has the matrix's columns as its lines, which may
+    be longer. Row i of the matrix is row `first` + `step` * i of the array.
     """
 
     array: StoredArray
@@ -115,11 +115,10 @@ class Integers:
             of_rows = range(rows.start // per, -(-rows.stop // per))
         elif per > 1:
             of_columns = range(columns.start // per, -(-columns.stop // per))
-        height, width = self.expected_shape()[::-1] if self.transposed else self.expected_shape()
         if self.transposed:
-            raw = self.array.read(source, of_columns, of_rows, (width, height)).T
+            raw = self.array.read(source, of_columns, of_rows, two_lengths(self.array)).T
         else:
-            raw = self.array.read(source, of_rows, of_columns, (height, width))
+            raw = self.array.read(source, of_rows, of_columns, self.expected_shape())
         if per == 1:
             return raw
         return self._unpacked(raw, rows, columns)
@@ -168,7 +167,7 @@ class Scales:
         index = np.arange(rows.start, rows.stop) // height - of_rows.start
         of_rows = range(self.first + self.step * of_rows.start, self.first + self.step * of_rows.stop, self.step)
         if self.transposed:
-            found = self.array.read(source, of_columns, of_rows, self.count[::-1]).T
+            found = self.array.read(source, of_columns, of_rows, two_lengths(self.array)).T
         else:
             found = self.array.read(source, of_rows, of_columns, self.count)
         return found if height == 1 else found[index]
@@ -178,6 +177,12 @@ class Scales:
         width = self.block[1]
         places: np.ndarray = np.arange(columns.start, columns.stop) // width - columns.start // width
         return places
+
+
+def two_lengths(array: StoredArray) -> tuple[int, int]:
+    """The shape of an array of lines."""
+    lines, places = array.shape
+    return lines, places
 
 
 def read_whole(source: Source, array: StoredArray) -> np.ndarray:

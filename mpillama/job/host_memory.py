@@ -7,7 +7,14 @@ from pathlib import Path
 
 import psutil
 
+from mpillama.errors import UserError
+
 CGROUPS = Path("/sys/fs/cgroup")
+SHARED = Path("/dev/shm")
+SHARED_BYTES = 2_100_000
+"""What MPICH 5 takes of /dev/shm for a rank at the least; with less it ends by a bus error."""
+START_BYTES = 48_000_000
+"""What a rank takes before it can look at its limits: Python, MPI, numpy."""
 MUCH = 256 << 20
 """Bytes of swap or of reserved pages that are worth a warning."""
 UNLIMITED = 1 << 60
@@ -25,8 +32,44 @@ def process_room() -> int:
     return UNLIMITED if limit == resource.RLIM_INFINITY else max(0, limit - psutil.Process().memory_info().vms)
 
 
+def refuse_small_host(
+    ranks: int, shared: Path = SHARED, root: Path = CGROUPS, membership: Path = Path("/proc/self/cgroup")
+) -> None:
+    """UserError if so many ranks could not even start here: they would be killed while Python and MPI are loaded."""
+    host, need = os.uname().nodename, ranks * START_BYTES
+    limit = min((found for group, names in _groups(root, membership) if (found := _limit(group, names))), default=need)
+    if limit < need:
+        raise UserError(
+            f"the memory of host {host} is limited to {limit / 1e6:.0f} MB (memory cgroup), but Python and MPI alone "
+            f"need {need / 1e6:.0f} MB for {ranks} rank{'s' * (ranks > 1)}: ask for more (Slurm: --mem, containers: "
+            "--memory), or start fewer ranks on a host."
+        )
+    size, need = _size(shared), ranks * SHARED_BYTES
+    if ranks > 1 and size < need:
+        raise UserError(
+            f"{shared} on host {host} holds {size / 1e6:.0f} MB, but {ranks} ranks that exchange messages through it "
+            f"need {need / 1e6:.0f} MB: make it larger (docker: --shm-size, root: mount -o remount,size=1G {shared}), "
+            "or start fewer ranks on a host."
+        )
+
+
+def _size(folder: Path) -> int:
+    """Bytes of a file system; as many as can be where that is not known."""
+    try:
+        found = os.statvfs(folder)
+    except OSError:
+        return UNLIMITED
+    return found.f_blocks * found.f_frsize
+
+
 def cgroup_rooms(root: Path, membership: Path) -> Iterator[int]:
     """What each memory group above this process still allows, versions 1 and 2; files cached by it can be dropped."""
+    for group, names in _groups(root, membership):
+        yield from _room(group, names)
+
+
+def _groups(root: Path, membership: Path) -> Iterator[tuple[Path, tuple[str, str, str]]]:
+    """The memory groups above this process, and the names of their files: limit, usage, and cached in memory.stat."""
     for line in _read(membership).splitlines():
         _, controllers, path = line.split(":", 2)
         if controllers == "":
@@ -39,17 +82,23 @@ def cgroup_rooms(root: Path, membership: Path) -> Iterator[int]:
             continue
         folder = base / path.lstrip("/")
         for group in (folder, *folder.parents):
-            yield from _room(group, *names)
+            yield group, names
             if group == base:
                 break
 
 
-def _room(group: Path, limit_name: str, usage_name: str, cached_name: str) -> Iterator[int]:
-    limit, usage = _read(group / limit_name).strip(), _read(group / usage_name).strip()
-    if not limit.isdigit() or not usage.isdigit() or int(limit) >= UNLIMITED:
+def _limit(group: Path, names: tuple[str, str, str]) -> int:
+    """Bytes that a group may take; 0 if it has no limit."""
+    limit = _read(group / names[0]).strip()
+    return int(limit) if limit.isdigit() and int(limit) < UNLIMITED else 0
+
+
+def _room(group: Path, names: tuple[str, str, str]) -> Iterator[int]:
+    limit, usage = _limit(group, names), _read(group / names[1]).strip()
+    if not limit or not usage.isdigit():
         return
     cached = dict(line.split() for line in _read(group / "memory.stat").splitlines() if len(line.split()) == 2)
-    yield max(0, int(limit) - int(usage) + int(cached.get(cached_name, 0)))
+    yield max(0, limit - int(usage) + int(cached.get(names[2], 0)))
 
 
 def _slurm_rooms() -> Iterator[int]:

@@ -157,7 +157,8 @@ class Step(ctypes.Structure):
         ("tokens", ctypes.c_int64),
         ("x", Address),
         *((name, Activations) for name in ("hidden", "context", "gate", "latent")),
-        *((name, Address) for name in ("q", "k", "v", "up", "gates", "partial", "squares", "cosines", "sines")),
+        *((name, Address) for name in ("q", "k", "v", "up", "gates", "partial", "squares", "shifts")),
+        *((name, Address) for name in ("cosines", "sines")),
         *((name, Address) for name in ("query_factors", "slots", "segments", "tables", "states", "snapshots")),
         *((name, ctypes.c_int64) for name in ("rotary_half", "segment_count", "table_width", "snapshot_count")),
         ("in_flight", ctypes.c_int64),
@@ -171,6 +172,8 @@ class Window(ctypes.Structure):
         ("slots", Address),
         ("flags", Address),
         *((name, ctypes.c_int64) for name in ("ranks", "rank", "capacity")),
+        ("totals", Address),
+        ("published", Address),
     ]
 
 

@@ -12,6 +12,7 @@ from typing import cast
 import numpy as np
 
 from mpillama.comm.communicator import Communicator
+from mpillama.comm.pipeline import join_stages
 from mpillama.comm.shared_memory import CAPACITY, SharedReduction
 from mpillama.engine.executor import Executor
 from mpillama.errors import UserError
@@ -22,14 +23,18 @@ from mpillama.job.start import World
 from mpillama.kernels.library import Team
 from mpillama.kernels.shared_sum import SharedWindow, window_bytes
 from mpillama.kernels.target import Target
+from mpillama.loading.memory import MemoryModel
 from mpillama.loading.model_file import ModelFile, chat_template_source, model_path, open_model
 from mpillama.loading.placement import warn_of_shared_cores
 from mpillama.loading.preflight import cache_room, choose_context, measure_host, refuse_no_room, warn_of_hosts
 from mpillama.loading.progress import PLACE, AbandonedError, LoadState, LoadWatch
 from mpillama.loading.settings import EngineSettings, ModelSettings
+from mpillama.loading.shares import divide, gain_of, measured_division, on_these_hosts, read_shares
 from mpillama.loading.truncated import truncated
 from mpillama.models.cache import blocks_for
+from mpillama.models.config import ModelConfig
 from mpillama.models.decoder import Decoder
+from mpillama.models.partition import Division
 from mpillama.models.tensors import TensorSpec
 from mpillama.models.weights import Read, Weights, load_weights
 
@@ -46,7 +51,7 @@ class ReplicatedTensors:
         """Fill the arrays of a tensor with the given units, unless rank 0 does."""
         if spec.split is None:
             self.whole[spec.name] = arrays
-            if not self.comm.is_root:
+            if not len(units) or not self.comm.is_root:
                 return
         self.read_slice(spec, units, arrays)
         logging.getLogger(__name__).debug("%s: units %d to %d are read.", spec.name, units.start, units.stop)
@@ -63,11 +68,11 @@ def is_read(spec: TensorSpec, comm: Communicator) -> bool:
     return comm.is_root or spec.split is not None
 
 
-def choose_reduction(comm: Communicator, world: World, team: Team, hidden_size: int, chunk: int) -> None:
-    """Let the ranks of one host reduce through shared memory where that is faster than MPI."""
-    if comm.size > 1 and world.neighbours.size == comm.size and hidden_size <= CAPACITY:
+def choose_reduction(comm: Communicator, team: Team, hidden_size: int, chunk: int) -> None:
+    """Let the ranks of a host add up in shared memory, and hosts exchange sums, where that is faster than MPI."""
+    if comm.size > 1 and hidden_size <= CAPACITY:
         with comm.watch.blocking("the making of memory that the ranks share"):
-            shared = SharedReduction(comm.mpi, window_bytes, partial(SharedWindow, team))
+            shared = SharedReduction(comm.mpi, window_bytes, partial(SharedWindow, team), comm.yields)
         sizes = sorted({hidden_size * tokens for tokens in (1, 8, 32, chunk)})
         comm.choose_reduction(shared, sizes)
 
@@ -91,6 +96,8 @@ class LoadedModel:
     context: int
     cache_room: int
     """Cache blocks that fit every host."""
+    gain: float | None = None
+    """How much faster the slowest rank reads its weights than with even shares, if --shares is by what was measured."""
 
 
 def load_model(settings: ModelSettings, world: World, target: Target, progress: Progress) -> LoadedModel:
@@ -106,14 +113,19 @@ def load_model(settings: ModelSettings, world: World, target: Target, progress: 
     _refuse_other_contents(file, world)
     file = truncated(file, settings.layers)
     _check_context(settings, file)
+    if settings.sync == "q80" and file.config.has_post_norms:
+        raise UserError(f"{file.path}: --sync q80 is for models without norms after the halves of a layer: use exact.")
     LOG.info("table of %s with %d tensors after %.1f s.", file.path, len(file.specs), time.perf_counter() - start)
     warn_of_hosts(world)
     warn_of_shared_cores(world, target.threads)
     comm.together(lambda: refuse_no_room(settings.force))
     chunk = max(1, min(settings.prefill_chunk, settings.max_seq_len or file.config.max_position_embeddings))
-    choose_reduction(comm, world, target.team, file.config.padded_hidden_size, chunk)
+    division, gain = choose_division(settings, file.config, file.specs, world, chunk)
+    pipeline = join_stages(comm, division.stages) if division.stages > 1 else None
+    mates = pipeline.group if pipeline else comm
+    choose_reduction(mates, target.team, file.config.padded_hidden_size, chunk)
     LOG.info("kernels ready (%s) after %.1f s.", target.isa.name, time.perf_counter() - start)
-    host = measure_host(file, world, settings, chunk)
+    host = measure_host(file, world, settings, chunk, division)
     context = choose_context(file, world, settings.max_seq_len, host, settings.force)
     room = cache_room(world, host)
     LOG.info(
@@ -123,11 +135,35 @@ def load_model(settings: ModelSettings, world: World, target: Target, progress: 
     if host.states:
         LOG.info("of that, %.3f GB are for %d recurrent states.", host.states / 1e9, settings.state_slots)
     start = time.perf_counter()
-    weights, bytes_read = _read_weights(settings, file, world, target.team, progress)
+    weights, bytes_read = _read_weights(settings, file, division, world, mates, target.team, progress)
     seconds = time.perf_counter() - start
     LOG.info("read %d bytes in %.1f s, %.2f GB/s.", bytes_read, seconds, bytes_read / seconds / 1e9)
-    model = Decoder(file.config.for_context(settings.max_seq_len), weights, comm, target.team)
-    return LoadedModel(file, model, bytes_read, time.perf_counter() - start, context, room)
+    config, coarse = file.config.for_context(settings.max_seq_len), settings.sync == "q80"
+    model = Decoder(config, weights, mates, target.team, coarse, division, pipeline)
+    return LoadedModel(file, model, bytes_read, time.perf_counter() - start, context, room, gain)
+
+
+def choose_division(
+    settings: ModelSettings, config: ModelConfig, specs: Sequence[TensorSpec], world: World, chunk: int
+) -> tuple[Division, float | None]:
+    """How the ranks share a model, and what that gains over even shares if it is by what was measured.
+
+    Rank 0 reads --shares; UserError on all ranks if it or the number of ranks does not fit.
+    """
+    comm, layers = world.comm, config.num_hidden_layers
+    even = comm.together(lambda: divide(comm.size, settings.pipeline, None, layers))
+    path = settings.shares
+    if path is None:
+        return even, None
+    hosts = comm.gather(world.host)
+    found = comm.on_root(lambda: read_shares(path))
+    if isinstance(found, tuple):
+        return comm.together(lambda: divide(comm.size, even.stages, found, layers)), None
+    model = MemoryModel(config, specs, even, settings.kv_type, chunk)
+    measured = comm.together(lambda: on_these_hosts(found, hosts, path))
+    context = settings.max_seq_len or config.max_position_embeddings
+    division = comm.together(lambda: measured_division(measured, model, context))
+    return division, gain_of(model, division, measured)
 
 
 def _refuse_other_contents(file: ModelFile, world: World) -> None:
@@ -138,15 +174,24 @@ def _refuse_other_contents(file: ModelFile, world: World) -> None:
 
 
 def _read_weights(
-    settings: ModelSettings, file: ModelFile, world: World, team: Team, progress: Progress
+    settings: ModelSettings,
+    file: ModelFile,
+    division: Division,
+    world: World,
+    mates: Communicator,
+    team: Team,
+    progress: Progress,
 ) -> tuple[Weights, int]:
-    """This rank's slices, and the bytes read of the file; once a rank cannot read its own, all stop."""
+    """This rank's slices, and the bytes read of the file; once a rank cannot read its own, all stop.
+
+    `mates` are the ranks of its stage, which hold the same tensors.
+    """
     comm = world.comm
     stamps = _stamps(file) if comm.is_root else {}
     reader = comm.together(lambda: file.reader(lambda count: None, team.threads, settings.verify))
-    replicated = ReplicatedTensors(comm, reader.read)
-    part = file.config.partition(comm.size)[comm.rank]
-    total = sum(file.stored_bytes(spec, spec.units_of(part)) for spec in file.specs if is_read(spec, comm))
+    replicated = ReplicatedTensors(mates, reader.read)
+    part = file.config.partition(division)[comm.rank]
+    total = sum(file.stored_bytes(spec, spec.units_of(part)) for spec in file.specs if is_read(spec, mates))
     sizes = comm.gather((total, world.host))
 
     def read() -> Weights | None:

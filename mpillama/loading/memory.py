@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from mpillama.models.cache import blocks_for, cache_bytes, state_bytes
 from mpillama.models.config import ModelConfig
-from mpillama.models.partition import Partition
+from mpillama.models.partition import Division, Partition
 from mpillama.models.tensors import EMBEDDING, LM_HEAD, TensorSpec
 from mpillama.models.weights import arena_bytes, slice_bytes
 from mpillama.models.workspace import scratch_bytes, workspace_bytes
@@ -42,6 +42,7 @@ class RankMemory:
     python: int
     tokenizer: int
     reads: int
+    has_head: bool = True
 
     @property
     def total(self) -> int:
@@ -56,14 +57,14 @@ class RankMemory:
 
 @dataclass(frozen=True)
 class MemoryModel:
-    """A model on `ranks` ranks, up to `sequences` sequences at a time, steps of up to `chunk` prompt tokens.
+    """A model divided so, up to `sequences` sequences at a time, steps of up to `chunk` prompt tokens.
 
     `states` are the state slots, if it has recurrent layers; `threads` are those of a rank.
     """
 
     config: ModelConfig
     specs: Sequence[TensorSpec]
-    ranks: int
+    division: Division
     kv_type: str
     chunk: int
     sequences: int = 1
@@ -74,7 +75,7 @@ class MemoryModel:
     def of_rank(self, rank: int, part: Partition, context: int) -> RankMemory:
         """What a rank takes if each sequence has a cache of `context` positions, which may be 0."""
         config = self.config
-        window = SHARED_WINDOW_BYTES if self.ranks > 1 else 0
+        window = SHARED_WINDOW_BYTES if self.division.ranks > 1 else 0
         logits = 8 * config.vocab_size * self.sequences
         tokenizer = TOKENIZER_BYTES * config.vocab_size if self.has_tokenizer and rank == 0 else 0
         tokens = self._tokens(context)
@@ -87,6 +88,7 @@ class MemoryModel:
             python=PYTHON_BYTES + (ROOT_BYTES + tokenizer if rank == 0 else 0),
             tokenizer=tokenizer,
             reads=slice_bytes(self.specs, part),
+            has_head=part.is_last,
         )
 
     def scratch(self, part: Partition, context: int) -> int:
@@ -100,8 +102,9 @@ class MemoryModel:
     def of_ranks(self, context: int) -> list[RankMemory]:
         """What each rank takes; of thousands of ranks most are alike and computed once."""
         known, found = dict[tuple[int, ...], RankMemory](), []
-        for rank, part in enumerate(self.config.partition(self.ranks)):
-            sizes = (int(rank == 0), *(len(units) for units in part.ranges.values()))
+        for rank, part in enumerate(self.config.partition(self.division)):
+            stage = (part.layers.start, part.layers.stop) if part.layers else ()
+            sizes = (int(rank == 0), *stage, *(len(units) for units in part.ranges.values()))
             if sizes not in known:
                 known[sizes] = self.of_rank(rank, part, context)
             found.append(known[sizes])
@@ -130,7 +133,7 @@ class RankUsage:
 
 def memory_of_ranks(model: MemoryModel, blocks: int, positions: int, processes: Sequence[int]) -> list[RankUsage]:
     """Each rank's memory with a cache of `blocks` blocks, `positions` of it filled; `processes` are resident bytes."""
-    parts, filled = model.config.partition(model.ranks), blocks_for(positions)
+    parts, filled = model.config.partition(model.division), blocks_for(positions)
     return [
         RankUsage(
             of_rank.weights,

@@ -1,18 +1,21 @@
 """What a run will need of each rank and node, before it is queued: memory exactly, speed by the limits.
 
 Memory is that of loading/memory.py. Speed: decode reads the weights and the KV cache once a token, and changes
-recurrent states; the network adds a latency and the bytes of each all-reduce.
+recurrent states; the network adds the latencies and bytes of loading/traffic.py.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
 from mpillama.loading.memory import RESERVE, MemoryModel, RankMemory
 from mpillama.loading.settings import state_slots
+from mpillama.loading.shares import Measured, measured_division
+from mpillama.loading.traffic import COARSE_BITS, EXACT_BITS, Layout, Network, Sent, step_seconds, step_sent
 from mpillama.models.cache import blocks_for
 from mpillama.models.config import ModelConfig
+from mpillama.models.partition import Division, micro_batches
 from mpillama.models.tensors import EMBEDDING, LM_HEAD, TensorSpec, WeightTypes
 from mpillama.models.weights import slice_bytes
 from mpillama.quant.registry import SMALLEST
@@ -36,22 +39,87 @@ class PlanRequest:
     prefill_chunk: int = 256
     tokenizer: bool = True
     threads: int = 16
+    shares: tuple[float, ...] | None = None
+    measured: tuple[Measured, ...] | None = None
+    """Each rank's bandwidth and memory, if they are known one by one."""
+    stages: int = 1
+    sync: str = "exact"
 
     @property
     def ranks(self) -> int:
         return self.nodes * self.ranks_per_node
 
     @cached_property
+    def staged(self) -> list["StageTraffic"]:
+        """The stages, and how their ranks lie on nodes."""
+        group, bits = self.division.group, COARSE_BITS if self.sync == "q80" else EXACT_BITS
+        layout = Layout(-(-group // self.ranks_per_node), min(group, self.ranks_per_node), bits)
+        last = self.layers_of_stages[-1]
+        return [
+            StageTraffic(replace(self.config, blocks=self.config.blocks[own.start : own.stop]), layout, own == last)
+            for own in self.layers_of_stages
+        ]
+
+    @cached_property
     def specs(self) -> list[TensorSpec]:
         return self.config.tensors(self.types)
 
     @property
+    def division(self) -> Division:
+        return Division(self.ranks, self.shares, self.stages)
+
+    @cached_property
+    def layers_of_stages(self) -> tuple[range, ...]:
+        """The layers of each stage, the first ones first."""
+        return self.config.layers_of_stages(self.stages)
+
+    @property
     def memory_model(self) -> MemoryModel:
-        sizes = (self.ranks, self.kv_type, self.prefill_chunk, self.batch)
+        sizes = (self.kv_type, self.prefill_chunk, self.batch)
+        states = state_slots(self.batch)
         return MemoryModel(
-            self.config, self.specs, *sizes, has_tokenizer=self.tokenizer, states=state_slots(self.batch),
+            self.config, self.specs, self.division, *sizes, has_tokenizer=self.tokenizer, states=states,
             threads=self.threads,
         )  # fmt: skip
+
+    @property
+    def memory_of_nodes(self) -> list[int]:
+        """Bytes that each node has."""
+        if self.measured is None:
+            return [self.memory_per_node] * self.nodes
+        ranks = [rank.memory for rank in self.measured]
+        return [sum(ranks[i : i + self.ranks_per_node]) for i in range(0, len(ranks), self.ranks_per_node)]
+
+    def speeds(self, node: "Node") -> list[float]:
+        """Bytes per second that each rank reads from memory."""
+        if self.measured is None:
+            return [node.memory_bandwidth / self.ranks_per_node] * self.ranks
+        return [rank.bandwidth for rank in self.measured]
+
+
+def shared_by_measure(request: PlanRequest, measured: Sequence[Measured]) -> PlanRequest:
+    """The request with shares by each rank's bandwidth, limited by its memory."""
+    known = replace(request, measured=tuple(measured))
+    division = measured_division(measured, known.memory_model, request.max_seq_len)
+    return replace(known, shares=division.shares)
+
+
+@dataclass(frozen=True)
+class StageTraffic:
+    """What the ranks of a stage say to each other: a model of its layers, and how they lie on nodes."""
+
+    config: ModelConfig
+    layout: Layout
+    samples: bool
+
+    def sent(self, network: Network, tokens: int) -> Sent:
+        """What a node's first rank sends in a step of decoding."""
+        return step_sent(self.config, self.layout, tokens, network, tokens * self.samples)
+
+    def seconds(self, network: Network, tokens: float, prefill: bool) -> float:
+        """Seconds of a step or a part of one."""
+        rows = 0 if prefill or not self.samples else math.ceil(tokens)
+        return step_seconds(self.config, self.layout, math.ceil(tokens), network, rows)
 
 
 @dataclass(frozen=True)
@@ -71,7 +139,7 @@ class Plan:
     @property
     def headroom(self) -> int:
         """Bytes that stay free on the fullest node; below 0 if it does not fit."""
-        return self.request.memory_per_node - max(self.nodes)
+        return min(has - need for has, need in zip(self.request.memory_of_nodes, self.nodes, strict=True))
 
     @property
     def fits(self) -> bool:
@@ -132,7 +200,7 @@ def _remedies(plan: Plan) -> Iterator[Remedy]:
         changed = make_plan(changed_request)
         if changed.fits:
             yield Remedy(text, changed)
-    more = _least_nodes(request)
+    more = None if request.measured or request.shares else _least_nodes(request)
     if more:
         yield Remedy(f"--nodes {more.request.nodes} instead of {request.nodes}", more)
 
@@ -168,16 +236,8 @@ def _least_nodes(request: PlanRequest) -> Plan | None:
 
 
 @dataclass(frozen=True)
-class Network:
-    """What a message costs: seconds, and bytes per second."""
-
-    latency: float
-    bandwidth: float
-
-
-@dataclass(frozen=True)
 class Speed:
-    """A prediction for one step of `batch` sequences; the communication is that of one rank."""
+    """A prediction for one step of `batch` sequences; messages and bytes are those that a host's first rank sends."""
 
     decode_tokens_per_second: float
     prefill_tokens_per_second: float
@@ -186,6 +246,23 @@ class Speed:
     communication_bytes_per_step: int
     communication_share: float
     load_seconds: float | None
+    waiting_share: float
+    """What ranks wait for late ones, if it was measured."""
+
+
+@dataclass(frozen=True)
+class Waiting:
+    """What ranks waited for each other in a measured run of `ranks`, as a share of their work."""
+
+    share: float
+    ranks: int
+
+    def seconds(self, work: float, ranks: int) -> float:
+        """What they will wait where each works so long.
+
+        Delays that come by chance add up as the latest of n does: with the root of log n.
+        """
+        return work * self.share * math.sqrt(math.log(ranks) / math.log(self.ranks)) if ranks > 1 else 0.0
 
 
 @dataclass(frozen=True)
@@ -195,47 +272,83 @@ class Node:
     memory_bandwidth: float
     multiply_adds: float
     read_bandwidth: float | None = None
+    waiting: Waiting | None = None
 
 
 def predict(plan: Plan, node: Node, network: Network) -> Speed:
     """Predict decoding at the full context, and prefill without the attention's part."""
     request = plan.request
-    per_rank = node.memory_bandwidth / request.ranks_per_node * GOOD_EFFICIENCY
-    idle = _idle_share(request)
-    streamed = [_streamed(request, r, idle) for r in plan.ranks]
-    calls = 2 * request.config.num_hidden_layers + 2 if request.ranks > 1 else 0
-    message = 8 * request.config.padded_hidden_size * request.batch
-    communication = _communication(request, network, request.batch)
+    work, communication = _step(plan, node, network, request.batch, prefill=False)
+    waiting = node.waiting.seconds(work, request.division.group) if node.waiting else 0.0
+    seconds = work + communication + waiting
+    prefill = request.prefill_chunk / sum(_step(plan, node, network, request.prefill_chunk, prefill=True))
+    streamed = _streamed_of_ranks(plan)
+    sent = max((stage.sent(network, request.batch) for stage in request.staged), key=lambda each: each.bytes)
     fullest_read = max(r.reads for r in plan.ranks) * request.ranks_per_node
-    seconds = max(streamed) / per_rank + communication
+    hop = _hop(request, request.batch)
     return Speed(
         request.batch / seconds,
-        _prefill(request, node, network),
-        sum(streamed),
-        calls,
-        2 * calls * message,
+        prefill,
+        sum(weights + cache for weights, cache in streamed),
+        sent.messages + hop.messages,
+        round(sent.bytes + hop.bytes),
         communication / seconds,
         fullest_read / node.read_bandwidth if node.read_bandwidth else None,
+        waiting / seconds,
     )
 
 
-def _communication(request: PlanRequest, network: Network, tokens: int) -> float:
-    """Seconds of a step's all-reduces of so many tokens."""
-    if request.ranks == 1:
-        return 0.0
-    rounds = math.ceil(math.log2(request.ranks))
-    message = 8 * request.config.padded_hidden_size * tokens
-    calls = 2 * request.config.num_hidden_layers + 2
-    return calls * (2 * rounds * network.latency + 2 * message / network.bandwidth)
+def _hop(request: PlanRequest, tokens: float) -> Sent:
+    """What a rank sends to the stage after of a part of a step."""
+    return Sent(1, 1, 4 * request.config.padded_hidden_size * tokens) if request.stages > 1 else Sent()
 
 
-def _prefill(request: PlanRequest, node: Node, network: Network) -> float:
-    """Tokens per second of a prompt's full chunks: the rank with the largest share of the products decides."""
-    tokens = request.prefill_chunk
+def _step(plan: Plan, node: Node, network: Network, tokens: int, prefill: bool) -> tuple[float, float]:
+    """Seconds of work and of communication in a step of so many tokens, which goes through the stages in parts.
+
+    The first part passes all stages, the others follow at the pace of the slowest.
+    """
+    request = plan.request
+    parts = micro_batches(tokens, request.stages)
+    each = tokens / parts
+    works = _works(plan, node, each, prefill)
+    talks = [stage.seconds(network, each, prefill) for stage in request.staged]
+    slowest = max(range(request.stages), key=lambda stage: works[stage] + talks[stage])
+    hops = (request.stages - 1) * _hop(request, each).seconds(network)
+    if request.stages > 1:
+        hops += math.ceil(math.log2(request.nodes)) * network.latency  # the plan
+    return (
+        sum(works) + (parts - 1) * works[slowest],
+        sum(talks) + (parts - 1) * talks[slowest] + hops,
+    )
+
+
+def _works(plan: Plan, node: Node, tokens: float, prefill: bool) -> list[float]:
+    """Seconds that the slowest rank of each stage works on a part of a step: it reads its weights, or multiplies."""
+    request, found = plan.request, []
+    speeds, streamed = request.speeds(node), _streamed_of_ranks(plan)
+    compute = node.multiply_adds / request.ranks_per_node
     panels = request.config.blocks[-1].mlp.splits[0]
-    share = max(len(part[panels]) for part in request.config.partition(request.ranks)) / panels.count
-    work = tokens * multiply_adds(request.config) * share
-    return tokens / (work / (node.multiply_adds / request.ranks_per_node) + _communication(request, network, tokens))
+    parts = request.config.partition(request.division)
+    whole, count = multiply_adds(request.config), request.config.num_hidden_layers
+    for stage, layers in enumerate(request.layers_of_stages):
+        mates = [rank for rank in range(request.ranks) if request.division.stage_of(rank) == stage]
+        share = max(len(parts[rank][panels]) for rank in mates) / panels.count
+        multiplying = tokens * whole * len(layers) / count * share / compute
+        reading = max(
+            (streamed[rank][0] + streamed[rank][1] * tokens / request.batch) / speeds[rank] / GOOD_EFFICIENCY
+            for rank in mates
+        )
+        found.append(multiplying if prefill else max(reading, multiplying))
+    return found
+
+
+def _streamed_of_ranks(plan: Plan) -> list[tuple[int, int]]:
+    """Bytes of weights, and of KV cache and states, that each rank reads in a step that goes through in one part."""
+    request, idle = plan.request, _idle_share(plan.request)
+    states = [2 * request.batch * rank.states // state_slots(request.batch) for rank in plan.ranks]  # read and written
+    caches = [rank.kv_cache + size for rank, size in zip(plan.ranks, states, strict=True)]
+    return [(_streamed(request, rank, idle), cache) for rank, cache in zip(plan.ranks, caches, strict=True)]
 
 
 def multiply_adds(config: ModelConfig) -> int:
@@ -246,14 +359,12 @@ def multiply_adds(config: ModelConfig) -> int:
 
 
 def _streamed(request: PlanRequest, rank: RankMemory, idle: float) -> int:
-    """Bytes that a rank reads in a decode step: its weights (without an untied embedding), its KV cache, and states.
-
-    Each sequence's state is read and written.
-    """
-    config = request.config
-    embedding = 0 if config.tie_word_embeddings else rank.embedding // 2
-    states = 2 * request.batch * rank.states // state_slots(request.batch)
-    return round((rank.weights - embedding) * (1 - idle)) + rank.kv_cache + states
+    """Bytes of weights that a rank reads in a decode step: all but an untied embedding and experts not chosen."""
+    if request.stages > 1:
+        unread = 0 if rank.has_head else rank.embedding
+    else:
+        unread = 0 if request.config.tie_word_embeddings else rank.embedding // 2
+    return round((rank.weights - unread) * (1 - idle))
 
 
 def _idle_share(request: PlanRequest) -> float:
@@ -262,3 +373,46 @@ def _idle_share(request: PlanRequest) -> float:
     experts = [spec for spec in request.specs if spec.experts]
     idle = sum(slice_bytes([s], whole) * (1 - min(1.0, request.batch * s.chosen / s.experts)) for s in experts)
     return idle / slice_bytes(request.specs, whole)
+
+
+# -- stages ---------------------------------------------------------------------------------------------------------
+
+MOST_STAGES = 16
+WORTH_STAGES = 1.05
+"""Stages are advised only if they make this much of a difference."""
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    """A number of stages for a job's ranks: memory and speed."""
+
+    plan: Plan
+    speed: Speed
+    crossings: int
+    """How often a decode step meets the network, one time after the other."""
+
+    @property
+    def stages(self) -> int:
+        return self.plan.request.stages
+
+
+def plans_of_stages(request: PlanRequest, node: Node, network: Network) -> list[StagePlan]:
+    """All numbers of stages of whole nodes; with uneven shares only the number asked for."""
+    found = []
+    for stages in range(1, min(request.nodes, MOST_STAGES, request.config.num_hidden_layers) + 1):
+        if request.nodes % stages == 0 and (stages == request.stages or request.shares is None):
+            plan = make_plan(replace(request, stages=stages))
+            sums = [
+                stage.sent(network, request.batch).rounds for stage in plan.request.staged if stage.layout.hosts > 1
+            ]
+            found.append(StagePlan(plan, predict(plan, node, network), stages - 1 + sum(sums)))
+    return found
+
+
+def best_stages(found: Sequence[StagePlan]) -> StagePlan:
+    """The fastest that fits, with as few stages as come near it; if none fits, the one that is nearest."""
+    fitting = [each for each in found if each.plan.fits]
+    if not fitting:
+        return max(found, key=lambda each: each.plan.headroom)
+    fastest = max(each.speed.decode_tokens_per_second for each in fitting)
+    return next(each for each in fitting if each.speed.decode_tokens_per_second * WORTH_STAGES >= fastest)

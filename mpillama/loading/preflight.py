@@ -13,6 +13,7 @@ from mpillama.loading.model_file import ModelFile
 from mpillama.loading.settings import ModelSettings
 from mpillama.models.attention import BLOCK_POSITIONS
 from mpillama.models.cache import blocks_for
+from mpillama.models.partition import Division
 
 PROGRAM_ROOM = 128_000_000
 """Bytes that a process must be free to map before it loads a model: the demo takes 40 MB, mostly stacks of threads."""
@@ -52,14 +53,13 @@ class Host:
         return room // self.per_block * BLOCK_POSITIONS if self.per_block else (1 << 40 if room >= 0 else -1)
 
 
-def measure_host(file: ModelFile, world: World, settings: ModelSettings, chunk: int, size: int | None = None) -> Host:
-    """What the ranks of this host need and have, if `size` ranks share a model; the same on each of them."""
-    size = size or world.comm.size
+def measure_host(file: ModelFile, world: World, settings: ModelSettings, chunk: int, division: Division) -> Host:
+    """What the ranks of this host need and have, if ranks share a model so; the same on each of them."""
     model = MemoryModel(
-        file.config, file.specs, size, settings.kv_type, chunk, states=settings.state_slots, threads=world.threads
+        file.config, file.specs, division, settings.kv_type, chunk, states=settings.state_slots, threads=world.threads
     )
-    rank = world.comm.rank % size
-    part = file.config.partition(size)[rank]
+    rank = world.comm.rank % division.ranks
+    part = file.config.partition(division)[rank]
     without_cache = model.of_rank(rank, part, context=0)
     longest = settings.max_seq_len or file.config.max_position_embeddings
     scratch = model.scratch(part, longest) - model.scratch(part, 0)
@@ -101,9 +101,10 @@ def cache_room(world: World, host: Host) -> int:
 
 def smallest_group(file: ModelFile, world: World, settings: ModelSettings, context: int) -> int:
     """The fewest ranks that can share a model so that all ranks are in groups of that size and every host has room."""
-    size = world.comm.size
-    for ranks in [n for n in range(1, size) if size % n == 0]:
-        hosts = world.comm.gather(measure_host(file, world, settings, settings.prefill_chunk, ranks))
+    size, stages = world.comm.size, settings.pipeline
+    for ranks in [n for n in range(stages, size, stages) if size % n == 0]:
+        division = Division(ranks, None, stages)
+        hosts = world.comm.gather(measure_host(file, world, settings, settings.prefill_chunk, division))
         if all(host.need(context) <= 0.9 * host.available for host in hosts):
             return ranks
     return size

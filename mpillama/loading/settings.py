@@ -66,11 +66,29 @@ class ModelSettings:
         "limit of prompt and answer together, in tokens (default: the model's own context)", metavar="TOKENS", least=1
     )
     kv_type: str = option("type of the KV cache (default: f16)", "f16", choices=["f16", "f32", "q8"])
+    sync: str = option(
+        "how layers' results are added up: exact, or q80 for slow networks: rounded to about 8 bits a panel, other "
+        "answers than exact, but the same on any number of ranks (default: exact)",
+        "exact",
+        choices=["exact", "q80"],
+    )
     threads: Optional[int] = option(
         "threads of each rank (default: the cores this rank may use, shared fairly with the ranks on them)",
         metavar="COUNT",
     )
     prefill_chunk: int = option("prompt tokens computed together (default: 256)", 256, metavar="TOKENS", least=1)
+    pipeline: int = option(
+        "stages of equally many ranks that hold the layers one after the other; the ranks of a stage divide each of "
+        "its layers (default: 1)",
+        1,
+        metavar="STAGES",
+        least=1,
+    )
+    shares: Optional[str] = option(
+        "how much of the model each rank takes: numbers such as 3,3,1, or by bandwidth and memory, from a saved "
+        "`doctor --bandwidth --json` (default: evenly)",
+        metavar="FILE|N,N,…",
+    )
     timeout: float = option(
         "end the job if a rank keeps the others waiting this long without progress, 0 for never (default: 600.0)",
         DEFAULT_TIMEOUT,

@@ -90,9 +90,9 @@ def extrapolate(
     The trial's cache is resident for the `positions` that were written, the whole model's is counted to the end of the
     context. Recurrent states are counted as if all were written.
     """
-    ranks, states = engine.executor.comm.size, engine.executor.states
-    small = _bytes_of_ranks(MemoryModel(file.config, file.specs, ranks, kv_type, 1, states=states), positions)
-    larger = MemoryModel(file.whole.config, file.whole.specs, ranks, kv_type, 1, states=states)
+    division, states = engine.executor.model.division, engine.executor.states
+    small = _bytes_of_ranks(MemoryModel(file.config, file.specs, division, kv_type, 1, states=states), positions)
+    larger = MemoryModel(file.whole.config, file.whole.specs, division, kv_type, 1, states=states)
     whole = _bytes_of_ranks(larger, engine.longest)
     most = max(m - sum(s) + sum(w) for m, s, w in zip(memory, small, whole, strict=True))
     ratio = max(w[0] / s[0] for s, w in zip(small, whole, strict=True))

@@ -22,13 +22,13 @@ def blocks_for(positions: int) -> int:
 def cache_bytes(config: ModelConfig, part: Partition, blocks: int, kv_type: str) -> int:
     """Bytes of a rank's cache of `blocks` blocks."""
     kind = KV_TYPES[kv_type]
-    arrays = (array for block in config.blocks for array in block.attention.cache_arrays(part, blocks, kind))
+    arrays = (array for block in part.own(config.blocks) for array in block.attention.cache_arrays(part, blocks, kind))
     return sum(prod(shape) * dtype.itemsize for shape, dtype in arrays)
 
 
 def state_bytes(config: ModelConfig, part: Partition, states: int) -> int:
     """Bytes of a rank's states of so many sequences."""
-    arrays = (array for block in config.blocks for array in block.attention.state_arrays(part))
+    arrays = (array for block in part.own(config.blocks) for array in block.attention.state_arrays(part))
     return states * sum(prod(shape) * dtype.itemsize for shape, dtype in arrays)
 
 
@@ -36,7 +36,7 @@ class KVCache:
     """The cache of each layer, as its kind of attention has it: arrays of blocks, and of states in slots."""
 
     def __init__(self, config: ModelConfig, part: Partition, blocks: int, kv_type: str, states: int = 1):
-        kind = KV_TYPES[kv_type]
+        kind, own = KV_TYPES[kv_type], part.own(config.blocks)
         # Zeroed memory costs nothing until its pages are written.
         self.layers: list[LayerCache] = [
             tuple(
@@ -46,10 +46,10 @@ class KVCache:
                     *(((states, *shape), dtype) for shape, dtype in block.attention.state_arrays(part)),
                 )
             )
-            for block in config.blocks
+            for block in own
         ]
         self.arguments = [
-            block.attention.cache_argument(layer, kind) for block, layer in zip(config.blocks, self.layers, strict=True)
+            block.attention.cache_argument(layer, kind) for block, layer in zip(own, self.layers, strict=True)
         ]
         self.blocks = blocks
 
@@ -81,6 +81,21 @@ class Step:
             setattr(step, name, arguments.address(getattr(self, name)))
         step.segment_count, step.table_width = self.tables.shape
         step.snapshot_count = len(self.snapshots)
+
+    def rows(self, first: int, last: int) -> "Step":
+        """The step of some of the tokens; those before them must have gone through each layer before."""
+        starts = np.maximum(self.segments[:, 0], first)
+        counts = np.minimum(self.segments[:, 0] + self.segments[:, 1], last) - starts
+        held = counts > 0
+        segments = np.stack([starts - first, counts, self.segments[:, 2] + starts - self.segments[:, 0]], axis=1)
+        wanted = self.logit_rows[(self.logit_rows >= first) & (self.logit_rows < last)] - first
+        each = (self.token_ids[first:last], self.positions[first:last], self.slots[first:last])
+        states = self.states[held]  # where an earlier part has begun the sequence, its state is where that wrote it
+        begun = self.segments[held, 0] < first
+        states[begun, 0] = states[begun, 1]
+        snapshots = self.snapshots[(self.snapshots[:, 0] >= first) & (self.snapshots[:, 0] < last)]
+        snapshots[:, 0] -= first
+        return Step(*each, segments[held], self.tables[held], wanted, states, snapshots)
 
 
 def joint_step(

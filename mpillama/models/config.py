@@ -2,7 +2,7 @@
 
 import math
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -10,7 +10,7 @@ from mpillama.errors import UserError
 from mpillama.models.config_values import ConfigValues, Json
 from mpillama.models.families import FAMILIES
 from mpillama.models.family import Block, OuterFactors
-from mpillama.models.partition import Partition, Split, partitions
+from mpillama.models.partition import Division, Partition, Split, divide_layers, partitions
 from mpillama.models.rope import Rope, Rotation
 from mpillama.models.tensors import (
     EMBEDDING,
@@ -22,6 +22,7 @@ from mpillama.models.tensors import (
     whole_vector,
 )  # fmt: skip
 from mpillama.quant.registry import head_type
+from mpillama.quant.types.f32 import F32
 from mpillama.quant.weight_type import BLOCK, LANES, WeightType, round_up
 
 
@@ -118,9 +119,42 @@ class ModelConfig:
         found = [split for kind in self.kinds for split in (*kind.attention.splits, *kind.mlp.splits)]
         return tuple(dict.fromkeys((*found, self.vocabulary_split)))
 
-    def partition(self, size: int, weights: Sequence[float] | None = None) -> list[Partition]:
-        """Each rank's part of the model; `weights` as in split_units."""
-        return partitions(self.splits, size, weights)
+    def partition(self, division: Division | int) -> list[Partition]:
+        """Each rank's part of the model; a number divides it evenly over so many ranks."""
+        if isinstance(division, int):
+            division = Division(division)
+        if division.stages == 1:
+            return partitions(self.splits, division.ranks, division.shares)
+        layers, size, found = self.layers_of_stages(division.stages), division.group, list[Partition]()
+        for first in range(0, division.ranks, size):
+            stage = division.stage_of(first)
+            outer = frozenset(self._outer_tensors(stage == 0, stage == division.stages - 1))
+            shares = division.shares[first : first + size] if division.shares else None
+            found += [
+                replace(
+                    part, layers=layers[stage], outer=outer, is_first=stage == 0, is_last=stage == division.stages - 1
+                )
+                for part in partitions(self.splits, size, shares)
+            ]
+        return found
+
+    def layers_of_stages(self, stages: int) -> tuple[range, ...]:
+        """Each stage's layers: about the same number of weights, with those of the embedding and the head."""
+        sizes = {kind: self._weights_of(kind) for kind in self.kinds}
+        head = self.vocab_size * self.hidden_size
+        return divide_layers(tuple(sizes[block] for block in self.blocks), head, head * self.lm_head, stages)
+
+    def _weights_of(self, block: Block) -> int:
+        types = WeightTypes(F32)
+        specs = (*block.attention.specs("", self.hidden_size, types), *block.mlp.specs("", self.hidden_size, types))
+        return sum(spec.rows * spec.columns * max(1, spec.experts) for spec in specs)
+
+    def _outer_tensors(self, is_first: bool, is_last: bool) -> Iterator[str]:
+        """What a stage holds besides its layers."""
+        if is_first or (is_last and self.tie_word_embeddings):
+            yield EMBEDDING
+        if is_last:
+            yield from (FINAL_NORM, LM_HEAD)
 
     @property
     def most_busy_ranks(self) -> int:

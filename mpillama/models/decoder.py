@@ -1,24 +1,28 @@
-"""The decoder, split over ranks: two all-reduces a layer, one all-gather of the logits."""
+"""The decoder, split over ranks: two all-reduces a layer, and what rank 0 needs of the logits."""
 
 import ctypes
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import pairwise
 from typing import Any, cast
 
 import numpy as np
 
 from mpillama.comm.communicator import Communicator
-from mpillama.comm.shared_memory import YIELDS, Backoff
+from mpillama.comm.pipeline import Pipeline
+from mpillama.comm.shared_memory import Backoff
+from mpillama.comm.ways import Traffic
 from mpillama.kernels import arguments
 from mpillama.kernels.library import Team
 from mpillama.kernels.shared_sum import PROGRESS_STRIDE, SharedWindow
 from mpillama.models.cache import KVCache, Step
+from mpillama.models.candidates import Candidates, Wanted, message_numbers, read_candidates, write_candidates
 from mpillama.models.config import ModelConfig
 from mpillama.models.family import Block
 from mpillama.models.linear import LayerWeights, Matrix, any_quantised
-from mpillama.models.partition import Partition
+from mpillama.models.partition import Division, Partition, micro_batches, split_units
 from mpillama.models.weights import Weights
 from mpillama.models.workspace import Activations, StepArrays, Workspace
 from mpillama.quant.weight_type import LANES
@@ -71,9 +75,7 @@ class ResidualSum:
         self.team = team
         self.size, self.eps = config.hidden_size, config.rms_norm_eps
         self._progress = np.zeros((team.threads, PROGRESS_STRIDE), np.int64)
-        self._sum = arguments.Sum(
-            progress=arguments.address(self._progress), spins=Backoff(comm.yields).spins, yields=YIELDS
-        )
+        self._sum = arguments.Sum(progress=arguments.address(self._progress))
 
     def __call__(self, a: StepArrays, half: Callable[[arguments.Sum | None], bool], ending: Ending) -> None:
         """Run half a layer and add its sum to a.x, as `ending` says; `half` gets how to add up, None to leave it."""
@@ -99,10 +101,11 @@ class ResidualSum:
             window = cast(SharedWindow, shared.shared)
             total.window = ctypes.addressof(window.argument)
             total.sequence = shared.next_sequence(window.exchanges(*a.partial.shape))
+            total.spins, total.yields = shared.waits(Backoff(self.comm.yields))
         done = half(total)
         if shared is not None:
             go_on = lambda: self.team.finish_sum(a.argument, total)  # noqa: E731
-            self.comm.finish_all_reduce(done, total.waited * 1e-9, go_on)
+            self.comm.finish_all_reduce(shared, done, total.waited * 1e-9, go_on)
 
 
 class DecoderLayer:
@@ -135,11 +138,23 @@ class DecoderLayer:
 
 
 class Decoder:
-    """A rank's part of a model."""
+    """A rank's part of a model, which ranks divide evenly unless there is a `division`.
 
-    def __init__(self, config: ModelConfig, weights: Weights, comm: Communicator, team: Team):
-        parts = config.partition(comm.size)
+    `comm` has the ranks that divide this rank's layers: all, or with a `pipeline` those of its stage. `coarse`: panels'
+    results are rounded to about 8 bits before they are added up.
+    """
+
+    def __init__(
+        self, config: ModelConfig, weights: Weights, comm: Communicator, team: Team, coarse: bool = False,
+        division: Division | None = None, pipeline: Pipeline | None = None,
+    ):  # fmt: skip
+        self.division = division or Division(comm.size)
+        self.pipeline = pipeline
+        self.all_ranks = pipeline.comm if pipeline else comm
+        mates = self.division.mates_of(self.all_ranks.rank)
+        parts = config.partition(self.division)[mates.start : mates.stop]
         self.tokens_run = 0
+        self.coarse = coarse
         self.config = config
         self.weights = weights
         self.part = parts[comm.rank]
@@ -153,28 +168,83 @@ class Decoder:
         all_reduce = ResidualSum(comm, team, config)
         self.layers = [
             DecoderLayer(config, block, of_layer, self.part, all_reduce)
-            for block, of_layer in zip(config.blocks, weights.layers, strict=True)
+            for block, of_layer in self.part.own(list(zip(config.blocks, weights.layers, strict=True)))
         ]
 
     def forward(self, step: Step, cache: KVCache) -> Array:
-        """Run the step's tokens and return the wanted logits, float32 [len(step.logit_rows), vocab_size]."""
+        """Run the step's tokens and return the wanted logits on rank 0, float32 [len(step.logit_rows), vocab_size]."""
         self.advance(step, cache)
         return self.logits(step.logit_rows)
 
     def advance(self, step: Step, cache: KVCache) -> None:
         """Run the step's tokens; logits and hidden states of any of them can be had until the next step."""
         a = self.workspace.for_tokens(len(step.token_ids))
-        self._embed(step.token_ids, a)
+        if self.pipeline is None:
+            self._embed(step.token_ids, a)
+            self._run_layers(step, a, cache)
+        else:
+            self._run_stage(self.pipeline, step, cache)
+        self.tokens_run += len(step.token_ids)
+
+    def _run_layers(self, step: Step, a: StepArrays, cache: KVCache) -> None:
         self._turn(step.positions, a)
         step.describe(a.argument)
         a.argument.in_flight = self.in_flight
+        a.argument.shifts = arguments.address(a.shifts) if self.coarse else None
         for decoder, layer_cache in zip(self.layers, cache.arguments, strict=False):
             decoder.forward(a, layer_cache)
-        self.tokens_run += len(step.token_ids)
+
+    def _run_stage(self, pipeline: Pipeline, step: Step, cache: KVCache) -> None:
+        """The step in parts, so that the stage after works on one while this stage works on the next."""
+        ranges = split_units(len(step.token_ids), micro_batches(len(step.token_ids), self.division.stages))
+        parts = [(step.rows(r.start, r.stop), self.workspace.for_rows(r.start, len(r))) for r in ranges]
+        pipeline.expect([a.x for _, a in parts])
+        for part, a in parts:
+            if self.part.is_first:
+                self._embed(part.token_ids, a)
+            pipeline.receive()
+            self._run_layers(part, a, cache)
+            pipeline.send(a.x)
+        pipeline.finish()
+
+    @property
+    def communication_seconds(self) -> float:
+        """Time spent in collectives and in waiting for other stages."""
+        return self.comm.seconds + (self.pipeline.seconds if self.pipeline else 0.0)
+
+    @property
+    def sent(self) -> Traffic:
+        """What this rank sent in steps."""
+        return self.comm.sent + self.pipeline.comm.sent + self.pipeline.sent if self.pipeline else self.comm.sent
+
+    def forget_costs(self) -> None:
+        """Begin to count communication anew."""
+        self.comm.forget_costs()
+        if self.pipeline:
+            self.pipeline.forget_costs()
 
     def logits(self, rows: Array) -> Array:
-        """What comes after tokens of the last step, float32 [len(rows), vocab_size]; all ranks ask for the same."""
-        return self._logits(self.workspace.residual(0, self.workspace.capacity)[rows])
+        """On rank 0 what comes after tokens of the last step, float32 [len(rows), vocab_size].
+
+        All ranks ask for the same; elsewhere there are no rows.
+        """
+        if not self.part.is_last:
+            return np.empty((0, self.config.vocab_size), np.float32)
+        return self._gather(self._logits(rows))
+
+    def wanted_logits(self, rows: Array, wanted: Sequence[Wanted]) -> list[Array | Candidates]:
+        """On rank 0 of each row what is wanted: as `logits`, or its candidates. All ranks ask for the same."""
+        if self.comm.size == 1 or not self.part.is_last or not any(each.count for each in wanted):
+            return list(self.logits(rows))
+        part = self._logits(rows)
+        found: list[Array | Candidates] = [np.empty(0, np.float32)] * (len(rows) if self.comm.is_root else 0)
+        whole = [i for i, each in enumerate(wanted) if not each.count]
+        for i, row in zip(whole, self._gather(part[whole]), strict=False):
+            found[i] = row
+        few = [i for i, each in enumerate(wanted) if each.count]
+        for i, candidates in zip(few, self._candidates(part, rows, few, wanted), strict=False):
+            found[i] = candidates
+        return found
 
     def hidden_states(self, first: int, count: int) -> Array:
         """The last step's tokens after the last layer and norm, float32 [count, hidden_size]; no collective."""
@@ -197,10 +267,34 @@ class Decoder:
             if rotation.rope.query_factors and to.query_factors is not None:
                 to.query_factors[:] = [rotation.rope.query_factors.at(int(p)) for p in positions]
 
-    def _logits(self, x: Array) -> Array:
-        if not len(x):
+    def _candidates(self, part: Array, rows: Array, few: list[int], wanted: Sequence[Wanted]) -> Iterator[Candidates]:
+        """One message of each rank with the candidates of all rows that want them; rank 0 joins them."""
+        ends = np.cumsum([0, *self.logit_widths]).clip(max=self.config.vocab_size).tolist()
+        widths = [last - first for first, last in pairwise(ends)]
+        lengths = [[message_numbers(wanted[i].count, width) for i in few] for width in widths]
+        mine = lengths[self.comm.rank]
+        message = np.empty((1, sum(mine)), np.float32)
+        for i, piece in zip(few, np.split(message[0], np.cumsum(mine)[:-1]), strict=True):
+            if len(piece):
+                write_candidates(part[i, : widths[self.comm.rank]], wanted[i], piece)
+        gathered = self.comm.gather_columns(message, [sum(of_rank) for of_rank in lengths])
+        if len(gathered):
+            of_ranks = np.split(gathered[0], np.cumsum([sum(of_rank) for of_rank in lengths])[:-1])
+            parts = [np.split(all_, np.cumsum(of_rank)[:-1]) for all_, of_rank in zip(of_ranks, lengths, strict=True)]
+            for place, i in enumerate(few):
+                yield read_candidates([of_rank[place] for of_rank in parts], ends[:-1], int(rows[i]))
+
+    def _gather(self, part: Array) -> Array:
+        """Whole rows of logits on rank 0."""
+        if not len(part):
             return np.empty((0, self.config.vocab_size), np.float32)
-        head = self.weights.lm_head
+        return self.comm.gather_columns(part, self.logit_widths)[:, : self.config.vocab_size]
+
+    def _logits(self, rows: Array) -> Array:
+        """This rank's logits after tokens of the last step, float32 [len(rows), its part of the vocabulary]."""
+        x, head = self.workspace.residual(0, self.workspace.capacity)[rows], self.weights.lm_head
+        if not len(x):
+            return np.empty((0, self.logit_widths[self.comm.rank]), np.float32)
         h = Activations.empty(*x.shape)
         part = np.empty((len(x), self.logit_widths[self.comm.rank]), np.float32)
         self._normalise(x, h, any_quantised(head))
@@ -208,7 +302,7 @@ class Decoder:
         factors = self.config.factors
         if factors.logits != 1.0 or factors.logits_cap:
             self.team.scale_logits(part, factors.logits, factors.logits_cap)
-        return self.comm.all_gather_columns(part, self.logit_widths)[:, : self.config.vocab_size]
+        return part
 
     def _normalise(self, x: Array, h: Activations, quantised: bool) -> None:
         """The model's last norm, of x [tokens, padded hidden] to h."""

@@ -134,6 +134,8 @@ class TensorSpec:
 
     def units_of(self, part: Partition) -> range:
         """The units that a rank with this partition owns."""
+        if part.layers is not None and not part.holds(self.layer, self.name):
+            return range(0)
         return part[self.split] if self.split else range(1)
 
 

@@ -1,7 +1,7 @@
 """The arrays that a step's activations live in: allocated once, so that a step allocates nothing."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import numpy as np
@@ -89,6 +89,7 @@ class StepArrays:
     partial: Array
     addend: Array
     squares: Array
+    shifts: Array
     angles: tuple[Angles, ...]
     argument: arguments.Step = field(init=False)
     """For kernels; which tokens a step has is written into it when it runs."""
@@ -144,9 +145,11 @@ class Workspace:
             partial=np.empty((tokens, hidden), np.float64),
             addend=np.empty((tokens, hidden if self.config.has_post_norms else 0), np.float32),
             squares=np.zeros((tokens, 4), np.float64),
+            shifts=np.empty(tokens, np.float64),
             angles=tuple(Angles.empty(tokens, rotation) for rotation in self.config.rotations),
         )
         self._views: dict[int, StepArrays] = {}
+        self._parts: dict[tuple[int, int], StepArrays] = {}
 
     def for_tokens(self, tokens: int) -> StepArrays:
         """The arrays of a step; the same ones each time."""
@@ -155,6 +158,14 @@ class Workspace:
         if tokens not in self._views:
             self._views[tokens] = self._whole.first(tokens)
         return self._views[tokens]
+
+    def for_rows(self, first: int, count: int) -> StepArrays:
+        """The arrays of a part of a step, whose residual stream has a place of its own; the rest all parts share."""
+        if first == 0:
+            return self.for_tokens(count)
+        if (first, count) not in self._parts:
+            self._parts[first, count] = replace(self._whole.first(count), x=self._whole.x[first : first + count])
+        return self._parts[first, count]
 
     def residual(self, first: int, count: int) -> Array:
         """The residual stream of tokens of the last step, float32 [count, padded hidden]."""
@@ -175,7 +186,7 @@ def workspace_bytes(config: ModelConfig, part: Partition, tokens: int) -> int:
     activations = sum(Activations.bytes(tokens, k) for k in (hidden, *of_layers))
     floats = hidden * (1 + config.has_post_norms) + sum(widths[name] for name in ("q", "k", "v", "gates", "inner"))
     floats += sum(rotation.channels for rotation in config.rotations)
-    return activations + tokens * (4 * floats + 8 * (hidden + 4))
+    return activations + tokens * (4 * floats + 8 * (hidden + 5))
 
 
 def scratch_bytes(config: ModelConfig, part: Partition, tokens: int, positions: int, threads: int) -> int:

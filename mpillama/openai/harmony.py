@@ -10,8 +10,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import Enum, auto
 
-from mpillama.engine.answer import Mark
-from mpillama.openai.answer_parts import Part
+from mpillama.openai.reasoning import Part, PartParser
+from mpillama.openai.tool_calls import ToolFormat
 from mpillama.openai.tool_grammars import Function, TokenId, call_rules, marker_rule, schema_rule
 from mpillama.openai.tool_readers import Call, NoCall, Reader
 from mpillama.text.constraint import text_rule
@@ -39,7 +39,6 @@ class HarmonyFormat:
 
     @property
     def marking(self) -> frozenset[int]:
-        """The tokens whose places a parser must be told."""
         return frozenset(self.ids)
 
     def parser_after(self, prompt_end: str, begun: str) -> "HarmonyParser":
@@ -64,21 +63,16 @@ class _State(Enum):
     CALLING = auto()
 
 
-class HarmonyParser:
+class HarmonyParser(PartParser):
     """Divides a streamed answer into thoughts, what is said, and calls, wherever its pieces are cut.
 
     A call is given out when it is whole. Text outside of any message, which no model of this kind writes, is said.
     """
 
     def __init__(self, form: HarmonyFormat, is_open: bool, thinks: bool) -> None:
-        self.tokens = 0
-        """Tokens of thoughts, without marks and heads."""
+        super().__init__()
         self._form = form
         self._state = _State.THINKING if thinks else _State.SAYING if is_open else _State.HEAD
-        self._marks: list[Mark] = []
-        self._text = ""  # not given out yet
-        self._at = 0  # where it begins in the answer
-        self._count = 0  # tokens so far
         self._from = 0  # the first token of the thought
         self._before = 0  # tokens of thoughts before it
         self._head = ""  # of a message, with a space for each mark
@@ -86,11 +80,7 @@ class HarmonyParser:
         self._name = ""
         self._held: list[str] = []  # of a call
 
-    def push(self, text: str, tokens: int, marks: Sequence[Mark] = ()) -> list[Part]:
-        """What `text` adds for certain; it came with so many `tokens`, among them `marks`."""
-        self._text += text
-        self._count += tokens
-        self._marks += marks
+    def _advance(self, ended: bool) -> list[Part]:
         parts: list[Part] = []
         while self._marks and self._marks[0].end <= self._at + len(self._text):
             mark = self._marks.pop(0)
@@ -101,22 +91,18 @@ class HarmonyParser:
         parts += self._add(self._take(max(0, until)))
         if self._state is _State.THINKING:
             self.tokens = self._before + max(0, self._count - self._from)
+        if ended:
+            parts += self._end()
         return [part for part in parts if part.text or part.call]
 
-    def finish(self) -> list[Part]:
-        """The rest, when the answer has ended."""
+    def _end(self) -> list[Part]:
         parts = self._add(self._take(len(self._text)))
         if self._state is _State.CALLING:
             parts += self._end_of_call()
         elif self._state is _State.HEAD and self._channel is None:
             parts.append(Part(self._head.strip()))
         self._head = ""
-        return [part for part in parts if part.text or part.call]
-
-    def _take(self, count: int) -> str:
-        taken, self._text = self._text[:count], self._text[count:]
-        self._at += len(taken)
-        return taken
+        return parts
 
     def _add(self, text: str) -> list[Part]:
         """Text between two marks."""
@@ -188,3 +174,6 @@ def harmony_rules(functions: Sequence[Function], several: bool, token_id: TokenI
         for function in functions
     )
     return f"start: {channel} call\n" + call_rules(rules)
+
+
+HARMONY = ToolFormat("harmony", CHANNEL, "", read_nothing, harmony_rules, one_text=True)

@@ -8,10 +8,13 @@ import ast
 import json
 import re
 from collections.abc import Generator, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from mpillama.errors import UserError
-from mpillama.openai.tool_grammars import Function, TokenId, call_rules, llama3_rules, more_rules, schema_rule
+from mpillama.openai.object_calls import llama3_rules, read_object_call
+from mpillama.openai.tool_calls import ToolFormat
+from mpillama.openai.tool_grammars import Function, TokenId, call_rules, more_rules, schema_rule
 from mpillama.openai.tool_readers import (
     MOST_NAME,
     NAME,
@@ -20,7 +23,6 @@ from mpillama.openai.tool_readers import (
     Reader,
     expect,
     literal,
-    read_object_call,
     skip_space,
 )
 from mpillama.text.constraint import text_rule
@@ -168,3 +170,7 @@ def _value_rule(function: Function, schema: Mapping[str, Any]) -> str:
     if schema.get("type") == "boolean":
         return '("True" | "False")'
     return schema_rule(function, schema)
+
+
+LLAMA4 = ToolFormat("llama4", PYTHON_START, "[{", read_llama4, json_rules)
+LLAMA4_PYTHONIC = replace(LLAMA4, name="llama4-pythonic", rules=pythonic_rules)

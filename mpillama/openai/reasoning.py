@@ -1,23 +1,72 @@
-"""Reasoning models: splits thoughts from the answer by the model family's marks.
+"""The parts of an answer, and reasoning models: splits thoughts from the answer by the model family's marks.
 
 A format makes a parser for each answer; the parser divides the answer into parts that are thought and parts that are
 said. A family that names its parts in another way (channels, say) brings a format of its own.
 """
 
-import re
-from collections.abc import Callable, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum, auto
+from typing import Protocol
 
 from mpillama.engine.answer import Mark
-from mpillama.openai.answer_parts import AnswerFormat, Part
-from mpillama.openai.harmony import harmony_format, is_harmony
+from mpillama.openai.tool_readers import Call
 
-COMMENT = re.compile(r"\{#.*?#\}", re.DOTALL)
 PAIRS = (("<think>", "</think>"), ("[THINK]", "[/THINK]"))
 """What stands around a thought: DeepSeek-R1, Qwen and many after them; Magistral."""
-WITH_ENDING = re.compile(r"<think(:\w+)>")
-"""Of Hy3, whose checkpoints give every tag the same ending."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """A piece of an answer: thought, or said, or a call of a tool."""
+
+    text: str
+    is_thought: bool = False
+    call: Call | None = None
+
+
+class PartParser(ABC):
+    """Divides a streamed answer into its parts, wherever its pieces are cut."""
+
+    def __init__(self) -> None:
+        self.tokens = 0
+        """Tokens of thoughts, without their marks."""
+        self._marks: list[Mark] = []
+        self._text = ""  # not given out yet
+        self._at = 0  # where it begins in the answer
+        self._count = 0  # tokens so far
+
+    def push(self, text: str, tokens: int, marks: Sequence[Mark] = ()) -> list[Part]:
+        """What `text` adds for certain; it came with so many `tokens`, among them `marks`."""
+        self._text += text
+        self._count += tokens
+        self._marks += marks
+        return self._advance(ended=False)
+
+    def finish(self) -> list[Part]:
+        """The rest, when the answer has ended."""
+        return self._advance(ended=True)
+
+    @abstractmethod
+    def _advance(self, ended: bool) -> list[Part]:
+        """Give out what is certain of the text at hand; all of it if the answer has `ended`."""
+
+    def _take(self, count: int) -> str:
+        taken, self._text = self._text[:count], self._text[count:]
+        self._at += len(taken)
+        return taken
+
+
+class AnswerFormat(Protocol):
+    """How a family marks the parts of its answers."""
+
+    @property
+    def marking(self) -> frozenset[int]:
+        """The tokens whose places a parser must be told."""
+
+    def parser_after(self, prompt_end: str, begun: str) -> PartParser:
+        """Start to read the answer to a prompt that ends so; `begun` is the text of a message that it continues."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +89,6 @@ class ReasoningFormat:
 
     @property
     def marking(self) -> frozenset[int]:
-        """The tokens whose places a parser must be told."""
         return frozenset(i for i in (self.open_id, self.close_id) if i is not None) if self.by_id else frozenset()
 
     def opens(self, prompt_end: str) -> bool:
@@ -66,34 +114,18 @@ class _State(Enum):
     SAYING = auto()
 
 
-class ThoughtParser:
+class ThoughtParser(PartParser):
     """Splits a streamed answer into thought and answer, wherever its pieces are cut.
 
     A thought is only what the answer begins with. White space around it is left out.
     """
 
     def __init__(self, form: ReasoningFormat, is_open: bool) -> None:
-        self.tokens = 0
-        """Tokens of the thought, without its marks."""
+        super().__init__()
         self._form = form
         self._state = _State.THINKING if is_open else _State.BEFORE
-        self._marks: list[Mark] = []
-        self._text = ""  # not given out yet
-        self._at = 0  # where it begins in the answer
-        self._count = 0  # tokens so far
         self._from = 0  # the thought's first token
         self._trim = is_open  # whether white space is left out until something else comes
-
-    def push(self, text: str, tokens: int, marks: Sequence[Mark] = ()) -> list[Part]:
-        """What `text` adds for certain; it came with so many `tokens`, among them `marks`."""
-        self._text += text
-        self._count += tokens
-        self._marks += marks
-        return self._advance(ended=False)
-
-    def finish(self) -> list[Part]:
-        """The rest, when the answer has ended."""
-        return self._advance(ended=True)
 
     def _advance(self, ended: bool) -> list[Part]:
         parts: list[Part] = []
@@ -167,32 +199,9 @@ class ThoughtParser:
     def _next_mark(self, token: int | None) -> Mark | None:
         return next((m for m in self._marks if m.token == token and m.start >= self._at), None)
 
-    def _take(self, count: int) -> str:
-        taken, self._text = self._text[:count], self._text[count:]
-        self._at += len(taken)
-        return taken
-
     def _trimmed(self, text: str) -> str:
         if not self._trim:
             return text
         text = text.lstrip()
         self._trim = not text
         return text
-
-
-def reasoning_format(template_source: str, token_id: Callable[[str], int | None]) -> AnswerFormat | None:
-    """The format of a model whose chat template or vocabulary knows marks of thoughts; None if neither does.
-
-    `token_id` gives the id of a mark that is one added token.
-    """
-    source = COMMENT.sub("", template_source)
-    if is_harmony(source) and (channels := harmony_format(token_id)):
-        return channels
-    endings = dict.fromkeys(WITH_ENDING.findall(source))
-    for opening, closing in (*((f"<think{ending}>", f"</think{ending}>") for ending in endings), *PAIRS):
-        ids = token_id(opening), token_id(closing)
-        if None not in ids:
-            return ReasoningFormat(opening, closing, *ids)
-        if opening in source or closing in source:
-            return ReasoningFormat(opening, closing)
-    return None

@@ -7,14 +7,15 @@ import json
 import re
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
+from mpillama.openai.object_calls import END_TOOL_CALL, TOOL_CALL
+from mpillama.openai.tool_calls import ToolFormat
 from mpillama.openai.tool_grammars import Function, TokenId, call_rules, marker_rule, more_rules, schema_rule
 from mpillama.openai.tool_json import strict_json
 from mpillama.openai.tool_readers import (
-    END_TOOL_CALL,
     MOST_NAME,
-    TOOL_CALL,
     Call,
     NoCall,
     Reader,
@@ -39,35 +40,8 @@ class Tags:
     value: tuple[str, str]
 
 
-GLM = Tags(("", ""), (TOOL_CALL, END_TOOL_CALL), "", ("<arg_key>", "</arg_key>"), ("<arg_value>", "</arg_value>"))
-MINIMAX = Tags(
-    ("<minimax:tool_call>", "</minimax:tool_call>"),
-    ('<invoke name="', "</invoke>"),
-    '">',
-    ('<parameter name="', '"'),
-    (">", "</parameter>"),
-)
-QWEN = Tags(
-    (TOOL_CALL, END_TOOL_CALL), ("<function=", "</function>"), ">", ("<parameter=", ">"), ("\n", "\n</parameter>")
-)
 AS_PYTHON = {"True": "true", "False": "false", "None": "null"}
 """Values as templates write them that take Python's words for them."""
-
-
-HY = re.compile(r"<tool_calls(:\w+)?>")
-"""What begins a block of Hy3; every tag of a checkpoint may have the same ending."""
-
-
-def hy_tags(template_source: str) -> Tags | None:
-    """The tags of Hy3 in a chat template, with the ending that they have there; None of another template."""
-    begin = HY.search(template_source)
-    if begin is None or f"<arg_key{begin[1] or ''}>" not in template_source:
-        return None
-    block, call, key, value = (
-        (f"<{name}{begin[1] or ''}>", f"</{name}{begin[1] or ''}>")
-        for name in ("tool_calls", "tool_call", "arg_key", "arg_value")
-    )
-    return Tags(block, call, f"<tool_sep{begin[1] or ''}>", key, value)
 
 
 @dataclass(frozen=True)
@@ -113,19 +87,75 @@ def _types(schema: Any) -> set[str]:
     return found
 
 
-# -- reading ----------------------------------------------------------------------------------------------------------
+FREE_TEXT = r"(<+[^<\/]|[^<])*"
+"""A text in which nothing ends a tag."""
+
+
+def _arguments(
+    function: Function, argument: Callable[[str, str], str], end_id: int | None, end: str
+) -> Iterator[str]:  # fmt: skip
+    """The rule of each argument in the order of the schema; those that are not required may be left out.
+
+    `argument` makes it of a name and the rule of a value with its `end`, which may be a token.
+    """
+    outer = function.parameters
+    shared = {key: outer[key] for key in ("$defs", "definitions") if key in outer}
+    end_rule = text_rule(end) if end_id is None else token_rule(end_id)
+    for name, schema in outer.get("properties", {}).items():
+        if _is_free_text(schema):  # with its end, which the greedy text would begin to take
+            value = f"/{FREE_TEXT}/ {end_rule}" if end_id is not None else f"/{FREE_TEXT}{_escaped(end)}/"
+        else:
+            value = f"{_unquoted(schema) or schema_rule(function, {**shared, **schema})} {end_rule}"
+        rule = argument(name, value)
+        yield rule if name in outer.get("required", ()) else f"({rule})?"
+
+
+def _escaped(text: str) -> str:
+    """A text without other special characters, as part of a regular expression."""
+    return text.replace("/", r"\/").replace("\n", r"\n")
+
+
+def _is_free_text(schema: Any) -> bool:
+    return _types(schema) == {"string"} and isinstance(schema, Mapping) and "enum" not in schema
+
+
+def _unquoted(schema: Any) -> str:
+    """The texts among which a value is chosen, without quotation marks; "" if it is no such value."""
+    choices = schema.get("enum") if isinstance(schema, Mapping) else None
+    if not choices or not all(isinstance(choice, str) for choice in choices):
+        return ""
+    return f"({' | '.join(map(text_rule, choices))})"
+
+
+# -- GLM, and Hy3 with the same tags in a block ------------------------------------------------------------------------
+
+GLM_TAGS = Tags(("", ""), (TOOL_CALL, END_TOOL_CALL), "", ("<arg_key>", "</arg_key>"), ("<arg_value>", "</arg_value>"))
+HY = re.compile(r"<tool_calls(:\w+)?>")
+"""What begins a block of Hy3; every tag of a checkpoint may have the same ending."""
+
+
+def hy_tags(template_source: str) -> Tags | None:
+    """The tags of Hy3 in a chat template, with the ending that they have there; None of another template."""
+    begin = HY.search(template_source)
+    if begin is None or f"<arg_key{begin[1] or ''}>" not in template_source:
+        return None
+    block, call, key, value = (
+        (f"<{name}{begin[1] or ''}>", f"</{name}{begin[1] or ''}>")
+        for name in ("tool_calls", "tool_call", "arg_key", "arg_value")
+    )
+    return Tags(block, call, f"<tool_sep{begin[1] or ''}>", key, value)
 
 
 def read_glm() -> Reader:
     """`<tool_call>name`, then `<arg_key>…</arg_key><arg_value>…</arg_value>` for each argument, and the end."""
     yield from literal(TOOL_CALL)
     name, char = yield from word((yield from skip_space()))
-    values = yield from _pairs(GLM, char)
+    values = yield from _pairs(GLM_TAGS, char)
     return [TaggedCall(name, "", values=values)]
 
 
 def read_hy(tags: Tags) -> Reader:
-    """`<tool_calls>`, calls as `<tool_call>name<tool_sep>` with the arguments as GLM writes them, and the end."""
+    """`<tool_calls>`, calls as `<tool_call>name<tool_sep>` with the arguments as GLM_TAGS writes them, and the end."""
     yield from literal(tags.block[0])
     calls: list[Call] = []
     char = yield from skip_space()
@@ -167,78 +197,11 @@ def _pairs(tags: Tags, char: str) -> Generator[None, str, tuple[tuple[str, str],
     return tuple(values)
 
 
-def read_minimax() -> Reader:
-    """`<minimax:tool_call>`, calls as `<invoke name="…">` with `<parameter name="…">`, and the end."""
-    yield from literal(MINIMAX.block[0])
-    calls: list[Call] = []
-    char = yield from skip_space()
-    while char:
-        expect(char, "<")
-        kind = yield
-        if calls and kind == "/":
-            yield from literal(MINIMAX.block[1][2:])
-            return calls
-        expect(kind, MINIMAX.call[0][1])
-        yield from literal(MINIMAX.call[0][2:])
-        calls.append((yield from _invoked()))
-        char = yield from skip_space()
-    if not calls:
-        raise NoCall
-    return calls
-
-
-def _invoked() -> Generator[None, str, Call]:
-    """A call from its name on."""
-    name = plain_name((yield from text_before('"', most=MOST_NAME)))
-    yield from literal(">")
-    values: list[tuple[str, str]] = []
-    while True:
-        expect((yield from skip_space()), "<")
-        kind = yield
-        if kind == "/":
-            yield from literal(MINIMAX.call[1][2:])
-            return TaggedCall(name, "", values=tuple(values))
-        expect(kind, MINIMAX.key[0][1])
-        yield from literal(MINIMAX.key[0][2:])
-        key = yield from text_before(MINIMAX.key[1])
-        yield from literal(MINIMAX.value[0])
-        values.append((key, (yield from text_before(MINIMAX.value[1]))))
-
-
-def read_qwen() -> Reader:
-    """`<tool_call>`, `<function=name>` with `<parameter=name>`, whose value has lines of its own, and the ends."""
-    yield from literal(TOOL_CALL)
-    expect((yield from skip_space()), QWEN.call[0][0])
-    yield from literal(QWEN.call[0][1:])
-    name = plain_name((yield from text_before(QWEN.name_end, most=MOST_NAME)))
-    values: list[tuple[str, str]] = []
-    while True:
-        expect((yield from skip_space()), "<")
-        kind = yield
-        if kind == "/":
-            yield from literal(QWEN.call[1][2:])
-            break
-        expect(kind, QWEN.key[0][1])
-        yield from literal(QWEN.key[0][2:])
-        key = yield from text_before(QWEN.key[1])
-        value = yield from text_before(QWEN.value[1].strip())
-        values.append((key, value.removeprefix("\n").removesuffix("\n")))
-    expect((yield from skip_space()), END_TOOL_CALL[0])
-    yield from literal(END_TOOL_CALL[1:])
-    return [TaggedCall(name, "", values=tuple(values))]
-
-
-# -- forcing ----------------------------------------------------------------------------------------------------------
-
-FREE_TEXT = r"(<+[^<\/]|[^<])*"
-"""A text in which nothing ends a tag."""
-
-
 def glm_rules(functions: Sequence[Function], several: bool, token_id: TokenId) -> str:
     """Calls with a line for each name and value."""
     line = text_rule("\n")
     start = f"start: block {more_rules('block', line, several)}\n"
-    return start + _calls_in_lines(GLM, functions, token_id)
+    return start + _calls_in_lines(GLM_TAGS, functions, token_id)
 
 
 def hy_rules(tags: Tags, functions: Sequence[Function], several: bool, token_id: TokenId) -> str:
@@ -266,71 +229,128 @@ def _calls_in_lines(tags: Tags, functions: Sequence[Function], token_id: TokenId
     return f"block: {begin} call {end}\n" + call_rules(map(rule, functions))
 
 
+GLM = ToolFormat("glm", TOOL_CALL, "", read_glm, glm_rules)
+
+
+def hy_format(tags: Tags) -> ToolFormat:
+    """The format of Hy3 with the tags that a checkpoint has."""
+    return ToolFormat("hy", tags.block[0], "", partial(read_hy, tags), partial(hy_rules, tags))
+
+
+# -- MiniMax -----------------------------------------------------------------------------------------------------------
+
+MINIMAX_TAGS = Tags(
+    ("<minimax:tool_call>", "</minimax:tool_call>"),
+    ('<invoke name="', "</invoke>"),
+    '">',
+    ('<parameter name="', '"'),
+    (">", "</parameter>"),
+)
+
+
+def read_minimax() -> Reader:
+    """`<minimax:tool_call>`, calls as `<invoke name="…">` with `<parameter name="…">`, and the end."""
+    yield from literal(MINIMAX_TAGS.block[0])
+    calls: list[Call] = []
+    char = yield from skip_space()
+    while char:
+        expect(char, "<")
+        kind = yield
+        if calls and kind == "/":
+            yield from literal(MINIMAX_TAGS.block[1][2:])
+            return calls
+        expect(kind, MINIMAX_TAGS.call[0][1])
+        yield from literal(MINIMAX_TAGS.call[0][2:])
+        calls.append((yield from _invoked()))
+        char = yield from skip_space()
+    if not calls:
+        raise NoCall
+    return calls
+
+
+def _invoked() -> Generator[None, str, Call]:
+    """A call from its name on."""
+    name = plain_name((yield from text_before('"', most=MOST_NAME)))
+    yield from literal(">")
+    values: list[tuple[str, str]] = []
+    while True:
+        expect((yield from skip_space()), "<")
+        kind = yield
+        if kind == "/":
+            yield from literal(MINIMAX_TAGS.call[1][2:])
+            return TaggedCall(name, "", values=tuple(values))
+        expect(kind, MINIMAX_TAGS.key[0][1])
+        yield from literal(MINIMAX_TAGS.key[0][2:])
+        key = yield from text_before(MINIMAX_TAGS.key[1])
+        yield from literal(MINIMAX_TAGS.value[0])
+        values.append((key, (yield from text_before(MINIMAX_TAGS.value[1]))))
+
+
 def minimax_rules(functions: Sequence[Function], several: bool, token_id: TokenId) -> str:
     """A block of calls, each on lines of its own."""
-    begin, end = (marker_rule(text, token_id) for text in MINIMAX.block)
+    begin, end = (marker_rule(text, token_id) for text in MINIMAX_TAGS.block)
     line = text_rule("\n")
     start = f"start: {begin} {line} call {line} {more_rules('', f'call {line}', several)} {end}\n"
 
     def rule(function: Function) -> str:
-        head = text_rule(f"{MINIMAX.call[0]}{function.name}{MINIMAX.name_end}\n")
-        arguments = " ".join(_arguments(function, argument, None, MINIMAX.value[1] + "\n"))
-        return f"{head} {arguments} {text_rule(MINIMAX.call[1])}"
+        head = text_rule(f"{MINIMAX_TAGS.call[0]}{function.name}{MINIMAX_TAGS.name_end}\n")
+        arguments = " ".join(_arguments(function, argument, None, MINIMAX_TAGS.value[1] + "\n"))
+        return f"{head} {arguments} {text_rule(MINIMAX_TAGS.call[1])}"
 
     def argument(name: str, value: str) -> str:
-        return f"{text_rule(MINIMAX.key[0] + name + MINIMAX.key[1] + MINIMAX.value[0])} {value}"
+        return f"{text_rule(MINIMAX_TAGS.key[0] + name + MINIMAX_TAGS.key[1] + MINIMAX_TAGS.value[0])} {value}"
 
     return start + call_rules(map(rule, functions))
+
+
+MINIMAX = ToolFormat("minimax", MINIMAX_TAGS.block[0], "", read_minimax, minimax_rules)
+
+
+# -- Qwen --------------------------------------------------------------------------------------------------------------
+
+QWEN_TAGS = Tags(
+    (TOOL_CALL, END_TOOL_CALL), ("<function=", "</function>"), ">", ("<parameter=", ">"), ("\n", "\n</parameter>")
+)
+
+
+def read_qwen() -> Reader:
+    """`<tool_call>`, `<function=name>` with `<parameter=name>`, whose value has lines of its own, and the ends."""
+    yield from literal(TOOL_CALL)
+    expect((yield from skip_space()), QWEN_TAGS.call[0][0])
+    yield from literal(QWEN_TAGS.call[0][1:])
+    name = plain_name((yield from text_before(QWEN_TAGS.name_end, most=MOST_NAME)))
+    values: list[tuple[str, str]] = []
+    while True:
+        expect((yield from skip_space()), "<")
+        kind = yield
+        if kind == "/":
+            yield from literal(QWEN_TAGS.call[1][2:])
+            break
+        expect(kind, QWEN_TAGS.key[0][1])
+        yield from literal(QWEN_TAGS.key[0][2:])
+        key = yield from text_before(QWEN_TAGS.key[1])
+        value = yield from text_before(QWEN_TAGS.value[1].strip())
+        values.append((key, value.removeprefix("\n").removesuffix("\n")))
+    expect((yield from skip_space()), END_TOOL_CALL[0])
+    yield from literal(END_TOOL_CALL[1:])
+    return [TaggedCall(name, "", values=tuple(values))]
 
 
 def qwen_rules(functions: Sequence[Function], several: bool, token_id: TokenId) -> str:
     """Calls with lines for the name, for that of each argument, and for its value."""
-    begin, end = (marker_rule(text, token_id) for text in QWEN.block)
+    begin, end = (marker_rule(text, token_id) for text in QWEN_TAGS.block)
     line = text_rule("\n")
     start = f"start: block {more_rules('block', line, several)}\nblock: {begin} {line} call {line} {end}\n"
 
     def rule(function: Function) -> str:
-        head = text_rule(f"{QWEN.call[0]}{function.name}{QWEN.name_end}\n")
-        arguments = " ".join(_arguments(function, argument, None, QWEN.value[1] + "\n"))
-        return f"{head} {arguments} {text_rule(QWEN.call[1])}"
+        head = text_rule(f"{QWEN_TAGS.call[0]}{function.name}{QWEN_TAGS.name_end}\n")
+        arguments = " ".join(_arguments(function, argument, None, QWEN_TAGS.value[1] + "\n"))
+        return f"{head} {arguments} {text_rule(QWEN_TAGS.call[1])}"
 
     def argument(name: str, value: str) -> str:
-        return f"{text_rule(QWEN.key[0] + name + QWEN.key[1] + QWEN.value[0])} {value}"
+        return f"{text_rule(QWEN_TAGS.key[0] + name + QWEN_TAGS.key[1] + QWEN_TAGS.value[0])} {value}"
 
     return start + call_rules(map(rule, functions))
 
 
-def _arguments(
-    function: Function, argument: Callable[[str, str], str], end_id: int | None, end: str
-) -> Iterator[str]:  # fmt: skip
-    """The rule of each argument in the order of the schema; those that are not required may be left out.
-
-    `argument` makes it of a name and the rule of a value with its `end`, which may be a token.
-    """
-    outer = function.parameters
-    shared = {key: outer[key] for key in ("$defs", "definitions") if key in outer}
-    end_rule = text_rule(end) if end_id is None else token_rule(end_id)
-    for name, schema in outer.get("properties", {}).items():
-        if _is_free_text(schema):  # with its end, which the greedy text would begin to take
-            value = f"/{FREE_TEXT}/ {end_rule}" if end_id is not None else f"/{FREE_TEXT}{_escaped(end)}/"
-        else:
-            value = f"{_unquoted(schema) or schema_rule(function, {**shared, **schema})} {end_rule}"
-        rule = argument(name, value)
-        yield rule if name in outer.get("required", ()) else f"({rule})?"
-
-
-def _escaped(text: str) -> str:
-    """A text without other special characters, as part of a regular expression."""
-    return text.replace("/", r"\/").replace("\n", r"\n")
-
-
-def _is_free_text(schema: Any) -> bool:
-    return _types(schema) == {"string"} and isinstance(schema, Mapping) and "enum" not in schema
-
-
-def _unquoted(schema: Any) -> str:
-    """The texts among which a value is chosen, without quotation marks; "" if it is no such value."""
-    choices = schema.get("enum") if isinstance(schema, Mapping) else None
-    if not choices or not all(isinstance(choice, str) for choice in choices):
-        return ""
-    return f"({' | '.join(map(text_rule, choices))})"
+QWEN = ToolFormat("qwen", TOOL_CALL, "", read_qwen, qwen_rules)

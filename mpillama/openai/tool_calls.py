@@ -1,65 +1,18 @@
-"""Tool calls: a model's format, calls parsed from its answers, and messages as its template expects them."""
+"""Tool calls: what a format of them is, calls parsed from answers, and messages as a template expects them."""
 
 import hashlib
 import re
 import secrets
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import dataclass
 from typing import Any
 
-from mpillama.openai.harmony import CHANNEL, harmony_rules, is_harmony, read_nothing
-from mpillama.openai.pythonic_calls import PYTHON_START, SHOWN, json_rules, pythonic_rules, read_llama4
-from mpillama.openai.tagged_calls import GLM as GLM_TAGS
-from mpillama.openai.tagged_calls import MINIMAX as MINIMAX_TAGS
-from mpillama.openai.tagged_calls import QWEN as QWEN_TAGS
-from mpillama.openai.tagged_calls import (
-    Tags,
-    glm_rules,
-    hy_rules,
-    hy_tags,
-    minimax_rules,
-    qwen_rules,
-    read_glm,
-    read_hy,
-    read_minimax,
-    read_qwen,
-)
-from mpillama.openai.tool_grammars import (
-    MISTRAL_ID,
-    Rules,
-    TokenId,
-    chosen_functions,
-    deepseek_fenced_rules,
-    deepseek_rules,
-    hermes_rules,
-    kimi_rules,
-    listed_rules,
-    llama3_rules,
-    mistral_args_rules,
-    mistral_rules,
-)
+from mpillama.openai.tool_grammars import Rules, TokenId, chosen_functions
 from mpillama.openai.tool_json import strict_json
-from mpillama.openai.tool_readers import (
-    ARGS,
-    DEEPSEEK_MARKS,
-    KIMI_MARKS,
-    LISTED_CALLS,
-    PYTHON_TAG,
-    TOOL_CALL,
-    TOOL_CALLS,
-    Call,
-    NoCall,
-    Reader,
-    read_deepseek,
-    read_hermes,
-    read_kimi,
-    read_listed,
-    read_llama3,
-    read_mistral,
-)
+from mpillama.openai.tool_readers import Call, NoCall, Reader
 
-COMMENT = re.compile(r"\{#.*?#\}", re.DOTALL)
+SHORT_ID = "[a-zA-Z0-9]{9}"
+"""The ids on which Mistral's templates insist."""
 
 
 @dataclass(frozen=True)
@@ -243,62 +196,6 @@ class ToolCallParser:
         return found
 
 
-HERMES = ToolFormat("hermes", TOOL_CALL, "", read_hermes, hermes_rules)
-LLAMA3 = ToolFormat("llama3", PYTHON_TAG, "{", read_llama3, llama3_rules)
-MISTRAL = ToolFormat("mistral", TOOL_CALLS, "", read_mistral, mistral_rules, short_ids=True)
-MISTRAL_ARGS = ToolFormat("mistral-args", TOOL_CALLS, "", read_mistral, mistral_args_rules, short_ids=True)
-DEEPSEEK = ToolFormat("deepseek", DEEPSEEK_MARKS.begin, "", read_deepseek, deepseek_rules)
-DEEPSEEK_FENCED = ToolFormat("deepseek-fenced", DEEPSEEK_MARKS.begin, "", read_deepseek, deepseek_fenced_rules)
-KIMI = ToolFormat("kimi", KIMI_MARKS.begin, "", read_kimi, kimi_rules)
-LLAMA4 = ToolFormat("llama4", PYTHON_START, "[{", read_llama4, json_rules)
-LLAMA4_PYTHONIC = replace(LLAMA4, name="llama4-pythonic", rules=pythonic_rules)
-LISTED = ToolFormat("listed", LISTED_CALLS, "", read_listed, listed_rules)
-GLM = ToolFormat("glm", TOOL_CALL, "", read_glm, glm_rules)
-MINIMAX = ToolFormat("minimax", MINIMAX_TAGS.block[0], "", read_minimax, minimax_rules)
-QWEN = ToolFormat("qwen", TOOL_CALL, "", read_qwen, qwen_rules)
-HARMONY = ToolFormat("harmony", CHANNEL, "", read_nothing, harmony_rules, one_text=True)
-
-
-def hy_format(tags: Tags) -> ToolFormat:
-    """The format of Hy3 with the tags that a checkpoint has."""
-    return ToolFormat("hy", tags.block[0], "", partial(read_hy, tags), partial(hy_rules, tags))
-
-
-AS_JSON = re.compile(r"arguments['\"]?\]?\s*\|\s*tojson")
-
-
-def tool_format(template_source: str) -> ToolFormat | None:
-    """The format that a chat template writes calls in; None if it takes no tools, or in a way not known here."""
-    source = COMMENT.sub("", template_source)
-    if not re.search(r"\btools\b", source):
-        return None
-    if is_harmony(source):
-        return HARMONY
-    if MINIMAX_TAGS.block[0].strip("<>") in source:
-        return MINIMAX
-    if tags := hy_tags(source):
-        return hy_format(tags)
-    if QWEN_TAGS.call[0] in source:  # another way to write calls than Hermes', between the same markers or others
-        return QWEN if TOOL_CALL in source and QWEN_TAGS.key[0] in source else None
-    if TOOL_CALL in source and GLM_TAGS.key[0] in source:
-        return GLM
-    if TOOL_CALLS in source:
-        return MISTRAL_ARGS if ARGS in source else MISTRAL
-    if TOOL_CALL in source:
-        return HERMES
-    if DEEPSEEK_MARKS.begin in source:
-        form = DEEPSEEK_FENCED if "```json" in source else DEEPSEEK
-        return replace(form, text_arguments=not AS_JSON.search(source))
-    if KIMI_MARKS.begin in source:
-        return KIMI
-    if LISTED_CALLS in source:
-        return LISTED
-    if PYTHON_START in source or SHOWN.search(source):
-        return LLAMA4_PYTHONIC if SHOWN.search(source) else LLAMA4
-    # Not every template of Llama 3 mentions <|python_tag|>; all give results to the role ipython.
-    return LLAMA3 if "ipython" in source and "parameters" in source else None
-
-
 def for_template(message: Mapping[str, Any]) -> dict[str, Any]:
     """`message` with the arguments of its calls as objects, which most templates expect, if they are valid ones."""
     changed = dict(message)
@@ -321,6 +218,6 @@ def _with_object(call: Mapping[str, Any]) -> dict[str, Any]:
 def _with_short_id(fields: Mapping[str, Any], key: str) -> dict[str, Any]:
     """`fields` with an id of 9 characters, the same for the same id."""
     given = fields.get(key)
-    if not isinstance(given, str) or re.fullmatch(MISTRAL_ID, given):
+    if not isinstance(given, str) or re.fullmatch(SHORT_ID, given):
         return dict(fields)
     return {**fields, key: hashlib.blake2b(given.encode(errors="surrogatepass"), digest_size=5).hexdigest()[:9]}

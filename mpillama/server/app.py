@@ -11,6 +11,7 @@ from mpillama.errors import UserError
 from mpillama.openai.bodies import DetokenizeBody, EmbeddingBody, ServedChat, ServedCompletion, TokenizeBody
 from mpillama.openai.prompts import Prompter
 from mpillama.server import errors, schemas
+from mpillama.server.answerer import Answerer, Reply, embedding_entry, shortened
 from mpillama.server.async_engine import SERVING, AsyncEngine, ServerState
 from mpillama.server.chat_page import page
 from mpillama.server.choices import chat_choices, completion_choices
@@ -25,9 +26,8 @@ from mpillama.server.requests import (
     embedding_requests,
     left_out_of_grammar,
 )
-from mpillama.server.response_store import ResponseStore
-from mpillama.server.responses import Answerer, Reply, embedding_entry, shortened
 from mpillama.server.responses_api import responses
+from mpillama.server.responses_api_store import ResponseStore
 from mpillama.server.routes import (
     REFUSALS,
     EngineOf,

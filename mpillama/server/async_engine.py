@@ -9,8 +9,8 @@ from dataclasses import dataclass, replace
 from queue import SimpleQueue
 
 from mpillama.engine.sequence import Pooling
-from mpillama.openai.answer_parts import AnswerFormat
 from mpillama.openai.prompts import Prompter
+from mpillama.openai.reasoning import AnswerFormat
 from mpillama.openai.tool_calls import ToolFormat
 from mpillama.replicas.replica import Replica
 from mpillama.server.engine_requests import EngineRouter, Output, ServerRequest

@@ -6,8 +6,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from mpillama.engine.answer import TokenLogprob
-from mpillama.openai.answer_parts import Part, PartParser
 from mpillama.openai.bodies import ServedChat, ServedCompletion
+from mpillama.openai.reasoning import Part, PartParser
 from mpillama.openai.tool_calls import Delta, ToolCallParser
 from mpillama.server.async_engine import ServerState
 from mpillama.server.engine_requests import Output, ServerRequest

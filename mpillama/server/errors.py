@@ -66,7 +66,6 @@ STATUSES: tuple[tuple[type[Exception], int], ...] = (
 
 
 def status_of(error: Exception) -> int:
-    """The HTTP status of an exception."""
     if isinstance(error, Refused):
         return error.status
     if isinstance(error, HTTPException):
@@ -75,7 +74,6 @@ def status_of(error: Exception) -> int:
 
 
 def response_to(error: Exception) -> Response:
-    """The error response of an exception."""
     status = status_of(error)
     if isinstance(error, Refused):
         headers = {"WWW-Authenticate": "Bearer"} if status == 401 else None

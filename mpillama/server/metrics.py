@@ -58,10 +58,6 @@ class Metrics:
         self.requests.labels(path, str(status)).inc()
         self.seconds.labels(path).observe(seconds)
 
-    def watch(self) -> "TokenWatch":
-        """Begin to time an answer."""
-        return TokenWatch(self)
-
     def page(self) -> bytes:
         """The text of /metrics."""
         now = time.monotonic()
@@ -72,7 +68,7 @@ class Metrics:
 
 
 class TokenWatch:
-    """Times the tokens of a request's answers."""
+    """Times the tokens of a request's answers, from now on."""
 
     def __init__(self, metrics: Metrics):
         self._metrics = metrics
@@ -99,7 +95,6 @@ class EngineCollector(Collector):
         self.engine = engine
 
     def collect(self) -> Iterable[Metric]:
-        """What is known now."""
         yield GaugeMetricFamily("mpillama_active_tasks", "Answers under way or waiting", self.engine.active)
         replicas = self.engine.state.replicas if self.engine.state else ()
         known = [(str(r.ranks.start), r.stats) for r in replicas]

@@ -5,10 +5,11 @@ import hashlib
 import hmac
 import logging
 import time
-from collections.abc import Awaitable, Callable, MutableMapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
 from urllib.parse import quote
+
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from mpillama.server.async_engine import ClientGone, QueueFull
 from mpillama.server.errors import Refused, response_to
@@ -16,11 +17,6 @@ from mpillama.server.http_server import ABORT
 from mpillama.server.request_body import Unpacker
 
 LOG = logging.getLogger(__name__)
-Message = MutableMapping[str, Any]
-Scope = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[Message]]
-Send = Callable[[Message], Awaitable[None]]
-App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 OPEN_PATHS = ("/", "/health", "/openapi.json")
 """Paths that need no key; nor do the page's files."""
@@ -66,7 +62,9 @@ class Middleware:
     `note` is called for each request with path, status (499 if the client left early) and seconds.
     """
 
-    def __init__(self, app: App, rules: Rules, note: Callable[[str, int, float], None] = lambda path, status, s: None):
+    def __init__(
+        self, app: ASGIApp, rules: Rules, note: Callable[[str, int, float], None] = lambda path, status, s: None
+    ):
         self.app = app
         self.rules = rules
         self.note = note

@@ -10,16 +10,16 @@ from fastapi import APIRouter, Depends, Query, Request, Response
 from mpillama.openai.bodies import ServedChat
 from mpillama.openai.responses import ITEM, ResponseBody
 from mpillama.server import schemas
+from mpillama.server.answerer import Answerer, Reply
 from mpillama.server.async_engine import AnswerFailed, AnswerRefused, ServerState
 from mpillama.server.choices import chat_choices
 from mpillama.server.errors import AsciiJson, Refused
 from mpillama.server.middleware import ASKER
 from mpillama.server.preparing import prepared
 from mpillama.server.requests import chat_requests, left_out_of_grammar
-from mpillama.server.response_store import Kept, ResponseStore, kept_items
-from mpillama.server.responses import Answerer, Reply
 from mpillama.server.responses_api_chat import chat_of, in_words_of_responses, input_items, with_references
 from mpillama.server.responses_api_events import ResponseWriter, new_id
+from mpillama.server.responses_api_store import Kept, ResponseStore, kept_items
 from mpillama.server.routes import StateOf, StrictRoute, answers, log_prompt, tell_ignored, tell_unknown
 from mpillama.server.streams import named_event, stream, while_connected
 

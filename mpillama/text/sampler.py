@@ -1,13 +1,14 @@
 """The next token from the logits of the last position."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from hashlib import blake2b
 
 import numpy as np
 import numpy.typing as npt
 
 from mpillama.errors import UserError
+from mpillama.models.candidates import WHOLE, Candidates, Wanted, descending, largest, weight_of_rest
 from mpillama.text.sampling_params import SamplingParams, new_seed
 from mpillama.text.tokenizer import check_token_ids
 
@@ -17,6 +18,7 @@ Ids = npt.NDArray[np.int64]
 HEAD = 1024  # most likely tokens that usually decide, without an exact look at the rest of the vocabulary
 # Largest relative error of a sum of float32 exponentials: rounding an exponent of up to 88 costs 4e-6.
 TAIL_ERROR = 2e-5
+FEWEST_OTHERS = 4  # a row has so many times the candidates, or all of it is looked at
 
 
 class NonFiniteLogits(Exception):  # noqa: N818 - names the condition, as the message does
@@ -52,7 +54,27 @@ class Sampler:
         if not np.isfinite(scores.max()):
             raise NonFiniteLogits("Bias and penalties leave no finite numbers to choose from: make them smaller.")
         greedy = self._params.temperature == 0
-        token = int(scores.argmax()) if greedy else self._draw(scores)
+        return self._note(int(scores.argmax()) if greedy else self._draw(self._scaled(scores), self._rng.random()))
+
+    def sample_among(self, candidates: Candidates, whole: Callable[[], npt.NDArray[np.float32]]) -> int:
+        """The token that `sample` chooses from the whole row, fetched only where the candidates leave doubt."""
+        check_finite(candidates.values)
+        if self._params.temperature == 0:
+            return self._note(int(candidates.ids[candidates.values.argmax()]))
+        scores = self._scaled(candidates.values.astype(np.float64))
+        uniform = self._rng.random()
+        head = largest(scores, min(self._params.top_k or HEAD, scores.size))
+        rest = np.ones(scores.size, bool)
+        rest[head] = False
+        complete = self._params.top_k > 0
+        others = candidates.tail(float(candidates.values.max()), self._params.temperature)
+        tail = 0.0 if complete else others + float(np.exp(scores[rest]).sum())
+        pick = self._decide(scores[head], tail, complete, uniform)
+        if pick is not None:
+            return self._note(int(candidates.ids[head[pick]]))
+        return self._note(self._draw(self._scaled(whole().astype(np.float64)), uniform))
+
+    def _note(self, token: int) -> int:
         self._seen[token] = True
         self._counts[token] += 1
         return token
@@ -70,20 +92,28 @@ class Sampler:
             scores[used] -= params.presence_penalty + params.frequency_penalty * self._counts[used]
         return scores
 
-    def _draw(self, scores: Floats) -> int:
-        """Token id drawn from the softmax of `scores` [vocab_size]."""
+    def _scaled(self, scores: Floats) -> Floats:
+        """The exponents of weights of which the largest is 1."""
         with np.errstate(over="ignore"):  # a tiny temperature sends all but the best to -inf, as it should
-            scores = (scores - scores.max()) / self._params.temperature
-        uniform = self._rng.random()
+            scaled: Floats = (scores - scores.max()) / self._params.temperature
+        return scaled
+
+    def _draw(self, scores: Floats, uniform: float) -> int:
+        """Token id drawn from the softmax of `scores` [vocab_size], whose maximum is 0."""
         top_k = self._params.top_k if self._params.top_k < scores.size else 0
         head = largest(scores, min(top_k or HEAD, scores.size))
-        cumulative = np.cumsum(np.exp(scores[head]))
         complete = top_k > 0 or head.size == scores.size
-        tail = 0.0 if complete else _tail(scores, head)
+        tail = 0.0 if complete else weight_of_rest(scores, head)
+        pick = self._decide(scores[head], tail, complete, uniform)
+        return self._draw_exactly(scores, head, uniform) if pick is None else int(head[pick])
+
+    def _decide(self, scores: Floats, tail: float, complete: bool, uniform: float) -> int | None:
+        """Index drawn from likely-first `scores`, None if that needs the exact weight of the rest."""
+        cumulative = np.cumsum(np.exp(scores))
         # The tail is known roughly. If both ends of what it may be give the same token, the exact tail would as well.
         totals = (cumulative[-1] + tail * (1 - TAIL_ERROR), cumulative[-1] + tail * (1 + TAIL_ERROR))
-        low, high = (self._pick(cumulative, scores[head], total, uniform, complete) for total in totals)
-        return self._draw_exactly(scores, head, uniform) if low is None or low != high else int(head[low])
+        low, high = (self._pick(cumulative, scores, total, uniform, complete) for total in totals)
+        return low if low == high else None
 
     def _draw_exactly(self, scores: Floats, head: Ids, uniform: float) -> int:
         """As `_draw`, with the weight of every token; several times slower for large vocabularies."""
@@ -98,7 +128,7 @@ class Sampler:
             total = np.cumsum(weights)[-1]  # not sum(), whose order depends on the processor
             # All tokens below this weight together are less than 1 - top_p: none is kept, so none need be sorted.
             needless = 0.999 * (1 - params.top_p) * total / scores.size
-            order = _descending(scores, np.flatnonzero((weights >= needless) & (scores >= self._lowest)))
+            order = descending(scores, np.flatnonzero((weights >= needless) & (scores >= self._lowest)))
         pick = self._pick(np.cumsum(weights[order]), scores[order], total, uniform, complete=True)
         assert pick is not None  # nothing lies beyond a complete order
         return int(order[pick])
@@ -128,29 +158,11 @@ def check_finite(logits: npt.NDArray[np.float32]) -> None:
         )
 
 
-def largest(scores: Floats | npt.NDArray[np.float32], count: int) -> Ids:
-    """Ids of the `count` largest `scores`, largest first, the lower id first among equals."""
-    # `count` columns have their maximum at or above `bound`, so at least `count` scores do: only those are sorted.
-    rows = max(1, scores.size // (4 * count))
-    columns = scores.size // rows
-    maxima = scores[: rows * columns].reshape(rows, columns).max(axis=0)
-    bound = np.partition(maxima, columns - count)[columns - count]
-    return _descending(scores, np.flatnonzero(scores >= bound))[:count]
-
-
-def _descending(scores: Floats | npt.NDArray[np.float32], ids: Ids) -> Ids:
-    """Ascending `ids` reordered by descending score, the lower id first among equals."""
-    return ids[np.argsort(-scores[ids], kind="stable")]
-
-
-def _tail(scores: Floats, head: Ids) -> float:
-    """Sum of exp(`scores`) outside `head`, to a relative TAIL_ERROR.
-
-    In float32, which is twice as fast as float64 with AVX-512 and 5 to 8 times without.
-    """
-    rest = scores.astype(np.float32)
-    rest[head] = -np.inf
-    return float(np.exp(rest).sum(dtype=np.float64))
+def wanted_of(params: SamplingParams, vocab_size: int) -> Wanted:
+    """What a row's likeliest tokens must be to sample from them alone; all of it where scores are changed by token."""
+    changes = params.logit_bias or params.repetition_penalty != 1 or params.presence_penalty or params.frequency_penalty
+    count = 1 if params.temperature == 0 else params.top_k or HEAD
+    return WHOLE if changes or FEWEST_OTHERS * count > vocab_size else Wanted(count, params.temperature)
 
 
 def check_bias(bias: Mapping[int, float], vocab_size: int) -> None:

@@ -32,8 +32,6 @@ Fields = Mapping[int, list[bytes | int]]
 
 @dataclass(frozen=True)
 class Pieces:
-    """What a model's file holds."""
-
     names: list[str]
     scores: list[float]
     kinds: list[int]

@@ -1,10 +1,11 @@
-"""What counts as too little memory, and what does not."""
+"""What counts as too little memory, and what does not; what is known before MPI starts."""
 
 import errno
 
 import pytest
 
 from mpillama.comm.failure import out_of_memory
+from mpillama.comm.launcher import launched_first, quiet_mpi
 
 
 @pytest.mark.parametrize(
@@ -29,3 +30,25 @@ def test_too_little_memory_is_known_by_its_many_names(error: Exception) -> None:
 )
 def test_other_errors_are_not_too_little_memory(error: Exception) -> None:
     assert out_of_memory(error) is None
+
+
+def test_mpi_is_kept_quiet_unless_the_user_has_said_otherwise() -> None:
+    found = {"UCX_LOG_FILE": "/tmp/ucx.log"}
+    quiet_mpi(found)
+    assert found == {"UCX_LOG_FILE": "/tmp/ucx.log"}
+    found = {"OMPI_COMM_WORLD_SIZE": "2"}
+    quiet_mpi(found)
+    assert (found["UCX_LOG_FILE"], found["OMPI_MCA_osc"]) == ("stderr", "^ucx")
+
+
+@pytest.mark.parametrize(
+    ("environment", "first"),
+    [
+        ({}, True),
+        ({"MPI_LOCALRANKID": "0"}, True),
+        ({"OMPI_COMM_WORLD_LOCAL_RANK": "3"}, False),
+        ({"SLURM_LOCALID": "1"}, False),
+    ],
+)
+def test_the_first_rank_of_a_host(environment: dict[str, str], first: bool) -> None:
+    assert launched_first(environment) is first

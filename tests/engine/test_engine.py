@@ -30,10 +30,8 @@ def latent_model(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def delta_model(tmp_path_factory):
-    path = tmp_path_factory.mktemp("delta") / "delta.h5"
-    models.write_random(path, models.DELTA_TOY, "q8_0")
-    return running.load(path, THREADS)
+def delta_model(model_file: ModelFile):
+    return running.load(model_file("delta", "q8_0"), THREADS)
 
 
 @pytest.fixture(scope="module")
@@ -107,7 +105,7 @@ def test_answers_over_a_cache_of_latents_do_not_depend_on_company(latent_model, 
     check_company(latent_model, tokenizer, 1, speculate=4)
 
 
-@pytest.mark.parametrize(("seed", "speculate", "states"), [(2, 0, 12), (3, 4, 0), (4, 4, 28)])
+@pytest.mark.parametrize(("seed", "speculate", "states"), [(2, 0, 12), (6, 4, 0), (4, 4, 28)])
 def test_answers_over_recurrent_states_do_not_depend_on_company(delta_model, tokenizer, seed, speculate, states):
     """With a single slot for snapshots, in which drafts hardly find a place, and with enough for all."""
     engine = check_company(delta_model, tokenizer, seed, speculate, blocks=6, states=states)
@@ -235,7 +233,7 @@ def test_logits_that_are_no_numbers_end_their_sequence_only(model, tokenizer, mo
     def damaged(segments):
         for piece in forward(segments):
             if engine.counts.steps == 0:
-                piece[0] = np.nan
+                piece[0][:] = np.nan
             yield piece
 
     monkeypatch.setattr(engine.executor, "forward_in_pieces", damaged)

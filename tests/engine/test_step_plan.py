@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from mpillama.engine.executor import FIELDS, HEADER, Order, Segment, StepPlan
+from mpillama.engine.executor import FIELDS, HEADER, STATE_FIELDS, Order, Segment, SegmentStates, StepPlan
+from mpillama.models.candidates import WHOLE, Wanted
 
 
 def plan() -> StepPlan:
@@ -34,6 +35,22 @@ def test_tables_are_kept_from_step_to_step():
     assert p.tables[0].tolist() == [0, 0, 0, 0]
 
 
+def test_state_slots_come_out_as_rows_of_the_step():
+    """Where none are named, a sequence's state is in the slot of its row, and begins at position 0."""
+    p = StepPlan(max_tokens=8, slots=3, max_seq_len=200, has_state=True)
+    first = SegmentStates(7, 4, [(0, 5), (2, 6)])
+    p.write([Segment(2, 63, [5, 6, 7], 2, 0, [9, 4], first), Segment(1, 0, [8], 1, 0, [3]), Segment(0, 10, [1, 2])])
+    step = p.step()
+    assert step.states.tolist() == [[7, 4], [-1, 1], [0, 0]]
+    assert step.snapshots.tolist() == [[0, 5], [2, 6]]
+    assert step.positions.tolist() == [63, 64, 65, 0, 10, 11]
+    assert step.tables[0].tolist() == [9, 4]
+    p.write([Segment(0, 0, [], blocks=[5]), Segment(2, 66, [4], 1, states=SegmentStates(4, 4))])
+    step = p.step()
+    assert (step.states.tolist(), step.snapshots.tolist()) == ([[4, 4]], [])
+    assert p.tables[0, 0] == 5
+
+
 @pytest.mark.parametrize(
     "segments",
     [
@@ -50,6 +67,17 @@ def test_what_does_not_fit_is_refused(segments):
 def test_the_message_is_small_and_of_one_size():
     p = StepPlan(max_tokens=256, slots=32, max_seq_len=131072)
     assert p.buffer.nbytes == 8 * (HEADER + 32 * FIELDS + 256 + 4 + 64)
+    with_states = StepPlan(max_tokens=256, slots=32, max_seq_len=131072, has_state=True)
+    assert with_states.buffer.nbytes == p.buffer.nbytes + 8 * (32 * STATE_FIELDS + 256)
     p.write_order(Order.END, 3)
     assert (p.order, p.status) == (Order.END, 3)
     assert np.all(p.tables == 0)
+
+
+def test_what_is_wanted_of_rows_comes_out():
+    p = plan()
+    greedy, drawn = Wanted(1, 0.0), Wanted(40, 0.7)
+    p.write([Segment(2, 3, [5, 6], 2, wanted=greedy), Segment(0, 0, [8], 0), Segment(1, 9, [1], 1, wanted=drawn)])
+    assert p.wanted() == [greedy, greedy, drawn]
+    p.write([Segment(2, 3, [5, 6], 2)])
+    assert p.wanted() == [WHOLE, WHOLE]

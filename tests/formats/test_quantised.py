@@ -17,7 +17,17 @@ from mpillama.models.weights import slice_shapes
 from tests import golden_models as golden
 from tests import running
 from tests.models.test_golden import by_expert
-from tests.quantised_checkpoints import SCHEMES, SIZES, Arrays, Written, bf16, float_of, write_values, written
+from tests.quantised_checkpoints import (
+    FLOAT8,
+    SCHEMES,
+    SIZES,
+    Arrays,
+    Written,
+    bf16,
+    float_of,
+    write_values,
+    written,
+)  # fmt: skip
 from tests.tiny_models import AWKWARD
 
 THREADS = 2
@@ -133,6 +143,85 @@ def test_stacked_experts_of_mxfp4(tmp_path):
     check_values(open_model(str(made.folder)), made)
 
 
+STACK = "model.layers.0.mlp.experts."
+
+
+def stacked(made: Written, ending: str, turn: bool = False) -> dict[str, np.ndarray]:
+    """The arrays of all experts whose names end so, gate above up; they are taken out of the model."""
+    found = {}
+    for target, parts in {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}.items():
+        experts = [[made.arrays.pop(f"{STACK}{e}.{p}{ending}")[1] for p in parts] for e in range(4)]
+        if experts[0][0].ndim < 2:
+            found[target] = np.array(experts)[:, :, None]
+        else:
+            whole = np.stack([np.concatenate(each) for each in experts])
+            found[target] = whole.transpose(0, 2, 1) if turn else whole
+    return found
+
+
+def check_stacked(made: Written, scheme: str, arrays: Arrays) -> None:
+    made.arrays |= {STACK + name: array for name, array in arrays.items()}
+    made.write({**EXPERTS, "quantization_config": SCHEMES[scheme].config})
+    check_values(open_model(str(made.folder)), made)
+
+
+@pytest.mark.parametrize("scheme", ["fp8 small blocks", "fp8 tensor"])
+def test_stacked_experts_of_fp8(scheme, tmp_path):
+    """As transformers keeps them: scales for blocks, or one for gate and one for up of each expert."""
+    made = written(tmp_path / "m", scheme, EXPERTS)
+    scales = stacked(made, ".weight_scale_inv" if "blocks" in scheme else ".weight_scale")
+    arrays: Arrays = {name: ("F8_E4M3", array) for name, array in stacked(made, ".weight").items()}
+    arrays |= {name + "_scale_inv": ("F32", array) for name, array in scales.items()}
+    check_stacked(made, scheme, {**arrays, "down_proj_activation_scale": ("F32", np.ones((), np.float32))})
+
+
+@pytest.mark.parametrize("shape", [(), (4,), (4, 1, 1)])
+def test_turned_experts_of_fp8(shape, tmp_path):
+    """Llama 4 of modelopt: a line for each column, and a scale for all experts or for each."""
+    made = written(tmp_path / "m", "fp8 tensor", EXPERTS)
+    arrays: Arrays = {name: ("F8_E4M3", array) for name, array in stacked(made, ".weight", turn=True).items()}
+    stacked(made, ".weight_scale")
+    for name, (_, codes) in tuple(arrays.items()):
+        scales = np.linspace(0.5, 1.5, 4, dtype=np.float32)[: max(1, np.prod(shape, dtype=int))].reshape(shape) / 2000
+        arrays[name + "_weight_scale"] = ("F32", scales)
+        values = FLOAT8[codes.transpose(0, 2, 1)] * np.broadcast_to(scales.reshape(-1), 4).reshape(4, 1, 1)
+        for part, of_part in zip(
+            ("gate_proj", "up_proj") if "gate" in name else (name,),
+            np.split(values, 2, axis=1) if "gate" in name else (values,),
+            strict=True,
+        ):
+            made.values |= {f"{STACK}{e}.{part}.weight": of_part[e] for e in range(4)}
+    check_stacked(made, "fp8 tensor", arrays)
+
+
+def test_turned_experts_of_nvfp4(tmp_path):
+    """Llama 4 of modelopt: two columns in a byte, and one factor for all experts."""
+    made = written(tmp_path / "m", "nvfp4 modelopt", EXPERTS)
+    codes, scales = stacked(made, ".weight", turn=True), stacked(made, ".weight_scale", turn=True)
+    wholes = stacked(made, ".weight_scale_2")
+    arrays: Arrays = {name: ("U8", array) for name, array in codes.items()}
+    arrays |= {name + "_weight_scale": ("F8_E4M3", array) for name, array in scales.items()}
+    for name, whole in wholes.items():
+        arrays[name + "_weight_scale_2"] = ("F32", whole.reshape(-1)[:1])
+        for e in range(4):
+            for i, part in enumerate(("gate_proj", "up_proj") if "gate" in name else (name,)):
+                made.values[f"{STACK}{e}.{part}.weight"] *= float(whole.reshape(-1)[0]) / float(whole[e].reshape(-1)[i])
+    check_stacked(made, "nvfp4 modelopt", arrays)
+
+
+def test_zero_biases_of_models_that_have_none(tmp_path):
+    """AutoGPTQ writes one for each matrix; one that says something is refused."""
+    zeros = {f"{UP}.bias": ("F16", np.zeros(384, np.float16))}
+    made = written(tmp_path / "m", "gptq 128", changes=zeros)
+    model = open_model(str(made.folder))
+    assert UP + ".bias" not in model.checkpoint.tensors
+    check_values(model, made)
+    made.arrays[f"{UP}.bias"][1][5] = 0.5
+    made.write({**SIZES, "quantization_config": SCHEMES["gptq 128"].config})
+    with pytest.raises(UserError, match=r"up_proj\.bias' is not part of a llama model"):
+        open_model(str(made.folder))
+
+
 def test_another_type_may_be_asked_for(tmp_path):
     made = written(tmp_path / "m", "awq 64")
     model = open_model(str(made.folder), "f32")
@@ -201,9 +290,14 @@ UP = "model.layers.1.mlp.up_proj"
 GONE = ("", np.zeros(0))
 
 
+def read_up(model: ModelFile) -> None:
+    spec = next(s for s in model.specs if s.name == UP + ".weight")
+    read(model, spec, range(spec.units), slice_shapes(spec, model.config.partition(1)[0]))
+
+
 def nan_at(made: Written, ending: str, bits: int) -> tuple[str, np.ndarray]:
     dtype, array = made.arrays[UP + ending]
-    damaged = array.copy()
+    damaged = np.array(array)
     damaged.view(f"u{damaged.itemsize}").reshape(-1)[-1] = bits
     return dtype, damaged
 
@@ -243,15 +337,8 @@ def test_arrays_that_do_not_fit_are_named(scheme, ending, change, words, tmp_pat
 @pytest.mark.parametrize(
     ("scheme", "ending", "bits"),
     [
-        ("fp8 blocks", ".weight_scale_inv", 0x7FC00000),
         ("fp8 blocks", ".weight", 0x7F),
         ("fp8 rows", ".weight_scale", 0x7F80),
-        ("int4 32", ".weight_scale", 0x7FC0),
-        ("awq 64", ".scales", 0x7E00),
-        ("gptq any order", ".scales", 0x7E00),
-        ("mxfp4", ".weight_scale", 0xFF),
-        ("nvfp4", ".weight_scale", 0x7F),
-        ("nvfp4 modelopt", ".weight_scale_2", 0x7FC00000),
         ("nvfp4", ".weight_global_scale", 0),
     ],
 )
@@ -260,20 +347,81 @@ def test_numbers_that_are_none_are_named(scheme, ending, bits, tmp_path):
     made.arrays[UP + ending] = nan_at(made, ending, bits)
     made.write({**SIZES, "quantization_config": SCHEMES[scheme].config})
     model = open_model(str(made.folder))
-    spec = next(s for s in model.specs if s.name == UP + ".weight")
-    shapes = slice_shapes(spec, model.config.partition(1)[0])
     with pytest.raises(UserError, match=f"{UP}{ending}"):
-        read(model, spec, range(spec.units), shapes)
+        read_up(model)
+
+
+def refusal(made: Written, scheme: str) -> str:
+    """The sentence about a model that was changed, when it is opened or UP's weights are read."""
+    made.write({**SIZES, "quantization_config": SCHEMES[scheme].config})
+    with pytest.raises(UserError) as caught:
+        read_up(open_model(str(made.folder)))
+    assert str(caught.value).startswith(str(made.folder))
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+NO_NUMBER = {"F32": 0x7FC00000, "F16": 0x7E00, "BF16": 0x7FC0, "F8_E4M3": 0x7F, "U8": 0xFF, "F8_E8M0": 0xFF}
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_scales_of_every_scheme_that_are_missing_damaged_or_of_another_shape(scheme, tmp_path):
+    made = written(tmp_path / "m", scheme)
+    endings = [name.removeprefix(UP) for name in made.arrays if name.startswith(UP) and "scale" in name]
+    assert endings
+    for ending in endings:
+        whole = dtype, array = made.arrays.pop(UP + ending)
+        assert UP in refusal(made, scheme)
+        made.arrays[UP + ending] = dtype, np.concatenate([np.atleast_1d(array)] * 3)
+        assert UP + ending in refusal(made, scheme)
+        made.arrays[UP + ending] = whole
+        made.arrays[UP + ending] = nan_at(made, ending, NO_NUMBER[dtype])
+        assert UP + ending in refusal(made, scheme)
+        made.arrays[UP + ending] = whole
+
+
+@pytest.mark.parametrize(
+    ("dtype", "shape", "words"),
+    [
+        ("", (0,), "gate_up_proj_scale_inv is missing"),
+        ("F32", (4, 3, 1), "[4, 3, 1]"),
+        ("F32", (3, 1, 1), "[3, 1, 1]"),
+        ("I32", (4, 1, 1), "I32"),
+        ("F32", (4, 12, 4), "of which gate and up share some"),
+    ],
+)
+def test_scales_of_stacked_experts_that_do_not_fit(dtype, shape, words, tmp_path):
+    made = written(tmp_path / "m", "fp8 tensor", EXPERTS)
+    stacked(made, ".weight_scale")
+    made.arrays |= {STACK + name: ("F8_E4M3", array) for name, array in stacked(made, ".weight").items()}
+    made.arrays[STACK + "down_proj_scale_inv"] = ("F32", np.ones((4, 1, 1), np.float32))
+    if dtype:
+        kind = np.int32 if dtype == "I32" else np.float32
+        made.arrays[STACK + "gate_up_proj_scale_inv"] = (dtype, np.ones(shape, kind))
+    blocks = {"weight_block_size": [33, 64]} if "share" in words else {}
+    made.write({**EXPERTS, "quantization_config": {**SCHEMES["fp8 tensor"].config, **blocks}})
+    with pytest.raises(UserError) as caught:
+        open_model(str(made.folder))
+    assert STACK + "gate_up" in str(caught.value)
+    assert words in str(caught.value)
+
+
+@pytest.mark.parametrize("scheme", ["int4 32", "gptq 64"])
+def test_groups_that_do_not_divide(scheme, tmp_path):
+    made = written(tmp_path / "m", scheme)
+    config = json.loads(json.dumps(SCHEMES[scheme].config).replace('"group_size": 32', '"group_size": 48'))
+    made.write({**SIZES, "quantization_config": {**config, **({"group_size": 48} if scheme == "gptq 64" else {})}})
+    with pytest.raises(UserError, match=r"model\.layers\.0\.") as caught:
+        open_model(str(made.folder))
+    assert ("group_size=48" in str(caught.value)) == (scheme == "gptq 64")
 
 
 def test_an_order_of_columns_that_the_configuration_denies(tmp_path):
     made = written(tmp_path / "m", "gptq any order")
     made.write({**SIZES, "quantization_config": SCHEMES["gptq 128"].config})
     model = open_model(str(made.folder))
-    spec = next(s for s in model.specs if s.name == UP + ".weight")
-    shapes = slice_shapes(spec, model.config.partition(1)[0])
     with pytest.raises(UserError, match=r"up_proj\.g_idx.*desc_act"):
-        read(model, spec, range(spec.units), shapes)
+        read_up(model)
 
 
 @pytest.mark.parametrize(

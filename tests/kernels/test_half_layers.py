@@ -54,7 +54,7 @@ def blank_step(x: np.ndarray, heads: int, kv_heads: int, head_dim: int, inner: i
         v=nan(kv_heads, head_dim), context=blank_activations(tokens, heads * head_dim),
         gate=blank_activations(tokens, inner), latent=blank_activations(tokens, heads * head_dim), up=nan(inner),
         gates=nan(0), partial=nan(x.shape[1], dtype=np.float64), addend=nan(0), squares=nan(4, dtype=np.float64),
-        angles=(Angles(nan(half), nan(half)),),
+        shifts=nan(dtype=np.float64), angles=(Angles(nan(half), nan(half)),),
     )  # fmt: skip
 
 
@@ -671,6 +671,33 @@ def test_a_product_alone_is_that_within_a_layer():
     case = MlpCase(9, 160, "q4_0")
     found = case.everywhere()
     assert same_bits(row_parallel(teams()[0], case.down, found.gate), found.partial)
+
+
+@pytest.mark.parametrize("experts", [0, 8])
+@pytest.mark.parametrize("weights", ["f32", "q4_0"])
+@pytest.mark.parametrize("tokens", [1, 9])
+def test_a_coarse_grid_suits_the_residual_stream(tokens, weights, experts):
+    """Each token has its own, by the exponents of its row: panels' results are multiples of it, near the exact ones."""
+    case = MlpCase(tokens, 160, weights, experts=experts, chosen=2 * bool(experts))
+    case.x *= 2.0 ** np.arange(8, 8 + tokens)[:, None]
+    case.x[0, 3] = 0.0
+
+    def run(team):
+        layer, a = case.prepare()
+        a.argument.shifts = arguments.address(a.shifts)
+        team.mlp_half(layer, a.argument)
+        return a.partial, a.shifts
+
+    coarse, shifts = everywhere(run)
+    exact = case.everywhere().partial
+    exponents = np.maximum(np.where(case.x == 0, -40, np.frexp(case.x)[1] - 1), -40)
+    steps = 2.0 ** np.clip(np.floor(exponents.sum(axis=1) / HIDDEN) - 8, -30, 0)
+    assert np.array_equal(shifts, 1.5 * 2.0**52 * steps)
+    multiples = coarse / steps[:, None]
+    assert np.array_equal(multiples, np.round(multiples))
+    panels = 8 * (1 + bool(experts))
+    assert (np.abs(coarse - exact).max(axis=1) <= panels * steps / 2).all()
+    assert not np.array_equal(coarse, exact)
 
 
 # -- the sum over ranks ------------------------------------------------------------------------------------------------

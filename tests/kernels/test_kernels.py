@@ -164,6 +164,18 @@ def test_a_row_of_a_product_does_not_depend_on_its_company(weight_type, tokens):
         assert same_bits(found, columns[:, 16 * g : 16 * g + 16])
 
 
+@pytest.mark.parametrize(("weight_type", "columns"), [("q4_0", 4224), ("q6_k", 4352), ("nvfp4", 4224), ("fp8", 1152)])
+def test_rows_longer_than_what_is_unpacked_at_a_time(weight_type, columns):
+    """AVX2 unpacks 4,096 columns for many tokens, 512 of floats: a token alone has the same bits."""
+    x = random_matrix(20, columns, seed=9)
+    for product, panel in ((column_parallel, None), (row_parallel, 128)):
+        w, _ = packed(random_matrix(16, columns), weight_type, panel)
+        found = everywhere(lambda team, product=product, w=w: product(team, w, x))
+        for t in (0, 19):
+            alone = everywhere(lambda team, product=product, w=w, t=t: product(team, w, x[t : t + 1]))
+            assert same_bits(alone[0], found[t])
+
+
 @pytest.mark.parametrize("tokens", [1, 3, 20])
 @pytest.mark.parametrize("weight_type", TYPES)
 def test_panels_may_be_split_and_added_in_any_order(weight_type, tokens):

@@ -124,6 +124,7 @@ class LatentCase:
             v=nan(sizes["v"]), context=blank_activations(self.tokens, sizes["context"]),
             gate=blank_activations(self.tokens, 0), latent=blank_activations(self.tokens, sizes["latent"]), up=nan(0),
             gates=nan(0), partial=nan(HIDDEN, np.float64), addend=nan(0), squares=nan(4, np.float64),
+            shifts=np.full(self.tokens, np.nan),
             angles=(Angles(self.cosines, self.sines),),
         )  # fmt: skip
         cache = [array.copy() for array in cache or self.cache()]

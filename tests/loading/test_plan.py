@@ -13,7 +13,9 @@ from mpillama.errors import UserError
 from mpillama.kernels.target import prepare, requested_isa
 from mpillama.loading import plan
 from mpillama.loading.memory import RESERVE
+from mpillama.loading.settings import state_slots
 from mpillama.loading.synthetic import SyntheticWeights
+from mpillama.loading.traffic import Network
 from mpillama.models.cache import KVCache, blocks_for, single_sequence_step
 from mpillama.models.config import ModelConfig
 from mpillama.models.decoder import Decoder
@@ -49,10 +51,13 @@ def test_the_kv_cache_is_that_of_the_formula():
 
 
 @pytest.mark.parametrize("ranks", [1, 3])
-@pytest.mark.parametrize("kv_type", ["f16", "f32", "q8"])
-def test_the_check_before_loading_asks_for_what_is_planned(ranks, kv_type):
+@pytest.mark.parametrize(
+    ("shape", "kv_type"),
+    [("llama-3.2-1b", "f16"), ("llama-3.2-1b", "f32"), ("llama-3.2-1b", "q8"), ("qwen3-next-80b", "f16")],
+)
+def test_the_check_before_loading_asks_for_what_is_planned(ranks, shape, kv_type):
     """It adds cache blocks to what a rank takes without any, to find the longest context that fits."""
-    asked = request("llama-3.2-1b", nodes=ranks, context=1000, kv_type=kv_type)
+    asked = request(shape, nodes=ranks, context=1000, kv_type=kv_type)
     model = asked.memory_model
     for rank, (part, planned) in enumerate(
         zip(asked.config.partition(ranks), plan.make_plan(asked).ranks, strict=True)
@@ -61,6 +66,21 @@ def test_the_check_before_loading_asks_for_what_is_planned(ranks, kv_type):
         checked = without_cache.to_allocate + blocks_for(1000) * model.cache_block_bytes(part)
         already_there = planned.python - planned.tokenizer
         assert checked == planned.to_allocate == planned.total - already_there
+
+
+def test_states_are_those_of_the_formula():
+    """36 of 48 layers: 32 heads of 128 x 128 floats, and 3 tokens of 8,192 channels; 3 slots for each sequence."""
+    slot = 36 * 4 * (32 * 128 * 128 + 3 * 8192)
+    for batch in (1, 5):
+        made = plan.make_plan(request("qwen3-next-80b", nodes=2, batch=batch))
+        assert sum(rank.states for rank in made.ranks) == 3 * batch * slot
+        assert all(rank.total > rank.states + rank.kv_cache + rank.weights for rank in made.ranks)
+    assert not any(rank.states for rank in plan.make_plan(request()).ranks)
+
+
+def test_slots_are_a_sequences_own_its_drafts_and_snapshots():
+    assert [state_slots(1), state_slots(32), state_slots(4, drafts=3)] == [3, 96, 24]
+    assert [state_slots(4, drafts=3, snapshots=1), state_slots(1, snapshots=10)] == [17, 11]
 
 
 def test_only_rank_0_has_a_tokenizer():
@@ -99,14 +119,30 @@ def test_what_fits_needs_no_remedy():
 
 def test_prediction_is_bounded_by_the_memory():
     made = plan.make_plan(request())
-    fast = plan.predict(made, plan.Node(200e9, 2e12), plan.Network(0.0, 1e15))
+    fast = plan.predict(made, plan.Node(200e9, 2e12), Network(0.0, 1e15))
     assert fast.decode_tokens_per_second <= 200e9 / max(r.weights - r.embedding for r in made.ranks)
     assert fast.prefill_tokens_per_second == pytest.approx(4 * 2e12 / 403e9, rel=0.01)  # 405B without the head
-    slow = plan.predict(made, plan.Node(200e9, 2e12, 5e9), plan.Network(1e-3, 1e9))
+    slow = plan.predict(made, plan.Node(200e9, 2e12, 5e9), Network(1e-3, 1e9))
     assert slow.prefill_tokens_per_second < fast.prefill_tokens_per_second
     assert slow.decode_tokens_per_second < fast.decode_tokens_per_second
-    assert slow.messages_per_step == 2 * 126 + 2
+    assert slow.messages_per_step == 3 * (1 + 2 * 126) + 1
     assert slow.load_seconds == pytest.approx(max(r.reads for r in made.ranks) / 5e9)
+
+
+def test_coarse_sums_send_less():
+    exact, coarse = (
+        plan.predict(plan.make_plan(request(sync=sync)), plan.Node(200e9, 2e12), Network(1e-4, 1e8))
+        for sync in ("exact", "q80")
+    )
+    assert coarse.messages_per_step == exact.messages_per_step
+    assert coarse.communication_bytes_per_step < 0.4 * exact.communication_bytes_per_step
+    assert coarse.decode_tokens_per_second > exact.decode_tokens_per_second
+
+
+def test_a_node_alone_sends_nothing_but_likely_tokens():
+    made = plan.make_plan(request(nodes=1, memory=1000 * GB))
+    speed = plan.predict(made, plan.Node(200e9, 2e12), Network(1e-4, 1e8))
+    assert speed.messages_per_step == (made.request.ranks > 1)
 
 
 @pytest.mark.parametrize(
@@ -205,3 +241,51 @@ def test_the_check_before_loading_knows_what_long_latents_take():
     assert common == 15 * 256 * 64 * 514 * 4
     assert model.scratch(part, 131072) == common + 8 * each
     assert replace(model, threads=1).scratch(part, 131072) == replace(model, threads=1).scratch(part, 0)
+
+
+# -- stages -----------------------------------------------------------------------------------------------------------
+
+
+def staged(network: Network, **changes) -> list[plan.StagePlan]:
+    asked = request("llama-3.1-70b", nodes=4, ranks_per_node=2, context=2048, **changes)
+    return plan.plans_of_stages(asked, plan.Node(200e9, 2e12), network)
+
+
+def test_slow_networks_want_a_stage_for_each_node_and_fast_ones_none():
+    fast, slow = staged(Network(2e-6, 12e9)), staged(Network(1e-3, 120e6))
+    assert [layout.stages for layout in fast] == [1, 2, 4]
+    assert plan.best_stages(fast).stages == 1
+    assert plan.best_stages(slow).stages == 4
+    assert [layout.crossings > 100 for layout in slow] == [True, True, False]
+    assert slow[-1].crossings == 3
+
+
+def test_a_stage_after_the_other_takes_as_long_as_all_ranks_of_one():
+    """Without a network, a single stream gains nothing from stages: each works a quarter of the time, for as long."""
+    one, two, four = (layout.speed.decode_tokens_per_second for layout in staged(Network(0.0, 1e15)))
+    assert one / two == pytest.approx(2, rel=0.1)
+    assert one / four == pytest.approx(4, rel=0.1)
+
+
+def test_prompts_keep_the_stages_busy():
+    one, two, four = (layout.speed.prefill_tokens_per_second for layout in staged(Network(0.0, 1e15)))
+    assert 0.85 < two / one < 1.1
+    assert 0.75 < four / one < 1.1
+
+
+def test_stages_need_no_more_memory_than_one():
+    needs = [sum(layout.plan.nodes) for layout in staged(Network(1e-3, 1e9))]
+    assert max(needs) == pytest.approx(min(needs), rel=0.02)
+
+
+def test_the_command_compares_stages():
+    options = ("--shape", "llama-3.1-70b", "--nodes", "2", "--max-seq-len", "2048", "--network", "1ms,120MB/s")
+    shown = run(None, *PROGRAM, "plan", *options)
+    assert "Best: --pipeline 2" in shown.stdout
+    found = json.loads(run(None, *PROGRAM, "plan", *options, "--pipeline", "2", "--json").stdout)
+    assert found["best_pipeline"] == 2
+    speeds = [layout["decode_tokens_per_second"] for layout in found["layouts"]]
+    assert found["speed"]["decode_tokens_per_second"] == speeds[1] > speeds[0]
+    assert found["speed"]["messages_per_step"] == 1
+    wrong = run(None, *PROGRAM, "plan", *options, "--pipeline", "3")
+    assert (wrong.status, wrong.stderr.count("\n")) == (2, 1)

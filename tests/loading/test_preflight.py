@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from mpillama.job.host_memory import available_bytes, cgroup_rooms, process_room
+from mpillama.errors import UserError
+from mpillama.job.host_memory import available_bytes, cgroup_rooms, process_room, refuse_small_host
 
 GIB = 1 << 30
 
@@ -33,6 +34,19 @@ def test_the_older_groups(tmp_path):
     write(root / "memory", memory__limit_in_bytes=f"{(1 << 63) - 4096}\n", memory__usage_in_bytes="1\n")
     write(root / "memory/job", memory__limit_in_bytes=f"{2 * GIB}\n", memory__usage_in_bytes=f"{GIB}\n")
     assert list(cgroup_rooms(root, member)) == [GIB]
+
+
+@pytest.mark.parametrize(("ranks", "refused"), [(1, False), (2, False), (3, True)])
+def test_a_memory_group_too_small_for_python_is_told_at_once(ranks, refused, tmp_path):
+    root, member = tmp_path / "cgroup", tmp_path / "self"
+    member.write_text("0::/job/step\n")
+    write(root / "job", memory__max="100000000\n", memory__current="0\n")
+    write(root / "job/step", memory__max="max\n", memory__current="0\n")
+    if not refused:
+        refuse_small_host(ranks, tmp_path, root, member)
+        return
+    with pytest.raises(UserError, match=r"limited to 100 MB .* need 144 MB for 3 ranks"):
+        refuse_small_host(ranks, tmp_path, root, member)
 
 
 def test_slurms_grant(tmp_path, monkeypatch):

@@ -125,6 +125,15 @@ def changed(family: str, **changes: Any) -> dict[str, Any]:
         ("llama4", {"layer_types": ["chunked_attention", "sliding_attention"] * 2}),
         ("llama4", {"moe_layers": [1, 4]}),
         ("llama4", {"no_rope_layers": [1, 1, 1]}),
+        ("qwen3_next", {"layer_types": ["linear_attention", "full_attention", "sliding_attention"]}),
+        ("qwen3_next", {"linear_conv_kernel_dim": 3}),
+        ("qwen3_next", {"linear_num_value_heads": 15}),
+        ("qwen3_next", {"attention_bias": True}),
+        ("qwen3_next", {"hidden_act": "gelu"}),
+        ("qwen3_next", {"rope_parameters": {"rope_type": "default", "mrope_section": [1, 1, 0]}}),
+        ("qwen3_5", {"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 1.5}}),
+        ("qwen3_5_moe", {"norm_topk_prob": False}),
+        ("qwen3_5_moe", {"mlp_only_layers": [1]}),
     ],
 )
 def test_what_nobody_reads_or_knows_is_refused_by_name(family, changes):

@@ -6,9 +6,8 @@ from dataclasses import dataclass
 import pytest
 
 from mpillama.engine.answer import Mark
-from mpillama.openai.harmony import MARKS, harmony_format
-from mpillama.openai.reasoning import reasoning_format
-from mpillama.openai.tool_calls import HARMONY, tool_format
+from mpillama.openai.answer_formats import reasoning_format, tool_format
+from mpillama.openai.harmony import HARMONY, MARKS, harmony_format
 
 IDS = {mark: 1000 + i for i, mark in enumerate(MARKS)}
 PROMPT_END = "<|end|><|start|>assistant"

@@ -9,9 +9,11 @@ import pytest
 import tokenizers
 
 from mpillama.engine.answer import Answer
+from mpillama.openai.answer_formats import reasoning_format
 from mpillama.openai.messages import Message
-from mpillama.openai.reasoning import PAIRS, ReasoningFormat, reasoning_format
-from mpillama.openai.tool_calls import HERMES, ToolFormat
+from mpillama.openai.object_calls import HERMES
+from mpillama.openai.reasoning import PAIRS, ReasoningFormat
+from mpillama.openai.tool_calls import ToolFormat
 from mpillama.text.sampling_params import SamplingParams
 from mpillama.text.tokenizer import Tokenizer
 from tests import tiny_models as models

@@ -6,9 +6,11 @@ from pathlib import Path
 import pytest
 
 from mpillama.errors import UserError
+from mpillama.openai.answer_formats import reasoning_format, tool_format
 from mpillama.openai.messages import TemplateFields, in_words_of
-from mpillama.openai.reasoning import ReasoningFormat, reasoning_format
-from mpillama.openai.tool_calls import GLM, LLAMA4_PYTHONIC, MINIMAX, QWEN, tool_format
+from mpillama.openai.pythonic_calls import LLAMA4_PYTHONIC
+from mpillama.openai.reasoning import ReasoningFormat
+from mpillama.openai.tagged_calls import GLM, MINIMAX, QWEN
 from mpillama.text.chat_template import ChatTemplate
 
 TEMPLATES = Path(__file__).parents[1] / "golden" / "chat_templates"

@@ -15,26 +15,13 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from mpillama.errors import UserError
-from mpillama.openai.tool_calls import (
-    DEEPSEEK,
-    DEEPSEEK_FENCED,
-    GLM,
-    HARMONY,
-    HERMES,
-    KIMI,
-    LISTED,
-    LLAMA3,
-    LLAMA4,
-    LLAMA4_PYTHONIC,
-    MINIMAX,
-    MISTRAL,
-    MISTRAL_ARGS,
-    CallPiece,
-    Delta,
-    for_template,
-    new_call_id,
-    tool_format,
-)
+from mpillama.openai.answer_formats import tool_format
+from mpillama.openai.harmony import HARMONY
+from mpillama.openai.marked_calls import DEEPSEEK, DEEPSEEK_FENCED, KIMI
+from mpillama.openai.object_calls import HERMES, LISTED, LLAMA3, MISTRAL, MISTRAL_ARGS
+from mpillama.openai.pythonic_calls import LLAMA4, LLAMA4_PYTHONIC
+from mpillama.openai.tagged_calls import GLM, MINIMAX
+from mpillama.openai.tool_calls import CallPiece, Delta, for_template, new_call_id
 from mpillama.text.chat_template import ChatTemplate
 from mpillama.text.constraint import Grammars
 from mpillama.text.tokenizer import Tokenizer

@@ -170,10 +170,16 @@ LONG: Mapping[str, Any] = {
 }  # fmt: skip
 EXPERTS: Mapping[str, Any] = {"num_experts": 9, "num_experts_per_tok": 3, "moe_intermediate_size": 72}
 LATENT: Mapping[str, Any] = {
-    **SMALL, "num_attention_heads": 6, "q_lora_rank": 40, "kv_lora_rank": 72, "qk_nope_head_dim": 24,
-    "qk_rope_head_dim": 10, "v_head_dim": 20, "n_routed_experts": 8, "n_group": 4, "topk_group": 2,
-    "num_experts_per_tok": 3, "moe_intermediate_size": 72, "first_k_dense_replace": 1,
+    **SMALL, "num_attention_heads": 6, "num_key_value_heads": 6, "q_lora_rank": 40, "kv_lora_rank": 72,
+    "qk_nope_head_dim": 24, "qk_rope_head_dim": 10, "v_head_dim": 20, "n_routed_experts": 8, "n_group": 4,
+    "topk_group": 2, "num_experts_per_tok": 3, "moe_intermediate_size": 72, "first_k_dense_replace": 1,
 }  # fmt: skip
+DELTA: Mapping[str, Any] = {
+    **SMALL, "num_attention_heads": 6, "head_dim": 24, "rms_norm_eps": 1e-6, "linear_num_key_heads": 3,
+    "linear_num_value_heads": 6, "linear_key_head_dim": 20, "linear_value_head_dim": 36,
+    "layer_types": ["linear_attention", "full_attention"],
+}  # fmt: skip
+SHARED: Mapping[str, Any] = {**EXPERTS, "shared_expert_intermediate_size": 40}
 QWEN: Mapping[str, Any] = {**SMALL, "head_dim": 24, "rms_norm_eps": 1e-6, "rope_theta": 1e6}
 
 
@@ -253,6 +259,9 @@ LATER_FAMILIES: Mapping[str, Mapping[str, Any]] = {
         "intermediate_size_mlp": 100, "interleave_moe_layer_step": 2, "no_rope_layers": [1, 0],
         "attention_chunk_size": 20, "floor_scale": 16, "attn_scale": 0.3,
     },
+    "qwen3_next": {**DELTA, **SHARED, "model_type": "qwen3_next"},
+    "qwen3_5_text": {**DELTA, "model_type": "qwen3_5_text", "linear_num_value_heads": 3},
+    "qwen3_5_moe_text": {**DELTA, **SHARED, "model_type": "qwen3_5_moe_text"},
 }  # fmt: skip
 
 # -- special values --------------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from mpillama.openai.responses import ITEM
 from mpillama.server.responses_api_events import ResponseWriter
 
 if TYPE_CHECKING:  # it imports what is compiled
-    from mpillama.server.response_store import ResponseStore
+    from mpillama.server.responses_api_store import ResponseStore
 
 KIB = 1024
 """About the bytes of a small response."""
@@ -167,13 +167,13 @@ def test_instructions_and_the_first_system_message_are_one():
 
 
 def store_of(most_bytes: int) -> "ResponseStore":
-    from mpillama.server.response_store import ResponseStore
+    from mpillama.server.responses_api_store import ResponseStore
 
     return ResponseStore(most_bytes)
 
 
 def said(text: str) -> tuple[bytes, ...]:
-    from mpillama.server.response_store import kept_items
+    from mpillama.server.responses_api_store import kept_items
 
     return kept_items([ITEM.validate_python(user(text))])
 

@@ -123,7 +123,8 @@ struct MlpLayer {
 // The tokens that go through the model together; `segments` [segment_count, 3]: first token, tokens, first position of
 // each sequence; `tables` [segment_count, table_width]: its cache blocks; `slots`: where each token's key and value go.
 // RoPE turns the first 2 * rotary_half channels of a head, queries are multiplied by `query_factors` [tokens] (or null).
-// `squares` [tokens, 4]: sums of squares of queries and keys, as norm.h says.
+// `squares` [tokens, 4]: sums of squares of queries and keys, as norm.h says. `shifts` [tokens], or null: the grid of what
+// half a layer adds to each token, if it is coarser (numbers.h).
 // Of layers whose past is a state: `states` [segment_count, 2] are the slots that a sequence's state is read from (-1: it
 // begins with zeros) and written to, `snapshots` [snapshot_count, 2] a token and a slot that also gets the state behind
 // it, by ascending tokens. No slot is written twice, or read by one sequence and written by another.
@@ -133,7 +134,7 @@ struct Step {
     Activations hidden, context, gate, latent;
     float *q, *k, *v, *up;
     float* gates;
-    double *partial, *squares;
+    double *partial, *squares, *shifts;
     const float *cosines, *sines, *query_factors;
     const i64 *slots, *segments, *tables, *states, *snapshots;
     i64 rotary_half, segment_count, table_width, snapshot_count;

@@ -167,6 +167,7 @@ inline void delta_half(const Member& member, const DeltaLayer& layer, const Step
     const i64 tokens = step.tokens, channels = SLABS * LANES;
     bool quantised = false;
     for_each_input_matrix(layer, [&](const Matrix& m) { quantised = quantised || has_blocks(m.type); });
+    choose_grids(member, step, layer.hidden_size);
     normalise(member, step.x, tokens, layer.norm, layer.hidden_size, layer.eps, quantised, step.hidden);
     member.did(Part::NORM);
     member.barrier();
@@ -195,7 +196,7 @@ inline void delta_half(const Member& member, const DeltaLayer& layer, const Step
         norm_and_gate(layer, step, context, i / layer.value_heads, i % layer.value_heads);
     member.did(Part::ATTENTION);
     member.barrier();
-    row_parallel(member, layer.o, context, tokens, step.partial, step.in_flight, Part::O_PROJ);
+    row_parallel(member, layer.o, context, tokens, step.partial, step.in_flight, Part::O_PROJ, step.shifts);
     member.did(Part::O_PROJ);
 }
 

@@ -176,13 +176,14 @@ inline void shared_gate_up(const Member& member, const MlpLayer& layer, const St
 }
 
 // Add the biases of the chosen experts' down projections, times their shares, to groups first:last of a token's sum.
-inline void add_down_biases(const MlpLayer& layer, const Routing& r, i64 token, i64 first, i64 last, double* sum) {
+inline void add_down_biases(const MlpLayer& layer, const Routing& r, i64 token, i64 first, i64 last, double* sum,
+                            double shift) {
     if (layer.down_bias == nullptr) return;
     const i64 rows = layer.down.groups * LANES;
     for (i64 j = token * layer.router.chosen; j < (token + 1) * layer.router.chosen; j++) {
         const float* bias = layer.down_bias + r.chosen[j] * rows;
         for (i64 i = LANES * first; i < LANES * last; i += W)
-            store(sum + i, add(load(sum + i), round_to_grid(mul(load(bias + i), splat(r.shares[j])))));
+            store(sum + i, add(load(sum + i), round_to_grid(mul(load(bias + i), splat(r.shares[j])), shift)));
     }
 }
 
@@ -204,6 +205,7 @@ inline void mixture_of_one(const Member& member, const MlpLayer& layer, const St
     shared_gate_up(member, layer, step, r);
     member.did(Part::GATE_UP);
     member.barrier();
+    const double shift = step.shifts == nullptr ? GRID_SHIFT : step.shifts[0];
     double* sums = reinterpret_cast<double*>(r.end) + member.thread * rows;
     for (i64 i = 0; i < rows; i++) sums[i] = 0.0;
     const i64 begin_panel = member.first(count * panels), end_panel = member.last(count * panels);
@@ -211,11 +213,11 @@ inline void mixture_of_one(const Member& member, const MlpLayer& layer, const St
         const i64 first = begin_panel > j * panels ? begin_panel - j * panels : 0;
         const i64 last = end_panel - j * panels < panels ? end_panel - j * panels : panels;
         if (last > first)
-            add_panels(layer.down, r.chosen[j], expert_gate(j), first, last, 0, groups, sums, step.in_flight);
+            add_panels(layer.down, r.chosen[j], expert_gate(j), first, last, 0, groups, sums, step.in_flight, shift);
     }
     const i64 first_panel = member.first(layer.shared_down.panels), last_panel = member.last(layer.shared_down.panels);
     if (last_panel > first_panel)
-        add_panels(layer.shared_down, 0, step.gate, first_panel, last_panel, 0, groups, sums, step.in_flight);
+        add_panels(layer.shared_down, 0, step.gate, first_panel, last_panel, 0, groups, sums, step.in_flight, shift);
     member.did(Part::DOWN);
     member.barrier();
     const double* all = reinterpret_cast<const double*>(r.end);
@@ -224,7 +226,7 @@ inline void mixture_of_one(const Member& member, const MlpLayer& layer, const St
         for (i64 thread = 0; thread < member.threads; thread++) total += all[thread * rows + i];
         step.partial[i] = total;
     }
-    add_down_biases(layer, r, 0, member.first(groups), member.last(groups), step.partial);
+    add_down_biases(layer, r, 0, member.first(groups), member.last(groups), step.partial, shift);
 }
 
 // step.partial = each token's chosen experts' SwiGLU of step.hidden, times their shares, and the shared expert's:
@@ -255,11 +257,13 @@ inline void mixture(const Member& member, const MlpLayer& layer, const Step& ste
     for (i64 e = 0; e < layer.gate.experts; e++)
         if (r.count(e) > 0)
             add_rows(layer.down, e, r.of(r.gate, e), r.count(e), first, last,
-                     Output{step.partial, rows, r.tokens + r.ends[e]}, member.scratch);
+                     Output{step.partial, rows, r.tokens + r.ends[e], step.shifts}, member.scratch);
     if (layer.shared_down.panels > 0)
-        add_rows(layer.shared_down, 0, step.gate, step.tokens, first, last, Output{step.partial, rows, nullptr},
+        add_rows(layer.shared_down, 0, step.gate, step.tokens, first, last, Output{step.partial, rows, nullptr, step.shifts},
                  member.scratch);
-    for (i64 t = 0; t < step.tokens; t++) add_down_biases(layer, r, t, first, last, step.partial + t * rows);
+    for (i64 t = 0; t < step.tokens; t++)
+        add_down_biases(layer, r, t, first, last, step.partial + t * rows,
+                        step.shifts == nullptr ? GRID_SHIFT : step.shifts[t]);
     member.did(Part::DOWN);
 }
 

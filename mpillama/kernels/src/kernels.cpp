@@ -4,6 +4,7 @@
 #include "delta_layer.h"
 #include "latent_layer.h"
 #include "layers.h"
+#include "packed_sums.h"
 #include "shared_sum.h"
 #include "threads.h"
 
@@ -241,6 +242,23 @@ MPILLAMA_API i64 mpillama_sum_shared(const Window* window, double* partial, i64 
     return sum_shared(*window, partial, count, sequence, posted != 0, spins, yields);
 }
 
+// Of the first rank of a host, as shared_sum.h says.
+MPILLAMA_API i64 mpillama_sum_host(const Window* window, i64 count, i64 sequence, i64 spins, i64 yields) {
+    return sum_host(*window, count, sequence, spins, yields);
+}
+
+MPILLAMA_API void mpillama_publish(const Window* window, i64 sequence) {
+    window->published->store(sequence, std::memory_order_release);
+}
+
+// float64 [count] in as few bits as they need, as packed_sums.h says; returns the bytes.
+MPILLAMA_API i64 mpillama_pack(const double* values, i64 count, u8* out) { return pack(values, count, out); }
+
+// totals += what was packed, or = with `begin`; returns 0 if the bytes are no such message.
+MPILLAMA_API i64 mpillama_unpack(const u8* in, i64 bytes, i64 count, double* totals, i64 begin) {
+    return unpack(in, bytes, count, totals, begin != 0);
+}
+
 // Write to every page of fresh memory, each thread to the part of an array that it has in the products.
 MPILLAMA_API void mpillama_touch_pages(Team* team, u8* memory, i64 bytes) {
     constexpr i64 page = 4096;
@@ -342,15 +360,15 @@ MPILLAMA_API i64 mpillama_offset(i64 index) {
         sizeof(Step), offsetof(Step, tokens), offsetof(Step, x), offsetof(Step, hidden), offsetof(Step, context),
         offsetof(Step, gate), offsetof(Step, latent), offsetof(Step, q), offsetof(Step, k), offsetof(Step, v),
         offsetof(Step, up), offsetof(Step, gates), offsetof(Step, partial), offsetof(Step, squares),
-        offsetof(Step, cosines), offsetof(Step, sines), offsetof(Step, query_factors), offsetof(Step, slots),
-        offsetof(Step, segments), offsetof(Step, tables), offsetof(Step, states), offsetof(Step, snapshots),
-        offsetof(Step, rotary_half), offsetof(Step, segment_count), offsetof(Step, table_width),
-        offsetof(Step, snapshot_count), offsetof(Step, in_flight),
+        offsetof(Step, shifts), offsetof(Step, cosines), offsetof(Step, sines), offsetof(Step, query_factors),
+        offsetof(Step, slots), offsetof(Step, segments), offsetof(Step, tables), offsetof(Step, states),
+        offsetof(Step, snapshots), offsetof(Step, rotary_half), offsetof(Step, segment_count),
+        offsetof(Step, table_width), offsetof(Step, snapshot_count), offsetof(Step, in_flight),
         sizeof(Sum), offsetof(Sum, window), offsetof(Sum, bias), offsetof(Sum, progress), offsetof(Sum, addend),
         offsetof(Sum, factor), offsetof(Sum, sequence),
         offsetof(Sum, spins), offsetof(Sum, yields), offsetof(Sum, waited),
         sizeof(Window), offsetof(Window, slots), offsetof(Window, flags), offsetof(Window, ranks),
-        offsetof(Window, rank), offsetof(Window, capacity),
+        offsetof(Window, rank), offsetof(Window, capacity), offsetof(Window, totals), offsetof(Window, published),
     };
     const i64 count = sizeof offsets / sizeof offsets[0];
     return index < count ? offsets[index] : -1;

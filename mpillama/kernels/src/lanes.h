@@ -48,6 +48,10 @@ constexpr int PARTS = LANES / W;
 // Exact dots of H parts of rows with N adjacent tokens, for sets where a group is two registers (isa/avx2.h).
 template <int N, int H, class Seed, class Use> void dots_nibbles(const Vb (&w)[H][STEPS], const i8* x, Seed seed, Use use);
 template <int N, int H, class Seed, class Use> void dots_small(const Vb (&w)[H][STEPS], const i8* x, Seed seed, Use use);
+template <int MOST, int N, int H, class Use>
+void dots_halves(const Vb (&w)[H][STEPS], const i8* x, const Vi (&first)[H], const Vi (&last)[H], Use use);
+template <int N, int H, class Make, class Use>
+void dots_each_half(const Vb (&w)[H][STEPS], const i8* x, Make make, Use use);
 template <int N, int H, class Use> void dots_signed(const Vb (&w)[H][STEPS], const i8* x, const i32* starts, Use use);
 
 struct F32x16 {

@@ -78,6 +78,7 @@ inline void latent_half(const Member& member, const LatentLayer& layer, const St
     const Matrix& first = compressed ? layer.q_a : layer.q;
     const i64 tokens = step.tokens, pieces = tokens * layer.heads;
     float* scratch = reinterpret_cast<float*>(member.scratch);
+    choose_grids(member, step, layer.hidden_size);
     normalise(member, step.x, tokens, layer.norm, layer.hidden_size, layer.eps,
               has_blocks(first.type) || has_blocks(layer.kv_a.type), step.hidden);
     member.did(Part::NORM);
@@ -118,7 +119,7 @@ inline void latent_half(const Member& member, const LatentLayer& layer, const St
         member.did(Part::O_PROJ);
         member.barrier();
     }
-    row_parallel(member, layer.o, context, tokens, step.partial, step.in_flight, Part::O_PROJ);
+    row_parallel(member, layer.o, context, tokens, step.partial, step.in_flight, Part::O_PROJ, step.shifts);
     member.did(Part::O_PROJ);
 }
 

@@ -25,6 +25,12 @@ inline void normalise(const Member& member, const float* x, i64 tokens, const fl
     }
 }
 
+// The grids of what this half adds to this thread's tokens, if they are coarser than 2^-30.
+inline void choose_grids(const Member& member, const Step& step, i64 size) {
+    for (i64 t = member.first(step.tokens); step.shifts != nullptr && t < member.last(step.tokens); t++)
+        step.shifts[t] = coarse_shift(step.x + t * step.hidden.columns, size);
+}
+
 inline void column_part(const Member& member, const Matrix& m, const Activations& x, i64 tokens, float* out,
                         i64 in_flight) {
     column_span(m, 0, x, tokens, member.first(m.groups), member.last(m.groups), out, m.groups * LANES, in_flight,
@@ -47,13 +53,13 @@ inline i64 row_shared_bytes(const Matrix& m, i64 tokens, i64 threads) {
 
 // out = this rank's panels times x, on the grid: float64 [tokens, rows].
 inline void row_parallel(const Member& member, const Matrix& m, const Activations& x, i64 tokens, double* out,
-                         i64 in_flight, Part name) {
+                         i64 in_flight, Part name, const double* shifts = nullptr) {
     const i64 rows = m.groups * LANES;
     if (tokens > 1 || m.panels == 0) {
         const i64 first = member.first(m.groups), last = member.last(m.groups);
         for (i64 t = 0; t < tokens; t++)
             std::memset(out + t * rows + LANES * first, 0, (last - first) * LANES * sizeof(double));
-        if (m.panels > 0) add_rows(m, 0, x, tokens, first, last, Output{out, rows, nullptr}, member.scratch);
+        if (m.panels > 0) add_rows(m, 0, x, tokens, first, last, Output{out, rows, nullptr, shifts}, member.scratch);
         return;
     }
     const i64 parts = row_parts(m, member.threads), panel_parts = member.threads / parts;
@@ -61,7 +67,8 @@ inline void row_parallel(const Member& member, const Matrix& m, const Activation
     const i64 first = m.groups * row / parts, last = m.groups * (row + 1) / parts;
     double* sums = panel_parts == 1 ? out : reinterpret_cast<double*>(member.shared) + part * rows;
     std::memset(sums + LANES * first, 0, (last - first) * LANES * sizeof(double));
-    add_panels(m, 0, x, m.panels * part / panel_parts, m.panels * (part + 1) / panel_parts, first, last, sums, in_flight);
+    add_panels(m, 0, x, m.panels * part / panel_parts, m.panels * (part + 1) / panel_parts, first, last, sums, in_flight,
+               shifts == nullptr ? GRID_SHIFT : shifts[0]);
     if (panel_parts == 1) return;
     member.did(name);
     member.barrier();
@@ -96,6 +103,7 @@ inline void project(const Member& member, const AttentionLayer& layer, const Ste
     const bool gated = layer.gate.groups > 0;
     const bool quantised = has_blocks(layer.q.type) || has_blocks(layer.k.type) || has_blocks(layer.v.type) ||
                            (gated && has_blocks(layer.gate.type));
+    choose_grids(member, step, layer.hidden_size);
     normalise(member, step.x, step.tokens, layer.norm, layer.hidden_size, layer.eps, quantised, step.hidden);
     member.did(Part::NORM);
     member.barrier();
@@ -122,7 +130,8 @@ inline void attend_projected(const Member& member, const AttentionLayer& layer, 
     attend(member, layer, step);
     member.did(Part::ATTENTION);
     member.barrier();
-    row_parallel(member, layer.o, step.context, step.tokens, step.partial, step.in_flight, Part::O_PROJ);
+    row_parallel(member, layer.o, step.context, step.tokens, step.partial, step.in_flight, Part::O_PROJ,
+                 step.shifts);
     member.did(Part::O_PROJ);
 }
 
@@ -135,6 +144,7 @@ inline void attention_half(const Member& member, const AttentionLayer& layer, co
 inline void mlp_half(const Member& member, const MlpLayer& layer, const Step& step) {
     bool quantised = false;
     for_each_input_matrix(layer, [&](const Matrix& m) { quantised = quantised || (m.groups > 0 && has_blocks(m.type)); });
+    choose_grids(member, step, layer.hidden_size);
     normalise(member, step.x, step.tokens, layer.norm, layer.hidden_size, layer.eps, quantised, step.hidden);
     member.did(Part::NORM);
     member.barrier();
@@ -144,7 +154,7 @@ inline void mlp_half(const Member& member, const MlpLayer& layer, const Step& st
                  member.last(pairs), step.in_flight, member.scratch);
     member.did(Part::GATE_UP);
     member.barrier();
-    row_parallel(member, layer.down, step.gate, step.tokens, step.partial, step.in_flight, Part::DOWN);
+    row_parallel(member, layer.down, step.gate, step.tokens, step.partial, step.in_flight, Part::DOWN, step.shifts);
     member.did(Part::DOWN);
 }
 

@@ -8,9 +8,32 @@ constexpr double GRID_SHIFT = 1.5 * 4194304.0;
 constexpr float ROUND_SHIFT = 1.5f * 8388608.0f;
 
 // float32 as float64 multiples of 2^-30 (52 - 30 = 22), whose sums below 2^22 are exact in any order.
-inline Vd round_to_grid(Vf x) {
-    const Vd shift = splat(GRID_SHIFT);
+inline Vd round_to_grid(Vf x, double grid_shift = GRID_SHIFT) {
+    const Vd shift = splat(grid_shift);
     return sub(add(widen(x), shift), shift);
+}
+
+// The shift of a coarser grid, whose steps suit what is added to a row of the residual stream: a 2^8th of the typical
+// number there, by the mean of the exponents, of which any order gives the same. Wider rows are sums of more panels, each
+// of which is rounded: their steps are half as large from 1024 columns on, a quarter from 4096, and so on.
+constexpr i64 COARSE_BITS = 8, FIRST_WIDE = 1024, FINEST = -30, COARSEST = 0, SMALLEST_EXPONENT = -40;
+
+inline double coarse_shift(const float* x, i64 size) {
+    i64 sum = 0;
+    for (i64 i = 0; i < size; i++) {
+        i32 bits;
+        std::memcpy(&bits, x + i, sizeof bits);
+        const i64 exponent = ((bits >> 23) & 255) - 127;
+        sum += exponent > SMALLEST_EXPONENT ? exponent : SMALLEST_EXPONENT;
+    }
+    const i64 mean = (sum - (sum < 0 ? size - 1 : 0)) / size;  // rounded down
+    i64 wanted = mean - COARSE_BITS;
+    for (i64 wide = FIRST_WIDE; wide <= size; wide *= 4) wanted--;
+    const i64 step = wanted < FINEST ? FINEST : wanted > COARSEST ? COARSEST : wanted;
+    const i64 bits = (1023 + 52 + step) << 52;
+    double power;
+    std::memcpy(&power, &bits, sizeof power);
+    return 1.5 * power;
 }
 
 // Below 2^22 in magnitude, rounded to the nearest integer, ties to even.

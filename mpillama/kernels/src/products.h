@@ -8,6 +8,7 @@
 #pragma once
 #include "activations.h"
 #include "types/types.h"
+#include <type_traits>
 #ifdef MPILLAMA_HAS_TILES
 #include "isa/amx.h"
 #endif
@@ -17,8 +18,10 @@ namespace mpillama {
 constexpr i64 AHEAD = 4096;  // bytes between what is multiplied and what is fetched
 constexpr int MOST_TOKENS = PARTS == 1 ? 8 : 4;  // of a tile, whose sums should fit the registers
 constexpr i64 READY_BLOCKS = 128;     // blocks of 16 rows that are unpacked at a time: they stay in the cache for all tokens
+constexpr i64 READY_FLOATS = 16;      // such blocks where they become float32
 constexpr i64 TOKENS_AT_ONCE = 128;   // so do these tokens' activations, for all rows
 constexpr i64 FEW_TOKENS = 4;         // are not worth blocks that are unpacked to memory
+constexpr i64 FEW_SCALED_TOKENS = 8;  // likewise where they become float32
 constexpr i64 FEW_FLOAT_TOKENS = 32;  // are not worth panels of floats that are brought together
 
 template <int N> struct Count {
@@ -27,7 +30,10 @@ template <int N> struct Count {
 
 // Whether blocks are unpacked to memory for many tokens: where 16 rows are two registers, a tile has all of them, and what
 // it loads of a token serves both. One register has nothing to share, and more parts leave too few for the sums.
-template <class T> constexpr bool unpacks() { return T::BLOCKS && PARTS == 2; }
+template <class T> constexpr bool unpacks() { return PARTS == 2 && (T::BLOCKS || SCALED_FLOATS<T>); }
+template <class T> constexpr i64 few_tokens() { return T::BLOCKS ? FEW_TOKENS : FEW_SCALED_TOKENS; }
+template <class T> constexpr i64 blocks_at_once() { return T::BLOCKS ? READY_BLOCKS : READY_FLOATS; }
+template <class T> constexpr i64 block_bytes() { return T::BLOCKS ? T::bytes : T::bytes * BLOCK; }
 
 // One column-parallel matrix, or one panel of a row-parallel one: [groups, columns].
 struct Slice {
@@ -175,14 +181,6 @@ template <class T, int TOKENS>
     }
 }
 
-// The same over blocks that are unpacked in memory, all rows at a time.
-template <class T, int TOKENS>
-[[gnu::always_inline]] inline void ready_tile(const ReadyBlock<T>* rows, i64 blocks, const Input& in, i64 token, Sums<TOKENS>& sums) {
-    const i64 width = in.width();
-    const InputBlocks x = in.blocks(token);
-    for (i64 i = 0; i < blocks; i++) rows[i].template add<TOKENS>(x, i * width, sums);
-}
-
 // sums[part][t] += columns first:last of floats times some tokens.
 template <class T, int TOKENS>
 [[gnu::always_inline]] inline void float_run(const u8* values, i64 first, i64 last, const float* x, i64 stride,
@@ -222,23 +220,60 @@ template <class T, int TOKENS>
     }
 }
 
+// A block of floats, unpacked for some tokens.
+template <class T> struct alignas(64) ReadyFloats {
+    float rows[BLOCK][LANES];
+    Vf scales[PARTS];
+
+    ReadyFloats(const u8* values, const ScalePlace<typename T::Scales>& place, int) {
+        for (int k = 0; k < BLOCK; k++)
+            for (int part = 0; part < PARTS; part++) store(rows[k] + W * part, T::load(values + k * T::bytes, part));
+        for (int part = 0; part < PARTS; part++) scales[part] = scale_of(place, part);
+    }
+
+    // sums[part][t] += the product with the block at `x` of TOKENS tokens, `stride` apart.
+    // A call: the compiler would keep more sums in registers than there are.
+    template <int TOKENS> [[gnu::noinline]] void add(const float* x, i64 stride, Sums<TOKENS>& sums) const {
+        Sums<TOKENS> of_block = {};
+        float_run<F32, TOKENS>(reinterpret_cast<const u8*>(rows), 0, BLOCK, x, stride, of_block);
+        for (int part = 0; part < PARTS; part++)
+            for (int t = 0; t < TOKENS; t++) sums[part][t] = fma(of_block[part][t], scales[part], sums[part][t]);
+    }
+};
+
+template <class T> using Ready = std::conditional_t<T::BLOCKS, ReadyBlock<T>, ReadyFloats<T>>;
+
+// The same over blocks that are unpacked in memory, all rows at a time.
+template <class T, int TOKENS>
+[[gnu::always_inline]] inline void ready_tile(const Ready<T>* rows, i64 blocks, const Input& in, i64 token, Sums<TOKENS>& sums) {
+    if constexpr (T::BLOCKS) {
+        const i64 width = in.width();
+        const InputBlocks x = in.blocks(token);
+        for (i64 i = 0; i < blocks; i++) rows[i].template add<TOKENS>(x, i * width, sums);
+    } else {
+        const float* x = in.x(token);
+        for (i64 i = 0; i < blocks; i++) rows[i].template add<TOKENS>(x + BLOCK * i, in.from.columns, sums);
+    }
+}
+
 // Unpack adjacent blocks of a group; returns where the scales of the next one are.
 template <class T>
 inline ScalePlace<typename T::Scales> make_ready(const u8* values, ScalePlace<typename T::Scales> scales, i64 blocks,
-                                                 ReadyBlock<T>* ready) {
+                                                 Ready<T>* ready) {
+    constexpr i64 bytes = block_bytes<T>();
     for (i64 i = 0; i < blocks; i++, scales.advance()) {
-        prefetch_run(values + i * T::bytes + AHEAD, T::bytes);
-        ready[i] = ReadyBlock<T>(values + i * T::bytes, scales, 0);
+        prefetch_run(values + i * bytes + AHEAD, bytes);
+        ready[i] = Ready<T>(values + i * bytes, scales, 0);
     }
     return scales;
 }
 
-template <class T> inline ReadyBlock<T>* ready_blocks(u8* scratch) { return reinterpret_cast<ReadyBlock<T>*>(scratch); }
+template <class T> inline Ready<T>* ready_blocks(u8* scratch) { return reinterpret_cast<Ready<T>*>(scratch); }
 
-// Panels of a group that are unpacked at a time.
-inline i64 ready_panels(const Matrix& m) {
-    const i64 blocks = m.columns / BLOCK;
-    return blocks < READY_BLOCKS ? READY_BLOCKS / blocks : 1;
+// Panels of a group that are brought together at a time.
+template <class T> inline i64 panels_at_once(const Matrix& m) {
+    const i64 blocks = m.columns / BLOCK, most = blocks_at_once<T>();
+    return !unpacks<T>() ? m.panels : blocks < most ? most / blocks : 1;
 }
 
 // Bytes of a thread's scratch for products: unpacked blocks, the panels of a group of floats, or AMX's signed steps.
@@ -246,10 +281,10 @@ inline i64 product_scratch_bytes(const Matrix& m) {
     i64 bytes = 0;
     with_type(m.type, [&](auto type) {
         using T = decltype(type);
-        const i64 blocks = m.columns / BLOCK;
+        const i64 blocks = m.columns / BLOCK, panels = m.panels > 1 ? panels_at_once<T>(m) : 0;
         if constexpr (unpacks<T>())
-            bytes = (m.panels > 1 ? ready_panels(m) * blocks : READY_BLOCKS) * static_cast<i64>(sizeof(ReadyBlock<T>));
-        if constexpr (!T::BLOCKS) bytes = m.panels > 1 ? m.panels * m.columns * T::bytes : 0;
+            bytes = (panels > 0 ? panels * blocks : blocks_at_once<T>()) * static_cast<i64>(sizeof(Ready<T>));
+        else if constexpr (!T::BLOCKS) bytes = panels * m.columns * T::bytes;
 #ifdef MPILLAMA_HAS_TILES
         if constexpr (T::BLOCKS) bytes = AMX_PRODUCTS + m.panels * blocks * 512;
 #endif
@@ -305,11 +340,11 @@ template <class T>
 inline void ready_column_group(const Slice& w, i64 group, const Input& in, i64 first, i64 last, float* out, i64 stride,
                                u8* scratch) {
     const i64 blocks = w.columns / BLOCK;
-    ReadyBlock<T>* const ready = ready_blocks<T>(scratch);
+    Ready<T>* const ready = ready_blocks<T>(scratch);
     ScalePlace<typename T::Scales> scales(w.scales, group * blocks);
     for (i64 start = 0, now; start < blocks; start += now) {
-        now = blocks - start < READY_BLOCKS ? blocks - start : READY_BLOCKS;
-        scales = make_ready<T>(w.values + (group * blocks + start) * T::bytes, scales, now, ready);
+        now = blocks - start < blocks_at_once<T>() ? blocks - start : blocks_at_once<T>();
+        scales = make_ready<T>(w.values + (group * blocks + start) * block_bytes<T>(), scales, now, ready);
         in.in_tiles(first, last, [&](i64 token, auto count) {
             constexpr int TOKENS = decltype(count)::value;
             Sums<TOKENS> sums = {};
@@ -362,7 +397,7 @@ inline void column_span(const Slice& w, const Input& in, i64 first, i64 last, fl
         for (i64 group = first; group < last; group++) {
             float* const rows = out + group * LANES;
             if constexpr (unpacks<T>())
-                if (in.tokens > FEW_TOKENS) {
+                if (in.tokens > few_tokens<T>()) {
                     ready_column_group<T>(w, group, in, token, end, rows, stride, scratch);
                     continue;
                 }
@@ -382,7 +417,8 @@ inline void column_span(const Matrix& m, i64 expert, const Activations& x, i64 t
 
 // -- row-parallel -------------------------------------------------------------------------------------------------------
 
-template <class T, int GROUPS> inline i64 row_stream(const Slice& w, const Input& in, i64 first, i64 last, double* out) {
+template <class T, int GROUPS>
+inline i64 row_stream(const Slice& w, const Input& in, i64 first, i64 last, double* out, double shift) {
     i64 group = first;
     for (; group + GROUPS <= last; group += GROUPS) {
         Vf sums[GROUPS][PARTS] = {};
@@ -390,7 +426,7 @@ template <class T, int GROUPS> inline i64 row_stream(const Slice& w, const Input
         for (int g = 0; g < GROUPS; g++)
             for (int part = 0; part < PARTS; part++) {
                 double* at = out + (group + g) * LANES + W * part;
-                store(at, add(load(at), round_to_grid(sums[g][part])));
+                store(at, add(load(at), round_to_grid(sums[g][part], shift)));
             }
     }
     return group;
@@ -398,27 +434,31 @@ template <class T, int GROUPS> inline i64 row_stream(const Slice& w, const Input
 
 // Add panels first_panel:last_panel of groups first:last times a single token to out, float64 [rows].
 inline void add_panels(const Matrix& m, i64 expert, const Activations& x, i64 first_panel, i64 last_panel, i64 first,
-                       i64 last, double* out, i64 in_flight) {
+                       i64 last, double* out, i64 in_flight, double shift = GRID_SHIFT) {
     with_type(m.type, [&](auto type) {
         using T = decltype(type);
         for (i64 panel = first_panel; panel < last_panel; panel++) {
             const Slice w = slice<T>(m, expert, panel);
             const Input in{x, 1, panel * m.columns};
             i64 group = first;
-            if constexpr (!T::BLOCKS) group = row_stream<T, 4>(w, in, group, last, out);
-            if (in_flight == 2 && T::BLOCKS) group = row_stream<T, 2>(w, in, group, last, out);
-            row_stream<T, 1>(w, in, group, last, out);
+            if constexpr (!T::BLOCKS) group = row_stream<T, 4>(w, in, group, last, out, shift);
+            if (in_flight == 2 && T::BLOCKS) group = row_stream<T, 2>(w, in, group, last, out, shift);
+            row_stream<T, 1>(w, in, group, last, out, shift);
         }
     });
 }
 
-// Where the tokens' results are added to: row `rows[t]` of float64 [.., stride], or row t where `rows` is null.
+// Where the tokens' results are added to: row `rows[t]` of float64 [.., stride], or row t where `rows` is null; and the
+// grids of these rows, or null.
 struct Output {
     double* out;
     i64 stride;
     const i64* rows;
+    const double* shifts = nullptr;
 
-    double* at(i64 token) const { return out + (rows == nullptr ? token : rows[token]) * stride; }
+    i64 row(i64 token) const { return rows == nullptr ? token : rows[token]; }
+    double* at(i64 token) const { return out + row(token) * stride; }
+    double shift(i64 token) const { return shifts == nullptr ? GRID_SHIFT : shifts[row(token)]; }
 };
 
 template <int TOKENS> using Totals = Vd[PARTS][TOKENS];
@@ -428,9 +468,12 @@ template <int TOKENS> inline void load_totals(const Output& to, i64 token, i64 g
         for (int part = 0; part < PARTS; part++) totals[part][t] = load(to.at(token + t) + group * LANES + W * part);
 }
 
-template <int TOKENS> inline void add_panel(const Sums<TOKENS>& sums, Totals<TOKENS>& totals) {
-    for (int t = 0; t < TOKENS; t++)
-        for (int part = 0; part < PARTS; part++) totals[part][t] = add(totals[part][t], round_to_grid(sums[part][t]));
+template <int TOKENS>
+inline void add_panel(const Sums<TOKENS>& sums, const Output& to, i64 token, Totals<TOKENS>& totals) {
+    for (int t = 0; t < TOKENS; t++) {
+        const double shift = to.shift(token + t);
+        for (int part = 0; part < PARTS; part++) totals[part][t] = add(totals[part][t], round_to_grid(sums[part][t], shift));
+    }
 }
 
 template <int TOKENS> inline void store_totals(const Totals<TOKENS>& totals, const Output& to, i64 token, i64 group) {
@@ -458,7 +501,7 @@ inline void panels(const Matrix& m, i64 expert, i64 group, const Input& in, i64 
                 tile<T, TOKENS>(values, scales, units, units * T::bytes, here, token, sums);
             } else
                 float_tile<T, TOKENS>(values, {from.scales, group * (units / BLOCK)}, units, here, token, sums);
-            add_panel<TOKENS>(sums, totals);
+            add_panel<TOKENS>(sums, to, token, totals);
         }
         store_totals<TOKENS>(totals, to, token, group);
     });
@@ -469,12 +512,12 @@ inline void panels(const Matrix& m, i64 expert, i64 group, const Input& in, i64 
 template <class T>
 inline void ready_panels(const Matrix& m, i64 expert, i64 group, i64 first_panel, i64 last_panel, const Input& in,
                          i64 first, i64 last, const Output& to, u8* scratch) {
-    const i64 units = T::BLOCKS ? m.columns / BLOCK : m.columns;
+    const i64 blocks = m.columns / BLOCK, units = T::BLOCKS ? blocks : m.columns;
     for (i64 panel = first_panel; panel < last_panel; panel++) {
         const Slice from = slice<T>(m, expert, panel);
         const u8* run = from.values + group * units * T::bytes;
-        if constexpr (T::BLOCKS) {
-            make_ready<T>(run, {from.scales, group * units}, units, ready_blocks<T>(scratch) + (panel - first_panel) * units);
+        if constexpr (unpacks<T>()) {
+            make_ready<T>(run, {from.scales, group * blocks}, blocks, ready_blocks<T>(scratch) + (panel - first_panel) * blocks);
         } else {
             std::memcpy(scratch + (panel - first_panel) * units * T::bytes, run, units * T::bytes);
             prefetch_run(run + units * T::bytes, units * T::bytes);
@@ -485,15 +528,15 @@ inline void ready_panels(const Matrix& m, i64 expert, i64 group, i64 first_panel
         Totals<TOKENS> totals;
         load_totals<TOKENS>(to, token, group, totals);
         for (i64 panel = first_panel; panel < last_panel; panel++) {
-            const i64 place = (panel - first_panel) * units;
+            const i64 place = panel - first_panel;
             const Input here{in.from, in.tokens, panel * m.columns};
             Sums<TOKENS> sums = {};
-            if constexpr (T::BLOCKS) ready_tile<T, TOKENS>(ready_blocks<T>(scratch) + place, units, here, token, sums);
+            if constexpr (unpacks<T>())
+                ready_tile<T, TOKENS>(ready_blocks<T>(scratch) + place * blocks, blocks, here, token, sums);
             else
-                float_tile<T, TOKENS>(scratch + place * T::bytes,
-                                      {slice<T>(m, expert, panel).scales, group * (units / BLOCK)}, units, here, token,
-                                      sums);
-            add_panel<TOKENS>(sums, totals);
+                float_tile<T, TOKENS>(scratch + place * units * T::bytes,
+                                      {slice<T>(m, expert, panel).scales, group * blocks}, units, here, token, sums);
+            add_panel<TOKENS>(sums, to, token, totals);
         }
         store_totals<TOKENS>(totals, to, token, group);
     });
@@ -523,7 +566,7 @@ inline i64 panel_tiles(const Matrix& m, i64 expert, const Input& in, i64 first, 
                     amx_sums<Scales>(steps + 512 * panel * blocks, {scales, group * blocks}, blocks, x, scratch, sums);
                     for (int t = 0; t < AMX_TOKENS; t++) {
                         double* row = to.at(token + t) + group * LANES;
-                        store(row, add(load(row), round_to_grid(sums[t])));
+                        store(row, add(load(row), round_to_grid(sums[t], to.shift(token + t))));
                     }
                 }
             }
@@ -539,10 +582,10 @@ inline i64 panel_tiles(const Matrix& m, i64 expert, const Input& in, i64 first, 
 // Add all panels of groups first:last times x[t].
 template <class T>
 inline void add_rows(const Matrix& m, i64 expert, const Input& in, i64 first, i64 last, const Output& to, u8* scratch) {
-    const bool few = T::BLOCKS ? !unpacks<T>() || in.tokens <= FEW_TOKENS : in.tokens <= FEW_FLOAT_TOKENS;
-    const i64 together = T::BLOCKS ? ready_panels(m) : m.panels;
+    const bool few = unpacks<T>() ? in.tokens <= few_tokens<T>() : T::BLOCKS || in.tokens <= FEW_FLOAT_TOKENS;
+    const i64 together = panels_at_once<T>(m);
     const i64 begin = panel_tiles<T>(m, expert, in, first, last, to, scratch);
-    at_once(begin, in.tokens, T::BLOCKS ? TOKENS_AT_ONCE : in.tokens, [&](i64 token, i64 end) {
+    at_once(begin, in.tokens, T::BLOCKS || unpacks<T>() ? TOKENS_AT_ONCE : in.tokens, [&](i64 token, i64 end) {
         for (i64 group = first; group < last; group++) {
             if (few) {
                 panels<T>(m, expert, group, in, token, end, to);

@@ -4,6 +4,10 @@
 // until all threads of all ranks have arrived, and adds the slots up in order of rank. Slots alternate between two
 // halves: a thread can only be writing into a half when all threads have finished reading it, because they have arrived
 // at the exchange between; so no second wait is needed.
+//
+// Where there are other hosts, too, the first rank of each host waits for the arrivals of its own, adds the slots up into
+// `totals`, adds what the other hosts have, and publishes it; all others wait for that. It writes totals again only when
+// all threads have arrived at the next exchange, and so have read them.
 #pragma once
 #include <sched.h>
 
@@ -23,6 +27,8 @@ struct Window {
     double* slots;           // [2, ranks, capacity]
     std::atomic<i64>* flags;  // [ranks, FLAG_STRIDE]: arrivals of a rank's threads, then their number
     i64 ranks, rank, capacity;
+    double* totals;              // [capacity], null if all ranks are on this host
+    std::atomic<i64>* published;  // the last exchange whose totals are there
 
     double* slot(i64 sequence, i64 of) const { return slots + (sequence % 2 * ranks + of) * capacity; }
 
@@ -36,9 +42,14 @@ struct Window {
         return true;
     }
 
-    // Polls `spins` times, then gives the core away up to `yields` times; returns whether all have arrived.
-    bool wait(i64 sequence, i64 spins, i64 yields) const {
-        for (i64 tries = 0; !all_arrived(sequence);) {
+    // Whether the sum can be had.
+    bool is_ready(i64 sequence) const {
+        return totals == nullptr ? all_arrived(sequence) : published->load(std::memory_order_acquire) >= sequence;
+    }
+
+    // Polls `spins` times, then gives the core away up to `yields` times; returns whether `is_over`.
+    template <class IsOver> static bool wait(i64 spins, i64 yields, const IsOver& is_over) {
+        for (i64 tries = 0; !is_over();) {
             if (++tries > spins + yields) return false;
             if (tries > spins)
                 sched_yield();
@@ -47,14 +58,27 @@ struct Window {
         }
         return true;
     }
+    bool wait(i64 sequence, i64 spins, i64 yields) const {
+        return wait(spins, yields, [&] { return is_ready(sequence); });
+    }
 
     // W numbers' sum, in order of rank.
     Vd total(i64 sequence, i64 i) const {
+        if (totals != nullptr) return load(totals + i);
         Vd sum = load(slot(sequence, 0) + i);
         for (i64 other = 1; other < ranks; other++) sum = add(sum, load(slot(sequence, other) + i));
         return sum;
     }
 };
+
+// The slots' sum, in order of rank.
+inline void add_slots(const Window& window, i64 count, i64 sequence, double* sum) {
+    std::memcpy(sum, window.slot(sequence, 0), static_cast<std::size_t>(count) * sizeof(double));
+    for (i64 other = 1; other < window.ranks; other++) {
+        const double* addends = window.slot(sequence, other);
+        for (i64 i = 0; i < count; i++) sum[i] += addends[i];
+    }
+}
 
 // Replace `partial` by its sum over ranks, one thread for all of this rank's; returns whether all ranks arrived while it
 // waited. If it returns false, call again with `posted`: the addends are in place.
@@ -65,11 +89,17 @@ inline bool sum_shared(const Window& window, double* partial, i64 count, i64 seq
         window.arrive(window.flags[window.rank * FLAG_STRIDE + 1].load(std::memory_order_relaxed));
     }
     if (!window.wait(sequence, spins, yields)) return false;
-    std::memcpy(partial, window.slot(sequence, 0), static_cast<std::size_t>(count) * sizeof(double));
-    for (i64 other = 1; other < window.ranks; other++) {
-        const double* addends = window.slot(sequence, other);
-        for (i64 i = 0; i < count; i++) partial[i] += addends[i];
-    }
+    if (window.totals == nullptr) add_slots(window, count, sequence, partial);
+    else
+        std::memcpy(partial, window.totals, static_cast<std::size_t>(count) * sizeof(double));
+    return true;
+}
+
+// The first rank of a host begins the totals with what this host's ranks have; returns whether they all arrived while it
+// waited. What other hosts have is then to be added, and the totals to be published.
+inline bool sum_host(const Window& window, i64 count, i64 sequence, i64 spins, i64 yields) {
+    if (!Window::wait(spins, yields, [&] { return window.all_arrived(sequence); })) return false;
+    add_slots(window, count, sequence, window.totals);
     return true;
 }
 

@@ -183,15 +183,12 @@ class _Renderer(RendererHTML):
     """HTML of those parts that the page shows in its own way."""
 
     def fence(self, tokens: Sequence[Token], idx: int, options: Any, env: Any) -> str:
-        """Code with its colours."""
         return code_block(tokens[idx].content, (tokens[idx].info.split() or [""])[0])
 
     def code_block(self, tokens: Sequence[Token], idx: int, options: Any, env: Any) -> str:
-        """Code that is only indented."""
         return code_block(tokens[idx].content, "")
 
     def image(self, tokens: Sequence[Token], idx: int, options: Any, env: Any) -> str:
-        """A link to the picture."""
         address = escapeHtml(str(tokens[idx].attrGet("src")))
         text = self.renderInlineAsText(tokens[idx].children, options, env)
         return f'<a href="{address}" title="{address}">{escapeHtml(text) or address}</a>'
@@ -205,7 +202,6 @@ class _Renderer(RendererHTML):
         return f'<div class="table" {REGION} aria-label="Table"><table>'
 
     def table_close(self, tokens: Sequence[Token], idx: int, options: Any, env: Any) -> str:
-        """The end of a table."""
         return "</table></div>"
 
     def footnote_ref(self, tokens: Sequence[Token], idx: int, options: Any, env: Any) -> str:

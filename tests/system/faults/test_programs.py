@@ -1,6 +1,7 @@
 """Ranks that do not belong together: another mpillama on one of them, or processes that MPI does not connect."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +9,15 @@ import pytest
 
 from mpillama import __version__
 from mpillama.errors import UserError
-from mpillama.job.start import Program, refuse_differences, this_program
+from mpillama.job.same_program import (
+    FOLDER,
+    Program,
+    contents_of,
+    looks_of,
+    refuse_differences,
+    this_program,
+    told_by_the_first,
+)
 from tests.system.faults.running import SHORT, name, sabotage, the_mistake
 from tests.system.mpi.launch import PROGRAM, TIMEOUT, run
 
@@ -34,12 +43,28 @@ def test_another_mpillama_on_rank_0(fault: str, toy: Path, tmp_path: Path) -> No
 
 
 def test_a_program_survives_its_journey() -> None:
-    mine = this_program()
+    mine = this_program(contents_of)
     assert mine.version == __version__
     assert Program.of_record(mine.record()) == mine
     long = Program("1" * 40, "2" * 64, "3" * 300, "4" * 1000)
     assert len(long.record()) == len(mine.record()) == 512
     assert Program.of_record(np.zeros(512, np.uint8)) == Program("", "", "", "")
+
+
+def test_a_copy_looks_different_but_has_the_same_contents(tmp_path: Path) -> None:
+    copy = shutil.copytree(FOLDER, tmp_path / "mpillama", ignore=shutil.ignore_patterns("lib", "__pycache__"))
+    assert looks_of(copy) != looks_of(FOLDER) == looks_of(FOLDER)
+    assert contents_of(copy) == contents_of(FOLDER)
+    source = copy / "errors.py"
+    source.write_text(source.read_text().replace("e", "f", 1))
+    assert contents_of(copy) != contents_of(FOLDER)
+
+
+def test_one_rank_of_a_host_speaks_for_those_of_its_folder() -> None:
+    looked = [
+        Program("1", sources, *place) for sources, *place in (("abc", "x", "/a"), ("", "x", "/a"), ("", "x", "/b"))
+    ]
+    assert [p.sources for p in told_by_the_first(looked)] == ["abc", "abc", ""]
 
 
 def test_the_first_rank_that_differs_is_named() -> None:

@@ -45,6 +45,16 @@ def test_stopped_rank(ranks: int, victim: int, phase: str, toy: Path, tmp_path: 
     assert "--timeout" in sentence
 
 
+@pytest.mark.parametrize("victim", [0, 1, 2], ids=["leader and root", "not a leader", "leader"])
+def test_stopped_rank_of_several_hosts(victim: int, toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two ranks on one host, one on another: each waits for others of its host, or of other hosts."""
+    monkeypatch.setenv("MPILLAMA_RANKS_PER_HOST", "2,1")
+    with in_the_midst(3, "decode", toy, tmp_path, "--timeout", str(WAIT), slow=victim) as launch:
+        launch.ranks()[victim].suspend()
+        sentence = the_sentence(ends(launch, BOUND))
+    assert sentence.startswith(f"mpillama: {name(victim, 3)} has not answered for {WAIT} s while rank ")
+
+
 def test_rank_0_stopped_in_perplexity(toy: Path, tmp_path: Path) -> None:
     text = tmp_path / "text"
     text.write_text("Once upon a time a llama waited in the queue. " * 400)

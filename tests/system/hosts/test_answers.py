@@ -52,6 +52,18 @@ def test_four_hosts_give_it_too(four_hosts: Hosts, toy: Path, alone: tuple[list[
     assert (found["token_ids"], found["logits_sha256"]) == alone
 
 
+def test_too_little_shared_memory_is_a_sentence(two_hosts: Hosts, toy: Path) -> None:
+    """On the host that lacks it, before MPI ends by a bus error."""
+    two_hosts.call("h2", "mount", "-o", "remount,size=1M", "/dev/shm")
+    words, truth = ("generate", "--model", toy, *OPTIONS), 'MPI_LOCALNRANKS=2 exec "$0" "$@"'
+    with two_hosts.started(2, *PROGRAM, *words, wrapper=truth) as launch:
+        result = launch.finish(timeout=60)
+    assert result.status != 0
+    assert "mpillama: /dev/shm on host h2 holds 1 MB, but 2 ranks" in result.stderr
+    assert result.stderr.count("mpillama: ") == 1
+    assert "{" not in result.stdout
+
+
 def test_the_wire_counts_delays_and_cuts(two_hosts: Hosts) -> None:
     usual = two_hosts.ping()
     two_hosts.counts()

@@ -10,7 +10,7 @@ import pytest
 
 from tests.system.faults.running import LONG
 from tests.system.hosts.network import Hosts
-from tests.system.mpi.launch import PROGRAM, TIMEOUT, Launch
+from tests.system.mpi.launch import END_SECONDS, PROGRAM, TIMEOUT, Launch
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(TIMEOUT + 60)]
 
@@ -97,6 +97,15 @@ def test_a_killed_host_is_named(four_hosts: Hosts, toy: Path, tmp_path: Path) ->
         spoken = "".join(run.spoken())
     assert "rank 3 of 4 on h4" in spoken
     assert "cut off from the network" not in spoken
+
+
+def test_after_a_killed_rank_no_other_speaks_of_itself(two_hosts: Hosts, toy: Path, tmp_path: Path) -> None:
+    """The launcher ends them, by whatever signal it takes; what there is to say, it says."""
+    with decoding(two_hosts, 2, toy, tmp_path / "errors") as run:
+        run.launch.ranks()[3].kill()
+        assert run.launch.gone_within(END_SECONDS), run.spoken()
+        assert run.launch.process.returncode != 0
+        assert run.spoken() == []
 
 
 @pytest.mark.parametrize(("silence", "timeout"), [(3, 10), (8, 30)])

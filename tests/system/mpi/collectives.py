@@ -1,5 +1,6 @@
 """What the ranks must agree on; test_communicator.py runs these bodies with pytest under mpirun."""
 
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -12,6 +13,7 @@ from mpi4py import MPI
 from mpillama.comm import communicator
 from mpillama.comm.communicator import MESSAGE_BYTES, Communicator, Rounds
 from mpillama.comm.shared_memory import CAPACITY, POLLING_SECONDS, SharedReduction
+from mpillama.comm.ways import Traffic, virtual_host, ways_between
 from mpillama.errors import UserError
 from mpillama.kernels.shared_sum import SharedWindow, window_bytes
 from mpillama.kernels.target import prepare
@@ -23,17 +25,23 @@ LIMIT = 2**52
 
 @pytest.fixture(scope="module")
 def shared() -> SharedReduction:
-    """The sum through shared memory."""
+    """The sum through shared memory, between hosts if MPILLAMA_RANKS_PER_HOST makes some."""
     return SharedReduction(MPI.COMM_WORLD, window_bytes, partial(SharedWindow, prepare("", 1).team))
 
 
-@pytest.fixture(params=["blocking", "yielding", "in pieces", "shared memory", "shared memory, yielding"])
+HOSTS = os.environ.get("MPILLAMA_RANKS_PER_HOST", "")
+WAYS = [f"shared memory, {way}" for way in ways_between(3)] if HOSTS else []
+
+
+@pytest.fixture(params=["blocking", "yielding", "in pieces", "shared memory", "shared memory, yielding", *WAYS])
 def comm(request: pytest.FixtureRequest) -> Communicator:
     comm = Communicator(MPI.COMM_WORLD, yields="yielding" in request.param)
     if request.param == "in pieces":  # as if counts had few bits
         comm.largest_count = 500
     if "shared" in request.param:
         comm.shared, comm.shared_limit = request.getfixturevalue("shared"), sys.maxsize
+        way = request.param.rpartition(", ")[2]
+        comm.shared.use([(0, way if way in comm.shared.ways else comm.shared.ways[0])])
     return comm
 
 
@@ -81,10 +89,24 @@ def test_many_reductions_in_a_row_never_mix(comm: Communicator) -> None:
 def test_all_ranks_choose_the_same_reduction(comm: Communicator, shared: SharedReduction) -> None:
     comm.choose_reduction(shared, [16, 1024])
     assert len(set(comm.gather(comm.shared_limit))) == 1
-    assert comm.shared_limit in (0, 16, 1024)
-    assert (comm.seconds, comm.calls) == (0, 0)
+    assert comm.shared_limit in ((1024,) if HOSTS else (0, 16, 1024))
+    assert (comm.seconds, comm.calls, comm.sent) == (0, 0, Traffic())
     assert comm.all_reduce(np.ones((1, 16))).tolist() == [[comm.size] * 16]
     assert comm.all_reduce(np.ones((1, 2000))).tolist() == [[comm.size] * 2000]
+
+
+def test_messages_between_hosts_are_few_and_small(comm: Communicator) -> None:
+    """One rank a host speaks for it, and what it sends has few bits."""
+    if comm.shared is None or comm.shared.hosts < 2:
+        pytest.skip("one host, or not through shared memory")
+    assert comm.shared.hosts == 1 + virtual_host(HOSTS, comm.size - 1)
+    comm.forget_costs()
+    values = np.random.default_rng(comm.rank).integers(-(2**24), 2**24, 640) * GRID
+    comm.all_reduce(values.reshape(1, -1))
+    sent, others = comm.sent, comm.shared.hosts - 1
+    assert (sent.messages > 0) == comm.shared.leads
+    assert sent.messages <= 2 * others
+    assert sent.bytes <= others * 640 * 3.6
 
 
 @pytest.mark.parametrize("poison", [np.nan, np.inf, -np.inf])
@@ -124,7 +146,7 @@ def test_a_long_wait_takes_little_of_a_core(comm: Communicator) -> None:
         assert time.process_time() - before < 0.3
 
 
-# -- all_gather_columns ---------------------------------------------------------------------------------------------
+# -- gather_columns ---------------------------------------------------------------------------------------------
 
 
 def columns(rows: int, widths: list[int], rank: int) -> np.ndarray:
@@ -144,24 +166,25 @@ WIDTHS: dict[str, Callable[[int], list[int]]] = {
 
 @pytest.mark.parametrize("kind", WIDTHS)
 @pytest.mark.parametrize("rows", [1, 2, 5])
-def test_all_gather_columns(comm: Communicator, rows: int, kind: str) -> None:
+def test_gather_columns(comm: Communicator, rows: int, kind: str) -> None:
     widths = WIDTHS[kind](comm.size)
-    result = comm.all_gather_columns(columns(rows, widths, comm.rank), widths)
+    result = comm.gather_columns(columns(rows, widths, comm.rank), widths)
     assert result.dtype == np.float32
-    assert result.tolist() == columns(rows, [sum(widths)], 0).tolist()
+    assert result.tolist() == (columns(rows, [sum(widths)], 0).tolist() if comm.is_root else [])
 
 
-def test_all_gather_columns_of_a_view(comm: Communicator) -> None:
+def test_gather_columns_of_a_view(comm: Communicator) -> None:
     widths = [3] * comm.size
     padded = np.full((4, 8), -1, np.float32)
     padded[:, 2:5] = columns(4, widths, comm.rank)
-    assert comm.all_gather_columns(padded[:, 2:5], widths).tolist() == columns(4, [sum(widths)], 0).tolist()
+    result = comm.gather_columns(padded[:, 2:5], widths)
+    assert result.tolist() == (columns(4, [sum(widths)], 0).tolist() if comm.is_root else [])
 
 
-def test_all_gather_columns_spreads_nan(comm: Communicator) -> None:
+def test_gather_columns_spreads_nan(comm: Communicator) -> None:
     part = np.full((2, 1), np.nan if comm.rank == comm.size - 1 else comm.rank, np.float32)
-    result = comm.all_gather_columns(part, [1] * comm.size)
-    np.testing.assert_array_equal(result, [[*range(comm.size - 1), np.nan]] * 2)
+    result = comm.gather_columns(part, [1] * comm.size)
+    np.testing.assert_array_equal(result, [[*range(comm.size - 1), np.nan]] * 2 if comm.is_root else result[:0])
 
 
 # -- plans ----------------------------------------------------------------------------------------------------------

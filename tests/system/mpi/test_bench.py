@@ -1,6 +1,7 @@
 """`bench --where`: the parts of a step, and that they add up."""
 
 import json
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -40,3 +41,43 @@ def test_the_table_of_parts(toy: Path) -> None:
     assert "barriers" in result.stdout
     assert "lm_head" in result.stdout
     assert "prefill, chunk of 8 tokens" in result.stdout
+
+
+def test_ranks_that_wait_for_a_late_one(toy: Path, tmp_path: Path) -> None:
+    """With all of the model on rank 1, the others wait for it; `plan` learns how long."""
+    quiet = (*QUICK, "--batch", "1", "--threads", "1", "--where")
+    result = run(3, *PROGRAM, "bench", "--model", toy, *quiet, "--shares", "0,1,0", "--json")
+    assert result.status == 0, result
+    report = json.loads(result.stdout)
+    for step in report["where"]:
+        assert [rank["rank"] for rank in step["ranks"]] == [0, 1, 2]
+        for rank in step["ranks"]:
+            assert len(rank["waiting_seconds_per_layer"]) == report["layers"]["measured"]
+            assert min(rank["waiting_seconds_per_layer"]) >= 0
+            assert rank["own_seconds"] > 0
+        assert step["wire_seconds"] > 0
+        assert step["waiting_seconds"] == pytest.approx(
+            sum(sum(rank["waiting_seconds_per_layer"]) for rank in step["ranks"]) / 3
+        )
+        assert len(step["late"]) == 1
+    saved = tmp_path / "bench.json"
+    saved.write_text(result.stdout)
+    planned = run(None, *PROGRAM, "plan", "--shape", "llama-3.2-1b", "--nodes", "3", "--bench", saved, "--json")
+    without = report | {"where": []}
+    saved.write_text(json.dumps(without))
+    punctual = run(None, *PROGRAM, "plan", "--shape", "llama-3.2-1b", "--nodes", "3", "--bench", saved, "--json")
+    late, usual = (json.loads(each.stdout)["speed"] for each in (planned, punctual))
+    assert late["waiting_share"] > 0 == usual["waiting_share"]
+    assert late["decode_tokens_per_second"] < usual["decode_tokens_per_second"]
+
+
+def test_the_picture_of_several_ranks(toy: Path, tmp_path: Path) -> None:
+    drawing = find_spec("matplotlib") is not None
+    path = tmp_path / "bench.png"
+    result = run(2, *PROGRAM, "bench", "--model", toy, *QUICK, "--threads", "1", "--where", "--plot", path)
+    if drawing:
+        assert result.status == 0, result
+        assert path.read_bytes().startswith(b"\x89PNG")
+    else:
+        assert (result.status, result.stderr.count("\n")) == (2, 1)
+        assert "pip install 'mpillama[plot]'" in result.stderr

@@ -62,13 +62,12 @@ def name_of(made: dict[str, Any]) -> str:
 def measure() -> Measure:
     """Give the digests of cases on some ranks; all cases of one name must agree already."""
 
-    def digests(cases: list[dict[str, Any]], ranks: int, isa: str = "", threads: int = 1) -> Digests:
+    def digests(cases: list[dict[str, Any]], ranks: int, isa: str = "", threads: int = 1, hosts: str = "") -> Digests:
         if isa:
             skip_without(isa)
         arguments = (str(threads), str(TOKENS), json.dumps(cases))
-        result = run(
-            ranks, "-m", "tests.system.mpi.scripts.digest", *arguments, env={"MPILLAMA_ISA": isa}, timeout=TIMEOUT
-        )
+        environment = {"MPILLAMA_ISA": isa, "MPILLAMA_RANKS_PER_HOST": hosts}
+        result = run(ranks, "-m", "tests.system.mpi.scripts.digest", *arguments, env=environment, timeout=TIMEOUT)
         assert result.status == 0, result.stderr
         found: dict[str, set[str]] = {}
         for made, digest in zip(cases, json.loads(result.stdout), strict=True):
@@ -164,6 +163,18 @@ def test_any_number_of_ranks(ranks: int, measure: Measure, all_types: list[dict[
     assert measure(all_types, ranks) == truth
 
 
+@pytest.mark.parametrize(("hosts", "ranks", "threads"), [("2", 4, 1), ("2,1", 3, 2), ("3,1,1", 5, 1), ("1", 3, 1)])
+def test_any_hosts(
+    hosts: str, ranks: int, threads: int, measure: Measure, toy: Path, cancelling: list[Path], model_file: ModelFile,
+    truth: Digests,
+) -> None:  # fmt: skip
+    """The ranks of this machine as if they were on several hosts, with all ways of exchanging sums."""
+    paths = [model_file("awkward", "q4_0"), toy, *cancelling]
+    cases = [case(path, chunk, way=way) for path in paths for way, chunk in enumerate((256, 7, 256, 1), 2)]
+    found = measure(cases, ranks, threads=threads, hosts=hosts)
+    assert found == {name: truth[name] for name in found}
+
+
 @pytest.mark.parametrize("isa", NAMES)
 @pytest.mark.parametrize(("ranks", "threads"), [(1, 2), (3, 1)])
 def test_any_instruction_set(
@@ -203,10 +214,10 @@ def test_demo_model(ranks: int, isa: str, threads: int, measure: Measure, demo: 
 FAMILIES = (
     "llama_bias", "llama_yarn", "mistral", "qwen2", "seed_oss", "qwen3", "mixtral", "qwen3_moe", "olmo2", "granite",
     "smollm3", "ministral3", "phi3", "gemma2", "gemma3", "hy_v3", "glm4_moe", "minimax_m2", "gpt_oss",
-    "deepseek_v3", "kimi_k2", "llama4",
+    "deepseek_v3", "kimi_k2", "llama4", "qwen3_next", "qwen3_5", "qwen3_5_moe",
 )  # fmt: skip
 """Folders of tests/golden: biases, scaled RoPE, windows, norms of heads and after halves, factors,
-experts, sinks, latents."""
+experts, sinks, latents, delta nets."""
 
 
 def family_cases(ways: int) -> list[dict[str, Any]]:

@@ -26,20 +26,40 @@ HOLLOW = {
     "head_dim": 128,
 }
 CONTEXT = 1024
-SAME = ("weights", "kv_cache", "buffers")
+RECURRENT = {
+    **models.DELTA_TOY,
+    "hidden_size": 1024,
+    "num_hidden_layers": 8,
+    "moe_intermediate_size": 256,
+    "linear_num_key_heads": 16,
+    "linear_num_value_heads": 32,
+    "linear_key_head_dim": 128,
+    "linear_value_head_dim": 256,
+}
+"""Three slots for states of 17 MB each, beside 340 MB of weights."""
+SAME = ("weights", "kv_cache", "states", "buffers")
 
 
 @pytest.fixture(scope="module")
-def hollow(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """400 MB of weights that are all zero: holes in the file, memory like any other once they are read."""
-    path, types = tmp_path_factory.mktemp("hollow") / "hollow.h5", WeightTypes(WEIGHT_TYPES["f16"])
+def hollow(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Up to 400 MB of weights that are all zero: holes in the file, memory like any other once they are read."""
+    path, types, config = (
+        tmp_path_factory.mktemp("hollow") / "hollow.h5",
+        WeightTypes(WEIGHT_TYPES["f16"]),
+        request.param,
+    )
     texts = {"tokenizer.json": models.toy_tokenizer()}
-    entries = create_file(str(path), HOLLOW, types, ModelConfig.from_hf(HOLLOW).tensors(types), texts)
-    seal_file(str(path), HOLLOW, types, entries, texts, {name: e.checksums for name, e in entries.items()})
+    entries = create_file(str(path), config, types, ModelConfig.from_hf(config).tensors(types), texts)
+    seal_file(str(path), config, types, entries, texts, {name: e.checksums for name, e in entries.items()})
     return path
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 3])
+@pytest.mark.parametrize(
+    ("hollow", "ranks"),
+    [(HOLLOW, 1), (HOLLOW, 2), (HOLLOW, 3), (RECURRENT, 1), (RECURRENT, 3)],
+    indirect=["hollow"],
+    ids=["attention, 1 rank", "attention, 2", "attention, 3", "recurrent, 1", "recurrent, 3"],
+)
 def test_a_run_takes_what_was_planned(ranks: int, hollow: Path, tmp_path: Path) -> None:
     sizes = ("--model", hollow, "--max-seq-len", str(CONTEXT), "--kv-type", "f32", "--json")
     plan = json.loads(run(None, *PROGRAM, "plan", *sizes, "--ranks-per-node", str(ranks)).stdout)

@@ -64,7 +64,8 @@ def test_it_gives_the_same_bits_on_any_number_of_ranks(published: Path) -> None:
 def test_weights_quantised_here_are_about_as_good(published: Path, text: Path, tmp_path: Path) -> None:
     original = perplexity(published, text)
     for weights, most in (("q6_k", 0.03), ("q4_k", 0.06)):
-        result = run(2, *PROGRAM, "convert", published, tmp_path / f"{weights}.h5", "--weights", weights)
+        convert = ("convert", published, tmp_path / f"{weights}.h5", "--weights", weights)
+        result = run(2, *PROGRAM, *convert, timeout=2 * TIMEOUT)
         assert result.status == 0, result.stderr
         assert perplexity(tmp_path / f"{weights}.h5", text) < original * (1 + most)
 

@@ -239,6 +239,43 @@ inline void dots_small(const Vb (&w)[H][STEPS], const i8* x, Seed seed, Use use)
     each_dot<H, N>([&](int h, int t) { return add(add(first[h][t], word_pairs(words[h][t])), seed(t)); }, use);
 }
 
+// The same of bytes up to MOST whose halves have factors (dot_halves).
+template <int MOST, int N, int H, class Use>
+inline void dots_halves(const Vb (&w)[H][STEPS], const i8* x, const Vi (&first)[H], const Vi (&last)[H], Use use) {
+    Vi words[H][N], sums[H][N];
+    const auto times = [&](const Vi(&factors)[H]) { return [&](int h, int t) { return _mm256_madd_epi16(words[h][t], factors[h]); }; };
+    const auto keep_sum = [&](int h, int t, Vi dot) { sums[h][t] = dot; };
+    const auto add_sum = [&](int h, int t, Vi dot) { sums[h][t] = add(sums[h][t], dot); };
+    const auto pass = [&](int h, int t, Vi dot) { use(h, t, add(sums[h][t], dot)); };
+    if constexpr (MOST < 32) {
+        word_sums<0, 4>(w, x, words);
+        each_dot<H, N>(times(first), keep_sum);
+        word_sums<4, 8>(w, x, words);
+    } else {
+        word_sums<0, 2>(w, x, words);
+        each_dot<H, N>(times(first), keep_sum);
+        word_sums<2, 4>(w, x, words);
+        each_dot<H, N>(times(first), add_sum);
+        word_sums<4, 6>(w, x, words);
+        each_dot<H, N>(times(last), add_sum);
+        word_sums<6, 8>(w, x, words);
+    }
+    each_dot<H, N>(times(last), pass);
+}
+
+// The dots of the first and of the last four steps by themselves, of bytes below 32: use(h, t, made, last), where `made`
+// is what make(h, t, first) gave.
+template <int N, int H, class Make, class Use>
+inline void dots_each_half(const Vb (&w)[H][STEPS], const i8* x, Make make, Use use) {
+    Vi words[H][N];
+    Vf made[H][N];
+    const auto dot = [&](int h, int t) { return word_pairs(words[h][t]); };
+    word_sums<0, STEPS / 2>(w, x, words);
+    each_dot<H, N>(dot, [&](int h, int t, Vi first) { made[h][t] = make(h, t, first); });
+    word_sums<STEPS / 2, STEPS>(w, x, words);
+    each_dot<H, N>(dot, [&](int h, int t, Vi last) { use(h, t, made[h][t], last); });
+}
+
 template <int N, int H, class Use> inline void dots_signed(const Vb (&w)[H][STEPS], const i8* x, const i32*, Use use) {
     Vi out[H][N];
 #pragma GCC unroll 8

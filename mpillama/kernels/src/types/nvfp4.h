@@ -24,9 +24,12 @@ struct ByteScales {
         return {load_scale(scales, part), load_scale(scales + LANES, part), whole};
     }
 
+    Vf scaled_first(Vi of_first) const { return mul(to_float(of_first), first); }
+    Vf add_last(Vf of_first, Vi of_last, float x_scale, Vf sum) const {
+        return fma(fma(to_float(of_last), last, of_first), splat(whole * x_scale), sum);
+    }
     Vf add_halves(Vi of_first, Vi of_last, const InputBlock& x, Vf sum) const {
-        const Vf both = fma(to_float(of_last), last, mul(to_float(of_first), first));
-        return fma(both, splat(whole * x.scale), sum);
+        return add_last(scaled_first(of_first), of_last, x.scale, sum);
     }
 
     static void apply(const u8* scales, const u8* supers, int lane, float* row) {
@@ -45,10 +48,25 @@ struct NVFP4 : MXFP4 {
     static Vf add(const Steps& steps, const Scales& scales, const InputBlock& x, Vf sum) {
         Vi first, last;
         dot_each_half(steps, x.values, first, last);
-        const i32 of_first = static_cast<std::int16_t>(x.halves), of_last = x.halves >> 16;
-        return scales.add_halves(mpillama::add(first, splat(-12 * of_first)), mpillama::add(last, splat(-12 * of_last)), x,
-                                 sum);
+        return scales.add_halves(mpillama::add(first, too_high_first(x.halves)), mpillama::add(last, too_high_last(x.halves)),
+                                 x, sum);
     }
+    template <int N, int H>
+    static void adds(const Steps (&steps)[H], const Scales (&scales)[H], const InputBlocks& x, i64 place, Vf (&sums)[H][N]) {
+        const i32* const halves = x.halves + place;
+        const auto make = [&](int h, int t, Vi first) {
+            return scales[h].scaled_first(mpillama::add(first, too_high_first(halves[t])));
+        };
+        dots_each_half<N>(steps, x.values + BLOCK * place, make, [&](int h, int t, Vf first, Vi last) {
+            const Vi exact = mpillama::add(last, too_high_last(halves[t]));
+            sums[h][t] = scales[h].add_last(first, exact, x.scales[place + t], sums[h][t]);
+        });
+    }
+
+private:
+    // What the 12 that is added to each number makes of each half's activations, negative.
+    static Vi too_high_first(i32 halves) { return splat(-12 * static_cast<std::int16_t>(halves)); }
+    static Vi too_high_last(i32 halves) { return splat(-12 * (halves >> 16)); }
 };
 
 }  // namespace mpillama

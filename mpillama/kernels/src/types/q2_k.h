@@ -5,18 +5,12 @@
 
 namespace mpillama {
 
-struct Q2_K {
+struct Q2_K : FactoredHalves<NibbleScalesAndMinimums, 3> {
     static constexpr i64 NUMBER = 10;
     static constexpr bool BLOCKS = true;
     static constexpr i64 bytes = PAIR_BYTES;
-    using Scales = NibbleScalesAndMinimums;
-    using Steps = Vb[STEPS];
 
     static void load(const u8* values, int part, Steps& steps) { load_pairs(values, part, steps); }
-    static Vf add(const Steps& steps, const Scales& scales, const InputBlock& x, Vf sum) {
-        const Vi first = as_factor(scales.factors.first), last = as_factor(scales.factors.last);
-        return scales.add(dot_halves<3>(steps, x.values, first, last), x, sum);
-    }
     static int at(const u8* values, int lane, int k) { return pair_at(values, lane, k); }
     static void signed_steps(const u8* values, u8* out) {
         spread([=](int lane, int k) { return at(values, lane, k); }, out);

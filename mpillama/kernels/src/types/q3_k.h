@@ -5,17 +5,12 @@
 
 namespace mpillama {
 
-struct Q3_K {
+struct Q3_K : FactoredHalves<ScaleOfHalves<SixBits<4>>, 7> {
     static constexpr i64 NUMBER = 11;
     static constexpr bool BLOCKS = true;
     static constexpr i64 bytes = THREE_BIT_BYTES;
-    using Scales = ScaleOfHalves<SixBits<4>>;
-    using Steps = Vb[STEPS];
 
     static void load(const u8* values, int part, Steps& steps) { load_three_bits(values, part, steps); }
-    static Vf add(const Steps& steps, const Scales& scales, const InputBlock& x, Vf sum) {
-        return scales.add(scales.factors.dot<7>(steps, x), x, sum);
-    }
     static int at(const u8* values, int lane, int k) { return three_bits_at(values, lane, k) - 4; }
     static void signed_steps(const u8* values, u8* out) {
         spread([=](int lane, int k) { return at(values, lane, k); }, out);

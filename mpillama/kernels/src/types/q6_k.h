@@ -5,17 +5,12 @@
 
 namespace mpillama {
 
-struct Q6_K {
+struct Q6_K : FactoredHalves<ScaleOfHalves<WholeBytes<32>>, 63> {
     static constexpr i64 NUMBER = 12;
     static constexpr bool BLOCKS = true;
     static constexpr i64 bytes = SIX_BIT_BYTES;
-    using Scales = ScaleOfHalves<WholeBytes<32>>;
-    using Steps = Vb[STEPS];
 
     static void load(const u8* values, int part, Steps& steps) { load_six_bits(values, part, steps); }
-    static Vf add(const Steps& steps, const Scales& scales, const InputBlock& x, Vf sum) {
-        return scales.add(scales.factors.dot<63>(steps, x), x, sum);
-    }
     static int at(const u8* values, int lane, int k) { return six_bits_at(values, lane, k) - 32; }
     static void signed_steps(const u8* values, u8* out) {
         spread([=](int lane, int k) { return at(values, lane, k); }, out);

@@ -79,12 +79,6 @@ struct HalfFactors {
         offsets = pair(mul(first, splat(-too_high)), mul(last, splat(-too_high)));
     }
     static Vi pair(Vi low, Vi high) { return bit_or(bit_and(low, splat(0xffff)), shift_left<16>(high)); }
-
-    // The exact sum of numbers up to MOST, less what they are too high, times scale and activation.
-    template <int MOST> Vi dot(const Vb (&steps)[STEPS], const InputBlock& x) const {
-        const Vi sum = dot_halves<MOST>(steps, x.values, as_factor(first), as_factor(last));
-        return dot_pairs(offsets, x.halves, sum);
-    }
 };
 
 // Scales of both halves and no minimum: q3_k and q6_k, whose `Integers` say how they are stored.
@@ -99,6 +93,10 @@ template <class Integers> struct ScaleOfHalves {
     }
 
     Vf add(Vi total, const InputBlock& x, Vf sum) const { return fma(to_float(total), mul(scale, splat(x.scale)), sum); }
+
+    Vf add_raised(Vi total, const InputBlock& x, Vf sum) const {
+        return add(dot_pairs(factors.offsets, x.halves, total), x, sum);
+    }
 
     Vf add_halves(Vi of_first, Vi of_last, const InputBlock& x, Vf sum) const {
         return add(mpillama::add(mul(of_first, factors.first), mul(of_last, factors.last)), x, sum);
@@ -153,6 +151,8 @@ struct NibbleScalesAndMinimums {
         return fnma(of_minimums, mul(minimum, of_x), fma(to_float(total), mul(scale, of_x), sum));
     }
 
+    Vf add_raised(Vi total, const InputBlock& x, Vf sum) const { return add(total, x, sum); }
+
     Vf add_halves(Vi of_first, Vi of_last, const InputBlock& x, Vf sum) const {
         return add(mpillama::add(mul(of_first, factors.first), mul(of_last, factors.last)), x, sum);
     }
@@ -163,6 +163,25 @@ struct NibbleScalesAndMinimums {
             const int packed = scales[i / (BLOCK / 2) * LANES + lane];
             row[i] = row[i] * (d * static_cast<float>(packed & 15)) - least * static_cast<float>(packed >> 4);
         }
+    }
+};
+
+// What types with such scales have in common: numbers up to MOST, none below zero.
+template <class ScalesOfHalves, int MOST> struct FactoredHalves {
+    using Scales = ScalesOfHalves;
+    using Steps = Vb[STEPS];
+
+    static Vf add(const Steps& steps, const Scales& scales, const InputBlock& x, Vf sum) {
+        const Vi first = as_factor(scales.factors.first), last = as_factor(scales.factors.last);
+        return scales.add_raised(dot_halves<MOST>(steps, x.values, first, last), x, sum);
+    }
+    template <int N, int H>
+    static void adds(const Steps (&steps)[H], const Scales (&scales)[H], const InputBlocks& x, i64 place, Vf (&sums)[H][N]) {
+        Vi first[H], last[H];
+        for (int h = 0; h < H; h++) first[h] = as_factor(scales[h].factors.first), last[h] = as_factor(scales[h].factors.last);
+        dots_halves<MOST, N>(steps, x.values + BLOCK * place, first, last, [&](int h, int t, Vi total) {
+            sums[h][t] = scales[h].add_raised(total, x[place + t], sums[h][t]);
+        });
     }
 };
 

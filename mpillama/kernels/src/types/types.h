@@ -8,7 +8,8 @@
 //         use(part, token, dot) takes them;
 //     at(values, lane, k): one of a row;
 //     signed_steps(values, out): 8 steps of 64 signed bytes, for tiles of AMX.
-// Where Scales differ between a block's halves, `add(steps, scales, x, sum)` stands for `dot`.
+// Where Scales differ between a block's halves, `add(steps, scales, x, sum)` stands for `dot`, and
+// `adds<N>(steps, scales, x, place, sums)` for `dots`.
 // A type of floats has `bytes` for one k-value of 16 rows and load(values, part). Its Scales are NoScale, or have a
 // `scale` for 32 k-values: then these are added up by themselves.
 #pragma once
@@ -99,7 +100,9 @@ template <class T, int COUNT = PARTS> struct alignas(64) ReadyBlock {
 
     // sums[part][t] += the product with the block of the t-th of N adjacent tokens, from `place` on.
     template <int N> void add(const InputBlocks& x, i64 place, Vf (&sums)[COUNT][N]) const {
-        if constexpr (T::Scales::HALVES) {
+        if constexpr (T::Scales::HALVES && PARTS == 2) {
+            T::template adds<N>(steps, scales, x, place, sums);
+        } else if constexpr (T::Scales::HALVES) {
 #pragma GCC unroll 8
             for (int t = 0; t < N; t++)
                 for (int i = 0; i < COUNT; i++) sums[i][t] = T::add(steps[i], scales[i], x[place + t], sums[i][t]);

@@ -2,8 +2,8 @@
 
 Arguments: threads, number of tokens to generate, and the cases as a JSON list of {model, weights, kv_type,
 prefill_chunk, prompt, banned, way}; tokens are chosen greedily, never the banned one. `way` replaces what is otherwise
-chosen by timing: 0 takes MPI's reduction, 1 that in shared memory; one or two row groups are in flight on ranks in
-turn.
+chosen by timing: 0 takes MPI's reduction, 1 that in shared memory, 2 and more its ways between hosts in turn; one or
+two row groups are in flight on ranks in turn.
 """
 
 import json
@@ -53,6 +53,8 @@ def choose(loaded: LoadedModel, way: int) -> None:
     assert (comm.shared is not None) == (comm.size > 1)
     model.in_flight = 1 + (comm.rank + way) % 2
     comm.shared_limit = sys.maxsize if way else 0
+    if comm.shared:
+        comm.shared.use([(0, comm.shared.ways[max(0, way - 2) % len(comm.shared.ways)])])
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Responses of /v1/chat/completions and /v1/completions, whole or streamed."""
+"""Runs the requests of a chat, a completion or embeddings to their end; the responses, whole or streamed."""
 
 import asyncio
 import base64
@@ -13,7 +13,7 @@ from mpillama import __version__
 from mpillama.server.async_engine import AnswerFailed, AnswerRefused, Answers, AsyncEngine, ServerState
 from mpillama.server.choices import Choice
 from mpillama.server.engine_requests import Output, ServerRequest
-from mpillama.server.metrics import Metrics
+from mpillama.server.metrics import Metrics, TokenWatch
 from mpillama.server.streams import DONE, event
 
 Json = dict[str, Any]
@@ -120,7 +120,7 @@ class Answerer:
 
     async def timed(self, answers: Answers) -> AsyncGenerator[tuple[int, Output]]:
         """Outputs, measured, and cut where they take too long."""
-        watch = self.metrics.watch()
+        watch = TokenWatch(self.metrics)
         async for index, output in answers.outputs(self.seconds):
             watch.note(index, output)
             yield index, output

@@ -1,0 +1,190 @@
+"""The sum over hosts: one rank of each, its leader, exchanges what its host's ranks have added up.
+
+Messages are packed (kernels/src/packed_sums.h), and sums are exact, so all ways of exchanging them give the same bits.
+"""
+
+import os
+from collections.abc import Callable
+from itertools import accumulate, pairwise
+from typing import Protocol, cast
+
+import numpy as np
+from mpi4py import MPI
+
+from mpillama.comm.ways import MOST_DIRECT, MOST_PIECES, RANKS_PER_HOST, Traffic, virtual_host
+
+UNIT = 32
+"""Numbers that are packed together: pieces of a vector end between them."""
+Array = np.ndarray
+Look = Callable[[], None]
+
+
+class Packer(Protocol):
+    """What packs multiples of 2^-30: kernels.shared_sum.SharedWindow."""
+
+    def packed_limit(self, count: int) -> int:
+        """The most bytes that so many numbers take."""
+
+    def pack(self, values: Array, out: Array) -> int:
+        """Write float64 [count] to uint8; returns the bytes."""
+
+    def unpack(self, message: Array, totals: Array, begin: bool) -> None:
+        """Add what was packed to float64 [count], or begin them with it."""
+
+
+def host_mates(mpi: MPI.Intracomm) -> MPI.Intracomm:
+    """The communicator of the ranks on this rank's host."""
+    if text := os.environ.get(RANKS_PER_HOST):
+        return cast(MPI.Intracomm, mpi.Split(virtual_host(text, mpi.rank), mpi.rank))
+    return cast(MPI.Intracomm, mpi.Split_type(MPI.COMM_TYPE_SHARED))
+
+
+class HostExchange:
+    """Adds up vectors of the leaders of all hosts; `table` says which way up to which number of numbers."""
+
+    def __init__(
+        self, leaders: MPI.Intracomm, packer: Packer, capacity: int, traffic: Traffic,
+        pause: Callable[[], Callable[[], None]],
+    ):  # fmt: skip
+        self.mpi = leaders
+        self.rank, self.size = leaders.rank, leaders.size
+        self.packer = packer
+        self.pause = pause
+        self.traffic = traffic
+        self.whole = 1 << (self.size.bit_length() - 1)
+        self.table: list[tuple[int, str]] = [(capacity, "direct" if self.size <= MOST_DIRECT else "doubling")]
+        each = packer.packed_limit(capacity)
+        self._outgoing = np.empty(each + MOST_PIECES * packer.packed_limit(UNIT), np.uint8)
+        rows = self.size if self.size <= MOST_DIRECT else 2
+        self._incoming = np.empty((rows, each + MOST_PIECES * packer.packed_limit(UNIT)), np.uint8)
+
+    def way_for(self, count: int) -> str:
+        return next((way for limit, way in self.table if count <= limit), self.table[-1][1])
+
+    def sum(self, totals: Array, look: Look) -> None:
+        """Replace float64 [count] by its sum over hosts; `look` is called now and then while it waits."""
+        ways = {"direct": self._direct, "pieces": self._pieces, "doubling": self._doubling, "halving": self._halving}
+        ways[self.way_for(len(totals))](totals, look)
+
+    def _direct(self, totals: Array, look: Look) -> None:
+        """Everybody sends everybody what it has: one round, the most bytes."""
+        message = self._pack(totals, 0)
+        others = [host for host in range(self.size) if host != self.rank]
+        sizes = self._exchange(dict.fromkeys(others, message), {host: self._incoming[host] for host in others}, look)
+        for host in range(self.size):  # in this order everywhere, for what overflowed and is not exact
+            arrived = message if host == self.rank else self._incoming[host, : sizes[host]]
+            self.packer.unpack(arrived, totals, begin=host == 0)
+
+    def _pieces(self, totals: Array, look: Look) -> None:
+        """Each host adds up a piece of the vector and tells all others: two rounds."""
+        borders = self._borders(len(totals), self.size)
+        parts = [totals[first:last] for first, last in pairwise(borders)]
+        starts = list(accumulate((self.packer.packed_limit(len(part)) for part in parts), initial=0))
+        others = [host for host in range(self.size) if host != self.rank]
+        mine = parts[self.rank]
+        limit = self.packer.packed_limit(len(mine))
+        incoming = self._incoming.reshape(-1)
+        outgoing = {host: self._pack(parts[host], starts[host]) for host in range(self.size) if len(parts[host])}
+        own = outgoing.pop(self.rank, None)
+        places = {host: incoming[limit * host : limit * (host + 1)] for host in others if len(mine)}
+        sizes = self._exchange(outgoing, places, look)
+        for host in range(self.size) if own is not None else ():
+            arrived = own if host == self.rank else places[host][: sizes[host]]
+            self.packer.unpack(cast(Array, arrived), mine, begin=host == 0)
+        total = self._pack(mine, 0)
+        places = {host: incoming[starts[host] : starts[host + 1]] for host in others if len(parts[host])}
+        sizes = self._exchange(dict.fromkeys(others, total) if len(mine) else {}, places, look)
+        for host, place in places.items():
+            self.packer.unpack(place[: sizes[host]], parts[host], begin=True)
+
+    def _doubling(self, totals: Array, look: Look) -> None:
+        """Neighbours, then neighbours' neighbours and so on exchange their sums: few messages for many hosts."""
+        with_rest = self._join_rest(totals, look)
+        if with_rest is None:
+            return
+        bit = 1
+        while bit < self.whole:
+            self._swap(self.rank ^ bit, totals, totals, False, look)
+            bit *= 2
+        self._answer_rest(totals, with_rest, look)
+
+    def _halving(self, totals: Array, look: Look) -> None:
+        """The same with half of the vector, a quarter and so on, and back: few messages, few bytes (Rabenseifner)."""
+        with_rest = self._join_rest(totals, look)
+        if with_rest is None:
+            return
+        borders = self._borders(len(totals), self.whole)
+        low, high, bit, kept = 0, self.whole, self.whole // 2, []
+        while bit:
+            middle = low + bit
+            kept.append((low, high))
+            upper, lower = totals[borders[middle] : borders[high]], totals[borders[low] : borders[middle]]
+            mine, other = (upper, lower) if self.rank & bit else (lower, upper)
+            self._swap(self.rank ^ bit, other, mine, False, look)
+            low, high = (middle, high) if self.rank & bit else (low, middle)
+            bit //= 2
+        for bit in (1 << n for n in range(len(kept))):
+            before = kept.pop()
+            mine = totals[borders[low] : borders[high]]
+            ends = (before[0], low) if self.rank & bit else (high, before[1])
+            self._swap(self.rank ^ bit, mine, totals[borders[ends[0]] : borders[ends[1]]], True, look)
+            low, high = before
+        self._answer_rest(totals, with_rest, look)
+
+    def _join_rest(self, totals: Array, look: Look) -> bool | None:
+        """Hosts beyond the largest power of two give what they have to one of the others, and get the sum: None."""
+        partner = self.rank - self.whole
+        if partner >= 0:
+            self._send_or_receive({partner: totals}, {}, False, look)
+            self._send_or_receive({}, {partner: totals}, True, look)
+            return None
+        has_rest = self.rank + self.whole < self.size
+        if has_rest:
+            self._send_or_receive({}, {self.rank + self.whole: totals}, False, look)
+        return has_rest
+
+    def _answer_rest(self, totals: Array, has_rest: bool, look: Look) -> None:
+        if has_rest:
+            self._send_or_receive({self.rank + self.whole: totals}, {}, False, look)
+
+    def _swap(self, peer: int, give: Array, take: Array, begin: bool, look: Look) -> None:
+        """Send a peer what it is to have, and add what it sends to ours."""
+        self._send_or_receive({peer: give} if len(give) else {}, {peer: take} if len(take) else {}, begin, look)
+
+    def _send_or_receive(self, give: dict[int, Array], take: dict[int, Array], begin: bool, look: Look) -> None:
+        outgoing = {host: self._pack(values, 0) for host, values in give.items()}
+        sizes = self._exchange(outgoing, dict.fromkeys(take, self._incoming[0]), look)
+        for host, values in take.items():
+            self.packer.unpack(self._incoming[0, : sizes[host]], values, begin)
+
+    def _borders(self, count: int, parts: int) -> list[int]:
+        units = -(-count // UNIT)
+        return [min(count, UNIT * (units * part // parts)) for part in range(parts + 1)]
+
+    def _pack(self, values: Array, start: int) -> Array:
+        size = self.packer.pack(values, self._outgoing[start:])
+        return self._outgoing[start : start + size]
+
+    def _exchange(self, outgoing: dict[int, Array], incoming: dict[int, Array], look: Look) -> dict[int, int]:
+        """Send and receive, all at the same time; returns the bytes that came from each host."""
+        receives = [self.mpi.Irecv([place, MPI.BYTE], host) for host, place in incoming.items()]
+        sends = [self.mpi.Isend([message, MPI.BYTE], host) for host, message in outgoing.items()]
+        for message in outgoing.values():
+            self.traffic.add(len(message))
+        requests, statuses = [*receives, *sends], [MPI.Status() for _ in (*receives, *sends)]
+        pause = self.pause()
+        while not MPI.Request.Testall(requests, statuses):
+            pause()
+            look()
+        return {host: status.Get_count(MPI.BYTE) for host, status in zip(incoming, statuses, strict=False)}
+
+
+def leaders_of(mpi: MPI.Intracomm, mates: MPI.Intracomm) -> MPI.Intracomm | None:
+    """The communicator of each host's first rank, in order of rank; None on the other ranks."""
+    found = mpi.Split(0 if mates.rank == 0 else MPI.UNDEFINED, mpi.rank)
+    return None if found == MPI.COMM_NULL else cast(MPI.Intracomm, found)
+
+
+def count_hosts(mpi: MPI.Intracomm, mates: MPI.Intracomm) -> int:
+    """How many hosts the ranks are on."""
+    return int(mpi.allreduce(int(mates.rank == 0)))

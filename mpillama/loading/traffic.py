@@ -1,0 +1,102 @@
+"""What ranks send each other in a step, on paper: as Communicator.sent counts it."""
+
+import math
+from dataclasses import dataclass
+
+from mpillama.comm.ways import ways_between
+from mpillama.models.candidates import Wanted, message_numbers
+from mpillama.models.config import ModelConfig
+from mpillama.quant.weight_type import LANES
+
+EXACT_BITS, COARSE_BITS = 33.0, 11.5
+"""Of a number that a host adds to a sum, as measured on SmolLM2-135M: exact, and with --sync q80."""
+SHARED_SECONDS = 5e-6
+"""Of a sum through the memory of a host."""
+CANDIDATES = 1024
+"""Logits of a row that a rank tells where sampling is not greedy."""
+
+
+@dataclass(frozen=True)
+class Network:
+    """What a message costs: seconds, and bytes per second."""
+
+    latency: float
+    bandwidth: float
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How many hosts there are, with how many ranks each, and the bits of a number in the sums between them."""
+
+    hosts: int
+    ranks_per_host: int
+    bits: float = EXACT_BITS
+
+    @property
+    def ranks(self) -> int:
+        return self.hosts * self.ranks_per_host
+
+
+@dataclass(frozen=True)
+class Sent:
+    """What a rank sends: messages one after the other, all messages, and bytes."""
+
+    rounds: int = 0
+    messages: int = 0
+    bytes: float = 0.0
+
+    def seconds(self, network: Network) -> float:
+        return self.rounds * network.latency + self.bytes / network.bandwidth
+
+    def times(self, count: int) -> "Sent":
+        return Sent(self.rounds * count, self.messages * count, self.bytes * count)
+
+    def __add__(self, other: "Sent") -> "Sent":
+        return Sent(self.rounds + other.rounds, self.messages + other.messages, self.bytes + other.bytes)
+
+
+def sums_of_step(config: ModelConfig) -> int:
+    """The embedding, and two of each layer."""
+    return 1 + 2 * config.num_hidden_layers
+
+
+def sum_sent(layout: Layout, width: int, tokens: int) -> dict[str, Sent]:
+    """What a host's first rank sends in one sum of `width` numbers of each token, in each way between several hosts."""
+    hosts, whole = layout.hosts, width * tokens * layout.bits / 8
+    steps = math.ceil(math.log2(hosts))
+    piece = 2 * (hosts - 1) / hosts * whole
+    ways = {
+        "direct": Sent(1, hosts - 1, (hosts - 1) * whole),
+        "pieces": Sent(2, 2 * (hosts - 1), piece),
+        "doubling": Sent(steps, steps, steps * whole),
+        "halving": Sent(2 * steps, 2 * steps, piece),
+    }
+    return {name: ways[name] for name in ways_between(hosts)}
+
+
+def logits_sent(config: ModelConfig, layout: Layout, rows: int, whole: bool = False) -> Sent:
+    """What every rank but the first sends for so many tokens to be sampled: the likeliest ones, or all logits."""
+    if layout.ranks == 1:
+        return Sent()
+    width = max(len(part[config.vocabulary_split]) * LANES for part in config.partition(layout.ranks))
+    if whole or config.vocab_size < 4 * CANDIDATES:
+        return Sent(1, 1, 4 * width * rows)
+    return Sent(1, 1, 4 * message_numbers(Wanted(CANDIDATES).count, width) * rows)
+
+
+def step_sent(config: ModelConfig, layout: Layout, tokens: int, network: Network, rows: int) -> Sent:
+    """What a host's first rank sends in a step, in the fastest way; `rows` are sampled from, 0 of a prompt's chunk."""
+    logits = logits_sent(config, layout, rows)
+    if layout.hosts == 1:
+        return logits
+    ways = sum_sent(layout, config.padded_hidden_size, tokens).values()
+    return min(ways, key=lambda sent: sent.seconds(network)).times(sums_of_step(config)) + logits
+
+
+def step_seconds(config: ModelConfig, layout: Layout, tokens: int, network: Network, rows: int) -> float:
+    """Seconds of a step's communication: the plan, the sums inside hosts and between them, the logits."""
+    if layout.ranks == 1:
+        return 0.0
+    inside = SHARED_SECONDS * sums_of_step(config) * (layout.ranks_per_host > 1)
+    plan = math.ceil(math.log2(layout.hosts)) * network.latency
+    return inside + plan + step_sent(config, layout, tokens, network, rows).seconds(network)
