@@ -412,6 +412,10 @@ class PlanOptions(Options):
     )
     batch: int = option("sequences computed together (default: 1)", 1, metavar="COUNT", least=1)
     kv_type: str = option("type of the KV cache (default: f16)", "f16", choices=["f16", "f32", "q8"])
+    threads: int = option(
+        "threads of each rank, which take memory for what they compute together (default: 16)", 16, metavar="COUNT",
+        least=1,
+    )  # fmt: skip
     sync: str = option(
         "how layers' results are added up between nodes (default: exact)", "exact", choices=["exact", "q80"]
     )

@@ -140,7 +140,10 @@ def _request(options: PlanOptions) -> PlanRequest:
         config = config.first_layers(options.layers) if options.model else config.some_layers(options.layers)
     bench_trial = options.shape is not None and options.layers is not None  # without texts
     sizes = (nodes, ranks, memory, context, options.batch, options.kv_type)
-    request = PlanRequest(config, types, *sizes, tokenizer=not bench_trial, sync=options.sync, stages=options.pipeline)
+    request = PlanRequest(
+        config, types, *sizes, tokenizer=not bench_trial, sync=options.sync, stages=options.pipeline,
+        threads=options.threads,
+    )  # fmt: skip
     divide(request.ranks, request.stages, None, config.num_hidden_layers)
     return request if options.shares is None else _with_shares(request, read_shares(options.shares))
 
@@ -204,6 +207,7 @@ def _as_json(planned: Plan, speed: Speed, even: Speed | None, cures: list[Remedy
         "headroom_bytes_per_node": planned.headroom,
         "inequality": planned.inequality,
         "bytes_per_node": planned.nodes,
+        "kv_cache_bytes_if_divided_by_positions": planned.cache_by_positions,
         "ranks": [{"rank": rank, **asdict(memory), "total": memory.total} for rank, memory in enumerate(planned.ranks)],
         "speed": asdict(speed),
         "remedies": [{"change": cure.text, "headroom_bytes_per_node": cure.plan.headroom} for cure in cures],
@@ -228,6 +232,12 @@ def _print(planned: Plan, speed: Speed, even: Speed | None, cures: list[Remedy])
         f"{on}: the fullest needs {in_units(max(planned.nodes))} of {in_units(_memory_of_fullest(planned))}, "
         f"{in_units(RESERVE)} a rank in reserve; the fullest rank is {100 * planned.inequality:.1f} % above the mean."
     )
+    if planned.repeats_cache:
+        most = in_units(max(r.kv_cache for r in planned.ranks))
+        print_sentence(
+            f"Several ranks hold the same part of the KV cache, {most} on a rank; "
+            f"divided by positions, which is not built, it would be {in_units(planned.cache_by_positions)}."
+        )
     loads = f", loads in {speed.load_seconds:.0f} s" if speed.load_seconds else ""
     communication = (
         f", {100 * speed.communication_share:.0f} % of it communication "

@@ -12,7 +12,7 @@ from mpillama.models.config import ModelConfig
 from mpillama.models.partition import Division, Partition
 from mpillama.models.tensors import EMBEDDING, LM_HEAD, TensorSpec
 from mpillama.models.weights import arena_bytes, slice_bytes
-from mpillama.models.workspace import workspace_bytes
+from mpillama.models.workspace import scratch_bytes, workspace_bytes
 
 PYTHON_BYTES = 73_000_000
 """Resident bytes of a rank with kernels and MPI but without a model: 71 to 75 MB were measured."""
@@ -59,7 +59,7 @@ class RankMemory:
 class MemoryModel:
     """A model divided so, up to `sequences` sequences at a time, steps of up to `chunk` prompt tokens.
 
-    `states` are the state slots, if it has recurrent layers.
+    `states` are the state slots, if it has recurrent layers; `threads` are those of a rank.
     """
 
     config: ModelConfig
@@ -70,6 +70,7 @@ class MemoryModel:
     sequences: int = 1
     has_tokenizer: bool = True
     states: int = 0
+    threads: int = 1
 
     def of_rank(self, rank: int, part: Partition, context: int) -> RankMemory:
         """What a rank takes if each sequence has a cache of `context` positions, which may be 0."""
@@ -77,18 +78,26 @@ class MemoryModel:
         window = SHARED_WINDOW_BYTES if self.division.ranks > 1 else 0
         logits = 8 * config.vocab_size * self.sequences
         tokenizer = TOKENIZER_BYTES * config.vocab_size if self.has_tokenizer and rank == 0 else 0
-        tokens = max(self.sequences, min(self.chunk, context or self.chunk))
+        tokens = self._tokens(context)
         return RankMemory(
             weights=arena_bytes(self.specs, part),
             embedding=slice_bytes([spec for spec in self.specs if spec.name in (EMBEDDING, LM_HEAD)], part),
             kv_cache=blocks_for(context) * self.sequences * self.cache_block_bytes(part),
             states=state_bytes(config, part, self.states),
-            buffers=workspace_bytes(config, part, tokens) + logits + window,
+            buffers=workspace_bytes(config, part, tokens) + self.scratch(part, context) + logits + window,
             python=PYTHON_BYTES + (ROOT_BYTES + tokenizer if rank == 0 else 0),
             tokenizer=tokenizer,
             reads=slice_bytes(self.specs, part),
             has_head=part.is_last,
         )
+
+    def scratch(self, part: Partition, context: int) -> int:
+        """Bytes that a rank's kernels take for themselves if a sequence has `context` positions."""
+        return scratch_bytes(self.config, part, self._tokens(context), context, self.threads)
+
+    def _tokens(self, context: int) -> int:
+        """Of the largest step."""
+        return max(self.sequences, min(self.chunk, context or self.chunk))
 
     def of_ranks(self, context: int) -> list[RankMemory]:
         """What each rank takes; of thousands of ranks most are alike and computed once."""

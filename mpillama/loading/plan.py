@@ -13,6 +13,7 @@ from mpillama.loading.memory import RESERVE, MemoryModel, RankMemory
 from mpillama.loading.settings import state_slots
 from mpillama.loading.shares import Measured, measured_division
 from mpillama.loading.traffic import COARSE_BITS, EXACT_BITS, Layout, Network, Sent, step_seconds, step_sent
+from mpillama.models.cache import blocks_for
 from mpillama.models.config import ModelConfig
 from mpillama.models.partition import Division, micro_batches
 from mpillama.models.tensors import EMBEDDING, LM_HEAD, TensorSpec, WeightTypes
@@ -37,6 +38,7 @@ class PlanRequest:
     kv_type: str
     prefill_chunk: int = 256
     tokenizer: bool = True
+    threads: int = 16
     shares: tuple[float, ...] | None = None
     measured: tuple[Measured, ...] | None = None
     """Each rank's bandwidth and memory, if they are known one by one."""
@@ -75,7 +77,10 @@ class PlanRequest:
     def memory_model(self) -> MemoryModel:
         sizes = (self.kv_type, self.prefill_chunk, self.batch)
         states = state_slots(self.batch)
-        return MemoryModel(self.config, self.specs, self.division, *sizes, has_tokenizer=self.tokenizer, states=states)
+        return MemoryModel(
+            self.config, self.specs, self.division, *sizes, has_tokenizer=self.tokenizer, states=states,
+            threads=self.threads,
+        )  # fmt: skip
 
     @property
     def memory_of_nodes(self) -> list[int]:
@@ -139,6 +144,18 @@ class Plan:
     @property
     def fits(self) -> bool:
         return self.headroom >= 0
+
+    @property
+    def cache_by_positions(self) -> int:
+        """Bytes of a rank's cache if ranks held parts of the positions instead of heads, or of the same latents."""
+        request = self.request
+        whole = request.memory_model.cache_block_bytes(request.config.partition(1)[0])
+        return -(-blocks_for(request.max_seq_len) * request.batch * whole // request.ranks)
+
+    @property
+    def repeats_cache(self) -> bool:
+        """Whether several ranks hold the same part of the cache."""
+        return sum(rank.kv_cache for rank in self.ranks) > self.request.ranks * self.cache_by_positions
 
     @property
     def inequality(self) -> float:

@@ -55,11 +55,15 @@ class Host:
 
 def measure_host(file: ModelFile, world: World, settings: ModelSettings, chunk: int, division: Division) -> Host:
     """What the ranks of this host need and have, if ranks share a model so; the same on each of them."""
-    model = MemoryModel(file.config, file.specs, division, settings.kv_type, chunk, states=settings.state_slots)
+    model = MemoryModel(
+        file.config, file.specs, division, settings.kv_type, chunk, states=settings.state_slots, threads=world.threads
+    )
     rank = world.comm.rank % division.ranks
     part = file.config.partition(division)[rank]
     without_cache = model.of_rank(rank, part, context=0)
-    needs = without_cache.to_allocate + RESERVE, model.cache_block_bytes(part), without_cache.states
+    longest = settings.max_seq_len or file.config.max_position_embeddings
+    scratch = model.scratch(part, longest) - model.scratch(part, 0)
+    needs = without_cache.to_allocate + scratch + RESERVE, model.cache_block_bytes(part), without_cache.states
     rooms = world.neighbours.gather(process_room())
     narrowest = min(rooms) * len(rooms)  # a limit on each process binds the fullest
     available = min(world.neighbours.broadcast(available_bytes()), narrowest)

@@ -76,6 +76,12 @@ class Attention(Protocol):
     def step_widths(self, part: Partition) -> Mapping[str, int]:
         """Channels of the step's arrays q, k, v, context, latent, gates on a rank; what is left out is not needed."""
 
+    def scratch(self, part: Partition, tokens: int, positions: int, threads: int) -> tuple[int, int]:
+        """Bytes that kernels take, of each thread and in common, for steps of up to so many tokens and positions.
+
+        What is small beside the rest may be left out.
+        """
+
     def layer(self, weights: LayerWeights, part: Partition, hidden_size: int, norm: str, eps: float) -> Any:
         """What kernels are told of a layer; `norm` names the vector of its norm."""
 
@@ -230,6 +236,9 @@ class GroupedQueryAttention:
     def step_widths(self, part: Partition) -> Mapping[str, int]:
         queries, keys = (len(part[split]) * self.padded_head_dim for split in self.splits)
         return {"q": queries, "k": keys, "v": keys, "context": queries, "latent": queries if self.gated else 0}
+
+    def scratch(self, part: Partition, tokens: int, positions: int, threads: int) -> tuple[int, int]:
+        return 0, 0
 
     def layer(
         self, weights: LayerWeights, part: Partition, hidden_size: int, norm: str, eps: float

@@ -139,6 +139,9 @@ class GatedDeltaNet:
         gates = 2 * round_up(self.value_heads, LANES)
         return {"q": keys, "k": keys, "v": values, "context": values, "latent": values, "gates": gates}
 
+    def scratch(self, part: Partition, tokens: int, positions: int, threads: int) -> tuple[int, int]:
+        return 0, 0
+
     def layer(
         self, weights: LayerWeights, part: Partition, hidden_size: int, norm: str, eps: float
     ) -> arguments.DeltaLayer:

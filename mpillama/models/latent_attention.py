@@ -19,8 +19,10 @@ from mpillama.models.config_values import ConfigValues
 from mpillama.models.linear import LayerWeights
 from mpillama.models.partition import Partition, Split
 from mpillama.models.tensors import PartOfHeads, TensorSpec, WeightTypes, whole_rows, whole_vector
-from mpillama.quant.weight_type import BLOCK, round_up
+from mpillama.quant.weight_type import BLOCK, LANES, round_up
 
+MOST_SETS, SPAN = 4, 512
+"""Sets of 16 rows of a tile, and positions of a span, of kernels/src/latent_attention.h."""
 LATENT_EPS = 1e-6
 """Of the norms of compressed queries and latents, whatever rms_norm_eps is: transformers leaves them at the default."""
 
@@ -145,6 +147,14 @@ class LatentAttention:
             "context": heads * max(nope, value),
             "latent": max(q_rank, heads * latent),
         }
+
+    def scratch(self, part: Partition, tokens: int, positions: int, threads: int) -> tuple[int, int]:
+        """As kernels/src/latent_attention.h: a thread's tile, and of few long tiles the sums of all spans."""
+        latent, rows = round_up(self.kv_rank, BLOCK), LANES * MOST_SETS
+        sums = 4 * rows * (latent + 2)
+        each = 4 * (rows + BLOCK_POSITIONS) * self.cache_width + 4 * BLOCK_POSITIONS * LANES + 2 * sums
+        spans, tiles = -(-positions // SPAN), tokens * -(-len(part[self.split]) // rows)
+        return each, sums * spans * min(tiles, 2 * threads - 1) if threads > 1 and spans > 1 else 0
 
     def layer(
         self, weights: LayerWeights, part: Partition, hidden_size: int, norm: str, eps: float

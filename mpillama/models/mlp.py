@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Protocol
 import numpy as np
 
 from mpillama.kernels import arguments
-from mpillama.kernels.arguments import Activation
+from mpillama.kernels.arguments import TILE_WIDTH, Activation
 from mpillama.kernels.library import Team
 from mpillama.models.config_values import ConfigValues
 from mpillama.models.linear import LayerWeights
@@ -31,6 +31,9 @@ class Mlp(Protocol):
 
     def step_width(self, part: Partition) -> int:
         """Channels of the step's arrays gate and up on a rank."""
+
+    def scratch(self, part: Partition, hidden_size: int, tokens: int, threads: int) -> int:
+        """Bytes that the threads have in common for steps of up to so many tokens, as far as they are many."""
 
     @property
     def idle(self) -> float:
@@ -101,6 +104,9 @@ class GatedMlp:
 
     def step_width(self, part: Partition) -> int:
         return len(part[self.split]) * self.panel
+
+    def scratch(self, part: Partition, hidden_size: int, tokens: int, threads: int) -> int:
+        return 0
 
     @property
     def idle(self) -> float:
@@ -208,6 +214,14 @@ class Experts(GatedMlp):
     def step_width(self, part: Partition) -> int:
         """Those of the shared expert: what the others compute lies in memory of the threads."""
         return self.shared.step_width(part) if self.shared else super().step_width(part)
+
+    def scratch(self, part: Partition, hidden_size: int, tokens: int, threads: int) -> int:
+        """As kernels/src/experts.h: the activations of all pairs of tokens and experts, and each thread's sums."""
+        hidden, inner, pairs = round_up(hidden_size, BLOCK), super().step_width(part), tokens * self.router.chosen
+        tiled = pairs if tokens == 1 else pairs + (TILE_WIDTH - 1) * min(self.router.count, pairs)
+        # Of a block of 32 its values, a scale and two sums.
+        activations = (4 * pairs + tiled * (BLOCK + 12) // BLOCK) * (hidden + inner)
+        return activations + 4 * pairs * inner + 8 * threads * hidden
 
     @property
     def idle(self) -> float:

@@ -187,3 +187,10 @@ def workspace_bytes(config: ModelConfig, part: Partition, tokens: int) -> int:
     floats = hidden * (1 + config.has_post_norms) + sum(widths[name] for name in ("q", "k", "v", "gates", "inner"))
     floats += sum(rotation.channels for rotation in config.rotations)
     return activations + tokens * (4 * floats + 8 * (hidden + 5))
+
+
+def scratch_bytes(config: ModelConfig, part: Partition, tokens: int, positions: int, threads: int) -> int:
+    """Bytes that kernels allocate for themselves for such steps: of each what the layer that needs most takes."""
+    of_attention = [kind.attention.scratch(part, tokens, positions, threads) for kind in config.kinds]
+    of_mlps = [kind.mlp.scratch(part, config.hidden_size, tokens, threads) for kind in config.kinds]
+    return threads * max(each for each, _ in of_attention) + max(*(common for _, common in of_attention), *of_mlps)

@@ -3,20 +3,29 @@
 import json
 from dataclasses import replace
 
+import numpy as np
+import psutil
 import pytest
 
 from mpillama.cli.values import parse_bytes
+from mpillama.comm.communicator import Communicator
 from mpillama.errors import UserError
+from mpillama.kernels.target import prepare, requested_isa
 from mpillama.loading import plan
 from mpillama.loading.memory import RESERVE
 from mpillama.loading.settings import state_slots
+from mpillama.loading.synthetic import SyntheticWeights
 from mpillama.loading.traffic import Network
-from mpillama.models.cache import blocks_for
+from mpillama.models.cache import KVCache, blocks_for, single_sequence_step
 from mpillama.models.config import ModelConfig
+from mpillama.models.decoder import Decoder
 from mpillama.models.shapes import shape_config
 from mpillama.models.tensors import WeightTypes
+from mpillama.models.weights import load_weights
+from mpillama.models.workspace import scratch_bytes
 from mpillama.quant.registry import WEIGHT_TYPES
 from tests.system.mpi.launch import PROGRAM, run
+from tests.tiny_models import LATENT_TOY
 
 GB = 10**9
 
@@ -187,6 +196,51 @@ def test_mistakes_of_the_command(options, words):
     assert (result.status, result.stdout) == (2, ""), result
     assert words in result.stderr
     assert result.stderr.count("\n") == 1
+
+
+SCRATCH = {
+    **LATENT_TOY, "num_hidden_layers": 2, "first_k_dense_replace": 1, "num_attention_heads": 128, "kv_lora_rank": 512,
+    "n_routed_experts": 8, "n_group": 1, "topk_group": 1, "moe_intermediate_size": 64,
+}  # fmt: skip
+
+
+def test_a_cache_that_several_ranks_hold_is_told():
+    """Latents are those of all heads; KV heads are divided while there are enough ranks."""
+    latents = plan.make_plan(request("deepseek-r1", context=131072, weights="fp8"))
+    assert latents.repeats_cache
+    assert {rank.kv_cache for rank in latents.ranks} == {4 * latents.cache_by_positions}
+    assert not plan.make_plan(request()).repeats_cache
+    assert plan.make_plan(request(nodes=16)).repeats_cache  # of 8 KV heads
+
+
+def test_what_kernels_take_for_long_latents_is_planned():
+    """Measured in a step of 6 tokens behind 4,090, after one at the beginning: spans that 8 threads share."""
+    threads, tokens, context = 8, 6, 4096
+    config = ModelConfig.from_hf(SCRATCH)
+    part, types = config.partition(1)[0], WeightTypes(WEIGHT_TYPES["f32"])
+    weights = load_weights(config, config.tensors(types), part, SyntheticWeights().read)
+    model = Decoder(config, weights, Communicator.alone(), prepare(requested_isa(), threads).team)
+    cache = KVCache(config, part, blocks_for(context), "f32")
+    taken, planned = [], []
+    for start in (0, context - tokens):
+        model.forward(single_sequence_step(np.arange(tokens), start, np.arange(blocks_for(context)), 1), cache)
+        taken.append(psutil.Process().memory_info().vms)
+        planned.append(scratch_bytes(config, part, tokens, start + tokens, threads))
+    assert taken[1] - taken[0] == pytest.approx(planned[1] - planned[0], rel=0.05)
+    assert planned[1] - planned[0] > 12e6
+
+
+def test_the_check_before_loading_knows_what_long_latents_take():
+    """What `plan` says of a context is what kernels take for its last token and less."""
+    model = replace(request("deepseek-r1", context=131072, weights="fp8"), threads=8).memory_model
+    part = model.config.partition(4)[0]
+    with_context, without = (model.of_rank(1, part, context).buffers for context in (131072, 0))
+    assert with_context - without == model.scratch(part, 131072) - model.scratch(part, 0) > 0
+    each, common = model.config.blocks[0].attention.scratch(part, 256, 131072, 8)
+    # 15 tiles of 64 rows at the most, each 256 spans of 512 latents, a sum and a maximum.
+    assert common == 15 * 256 * 64 * 514 * 4
+    assert model.scratch(part, 131072) == common + 8 * each
+    assert replace(model, threads=1).scratch(part, 131072) == replace(model, threads=1).scratch(part, 0)
 
 
 # -- stages -----------------------------------------------------------------------------------------------------------

@@ -22,6 +22,7 @@ OF_TRAINING = {
 }
 """What leaves the logits alone."""
 WITHOUT_EFFECT = {
+    ("deepseek_v3", "num_key_value_heads"): "every head has keys and values of its own",
     ("deepseek_v3", "qk_head_dim"): "the class computes it",
     ("deepseek_v3", "head_dim"): "the class computes it",
     ("hy_v3", "enable_moe_fp32_combine"): "all is added in float32 here",

@@ -20,8 +20,6 @@ from mpillama.models.router import Router
 
 def blocks(values: ConfigValues) -> tuple[Block, ...]:
     attention, dense = LatentAttention.read(values, softmax_factor(values)), GatedMlp.read(values)
-    if values.get("num_key_value_heads", attention.heads) != attention.heads:
-        raise values.refuse("num_key_value_heads", f"latent attention has as many as heads, {attention.heads}")
     shared = SharedExpert(values.size("moe_intermediate_size") * values.size("n_shared_experts"))
     experts = Experts.read(values, Router.read_grouped(values), shared)
     return tuple(Block(attention, experts if sparse else dense) for sparse in dense_or_sparse(values))
@@ -43,7 +41,6 @@ def gguf_fields(metadata: GgufMetadata) -> Json:
         "qk_nope_head_dim": keys - turned,
         "qk_rope_head_dim": turned,
         "v_head_dim": values,
-        "num_key_value_heads": metadata.size("attention.head_count"),
         "n_routed_experts": experts.count,
         "num_experts_per_tok": experts.chosen,
         "moe_intermediate_size": experts.width,
