@@ -373,7 +373,7 @@ def _extrapolate(watch: Stopwatch, median: float, whole: ModelConfig, again: Cal
     Kinds that were not measured are counted as the others' mean.
     """
     layers, caches, counts = watch.model.layers, watch.cache.arguments, Counter(whole.blocks)
-    kinds = list(dict.fromkeys(layer.block for layer in layers))
+    measured = Counter(watch.model.config.blocks)  # on all ranks the same, whichever layers they hold
 
     def seconds(kept: list[DecoderLayer]) -> float:
         of_kept = [cache for layer, cache in zip(layers, caches, strict=True) if layer in kept]
@@ -384,13 +384,13 @@ def _extrapolate(watch: Stopwatch, median: float, whole: ModelConfig, again: Cal
             watch.model.layers, watch.cache.arguments = layers, caches
 
     rest = seconds([])
-    if len(kinds) == 1:
-        return rest + (median - rest) * whole.num_hidden_layers / len(layers)
+    if len(measured) == 1:
+        return rest + (median - rest) * whole.num_hidden_layers / measured.total()
     total = 0.0
-    for kind in kinds:
+    for kind, count in measured.items():
         alike = [layer for layer in layers if layer.block == kind]
-        total += (seconds(alike) - rest) / len(alike) * counts[kind]
-    return rest + total * whole.num_hidden_layers / sum(counts[kind] for kind in kinds)
+        total += max(0.0, seconds(alike) - rest) / count * counts[kind]
+    return rest + total * whole.num_hidden_layers / sum(counts[kind] for kind in measured)
 
 
 def _publish(options: BenchOptions, report: dict[str, Any]) -> None:

@@ -4,7 +4,7 @@ Messages are packed (kernels/src/packed_sums.h), and sums are exact, so all ways
 """
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from itertools import accumulate, pairwise
 from typing import Protocol, cast
 
@@ -173,10 +173,22 @@ class HostExchange:
             self.traffic.add(len(message))
         requests, statuses = [*receives, *sends], [MPI.Status() for _ in (*receives, *sends)]
         pause = self.pause()
-        while not MPI.Request.Testall(requests, statuses):
-            pause()
-            look()
+        try:
+            while not MPI.Request.Testall(requests, statuses):
+                pause()
+                look()
+        except BaseException:
+            give_up(receives)
+            raise
         return {host: status.Get_count(MPI.BYTE) for host, status in zip(incoming, statuses, strict=False)}
+
+
+def give_up(receives: Iterable[MPI.Request]) -> None:
+    """Wait no longer for what may still come: its place in memory may soon be another's."""
+    for request in receives:
+        if request != MPI.REQUEST_NULL:
+            request.Cancel()
+            request.Wait()
 
 
 def leaders_of(mpi: MPI.Intracomm, mates: MPI.Intracomm) -> MPI.Intracomm | None:

@@ -124,7 +124,11 @@ class Messages:
     def send_all(self, kind: Kind, state: State, around: Iterable[int] = ()) -> None:
         """Let all ranks know; each that hears it passes it on. It starts beyond `around` too, who may not."""
         beyond = {other for rank in around for other in tree_neighbours(rank, self.mpi.size)}
-        self.send(sorted({*self.neighbours, *beyond} - {self.mpi.rank}), Message(kind, state))
+        self.send(sorted({*self.neighbours, *beyond} - {self.mpi.rank}), self._own(kind, state))
+
+    def _own(self, kind: Kind, state: State) -> Message:
+        """Of this rank, through whosever hands it comes."""
+        return Message(kind, state, (self.mpi.rank, Progress(state.entered, state.work)))
 
     def pass_on(self, source: int, message: Message) -> None:
         """Hand on what all ranks must know."""

@@ -10,6 +10,7 @@ import numpy as np
 from mpi4py import MPI
 
 from mpillama.comm.communicator import Communicator
+from mpillama.comm.hosts import give_up
 from mpillama.comm.shared_memory import Backoff
 from mpillama.comm.ways import Traffic
 
@@ -73,9 +74,14 @@ class Pipeline:
     def _wait(self, request: MPI.Request, place: str) -> None:
         watch, start, backoff = self.comm.watch, time.perf_counter(), Backoff(self.comm.yields)
         watch.enter(place, of_all=False)  # stages have different numbers of waits
-        while not request.Test():
-            backoff.pause()
-            watch.poll()
+        try:
+            while not request.Test():
+                backoff.pause()
+                watch.poll()
+        except BaseException:
+            give_up([request, *self._expected] if place == WAIT else self._expected)
+            self._expected.clear()
+            raise
         watch.leave()
         self.seconds += time.perf_counter() - start
 

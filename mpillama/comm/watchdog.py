@@ -130,6 +130,7 @@ class Watch:
         """Answer whoever asks, and note what others say."""
         if self.messages is None:
             return
+        gone: int | None = None
         for rank, message in self.messages.receive():
             kind, state = message.kind, message.state
             if kind is Kind.CALL:
@@ -144,9 +145,11 @@ class Watch:
             elif kind is Kind.ENDING:
                 self.job_ends = True
             elif kind is Kind.GONE:
-                raise PeerFailedError(self.names[rank] if self.names else f"rank {rank}")
+                gone = message.news[0]
             elif self.liveness is not None:
                 self.liveness.hear(rank, message)
+        if gone is not None:
+            raise PeerFailedError(self.names[gone] if self.names else f"rank {gone}")
 
     def tell_end(self) -> None:
         """Let the other ranks know that this one ends the job and says why."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from mpillama.comm.communicator import Communicator
+from mpillama.comm.communicator import Communicator, sample_addends
 from mpillama.comm.ways import Traffic
 from mpillama.engine.skew import RankTimes, timed_layers
 from mpillama.kernels.library import PARTS, Team
@@ -38,6 +38,8 @@ class Timing:
     all_reduces: int
     own_seconds: float
     sent: Traffic
+    reduce_seconds: float
+    """Of these in sums over ranks, waiting included."""
 
     @property
     def median(self) -> float:
@@ -51,7 +53,7 @@ class Timing:
     @property
     def all_reduce_microseconds(self) -> float:
         """Mean time of a collective on this rank, waiting included."""
-        return 1e6 * self.communication_seconds / self.all_reduces if self.all_reduces else 0.0
+        return 1e6 * self.reduce_seconds / self.all_reduces if self.all_reduces else 0.0
 
 
 class Stopwatch:
@@ -118,8 +120,8 @@ class Stopwatch:
             team.watch(False)
         sent = replace(self.model.sent)
         slowest = np.max(self.comm.gather(seconds), axis=0)
-        communication = self.model.communication_seconds
-        return Timing(slowest, communication, self.model.comm.calls, sum(seconds) - communication, sent)
+        communication, comm = self.model.communication_seconds, self.model.comm
+        return Timing(slowest, communication, comm.calls, sum(seconds) - communication, sent, comm.seconds)
 
     def kv_bytes(self, sequences: int, context: int) -> int:
         """Bytes of keys, values and states that this rank reads in a step at position `context`."""
@@ -203,7 +205,7 @@ def _sums_alone(watch: Stopwatch, tokens: int) -> float:
     comm, config = watch.model.comm, watch.model.config
     if comm.size == 1:
         return 0.0
-    message = np.zeros(tokens * config.padded_hidden_size)
+    message = sample_addends(tokens * config.padded_hidden_size)  # zeros would be sent in a few bytes
     before = comm.seconds, comm.calls
     alone = comm.median_seconds(message)
     comm.seconds, comm.calls = before

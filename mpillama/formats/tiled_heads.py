@@ -79,6 +79,7 @@ def with_tiled_heads(tensor: StoredTensor, tiled: TiledHeads | None) -> StoredTe
     if (
         tiled is None
         or tiled.of_group == 1
+        or len(tensor.shape) <= tiled.columns
         or tensor.shape[1 if tiled.columns else 0] % (tiled.groups * tiled.of_group)
     ):
         return tensor

@@ -219,17 +219,19 @@ def _largest_context(request: PlanRequest) -> int:
 
 def _least_nodes(request: PlanRequest) -> Plan | None:
     """The fewest nodes that fit; None if more ranks than the model has parts would be needed."""
-    most = max(request.nodes, request.config.most_busy_ranks // request.ranks_per_node)
-    low, high = request.nodes, most
-    if not make_plan(replace(request, nodes=high)).fits:
+    step = request.stages // math.gcd(request.stages, request.ranks_per_node)  # nodes that stages can share evenly
+    most = request.config.most_busy_ranks * request.stages // request.ranks_per_node // step
+    low = -(-request.nodes // step)
+    high = max(low, most)
+    if not make_plan(replace(request, nodes=step * high)).fits:
         return None
     while low < high:
         middle = (low + high) // 2
-        if make_plan(replace(request, nodes=middle)).fits:
+        if make_plan(replace(request, nodes=step * middle)).fits:
             high = middle
         else:
             low = middle + 1
-    return make_plan(replace(request, nodes=low))
+    return make_plan(replace(request, nodes=step * low))
 
 
 # -- speed ----------------------------------------------------------------------------------------------------------

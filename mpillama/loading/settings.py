@@ -35,7 +35,8 @@ SNAPSHOTS_PER_SEQUENCE = 2
 
 def state_slots(sequences: int, drafts: int = 0, snapshots: int | None = None) -> int:
     """Slots for recurrent states: each sequence's own, one for each of its drafts, and snapshots for all together."""
-    return sequences * (1 + drafts) + (SNAPSHOTS_PER_SEQUENCE * sequences if snapshots is None else snapshots)
+    found = sequences * (1 + drafts) + (SNAPSHOTS_PER_SEQUENCE * sequences if snapshots is None else snapshots)
+    return max(sequences + 1, found)
 
 
 @dataclass(frozen=True, kw_only=True)

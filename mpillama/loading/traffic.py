@@ -64,11 +64,14 @@ def sum_sent(layout: Layout, width: int, tokens: int) -> dict[str, Sent]:
     """What a host's first rank sends in one sum of `width` numbers of each token, in each way between several hosts."""
     hosts, whole = layout.hosts, width * tokens * layout.bits / 8
     steps = math.ceil(math.log2(hosts))
+    joining = 2 * (
+        hosts.bit_count() > 1
+    )  # rounds of the hosts beyond a power of two: they join others, and are answered
     piece = 2 * (hosts - 1) / hosts * whole
     ways = {
         "direct": Sent(1, hosts - 1, (hosts - 1) * whole),
         "pieces": Sent(2, 2 * (hosts - 1), piece),
-        "doubling": Sent(steps, steps, steps * whole),
+        "doubling": Sent(hosts.bit_length() - 1 + joining, steps, steps * whole),
         "halving": Sent(2 * steps, 2 * steps, piece),
     }
     return {name: ways[name] for name in ways_between(hosts)}

@@ -14,7 +14,15 @@ from typing import Any
 from mpillama.errors import UserError
 from mpillama.openai.object_calls import llama3_rules, read_object_call
 from mpillama.openai.tool_calls import ToolFormat
-from mpillama.openai.tool_grammars import Function, TokenId, call_rules, more_rules, schema_rule
+from mpillama.openai.tool_grammars import (
+    Function,
+    TokenId,
+    call_rules,
+    more_rules,
+    properties_of,
+    schema_rule,
+    within,
+)
 from mpillama.openai.tool_readers import (
     MOST_NAME,
     NAME,
@@ -160,10 +168,10 @@ def _in_parentheses(function: Function) -> str:
 def _arguments(function: Function) -> Iterator[tuple[str, str]]:
     outer = function.parameters
     shared = {key: outer[key] for key in ("$defs", "definitions") if key in outer}
-    for name, schema in outer.get("properties", {}).items():
+    for name, schema in properties_of(outer).items():
         if not name.isidentifier():
             raise UserError(f"The parameters of the function {function.name!r}: {name!r} is no name in Python.")
-        yield name, f"{text_rule(name + '=')} {_value_rule(function, {**shared, **schema})}"
+        yield name, f"{text_rule(name + '=')} {_value_rule(function, within(schema, shared))}"
 
 
 def _value_rule(function: Function, schema: Mapping[str, Any]) -> str:

@@ -12,7 +12,16 @@ from typing import Any
 
 from mpillama.openai.object_calls import END_TOOL_CALL, TOOL_CALL
 from mpillama.openai.tool_calls import ToolFormat
-from mpillama.openai.tool_grammars import Function, TokenId, call_rules, marker_rule, more_rules, schema_rule
+from mpillama.openai.tool_grammars import (
+    Function,
+    TokenId,
+    call_rules,
+    marker_rule,
+    more_rules,
+    properties_of,
+    schema_rule,
+    within,
+)
 from mpillama.openai.tool_json import strict_json
 from mpillama.openai.tool_readers import (
     MOST_NAME,
@@ -27,6 +36,12 @@ from mpillama.openai.tool_readers import (
     word,
 )
 from mpillama.text.constraint import text_rule, token_rule
+
+NAMES_OF: Mapping[type, set[str]] = {
+    bool: {"boolean"}, int: {"integer", "number"}, float: {"number"}, dict: {"object"}, list: {"array"},
+    type(None): {"null"},
+}  # fmt: skip
+"""What JSON's schemas call the values of Python."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +67,7 @@ class TaggedCall(Call):
 
     def typed(self, parameters: Mapping[str, Any] | None) -> str:
         """The arguments as a JSON object, by the schema of the function's parameters."""
-        known = (parameters or {}).get("properties", {})
+        known = properties_of(parameters or {})
         members = (
             f"{json.dumps(key, ensure_ascii=False)}: {_as_json(text, known.get(key))}" for key, text in self.values
         )
@@ -61,15 +76,16 @@ class TaggedCall(Call):
 
 def _as_json(text: str, schema: Any) -> str:
     """A value in JSON: a text stays one if nothing else is asked for, or if it is no JSON."""
-    if _types(schema) & {"boolean", "null"} and "string" not in _types(schema):
+    types = _types(schema)
+    if types & {"boolean", "null"} and "string" not in types:
         text = AS_PYTHON.get(text, text)
-    if _types(schema) != {"string"}:
+    if types != {"string"}:
         try:
             found = strict_json(text)
         except (ValueError, RecursionError):
             pass
         else:
-            if not isinstance(found, str) or "string" not in _types(schema):
+            if "string" not in types or (not isinstance(found, str) and NAMES_OF[type(found)] & types):
                 return text.strip()
     return json.dumps(text, ensure_ascii=False)
 
@@ -79,12 +95,17 @@ def _types(schema: Any) -> set[str]:
     if not isinstance(schema, Mapping):
         return set()
     given = schema.get("type")
-    found = {given} if isinstance(given, str) else set(given) if isinstance(given, list) else set()
-    if not found and all(isinstance(value, str) for value in schema.get("enum", [0])):
+    found = {name for name in ([given] if isinstance(given, str) else _list(given)) if isinstance(name, str)}
+    choices = _list(schema.get("enum"))
+    if not found and choices and all(isinstance(choice, str) for choice in choices):
         return {"string"}
-    for part in (*schema.get("anyOf", ()), *schema.get("oneOf", ())):
+    for part in (*_list(schema.get("anyOf")), *_list(schema.get("oneOf"))):
         found |= _types(part)
     return found
+
+
+def _list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else []
 
 
 FREE_TEXT = r"(<+[^<\/]|[^<])*"
@@ -101,13 +122,14 @@ def _arguments(
     outer = function.parameters
     shared = {key: outer[key] for key in ("$defs", "definitions") if key in outer}
     end_rule = text_rule(end) if end_id is None else token_rule(end_id)
-    for name, schema in outer.get("properties", {}).items():
+    schema_rule(function, outer)  # refuses what is no schema
+    for name, schema in properties_of(outer).items():
         if _is_free_text(schema):  # with its end, which the greedy text would begin to take
             value = f"/{FREE_TEXT}/ {end_rule}" if end_id is not None else f"/{FREE_TEXT}{_escaped(end)}/"
         else:
-            value = f"{_unquoted(schema) or schema_rule(function, {**shared, **schema})} {end_rule}"
+            value = f"{_unquoted(schema) or schema_rule(function, within(schema, shared))} {end_rule}"
         rule = argument(name, value)
-        yield rule if name in outer.get("required", ()) else f"({rule})?"
+        yield rule if name in _list(outer.get("required")) else f"({rule})?"
 
 
 def _escaped(text: str) -> str:
@@ -116,7 +138,8 @@ def _escaped(text: str) -> str:
 
 
 def _is_free_text(schema: Any) -> bool:
-    return _types(schema) == {"string"} and isinstance(schema, Mapping) and "enum" not in schema
+    """Whether a value may be any text: it is written without quotation marks, even if it may be something else, too."""
+    return isinstance(schema, Mapping) and "string" in _types(schema) and "enum" not in schema
 
 
 def _unquoted(schema: Any) -> str:

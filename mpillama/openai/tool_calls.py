@@ -130,7 +130,7 @@ class ToolCallParser:
 
     def finish(self) -> list[Delta]:
         """The rest, when the answer has ended."""
-        if self._reading is not None:
+        while self._reading is not None:  # a reader that has taken the end may ask once more, and gives up then
             for char in self._read(""):
                 self._add_content(char)
         if not self._after_call:

@@ -60,6 +60,17 @@ def schema_rule(function: Function, schema: Mapping[str, Any]) -> str:
         raise UserError(f"The parameters of the function {function.name!r}: {error}") from error
 
 
+def properties_of(schema: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The parameters that a schema of a function names, each with its schema."""
+    found = schema.get("properties")
+    return found if isinstance(found, Mapping) else {}
+
+
+def within(schema: Any, shared: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A parameter's schema with the definitions of the whole; one that says no more than yes has none of its own."""
+    return {**shared, **schema} if isinstance(schema, Mapping) else shared
+
+
 def call_rules(rules: Iterable[str]) -> str:
     """The rule `call`: any one of `rules`."""
     named = {f"call_{index}": rule for index, rule in enumerate(rules)}

@@ -278,6 +278,15 @@ def test_stages_need_no_more_memory_than_one():
     assert max(needs) == pytest.approx(min(needs), rel=0.02)
 
 
+def test_more_nodes_are_as_many_as_stages_divide():
+    """Five nodes would have the memory, but four stages share four nodes, or eight."""
+    tight = plan.make_plan(request(memory=52 * GB, stages=4))
+    (more,) = [each.plan for each in plan.remedies(tight) if each.text.startswith("--nodes")]
+    assert not tight.fits
+    assert more.fits
+    assert more.request.nodes == 8
+
+
 def test_the_command_compares_stages():
     options = ("--shape", "llama-3.1-70b", "--nodes", "2", "--max-seq-len", "2048", "--network", "1ms,120MB/s")
     shown = run(None, *PROGRAM, "plan", *options)

@@ -232,3 +232,32 @@ def test_a_forced_call_in_python_is_one_that_is_read():
         assert matches(form, text, tools=tools), text
     with pytest.raises(UserError, match="'a-b' is no name"):
         form.grammar([{"type": "function", "function": {"name": "f", "parameters": ASKS}}], "required", True, {}.get)
+
+
+@pytest.mark.parametrize("form", [GLM, MINIMAX, HY, QWEN], ids=lambda form: form.name)
+def test_wherever_an_answer_ends_its_text_or_its_calls_are_left(form):
+    text = written(form, ("weather", {"city": "Rome"}), ("now", {}))
+    for end in range(1, len(text) + 1):
+        content, calls = read(form, text[:end], size=7)
+        assert content.strip() or calls, text[:end]
+
+
+def test_a_text_that_may_be_left_out_is_a_text_without_quotation_marks():
+    """As pydantic writes `str | None`."""
+    optional = {"anyOf": [{"type": "string"}, {"type": "null"}]}
+    schema = {"type": "object", "properties": {"city": optional, "code": {"type": ["string", "null"]}}}
+    tools = [{"type": "function", "function": {"name": "weather", "parameters": schema}}]
+    text = glm("weather", {"city": "Rome", "code": "10115"})
+    assert matches(GLM, text, tools=tools)
+    assert read(GLM, text, names={"weather": schema})[1] == [("weather", {"city": "Rome", "code": "10115"})]
+    nothing = glm("weather", {"city": "null", "code": "true"})
+    assert read(GLM, nothing, names={"weather": schema})[1] == [("weather", {"city": None, "code": "true"})]
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [{"properties": None}, {"properties": [1]}, {"properties": {"a": {"enum": None}}},
+     {"properties": {"a": {"anyOf": None}}}, {"properties": {"a": {"type": [{}]}}}, {"properties": {"a": True}}],
+)  # fmt: skip
+def test_odd_schemas_of_functions_make_no_difference_to_reading(schema):
+    assert read(GLM, glm("f", {"a": "x"}), names={"f": schema}) == ("", [("f", {"a": "x"})])

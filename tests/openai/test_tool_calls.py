@@ -233,6 +233,13 @@ def test_calls_are_found_however_the_text_is_cut(form, text, content, calls):
     assert all(isinstance(json.loads(arguments), dict) for _, arguments in calls)
 
 
+@pytest.mark.parametrize(("form", "text"), [(form, text) for form, text, *_ in CALLS])
+def test_wherever_an_answer_ends_its_text_or_its_calls_are_left(form, text):
+    for end in range(len(text) + 1):
+        content, calls = read(form, [text[:end]])
+        assert content or calls or not text[:end].strip()
+
+
 @pytest.mark.parametrize(("form", "text"), NO_CALLS)
 def test_what_is_no_call_is_content_to_the_last_character(form, text):
     assert read(form, [text]) == (text, [])

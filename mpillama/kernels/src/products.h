@@ -582,7 +582,9 @@ inline i64 panel_tiles(const Matrix& m, i64 expert, const Input& in, i64 first, 
 // Add all panels of groups first:last times x[t].
 template <class T>
 inline void add_rows(const Matrix& m, i64 expert, const Input& in, i64 first, i64 last, const Output& to, u8* scratch) {
-    const bool few = unpacks<T>() ? in.tokens <= few_tokens<T>() : T::BLOCKS || in.tokens <= FEW_FLOAT_TOKENS;
+    // A panel that lies together already, or is wider than what is unpacked at a time, is read where it is.
+    const bool in_place = unpacks<T>() ? m.columns / BLOCK > blocks_at_once<T>() : T::BLOCKS || m.panels == 1;
+    const bool few = in_place || in.tokens <= (unpacks<T>() ? few_tokens<T>() : FEW_FLOAT_TOKENS);
     const i64 together = panels_at_once<T>(m);
     const i64 begin = panel_tiles<T>(m, expert, in, first, last, to, scratch);
     at_once(begin, in.tokens, T::BLOCKS || unpacks<T>() ? TOKENS_AT_ONCE : in.tokens, [&](i64 token, i64 end) {

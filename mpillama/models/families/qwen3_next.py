@@ -38,7 +38,11 @@ def read_mixers(values: ConfigValues) -> list[Attention]:
     attention = GroupedQueryAttention.read(values, qk_norm=True)
     attention = replace(attention, gated=True, turned=rotary_channels(values, attention.head_dim))
     known: dict[str, Attention] = {FULL: attention, LINEAR: GatedDeltaNet.read(values)}
-    if not isinstance(kinds, Sequence) or len(kinds) != layers or any(kind not in known for kind in kinds):
+    if (
+        not isinstance(kinds, Sequence)
+        or len(kinds) != layers
+        or not all(isinstance(kind, str) and kind in known for kind in kinds)
+    ):
         raise values.refuse("layer_types", f"it must name {FULL} or {LINEAR} for {layers} layers")
     return [known[kind] for kind in kinds]
 

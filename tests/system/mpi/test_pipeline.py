@@ -74,6 +74,17 @@ def test_the_idle_time_of_stages_is_told(toy: Path) -> None:
     assert step["late"] == []
 
 
+def test_the_whole_model_is_extrapolated_from_stages_of_different_kinds() -> None:
+    """One stage has the dense layer, the other one experts: both time layers of each kind."""
+    sizes = ("--prefill", "8", "--decode", "2", "--context", "8", "--repetitions", "1", "--batch", "1", "--layers", "2")
+    command = (*PROGRAM, "bench", "--model", GOLDEN / "deepseek_v3", "--threads", "1", "--json", *sizes)
+    for ranks, options in ((None, ()), (2, ("--pipeline", "2"))):
+        result = run(ranks, *command, *options)
+        assert result.status == 0, result
+        (step,) = json.loads(result.stdout)["decode"]
+        assert step["whole_model_tokens_per_second"] > 0
+
+
 @pytest.mark.parametrize(
     ("ranks", "stages", "words"), [(3, "2", "3 ranks do not divide"), (3, "3", "only 2 layers"), (2, "0", "at least 1")]
 )
