@@ -10,7 +10,8 @@ from tests.system.mpi.launch import PROGRAM, TIMEOUT, run
 
 pytestmark = pytest.mark.timeout(TIMEOUT + 60)
 
-FEW, MANY = 4, 24
+FEW, MANY = 4, 124
+"""Tokens: between these, what starting up sends differs by a few bytes a token."""
 OPTIONS = ("--temperature", "0", "--prompt", "Once upon a time", "--json", "--max-seq-len", "256")
 
 
@@ -35,4 +36,4 @@ def test_a_token_crosses_once_from_stage_to_stage(two_hosts: Hosts, demo: Path) 
     size = {name: (many[name].bytes - few[name].bytes) / steps for name in two_hosts.names}
     hidden = json.loads(run(None, *PROGRAM, "inspect", demo, "--json").stdout)["config"]["hidden_size"]
     assert sent["h1"] + sent["h2"] < 13
-    assert 2 * 4 * hidden <= size["h2"] < 3 * 4 * hidden + 1000
+    assert 0.9 * 2 * 4 * hidden <= size["h2"] < 3 * 4 * hidden + 1000

@@ -61,7 +61,7 @@ def hollow(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     ids=["attention, 1 rank", "attention, 2", "attention, 3", "recurrent, 1", "recurrent, 2"],
 )
 def test_a_run_takes_what_was_planned(ranks: int, hollow: Path, tmp_path: Path) -> None:
-    sizes = ("--model", hollow, "--max-seq-len", str(CONTEXT), "--kv-type", "f32", "--json")
+    sizes = ("--model", hollow, "--max-seq-len", str(CONTEXT), "--kv-type", "f32", "--threads", "1", "--json")
     plan = json.loads(run(None, *PROGRAM, "plan", *sizes, "--ranks-per-node", str(ranks)).stdout)
     prompt = ",".join(["7"] * (CONTEXT - 2))
     options = ("--max-tokens", "1", "--temperature", "0", "--log-dir", tmp_path)
