@@ -132,6 +132,17 @@ def _arguments(
         yield rule if name in _list(outer.get("required")) else f"({rule})?"
 
 
+def _call_in_lines(tags: Tags, function: Function) -> str:
+    """The rule of a call with a line for its name and for the end of each argument."""
+
+    def argument(name: str, value: str) -> str:
+        return f"{text_rule(tags.key[0] + name + tags.key[1] + tags.value[0])} {value}"
+
+    head = text_rule(f"{tags.call[0]}{function.name}{tags.name_end}\n")
+    arguments = " ".join(_arguments(function, argument, None, tags.value[1] + "\n"))
+    return f"{head} {arguments} {text_rule(tags.call[1])}"
+
+
 def _escaped(text: str) -> str:
     """A text without other special characters, as part of a regular expression."""
     return text.replace("/", r"\/").replace("\n", r"\n")
@@ -314,16 +325,7 @@ def minimax_rules(functions: Sequence[Function], several: bool, token_id: TokenI
     begin, end = (marker_rule(text, token_id) for text in MINIMAX_TAGS.block)
     line = text_rule("\n")
     start = f"start: {begin} {line} call {line} {more_rules('', f'call {line}', several)} {end}\n"
-
-    def rule(function: Function) -> str:
-        head = text_rule(f"{MINIMAX_TAGS.call[0]}{function.name}{MINIMAX_TAGS.name_end}\n")
-        arguments = " ".join(_arguments(function, argument, None, MINIMAX_TAGS.value[1] + "\n"))
-        return f"{head} {arguments} {text_rule(MINIMAX_TAGS.call[1])}"
-
-    def argument(name: str, value: str) -> str:
-        return f"{text_rule(MINIMAX_TAGS.key[0] + name + MINIMAX_TAGS.key[1] + MINIMAX_TAGS.value[0])} {value}"
-
-    return start + call_rules(map(rule, functions))
+    return start + call_rules(_call_in_lines(MINIMAX_TAGS, function) for function in functions)
 
 
 MINIMAX = ToolFormat("minimax", MINIMAX_TAGS.block[0], "", read_minimax, minimax_rules)
@@ -364,16 +366,7 @@ def qwen_rules(functions: Sequence[Function], several: bool, token_id: TokenId) 
     begin, end = (marker_rule(text, token_id) for text in QWEN_TAGS.block)
     line = text_rule("\n")
     start = f"start: block {more_rules('block', line, several)}\nblock: {begin} {line} call {line} {end}\n"
-
-    def rule(function: Function) -> str:
-        head = text_rule(f"{QWEN_TAGS.call[0]}{function.name}{QWEN_TAGS.name_end}\n")
-        arguments = " ".join(_arguments(function, argument, None, QWEN_TAGS.value[1] + "\n"))
-        return f"{head} {arguments} {text_rule(QWEN_TAGS.call[1])}"
-
-    def argument(name: str, value: str) -> str:
-        return f"{text_rule(QWEN_TAGS.key[0] + name + QWEN_TAGS.key[1] + QWEN_TAGS.value[0])} {value}"
-
-    return start + call_rules(map(rule, functions))
+    return start + call_rules(_call_in_lines(QWEN_TAGS, function) for function in functions)
 
 
 QWEN = ToolFormat("qwen", TOOL_CALL, "", read_qwen, qwen_rules)
