@@ -119,7 +119,8 @@ class Engine:
     def __init__(self, executor: Executor, tokenizer: Tokenizer, speculate: int = 0):
         self.executor = executor
         self.tokenizer = tokenizer
-        self.pool = BlockPool(executor.blocks, StatePool(executor.states) if executor.states else None)
+        states = StatePool(executor.states) if executor.states else None
+        self.pool = BlockPool(executor.blocks, states, executor.model.part.holders)
         self.drafter = Drafter(speculate) if speculate else None
         self.scheduler = Scheduler(self.pool, executor.slots, executor.max_tokens, executor.max_seq_len, self.drafter)
         self.counts = EngineCounts()

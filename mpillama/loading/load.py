@@ -4,7 +4,7 @@ import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import cast
@@ -29,9 +29,9 @@ from mpillama.loading.placement import warn_of_shared_cores
 from mpillama.loading.preflight import cache_room, choose_context, measure_host, refuse_no_room, warn_of_hosts
 from mpillama.loading.progress import PLACE, AbandonedError, LoadState, LoadWatch
 from mpillama.loading.settings import EngineSettings, ModelSettings
-from mpillama.loading.shares import divide, gain_of, measured_division, on_these_hosts, read_shares
+from mpillama.loading.shares import by_positions, divide, gain_of, measured_division, on_these_hosts, read_shares
 from mpillama.loading.truncated import truncated
-from mpillama.models.cache import blocks_for
+from mpillama.models.cache import blocks_for, held_blocks
 from mpillama.models.config import ModelConfig
 from mpillama.models.decoder import Decoder
 from mpillama.models.partition import Division
@@ -152,13 +152,16 @@ def choose_division(
     """
     comm, layers = world.comm, config.num_hidden_layers
     even = comm.together(lambda: divide(comm.size, settings.pipeline, None, layers))
+    if settings.context_parallel:
+        even = comm.together(lambda: by_positions(even, config))
     path = settings.shares
     if path is None:
         return even, None
     hosts = comm.gather(world.host)
     found = comm.on_root(lambda: read_shares(path))
     if isinstance(found, tuple):
-        return comm.together(lambda: divide(comm.size, even.stages, found, layers)), None
+        given = comm.together(lambda: divide(comm.size, even.stages, found, layers))
+        return replace(given, context_parallel=even.context_parallel), None
     model = MemoryModel(config, specs, even, settings.kv_type, chunk)
     measured = comm.together(lambda: on_these_hosts(found, hosts, path))
     context = settings.max_seq_len or config.max_position_embeddings
@@ -244,11 +247,12 @@ def open_shared_executor(settings: EngineSettings, loaded: LoadedModel) -> Execu
 
     It holds `cache_tokens` positions, or as many as they can need and the hosts have room for.
     """
-    longest = blocks_for(loaded.context)
+    holders = loaded.model.part.holders
+    longest = held_blocks(loaded.context, holders) * holders
     if settings.cache_tokens is None:
         room = min(settings.sequences * longest, loaded.cache_room)
     else:
-        room = blocks_for(settings.cache_tokens)
+        room = -(-blocks_for(settings.cache_tokens) // holders) * holders
     tokens = max(settings.prefill_chunk, settings.sequences * (1 + settings.speculate))
     blocks = max(longest, room)
     model, context, states = loaded.model, loaded.context, settings.state_slots

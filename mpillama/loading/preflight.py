@@ -12,7 +12,7 @@ from mpillama.loading.memory import RESERVE, MemoryModel
 from mpillama.loading.model_file import ModelFile
 from mpillama.loading.settings import ModelSettings
 from mpillama.models.attention import BLOCK_POSITIONS
-from mpillama.models.cache import blocks_for
+from mpillama.models.cache import held_blocks, held_positions
 from mpillama.models.partition import Division
 
 PROGRAM_ROOM = 128_000_000
@@ -31,9 +31,9 @@ def refuse_no_room(force: bool) -> None:
 
 @dataclass(frozen=True)
 class Host:
-    """A host's ranks together: bytes without a KV cache, bytes for each 64 positions of it, and what there is.
+    """A host's ranks together: bytes without a KV cache, bytes for each block that each holds, and what there is.
 
-    `states` is what recurrent states take of `fixed`.
+    `states` is what recurrent states take of `fixed`; positions are divided over `holders` ranks.
     """
 
     name: str
@@ -41,16 +41,19 @@ class Host:
     per_block: int
     available: int
     states: int = 0
+    holders: int = 1
 
     def need(self, context: int) -> int:
         """Bytes for a context."""
-        return self.fixed + blocks_for(context) * self.per_block
+        return self.fixed + held_blocks(context, self.holders) * self.per_block
 
     @property
     def longest_context(self) -> int:
         """The most positions that fit, in whole cache blocks; negative if the weights alone do not."""
         room = self.available - self.fixed
-        return room // self.per_block * BLOCK_POSITIONS if self.per_block else (1 << 40 if room >= 0 else -1)
+        if not self.per_block:
+            return 1 << 40 if room >= 0 else -1
+        return held_positions(room // self.per_block, self.holders) if room >= 0 else -1
 
 
 def measure_host(file: ModelFile, world: World, settings: ModelSettings, chunk: int, division: Division) -> Host:
@@ -68,7 +71,7 @@ def measure_host(file: ModelFile, world: World, settings: ModelSettings, chunk: 
     narrowest = min(rooms) * len(rooms)  # a limit on each process binds the fullest
     available = min(world.neighbours.broadcast(available_bytes()), narrowest)
     fixed, per_block, states = map(sum, zip(*world.neighbours.gather(needs), strict=True))
-    return Host(world.host, fixed, per_block, available, states)
+    return Host(world.host, fixed, per_block, available, states, division.holders)
 
 
 def choose_context(file: ModelFile, world: World, wanted: int | None, host: Host, force: bool) -> int:
@@ -95,7 +98,7 @@ def choose_context(file: ModelFile, world: World, wanted: int | None, host: Host
 def cache_room(world: World, host: Host) -> int:
     """Cache blocks that every host has room for, a tenth of its memory left; the same on all ranks."""
     hosts = world.comm.gather(host)
-    rooms = [int(0.9 * h.available - h.fixed) // h.per_block for h in hosts if h.per_block]
+    rooms = [int(0.9 * h.available - h.fixed) // h.per_block * h.holders for h in hosts if h.per_block]
     return max(0, min(rooms, default=0))
 
 
@@ -103,7 +106,7 @@ def smallest_group(file: ModelFile, world: World, settings: ModelSettings, conte
     """The fewest ranks that can share a model so that all ranks are in groups of that size and every host has room."""
     size, stages = world.comm.size, settings.pipeline
     for ranks in [n for n in range(stages, size, stages) if size % n == 0]:
-        division = Division(ranks, None, stages)
+        division = Division(ranks, None, stages, settings.context_parallel)
         hosts = world.comm.gather(measure_host(file, world, settings, settings.prefill_chunk, division))
         if all(host.need(context) <= 0.9 * host.available for host in hosts):
             return ranks
