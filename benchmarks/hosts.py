@@ -2,12 +2,14 @@
 
     python -m benchmarks.hosts --hosts 2 4 --delays 0 50 200 1000 --rates 10000 1000
     python -m benchmarks.hosts --hosts 4 --before ../older-tree
+    python -m benchmarks.hosts --hosts 2 --batch 8 32 --prefill 256 --before-settings MPILLAMA_OVERLAP=never
 
 Needs root, Linux with namespaces and /dev/net/tun, and a C++ compiler or the wire compiled (tests/system/hosts). Hosts
 have cores of their own where there are enough, but share the machine's memory; on fewer cores tokens/s are not those of
 real hosts, bytes and messages are. Prints a table as it comes, and JSON with --json. What starts and loads is not
 counted: each figure on the wire is the difference of two runs. With --before an older tree, whose kernels are compiled,
-runs in turns with this one.
+runs in turns with this one; with --before-settings this tree does so with other settings. --batch and --prefill measure
+steps of several sequences and prompts, too, with `bench`.
 """
 
 import argparse
@@ -19,7 +21,7 @@ import sys
 import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from tests.system.hosts.network import Hosts, running_hosts, why_not
 from tests.system.mpi.launch import PROGRAM, ROOT, environment
@@ -43,10 +45,13 @@ class Tree:
     path: Path
     model: Path
     bench: Path
+    settings: dict[str, str] = field(default_factory=dict)
     speeds: list[float] = field(default_factory=list)
     waits: list[float] = field(default_factory=list)
     sent: dict[int, list[tuple[int, int]]] = field(default_factory=dict)
     """Bytes and messages of each run, by its tokens."""
+    steps: dict[str, list[float]] = field(default_factory=dict)
+    """Tokens/s of each `bench`, by what was measured."""
 
     def sent_per_token(self, few: int, many: int) -> tuple[float, float]:
         """Bytes and messages, without those of starting up."""
@@ -57,7 +62,7 @@ class Tree:
 
     def forget(self) -> None:
         """Begin a new setting."""
-        self.speeds, self.waits, self.sent = [], [], {}
+        self.speeds, self.waits, self.sent, self.steps = [], [], {}, {}
 
 
 def main() -> None:
@@ -74,6 +79,10 @@ def main() -> None:
     parser.add_argument("--options", nargs="*", default=[], help="more options of generate, as words without --")
     parser.add_argument("--tokenizer", default="data/demo.h5", help="native file whose tokenizer is used")
     parser.add_argument("--before", type=Path, help="an older tree of this repository, to compare with")
+    parser.add_argument("--before-settings", nargs="+", default=[], metavar="NAME=VALUE", help="of its environment")
+    parser.add_argument("--batch", type=int, nargs="+", default=[], help="sequences of a step")
+    parser.add_argument("--prefill", type=int, nargs="+", default=[], help="tokens of a prompt")
+    parser.add_argument("--layers", type=int, help="of the shape that --batch and --prefill measure (default: all)")
     parser.add_argument(
         "--cores-per-host", type=int,
         help="0: hosts share all cores; default: what each can have if one is left for the wire",
@@ -111,10 +120,12 @@ def cores(given: argparse.Namespace, hosts: int) -> int:
 def make_trees(given: argparse.Namespace, folder: Path, hosts: int) -> list[Tree]:
     """This tree, and the older one before it, each with a model of its own making."""
     found = []
-    for name, path in (("before", given.before), ("now", ROOT)):
+    others = dict(setting.split("=", 1) for setting in given.before_settings)
+    before = given.before or (ROOT if others else None)
+    for name, path, settings in (("before", before, others), ("now", ROOT, {})):
         if path is None:
             continue
-        tree = Tree(name, path.resolve(), folder / f"{name}.h5", folder / f"{name}-{hosts}.json")
+        tree = Tree(name, path.resolve(), folder / f"{name}.h5", folder / f"{name}-{hosts}.json", settings)
         if not tree.model.exists():
             tokenizer = str(Path(given.tokenizer).resolve())
             run_here(tree, "-c", MAKE_MODEL, str(tree.model), given.shape, given.weights, tokenizer)
@@ -144,6 +155,8 @@ def measure(given: argparse.Namespace, hosts: Hosts, trees: list[Tree], network:
             found = generate(given, hosts, tree, many)
             tree.speeds.append(found["decode_tokens_per_second"])
             tree.waits.append(found["communication_share"] * 1e3 / found["decode_tokens_per_second"])
+            for what, speed in measure_steps(given, hosts, tree).items():
+                tree.steps.setdefault(what, []).append(speed)
     rows = []
     for tree in trees:
         sent, messages = tree.sent_per_token(few, many)
@@ -153,9 +166,13 @@ def measure(given: argparse.Namespace, hosts: Hosts, trees: list[Tree], network:
             "ping_us": 1e6 * ping, "tokens_per_second": statistics.median(tree.speeds), "slowest": min(tree.speeds),
             "fastest": max(tree.speeds), "waiting_ms": statistics.median(tree.waits), "bytes_per_token": sent,
             "messages_per_token": messages,
+            "steps": {what: statistics.median(all_) for what, all_ in tree.steps.items()},
             "planned_tokens_per_second": plan(given, hosts, tree, ping / 2, network["mbit"]),
         })  # fmt: skip
         _print(given, tuple(_cells(rows[-1])))
+    for row in rows if given.batch or given.prefill else ():
+        told = (f"{what} {speed:.1f}" for what, speed in row["steps"].items())
+        print(f"{row['tree']:>6}  tok/s:", ", ".join(told), file=_stream(given), flush=True)
     return rows
 
 
@@ -165,13 +182,28 @@ def generate(given: argparse.Namespace, hosts: Hosts, tree: Tree, tokens: int) -
     words = ("--prompt-token-ids", "5,6,7,8", "--temperature", "0", "--max-tokens", str(tokens), "--max-seq-len", "256")
     options = [f"--{word}" if word[0].isalpha() else word for word in given.options]
     command = (*PROGRAM, "generate", "--model", tree.model, "--json", *words, *options)
-    result = hosts.run(given.ranks_per_host, *command, tree=tree.path)
+    result = hosts.run(given.ranks_per_host, *command, tree=tree.path, settings=tree.settings)
     if result.status:
         sys.exit(result.stderr)
     counts = hosts.counts().values()
     tree.sent.setdefault(tokens, []).append((sum(c.bytes for c in counts), sum(c.messages for c in counts)))
     found: Row = json.loads(result.stdout)
     return found
+
+
+def measure_steps(given: argparse.Namespace, hosts: Hosts, tree: Tree) -> dict[str, float]:
+    """Tokens/s of prompts and of several sequences, if they are asked for."""
+    if not given.batch and not given.prefill:
+        return {}
+    words = ["bench", "--shape", given.shape, "--weights", given.weights, "--json", "--decode", "8", "--context", "64"]
+    words += ["--layers", str(given.layers)] if given.layers else []
+    words += ["--repetitions", "3", "--prefill", *map(str, given.prefill), "--batch", *map(str, given.batch or [1])]
+    result = hosts.run(given.ranks_per_host, *PROGRAM, *words, tree=tree.path, settings=tree.settings)
+    if result.status:
+        sys.exit(result.stderr)
+    found = json.loads(result.stdout)
+    prompts = {f"prompt of {row['tokens']}": row["tokens_per_second"] for row in found["prefill"]}
+    return prompts | {f"{row['batch']} sequences": row["tokens_per_second"] for row in found["decode"]}
 
 
 def measure_nodes(given: argparse.Namespace, hosts: Hosts, tree: Tree) -> None:
@@ -208,9 +240,17 @@ def _cells(row: Row) -> list[str]:
 
 
 def _print(given: argparse.Namespace, cells: tuple[str, ...]) -> None:
-    stream = sys.stderr if given.json else sys.stdout
     widths = [max(width, len(name)) for width, name in zip(WIDTHS, COLUMNS, strict=True)]
-    print(*(cell.rjust(width) for cell, width in zip(cells, widths, strict=True)), sep="  ", file=stream, flush=True)
+    print(
+        *(cell.rjust(width) for cell, width in zip(cells, widths, strict=True)),
+        sep="  ",
+        file=_stream(given),
+        flush=True,
+    )
+
+
+def _stream(given: argparse.Namespace) -> TextIO:
+    return sys.stderr if given.json else sys.stdout
 
 
 if __name__ == "__main__":

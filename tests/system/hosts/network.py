@@ -8,7 +8,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
@@ -197,21 +197,23 @@ class Hosts:
 
     @contextmanager
     def started(
-        self, per_host: int, *arguments: str | Path, wrapper: str = "", tree: Path = ROOT, **settings: str
-    ) -> Iterator[Launch]:
+        self, per_host: int, *arguments: str | Path, wrapper: str = "", tree: Path = ROOT,
+        settings: Mapping[str, str] | None = None,
+    ) -> Iterator[Launch]:  # fmt: skip
         """Start Python so on the hosts; it is killed at the end."""
         command = self.mpirun(per_host, *arguments, wrapper=wrapper, tree=tree)
-        launch = Launch(command, {**environment(), **SETTINGS, **settings}, ROOT)
+        launch = Launch(command, {**environment(), **SETTINGS, **(settings or {})}, ROOT)
         try:
             yield launch
         finally:
             launch.kill()
 
     def run(
-        self, per_host: int, *arguments: str | Path, timeout: float = 120, tree: Path = ROOT, **settings: str
-    ) -> Result:
+        self, per_host: int, *arguments: str | Path, timeout: float = 120, tree: Path = ROOT,
+        settings: Mapping[str, str] | None = None,
+    ) -> Result:  # fmt: skip
         """As `started`, and wait for the end."""
-        with self.started(per_host, *arguments, tree=tree, **settings) as launch:
+        with self.started(per_host, *arguments, tree=tree, settings=settings) as launch:
             return launch.finish(b"", timeout)
 
 
