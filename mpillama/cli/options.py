@@ -214,7 +214,18 @@ class GenerateOptions(RunOptions, SpeculationSettings, DiskCacheSettings):
 class ChatOptions(RunOptions, SpeculationSettings, DiskCacheSettings):
     sampling: SamplingParams = sampling()
     system: Optional[str] = option("the system message to begin with", metavar="TEXT")
+    session: Optional[str] = option(
+        "save the conversation in this file after each answer, and go on with it next time; without --cache-dir its KV "
+        "cache is kept beside it, in FILE.cache",
+        metavar="FILE",
+    )
     quiet: bool = option("no progress and no closing lines", False)
+
+    @property
+    def cache_folder(self) -> str | None:
+        if self.session is not None and self.cache_dir is None:
+            return f"{self.session}.cache"
+        return super().cache_folder
 
     @property
     def needs_template(self) -> bool:
