@@ -12,6 +12,7 @@ import numpy as np
 
 from mpillama.engine.answer import Answer, Mark
 from mpillama.engine.block_pool import BlockPool, StatePool
+from mpillama.engine.disk_cache import DiskCache
 from mpillama.engine.executor import Executor
 from mpillama.engine.scheduler import ScheduledSequence, Scheduler
 from mpillama.engine.sequence import EngineSequence, Request, check_prompt
@@ -123,6 +124,8 @@ class Engine:
         self.pool = BlockPool(executor.blocks, states, executor.model.part.holders)
         self.drafter = Drafter(speculate) if speculate else None
         self.scheduler = Scheduler(self.pool, executor.slots, executor.max_tokens, executor.max_seq_len, self.drafter)
+        self.disk = DiskCache(executor, executor.folder, self.pool) if executor.folder else None
+        self.scheduler.disk = self.disk
         self.counts = EngineCounts()
         self.in_step = False
         """Whether a step is being computed, or was left by an exception: the other ranks then wait for its rest."""
@@ -184,7 +187,11 @@ class Engine:
     def step(self) -> list[Update]:
         """Run one step; returns the sequences that went on. Nothing happens if the engine is idle."""
         start = time.perf_counter()
+        self.in_step = self.disk is not None  # other ranks may read and write files with this one
         shares = self.scheduler.schedule()
+        if self.disk is not None:
+            self.disk.flush()
+        self.in_step = False
         if not shares:
             return []
         decodes = all(share.count == 1 and share.sequence.answer.token_ids for share in shares)
@@ -204,6 +211,16 @@ class Engine:
         self.counts.steps += 1
         self.counts.step_seconds += time.perf_counter() - start
         return updates
+
+    def save_cache(self, waits: bool = True) -> None:
+        """Have what is in memory written to files, if there are any; between steps.
+
+        If too much waits to be written, the ranks wait, too, or leave it out.
+        """
+        if self.disk is not None:
+            self.in_step = True
+            self.disk.save_all(waits)
+            self.in_step = False
 
     def _take(self, shares: list[ScheduledSequence], rows: "Rows") -> Iterator[Update]:
         """Note what was computed and sample where a sequence's last token was among it."""

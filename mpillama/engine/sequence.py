@@ -67,6 +67,15 @@ class Request:
     continues: bool = False
 
 
+@dataclass
+class Fetch:
+    """How far the blocks of a text come from files: those before `next` did, those before `end` shall."""
+
+    next: int
+    end: int
+    done: bool = False
+
+
 @dataclass(eq=False)
 class EngineSequence:
     """A request's tokens, what the cache holds of them, and its answer.
@@ -75,7 +84,8 @@ class EngineSequence:
     first admission. `slot` is its row of the block tables while it runs, `state` what it has besides if the model has
     recurrent layers. `pooled` float64 [hidden_size] is the sum of
     hidden states so far, and in the end the embedding, of length 1. `told` positions of the prompt had their logits
-    passed on. Whole rows of logits have `vocab_size` numbers; 0 samples from whole rows alone.
+    passed on. Whole rows of logits have `vocab_size` numbers; 0 samples from whole rows alone. While it waits, `fetch`
+    says what comes from files for it.
     """
 
     request: Request
@@ -96,6 +106,7 @@ class EngineSequence:
     pooled: np.ndarray | None = None
     told: int = 0
     vocab_size: int = 0
+    fetch: Fetch | None = None
     _digests: tuple[int, list[bytes]] = (-1, [])
 
     def __post_init__(self) -> None:
@@ -195,6 +206,7 @@ class EngineSequence:
         self.blocks, self.slot = [], None
         self.computed = self.sent_blocks = self.published = 0
         self.last_digest = self._salt
+        self.fetch = None
 
     def leave_state(self) -> None:
         """Give the state slots back, if there are any."""

@@ -11,6 +11,7 @@ from mpillama.engine.executor import Executor
 from mpillama.errors import UserError
 from mpillama.job.start import World
 from mpillama.kernels.target import Target, prepare, requested_isa
+from mpillama.loading.disk_cache import open_cache_folder
 from mpillama.loading.load import LoadedModel, Progress, load_model
 from mpillama.loading.settings import ModelSettings
 from mpillama.loading.texts import make_chat_template, make_tokenizer
@@ -75,6 +76,7 @@ def open_session(
     comm = world.comm
     loaded = load_model(settings, world, target, progress)
     executor = comm.together(lambda: open_(loaded))
+    open_cache_folder(settings, loaded, executor)
     build = lambda: comm.busy(lambda: make_tokenizer(loaded.file), "building the tokenizer")  # noqa: E731
     tokenizer = comm.on_root_only(build)
     engine = Engine(executor, tokenizer, getattr(settings, "speculate", 0)) if tokenizer else None

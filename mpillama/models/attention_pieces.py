@@ -118,7 +118,7 @@ class GroupedPieces:
         return [(len(own) + 2 * told) * self.layer.head_dim for own, told in zip(self.heads, self._told, strict=True)]
 
     def project(self, team: Team, cache: Any, step: arguments.Step, message: Array) -> None:
-        self.whole.cache = cache
+        self.layer.cache = self.whole.cache = cache
         if self.layer.head_norm != arguments.HeadNorm.WHOLE_PROJECTION:  # else Attention.begin has done it
             team.project(self.layer, step)
         team.rotate(self.layer, step, self._first, self._told[self._rank], message)

@@ -154,7 +154,7 @@ inline void combine_pieces(const Member& member, const AttentionLayer& layer, co
 
 inline i64 record_floats(const LatentSizes& sizes) { return sizes.latent + 2; }
 
-// This rank's queries, scaled: float32 [tokens, heads, width].
+// This rank's queries, scaled and transformed as the cache is: float32 [tokens, heads, width].
 inline void scale_latent_queries(const Member& member, const LatentLayer& layer, const Step& step, float* out) {
     const LatentSizes sizes(layer);
     const i64 count = step.tokens * layer.heads, width = sizes.width();
@@ -164,6 +164,7 @@ inline void scale_latent_queries(const Member& member, const LatentLayer& layer,
         for (i64 d = 0; d < sizes.latent; d++) out[i * width + d] = static_cast<float>(absorbed[d] * layer.scale);
         for (i64 d = 0; d < sizes.rope; d++)
             out[i * width + sizes.latent + d] = d < layer.rope ? static_cast<float>(turned[d] * layer.scale) : 0.0f;
+        for (i64 d = 0; has_hadamard(layer.cache.type) && d < width; d += BLOCK) hadamard(out + i * width + d, SEEN_FACTOR);
     }
     member.did(Part::ROPE);
 }
@@ -257,6 +258,7 @@ inline void combine_latent_pieces(const Member& member, const LatentLayer& layer
             }
             float* out = to.x + t * to.columns + head * sizes.latent;
             for (i64 d = 0; d < sizes.latent; d++) out[d] = total[d] / total[sizes.latent];
+            for (i64 b = 0; has_hadamard(layer.cache.type) && b < blocks; b++) hadamard(out + BLOCK * b, SEEN_FACTOR);
             if (has_blocks(layer.v_b.type)) quantise_blocks(out, blocks, to, step.tokens, t, head * blocks);
         }
     });

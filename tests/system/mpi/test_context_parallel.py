@@ -49,9 +49,9 @@ def digest(ranks: int | None, model: Path, *options: str, isa: str = "", tokens:
     ("name", "runs"),
     [
         ("one", [(2, "q8", ("--prefill-chunk", "100", "--threads", "2")), (5, "f16", ("--threads", "1"))]),
-        ("three", [(2, "f16", ("--threads", "1")), (5, "f16", ("--threads", "1", "--shares", "5,1,2,0,1"))]),
+        ("three", [(2, "q4", ("--threads", "1")), (5, "f16", ("--threads", "1", "--shares", "5,1,2,0,1"))]),
         ("window", [(3, "f16", ("--prefill-chunk", "333", "--threads", "1"))]),
-        ("latent", [(2, "f16", ("--threads", "2")), (3, "q8", ("--threads", "1",)), (5, "f16", ("--threads", "1"))]),
+        ("latent", [(2, "q4", ("--threads", "2")), (3, "q8", ("--threads", "1",)), (5, "f16", ("--threads", "1"))]),
         ("delta", [(4, "f16", ("--threads", "1", "--pipeline", "1"))]),
     ],
 )  # fmt: skip
@@ -119,6 +119,15 @@ def test_it_is_refused_where_nothing_is_held_twice(made, toy):
         result = run(ranks, *PROGRAM, "--model", model, "--context-parallel", "--max-tokens", "1")
         assert (result.status, result.stdout, result.stderr.count("\n")) == (2, "", 1), result
         assert "leave it out" in result.stderr
+
+
+def test_a_cache_in_files_is_refused(made, tmp_path):
+    rows, options = tmp_path / "rows.jsonl", ("--tensor-parallel", "2", "--cache-dir", tmp_path / "cache")
+    rows.write_text('{"prompt": "Once"}\n')
+    command = (*PROGRAM, "batch", rows, tmp_path / "out", "--model", made["one"], "--context-parallel", *options)
+    result = run(2, *command)
+    assert (result.status, result.stderr.count("\n")) == (2, 1), result
+    assert result.stderr.endswith("leave out --context-parallel, or --cache-dir and --session.\n"), result
 
 
 def test_plan_counts_what_ranks_send(made):
