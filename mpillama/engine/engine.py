@@ -12,10 +12,11 @@ import numpy as np
 
 from mpillama.engine.answer import Answer, Mark
 from mpillama.engine.block_pool import BlockPool, StatePool
+from mpillama.engine.draft_model import DraftModel
 from mpillama.engine.executor import Executor
 from mpillama.engine.scheduler import ScheduledSequence, Scheduler
 from mpillama.engine.sequence import EngineSequence, Request, check_prompt
-from mpillama.engine.speculation import Drafter
+from mpillama.engine.speculation import Drafter, PromptLookup
 from mpillama.errors import UserError
 from mpillama.models.candidates import Candidates
 from mpillama.text.sampler import NonFiniteLogits, Sampler, check_bias, check_finite
@@ -113,14 +114,15 @@ class Update:
 class Engine:
     """Runs requests that come and go at any step; each answer has the bits of a run by itself.
 
-    The executor is used by nobody else. `speculate` is the most draft tokens of a sequence in a step.
+    The executor is used by nobody else. `speculate` is the most draft tokens of a sequence in a step, which come from
+    the executor's draft model, if it has one, or else from the text.
     """
 
     def __init__(self, executor: Executor, tokenizer: Tokenizer, speculate: int = 0):
         self.executor = executor
         self.tokenizer = tokenizer
         self.pool = BlockPool(executor.blocks, StatePool(executor.states) if executor.states else None)
-        self.drafter = Drafter(speculate) if speculate else None
+        self.drafter = self._make_drafter(speculate) if speculate else None
         self.scheduler = Scheduler(self.pool, executor.slots, executor.max_tokens, executor.max_seq_len, self.drafter)
         self.counts = EngineCounts()
         self.in_step = False
@@ -128,6 +130,9 @@ class Engine:
         self._number = 0
         self._rows = Rows(iter(()), Clock())
         self._inboxes: dict[int, deque[Update]] = {}
+
+    def _make_drafter(self, most: int) -> Drafter:
+        return PromptLookup(most) if self.executor.draft is None else DraftModel(self.executor, self.pool, most)
 
     @property
     def longest(self) -> int:
@@ -183,14 +188,17 @@ class Engine:
     def step(self) -> list[Update]:
         """Run one step; returns the sequences that went on. Nothing happens if the engine is idle."""
         start = time.perf_counter()
+        drafting = self.drafter.seconds if self.drafter else 0.0
+        self.in_step = True
         shares = self.scheduler.schedule()
         if not shares:
+            self.in_step = False
             return []
         decodes = all(share.count == 1 and share.sequence.answer.token_ids for share in shares)
         clock = self.counts.decode if decodes else self.counts.prefill
         segments = [share.sequence.segment(share.count, share.drafts, share.states) for share in shares]
         clock.tokens += sum(share.count for share in shares)
-        self.in_step = True
+        clock.seconds += self.drafter.seconds - drafting if self.drafter else 0.0
         with timed(clock):
             pieces = self.executor.forward_in_pieces(segments)
         self._rows = Rows(pieces, clock)
@@ -201,7 +209,10 @@ class Engine:
             if (inbox := self._inboxes.get(update.sequence.number)) is not None:
                 inbox.append(update)
         self.counts.steps += 1
-        self.counts.step_seconds += time.perf_counter() - start
+        seconds = time.perf_counter() - start
+        self.counts.step_seconds += seconds
+        if self.drafter is not None and decodes:
+            self.drafter.pace.note_step(seconds, sum(len(share.drafts) for share in shares), len(shares))
         return updates
 
     def _take(self, shares: list[ScheduledSequence], rows: "Rows") -> Iterator[Update]:
@@ -268,7 +279,7 @@ class Engine:
             if i == len(drafts) or drafts[i] != token:
                 break
             sequence.computed += 1
-        self._count(tokens)
+        self._count(sequence, len(drafts), len(tokens))
         return Update(sequence, tokens, text, sequence.answer.marks[marks:])
 
     def _choose(self, sequence: EngineSequence, row: Row) -> int:
@@ -289,16 +300,12 @@ class Engine:
         return self.executor.whole_row(number)
 
     def _sampler(self, sequence: EngineSequence) -> Sampler:
-        """Made when first needed: it is as large as the vocabulary."""
-        if sequence.sampler is None:
-            vocab_size = self.executor.model.config.vocab_size
-            sequence.sampler = Sampler(sequence.request.sampling, vocab_size, sequence.request.prompt_ids)
-        return sequence.sampler
+        return sequence.make_sampler(self.executor.model.config.vocab_size)
 
-    def _count(self, tokens: list[int]) -> None:
-        self.counts.sampled_tokens += len(tokens)
+    def _count(self, sequence: EngineSequence, drafts: int, tokens: int) -> None:
+        self.counts.sampled_tokens += tokens
         if self.drafter is not None:
-            self.drafter.accepted += max(0, len(tokens) - 1)
+            self.drafter.note(sequence, drafts, tokens)
 
     def _end(self, sequence: EngineSequence, reason: str) -> None:
         """Free what the sequence holds; its full blocks stay known for others."""

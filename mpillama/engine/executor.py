@@ -33,6 +33,7 @@ class Order(IntEnum):
     END = 2
     REPORT_MEMORY = 3
     LOGITS = 4
+    DRAFT = 5
 
 
 @dataclass(frozen=True)
@@ -197,7 +198,7 @@ class Executor:
     The cache has `blocks` blocks, which rank 0 gives to sequences with the segments; without that number each slot has
     the blocks that it may need, and none need be given. A model with recurrent layers has `states` state slots, by
     default one more than sequences. On rank 0 call forward, memory_per_rank and end; on the other ranks call follow
-    once.
+    once. `draft` is the executor of a draft model on the ranks that hold it: all, or rank 0 alone.
     """
 
     def __init__(
@@ -216,6 +217,7 @@ class Executor:
         self.blocks = blocks
         self.piece = max(1, LOGIT_BYTES // (4 * model.config.vocab_size))
         self.abandoned = False
+        self.draft: Executor | None = None
         self.states = max(states, slots + 1) if model.config.has_state else 0
         self.cache = KVCache(model.config, model.part, blocks, kv_type, self.states)
 
@@ -264,6 +266,10 @@ class Executor:
         if not self.abandoned:
             self._order(Order.END, status)
 
+    def begin_drafts(self) -> None:
+        """Let the other ranks follow the draft model's executor until that ends."""
+        self._order(Order.DRAFT)
+
     def memory_per_rank(self) -> list[int]:
         """Resident bytes of every rank's process, in order of rank."""
         self._order(Order.REPORT_MEMORY)
@@ -285,6 +291,8 @@ class Executor:
                 return self.plan.status
             if self.plan.order == Order.REPORT_MEMORY:
                 self._gather_memory()
+            elif self.plan.order == Order.DRAFT and self.draft is not None:
+                self.draft.follow(patient)
             elif self.plan.order == Order.LOGITS:
                 self.model.logits(np.array([self.plan.status]))
             else:

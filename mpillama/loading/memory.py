@@ -120,7 +120,8 @@ class RankUsage:
     """What one rank's memory was used for, in bytes.
 
     `kv_cache` has room for the context, of which `kv_cache_filled` was written, and only that is resident; so it is
-    with `states`, slot by slot. `process` is all that is resident, Python and libraries too.
+    with `states`, slot by slot. `process` is all that is resident, Python and libraries too. `draft` is what a draft
+    model takes beside the model: weights, cache, states and buffers.
     """
 
     weights: int
@@ -129,6 +130,7 @@ class RankUsage:
     states: int
     buffers: int
     process: int
+    draft: int = 0
 
 
 def memory_of_ranks(model: MemoryModel, blocks: int, positions: int, processes: Sequence[int]) -> list[RankUsage]:
