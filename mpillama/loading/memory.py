@@ -31,7 +31,7 @@ class RankMemory:
     """Bytes that one rank takes.
 
     `embedding` (with the head) is a part of `weights`, `reads` what is read of the file; `tokenizer` is a part of
-    `python`, which else is there before a model is loaded.
+    `python`, which else is there before a model is loaded. `draft` is all that a draft model takes besides.
     """
 
     weights: int
@@ -43,11 +43,12 @@ class RankMemory:
     tokenizer: int
     reads: int
     has_head: bool = True
+    draft: int = 0
 
     @property
     def total(self) -> int:
         """Resident bytes once the whole context is used."""
-        return self.weights + self.kv_cache + self.states + self.buffers + self.python
+        return self.weights + self.kv_cache + self.states + self.buffers + self.python + self.draft
 
     @property
     def to_allocate(self) -> int:

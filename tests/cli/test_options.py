@@ -19,6 +19,7 @@ DESCRIBED = {
     "shares": "evenly",
     "speculate": "0, with a draft model 4",
     "tokenizer": "the one beside it",
+    "plan speculate": "none, with a draft model 4",
     "stride": "the window's size, as llama.cpp does",
     "seed": "a new one, reported",
     "cache_tokens": "what they can need, up to nine tenths of the memory",
