@@ -168,7 +168,7 @@ def _whole_cell(row: Report) -> list[str]:
 
 def bench(options: BenchOptions, world: World) -> int:
     world.comm.on_root_only(lambda: refuse_unwritable("--plot", options.plot))
-    if options.draft_tokens or options.draft_model:
+    if options.draft_tokens or options.draft_model or options.mtp:
         return bench_drafts(options, world)
     with running(options, world) as job:
         model, whole = _load(options, world, job.target)

@@ -483,6 +483,7 @@ class ConvertOptions(OnRanks):
     tokenizer: Optional[str] = option(
         "the .t file of a distributed-llama model (default: the one beside it)", metavar="PATH"
     )
+    mtp: bool = option("write the layer that drafts tokens for the model, for --draft-model, instead of it", False)
     force: bool = option("replace the target if it exists", False)
     threads: Optional[int] = option(
         "threads of each rank (default: the cores this rank may use, shared fairly with the ranks on them)",

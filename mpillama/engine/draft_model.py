@@ -67,14 +67,22 @@ class DraftModel(Drafter):
         for share in readers:
             self._settle(share.sequence)
         segments, guessing = self._catch_up(readers)
-        if segments:
-            shared = self.executor.comm.size > 1
-            if shared:
-                self.main.begin_drafts()
-            self._guess(segments, guessing)
-            if shared:
-                self.executor.end(0)
+        self._run(segments, guessing)
         self.seconds += time.perf_counter() - start
+
+    def _run(self, segments: list[Segment], guessing: list[Drafted]) -> None:
+        """Run the steps on all ranks that hold the draft model."""
+        if not segments:
+            return
+        shared = self.executor.comm.size > 1
+        if shared:
+            self.main.begin_drafts()
+        self._guess(segments, guessing)
+        if shared:
+            self.executor.end(0)
+
+    def _place(self, segments: list[Segment]) -> None:
+        """Whatever a step needs besides."""
 
     def _is_due(self, share: Drafted) -> bool:
         """Whether the draft model reads on: where it guesses, and along with a prompt."""
@@ -122,6 +130,7 @@ class DraftModel(Drafter):
         samplers = {share.sequence.number: self._sampler(share.sequence) for share in guessing}
         found: dict[int, list[int]] = {number: [] for number in samplers}
         while segments:
+            self._place(segments)
             rows = [row for piece in self.executor.forward_in_pieces(segments) for row in piece]
             segments, left = [], []
             for share, row in zip(guessing, rows, strict=True):

@@ -14,6 +14,7 @@ from mpillama.engine.answer import Answer, Mark
 from mpillama.engine.block_pool import BlockPool, StatePool
 from mpillama.engine.draft_model import DraftModel
 from mpillama.engine.executor import Executor
+from mpillama.engine.mtp import MtpDrafter, MtpExecutor
 from mpillama.engine.scheduler import ScheduledSequence, Scheduler
 from mpillama.engine.sequence import EngineSequence, Request, check_prompt
 from mpillama.engine.speculation import Drafter, PromptLookup
@@ -132,7 +133,11 @@ class Engine:
         self._inboxes: dict[int, deque[Update]] = {}
 
     def _make_drafter(self, most: int) -> Drafter:
-        return PromptLookup(most) if self.executor.draft is None else DraftModel(self.executor, self.pool, most)
+        draft = self.executor.draft
+        if draft is None:
+            return PromptLookup(most)
+        make = MtpDrafter if isinstance(draft, MtpExecutor) else DraftModel
+        return make(self.executor, self.pool, most)
 
     @property
     def longest(self) -> int:
@@ -219,7 +224,7 @@ class Engine:
         """Note what was computed and sample where a sequence's last token was among it."""
         token = 0
         for share in shares:
-            sequence = share.sequence
+            sequence, start, row = share.sequence, share.sequence.computed, token
             is_last = share.count == sequence.pending
             self._tell_prompt(sequence, islice(rows, sequence.untold_among(share.count)))
             sequence.computed += share.count
@@ -237,6 +242,8 @@ class Engine:
                 yield Update(sequence)
             if not sequence.finished:
                 sequence.publish(self.pool)
+            if self.drafter is not None and not sequence.finished:
+                self.drafter.note_computed(sequence, row, start)
 
     def _tell_prompt(self, sequence: EngineSequence, rows: Iterator[Row]) -> None:
         """Pass on the logits that each next token of the prompt would have been chosen from; take all rows."""

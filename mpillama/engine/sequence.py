@@ -229,7 +229,7 @@ class EngineSequence:
         self.blocks, self.slot = [], None
         self.computed = self.sent_blocks = self.published = 0
         self.last_digest = self._salt
-        self.drafting.progress = None
+        self.drafting.progress, self.drafting.unreadable = None, False
 
     def leave_state(self) -> None:
         """Give the state slots back, if there are any."""

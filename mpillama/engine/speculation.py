@@ -157,6 +157,9 @@ class Drafter:
     def fill(self, shares: Sequence[Drafted]) -> None:
         """Put guesses into the places of a step's sequences, before it runs; places may be taken away."""
 
+    def note_computed(self, sequence: EngineSequence, row: int, start: int) -> None:
+        """A step has computed a sequence's positions from `start` on, in its rows from `row` on."""
+
     def note(self, sequence: EngineSequence, drafts: int, tokens: int) -> None:
         """So many drafts of a sequence were computed, and so many tokens sampled."""
         accepted = max(0, tokens - 1)

@@ -7,17 +7,19 @@ from typing import ClassVar, cast
 
 from mpillama.engine.draft_model import STATES_PER_SEQUENCE
 from mpillama.engine.executor import Executor
+from mpillama.engine.mtp import MtpExecutor
 from mpillama.errors import UserError
 from mpillama.formats.checkpoint_model import refuse_headless
 from mpillama.job.start import World
 from mpillama.kernels.target import Target
 from mpillama.loading.load import load_model
 from mpillama.loading.memory import MemoryModel
-from mpillama.loading.model_file import ModelFile, open_model
+from mpillama.loading.model_file import ModelFile, model_path, open_model, open_mtp
 from mpillama.loading.preflight import Needs, rank_needs
 from mpillama.loading.progress import LoadState
 from mpillama.loading.settings import ModelSettings, SpeculationSettings
 from mpillama.loading.texts import make_tokenizer
+from mpillama.models.mtp import MtpDecoder
 from mpillama.models.partition import Division
 
 Progress = Callable[[int], AbstractContextManager[Callable[[LoadState], None]]]
@@ -58,14 +60,23 @@ def open_draft(settings: ModelSettings, world: World) -> Draft | None:
 
 def open_draft_file(settings: ModelSettings, world: World) -> ModelFile | None:
     """The table of --draft-model, if there is one; UserError on all ranks for one that cannot guess tokens."""
-    path = getattr(settings, "draft_model", None)
-    if path is None:
+    path, own = getattr(settings, "draft_model", None), getattr(settings, "mtp", False)
+    if path is None and not own:
         return None
+    if path is not None and own:
+        raise UserError("--draft-model and --mtp exclude each other: give one of them.")
     if getattr(settings, "draft_tokens", 0) == 0:
-        raise UserError("--draft-model guesses no token with --speculate 0: give a larger number, or leave it out.")
-    file: ModelFile = world.comm.on_root(
-        lambda: world.comm.busy(lambda: open_model(path), "reading the draft model's table")
-    )
+        raise UserError(
+            f"{'--mtp' if own else '--draft-model'} guesses no token with --speculate 0: give a larger number, or "
+            "leave it out."
+        )
+
+    def opened() -> ModelFile:
+        return open_mtp(model_path(settings.model), settings.weights) if path is None else open_model(path)
+
+    file = world.comm.on_root(lambda: world.comm.busy(opened, "reading the draft model's table"))
+    if file.config.mtp and settings.pipeline > 1:
+        raise UserError(f"{file.path}: a layer that drafts tokens needs --pipeline 1: take that, or a draft model.")
     refuse_headless(file.path, file.config.lm_head)
     return file
 
@@ -122,9 +133,12 @@ def load_draft(draft: Draft, world: World, target: Target, main: Executor, progr
     settings = replace(draft.settings, max_seq_len=context)
 
     def load(own: World) -> Executor:
-        loaded = load_model(settings, own, target, progress)
+        loaded = load_model(settings, own, target, progress, opened=draft.file)
         slots, states = main.slots, settings.state_slots if loaded.model.config.has_state else 0
         tokens = main.max_tokens + main.slots  # beyond the main model's step, the last guess of each sequence
+        if isinstance(loaded.model, MtpDecoder):
+            loaded.model.main = main.model
+            return MtpExecutor(loaded.model, context, settings.kv_type, tokens, slots, main.blocks)
         return Executor(loaded.model, context, settings.kv_type, tokens, slots, main.blocks, states)
 
     if not draft.alone:

@@ -42,6 +42,7 @@ from mpillama.loading.truncated import truncated
 from mpillama.models.cache import blocks_for
 from mpillama.models.config import ModelConfig
 from mpillama.models.decoder import Decoder
+from mpillama.models.mtp import MtpDecoder
 from mpillama.models.partition import Division
 from mpillama.models.tensors import TensorSpec
 from mpillama.models.weights import Read, Weights, load_weights
@@ -109,16 +110,20 @@ class LoadedModel:
 
 
 def load_model(
-    settings: ModelSettings, world: World, target: Target, progress: Progress, beside: Needs | None = None
-) -> LoadedModel:
+    settings: ModelSettings, world: World, target: Target, progress: Progress, beside: Needs | None = None,
+    opened: ModelFile | None = None,
+) -> LoadedModel:  # fmt: skip
     """Read the table on rank 0 and every rank's slices; UserError on all ranks if any cannot.
 
     `beside` is what this rank needs for something else, which has a block of its own for each block of the cache.
+    `opened` is the table, if it is read already.
     """
     comm = world.comm
     start = time.perf_counter()
     open_file = lambda: open_model(model_path(settings.model), settings.weights, settings.tokenizer)  # noqa: E731
-    file = comm.on_root(lambda: comm.busy(open_file, "reading the model's table"))
+    file = opened or comm.on_root(lambda: comm.busy(open_file, "reading the model's table"))
+    if file.config.mtp and opened is None:
+        raise UserError(f"{file.path}: is a layer that drafts tokens for a model: give it with --draft-model.")
     if settings.needs_head:
         refuse_headless(file.path, file.config.lm_head)
     if settings.needs_template:
@@ -153,7 +158,8 @@ def load_model(
     seconds = time.perf_counter() - start
     LOG.info("read %d bytes in %.1f s, %.2f GB/s.", bytes_read, seconds, bytes_read / seconds / 1e9)
     config, coarse = file.config.for_context(settings.max_seq_len), settings.sync == "q80"
-    model = Decoder(config, weights, mates, target.team, coarse, division, pipeline)
+    make = MtpDecoder if config.mtp else Decoder
+    model = make(config, weights, mates, target.team, coarse, division, pipeline)
     return LoadedModel(file, model, bytes_read, time.perf_counter() - start, context, room, gain)
 
 

@@ -31,6 +31,8 @@ def check_numbers(settings: Any, prefix: str = "") -> None:
 
 DEFAULT_DRAFTS = 4
 """Of a draft model, for each sequence and step, if the user does not say how many."""
+DEFAULT_MTP = 2
+"""Of the model's own layer."""
 SNAPSHOTS_PER_SEQUENCE = 2
 """State slots for what others may begin from, if the user does not say how many: the prompt, and the text so far."""
 
@@ -117,12 +119,17 @@ class SpeculationSettings:
 
     speculate: Optional[int] = option(
         "guess up to N tokens ahead, from the text so far or by a draft model; answers stay the same "
-        "(default: 0, with a draft model 4)",
+        "(default: 0, with a draft model 4, with --mtp 2)",
         metavar="N",
         least=0,
     )
     draft_model: Optional[str] = option(
         "a small model with the same vocabulary, in any format, that guesses what the model will say", metavar="PATH"
+    )
+    mtp: bool = option(
+        "guess with the layer that a Hugging Face folder or GGUF has for that (multi-token prediction); what "
+        "`convert --mtp` wrote goes to --draft-model",
+        False,
     )
     draft_ranks: str = option(
         "which ranks hold the draft model: all divide it, or rank 0 has it alone, which saves messages where the "
@@ -135,7 +142,7 @@ class SpeculationSettings:
     def draft_tokens(self) -> int:
         """The most tokens that are drafted for a sequence in a step."""
         if self.speculate is None:
-            return DEFAULT_DRAFTS if self.draft_model else 0
+            return DEFAULT_MTP if self.mtp else DEFAULT_DRAFTS if self.draft_model else 0
         return self.speculate
 
 

@@ -17,7 +17,7 @@ DESCRIBED = {
     "max_seq_len": "the model's own context",
     "threads": "the cores this rank may use, shared fairly with the ranks on them",
     "shares": "evenly",
-    "speculate": "0, with a draft model 4",
+    "speculate": "0, with a draft model 4, with --mtp 2",
     "tokenizer": "the one beside it",
     "plan speculate": "none, with a draft model 4",
     "stride": "the window's size, as llama.cpp does",
