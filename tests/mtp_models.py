@@ -75,10 +75,15 @@ def write_folder(folder: Path, family: str) -> Path:
     save_file(tensors, folder / "model.safetensors")
     more = {"mtp_num_hidden_layers": 1} if of_qwen else {"num_nextn_predict_layers": 1}
     (folder / "config.json").write_text(json.dumps({**config, **more}))
-    for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
-        if (g.FOLDER / family / name).exists():
-            (folder / name).write_bytes((g.FOLDER / family / name).read_bytes())
+    _copy_texts(folder, family)
     return folder
+
+
+def _copy_texts(folder: Path, family: str) -> None:
+    """The tokenizer, which the folders of golden models share."""
+    for text in (g.FOLDER / family).glob("*.json"):
+        if text.name != "config.json":
+            (folder / text.name).write_bytes(text.read_bytes())
 
 
 def write_oracle(folder: Path, family: str, inputs: np.ndarray) -> Path:
@@ -88,18 +93,16 @@ def write_oracle(folder: Path, family: str, inputs: np.ndarray) -> Path:
     embedding = np.zeros(tensors["model.embed_tokens.weight"].shape, np.float32)
     embedding[: len(inputs)] = inputs
     head = tensors.get("lm_head.weight", tensors["model.embed_tokens.weight"])
-    save_file(
-        {
-            **{f"model.layers.0.{name}": tensor for name, tensor in layer.items()},
-            "model.embed_tokens.weight": embedding,
-            "model.norm.weight": beside["shared_head.norm"],
-            "lm_head.weight": head,
-        },
-        (folder / "model.safetensors") if folder.mkdir(exist_ok=True) is None else folder,
-    )
-    one: dict[str, Any] = {"num_hidden_layers": 1, "tie_word_embeddings": False, "num_nextn_predict_layers": 0}
+    folder.mkdir(exist_ok=True)
+    outer = {
+        "model.embed_tokens.weight": embedding,
+        "model.norm.weight": beside["shared_head.norm"],
+        "lm_head.weight": head,
+    }
+    of_layer = {f"model.layers.0.{name}": tensor for name, tensor in layer.items()}
+    save_file({**of_layer, **outer}, folder / "model.safetensors")
+    one: dict[str, Any] = {"num_hidden_layers": 1, "tie_word_embeddings": False}
     one |= {"layer_types": ["full_attention"]} if "layer_types" in config else {"first_k_dense_replace": 0}
-    one.pop("num_nextn_predict_layers") if family.startswith("qwen") else None
     (folder / "config.json").write_text(json.dumps({**config, **one}))
     return folder
 
@@ -107,3 +110,21 @@ def write_oracle(folder: Path, family: str, inputs: np.ndarray) -> Path:
 def settings(family: str) -> dict[str, Any]:
     found: dict[str, Any] = json.loads((g.FOLDER / family / "config.json").read_text())
     return found
+
+
+def write_gguf(path: Path, folder: Path, family: str) -> Path:
+    """The same in GGUF, as llama.cpp's converter writes it: the layer is the last one, with its own tensors beside."""
+    layer, beside = drafting_layer(family)
+    config = settings(family)
+    number = config["num_hidden_layers"]
+    folder.mkdir(exist_ok=True)
+    whole = {**main_tensors(family), **{f"model.layers.{number}.{name}": tensor for name, tensor in layer.items()}}
+    save_file(whole, folder / "model.safetensors")
+    more = {"num_hidden_layers": number + 1, "num_nextn_predict_layers": 0}
+    (folder / "config.json").write_text(json.dumps({**config, **more}))
+    _copy_texts(folder, family)
+    names = {"shared_head.norm": "shared_head_norm"}
+    g.write_gguf(
+        path, str(folder), g.as_float32, beside={names.get(name, name): tensor for name, tensor in beside.items()}
+    )
+    return path

@@ -22,7 +22,7 @@ def ids_of(family: str) -> np.ndarray:
 
 
 def logits_of_layer(folder: Path, ids: np.ndarray, chunks: list[int]) -> tuple[np.ndarray, np.ndarray]:
-    """Hidden states [tokens, hidden] of the model, and what its layer predicts after tokens 1, 2, …, a chunk at a time."""
+    """Hidden states of the model [tokens, hidden], a chunk at a time; its layer's logits after all tokens but the first."""
     main = running.load_file(open_model(str(folder), "f32"), THREADS)
     layer = running.load_file(open_mtp(str(folder), "f32"), THREADS)
     layer.main = main
@@ -68,6 +68,16 @@ def test_chunks_give_the_same_bits(family, tmp_path):
     folder, ids = m.write_folder(tmp_path / "model", family), ids_of(family)
     whole = logits_of_layer(folder, ids, [TOKENS])[1]
     assert np.array_equal(logits_of_layer(folder, ids, [1, 17, 2, 20])[1], whole)
+
+
+@pytest.mark.parametrize("family", ["glm4_moe", "deepseek_v3"])
+def test_a_gguf_has_the_same_layer(family, tmp_path):
+    file = m.write_gguf(tmp_path / "model.gguf", tmp_path / "folder", family)
+    assert open_model(str(file)).config.num_hidden_layers == m.settings(family)["num_hidden_layers"]
+    hidden, found = logits_of_layer(file, ids_of(family), [TOKENS])
+    expected_hidden, expected = logits_of_layer(m.write_folder(tmp_path / "model", family), ids_of(family), [TOKENS])
+    assert np.abs(hidden - expected_hidden).max() < 1e-5
+    assert np.abs(found - expected).max() < 1e-4 * np.abs(expected).max()
 
 
 def test_a_guess_goes_on_from_the_layers_own_hidden_state(tmp_path):

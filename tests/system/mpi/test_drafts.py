@@ -7,6 +7,7 @@ from typing import Any
 import httpx
 import pytest
 
+from tests.mtp_models import write_folder
 from tests.server.conftest import serving
 from tests.system.mpi.launch import PROGRAM, TIMEOUT, run
 
@@ -85,3 +86,49 @@ def test_a_server_drafts_unless_a_request_does_without(toy: Path, tmp_path: Path
     assert found[0].status_code == found[1].status_code == 200, found[1].text
     assert found[0].json()["choices"] == found[1].json()["choices"]
     assert "X-Mpillama-Ignored" not in found[1].headers
+
+
+@pytest.fixture(scope="module")
+def drafting(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of a model with a layer that drafts tokens."""
+    return write_folder(tmp_path_factory.mktemp("drafting") / "glm", "glm4_moe")
+
+
+@pytest.mark.parametrize("sampling", [("--temperature", "0"), ("--temperature", "0.9", "--seed", "3")])
+def test_the_models_own_layer_changes_nothing_on_any_number_of_ranks(
+    sampling: tuple[str, ...], drafting: Path, tmp_path: Path
+) -> None:
+    """From the folder, and from a native file of the layer alone; the same drafts everywhere."""
+    target = tmp_path / "layer.h5"
+    result = run(2, *PROGRAM, "convert", drafting, target, "--mtp")
+    assert result.status == 0, result.stderr
+    plain = answer(None, drafting, *sampling)
+    proposed = set()
+    for ranks, options in (
+        (1, ("--mtp",)),
+        (2, ("--mtp", "--draft-ranks", "first")),
+        (3, ("--mtp",)),
+        (5, ("--draft-model", target, "--speculate", "2")),
+    ):
+        drafted = answer(ranks, drafting, *sampling, *options)
+        assert drafted["token_ids"] == plain["token_ids"]
+        assert drafted["logits_sha256"] == plain["logits_sha256"]
+        proposed.add(drafted["drafts_proposed"] > 0)
+    assert proposed == {True}
+
+
+def test_what_has_no_layer_for_drafts_is_refused(toy: Path, drafting: Path, tmp_path: Path) -> None:
+    mistakes = {
+        (None, "--model", toy, "--mtp"): "convert --mtp",
+        (None, "--model", drafting, "--mtp", "--draft-model", toy): "exclude each other",
+        (2, "--model", drafting, "--mtp", "--pipeline", "2"): "--pipeline 1",
+    }
+    for (ranks, *options), words in mistakes.items():
+        result = run(ranks, *PROGRAM, *options)
+        assert (result.status, result.stdout) == (2, "")
+        assert words in result.stderr
+    target = tmp_path / "layer.h5"
+    assert run(None, *PROGRAM, "convert", drafting, target, "--mtp").status == 0
+    result = run(None, *PROGRAM, "--model", target)
+    assert result.status == 2
+    assert "give it with --draft-model" in result.stderr
