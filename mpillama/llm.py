@@ -178,6 +178,7 @@ class LLM(EngineSettings):
         self._hold(None)
         if not session.executor.abandoned:
             if session.is_root:
+                session.engine.save_cache()
                 session.executor.end(0)
             if session.loaded.model.pipeline:
                 session.loaded.model.pipeline.free()

@@ -144,6 +144,7 @@ def _result(session: Session, options: GenerateOptions, done: Generation) -> dic
         "text": answer.text,
         "finish_reason": answer.finish_reason,
         "logits_sha256": done.logits.digest.hexdigest(),
+        "cached_tokens": done.sequence.cached_tokens or 0,
         "prefill_tokens_per_second": counts.prefill.tokens_per_second,
         "decode_tokens_per_second": counts.decode.tokens_per_second,
         "drafts_proposed": drafter.proposed if drafter else 0,

@@ -11,10 +11,17 @@ from typing import Any, ClassVar, NoReturn, Optional
 import argparse_dataclass
 
 from mpillama import __version__
-from mpillama.cli.values import parse_bytes
 from mpillama.errors import UserError
 from mpillama.job.deadline import parse_duration
-from mpillama.loading.settings import EngineSettings, ModelSettings, SpeculationSettings, check_numbers, option
+from mpillama.loading.settings import (
+    DiskCacheSettings,
+    EngineSettings,
+    ModelSettings,
+    SpeculationSettings,
+    check_numbers,
+    option,
+    parse_bytes,
+)
 from mpillama.quant import WEIGHT_TYPE_NAMES
 from mpillama.text.sampling_params import About, Number, SamplingParams
 
@@ -91,6 +98,8 @@ class RunOptions(OnRanks, ModelSettings):
         if self.monitor is not None and not self.monitor > 0:
             raise UserError(f"--monitor is {self.monitor}: give a number of seconds above 0.")
         _ = self.memory_floor_bytes
+        if isinstance(self, DiskCacheSettings):
+            _ = self.cache_folder, self.cache_bytes
 
     @property
     def memory_floor_bytes(self) -> int | None:
@@ -161,7 +170,7 @@ def _assembled(command: type, values: dict[str, Any]) -> Any:
 
 
 @dataclass(frozen=True, kw_only=True)
-class GenerateOptions(RunOptions, SpeculationSettings):
+class GenerateOptions(RunOptions, SpeculationSettings, DiskCacheSettings):
     sampling: SamplingParams = sampling()
     prompt: str = option(
         "text to continue, or - to read it from standard input (default: Once upon a time)",
@@ -202,10 +211,21 @@ class GenerateOptions(RunOptions, SpeculationSettings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ChatOptions(RunOptions, SpeculationSettings):
+class ChatOptions(RunOptions, SpeculationSettings, DiskCacheSettings):
     sampling: SamplingParams = sampling()
     system: Optional[str] = option("the system message to begin with", metavar="TEXT")
+    session: Optional[str] = option(
+        "save the conversation in this file after each answer, and go on with it next time; without --cache-dir its KV "
+        "cache is kept beside it, in FILE.cache",
+        metavar="FILE",
+    )
     quiet: bool = option("no progress and no closing lines", False)
+
+    @property
+    def cache_folder(self) -> str | None:
+        if self.session is not None and self.cache_dir is None:
+            return f"{self.session}.cache"
+        return super().cache_folder
 
     @property
     def needs_template(self) -> bool:

@@ -10,7 +10,7 @@ from typing import Any
 
 from mpillama.cli.display import in_number, in_units, print_sentence, print_table, stages
 from mpillama.cli.options import PlanOptions
-from mpillama.cli.values import output_file, parse_bytes, parse_number, refuse_unwritable
+from mpillama.cli.values import output_file, refuse_unwritable
 from mpillama.errors import UserError
 from mpillama.loading.memory import RESERVE
 from mpillama.loading.model_file import open_model
@@ -32,7 +32,7 @@ from mpillama.loading.plan import (
     remedies,
     shared_by_measure,
 )  # fmt: skip
-from mpillama.loading.settings import DEFAULT_DRAFTS
+from mpillama.loading.settings import DEFAULT_DRAFTS, parse_bytes, parse_number
 from mpillama.loading.shares import Measured, divide, read_shares
 from mpillama.loading.traffic import Network
 from mpillama.models.config import ModelConfig

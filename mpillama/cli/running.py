@@ -95,6 +95,8 @@ def leading(session: Session, job: Job) -> Iterator[None]:
         raise
     except BrokenPipeError:
         job.status = stop_printing()
+    if not session.executor.abandoned:
+        session.engine.save_cache()
     session.executor.end(job.status)
 
 

@@ -12,6 +12,7 @@ import numpy as np
 
 from mpillama.engine.answer import Answer, Mark
 from mpillama.engine.block_pool import BlockPool, StatePool
+from mpillama.engine.disk_cache import DiskCache
 from mpillama.engine.draft_model import DraftModel
 from mpillama.engine.executor import Executor
 from mpillama.engine.mtp import MtpDrafter, MtpExecutor
@@ -125,6 +126,8 @@ class Engine:
         self.pool = BlockPool(executor.blocks, StatePool(executor.states) if executor.states else None)
         self.drafter = self._make_drafter(speculate) if speculate else None
         self.scheduler = Scheduler(self.pool, executor.slots, executor.max_tokens, executor.max_seq_len, self.drafter)
+        self.disk = DiskCache(executor, executor.folder, self.pool) if executor.folder else None
+        self.scheduler.disk = self.disk
         self.counts = EngineCounts()
         self.in_step = False
         """Whether a step is being computed, or was left by an exception: the other ranks then wait for its rest."""
@@ -194,16 +197,20 @@ class Engine:
         """Run one step; returns the sequences that went on. Nothing happens if the engine is idle."""
         start = time.perf_counter()
         drafting = self.drafter.seconds if self.drafter else 0.0
-        self.in_step = True
+        # Other ranks may draft with this one, or read and write files.
+        self.in_step = self.drafter is not None or self.disk is not None
         shares = self.scheduler.schedule()
+        if self.disk is not None:
+            self.disk.flush()
+        self.in_step = False
         if not shares:
-            self.in_step = False
             return []
         decodes = all(share.count == 1 and share.sequence.answer.token_ids for share in shares)
         clock = self.counts.decode if decodes else self.counts.prefill
         segments = [share.sequence.segment(share.count, share.drafts, share.states) for share in shares]
         clock.tokens += sum(share.count for share in shares)
         clock.seconds += self.drafter.seconds - drafting if self.drafter else 0.0
+        self.in_step = True
         with timed(clock):
             pieces = self.executor.forward_in_pieces(segments)
         self._rows = Rows(pieces, clock)
@@ -219,6 +226,16 @@ class Engine:
         if self.drafter is not None and decodes:
             self.drafter.pace.note_step(seconds, sum(len(share.drafts) for share in shares), len(shares))
         return updates
+
+    def save_cache(self, waits: bool = True) -> None:
+        """Have what is in memory written to files, if there are any; between steps.
+
+        If too much waits to be written, the ranks wait, too, or leave it out.
+        """
+        if self.disk is not None:
+            self.in_step = True
+            self.disk.save_all(waits)
+            self.in_step = False
 
     def _take(self, shares: list[ScheduledSequence], rows: "Rows") -> Iterator[Update]:
         """Note what was computed and sample where a sequence's last token was among it."""

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from mpillama.engine.block_pool import BlockPool
+from mpillama.engine.disk_cache import DiskCache
 from mpillama.engine.executor import SegmentStates
 from mpillama.engine.recurrent_state import RecurrentState
 from mpillama.engine.sequence import EngineSequence
@@ -33,6 +34,7 @@ class Scheduler:
     A step holds a token of every running sequence that decodes, then prompts in chunks, up to `max_tokens` together.
     No sequence becomes longer than `longest` positions.
     When blocks run out the youngest running sequence gives its own back and is computed again later.
+    What `disk` has of a text comes into the pool before its sequence runs, a piece between two steps of others.
     """
 
     def __init__(self, pool: BlockPool, slots: int, max_tokens: int, longest: int, drafter: Drafter | None = None):
@@ -40,6 +42,7 @@ class Scheduler:
         self.max_tokens = max_tokens
         self.longest = longest
         self.drafter = drafter
+        self.disk: DiskCache | None = None
         self.waiting: deque[EngineSequence] = deque()
         self.running: list[EngineSequence] = []
         self.preemptions = 0
@@ -142,7 +145,12 @@ class Scheduler:
 
     def _admit(self, sequence: EngineSequence) -> bool:
         """Give the oldest waiting sequence a slot and what the cache knows of its text, if its tokens have room."""
-        digests = sequence.prefix_digests()
+        digests, room = sequence.prefix_digests(), sequence.request.sampling.room_for(0, 1)
+        needed = blocks_for(len(sequence.tokens) + room)
+        if self.disk is not None:
+            sequence.fetch = sequence.fetch or self.disk.begin(digests)
+            if self.disk.go_on(sequence.fetch, digests, needed, at_once=not self._shares):
+                return False
         found = self.pool.find(digests)
         if self.pool.states is not None:
             sequence.state = RecurrentState.begin(self.pool.states, digests[: len(found)], sequence.last_reusable)
@@ -151,8 +159,7 @@ class Scheduler:
                 return False
             self.pool.release(found[sequence.state.first_block :])
             found = found[: sequence.state.first_block]
-        room = sequence.request.sampling.room_for(0, 1)
-        if blocks_for(len(sequence.tokens) + room) - len(found) > self.pool.available:
+        if needed - len(found) > self.pool.available:
             self.pool.release(found)
             sequence.leave_state()
             return False

@@ -94,6 +94,15 @@ class Drafting:
     progress: DraftProgress | None = None
 
 
+@dataclass
+class Fetch:
+    """How far the blocks of a text come from files: those before `next` did, those before `end` shall."""
+
+    next: int
+    end: int
+    done: bool = False
+
+
 @dataclass(eq=False)
 class EngineSequence:
     """A request's tokens, what the cache holds of them, and its answer.
@@ -102,7 +111,8 @@ class EngineSequence:
     first admission. `slot` is its row of the block tables while it runs, `state` what it has besides if the model has
     recurrent layers. `pooled` float64 [hidden_size] is the sum of
     hidden states so far, and in the end the embedding, of length 1. `told` positions of the prompt had their logits
-    passed on. Whole rows of logits have `vocab_size` numbers; 0 samples from whole rows alone.
+    passed on. Whole rows of logits have `vocab_size` numbers; 0 samples from whole rows alone. While it waits, `fetch`
+    says what comes from files for it.
     """
 
     request: Request
@@ -124,6 +134,7 @@ class EngineSequence:
     told: int = 0
     vocab_size: int = 0
     drafting: Drafting = field(default_factory=Drafting)
+    fetch: Fetch | None = None
     _digests: tuple[int, list[bytes]] = (-1, [])
 
     def __post_init__(self) -> None:
@@ -230,6 +241,7 @@ class EngineSequence:
         self.computed = self.sent_blocks = self.published = 0
         self.last_digest = self._salt
         self.drafting.progress, self.drafting.unreadable = None, False
+        self.fetch = None
 
     def leave_state(self) -> None:
         """Give the state slots back, if there are any."""

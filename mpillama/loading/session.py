@@ -11,6 +11,7 @@ from mpillama.engine.executor import Executor
 from mpillama.errors import UserError
 from mpillama.job.start import World
 from mpillama.kernels.target import Target, prepare, requested_isa
+from mpillama.loading.disk_cache import open_cache_folder
 from mpillama.loading.draft import Draft, load_draft, open_draft, refuse_other_vocabulary
 from mpillama.loading.load import LoadedModel, Progress, load_model
 from mpillama.loading.settings import ModelSettings
@@ -79,6 +80,7 @@ def open_session(
     draft = open_draft(settings, world)
     loaded = load_model(settings, world, target, progress, draft.needs if draft else None)
     executor = comm.together(lambda: open_(loaded))
+    open_cache_folder(settings, loaded, executor)
     if draft:
         comm.on_root_only(lambda: refuse_other_vocabulary(loaded.file, draft.file))
         executor.draft = load_draft(draft, world, target, executor, progress)

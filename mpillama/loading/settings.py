@@ -1,5 +1,6 @@
 """How a model is loaded and run: the one list of these settings, for command-line options and `LLM` alike."""
 
+import re
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, Optional
 
@@ -19,6 +20,22 @@ def option(text: str, default: Any = None, **metadata: Any) -> Any:
     return field(default=default, metadata={"help": text, **metadata}, repr=shown)
 
 
+UNITS = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40}
+
+
+def parse_bytes(option: str, text: str) -> int:
+    """Read 64GB, 60GiB, 1.5TB, 200GB/s or a plain number of bytes."""
+    return parse_number(option, text, "B", "bytes: write it like 64GB or 60GiB")
+
+
+def parse_number(option: str, text: str, unit: str, what: str) -> int:
+    """Read a number with a factor and perhaps a unit; `what` names the expected quantity in the error."""
+    match = re.fullmatch(rf"\s*([0-9]*\.?[0-9]+)\s*([kMGT]?i?)({unit})?(/s)?\s*", text)
+    if not match or match[2] not in UNITS:
+        raise UserError(f"{option} {text!r} is no number of {what}.")
+    return int(float(match[1]) * UNITS[match[2]])
+
+
 def check_numbers(settings: Any, prefix: str = "") -> None:
     """UserError for a number below what its field allows; a `prefix` of -- spells names as options."""
     for each in fields(settings):
@@ -29,6 +46,8 @@ def check_numbers(settings: Any, prefix: str = "") -> None:
                 raise UserError(f"{name} is {number:g}: give at least {least}.")
 
 
+CACHE_SIZE = "10GB"
+"""Of the files of --cache-dir, if the user does not say."""
 DEFAULT_DRAFTS = 4
 """Of a draft model, for each sequence and step, if the user does not say how many."""
 DEFAULT_MTP = 2
@@ -147,7 +166,36 @@ class SpeculationSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
-class EngineSettings(ModelSettings, SpeculationSettings):
+class DiskCacheSettings:
+    """Of everything that asks about texts again."""
+
+    cache_dir: Optional[str] = option(
+        "keep the KV cache of texts in this folder when it leaves memory and at the end; it is found again later, on "
+        "any number of ranks; shared by all hosts, or of each its own",
+        metavar="FOLDER",
+    )
+    cache_size: Optional[str] = option(
+        "most bytes of all files in --cache-dir, those used longest ago go first (default: 10GB)", metavar="BYTES"
+    )
+
+    @property
+    def cache_folder(self) -> str | None:
+        """Where files go, if anywhere; UserError if a size is given and no folder."""
+        if self.cache_size is not None and self.cache_dir is None:
+            raise UserError(f"--cache-size {self.cache_size} says nothing without --cache-dir: give both.")
+        return self.cache_dir
+
+    @property
+    def cache_bytes(self) -> int:
+        """--cache-size; UserError if it is no number of bytes above 0."""
+        size = parse_bytes("--cache-size", self.cache_size or CACHE_SIZE)
+        if size < 1:
+            raise UserError(f"--cache-size is {self.cache_size}: give at least one byte, or leave --cache-dir out.")
+        return size
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineSettings(ModelSettings, SpeculationSettings, DiskCacheSettings):
     """How many sequences run at once."""
 
     sequences: int = option("sequences computed together (default: 32)", 32, metavar="COUNT", least=1)

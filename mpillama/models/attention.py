@@ -31,6 +31,21 @@ CacheArray = tuple[tuple[int, ...], np.dtype[np.generic]]
 
 
 @dataclass(frozen=True)
+class Stripe:
+    """Part of an array of one block, or of one state, that ranks divide: `width` entries along `axis` for each unit.
+
+    Without `split` every rank holds all of the array.
+    """
+
+    split: Split | None
+    axis: int = 0
+    width: int = 1
+
+
+WHOLE = Stripe(None)
+
+
+@dataclass(frozen=True)
 class KVType:
     """How keys and values are kept: `number` is that of kernels/src/cache.h, `scaled` means a scale for 32 channels."""
 
@@ -69,6 +84,14 @@ class Attention(Protocol):
 
     def state_arrays(self, part: Partition) -> Sequence[CacheArray]:
         """What a rank keeps of each sequence in one layer, however long it is."""
+
+    @property
+    def cache_stripes(self) -> Sequence[Sequence[Stripe]]:
+        """Of each of cache_arrays, the stripes that follow each other along an axis of what one block has."""
+
+    @property
+    def state_stripes(self) -> Sequence[Sequence[Stripe]]:
+        """The same of state_arrays."""
 
     def cache_argument(self, arrays: Sequence[np.ndarray], kv_type: KVType) -> Any:
         """What kernels are told of the arrays of cache_arrays and then those of states [slots, …]."""
@@ -228,6 +251,14 @@ class GroupedQueryAttention:
         return keys, scales, values, scales
 
     def state_arrays(self, part: Partition) -> Sequence[CacheArray]:
+        return ()
+
+    @property
+    def cache_stripes(self) -> Sequence[Sequence[Stripe]]:
+        return ((Stripe(self.kv_split),),) * 4
+
+    @property
+    def state_stripes(self) -> Sequence[Sequence[Stripe]]:
         return ()
 
     def cache_argument(self, arrays: Sequence[np.ndarray], kv_type: KVType) -> arguments.Cache:

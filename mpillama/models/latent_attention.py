@@ -14,7 +14,7 @@ import numpy as np
 from mpillama.errors import UserError
 from mpillama.kernels import arguments
 from mpillama.kernels.library import Team
-from mpillama.models.attention import BLOCK_POSITIONS, MOST_CHANNELS, CacheArray, KVType
+from mpillama.models.attention import BLOCK_POSITIONS, MOST_CHANNELS, WHOLE, CacheArray, KVType, Stripe
 from mpillama.models.config_values import ConfigValues
 from mpillama.models.linear import LayerWeights
 from mpillama.models.partition import Partition, Split
@@ -125,6 +125,14 @@ class LatentAttention:
         return ((*lead, width), kv_type.dtype), scales
 
     def state_arrays(self, part: Partition) -> Sequence[CacheArray]:
+        return ()
+
+    @property
+    def cache_stripes(self) -> Sequence[Sequence[Stripe]]:
+        return ((WHOLE,),) * 2
+
+    @property
+    def state_stripes(self) -> Sequence[Sequence[Stripe]]:
         return ()
 
     def cache_argument(self, arrays: Sequence[np.ndarray], kv_type: KVType) -> arguments.LatentCache:

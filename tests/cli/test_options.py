@@ -23,6 +23,7 @@ DESCRIBED = {
     "stride": "the window's size, as llama.cpp does",
     "seed": "a new one, reported",
     "cache_tokens": "what they can need, up to nine tenths of the memory",
+    "cache_size": "10GB",
     "state_snapshots": "two for each sequence",
     "time_limit": "the Slurm job's end",
     "rendezvous": "in this folder, named after the job",

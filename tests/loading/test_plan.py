@@ -9,13 +9,12 @@ import numpy as np
 import psutil
 import pytest
 
-from mpillama.cli.values import parse_bytes
 from mpillama.comm.communicator import Communicator
 from mpillama.errors import UserError
 from mpillama.kernels.target import prepare, requested_isa
 from mpillama.loading import plan
 from mpillama.loading.memory import RESERVE
-from mpillama.loading.settings import state_slots
+from mpillama.loading.settings import parse_bytes, state_slots
 from mpillama.loading.synthetic import SyntheticWeights
 from mpillama.loading.traffic import Network
 from mpillama.models.cache import KVCache, blocks_for, single_sequence_step

@@ -138,6 +138,8 @@ def test_llama3_frequencies_at_the_ends_of_the_ramp():
         ("deepseek-r1", "fp8", "fp8"),
         ("kimi-k2", "bf16", "int4/32"),
         ("gpt-oss-120b", "bf16", "mxfp4"),
+        ("hy3", "fp8", "fp8"),
+        ("qwen3.5-397b", "fp8", "fp8"),
     ],
 )
 def test_shapes_as_they_are_published(name, dense, experts):
@@ -148,6 +150,8 @@ def test_shapes_as_they_are_published(name, dense, experts):
     assert specs[last + "self_attn.o_proj.weight"].weight_type.name == dense
     found = {s.weight_type.name for s in specs.values() if s.experts}
     assert found - {"f32"} == ({experts} if experts else set())
+    kept = {s.weight_type.name for name, s in specs.items() if ".in_proj_a." in name or ".in_proj_b." in name}
+    assert kept <= {"bf16"}
     assert types_of_shape(name, "as-stored", config).default.name == "q4_0"
 
 

@@ -22,7 +22,7 @@ def ids_of(family: str) -> np.ndarray:
 
 
 def logits_of_layer(folder: Path, ids: np.ndarray, chunks: list[int]) -> tuple[np.ndarray, np.ndarray]:
-    """Hidden states of the model [tokens, hidden], a chunk at a time; its layer's logits after all tokens but the first."""
+    """The model's hidden states [tokens, hidden], a chunk at a time; its layer's logits after tokens 1, 2, …"""
     main = running.load_file(open_model(str(folder), "f32"), THREADS)
     layer = running.load_file(open_mtp(str(folder), "f32"), THREADS)
     layer.main = main
