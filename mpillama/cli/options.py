@@ -444,7 +444,7 @@ class PlanOptions(Options):
         "limit of prompt and answer together, in tokens (default: the model's own context)", metavar="TOKENS"
     )
     batch: int = option("sequences computed together (default: 1)", 1, metavar="COUNT", least=1)
-    kv_type: str = option("type of the KV cache (default: f16)", "f16", choices=["f16", "f32", "q8"])
+    kv_type: str = option("type of the KV cache (default: f16)", "f16", choices=["f16", "f32", "q8", "q4"])
     threads: int = option(
         "threads of each rank, which take memory for what they compute together (default: 16)", 16, metavar="COUNT",
         least=1,

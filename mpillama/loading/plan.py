@@ -227,9 +227,7 @@ def _remedies(plan: Plan) -> Iterator[Remedy]:
     if shorter:
         changed = make_plan(replace(request, max_seq_len=shorter))
         yield Remedy(f"--max-seq-len {shorter} instead of {request.max_seq_len}", changed)
-    candidates = []
-    if request.kv_type != "q8":
-        candidates.append(("--kv-type q8", replace(request, kv_type="q8")))
+    candidates = [(f"--kv-type {kind}", replace(request, kv_type=kind)) for kind in ("q8", "q4")]
     if any(s.weight_type != SMALLEST for s in request.specs if not s.vector):
         candidates.append((f"--weights {SMALLEST.name}", replace(request, types=WeightTypes(SMALLEST))))
     for text, changed_request in candidates:

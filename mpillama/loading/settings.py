@@ -91,7 +91,7 @@ class ModelSettings:
     max_seq_len: Optional[int] = option(
         "limit of prompt and answer together, in tokens (default: the model's own context)", metavar="TOKENS", least=1
     )
-    kv_type: str = option("type of the KV cache (default: f16)", "f16", choices=["f16", "f32", "q8"])
+    kv_type: str = option("type of the KV cache (default: f16)", "f16", choices=["f16", "f32", "q8", "q4"])
     sync: str = option(
         "how layers' results are added up: exact, or q80 for slow networks: rounded to about 8 bits a panel, other "
         "answers than exact, but the same on any number of ranks (default: exact)",

@@ -54,7 +54,11 @@ def test_the_kv_cache_is_that_of_the_formula():
 @pytest.mark.parametrize("ranks", [1, 3])
 @pytest.mark.parametrize(
     ("shape", "kv_type"),
-    [("llama-3.2-1b", "f16"), ("llama-3.2-1b", "f32"), ("llama-3.2-1b", "q8"), ("qwen3-next-80b", "f16")],
+    [
+        *(("llama-3.2-1b", kind) for kind in ("f16", "f32", "q8")),
+        ("deepseek-r1", "q4"),
+        ("qwen3-next-80b", "f16"),
+    ],
 )
 def test_the_check_before_loading_asks_for_what_is_planned(ranks, shape, kv_type):
     """It adds cache blocks to what a rank takes without any, to find the longest context that fits."""
@@ -67,6 +71,13 @@ def test_the_check_before_loading_asks_for_what_is_planned(ranks, shape, kv_type
         checked = without_cache.to_allocate + blocks_for(1000) * model.cache_block_bytes(part)
         already_there = planned.python - planned.tokenizer
         assert checked == planned.to_allocate == planned.total - already_there
+
+
+@pytest.mark.parametrize(("kv_type", "bits"), [("f32", 32), ("f16", 16), ("q8", 8.5), ("q4", 4.5)])
+@pytest.mark.parametrize(("shape", "channels"), [("llama-3.2-1b", 16 * 8 * 64 * 2), ("deepseek-r1", 61 * (512 + 64))])
+def test_a_cache_takes_its_bits_for_each_channel(shape, channels, kv_type, bits):
+    made = plan.make_plan(request(shape, nodes=1, context=1024, kv_type=kv_type))
+    assert made.ranks[0].kv_cache == 1024 * channels * bits / 8
 
 
 def test_states_are_those_of_the_formula():

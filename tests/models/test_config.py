@@ -192,7 +192,10 @@ def test_an_impossible_constant_is_named(key, value):
         read(**{key: value})
 
 
-@pytest.mark.parametrize("model_type", ["gemma", "gpt2", None, 3])
+@pytest.mark.parametrize(
+    "model_type",
+    ["gemma", "gpt2", None, 3, "deepseek_v32", "glm_moe_dsa", "minimax_m3", "minimax_m3_vl", "deepseek_v4", "kimi_k3"],
+)
 def test_another_architecture_is_named(model_type):
     with pytest.raises(UserError, match=rf"model_type={model_type!r}.*llama"):
         ModelConfig.from_hf({**BASE, "model_type": model_type})
@@ -536,6 +539,7 @@ def test_the_magnitude_of_yarn_squared_scales_the_scores_of_latent_attention():
         ("qk_rope_head_dim", 7),
         ("hidden_act", "gelu"),
         ("n_group", 3),
+        ("index_topk", 2048),
     ],
 )
 def test_variants_of_deepseek_that_nobody_runs_are_refused_by_name(key, value):
