@@ -182,7 +182,7 @@ class EngineSettings(ModelSettings, SpeculationSettings, DiskCacheSettings):
     )
     max_token_delay: Optional[float] = option(
         "compute no more of a prompt at once than lets answers under way have their next tokens within this time; "
-        "answers stay the same (default: chunks of --prefill-chunk)",
+        "answers stay the same (default: no bound)",
         metavar="SECONDS",
         least=0,
     )
