@@ -142,6 +142,12 @@ def run_here(tree: Tree, *words: str) -> str:
     return done.stdout
 
 
+def printed(output: str) -> Row:
+    """The JSON at the start of what was printed: in older trees MPI's own words came behind it."""
+    found: Row = json.JSONDecoder().raw_decode(output)[0]
+    return found
+
+
 def measure(given: argparse.Namespace, hosts: Hosts, trees: list[Tree], network: Row) -> list[Row]:
     """A row of each tree: the median of some runs, in turns, and what plan predicts from the ping."""
     ping = hosts.ping(200)
@@ -187,8 +193,7 @@ def generate(given: argparse.Namespace, hosts: Hosts, tree: Tree, tokens: int) -
         sys.exit(result.stderr)
     counts = hosts.counts().values()
     tree.sent.setdefault(tokens, []).append((sum(c.bytes for c in counts), sum(c.messages for c in counts)))
-    found: Row = json.loads(result.stdout)
-    return found
+    return printed(result.stdout)
 
 
 def measure_steps(given: argparse.Namespace, hosts: Hosts, tree: Tree) -> dict[str, float]:
@@ -201,7 +206,7 @@ def measure_steps(given: argparse.Namespace, hosts: Hosts, tree: Tree) -> dict[s
     result = hosts.run(given.ranks_per_host, *PROGRAM, *words, tree=tree.path, settings=tree.settings)
     if result.status:
         sys.exit(result.stderr)
-    found = json.loads(result.stdout)
+    found = printed(result.stdout)
     prompts = {f"prompt of {row['tokens']}": row["tokens_per_second"] for row in found["prefill"]}
     return prompts | {f"{row['batch']} sequences": row["tokens_per_second"] for row in found["decode"]}
 
@@ -214,7 +219,7 @@ def measure_nodes(given: argparse.Namespace, hosts: Hosts, tree: Tree) -> None:
     result = hosts.run(given.ranks_per_host, *command, tree=tree.path)
     if result.status:
         sys.exit(result.stderr)
-    found = json.loads(result.stdout)
+    found = printed(result.stdout)
     found["read_bandwidth_bytes_per_second"] /= len(hosts.names)
     for entry in found["prefill"]:
         entry["multiply_adds_per_second"] /= len(hosts.names)
@@ -226,7 +231,7 @@ def plan(given: argparse.Namespace, hosts: Hosts, tree: Tree, latency: float, mb
     sizes = ("--nodes", str(len(hosts.names)), "--ranks-per-node", str(given.ranks_per_host), "--max-seq-len", "64")
     network = f"{1e6 * latency:.1f}us,{mbit / 8:.1f}MB/s" if mbit else f"{1e6 * latency:.1f}us,10GB/s"
     words = ("plan", "--shape", given.shape, "--weights", given.weights, *sizes, "--bench", str(tree.bench), "--json")
-    found = json.loads(run_here(tree, *PROGRAM, *words, "--network", network))
+    found = printed(run_here(tree, *PROGRAM, *words, "--network", network))
     return float(found["speed"]["decode_tokens_per_second"])
 
 
