@@ -174,17 +174,37 @@ class BlockPool(Pool):
     def __init__(self, blocks: int, states: StatePool | None = None, holders: int = 1):
         super().__init__(blocks, holders)
         self.states = states
+        self._drafted: set[int] = set()
+
+    def take(self, holder: int = 0) -> int:
+        """As Pool: its keys and values are those of nobody, neither of the model nor of a draft model."""
+        block = super().take(holder)
+        self._drafted.discard(block)
+        return block
+
+    def mark_drafted(self, blocks: Sequence[int]) -> None:
+        """A draft model has computed these blocks, too."""
+        self._drafted.update(blocks)
+
+    def drafted(self, blocks: Sequence[int]) -> int:
+        """How many of a sequence's first blocks a draft model has computed."""
+        return next((i for i, block in enumerate(blocks) if block not in self._drafted), len(blocks))
 
     def holders_of(self, blocks: Sequence[int], count: int) -> list[int] | None:
         """From whom `count` blocks behind a sequence's `blocks` should be; None if there are not enough.
 
-        A piece begins where most is available, so that sequences of any length fill all holders alike.
+        A piece begins where most is available, so that sequences of any length fill all holders alike; but no sequence
+        has more pieces on a holder than fit there whole, so that each can be finished once the others have left.
         """
         left = [self.available_of(holder) for holder in range(self.holders)]
+        whole = [max(1, self.size // self.holders // PIECE_BLOCKS)] * self.holders
+        for block in blocks[::PIECE_BLOCKS]:
+            whole[block % self.holders] -= 1
         holder, found = blocks[-1] % self.holders if blocks else 0, []
         for place in range(len(blocks), len(blocks) + count):
             if place % PIECE_BLOCKS == 0:
-                holder = left.index(max(left))
+                holder = max((h for h in range(self.holders) if whole[h] > 0), key=left.__getitem__, default=0)
+                whole[holder] -= 1
             left[holder] -= 1
             if left[holder] < 0:
                 return None

@@ -41,6 +41,7 @@ class Order(IntEnum):
     LOGITS = 4
     SAVE = 5
     LOAD = 6
+    DRAFT = 7
 
 
 @dataclass(frozen=True)
@@ -154,7 +155,7 @@ class StepPlan:
 
     def write_places(self, order: Order, places: Sequence[Place], stamp: int = 0, waits: bool = False) -> None:
         """Make the message an order to save or to load blocks and states."""
-        self.buffer[:HEADER] = order, len(places), stamp, waits
+        self.buffer[:HEADER] = order, len(places), stamp, waits, 0
         numbers = self.buffer[HEADER : HEADER + PLACE_FIELDS * len(places)].reshape(-1, PLACE_FIELDS)
         for to, place in zip(numbers, places, strict=True):
             to[0] = place.number if place.kind == "block" else -1 - place.number
@@ -232,7 +233,7 @@ class Executor:
     The cache has `blocks` blocks, which rank 0 gives to sequences with the segments; without that number each slot has
     the blocks that it may need, and none need be given. A model with recurrent layers has `states` state slots, by
     default one more than sequences. On rank 0 call forward, memory_per_rank and end; on the other ranks call follow
-    once.
+    once. `draft` is the executor of a draft model on the ranks that hold it: all, or rank 0 alone.
     """
 
     def __init__(
@@ -252,6 +253,7 @@ class Executor:
         self.blocks = blocks
         self.piece = max(1, LOGIT_BYTES // (4 * model.config.vocab_size))
         self.abandoned = False
+        self.draft: Executor | None = None
         self.step_parts = StepParts(model.most_parts)
         self.states = max(states, slots + 1) if model.config.has_state else 0
         self.cache = KVCache(model.config, model.part, blocks, kv_type, self.states)
@@ -331,6 +333,10 @@ class Executor:
             self._order(Order.END, status)
         self._close_folder()
 
+    def begin_drafts(self) -> None:
+        """Let the other ranks follow the draft model's executor until that ends."""
+        self._order(Order.DRAFT)
+
     def memory_per_rank(self) -> list[int]:
         """Resident bytes of every rank's process, in order of rank."""
         self._order(Order.REPORT_MEMORY)
@@ -353,6 +359,8 @@ class Executor:
                 return self.plan.status
             if self.plan.order == Order.REPORT_MEMORY:
                 self._gather_memory()
+            elif self.plan.order == Order.DRAFT and self.draft is not None:
+                self.draft.follow(patient)
             elif self.plan.order == Order.LOGITS:
                 self.model.logits(np.array([self.plan.status]))
             elif self.plan.order == Order.SAVE:
