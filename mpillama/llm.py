@@ -182,6 +182,8 @@ class LLM(EngineSettings):
                 session.executor.end(0)
             if session.loaded.model.pipeline:
                 session.loaded.model.pipeline.free()
+            if session.executor.draft:
+                session.executor.draft.comm.free_sums()
             session.world.free()
         session.target.team.close()
 

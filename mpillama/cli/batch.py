@@ -23,9 +23,10 @@ from mpillama.engine.engine import Engine
 from mpillama.errors import UserError
 from mpillama.job.deadline import Deadline, StopRequest, ignore_stop_signals
 from mpillama.job.start import World
+from mpillama.loading.draft import needs_of_draft, open_draft_file
 from mpillama.loading.load import DEFAULT_BATCH_CONTEXT, open_shared_executor
 from mpillama.loading.model_file import model_path, open_model
-from mpillama.loading.preflight import smallest_group
+from mpillama.loading.preflight import Needs, smallest_group
 from mpillama.loading.session import Session
 from mpillama.replicas.replica import follow_router
 from mpillama.replicas.runner import EngineRunner
@@ -153,7 +154,9 @@ def group_size(options: BatchOptions, world: World) -> int:
     open_file = lambda: open_model(model_path(options.model), options.weights, options.tokenizer)  # noqa: E731
     file = world.comm.on_root(lambda: world.comm.busy(open_file, "reading the model's table"))
     context = options.max_seq_len or min(file.config.max_position_embeddings, DEFAULT_BATCH_CONTEXT)
-    return smallest_group(file, world, options, context)
+    draft = open_draft_file(options, world)
+    beside = lambda ranks: needs_of_draft(draft, options, world, ranks) if draft else Needs()  # noqa: E731
+    return smallest_group(file, world, options, context, beside)
 
 
 def check(options: BatchOptions) -> None:

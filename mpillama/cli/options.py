@@ -233,7 +233,7 @@ class ChatOptions(RunOptions, SpeculationSettings, DiskCacheSettings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class BenchOptions(RunOptions):
+class BenchOptions(RunOptions, SpeculationSettings):
     shape: Optional[str] = option(
         "generate weights of a known shape in memory instead of reading a file, e.g. llama-3.2-1b, llama-3.1-405b",
         metavar="NAME",
@@ -263,6 +263,8 @@ class BenchOptions(RunOptions):
         super().check()
         if (self.shape is None) == (self.model is None):
             raise UserError("bench needs --shape NAME (weights made in memory) or --model FILE, one of them.")
+        if self.draft_tokens and (self.where or self.plot or self.model is None):
+            raise UserError("bench --speculate measures drafts of --model FILE, without --shape, --where and --plot.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -424,6 +426,17 @@ class PlanOptions(Options):
     nodes: int = option("nodes of the job (default: 1)", 1, metavar="COUNT", least=1)
     ranks_per_node: int = option("ranks on each node (default: 1)", 1, metavar="COUNT", least=1)
     memory_per_node: str = option("memory of a node, e.g. 64GB or 60GiB (default: 64GB)", "64GB", metavar="BYTES")
+    draft_model: Optional[str] = option("a draft model beside the model, in any format", metavar="PATH")
+    draft_ranks: str = option("which ranks hold the draft model (default: all)", "all", choices=["all", "first"])
+    speculate: Optional[int] = option(
+        "predict decoding with N drafts for each sequence and step (default: none, with a draft model 4)",
+        metavar="N",
+        least=1,
+    )
+    acceptance: float = option(
+        "the share of drafts that come true, which `bench --speculate` measures (default: 0.7)", 0.7, metavar="SHARE",
+        least=0,
+    )  # fmt: skip
     layers: Optional[int] = option(
         "plan a trial of the first N layers; with --shape as `bench` runs it, which has no tokenizer", metavar="N"
     )
@@ -431,7 +444,7 @@ class PlanOptions(Options):
         "limit of prompt and answer together, in tokens (default: the model's own context)", metavar="TOKENS"
     )
     batch: int = option("sequences computed together (default: 1)", 1, metavar="COUNT", least=1)
-    kv_type: str = option("type of the KV cache (default: f16)", "f16", choices=["f16", "f32", "q8"])
+    kv_type: str = option("type of the KV cache (default: f16)", "f16", choices=["f16", "f32", "q8", "q4"])
     threads: int = option(
         "threads of each rank, which take memory for what they compute together (default: 16)", 16, metavar="COUNT",
         least=1,
@@ -472,6 +485,8 @@ class PlanOptions(Options):
         super().check()
         if (self.shape is None) == (self.model is None):
             raise UserError("plan needs --shape NAME or --model PATH, one of them.")
+        if self.acceptance > 1:
+            raise UserError(f"--acceptance is {self.acceptance:g}: give a share from 0 to 1.")
 
 
 @dataclass(frozen=True)
@@ -488,6 +503,7 @@ class ConvertOptions(OnRanks):
     tokenizer: Optional[str] = option(
         "the .t file of a distributed-llama model (default: the one beside it)", metavar="PATH"
     )
+    mtp: bool = option("write the layer that drafts tokens for the model, for --draft-model, instead of it", False)
     force: bool = option("replace the target if it exists", False)
     threads: Optional[int] = option(
         "threads of each rank (default: the cores this rank may use, shared fairly with the ranks on them)",

@@ -160,6 +160,21 @@ class BlockPool(Pool):
     def __init__(self, blocks: int, states: StatePool | None = None):
         super().__init__(blocks)
         self.states = states
+        self._drafted: set[int] = set()
+
+    def take(self) -> int:
+        """As Pool: its keys and values are those of nobody, neither of the model nor of a draft model."""
+        block = super().take()
+        self._drafted.discard(block)
+        return block
+
+    def mark_drafted(self, blocks: Sequence[int]) -> None:
+        """A draft model has computed these blocks, too."""
+        self._drafted.update(blocks)
+
+    def drafted(self, blocks: Sequence[int]) -> int:
+        """How many of a sequence's first blocks a draft model has computed."""
+        return next((i for i, block in enumerate(blocks) if block not in self._drafted), len(blocks))
 
     def _forget(self, place: int) -> bytes:
         digest = super()._forget(place)

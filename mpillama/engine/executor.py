@@ -1,5 +1,6 @@
 """Steps on all ranks: rank 0 says what goes through the model, the others follow."""
 
+import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -11,13 +12,15 @@ import psutil
 
 from mpillama.comm.communicator import Communicator
 from mpillama.engine.cache_folder import CacheFolder, Place
+from mpillama.engine.step_parts import StepParts
 from mpillama.models.cache import KVCache, Step, blocks_for, joint_step
 from mpillama.models.candidates import WHOLE, Candidates, Wanted
 from mpillama.models.decoder import Decoder
 from mpillama.text.tokenizer import check_token_ids
 
-HEADER = 4
-"""Numbers at the beginning of the message: order, tokens (or exit status, or row), segments, block ids."""
+HEADER = 5
+"""Numbers at the beginning of the message: order, tokens (or exit status, or row), segments, block ids, and in how many
+parts the step goes through the model."""
 FIELDS = 8
 """Numbers of a segment: slot, first position, tokens, rows of logits, first table place, new block ids, candidates,
 temperature (the bits of a float64)."""
@@ -38,6 +41,7 @@ class Order(IntEnum):
     LOGITS = 4
     SAVE = 5
     LOAD = 6
+    DRAFT = 7
 
 
 @dataclass(frozen=True)
@@ -100,7 +104,7 @@ class StepPlan:
 
     def write_order(self, order: Order, status: int = 0) -> None:
         """Make the message an order without a step."""
-        self.buffer[:HEADER] = order, status, 0, 0
+        self.buffer[:HEADER] = order, status, 0, 0, 1
 
     def fit(self, segments: Sequence[Segment]) -> tuple[list[Segment], list[Segment]]:
         """Split off blocks that do not fit one message: segments of blocks alone, each a message, and the rest.
@@ -116,13 +120,13 @@ class StepPlan:
             rest.append(s)
         return before, rest
 
-    def write(self, segments: Sequence[Segment]) -> None:
+    def write(self, segments: Sequence[Segment], parts: int = 1) -> None:
         """Make the message a step; ValueError if it does not hold that many tokens, sequences or blocks."""
         ids = np.concatenate([np.asarray(s.token_ids, np.int64) for s in segments])
         blocks = [block for s in segments for block in s.blocks]
         if len(ids) > self.max_tokens or len(segments) > self.slots or len(blocks) > self.max_blocks:
             raise ValueError(f"a step of {len(ids)} tokens, {len(segments)} sequences, {len(blocks)} new blocks")
-        self.buffer[:HEADER] = Order.FORWARD, len(ids), len(segments), len(blocks)
+        self.buffer[:HEADER] = Order.FORWARD, len(ids), len(segments), len(blocks), parts
         at = HEADER + self.fields * len(segments)
         fields = self.buffer[HEADER:at].reshape(len(segments), self.fields)
         fields[:, :FIELDS] = [
@@ -151,7 +155,7 @@ class StepPlan:
 
     def write_places(self, order: Order, places: Sequence[Place], stamp: int = 0, waits: bool = False) -> None:
         """Make the message an order to save or to load blocks and states."""
-        self.buffer[:HEADER] = order, len(places), stamp, waits
+        self.buffer[:HEADER] = order, len(places), stamp, waits, 0
         numbers = self.buffer[HEADER : HEADER + PLACE_FIELDS * len(places)].reshape(-1, PLACE_FIELDS)
         for to, place in zip(numbers, places, strict=True):
             to[0] = place.number if place.kind == "block" else -1 - place.number
@@ -175,6 +179,11 @@ class StepPlan:
         """The exit status of an END, the row of LOGITS."""
         return int(self.buffer[1])
 
+    @property
+    def parts(self) -> int:
+        """In how many parts the step goes."""
+        return int(self.buffer[4])
+
     def wanted(self) -> list[Wanted]:
         """What is wanted of each row of logits of the step."""
         at = HEADER + self.fields * int(self.buffer[2])
@@ -187,7 +196,7 @@ class StepPlan:
 
     def step(self) -> Step:
         """Write the message's blocks into the tables and return the step that it describes."""
-        tokens, count, _ = (int(n) for n in self.buffer[1:HEADER])
+        tokens, count = (int(n) for n in self.buffer[1:3])
         at = HEADER + self.fields * count
         fields = self.buffer[HEADER:at].reshape(count, self.fields)
         self._write_tables(fields, self.buffer[at + tokens :])
@@ -224,7 +233,7 @@ class Executor:
     The cache has `blocks` blocks, which rank 0 gives to sequences with the segments; without that number each slot has
     the blocks that it may need, and none need be given. A model with recurrent layers has `states` state slots, by
     default one more than sequences. On rank 0 call forward, memory_per_rank and end; on the other ranks call follow
-    once.
+    once. `draft` is the executor of a draft model on the ranks that hold it: all, or rank 0 alone.
     """
 
     def __init__(
@@ -243,6 +252,8 @@ class Executor:
         self.blocks = blocks
         self.piece = max(1, LOGIT_BYTES // (4 * model.config.vocab_size))
         self.abandoned = False
+        self.draft: Executor | None = None
+        self.step_parts = StepParts(model.most_parts)
         self.states = max(states, slots + 1) if model.config.has_state else 0
         self.cache = KVCache(model.config, model.part, blocks, kv_type, self.states)
         self.folder: CacheFolder | None = None
@@ -284,7 +295,7 @@ class Executor:
         return logits
 
     def _run(self, segments: Sequence[Segment]) -> Iterator[list[np.ndarray | Candidates]]:
-        self.plan.write(segments)
+        self.plan.write(segments, self.step_parts.choose(sum(len(s.token_ids) for s in segments)))
         self.comm.broadcast_plan(self.plan.buffer)
         return self._execute()
 
@@ -321,6 +332,10 @@ class Executor:
             self._order(Order.END, status)
         self._close_folder()
 
+    def begin_drafts(self) -> None:
+        """Let the other ranks follow the draft model's executor until that ends."""
+        self._order(Order.DRAFT)
+
     def memory_per_rank(self) -> list[int]:
         """Resident bytes of every rank's process, in order of rank."""
         self._order(Order.REPORT_MEMORY)
@@ -343,6 +358,8 @@ class Executor:
                 return self.plan.status
             if self.plan.order == Order.REPORT_MEMORY:
                 self._gather_memory()
+            elif self.plan.order == Order.DRAFT and self.draft is not None:
+                self.draft.follow(patient)
             elif self.plan.order == Order.LOGITS:
                 self.model.logits(np.array([self.plan.status]))
             elif self.plan.order == Order.SAVE:
@@ -356,7 +373,9 @@ class Executor:
         """Run the step; its logits are computed as they are taken."""
         step, wanted = self.plan.step(), self.plan.wanted()
         if len(step.token_ids):
-            self.model.advance(step, self.cache)
+            start = time.perf_counter()
+            self.model.advance(step, self.cache, self.plan.parts)
+            self.step_parts.note(len(step.token_ids), self.plan.parts, time.perf_counter() - start)
         starts = range(0, len(step.logit_rows), self.piece)
         pieces = (slice(first, first + self.piece) for first in starts)
         return (self.model.wanted_logits(step.logit_rows[piece], wanted[piece]) for piece in pieces)

@@ -82,12 +82,16 @@ class Scheduler:
         self._shares = {}
         self._paced = False
         before = self.preemptions
+        if self.drafter is not None:
+            self.drafter.pace.begin(len(self.running))
         for sequence in self._by_urgency():
             if sequence.slot is not None:  # else it left just now, for an older one
                 self._schedule(sequence)
         while self._admissible() and self.preemptions == before and self._admit(self.waiting[0]):
             self._schedule(self.running[-1])
         shares = list(self._shares.values())
+        if self.drafter is not None:
+            self.drafter.fill(shares)
         return shares if self.pool.states is None else [self._with_states(share) for share in shares]
 
     def _with_states(self, share: ScheduledSequence) -> ScheduledSequence:
@@ -128,9 +132,9 @@ class Scheduler:
 
     def _drafts(self, sequence: EngineSequence, count: int) -> list[int]:
         """Guesses for which there is room in the step, the answer, and the blocks that nobody uses."""
-        if self.drafter is None or count < sequence.pending:
+        if self.drafter is None or count < sequence.pending or not sequence.request.speculate:
             return []
-        drafts = self.drafter.draft(sequence.tokens, min(self._budget() - count, self._draft_room(sequence)))
+        drafts = self.drafter.reserve(sequence, min(self._budget() - count, self._draft_room(sequence)))
         while drafts and sequence.blocks_needed(count + len(drafts)) > self.pool.available:
             drafts.pop()
         return drafts

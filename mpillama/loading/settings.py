@@ -48,6 +48,10 @@ def check_numbers(settings: Any, prefix: str = "") -> None:
 
 CACHE_SIZE = "10GB"
 """Of the files of --cache-dir, if the user does not say."""
+DEFAULT_DRAFTS = 4
+"""Of a draft model, for each sequence and step, if the user does not say how many."""
+DEFAULT_MTP = 2
+"""Of the model's own layer."""
 SNAPSHOTS_PER_SEQUENCE = 2
 """State slots for what others may begin from, if the user does not say how many: the prompt, and the text so far."""
 
@@ -64,6 +68,8 @@ class ModelSettings:
 
     needs_head: ClassVar[bool] = True
     """Whether the program tells which token comes next, which a model of embeddings cannot."""
+    warns: ClassVar[bool] = True
+    """Whether loading warns of hosts and cores; of several models one is enough."""
 
     model: Optional[str] = option(
         "mpillama's .h5, a Hugging Face folder, a .gguf, or a distributed-llama .m file (default: data/demo.h5)",
@@ -85,7 +91,7 @@ class ModelSettings:
     max_seq_len: Optional[int] = option(
         "limit of prompt and answer together, in tokens (default: the model's own context)", metavar="TOKENS", least=1
     )
-    kv_type: str = option("type of the KV cache (default: f16)", "f16", choices=["f16", "f32", "q8"])
+    kv_type: str = option("type of the KV cache (default: f16)", "f16", choices=["f16", "f32", "q8", "q4"])
     sync: str = option(
         "how layers' results are added up: exact, or q80 for slow networks: rounded to about 8 bits a panel, other "
         "answers than exact, but the same on any number of ranks (default: exact)",
@@ -118,7 +124,7 @@ class ModelSettings:
     @property
     def state_slots(self) -> int:
         """Slots for the states of a model with recurrent layers."""
-        return state_slots(1, getattr(self, "speculate", 0))
+        return state_slots(1, getattr(self, "draft_tokens", 0))
 
     @property
     def needs_template(self) -> bool:
@@ -130,9 +136,33 @@ class ModelSettings:
 class SpeculationSettings:
     """Of everything that generates."""
 
-    speculate: int = option(
-        "guess up to N tokens ahead from the text so far; answers stay the same (default: 0)", 0, metavar="N", least=0
+    speculate: Optional[int] = option(
+        "guess up to N tokens ahead, from the text so far or by a draft model; answers stay the same "
+        "(default: 0, with a draft model 4, with --mtp 2)",
+        metavar="N",
+        least=0,
     )
+    draft_model: Optional[str] = option(
+        "a small model with the same vocabulary, in any format, that guesses what the model will say", metavar="PATH"
+    )
+    mtp: bool = option(
+        "guess with the layer that a Hugging Face folder or GGUF has for that (multi-token prediction); what "
+        "`convert --mtp` wrote goes to --draft-model",
+        False,
+    )
+    draft_ranks: str = option(
+        "which ranks hold the draft model: all divide it, or rank 0 has it alone, which saves messages where the "
+        "network is slow (default: all)",
+        "all",
+        choices=["all", "first"],
+    )
+
+    @property
+    def draft_tokens(self) -> int:
+        """The most tokens that are drafted for a sequence in a step."""
+        if self.speculate is None:
+            return DEFAULT_MTP if self.mtp else DEFAULT_DRAFTS if self.draft_model else 0
+        return self.speculate
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -189,4 +219,4 @@ class EngineSettings(ModelSettings, SpeculationSettings, DiskCacheSettings):
 
     @property
     def state_slots(self) -> int:
-        return state_slots(self.sequences, self.speculate, self.state_snapshots)
+        return state_slots(self.sequences, self.draft_tokens, self.state_snapshots)

@@ -47,17 +47,22 @@ WHOLE = Stripe(None)
 
 @dataclass(frozen=True)
 class KVType:
-    """How keys and values are kept: `number` is that of kernels/src/cache.h, `scaled` means a scale for 32 channels."""
+    """How keys and values are kept: `number` is that of kernels/src/cache.h, `scaled` means a scale for 32 channels.
+
+    `packed` channels share an item of the array.
+    """
 
     dtype: np.dtype[np.generic]
     number: int
     scaled: bool = False
+    packed: int = 1
 
 
 KV_TYPES: Mapping[str, KVType] = {
     "f16": KVType(np.dtype(np.int16), 1),  # bit patterns
     "f32": KVType(np.dtype(np.float32), 0),
     "q8": KVType(np.dtype(np.int8), 3, scaled=True),
+    "q4": KVType(np.dtype(np.uint8), 4, scaled=True, packed=2),
 }
 
 
@@ -246,8 +251,8 @@ class GroupedQueryAttention:
         """Keys, their scales, values, their scales, as kernels/src/attention.h describes them."""
         heads, head = len(part[self.kv_split]), self.padded_head_dim
         scales = (blocks, heads, head // BLOCK if kv_type.scaled else 0, BLOCK_POSITIONS), np.dtype(np.uint16)
-        keys = (blocks, heads, head, BLOCK_POSITIONS), kv_type.dtype
-        values = (blocks, heads, BLOCK_POSITIONS, head), kv_type.dtype
+        keys = (blocks, heads, head // kv_type.packed, BLOCK_POSITIONS), kv_type.dtype
+        values = (blocks, heads, BLOCK_POSITIONS, head // kv_type.packed), kv_type.dtype
         return keys, scales, values, scales
 
     def state_arrays(self, part: Partition) -> Sequence[CacheArray]:

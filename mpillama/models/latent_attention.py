@@ -122,7 +122,7 @@ class LatentAttention:
         """Latents and their scales, the same on every rank, as kernels/src/latent_cache.h describes them."""
         lead, width = (blocks, BLOCK_POSITIONS), self.cache_width
         scales = (*lead, width // BLOCK if kv_type.scaled else 0), np.dtype(np.uint16)
-        return ((*lead, width), kv_type.dtype), scales
+        return ((*lead, width // kv_type.packed), kv_type.dtype), scales
 
     def state_arrays(self, part: Partition) -> Sequence[CacheArray]:
         return ()
