@@ -1,28 +1,68 @@
 """Measure decoding over simulated hosts: tokens/s, waiting, bytes and messages on the wire, and what `plan` says of it.
 
     python -m benchmarks.hosts --hosts 2 4 --delays 0 50 200 1000 --rates 10000 1000
+    python -m benchmarks.hosts --hosts 4 --before ../older-tree
+    python -m benchmarks.hosts --hosts 2 --batch 8 32 --prefill 256 --before-settings MPILLAMA_OVERLAP=never
 
-Needs root, and Linux with namespaces and /dev/net/tun (tests/system/hosts/network.py). All hosts share this machine's
-cores and memory, so tokens/s are not those of real hosts; bytes and messages are. Prints a table as it comes, and JSON
-with --json. What starts and loads is not counted: each figure on the wire is the difference of two runs.
+Needs root, Linux with namespaces and /dev/net/tun, and a C++ compiler or the wire compiled (tests/system/hosts). Hosts
+have cores of their own where there are enough, but share the machine's memory; on fewer cores tokens/s are not those of
+real hosts, bytes and messages are. Prints a table as it comes, and JSON with --json. What starts and loads is not
+counted: each figure on the wire is the difference of two runs. With --before an older tree, whose kernels are compiled,
+runs in turns with this one; with --before-settings this tree does so with other settings. --batch and --prefill measure
+steps of several sequences and prompts, too, with `bench`.
 """
 
 import argparse
 import json
+import os
 import statistics
 import subprocess
 import sys
 import tempfile
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
-from benchmarks.batch import hollow_model
 from tests.system.hosts.network import Hosts, running_hosts, why_not
-from tests.system.mpi.launch import PROGRAM, environment
+from tests.system.mpi.launch import PROGRAM, ROOT, environment
 
 Row = dict[str, Any]
-COLUMNS = ("hosts", "ranks", "delay µs", "Mbit/s", "there and back µs", "tok/s", "waiting ms", "kB", "messages", "plan")
-WIDTHS = (5, 5, 8, 7, 17, 8, 10, 8, 8, 8)
+COLUMNS = (
+    "tree", "hosts", "ranks", "delay µs", "Mbit/s", "there and back µs", "tok/s", "waiting ms", "kB", "messages", "plan"
+)  # fmt: skip
+WIDTHS = (6, 5, 5, 8, 7, 17, 8, 10, 8, 8, 8)
+MAKE_MODEL = """import sys, pathlib
+from benchmarks.batch import hollow_model
+hollow_model(pathlib.Path(sys.argv[1]), *sys.argv[2:])
+"""
+
+
+@dataclass
+class Tree:
+    """A state of the program, and what its runs on some hosts have shown so far at one setting."""
+
+    name: str
+    path: Path
+    model: Path
+    bench: Path
+    settings: dict[str, str] = field(default_factory=dict)
+    speeds: list[float] = field(default_factory=list)
+    waits: list[float] = field(default_factory=list)
+    sent: dict[int, list[tuple[int, int]]] = field(default_factory=dict)
+    """Bytes and messages of each run, by its tokens."""
+    steps: dict[str, list[float]] = field(default_factory=dict)
+    """Tokens/s of each `bench`, by what was measured."""
+
+    def sent_per_token(self, few: int, many: int) -> tuple[float, float]:
+        """Bytes and messages, without those of starting up."""
+        before, after = (
+            [statistics.median(numbers) for numbers in zip(*self.sent[count], strict=True)] for count in (few, many)
+        )
+        return (after[0] - before[0]) / (many - few), (after[1] - before[1]) / (many - few)
+
+    def forget(self) -> None:
+        """Begin a new setting."""
+        self.speeds, self.waits, self.sent, self.steps = [], [], {}, {}
 
 
 def main() -> None:
@@ -34,98 +74,188 @@ def main() -> None:
     parser.add_argument("--ranks-per-host", type=int, default=1)
     parser.add_argument("--delays", type=float, nargs="+", default=[0, 50, 200, 1000], help="one way, in microseconds")
     parser.add_argument("--rates", type=float, nargs="+", default=[10000, 1000], help="of a host's port, in Mbit/s")
-    parser.add_argument("--tokens", type=int, default=24)
+    parser.add_argument("--tokens", type=int, default=48)
     parser.add_argument("--runs", type=int, default=5, help="of which the median counts")
     parser.add_argument("--options", nargs="*", default=[], help="more options of generate, as words without --")
     parser.add_argument("--tokenizer", default="data/demo.h5", help="native file whose tokenizer is used")
+    parser.add_argument("--before", type=Path, help="an older tree of this repository, to compare with")
+    parser.add_argument("--before-settings", nargs="+", default=[], metavar="NAME=VALUE", help="of its environment")
+    parser.add_argument("--batch", type=int, nargs="+", default=[], help="sequences of a step")
+    parser.add_argument("--prefill", type=int, nargs="+", default=[], help="tokens of a prompt")
+    parser.add_argument("--layers", type=int, help="of the shape that --batch and --prefill measure (default: all)")
+    parser.add_argument(
+        "--cores-per-host", type=int,
+        help="0: hosts share all cores; default: what each can have if one is left for the wire",
+    )  # fmt: skip
     parser.add_argument("--json", action="store_true")
     given = parser.parse_args()
     if reason := why_not():
         sys.exit(reason)
     rows = []
     with tempfile.TemporaryDirectory() as folder:
-        model = hollow_model(Path(folder) / "model.h5", given.shape, given.weights, given.tokenizer)
         _print(given, COLUMNS)
         for count in given.hosts:
-            with tempfile.TemporaryDirectory() as state, running_hosts(Path(state), count) as hosts:
-                bench = measure_nodes(given, hosts, Path(state) / "bench.json")
+            trees = make_trees(given, Path(folder), count)
+            with (
+                tempfile.TemporaryDirectory() as state,
+                running_hosts(Path(state), count, cores(given, count)) as hosts,
+            ):
+                for tree in trees:
+                    measure_nodes(given, hosts, tree)
                 for delay in given.delays:
                     for rate in given.rates:
                         hosts.shape(delay, rate)
-                        rows.append(measure(given, hosts, model, bench, {"delay_us": delay, "mbit": rate}))
-                        _print(given, tuple(_cells(rows[-1])))
+                        rows += measure(given, hosts, trees, {"delay_us": delay, "mbit": rate})
     if given.json:
         print(json.dumps(rows, indent=2))
 
 
-def measure(given: argparse.Namespace, hosts: Hosts, model: Path, bench: Path, network: Row) -> Row:
-    """One row: the median of some runs, and what plan predicts from the ping."""
+def cores(given: argparse.Namespace, hosts: int) -> int:
+    """Of each host, 0 if there are too few to give each its own."""
+    if given.cores_per_host is not None:
+        return int(given.cores_per_host)
+    return (len(os.sched_getaffinity(0)) - 1) // hosts
+
+
+def make_trees(given: argparse.Namespace, folder: Path, hosts: int) -> list[Tree]:
+    """This tree, and the older one before it, each with a model of its own making."""
+    found = []
+    others = dict(setting.split("=", 1) for setting in given.before_settings)
+    before = given.before or (ROOT if others else None)
+    for name, path, settings in (("before", before, others), ("now", ROOT, {})):
+        if path is None:
+            continue
+        tree = Tree(name, path.resolve(), folder / f"{name}.h5", folder / f"{name}-{hosts}.json", settings)
+        if not tree.model.exists():
+            tokenizer = str(Path(given.tokenizer).resolve())
+            run_here(tree, "-c", MAKE_MODEL, str(tree.model), given.shape, given.weights, tokenizer)
+        found.append(tree)
+    return found
+
+
+def run_here(tree: Tree, *words: str) -> str:
+    """Python on no host in particular; returns its standard output."""
+    settings = {**environment(), "PYTHONPATH": str(tree.path)}
+    done = subprocess.run((sys.executable, *words), capture_output=True, text=True, env=settings, cwd=tree.path)
+    if done.returncode:
+        sys.exit(done.stderr)
+    return done.stdout
+
+
+def printed(output: str) -> Row:
+    """The JSON at the start of what was printed: in older trees MPI's own words came behind it."""
+    found: Row = json.JSONDecoder().raw_decode(output)[0]
+    return found
+
+
+def measure(given: argparse.Namespace, hosts: Hosts, trees: list[Tree], network: Row) -> list[Row]:
+    """A row of each tree: the median of some runs, in turns, and what plan predicts from the ping."""
     ping = hosts.ping(200)
-    speeds, waits = [], []
-    few, many = given.tokens // 4, given.tokens
-    _, before = generate(given, hosts, model, few)
-    for _ in range(given.runs):
-        found, after = generate(given, hosts, model, many)
-        speeds.append(found["decode_tokens_per_second"])
-        waits.append(found["communication_share"] * 1e3 / found["decode_tokens_per_second"])
-    ranks = given.ranks_per_host * len(hosts.names)
-    speed, steps = statistics.median(speeds), many - few
-    planned = plan(given, hosts, bench, ping / 2, network["mbit"])
-    return {
-        "shape": given.shape, "weights": given.weights, "hosts": len(hosts.names), "ranks": ranks, **network,
-        "ping_us": 1e6 * ping, "tokens_per_second": speed, "slowest": min(speeds), "fastest": max(speeds),
-        "waiting_ms": statistics.median(waits), "bytes_per_token": (after[0] - before[0]) / steps,
-        "messages_per_token": (after[1] - before[1]) / steps, "planned_tokens_per_second": planned,
-    }  # fmt: skip
+    few, many = given.tokens // 6, given.tokens
+    for tree in trees:
+        tree.forget()
+    for number in range(given.runs):
+        for tree in trees:
+            if number <= given.runs // 2:
+                generate(given, hosts, tree, few)
+            found = generate(given, hosts, tree, many)
+            tree.speeds.append(found["decode_tokens_per_second"])
+            tree.waits.append(found["communication_share"] * 1e3 / found["decode_tokens_per_second"])
+            for what, speed in measure_steps(given, hosts, tree).items():
+                tree.steps.setdefault(what, []).append(speed)
+    rows = []
+    for tree in trees:
+        sent, messages = tree.sent_per_token(few, many)
+        rows.append({
+            "tree": tree.name, "shape": given.shape, "weights": given.weights, "hosts": len(hosts.names),
+            "ranks": given.ranks_per_host * len(hosts.names), "cores_per_host": hosts.cores_per_host, **network,
+            "ping_us": 1e6 * ping, "tokens_per_second": statistics.median(tree.speeds), "slowest": min(tree.speeds),
+            "fastest": max(tree.speeds), "waiting_ms": statistics.median(tree.waits), "bytes_per_token": sent,
+            "messages_per_token": messages,
+            "steps": {what: statistics.median(all_) for what, all_ in tree.steps.items()},
+            "planned_tokens_per_second": plan(given, hosts, tree, ping / 2, network["mbit"]),
+        })  # fmt: skip
+        _print(given, tuple(_cells(rows[-1])))
+    for row in rows if given.batch or given.prefill else ():
+        told = (f"{what} {speed:.1f}" for what, speed in row["steps"].items())
+        print(f"{row['tree']:>6}  tok/s:", ", ".join(told), file=_stream(given), flush=True)
+    return rows
 
 
-def generate(given: argparse.Namespace, hosts: Hosts, model: Path, tokens: int) -> tuple[Row, tuple[int, int]]:
-    """A run, and the bytes and messages that all hosts sent meanwhile."""
+def generate(given: argparse.Namespace, hosts: Hosts, tree: Tree, tokens: int) -> Row:
+    """A run; what all hosts sent meanwhile is noted."""
     hosts.counts()
     words = ("--prompt-token-ids", "5,6,7,8", "--temperature", "0", "--max-tokens", str(tokens), "--max-seq-len", "256")
     options = [f"--{word}" if word[0].isalpha() else word for word in given.options]
-    result = hosts.run(given.ranks_per_host, *PROGRAM, "generate", "--model", model, "--json", *words, *options)
+    command = (*PROGRAM, "generate", "--model", tree.model, "--json", *words, *options)
+    result = hosts.run(given.ranks_per_host, *command, tree=tree.path, settings=tree.settings)
     if result.status:
         sys.exit(result.stderr)
     counts = hosts.counts().values()
-    return json.loads(result.stdout), (sum(c.bytes for c in counts), sum(c.messages for c in counts))
+    tree.sent.setdefault(tokens, []).append((sum(c.bytes for c in counts), sum(c.messages for c in counts)))
+    return printed(result.stdout)
 
 
-def measure_nodes(given: argparse.Namespace, hosts: Hosts, path: Path) -> Path:
+def measure_steps(given: argparse.Namespace, hosts: Hosts, tree: Tree) -> dict[str, float]:
+    """Tokens/s of prompts and of several sequences, if they are asked for."""
+    if not given.batch and not given.prefill:
+        return {}
+    words = ["bench", "--shape", given.shape, "--weights", given.weights, "--json", "--decode", "8", "--context", "64"]
+    words += ["--layers", str(given.layers)] if given.layers else []
+    words += ["--repetitions", "3", "--prefill", *map(str, given.prefill), "--batch", *map(str, given.batch or [1])]
+    result = hosts.run(given.ranks_per_host, *PROGRAM, *words, tree=tree.path, settings=tree.settings)
+    if result.status:
+        sys.exit(result.stderr)
+    found = printed(result.stdout)
+    prompts = {f"prompt of {row['tokens']}": row["tokens_per_second"] for row in found["prefill"]}
+    return prompts | {f"{row['batch']} sequences": row["tokens_per_second"] for row in found["decode"]}
+
+
+def measure_nodes(given: argparse.Namespace, hosts: Hosts, tree: Tree) -> None:
     """What a host reads and computes while all do: a saved bench of some layers on the same ranks."""
     words = ("bench", "--shape", given.shape, "--weights", given.weights, "--layers", "2", "--json", "--decode", "8")
     hosts.shape()
-    result = hosts.run(given.ranks_per_host, *PROGRAM, *words, "--prefill", "64", "--context", "64")
+    command = (*PROGRAM, *words, "--prefill", "64", "--context", "64")
+    result = hosts.run(given.ranks_per_host, *command, tree=tree.path)
     if result.status:
         sys.exit(result.stderr)
-    found = json.loads(result.stdout)
+    found = printed(result.stdout)
     found["read_bandwidth_bytes_per_second"] /= len(hosts.names)
-    path.write_text(json.dumps(found))
-    return path
+    for entry in found["prefill"]:
+        entry["multiply_adds_per_second"] /= len(hosts.names)
+    tree.bench.write_text(json.dumps(found))
 
 
-def plan(given: argparse.Namespace, hosts: Hosts, bench: Path, latency: float, mbit: float) -> float:
+def plan(given: argparse.Namespace, hosts: Hosts, tree: Tree, latency: float, mbit: float) -> float:
     """Tokens/s that plan predicts."""
     sizes = ("--nodes", str(len(hosts.names)), "--ranks-per-node", str(given.ranks_per_host), "--max-seq-len", "64")
     network = f"{1e6 * latency:.1f}us,{mbit / 8:.1f}MB/s" if mbit else f"{1e6 * latency:.1f}us,10GB/s"
-    words = ("plan", "--shape", given.shape, "--weights", given.weights, *sizes, "--bench", str(bench), "--json")
-    command = (sys.executable, *PROGRAM, *words, "--network", network)
-    done = subprocess.run(command, capture_output=True, text=True, env=environment(), check=True)
-    return float(json.loads(done.stdout)["speed"]["decode_tokens_per_second"])
+    words = ("plan", "--shape", given.shape, "--weights", given.weights, *sizes, "--bench", str(tree.bench), "--json")
+    found = printed(run_here(tree, *PROGRAM, *words, "--network", network))
+    return float(found["speed"]["decode_tokens_per_second"])
 
 
 def _cells(row: Row) -> list[str]:
     return [
-        str(row["hosts"]), str(row["ranks"]), f"{row['delay_us']:g}", f"{row['mbit']:g}", f"{row['ping_us']:.0f}",
-        f"{row['tokens_per_second']:.2f}", f"{row['waiting_ms']:.1f}", f"{row['bytes_per_token'] / 1e3:.1f}",
-        f"{row['messages_per_token']:.0f}", f"{row['planned_tokens_per_second']:.2f}",
+        row["tree"], str(row["hosts"]), str(row["ranks"]), f"{row['delay_us']:g}", f"{row['mbit']:g}",
+        f"{row['ping_us']:.0f}", f"{row['tokens_per_second']:.2f}", f"{row['waiting_ms']:.1f}",
+        f"{row['bytes_per_token'] / 1e3:.1f}", f"{row['messages_per_token']:.0f}",
+        f"{row['planned_tokens_per_second']:.2f}",
     ]  # fmt: skip
 
 
 def _print(given: argparse.Namespace, cells: tuple[str, ...]) -> None:
-    stream = sys.stderr if given.json else sys.stdout
     widths = [max(width, len(name)) for width, name in zip(WIDTHS, COLUMNS, strict=True)]
-    print(*(cell.rjust(width) for cell, width in zip(cells, widths, strict=True)), sep="  ", file=stream, flush=True)
+    print(
+        *(cell.rjust(width) for cell, width in zip(cells, widths, strict=True)),
+        sep="  ",
+        file=_stream(given),
+        flush=True,
+    )
+
+
+def _stream(given: argparse.Namespace) -> TextIO:
+    return sys.stderr if given.json else sys.stdout
 
 
 if __name__ == "__main__":

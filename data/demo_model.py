@@ -119,11 +119,15 @@ class Llama(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Map token ids [rows, tokens] to logits [rows, tokens, vocabulary]."""
+        return self.lm_head(self.hidden_states(tokens))
+
+    def hidden_states(self, tokens: Tensor) -> Tensor:
+        """Map token ids [rows, tokens] to what the head gets [rows, tokens, hidden]."""
         cos, sin = rope_table(tokens.shape[1], self.config)
         x = self.embed_tokens(tokens)
         for layer in self.layers:
             x = layer(x, cos, sin)
-        return self.lm_head(self.norm(x))
+        return self.norm(x)
 
 
 def rope_table(tokens: int, config: LlamaConfig) -> tuple[Tensor, Tensor]:

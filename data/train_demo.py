@@ -13,6 +13,7 @@ from itertools import islice
 from pathlib import Path
 from random import Random
 
+import demo_mtp
 import torch
 from demo_corpus import SPECIAL_TOKENS, Author
 from demo_export import export
@@ -37,12 +38,23 @@ def main() -> None:
     checkpoint = options.work_dir / "checkpoint"
     checkpoint.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(options.seed)
+    if options.mtp:
+        make_mtp(options)
+        return
     model, tokenizer = resume(options.resume, checkpoint) if options.resume else begin(options.seed, checkpoint)
     log.info("%d parameters", sum(weight.numel() for weight in model.parameters()))
     train(model, batches(tokenizer, options.seed), options.steps)
     save(model, checkpoint)
     evaluate(load(checkpoint), tokenizer, options)
     export(checkpoint, options.out)
+
+
+def make_mtp(options: argparse.Namespace) -> None:
+    """Train the layer that drafts tokens for the model of `--mtp`, which stays as it is."""
+    model, file = demo_mtp.frozen(options.mtp)
+    tokenizer = Tokenizer.from_str(file.texts["tokenizer.json"].decode())
+    layer = demo_mtp.train(model, batches(tokenizer, options.seed), options.steps)
+    demo_mtp.export_mtp(layer, file, options.out)
 
 
 def begin(seed: int, checkpoint: Path) -> tuple[Llama, Tokenizer]:
@@ -65,6 +77,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=2800, help=f"optimizer steps of about {TOKENS} tokens")
     parser.add_argument("--seed", type=int, default=1, help="of corpus and weights")
     parser.add_argument("--resume", type=Path, help="checkpoint folder to go on from; give another --seed")
+    parser.add_argument("--mtp", type=Path, help="model file for which to train a layer that drafts tokens, into --out")
     parser.add_argument("--work-dir", type=Path, default=Path("demo-work"), help="where the checkpoint goes")
     return parser.parse_args()
 

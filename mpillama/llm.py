@@ -178,9 +178,12 @@ class LLM(EngineSettings):
         self._hold(None)
         if not session.executor.abandoned:
             if session.is_root:
+                session.engine.save_cache()
                 session.executor.end(0)
             if session.loaded.model.pipeline:
                 session.loaded.model.pipeline.free()
+            if session.executor.draft:
+                session.executor.draft.comm.free_sums()
             session.world.free()
         session.target.team.close()
 

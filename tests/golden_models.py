@@ -125,18 +125,22 @@ EXPERT_NAMES = {"gate_proj": "ffn_gate_exps", "up_proj": "ffn_up_exps", "down_pr
 
 def write_gguf(
     path: Path, family: str, quantise: Callable[[np.ndarray], tuple[np.ndarray, Any]], pre: str = "llama-bpe",
-    part_tensors: int = 0, drafts: int = 0, old: bool = False,
+    part_tensors: int = 0, drafts: int = 0, old: bool = False, beside: Mapping[str, np.ndarray] | None = None,
 ) -> None:  # fmt: skip
     """Write a golden model (or any folder, by its path) as llama.cpp's converter does.
 
     `quantise` gives a matrix's data and GGML type, `pre` is the name of the pre-tokenizer; with `part_tensors` the file
     is split into parts of so many tensors, and so many layers behind the last are those that only draft tokens; an
-    `old` file of latent attention has kv_b in one piece.
+    `old` file of latent attention has kv_b in one piece. With tensors `beside` it, the last layer is one that drafts.
     """
     config = open_model(str(FOLDER / family)).config
     architecture = ARCHITECTURES[config.model_type]
     writer = gguf.GGUFWriter(path, architecture, split_max_tensors=part_tensors)
     _write_metadata(writer, family, config, drafts, old)
+    if beside:
+        writer.add_nextn_predict_layers(1)
+        for name, tensor in beside.items():
+            writer.add_tensor(f"blk.{config.num_hidden_layers - 1}.nextn.{name}.weight", tensor)
     _write_vocabulary(writer, family, pre)
     stored = _gguf_tensors(family, architecture, config)
     for name, tensor in (stored if old else _with_halves(stored, config)).items():

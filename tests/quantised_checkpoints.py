@@ -4,6 +4,7 @@ Each scheme makes the arrays of one matrix and says what their values are in flo
 """
 
 import json
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -291,3 +292,77 @@ def write_values(folder: Path, made: Written, sizes: Mapping[str, Any] = SIZES) 
     plain = Written(folder, arrays={name: ("F32", values.astype(np.float32)) for name, values in made.values.items()})
     plain.write(sizes)
     return folder
+
+
+# -- models with delta nets as their makers publish them --------------------------------------------------------------
+
+LEFT_ALONE = re.compile(
+    r"norm\.|\.A_log$|\.dt_bias$|\.conv1d\.|\.in_proj_(a|b|ba)\.|\.mlp\.gate\.|\.shared_expert_gate\.|embed_tokens|lm_head|"
+    r"mtp\.fc|visual"
+)
+"""What Qwen3-Next and Qwen3.5 in FP8 have in bfloat16."""
+BESIDE = {"mtp.fc.weight": (32, 32), "mtp.layers.0.mlp.experts.0.up_proj.weight": (40, 32), "model.visual.x": (3,)}
+"""Stands for what Qwen3.5 has beside its language model."""
+
+
+def delta_net_tensors(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """The tensors of a checkpoint of Qwen3-Next, or of Qwen3.5 as a language model, and their shapes."""
+    c, hidden = config, config["hidden_size"]
+    following, experts = c["model_type"] == "qwen3_next", c.get("num_experts", 0)
+    keys = c["linear_num_key_heads"] * c["linear_key_head_dim"]
+    heads, values = c["linear_num_value_heads"], c["linear_num_value_heads"] * c["linear_value_head_dim"]
+    queries, kv = (c["head_dim"] * c[f"num_{kind}_heads"] for kind in ("attention", "key_value"))
+    net: dict[str, tuple[int, ...]] = {
+        "conv1d.weight": (2 * keys + values, 1, 4), "A_log": (heads,), "dt_bias": (heads,),
+        "norm.weight": (c["linear_value_head_dim"],), "out_proj.weight": (hidden, values),
+    }  # fmt: skip
+    rows = {"qkvz": 2 * keys + 2 * values, "ba": 2 * heads}
+    if not following:
+        rows = {"qkv": 2 * keys + values, "z": values, "a": heads, "b": heads}
+    net |= {f"in_proj_{part}.weight": (count, hidden) for part, count in rows.items()}
+    attention: dict[str, tuple[int, ...]] = {
+        "q_proj.weight": (2 * queries, hidden), "k_proj.weight": (kv, hidden), "v_proj.weight": (kv, hidden),
+        "o_proj.weight": (hidden, queries), "q_norm.weight": (c["head_dim"],), "k_norm.weight": (c["head_dim"],),
+    }  # fmt: skip
+    mlp: dict[str, tuple[int, ...]] = {}
+    of_experts = {f"experts.{e}.": c["moe_intermediate_size"] for e in range(experts)}
+    if experts:
+        of_experts["shared_expert."] = c["shared_expert_intermediate_size"]
+        mlp = {"gate.weight": (experts, hidden), "shared_expert_gate.weight": (1, hidden)}
+    for prefix, inner in (of_experts or {"": c["intermediate_size"]}).items():
+        mlp |= {f"{prefix}{name}_proj.weight": (inner, hidden) for name in ("gate", "up")}
+        mlp[f"{prefix}down_proj.weight"] = hidden, inner
+    found: dict[str, tuple[int, ...]] = {
+        "model.embed_tokens.weight": (c["vocab_size"], hidden), "model.norm.weight": (hidden,),
+    }  # fmt: skip
+    for i, kind in enumerate(c["layer_types"]):
+        layer = f"model.layers.{i}."
+        mixer = ("linear_attn.", net) if kind == "linear_attention" else ("self_attn.", attention)
+        for prefix, tensors in (mixer, ("mlp.", mlp)):
+            found |= {layer + prefix + name: shape for name, shape in tensors.items()}
+        found |= {f"{layer}{name}_layernorm.weight": (hidden,) for name in ("input", "post_attention")}
+    return found if c["tie_word_embeddings"] else {**found, "lm_head.weight": (c["vocab_size"], hidden)}
+
+
+def delta_net_in_fp8(folder: Path, config: Mapping[str, Any]) -> tuple[Written, Mapping[str, Any]]:
+    """Random numbers, matrices in blocks of 128 x 128; and the configuration without quantisation.
+
+    Qwen3.5 is the language model of one that sees.
+    """
+    made, rng, within = Written(folder), np.random.default_rng(13), config["model_type"] != "qwen3_next"
+    shapes = delta_net_tensors(config)
+    if within:
+        shapes = {re.sub(r"^model\.", "model.language_model.", name): shape for name, shape in shapes.items()} | BESIDE
+        kind = str(config["model_type"]).removesuffix("_text")
+        config = {"model_type": kind, "text_config": config, "vision_config": {}}
+    for name, shape in shapes.items():
+        if not LEFT_ALONE.search(name):
+            arrays, made.values[name] = float8((128, 128))(rng, (shape[0], shape[1]), shape[1] ** -0.5)
+            made.arrays.update({name.removesuffix(".weight") + ending: array for ending, array in arrays.items()})
+            continue
+        size = 1.0 if "A_log" in name else 0.1 if len(shape) == 1 or "embed" in name else shape[-1] ** -0.5
+        bits = bf16(rng.standard_normal(shape) * size + ("linear_attn.norm" in name))
+        made.arrays[name], made.values[name] = ("BF16", bits), float_of(bits, "BF16")
+    kept = [name.removesuffix(".weight") for name in shapes if LEFT_ALONE.search(name)]
+    made.write({**config, "quantization_config": {**BLOCKS, "modules_to_not_convert": kept}})
+    return made, config

@@ -14,6 +14,7 @@ from mpillama.kernels.target import prepare, requested_isa
 from mpillama.loading.model_file import ModelFile
 from mpillama.models.cache import KVCache, Step, blocks_for, joint_step, single_sequence_step
 from mpillama.models.decoder import Decoder
+from mpillama.models.mtp import MtpDecoder
 from mpillama.models.weights import load_weights
 from mpillama.quant.weight_type import LANES
 
@@ -40,7 +41,8 @@ def load_file(file: ModelFile, threads: int, context: int | None = None) -> Deco
     finally:
         reader.close()
     assert weights.bytes == reader.bytes_read or not isinstance(file, NativeModel)
-    return Decoder(file.config.for_context(context), weights, Communicator.alone(), team(threads))
+    make = MtpDecoder if file.config.mtp else Decoder
+    return make(file.config.for_context(context), weights, Communicator.alone(), team(threads))
 
 
 def new_cache(model: Decoder, blocks: int, kv_type: str) -> KVCache:

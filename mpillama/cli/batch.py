@@ -23,9 +23,10 @@ from mpillama.engine.engine import Engine
 from mpillama.errors import UserError
 from mpillama.job.deadline import Deadline, StopRequest, ignore_stop_signals
 from mpillama.job.start import World
+from mpillama.loading.draft import needs_of_draft, open_draft_file
 from mpillama.loading.load import DEFAULT_BATCH_CONTEXT, open_shared_executor
 from mpillama.loading.model_file import model_path, open_model
-from mpillama.loading.preflight import smallest_group
+from mpillama.loading.preflight import Needs, smallest_group
 from mpillama.loading.session import Session
 from mpillama.replicas.replica import follow_router
 from mpillama.replicas.runner import EngineRunner
@@ -83,6 +84,9 @@ class Reporter:
             "cache_blocks_used": engine.pool.used,
             "cache_blocks": engine.pool.size,
             "prefix_cache_hit_share": totals.cached_tokens / max(1, totals.prompt_tokens),
+            "cache_blocks_saved": engine.disk.counts.saved if engine.disk else 0,
+            "cache_blocks_loaded": engine.disk.counts.loaded if engine.disk else 0,
+            "late_steps": engine.pace.late if engine.pace else 0,
             "preemptions": engine.scheduler.preemptions,
             "steps": totals.steps,
             "step_seconds": totals.step_seconds,
@@ -150,7 +154,9 @@ def group_size(options: BatchOptions, world: World) -> int:
     open_file = lambda: open_model(model_path(options.model), options.weights, options.tokenizer)  # noqa: E731
     file = world.comm.on_root(lambda: world.comm.busy(open_file, "reading the model's table"))
     context = options.max_seq_len or min(file.config.max_position_embeddings, DEFAULT_BATCH_CONTEXT)
-    return smallest_group(file, world, options, context)
+    draft = open_draft_file(options, world)
+    beside = lambda ranks: needs_of_draft(draft, options, world, ranks) if draft else Needs()  # noqa: E731
+    return smallest_group(file, world, options, context, beside)
 
 
 def check(options: BatchOptions) -> None:

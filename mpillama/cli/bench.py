@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import psutil
 
+from mpillama.cli.bench_drafts import bench_drafts
 from mpillama.cli.display import in_number, in_units, load_progress, print_sentence, print_table
 from mpillama.cli.options import BenchOptions
 from mpillama.cli.plots import draw
@@ -167,6 +168,8 @@ def _whole_cell(row: Report) -> list[str]:
 
 def bench(options: BenchOptions, world: World) -> int:
     world.comm.on_root_only(lambda: refuse_unwritable("--plot", options.plot))
+    if options.draft_tokens or options.draft_model or options.mtp:
+        return bench_drafts(options, world)
     with running(options, world) as job:
         model, whole = _load(options, world, job.target)
         job.monitor.watch(model)

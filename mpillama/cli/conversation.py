@@ -17,20 +17,33 @@ def write_at_once(text: str) -> None:
     sys.stdout.flush()
 
 
+def beginning(system: str | None) -> list[Message]:
+    """The messages of a conversation in which nothing was asked yet."""
+    return [{"role": "system", "content": system}] if system else []
+
+
 class Conversation:
-    """The messages so far, and who answers them: `answer` gives the pieces of the next one, `write` prints a piece."""
+    """The messages so far, and who answers them: `answer` gives the pieces of the next one, `write` prints a piece.
+
+    `on_change` is told of the messages whenever they are others.
+    """
 
     def __init__(
         self, answer: Callable[[list[Message]], Generator[str, None, None]], system: str | None,
         write: Callable[[str], object] = write_at_once,
+        on_change: Callable[[list[Message]], None] = lambda messages: None,
     ):  # fmt: skip
-        self.messages: list[Message] = []
         self._answer = answer
         self._write = write
-        self.reset(system)
+        self._on_change = on_change
+        self.messages = beginning(system)
 
     def reset(self, system: str | None) -> None:
-        self.messages = [{"role": "system", "content": system}] if system else []
+        self._change(beginning(system))
+
+    def _change(self, messages: list[Message]) -> None:
+        self.messages = messages
+        self._on_change(messages)
 
     @property
     def system(self) -> str | None:
@@ -48,7 +61,7 @@ class Conversation:
                     sys.stdout.write(" (stopped)")
                     break
         sys.stdout.write("\n")
-        self.messages = [*asked, {"role": "assistant", "content": answer}]
+        self._change([*asked, {"role": "assistant", "content": answer}])
 
 
 def converse(

@@ -13,7 +13,7 @@ from mpillama.cli.options import ConvertOptions
 from mpillama.cli.running import warn_of_requantised
 from mpillama.job.start import World
 from mpillama.loading.convert import convert_model, refuse_target, target_bytes, with_importance
-from mpillama.loading.model_file import ModelFile, open_model
+from mpillama.loading.model_file import ModelFile, open_model, open_mtp
 from mpillama.loading.texts import make_tokenizer
 
 
@@ -37,7 +37,10 @@ def convert(options: ConvertOptions, world: World) -> int:
 
 
 def _open_source(options: ConvertOptions) -> ModelFile:
-    model = open_model(options.source, options.weights, options.tokenizer)
+    if options.mtp:
+        model = open_mtp(options.source, options.weights)
+    else:
+        model = open_model(options.source, options.weights, options.tokenizer)
     return with_importance(model, options.importance) if options.importance else model
 
 

@@ -21,6 +21,7 @@ from mpillama.cli.values import output_file, read_standard_input, refuse_unwrita
 from mpillama.engine.sequence import EngineSequence, Request
 from mpillama.errors import UserError
 from mpillama.job.start import World
+from mpillama.loading.draft import draft_bytes_of_ranks
 from mpillama.loading.memory import MemoryModel, RankUsage, memory_of_ranks
 from mpillama.loading.session import Session
 from mpillama.loading.truncated import Extrapolation, TruncatedModel, extrapolate
@@ -118,7 +119,11 @@ def _memory(session: Session, options: GenerateOptions, positions: int) -> list[
     chunk = executor.model.workspace.capacity
     division, states = executor.model.division, executor.states
     model = MemoryModel(file.config, file.specs, division, options.kv_type, chunk, states=states)
-    return memory_of_ranks(model, executor.blocks, positions, executor.memory_per_rank())
+    found = memory_of_ranks(model, executor.blocks, positions, executor.memory_per_rank())
+    if session.draft is None:
+        return found
+    of_draft = draft_bytes_of_ranks(session.draft, executor, len(found))
+    return [replace(memory, draft=size) for memory, size in zip(found, of_draft, strict=True)]
 
 
 def _trial(session: Session, options: GenerateOptions, done: Generation) -> Extrapolation | None:
@@ -139,6 +144,7 @@ def _result(session: Session, options: GenerateOptions, done: Generation) -> dic
         "text": answer.text,
         "finish_reason": answer.finish_reason,
         "logits_sha256": done.logits.digest.hexdigest(),
+        "cached_tokens": done.sequence.cached_tokens or 0,
         "prefill_tokens_per_second": counts.prefill.tokens_per_second,
         "decode_tokens_per_second": counts.decode.tokens_per_second,
         "drafts_proposed": drafter.proposed if drafter else 0,

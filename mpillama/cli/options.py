@@ -11,10 +11,17 @@ from typing import Any, ClassVar, NoReturn, Optional
 import argparse_dataclass
 
 from mpillama import __version__
-from mpillama.cli.values import parse_bytes
 from mpillama.errors import UserError
 from mpillama.job.deadline import parse_duration
-from mpillama.loading.settings import EngineSettings, ModelSettings, SpeculationSettings, check_numbers, option
+from mpillama.loading.settings import (
+    DiskCacheSettings,
+    EngineSettings,
+    ModelSettings,
+    SpeculationSettings,
+    check_numbers,
+    option,
+    parse_bytes,
+)
 from mpillama.quant import WEIGHT_TYPE_NAMES
 from mpillama.text.sampling_params import About, Number, SamplingParams
 
@@ -91,6 +98,8 @@ class RunOptions(OnRanks, ModelSettings):
         if self.monitor is not None and not self.monitor > 0:
             raise UserError(f"--monitor is {self.monitor}: give a number of seconds above 0.")
         _ = self.memory_floor_bytes
+        if isinstance(self, DiskCacheSettings):
+            _ = self.cache_folder, self.cache_bytes
 
     @property
     def memory_floor_bytes(self) -> int | None:
@@ -161,7 +170,7 @@ def _assembled(command: type, values: dict[str, Any]) -> Any:
 
 
 @dataclass(frozen=True, kw_only=True)
-class GenerateOptions(RunOptions, SpeculationSettings):
+class GenerateOptions(RunOptions, SpeculationSettings, DiskCacheSettings):
     sampling: SamplingParams = sampling()
     prompt: str = option(
         "text to continue, or - to read it from standard input (default: Once upon a time)",
@@ -202,10 +211,21 @@ class GenerateOptions(RunOptions, SpeculationSettings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ChatOptions(RunOptions, SpeculationSettings):
+class ChatOptions(RunOptions, SpeculationSettings, DiskCacheSettings):
     sampling: SamplingParams = sampling()
     system: Optional[str] = option("the system message to begin with", metavar="TEXT")
+    session: Optional[str] = option(
+        "save the conversation in this file after each answer, and go on with it next time; without --cache-dir its KV "
+        "cache is kept beside it, in FILE.cache",
+        metavar="FILE",
+    )
     quiet: bool = option("no progress and no closing lines", False)
+
+    @property
+    def cache_folder(self) -> str | None:
+        if self.session is not None and self.cache_dir is None:
+            return f"{self.session}.cache"
+        return super().cache_folder
 
     @property
     def needs_template(self) -> bool:
@@ -213,7 +233,7 @@ class ChatOptions(RunOptions, SpeculationSettings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class BenchOptions(RunOptions):
+class BenchOptions(RunOptions, SpeculationSettings):
     shape: Optional[str] = option(
         "generate weights of a known shape in memory instead of reading a file, e.g. llama-3.2-1b, llama-3.1-405b",
         metavar="NAME",
@@ -243,6 +263,8 @@ class BenchOptions(RunOptions):
         super().check()
         if (self.shape is None) == (self.model is None):
             raise UserError("bench needs --shape NAME (weights made in memory) or --model FILE, one of them.")
+        if self.draft_tokens and (self.where or self.plot or self.model is None):
+            raise UserError("bench --speculate measures drafts of --model FILE, without --shape, --where and --plot.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -404,6 +426,17 @@ class PlanOptions(Options):
     nodes: int = option("nodes of the job (default: 1)", 1, metavar="COUNT", least=1)
     ranks_per_node: int = option("ranks on each node (default: 1)", 1, metavar="COUNT", least=1)
     memory_per_node: str = option("memory of a node, e.g. 64GB or 60GiB (default: 64GB)", "64GB", metavar="BYTES")
+    draft_model: Optional[str] = option("a draft model beside the model, in any format", metavar="PATH")
+    draft_ranks: str = option("which ranks hold the draft model (default: all)", "all", choices=["all", "first"])
+    speculate: Optional[int] = option(
+        "predict decoding with N drafts for each sequence and step (default: none, with a draft model 4)",
+        metavar="N",
+        least=1,
+    )
+    acceptance: float = option(
+        "the share of drafts that come true, which `bench --speculate` measures (default: 0.7)", 0.7, metavar="SHARE",
+        least=0,
+    )  # fmt: skip
     layers: Optional[int] = option(
         "plan a trial of the first N layers; with --shape as `bench` runs it, which has no tokenizer", metavar="N"
     )
@@ -411,7 +444,7 @@ class PlanOptions(Options):
         "limit of prompt and answer together, in tokens (default: the model's own context)", metavar="TOKENS"
     )
     batch: int = option("sequences computed together (default: 1)", 1, metavar="COUNT", least=1)
-    kv_type: str = option("type of the KV cache (default: f16)", "f16", choices=["f16", "f32", "q8"])
+    kv_type: str = option("type of the KV cache (default: f16)", "f16", choices=["f16", "f32", "q8", "q4"])
     threads: int = option(
         "threads of each rank, which take memory for what they compute together (default: 16)", 16, metavar="COUNT",
         least=1,
@@ -452,6 +485,8 @@ class PlanOptions(Options):
         super().check()
         if (self.shape is None) == (self.model is None):
             raise UserError("plan needs --shape NAME or --model PATH, one of them.")
+        if self.acceptance > 1:
+            raise UserError(f"--acceptance is {self.acceptance:g}: give a share from 0 to 1.")
 
 
 @dataclass(frozen=True)
@@ -468,6 +503,7 @@ class ConvertOptions(OnRanks):
     tokenizer: Optional[str] = option(
         "the .t file of a distributed-llama model (default: the one beside it)", metavar="PATH"
     )
+    mtp: bool = option("write the layer that drafts tokens for the model, for --draft-model, instead of it", False)
     force: bool = option("replace the target if it exists", False)
     threads: Optional[int] = option(
         "threads of each rank (default: the cores this rank may use, shared fairly with the ranks on them)",

@@ -10,11 +10,13 @@ from typing import Any
 
 from mpillama.cli.display import in_number, in_units, print_sentence, print_table, stages
 from mpillama.cli.options import PlanOptions
-from mpillama.cli.values import output_file, parse_bytes, parse_number, refuse_unwritable
+from mpillama.cli.values import output_file, refuse_unwritable
 from mpillama.errors import UserError
 from mpillama.loading.memory import RESERVE
 from mpillama.loading.model_file import open_model
 from mpillama.loading.plan import (
+    DraftRequest,
+    DraftSpeed,
     Node,
     Plan,
     PlanRequest,
@@ -26,9 +28,11 @@ from mpillama.loading.plan import (
     make_plan,
     plans_of_stages,
     predict,
+    predict_drafts,
     remedies,
     shared_by_measure,
 )  # fmt: skip
+from mpillama.loading.settings import DEFAULT_DRAFTS, parse_bytes, parse_number
 from mpillama.loading.shares import Measured, divide, read_shares
 from mpillama.loading.traffic import Network
 from mpillama.models.config import ModelConfig
@@ -112,13 +116,18 @@ def plan(options: PlanOptions) -> int:
     speed, even = predict(planned, node, network), None
     if planned.request.shares is not None:
         even = predict(make_plan(replace(planned.request, shares=None)), node, network)
+    drafted = predict_drafts(planned, node, network)
     cures = remedies(planned)
     compared = plans_of_stages(planned.request, node, network) if options.nodes > 1 else []
     if options.json:
-        report = {**_as_json(planned, speed, even, cures), **_layouts_as_json(compared)}
+        drafts = {"drafts": asdict(drafted)} if drafted else {}
+        report = {**_as_json(planned, speed, even, cures), **drafts, **_layouts_as_json(compared)}
         sys.stdout.write(json.dumps(report, indent=2) + "\n")
     else:
-        _print(planned, speed, even, cures)
+        _print(planned, speed, even)
+        if drafted:
+            _print_drafts(planned, drafted)
+        _print_verdict(planned, cures)
         if len(compared) > 1:
             _print_layouts(compared, network)
     if options.sbatch and planned.fits:
@@ -142,10 +151,21 @@ def _request(options: PlanOptions) -> PlanRequest:
     sizes = (nodes, ranks, memory, context, options.batch, options.kv_type)
     request = PlanRequest(
         config, types, *sizes, tokenizer=not bench_trial, sync=options.sync, stages=options.pipeline,
-        threads=options.threads,
+        threads=options.threads, draft=_draft(options),
     )  # fmt: skip
     divide(request.ranks, request.stages, None, config.num_hidden_layers)
     return request if options.shares is None else _with_shares(request, read_shares(options.shares))
+
+
+def _draft(options: PlanOptions) -> DraftRequest | None:
+    """What is drafted, and by which model."""
+    if options.draft_model is None:
+        return DraftRequest(options.speculate, options.acceptance) if options.speculate else None
+    file = open_model(options.draft_model)
+    tokens = options.speculate or DEFAULT_DRAFTS
+    return DraftRequest(
+        tokens, options.acceptance, file.config, file.weight_types, alone=options.draft_ranks == "first"
+    )
 
 
 def _with_shares(request: PlanRequest, shares: tuple[float, ...] | list[Measured]) -> PlanRequest:
@@ -214,18 +234,21 @@ def _as_json(planned: Plan, speed: Speed, even: Speed | None, cures: list[Remedy
     }
 
 
-def _print(planned: Plan, speed: Speed, even: Speed | None, cures: list[Remedy]) -> None:
+def _print(planned: Plan, speed: Speed, even: Speed | None) -> None:
     request, rows = planned.request, list[tuple[str, ...]]()
     count = len(planned.ranks)
     fullest = max(range(count), key=lambda rank: planned.ranks[rank].total)
     for rank in range(count) if count <= 8 else sorted({0, 1, 2, fullest, count - 1}):
         r, mark = planned.ranks[rank], " (most)" if rank == fullest and planned.inequality > 0 else ""
         states = (r.states,) if request.config.has_state else ()
-        row = (r.weights, r.embedding, r.kv_cache, *states, r.buffers, r.python, r.total, r.reads)
+        draft = (r.draft,) if any(each.draft for each in planned.ranks) else ()
+        row = (r.weights, r.embedding, r.kv_cache, *states, r.buffers, *draft, r.python, r.total, r.reads)
         share = [f"{100 * r.weights / sum(each.weights for each in planned.ranks):.1f} %"] if request.shares else []
         rows.append((f"{rank}{mark}", *share, *map(in_units, row)))
     states_column = ("states",) if request.config.has_state else ()
-    columns = ("weights", "embedding, head", "KV cache", *states_column, "buffers", "Python", "total", "reads")
+    draft_column = ("draft model",) if any(each.draft for each in planned.ranks) else ()
+    columns = ("weights", "embedding, head", "KV cache", *states_column, "buffers", *draft_column)
+    columns = (*columns, "Python", "total", "reads")
     print_table(("rank", *(["share"] if request.shares else []), *columns), rows)
     on = f"{in_number(request.nodes, 'node')} x {in_number(request.ranks_per_node, 'rank')}"
     print_sentence(
@@ -255,7 +278,20 @@ def _print(planned: Plan, speed: Speed, even: Speed | None, cures: list[Remedy])
         print_sentence(
             f"With these shares: {gain:.2f} times the {even.decode_tokens_per_second:.2f} tok/s of even shares."
         )
-    _print_verdict(planned, cures)
+
+
+def _print_drafts(planned: Plan, drafted: DraftSpeed) -> None:
+    draft = planned.request.draft
+    assert draft is not None
+    experts = (
+        f"; a step reads {drafted.expert_reads:.1f} times the experts of one token" if drafted.expert_reads else ""
+    )
+    model = f"; {100 * drafted.draft_share:.0f} % of the time is the draft model's" if draft.config else ""
+    print_sentence(
+        f"With {in_number(draft.tokens, 'draft')} for each sequence, {100 * draft.acceptance:.0f} % of them true: "
+        f"{drafted.tokens_per_step:.2f} tokens a step, {100 * drafted.steps_saved:.0f} % of the steps saved, decode "
+        f"{drafted.decode_tokens_per_second:.2f} tok/s, {drafted.gain:.2f} times that without{experts}{model}."
+    )
 
 
 def _layouts_as_json(compared: list[StagePlan]) -> dict[str, Any]:

@@ -95,6 +95,8 @@ def leading(session: Session, job: Job) -> Iterator[None]:
         raise
     except BrokenPipeError:
         job.status = stop_printing()
+    if not session.executor.abandoned:
+        session.engine.save_cache()
     session.executor.end(job.status)
 
 
@@ -187,6 +189,7 @@ def closing_line(session: Session, memory: list[RankUsage]) -> str:
         f"memory{f' of rank {fullest}' if len(memory) > 1 else ''}: weights {in_units(m.weights)}, "
         f"KV cache {in_units(m.kv_cache_filled)} of {in_units(m.kv_cache)}, "
         f"{f'states {in_units(m.states)}, ' if m.states else ''}buffers {in_units(m.buffers)}, "
+        f"{f'draft model {in_units(m.draft)}, ' if m.draft else ''}"
         f"whole process {in_units(m.process)} | "
         f"{in_number(session.world.comm.size, 'rank')} x {in_number(target.threads, 'thread')}, {target.isa.name}"
     )

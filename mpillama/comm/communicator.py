@@ -58,14 +58,11 @@ class Communicator:
 
     def free(self) -> None:
         """Give back what this communicator holds of MPI; all ranks must call this, with nothing under way."""
-        if self.shared is not None:
-            self.shared.free()
-            self.shared = None
         if self.watch.messages is not None:
             self.watch.messages.outbox.drain()
             self.watch.messages.mpi.Free()
             self.watch.messages = None
-        self.mpi.Free()
+        self.free_sums()
 
     @property
     def is_root(self) -> bool:
@@ -282,6 +279,22 @@ class Communicator:
     def idle(self) -> AbstractContextManager[None]:
         """Rank 0 waits for a person or a pipe: the others wait for its next plan as long as it takes."""
         return self.watch.idle()
+
+    def twin(self) -> "Communicator":
+        """Another communicator of the same ranks, whose sums go their own ways."""
+        with self.watch.blocking("the start"):
+            return Communicator(self.mpi.Dup(), self.yields, self.watch, self.is_of_all)
+
+    def of_this_rank(self) -> "Communicator":
+        """A communicator of this rank alone, which is watched as this one."""
+        return Communicator(MPI.COMM_SELF.Dup(), self.yields, self.watch, is_of_all=False)
+
+    def free_sums(self) -> None:
+        """Give back a twin, or the communicator of a rank; what watches belongs to the communicator they came from."""
+        if self.shared is not None:
+            self.shared.free()
+            self.shared = None
+        self.mpi.Free()
 
     def neighbours(self) -> "Communicator":
         """Return the communicator of the ranks on this rank's host."""

@@ -9,6 +9,7 @@ from typing import Protocol
 import numpy as np
 from mpi4py import MPI
 
+from mpillama.comm.background import Background, can_be
 from mpillama.comm.hosts import HostExchange, Packer, count_hosts, host_mates, leaders_of
 from mpillama.comm.ways import RANKS_PER_HOST, Traffic, ways_between
 
@@ -56,7 +57,8 @@ YIELDS = 200
 class Window(Packer, Protocol):
     """What adds up in shared memory: kernels.shared_sum.SharedWindow."""
 
-    totals: np.ndarray
+    def totals_of(self, sequence: int, count: int) -> np.ndarray:
+        """Where a host's first rank has the sum of an exchange, float64 [count]."""
 
     def clear(self) -> None:
         """Begin: once for this rank, before any rank adds up."""
@@ -65,10 +67,10 @@ class Window(Packer, Protocol):
         """Replace `partial` by its sum over ranks; returns whether it was there while it waited."""
 
     def sum_host(self, count: int, sequence: int, spins: int, yields: int) -> bool:
-        """Begin `totals` with what this host's ranks have; returns whether they all arrived while it waited."""
+        """Begin the totals with what this host's ranks have; returns whether they all arrived while it waited."""
 
     def publish(self, sequence: int) -> None:
-        """Give `totals` to this host's ranks."""
+        """Give the totals to this host's ranks."""
 
 
 WindowBytes = Callable[[int, int, bool], int]
@@ -104,7 +106,10 @@ class SharedReduction:
         leaders = leaders_of(mpi, mates) if self.hosts > 1 else None
         pause = lambda: Backoff(yields).pause  # noqa: E731
         self.exchange = HostExchange(leaders, self.shared, CAPACITY, self.traffic, pause) if leaders else None
+        self.overlaps = self.hosts > 1 and can_be()
+        """Whether a sum can travel while this rank computes what does not need it."""
         self._ahead: deque[tuple[int, int]] = deque()
+        self._background: Background | None = None
 
     @property
     def virtual(self) -> bool:
@@ -128,6 +133,7 @@ class SharedReduction:
 
     def free(self) -> None:
         """Give back what this holds of MPI; all ranks must call this."""
+        self._end_background()
         if self.window is not None:
             self.window.Free()
         if self.exchange is not None:
@@ -149,20 +155,56 @@ class SharedReduction:
         return first
 
     def waits(self, backoff: Backoff) -> tuple[int, int]:
-        """How often a rank polls for the sum and then gives its core away: a leader not at all, as it must fetch it."""
-        return (0, 0) if self.leads else (backoff.spins, YIELDS)
+        """How often a rank polls for the sum and then gives its core away.
+
+        A leader does neither as long as it must fetch the sum itself, and leaves its core to the thread that does.
+        """
+        if not self.leads:
+            return backoff.spins, YIELDS
+        return (0, YIELDS) if self._is_in_background() else (0, 0)
+
+    def hand_over(self) -> None:
+        """Let a thread bring the exchanges that were begun, if this rank leads: this rank goes on computing."""
+        if self._ahead and self._background is None:
+            self._background = Background(self._bring)
+        while self._background is not None and self._ahead:
+            self._background.give(*self._ahead.popleft())
 
     def advance(self, backoff: Backoff, look: Callable[[], None]) -> None:
         """Between two polls for the sum: a leader brings one from the other hosts, if its own ranks are there."""
-        look()
-        if self.exchange is not None and self._ahead:
+        try:
+            look()
+        except BaseException:
+            self._end_background()
+            raise
+        if self._is_in_background():
+            self.hand_over()  # in the same order on all hosts
+        elif self._ahead:
             sequence, count = self._ahead[0]
             if self.shared.sum_host(count, sequence, backoff.spins, YIELDS):
-                self.exchange.sum(self.shared.totals[:count], look)
-                self.shared.publish(sequence)
+                self._bring_from_others(sequence, count, look)
                 self._ahead.popleft()
                 return
         backoff.pause()
+
+    def _bring(self, sequence: int, count: int, look: Callable[[], None]) -> None:
+        """What the thread does of one exchange."""
+        while not self.shared.sum_host(count, sequence, 0, 1):
+            look()
+        self._bring_from_others(sequence, count, look)
+
+    def _bring_from_others(self, sequence: int, count: int, look: Callable[[], None]) -> None:
+        assert self.exchange is not None
+        self.exchange.sum(self.shared.totals_of(sequence, count), look)
+        self.shared.publish(sequence)
+
+    def _is_in_background(self) -> bool:
+        return self._background is not None and self._background.is_busy
+
+    def _end_background(self) -> None:
+        if self._background is not None:
+            self._background.end()
+            self._background = None
 
     def _exchange(self, piece: np.ndarray, backoff: Backoff, look: Callable[[], None]) -> None:
         sequence, posted = self.next_sequence([len(piece)]), False

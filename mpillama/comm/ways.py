@@ -14,6 +14,10 @@ MOST_PIECES = 64
 RANKS_PER_HOST = "MPILLAMA_RANKS_PER_HOST"
 """For tests: the ranks of one machine are taken for those of several hosts, so many each, or as listed (3,1,1)."""
 
+OVERLAP = "MPILLAMA_OVERLAP"
+"""For tests and measurements: whether sums between hosts travel while other tokens of the step are computed, always or
+never, where it is otherwise chosen by what steps take."""
+
 
 @dataclass
 class Traffic:

@@ -8,7 +8,7 @@ unused goes first.
 
 import hashlib
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
@@ -35,6 +35,8 @@ class Pool:
 
     def __init__(self, size: int):
         self.size = size
+        self.on_forget: Callable[[int, bytes], None] = lambda place, digest: None
+        """Told of a place and its digest, just before another may have its memory."""
         self._free = list(range(size - 1, -1, -1))
         self._users = [0] * size
         self._digests: list[bytes | None] = [None] * size
@@ -66,7 +68,21 @@ class Pool:
         del self._known[digest]
         self._digests[place] = None
         self._free.append(place)
+        self.on_forget(place, digest)
         return digest
+
+    def knows(self, digest: bytes) -> bool:
+        """Whether there is a place with that content."""
+        return digest in self._known
+
+    def known(self) -> Iterator[tuple[int, bytes]]:
+        """All that others could find, and its digest, last used first."""
+        unused = list(reversed(self._unused))
+        used = [place for place in self._known.values() if place not in self._unused]
+        for place in (*used, *unused):
+            digest = self._digests[place]
+            assert digest is not None
+            yield place, digest
 
     def _use(self, place: int) -> int:
         """Add a user to a known place."""
@@ -99,9 +115,15 @@ class StatePool(Pool):
     A state cannot be rewound: a known beginning of a text can be continued only where there is a snapshot.
     """
 
-    def knows(self, digest: bytes) -> bool:
-        """Whether there is a snapshot."""
-        return digest in self._known
+    def __init__(self, size: int):
+        super().__init__(size)
+        self.superseded: set[bytes] = set()
+        """Of the snapshots those that are not worth keeping elsewhere."""
+
+    def _forget(self, place: int) -> bytes:
+        digest = super()._forget(place)
+        self.superseded.discard(digest)
+        return digest
 
     def is_known(self, slot: int) -> bool:
         """Whether a slot is a snapshot that others can find."""
@@ -111,6 +133,7 @@ class StatePool(Pool):
         """How many blocks the longest beginning with a snapshot has, and that slot, with one user more; 0 and None."""
         for count in range(len(digests), 0, -1):
             if digests[count - 1] in self._known:
+                self.superseded.discard(digests[count - 1])
                 return count, self._use(self._known[digests[count - 1]])
         return 0, None
 
@@ -119,6 +142,7 @@ class StatePool(Pool):
         slot = self._known.get(digest)
         if slot is not None and slot in self._unused:
             self._unused.move_to_end(slot, last=False)
+            self.superseded.add(digest)
 
     def forget(self, digest: bytes) -> None:
         """Nothing finds a snapshot any more once its block is forgotten; who uses it still may."""
@@ -127,6 +151,7 @@ class StatePool(Pool):
             self._forget(slot)
         elif slot is not None:
             self._digests[self._known.pop(digest)] = None
+            self.superseded.discard(digest)
 
 
 class BlockPool(Pool):
@@ -135,6 +160,21 @@ class BlockPool(Pool):
     def __init__(self, blocks: int, states: StatePool | None = None):
         super().__init__(blocks)
         self.states = states
+        self._drafted: set[int] = set()
+
+    def take(self) -> int:
+        """As Pool: its keys and values are those of nobody, neither of the model nor of a draft model."""
+        block = super().take()
+        self._drafted.discard(block)
+        return block
+
+    def mark_drafted(self, blocks: Sequence[int]) -> None:
+        """A draft model has computed these blocks, too."""
+        self._drafted.update(blocks)
+
+    def drafted(self, blocks: Sequence[int]) -> int:
+        """How many of a sequence's first blocks a draft model has computed."""
+        return next((i for i, block in enumerate(blocks) if block not in self._drafted), len(blocks))
 
     def _forget(self, place: int) -> bytes:
         digest = super()._forget(place)

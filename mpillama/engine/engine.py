@@ -12,10 +12,14 @@ import numpy as np
 
 from mpillama.engine.answer import Answer, Mark
 from mpillama.engine.block_pool import BlockPool, StatePool
+from mpillama.engine.disk_cache import DiskCache
+from mpillama.engine.draft_model import DraftModel
 from mpillama.engine.executor import Executor
-from mpillama.engine.scheduler import ScheduledSequence, Scheduler
+from mpillama.engine.mtp import MtpDrafter, MtpExecutor
+from mpillama.engine.pace import Pace
+from mpillama.engine.scheduler import ScheduledSequence, Scheduler, load_of
 from mpillama.engine.sequence import EngineSequence, Request, check_prompt
-from mpillama.engine.speculation import Drafter
+from mpillama.engine.speculation import Drafter, PromptLookup
 from mpillama.errors import UserError
 from mpillama.models.candidates import Candidates
 from mpillama.text.sampler import NonFiniteLogits, Sampler, check_bias, check_finite
@@ -113,21 +117,35 @@ class Update:
 class Engine:
     """Runs requests that come and go at any step; each answer has the bits of a run by itself.
 
-    The executor is used by nobody else. `speculate` is the most draft tokens of a sequence in a step.
+    The executor is used by nobody else. `speculate` is the most draft tokens of a sequence in a step, which come from
+    the executor's draft model, if it has one, or else from the text. Beside answers under way a step takes as much of
+    prompts as keeps it within `max_token_delay` seconds.
     """
 
-    def __init__(self, executor: Executor, tokenizer: Tokenizer, speculate: int = 0):
+    def __init__(
+        self, executor: Executor, tokenizer: Tokenizer, speculate: int = 0, max_token_delay: float | None = None
+    ):
         self.executor = executor
         self.tokenizer = tokenizer
         self.pool = BlockPool(executor.blocks, StatePool(executor.states) if executor.states else None)
-        self.drafter = Drafter(speculate) if speculate else None
+        self.drafter = self._make_drafter(speculate) if speculate else None
         self.scheduler = Scheduler(self.pool, executor.slots, executor.max_tokens, executor.max_seq_len, self.drafter)
+        self.disk = DiskCache(executor, executor.folder, self.pool) if executor.folder else None
+        self.scheduler.disk = self.disk
+        self.pace = self.scheduler.pace = None if max_token_delay is None else Pace(max_token_delay)
         self.counts = EngineCounts()
         self.in_step = False
         """Whether a step is being computed, or was left by an exception: the other ranks then wait for its rest."""
         self._number = 0
         self._rows = Rows(iter(()), Clock())
         self._inboxes: dict[int, deque[Update]] = {}
+
+    def _make_drafter(self, most: int) -> Drafter:
+        draft = self.executor.draft
+        if draft is None:
+            return PromptLookup(most)
+        make = MtpDrafter if isinstance(draft, MtpExecutor) else DraftModel
+        return make(self.executor, self.pool, most)
 
     @property
     def longest(self) -> int:
@@ -183,13 +201,21 @@ class Engine:
     def step(self) -> list[Update]:
         """Run one step; returns the sequences that went on. Nothing happens if the engine is idle."""
         start = time.perf_counter()
+        drafting = self.drafter.seconds if self.drafter else 0.0
+        # Other ranks may draft with this one, or read and write files.
+        self.in_step = self.drafter is not None or self.disk is not None
         shares = self.scheduler.schedule()
+        if self.disk is not None:
+            self.disk.flush()
+        self.in_step = False
         if not shares:
             return []
         decodes = all(share.count == 1 and share.sequence.answer.token_ids for share in shares)
         clock = self.counts.decode if decodes else self.counts.prefill
         segments = [share.sequence.segment(share.count, share.drafts, share.states) for share in shares]
         clock.tokens += sum(share.count for share in shares)
+        clock.seconds += self.drafter.seconds - drafting if self.drafter else 0.0
+        load = load_of(shares) if self.pace else None
         self.in_step = True
         with timed(clock):
             pieces = self.executor.forward_in_pieces(segments)
@@ -201,14 +227,29 @@ class Engine:
             if (inbox := self._inboxes.get(update.sequence.number)) is not None:
                 inbox.append(update)
         self.counts.steps += 1
-        self.counts.step_seconds += time.perf_counter() - start
+        seconds = time.perf_counter() - start
+        self.counts.step_seconds += seconds
+        if self.drafter is not None and decodes:
+            self.drafter.lengths.note_step(seconds, sum(len(share.drafts) for share in shares), len(shares))
+        if self.pace is not None and load is not None:
+            self.pace.note(load, seconds)
         return updates
+
+    def save_cache(self, waits: bool = True) -> None:
+        """Have what is in memory written to files, if there are any; between steps.
+
+        If too much waits to be written, the ranks wait, too, or leave it out.
+        """
+        if self.disk is not None:
+            self.in_step = True
+            self.disk.save_all(waits)
+            self.in_step = False
 
     def _take(self, shares: list[ScheduledSequence], rows: "Rows") -> Iterator[Update]:
         """Note what was computed and sample where a sequence's last token was among it."""
         token = 0
         for share in shares:
-            sequence = share.sequence
+            sequence, start, row = share.sequence, share.sequence.computed, token
             is_last = share.count == sequence.pending
             self._tell_prompt(sequence, islice(rows, sequence.untold_among(share.count)))
             sequence.computed += share.count
@@ -226,6 +267,8 @@ class Engine:
                 yield Update(sequence)
             if not sequence.finished:
                 sequence.publish(self.pool)
+            if self.drafter is not None and not sequence.finished:
+                self.drafter.note_computed(sequence, row, start)
 
     def _tell_prompt(self, sequence: EngineSequence, rows: Iterator[Row]) -> None:
         """Pass on the logits that each next token of the prompt would have been chosen from; take all rows."""
@@ -268,7 +311,7 @@ class Engine:
             if i == len(drafts) or drafts[i] != token:
                 break
             sequence.computed += 1
-        self._count(tokens)
+        self._count(sequence, len(drafts), len(tokens))
         return Update(sequence, tokens, text, sequence.answer.marks[marks:])
 
     def _choose(self, sequence: EngineSequence, row: Row) -> int:
@@ -289,16 +332,12 @@ class Engine:
         return self.executor.whole_row(number)
 
     def _sampler(self, sequence: EngineSequence) -> Sampler:
-        """Made when first needed: it is as large as the vocabulary."""
-        if sequence.sampler is None:
-            vocab_size = self.executor.model.config.vocab_size
-            sequence.sampler = Sampler(sequence.request.sampling, vocab_size, sequence.request.prompt_ids)
-        return sequence.sampler
+        return sequence.make_sampler(self.executor.model.config.vocab_size)
 
-    def _count(self, tokens: list[int]) -> None:
-        self.counts.sampled_tokens += len(tokens)
+    def _count(self, sequence: EngineSequence, drafts: int, tokens: int) -> None:
+        self.counts.sampled_tokens += tokens
         if self.drafter is not None:
-            self.drafter.accepted += max(0, len(tokens) - 1)
+            self.drafter.note(sequence, drafts, tokens)
 
     def _end(self, sequence: EngineSequence, reason: str) -> None:
         """Free what the sequence holds; its full blocks stay known for others."""

@@ -1,5 +1,6 @@
 """Steps on all ranks: rank 0 says what goes through the model, the others follow."""
 
+import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -10,13 +11,16 @@ import numpy as np
 import psutil
 
 from mpillama.comm.communicator import Communicator
+from mpillama.engine.cache_folder import CacheFolder, Place
+from mpillama.engine.step_parts import StepParts
 from mpillama.models.cache import KVCache, Step, blocks_for, joint_step
 from mpillama.models.candidates import WHOLE, Candidates, Wanted
 from mpillama.models.decoder import Decoder
 from mpillama.text.tokenizer import check_token_ids
 
-HEADER = 4
-"""Numbers at the beginning of the message: order, tokens (or exit status, or row), segments, block ids."""
+HEADER = 5
+"""Numbers at the beginning of the message: order, tokens (or exit status, or row), segments, block ids, and in how many
+parts the step goes through the model."""
 FIELDS = 8
 """Numbers of a segment: slot, first position, tokens, rows of logits, first table place, new block ids, candidates,
 temperature (the bits of a float64)."""
@@ -24,6 +28,8 @@ STATE_FIELDS = 2
 """With recurrent layers also: the state slot that is read, and the one that is written."""
 NOWHERE = -1
 """No state slot."""
+PLACE_FIELDS = 3
+"""Numbers of a place of the cache: block, or -1 - state slot; and the digest, 16 bytes."""
 
 
 class Order(IntEnum):
@@ -33,6 +39,9 @@ class Order(IntEnum):
     END = 2
     REPORT_MEMORY = 3
     LOGITS = 4
+    SAVE = 5
+    LOAD = 6
+    DRAFT = 7
 
 
 @dataclass(frozen=True)
@@ -95,7 +104,7 @@ class StepPlan:
 
     def write_order(self, order: Order, status: int = 0) -> None:
         """Make the message an order without a step."""
-        self.buffer[:HEADER] = order, status, 0, 0
+        self.buffer[:HEADER] = order, status, 0, 0, 1
 
     def fit(self, segments: Sequence[Segment]) -> tuple[list[Segment], list[Segment]]:
         """Split off blocks that do not fit one message: segments of blocks alone, each a message, and the rest.
@@ -111,13 +120,13 @@ class StepPlan:
             rest.append(s)
         return before, rest
 
-    def write(self, segments: Sequence[Segment]) -> None:
+    def write(self, segments: Sequence[Segment], parts: int = 1) -> None:
         """Make the message a step; ValueError if it does not hold that many tokens, sequences or blocks."""
         ids = np.concatenate([np.asarray(s.token_ids, np.int64) for s in segments])
         blocks = [block for s in segments for block in s.blocks]
         if len(ids) > self.max_tokens or len(segments) > self.slots or len(blocks) > self.max_blocks:
             raise ValueError(f"a step of {len(ids)} tokens, {len(segments)} sequences, {len(blocks)} new blocks")
-        self.buffer[:HEADER] = Order.FORWARD, len(ids), len(segments), len(blocks)
+        self.buffer[:HEADER] = Order.FORWARD, len(ids), len(segments), len(blocks), parts
         at = HEADER + self.fields * len(segments)
         fields = self.buffer[HEADER:at].reshape(len(segments), self.fields)
         fields[:, :FIELDS] = [
@@ -139,7 +148,27 @@ class StepPlan:
                 self.snapshots[first + index] = slot
             first += len(s.token_ids)
 
+    @property
+    def most_places(self) -> int:
+        """How many places of the cache one message names."""
+        return (len(self.buffer) - HEADER) // PLACE_FIELDS
+
+    def write_places(self, order: Order, places: Sequence[Place], stamp: int = 0, waits: bool = False) -> None:
+        """Make the message an order to save or to load blocks and states."""
+        self.buffer[:HEADER] = order, len(places), stamp, waits, 0
+        numbers = self.buffer[HEADER : HEADER + PLACE_FIELDS * len(places)].reshape(-1, PLACE_FIELDS)
+        for to, place in zip(numbers, places, strict=True):
+            to[0] = place.number if place.kind == "block" else -1 - place.number
+            to[1:] = np.frombuffer(place.digest, np.int64)
+
     # -- all ranks -------------------------------------------------------------------------------------------------
+
+    def places(self) -> Iterator[Place]:
+        """Those of an order to save or to load."""
+        numbers = self.buffer[HEADER : HEADER + PLACE_FIELDS * int(self.buffer[1])].reshape(-1, PLACE_FIELDS)
+        for number, *digest in numbers.tolist():
+            name = np.array(digest, np.int64).tobytes()
+            yield Place("block", number, name) if number >= 0 else Place("state", -1 - number, name)
 
     @property
     def order(self) -> int:
@@ -149,6 +178,11 @@ class StepPlan:
     def status(self) -> int:
         """The exit status of an END, the row of LOGITS."""
         return int(self.buffer[1])
+
+    @property
+    def parts(self) -> int:
+        """In how many parts the step goes."""
+        return int(self.buffer[4])
 
     def wanted(self) -> list[Wanted]:
         """What is wanted of each row of logits of the step."""
@@ -162,7 +196,7 @@ class StepPlan:
 
     def step(self) -> Step:
         """Write the message's blocks into the tables and return the step that it describes."""
-        tokens, count, _ = (int(n) for n in self.buffer[1:HEADER])
+        tokens, count = (int(n) for n in self.buffer[1:3])
         at = HEADER + self.fields * count
         fields = self.buffer[HEADER:at].reshape(count, self.fields)
         self._write_tables(fields, self.buffer[at + tokens :])
@@ -187,6 +221,8 @@ def _numbers(wanted: Wanted) -> tuple[int, int]:
     return wanted.count, int(np.float64(wanted.temperature).view(np.int64))
 
 
+STAMP_STEP = 1000
+"""Nanoseconds between the times at which two places are said to have been used."""
 LOGIT_BYTES = 32 << 20
 """Logits that a rank holds at once where a step wants those of many positions."""
 
@@ -197,7 +233,7 @@ class Executor:
     The cache has `blocks` blocks, which rank 0 gives to sequences with the segments; without that number each slot has
     the blocks that it may need, and none need be given. A model with recurrent layers has `states` state slots, by
     default one more than sequences. On rank 0 call forward, memory_per_rank and end; on the other ranks call follow
-    once.
+    once. `draft` is the executor of a draft model on the ranks that hold it: all, or rank 0 alone.
     """
 
     def __init__(
@@ -216,8 +252,12 @@ class Executor:
         self.blocks = blocks
         self.piece = max(1, LOGIT_BYTES // (4 * model.config.vocab_size))
         self.abandoned = False
+        self.draft: Executor | None = None
+        self.step_parts = StepParts(model.most_parts)
         self.states = max(states, slots + 1) if model.config.has_state else 0
         self.cache = KVCache(model.config, model.part, blocks, kv_type, self.states)
+        self.folder: CacheFolder | None = None
+        """Where this rank keeps what leaves its memory, on all ranks or on none."""
 
     # -- rank 0 ----------------------------------------------------------------------------------------------------
 
@@ -255,14 +295,46 @@ class Executor:
         return logits
 
     def _run(self, segments: Sequence[Segment]) -> Iterator[list[np.ndarray | Candidates]]:
-        self.plan.write(segments)
+        self.plan.write(segments, self.step_parts.choose(sum(len(s.token_ids) for s in segments)))
         self.comm.broadcast_plan(self.plan.buffer)
         return self._execute()
+
+    def save(self, places: Sequence[Place], stamp: int, waits: bool = False) -> None:
+        """Let every rank write blocks and states to files, those last used first: at `stamp`, in ns.
+
+        Files are written later; what is too much for that is dropped, unless the ranks shall wait.
+        """
+        for batch in self._batches(places):
+            self.plan.write_places(Order.SAVE, batch, stamp, waits)
+            self.comm.broadcast_plan(self.plan.buffer)
+            self._save()
+            stamp -= STAMP_STEP * len(batch)
+
+    def load(self, places: Sequence[Place]) -> int:
+        """Fill blocks and states from files; returns how many of the first ones every rank has filled."""
+        done = 0
+        for batch in self._batches(places):
+            self.plan.write_places(Order.LOAD, batch)
+            self.comm.broadcast_plan(self.plan.buffer)
+            found = self._load()
+            done += found
+            if found < len(batch):
+                break
+        return done
+
+    def _batches(self, places: Sequence[Place]) -> Iterator[Sequence[Place]]:
+        most = self.plan.most_places
+        return (places[first : first + most] for first in range(0, len(places), most))
 
     def end(self, status: int) -> None:
         """Let the other ranks leave follow() with an exit status; nothing happens if they have given up."""
         if not self.abandoned:
             self._order(Order.END, status)
+        self._close_folder()
+
+    def begin_drafts(self) -> None:
+        """Let the other ranks follow the draft model's executor until that ends."""
+        self._order(Order.DRAFT)
 
     def memory_per_rank(self) -> list[int]:
         """Resident bytes of every rank's process, in order of rank."""
@@ -282,11 +354,18 @@ class Executor:
                 self.comm.watch.allow_silence()
             self.comm.broadcast_plan(self.plan.buffer)
             if self.plan.order == Order.END:
+                self._close_folder()
                 return self.plan.status
             if self.plan.order == Order.REPORT_MEMORY:
                 self._gather_memory()
+            elif self.plan.order == Order.DRAFT and self.draft is not None:
+                self.draft.follow(patient)
             elif self.plan.order == Order.LOGITS:
                 self.model.logits(np.array([self.plan.status]))
+            elif self.plan.order == Order.SAVE:
+                self._save()
+            elif self.plan.order == Order.LOAD:
+                self._load()
             else:
                 deque(self._execute(), maxlen=0)
 
@@ -294,10 +373,41 @@ class Executor:
         """Run the step; its logits are computed as they are taken."""
         step, wanted = self.plan.step(), self.plan.wanted()
         if len(step.token_ids):
-            self.model.advance(step, self.cache)
+            start = time.perf_counter()
+            self.model.advance(step, self.cache, self.plan.parts)
+            self.step_parts.note(len(step.token_ids), self.plan.parts, time.perf_counter() - start)
         starts = range(0, len(step.logit_rows), self.piece)
         pieces = (slice(first, first + self.piece) for first in starts)
         return (self.model.wanted_logits(step.logit_rows[piece], wanted[piece]) for piece in pieces)
+
+    def _save(self) -> None:
+        assert self.folder is not None
+        stamp, waits = int(self.plan.buffer[2]), bool(self.plan.buffer[3])
+        for i, place in enumerate(self.plan.places()):
+            self.folder.save(place, stamp - STAMP_STEP * i, waits)
+            self._get_on()
+
+    def _load(self) -> int:
+        """How many of the first places all ranks have filled; once a rank cannot write any more, none writes."""
+        assert self.folder is not None
+        done = 0
+        for place in self.plan.places():
+            if not self.folder.load(place):
+                break
+            done += 1
+            self._get_on()
+        found = self.comm.gather((done, self.folder.off), "the reading of cached blocks")
+        self.folder.off = any(off for _, off in found)
+        return min(done for done, _ in found)
+
+    def _close_folder(self) -> None:
+        if self.folder is not None:
+            self.folder.close(self._get_on)
+
+    def _get_on(self) -> None:
+        """Show the others that this rank works on."""
+        self.comm.watch.work += 1
+        self.comm.watch.answer()
 
     def _gather_memory(self) -> list[int]:
         return self.comm.gather(int(psutil.Process().memory_info().rss))

@@ -10,6 +10,7 @@ import numpy as np
 from mpillama.comm.communicator import Communicator, sample_addends
 from mpillama.comm.ways import Traffic
 from mpillama.engine.skew import RankTimes, timed_layers
+from mpillama.engine.step_parts import TRIES, StepParts
 from mpillama.kernels.library import PARTS, Team
 from mpillama.models.cache import (
     KVCache,
@@ -25,6 +26,8 @@ from mpillama.text.sampler import wanted_of
 from mpillama.text.sampling_params import SamplingParams
 
 WARM_UP_STEPS = 3
+Run = Callable[[int], None]
+"""Runs a step or more, in so many parts."""
 BANDWIDTH_BYTES = 512 << 20
 """Memory read to measure the bandwidth: much more than any cache."""
 
@@ -73,36 +76,41 @@ class Stopwatch:
         """Seconds of the main thread in the timed steps, by kernels.library.PARTS, if `wants_parts`."""
         self.sums = np.zeros((0, len(model.layers)))
         """Seconds in the sums over ranks of each timed step and layer, if `wants_parts`."""
+        self.step_parts = StepParts(model.most_parts)
 
     def prefill(self, tokens: int, repetitions: int) -> Timing:
         """Time a prompt of this many tokens from an empty cache, logits for its last token."""
         ids = np.arange(tokens) % self.model.config.vocab_size
 
-        def run() -> None:
+        def run(parts: int) -> None:
             for first in range(0, tokens, self.prefill_chunk):
                 chunk = ids[first : first + self.prefill_chunk]
                 is_last = first + len(chunk) == tokens
-                self.model.forward(single_sequence_step(chunk, first, self.tables[0], int(is_last)), self.cache)
+                step = single_sequence_step(chunk, first, self.tables[0], int(is_last))
+                self.model.advance(step, self.cache, min(parts, self.model.most_parts(len(chunk))))
+                self.model.logits(step.logit_rows)
 
-        return self._time([run] * repetitions, 1)
+        return self._time([run] * repetitions, 1, min(tokens, self.prefill_chunk))
 
     def decode(self, sequences: int, context: int, steps: int) -> Timing:
         """Time steps of one token of each sequence, the first at position `context`."""
         ids = np.arange(sequences) % self.model.config.vocab_size
 
-        def step(i: int) -> Callable[[], None]:
+        def step(i: int) -> Run:
             plan = decode_step(ids, np.full(sequences, context + i), self.tables[:sequences])
-            return lambda: self._discard(plan)
+            return lambda parts: self._discard(plan, parts)
 
-        return self._time([step(i) for i in range(steps)], WARM_UP_STEPS)
+        return self._time([step(i) for i in range(steps)], WARM_UP_STEPS, sequences)
 
-    def _discard(self, plan: Step) -> None:
-        self.model.advance(plan, self.cache)
+    def _discard(self, plan: Step, parts: int) -> None:
+        self.model.advance(plan, self.cache, parts)
         self.model.wanted_logits(plan.logit_rows, [self.wanted] * len(plan.logit_rows))
 
-    def _time(self, runs: list[Callable[[], None]], warm_up: int) -> Timing:
+    def _time(self, runs: list[Run], warm_up: int, tokens: int) -> Timing:
+        """Time runs of steps of `tokens` tokens, after some more, in which it is chosen in how many parts they go."""
+        parts = self._choose_parts(runs[0], tokens)
         for run in runs[:warm_up]:
-            run()
+            run(parts)
         self.model.forget_costs()
         seconds: list[float] = []
         team = self.model.team
@@ -113,7 +121,7 @@ class Stopwatch:
             with timed_layers(self.model, self.sums[number]) if self.wants_parts else nullcontext():
                 self.comm.barrier()
                 start = time.perf_counter()
-                run()
+                run(parts)
                 seconds.append(time.perf_counter() - start)
         if self.wants_parts:
             self.parts = team.times()[0]
@@ -122,6 +130,18 @@ class Stopwatch:
         slowest = np.max(self.comm.gather(seconds), axis=0)
         communication, comm = self.model.communication_seconds, self.model.comm
         return Timing(slowest, communication, comm.calls, sum(seconds) - communication, sent, comm.seconds)
+
+    def _choose_parts(self, run: Run, tokens: int) -> int:
+        """As the engine chooses, by rank 0's times; in one where each layer's time is wanted."""
+        if self.wants_parts or self.model.most_parts(tokens) == 1:
+            return 1
+        for _ in range(2 * (TRIES + 1)):
+            parts = self.comm.broadcast(self.step_parts.choose(tokens))
+            self.comm.barrier()
+            start = time.perf_counter()
+            run(parts)
+            self.step_parts.note(tokens, parts, time.perf_counter() - start)
+        return self.comm.broadcast(self.step_parts.choose(tokens))
 
     def kv_bytes(self, sequences: int, context: int) -> int:
         """Bytes of keys, values and states that this rank reads in a step at position `context`."""

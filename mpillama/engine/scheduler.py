@@ -1,11 +1,13 @@
 """Which sequences' tokens make the next step: first come, first served, under a budget of tokens and cache blocks."""
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
 from mpillama.engine.block_pool import BlockPool
+from mpillama.engine.disk_cache import DiskCache
 from mpillama.engine.executor import SegmentStates
+from mpillama.engine.pace import Pace, StepLoad, seen
 from mpillama.engine.recurrent_state import RecurrentState
 from mpillama.engine.sequence import EngineSequence
 from mpillama.engine.speculation import Drafter
@@ -27,12 +29,26 @@ class ScheduledSequence:
         return self.count + len(self.drafts)
 
 
+def load_of(shares: Iterable[ScheduledSequence]) -> StepLoad:
+    """What the sequences' parts of a step make up together."""
+    answers = prompts = positions = 0
+    for share in shares:
+        positions += seen(share.sequence.computed, share.tokens)
+        if share.sequence.answer.token_ids and share.count == 1:
+            answers += share.tokens
+        else:
+            prompts += share.tokens
+    return StepLoad(answers, prompts, positions)
+
+
 class Scheduler:
     """Sequences that wait, oldest first, and those that run, each in a slot.
 
-    A step holds a token of every running sequence that decodes, then prompts in chunks, up to `max_tokens` together.
+    A step holds a token of every running sequence that decodes, then prompts in chunks, up to `max_tokens` together, or
+    as many as the `pace` of those that decode allows.
     No sequence becomes longer than `longest` positions.
     When blocks run out the youngest running sequence gives its own back and is computed again later.
+    What `disk` has of a text comes into the pool before its sequence runs, a piece between two steps of others.
     """
 
     def __init__(self, pool: BlockPool, slots: int, max_tokens: int, longest: int, drafter: Drafter | None = None):
@@ -40,11 +56,15 @@ class Scheduler:
         self.max_tokens = max_tokens
         self.longest = longest
         self.drafter = drafter
+        self.disk: DiskCache | None = None
+        self.pace: Pace | None = None
         self.waiting: deque[EngineSequence] = deque()
         self.running: list[EngineSequence] = []
         self.preemptions = 0
         self._slots = list(range(slots - 1, -1, -1))
         self._shares: dict[int, ScheduledSequence] = {}
+        self._paced = False
+        """Whether the step got less of a prompt than there was, so that answers need not wait longer."""
 
     def add(self, sequence: EngineSequence) -> None:
         self.waiting.append(sequence)
@@ -60,13 +80,18 @@ class Scheduler:
     def schedule(self) -> list[ScheduledSequence]:
         """Choose the next step; empty if nothing waits or runs."""
         self._shares = {}
+        self._paced = False
         before = self.preemptions
+        if self.drafter is not None:
+            self.drafter.lengths.begin(len(self.running))
         for sequence in self._by_urgency():
             if sequence.slot is not None:  # else it left just now, for an older one
                 self._schedule(sequence)
         while self._admissible() and self.preemptions == before and self._admit(self.waiting[0]):
             self._schedule(self.running[-1])
         shares = list(self._shares.values())
+        if self.drafter is not None:
+            self.drafter.fill(shares)
         return shares if self.pool.states is None else [self._with_states(share) for share in shares]
 
     def _with_states(self, share: ScheduledSequence) -> ScheduledSequence:
@@ -76,7 +101,7 @@ class Scheduler:
         return replace(share, drafts=drafts, states=share.sequence.plan_states(share.count, len(drafts)))
 
     def _admissible(self) -> bool:
-        return bool(self._budget() and self._slots and self.waiting)
+        return bool(self._budget() and self._slots and self.waiting and not self._paced)
 
     def _budget(self) -> int:
         """Tokens that the step still has room for."""
@@ -89,18 +114,27 @@ class Scheduler:
 
     def _schedule(self, sequence: EngineSequence) -> None:
         """Give the sequence its share, with the blocks that it needs; nothing if the step is full."""
-        count = min(sequence.pending, self._budget())
+        count = self._chunk(sequence)
         if not count or not self._provide(sequence, count):
             return
         drafts = self._drafts(sequence, count)
         self._extend(sequence, count + len(drafts))
         self._shares[sequence.number] = ScheduledSequence(sequence, count, drafts)
 
+    def _chunk(self, sequence: EngineSequence) -> int:
+        """How many of its pending tokens the step takes."""
+        count = min(sequence.pending, self._budget())
+        if self.pace is None or sequence.pending == 1:
+            return count
+        allowed = self.pace.prompt_tokens(load_of(self._shares.values()), sequence.computed, count)
+        self._paced |= allowed < count
+        return allowed
+
     def _drafts(self, sequence: EngineSequence, count: int) -> list[int]:
         """Guesses for which there is room in the step, the answer, and the blocks that nobody uses."""
-        if self.drafter is None or count < sequence.pending:
+        if self.drafter is None or count < sequence.pending or not sequence.request.speculate:
             return []
-        drafts = self.drafter.draft(sequence.tokens, min(self._budget() - count, self._draft_room(sequence)))
+        drafts = self.drafter.reserve(sequence, min(self._budget() - count, self._draft_room(sequence)))
         while drafts and sequence.blocks_needed(count + len(drafts)) > self.pool.available:
             drafts.pop()
         return drafts
@@ -138,7 +172,12 @@ class Scheduler:
 
     def _admit(self, sequence: EngineSequence) -> bool:
         """Give the oldest waiting sequence a slot and what the cache knows of its text, if its tokens have room."""
-        digests = sequence.prefix_digests()
+        digests, room = sequence.prefix_digests(), sequence.request.sampling.room_for(0, 1)
+        needed = blocks_for(len(sequence.tokens) + room)
+        if self.disk is not None:
+            sequence.fetch = sequence.fetch or self.disk.begin(digests)
+            if self.disk.go_on(sequence.fetch, digests, needed, at_once=not self._shares):
+                return False
         found = self.pool.find(digests)
         if self.pool.states is not None:
             sequence.state = RecurrentState.begin(self.pool.states, digests[: len(found)], sequence.last_reusable)
@@ -147,8 +186,7 @@ class Scheduler:
                 return False
             self.pool.release(found[sequence.state.first_block :])
             found = found[: sequence.state.first_block]
-        room = sequence.request.sampling.room_for(0, 1)
-        if blocks_for(len(sequence.tokens) + room) - len(found) > self.pool.available:
+        if needed - len(found) > self.pool.available:
             self.pool.release(found)
             sequence.leave_state()
             return False

@@ -49,7 +49,8 @@ class Request:
     the prompt's embedding is wanted, and no answer. With `keep_special` the answer's text shows control tokens. The
     places of tokens among `marking` are told. `on_prompt_logits(logits, token)` is told of each token of the prompt
     behind position `prompt_logits_from`, once, in order. Cache blocks are shared with requests of the same `cache_salt`
-    only. An answer that `continues` the prompt is the rest of one text; else it is a text of its own.
+    only. An answer that `continues` the prompt is the rest of one text; else it is a text of its own. Without
+    `speculate` no tokens of it are drafted.
     """
 
     prompt_ids: list[int]
@@ -65,6 +66,41 @@ class Request:
     prompt_logits_from: int = 0
     cache_salt: str = ""
     continues: bool = False
+    speculate: bool = True
+
+
+@dataclass
+class DraftProgress:
+    """What a draft model has of a sequence while it runs.
+
+    It has computed the first `computed` tokens, and behind them `guesses`; `sent_blocks` are in its block table.
+    """
+
+    computed: int = 0
+    sent_blocks: int = 0
+    guesses: list[int] = field(default_factory=list)
+
+
+@dataclass
+class Drafting:
+    """How a sequence's drafts go: the `rate` at which they come true, once some were checked.
+
+    For `skipped` steps there were none, since they lost. The text may be `unreadable` for the draft model.
+    """
+
+    rate: float | None = None
+    skipped: int = 0
+    unreadable: bool = False
+    progress: DraftProgress | None = None
+
+
+@dataclass
+class Fetch:
+    """How far the blocks of a text come from files: those before `next` did, those before `end` shall."""
+
+    next: int
+    end: int
+    done: bool = False
 
 
 @dataclass(eq=False)
@@ -75,7 +111,8 @@ class EngineSequence:
     first admission. `slot` is its row of the block tables while it runs, `state` what it has besides if the model has
     recurrent layers. `pooled` float64 [hidden_size] is the sum of
     hidden states so far, and in the end the embedding, of length 1. `told` positions of the prompt had their logits
-    passed on. Whole rows of logits have `vocab_size` numbers; 0 samples from whole rows alone.
+    passed on. Whole rows of logits have `vocab_size` numbers; 0 samples from whole rows alone. While it waits, `fetch`
+    says what comes from files for it.
     """
 
     request: Request
@@ -96,6 +133,8 @@ class EngineSequence:
     pooled: np.ndarray | None = None
     told: int = 0
     vocab_size: int = 0
+    drafting: Drafting = field(default_factory=Drafting)
+    fetch: Fetch | None = None
     _digests: tuple[int, list[bytes]] = (-1, [])
 
     def __post_init__(self) -> None:
@@ -116,6 +155,12 @@ class EngineSequence:
     def constraint_finished(self) -> bool:
         """Whether the constraint lets nothing more come."""
         return self.request.constraint is not None and self.request.constraint.finished
+
+    def make_sampler(self, vocab_size: int) -> Sampler:
+        """The sequence's sampler, made when first needed: it is as large as the vocabulary."""
+        if self.sampler is None:
+            self.sampler = Sampler(self.request.sampling, vocab_size, self.request.prompt_ids)
+        return self.sampler
 
     def blocks_needed(self, tokens: int) -> int:
         """New blocks for so many more tokens."""
@@ -195,6 +240,8 @@ class EngineSequence:
         self.blocks, self.slot = [], None
         self.computed = self.sent_blocks = self.published = 0
         self.last_digest = self._salt
+        self.drafting.progress, self.drafting.unreadable = None, False
+        self.fetch = None
 
     def leave_state(self) -> None:
         """Give the state slots back, if there are any."""

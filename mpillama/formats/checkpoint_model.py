@@ -149,7 +149,7 @@ def _without_drafts(checkpoint: Checkpoint, config: ModelConfig) -> Checkpoint:
     if not left_out:
         return checkpoint
     logging.getLogger(__name__).info(
-        "%s: %d tensors of layers that only draft tokens (%s and so on) are left out: the answers are the same.",
+        "%s: %d tensors of layers that only draft tokens (%s and so on) are left out, unless --mtp takes them.",
         checkpoint.path, len(left_out), left_out[0],
     )  # fmt: skip
     kept = {name: tensor for name, tensor in checkpoint.tensors.items() if name not in set(left_out)}

@@ -18,13 +18,13 @@ BLOCK, BLOCK_HEADER = 32, 2
 
 def window_bytes(ranks: int, capacity: int, several_hosts: bool = False) -> int:
     """Bytes of flags and slots; with several hosts of totals, too."""
-    return (8 * FLAG_STRIDE + 16 * capacity) * ranks + (8 * FLAG_STRIDE + 8 * capacity) * several_hosts
+    return (8 * FLAG_STRIDE + 16 * capacity) * (ranks + several_hosts)
 
 
 class SharedWindow:
     """Flags and two slots of `capacity` float64 for each rank, in `memory` (uint8) that all ranks of a host see.
 
-    With `several_hosts` the first rank also has a place for the totals, which the others read.
+    With `several_hosts` the first rank also has places for the totals of two exchanges, which the others read.
     """
 
     def __init__(
@@ -40,7 +40,7 @@ class SharedWindow:
         self.argument = arguments.Window(self.slots.ctypes.data, self.flags.ctypes.data, ranks, rank, capacity)
         beyond = memory[end : window_bytes(ranks, capacity, several_hosts)]
         self.published = beyond[: 8 * FLAG_STRIDE].view(np.int64)
-        self.totals = beyond[8 * FLAG_STRIDE :].view(np.float64)
+        self.totals = beyond[8 * FLAG_STRIDE :].view(np.float64).reshape(-1, capacity)
         if several_hosts:
             self.argument.totals, self.argument.published = self.totals.ctypes.data, self.published.ctypes.data
 
@@ -73,6 +73,11 @@ class SharedWindow:
     def sum_host(self, count: int, sequence: int, spins: int, yields: int) -> bool:
         """Begin the totals with what this host's ranks have; returns whether they all arrived while it waited."""
         return bool(self.library.calls.sum_host(byref(self.argument), count, sequence, spins, yields))
+
+    def totals_of(self, sequence: int, count: int) -> np.ndarray:
+        """Where the totals of an exchange lie, float64 [count]."""
+        totals: np.ndarray = self.totals[sequence % 2, :count]
+        return totals
 
     def publish(self, sequence: int) -> None:
         """Give the totals to this host's ranks."""

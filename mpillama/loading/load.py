@@ -26,7 +26,15 @@ from mpillama.kernels.target import Target
 from mpillama.loading.memory import MemoryModel
 from mpillama.loading.model_file import ModelFile, chat_template_source, model_path, open_model
 from mpillama.loading.placement import warn_of_shared_cores
-from mpillama.loading.preflight import cache_room, choose_context, measure_host, refuse_no_room, warn_of_hosts
+from mpillama.loading.preflight import (
+    Needs,
+    cache_room,
+    choose_context,
+    measure_host,
+    rank_needs,
+    refuse_no_room,
+    warn_of_hosts,
+)
 from mpillama.loading.progress import PLACE, AbandonedError, LoadState, LoadWatch
 from mpillama.loading.settings import EngineSettings, ModelSettings
 from mpillama.loading.shares import divide, gain_of, measured_division, on_these_hosts, read_shares
@@ -34,6 +42,7 @@ from mpillama.loading.truncated import truncated
 from mpillama.models.cache import blocks_for
 from mpillama.models.config import ModelConfig
 from mpillama.models.decoder import Decoder
+from mpillama.models.mtp import MtpDecoder
 from mpillama.models.partition import Division
 from mpillama.models.tensors import TensorSpec
 from mpillama.models.weights import Read, Weights, load_weights
@@ -100,12 +109,21 @@ class LoadedModel:
     """How much faster the slowest rank reads its weights than with even shares, if --shares is by what was measured."""
 
 
-def load_model(settings: ModelSettings, world: World, target: Target, progress: Progress) -> LoadedModel:
-    """Read the table on rank 0 and every rank's slices; UserError on all ranks if any cannot."""
+def load_model(
+    settings: ModelSettings, world: World, target: Target, progress: Progress, beside: Needs | None = None,
+    opened: ModelFile | None = None,
+) -> LoadedModel:  # fmt: skip
+    """Read the table on rank 0 and every rank's slices; UserError on all ranks if any cannot.
+
+    `beside` is what this rank needs for something else, which has a block of its own for each block of the cache.
+    `opened` is the table, if it is read already.
+    """
     comm = world.comm
     start = time.perf_counter()
     open_file = lambda: open_model(model_path(settings.model), settings.weights, settings.tokenizer)  # noqa: E731
-    file = comm.on_root(lambda: comm.busy(open_file, "reading the model's table"))
+    file = opened or comm.on_root(lambda: comm.busy(open_file, "reading the model's table"))
+    if file.config.mtp and opened is None:
+        raise UserError(f"{file.path}: is a layer that drafts tokens for a model: give it with --draft-model.")
     if settings.needs_head:
         refuse_headless(file.path, file.config.lm_head)
     if settings.needs_template:
@@ -116,8 +134,9 @@ def load_model(settings: ModelSettings, world: World, target: Target, progress: 
     if settings.sync == "q80" and file.config.has_post_norms:
         raise UserError(f"{file.path}: --sync q80 is for models without norms after the halves of a layer: use exact.")
     LOG.info("table of %s with %d tensors after %.1f s.", file.path, len(file.specs), time.perf_counter() - start)
-    warn_of_hosts(world)
-    warn_of_shared_cores(world, target.threads)
+    if settings.warns:
+        warn_of_hosts(world)
+        warn_of_shared_cores(world, target.threads)
     comm.together(lambda: refuse_no_room(settings.force))
     chunk = max(1, min(settings.prefill_chunk, settings.max_seq_len or file.config.max_position_embeddings))
     division, gain = choose_division(settings, file.config, file.specs, world, chunk)
@@ -125,7 +144,7 @@ def load_model(settings: ModelSettings, world: World, target: Target, progress: 
     mates = pipeline.group if pipeline else comm
     choose_reduction(mates, target.team, file.config.padded_hidden_size, chunk)
     LOG.info("kernels ready (%s) after %.1f s.", target.isa.name, time.perf_counter() - start)
-    host = measure_host(file, world, settings, chunk, division)
+    host = measure_host(world, rank_needs(file, world, settings, chunk, division) + (beside or Needs()))
     context = choose_context(file, world, settings.max_seq_len, host, settings.force)
     room = cache_room(world, host)
     LOG.info(
@@ -139,7 +158,8 @@ def load_model(settings: ModelSettings, world: World, target: Target, progress: 
     seconds = time.perf_counter() - start
     LOG.info("read %d bytes in %.1f s, %.2f GB/s.", bytes_read, seconds, bytes_read / seconds / 1e9)
     config, coarse = file.config.for_context(settings.max_seq_len), settings.sync == "q80"
-    model = Decoder(config, weights, mates, target.team, coarse, division, pipeline)
+    make = MtpDecoder if config.mtp else Decoder
+    model = make(config, weights, mates, target.team, coarse, division, pipeline)
     return LoadedModel(file, model, bytes_read, time.perf_counter() - start, context, room, gain)
 
 
@@ -249,7 +269,7 @@ def open_shared_executor(settings: EngineSettings, loaded: LoadedModel) -> Execu
         room = min(settings.sequences * longest, loaded.cache_room)
     else:
         room = blocks_for(settings.cache_tokens)
-    tokens = max(settings.prefill_chunk, settings.sequences * (1 + settings.speculate))
+    tokens = max(settings.prefill_chunk, settings.sequences * (1 + settings.draft_tokens))
     blocks = max(longest, room)
     model, context, states = loaded.model, loaded.context, settings.state_slots
     return Executor(model, context, settings.kv_type, tokens, settings.sequences, blocks, states)

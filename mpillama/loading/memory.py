@@ -31,7 +31,7 @@ class RankMemory:
     """Bytes that one rank takes.
 
     `embedding` (with the head) is a part of `weights`, `reads` what is read of the file; `tokenizer` is a part of
-    `python`, which else is there before a model is loaded.
+    `python`, which else is there before a model is loaded. `draft` is all that a draft model takes besides.
     """
 
     weights: int
@@ -43,11 +43,12 @@ class RankMemory:
     tokenizer: int
     reads: int
     has_head: bool = True
+    draft: int = 0
 
     @property
     def total(self) -> int:
         """Resident bytes once the whole context is used."""
-        return self.weights + self.kv_cache + self.states + self.buffers + self.python
+        return self.weights + self.kv_cache + self.states + self.buffers + self.python + self.draft
 
     @property
     def to_allocate(self) -> int:
@@ -120,7 +121,8 @@ class RankUsage:
     """What one rank's memory was used for, in bytes.
 
     `kv_cache` has room for the context, of which `kv_cache_filled` was written, and only that is resident; so it is
-    with `states`, slot by slot. `process` is all that is resident, Python and libraries too.
+    with `states`, slot by slot. `process` is all that is resident, Python and libraries too. `draft` is what a draft
+    model takes beside the model: weights, cache, states and buffers.
     """
 
     weights: int
@@ -129,6 +131,7 @@ class RankUsage:
     states: int
     buffers: int
     process: int
+    draft: int = 0
 
 
 def memory_of_ranks(model: MemoryModel, blocks: int, positions: int, processes: Sequence[int]) -> list[RankUsage]:

@@ -14,6 +14,7 @@ from mpillama.formats.checkpoint_model import AS_STORED, checkpoint_model
 from mpillama.formats.checkpoints import read_checkpoint
 from mpillama.formats.foreign import regular_size, unreadable
 from mpillama.formats.locate import locate_model
+from mpillama.formats.mtp import mtp_checkpoint
 from mpillama.formats.native.table import HDF5_SIGNATURE, read_table
 from mpillama.models.config import ModelConfig
 from mpillama.models.families import FAMILIES
@@ -122,6 +123,17 @@ def open_model(path: str, weights: str = AS_STORED, tokenizer: str | None = None
             "convert the original checkpoint again."
         )
     return model
+
+
+def open_mtp(path: str, weights: str = AS_STORED) -> ModelFile:
+    """As open_model, the model's layer that drafts tokens; UserError if it has none."""
+    path = locate_model(path)
+    if is_native(path):
+        raise UserError(
+            f"{path}: a native file holds no layer that drafts tokens: convert it to a file of its own "
+            "(`convert --mtp`), and give that with --draft-model."
+        )
+    return checkpoint_model(mtp_checkpoint(with_tokenizer(read_checkpoint(path, None))), weights)
 
 
 def is_native(path: str) -> bool:

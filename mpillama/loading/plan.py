@@ -6,7 +6,7 @@ recurrent states; the network adds the latencies and bytes of loading/traffic.py
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 from mpillama.loading.memory import RESERVE, MemoryModel, RankMemory
@@ -44,6 +44,9 @@ class PlanRequest:
     """Each rank's bandwidth and memory, if they are known one by one."""
     stages: int = 1
     sync: str = "exact"
+    draft: "DraftRequest | None" = None
+    rows: int = 1
+    """Positions of each sequence that a decode step computes: more than one with drafts."""
 
     @property
     def ranks(self) -> int:
@@ -95,6 +98,35 @@ class PlanRequest:
         if self.measured is None:
             return [node.memory_bandwidth / self.ranks_per_node] * self.ranks
         return [rank.bandwidth for rank in self.measured]
+
+
+@dataclass(frozen=True)
+class DraftRequest:
+    """How tokens are drafted: so many of each sequence, of which a share comes true; by a model if there is a `config`,
+    on all ranks or on rank 0 alone.
+    """
+
+    tokens: int
+    acceptance: float
+    config: ModelConfig | None = None
+    types: WeightTypes = field(default_factory=lambda: WeightTypes(SMALLEST))
+    alone: bool = False
+
+    def plan(self, request: PlanRequest) -> "Plan | None":
+        """The draft model's own plan beside a model, on the ranks that hold it."""
+        if self.config is None:
+            return None
+        context = min(request.max_seq_len, self.config.longest_context)
+        nodes, ranks = (1, 1) if self.alone else (request.nodes, request.ranks_per_node)
+        sizes = (self.config, self.types, nodes, ranks, request.memory_per_node, context, request.batch)
+        return make_plan(
+            PlanRequest(*sizes, request.kv_type, request.prefill_chunk, tokenizer=False, threads=request.threads)
+        )
+
+    @property
+    def tokens_per_step(self) -> float:
+        """Drafts count up to the first that does not come true; behind the last one that does comes one more token."""
+        return sum(self.acceptance**i for i in range(self.tokens + 1))
 
 
 def shared_by_measure(request: PlanRequest, measured: Sequence[Measured]) -> PlanRequest:
@@ -166,7 +198,11 @@ class Plan:
 
 def make_plan(request: PlanRequest) -> Plan:
     """Compute what every rank needs."""
-    return Plan(request, tuple(request.memory_model.of_ranks(request.max_seq_len)))
+    ranks = request.memory_model.of_ranks(request.max_seq_len)
+    of_draft = request.draft.plan(request) if request.draft else None
+    drafts = [rank.total - rank.python for rank in of_draft.ranks] if of_draft else []
+    drafts += [0] * (len(ranks) - len(drafts))
+    return Plan(request, tuple(replace(rank, draft=size) for rank, size in zip(ranks, drafts, strict=True)))
 
 
 # -- remedies -------------------------------------------------------------------------------------------------------
@@ -191,9 +227,7 @@ def _remedies(plan: Plan) -> Iterator[Remedy]:
     if shorter:
         changed = make_plan(replace(request, max_seq_len=shorter))
         yield Remedy(f"--max-seq-len {shorter} instead of {request.max_seq_len}", changed)
-    candidates = []
-    if request.kv_type != "q8":
-        candidates.append(("--kv-type q8", replace(request, kv_type="q8")))
+    candidates = [(f"--kv-type {kind}", replace(request, kv_type=kind)) for kind in ("q8", "q4")]
     if any(s.weight_type != SMALLEST for s in request.specs if not s.vector):
         candidates.append((f"--weights {SMALLEST.name}", replace(request, types=WeightTypes(SMALLEST))))
     for text, changed_request in candidates:
@@ -280,14 +314,15 @@ class Node:
 def predict(plan: Plan, node: Node, network: Network) -> Speed:
     """Predict decoding at the full context, and prefill without the attention's part."""
     request = plan.request
-    work, communication = _step(plan, node, network, request.batch, prefill=False)
+    positions = request.batch * request.rows
+    work, communication = _step(plan, node, network, positions, prefill=False)
     waiting = node.waiting.seconds(work, request.division.group) if node.waiting else 0.0
     seconds = work + communication + waiting
     prefill = request.prefill_chunk / sum(_step(plan, node, network, request.prefill_chunk, prefill=True))
     streamed = _streamed_of_ranks(plan)
-    sent = max((stage.sent(network, request.batch) for stage in request.staged), key=lambda each: each.bytes)
+    sent = max((stage.sent(network, positions) for stage in request.staged), key=lambda each: each.bytes)
     fullest_read = max(r.reads for r in plan.ranks) * request.ranks_per_node
-    hop = _hop(request, request.batch)
+    hop = _hop(request, positions)
     return Speed(
         request.batch / seconds,
         prefill,
@@ -338,7 +373,9 @@ def _works(plan: Plan, node: Node, tokens: float, prefill: bool) -> list[float]:
         share = max(len(parts[rank][panels]) for rank in mates) / panels.count
         multiplying = tokens * whole * len(layers) / count * share / compute
         reading = max(
-            (streamed[rank][0] + streamed[rank][1] * tokens / request.batch) / speeds[rank] / GOOD_EFFICIENCY
+            (streamed[rank][0] + streamed[rank][1] * tokens / request.batch / request.rows)
+            / speeds[rank]
+            / GOOD_EFFICIENCY
             for rank in mates
         )
         found.append(multiplying if prefill else max(reading, multiplying))
@@ -370,11 +407,54 @@ def _streamed(request: PlanRequest, rank: RankMemory, idle: float) -> int:
 
 
 def _idle_share(request: PlanRequest) -> float:
-    """The share of all weights that belongs to experts which no sequence chooses."""
+    """The share of all weights that belongs to experts which no position chooses, if each chooses its own evenly."""
     whole = request.config.partition(1)[0]
     experts = [spec for spec in request.specs if spec.experts]
-    idle = sum(slice_bytes([s], whole) * (1 - min(1.0, request.batch * s.chosen / s.experts)) for s in experts)
+    positions = request.batch * request.rows
+    idle = sum(slice_bytes([s], whole) * (1 - s.chosen / s.experts) ** positions for s in experts)
     return idle / slice_bytes(request.specs, whole)
+
+
+# -- drafts ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class DraftSpeed:
+    """A prediction of decoding with drafts.
+
+    `expert_reads` is how many times the experts of one position a step with drafts reads, None without experts.
+    """
+
+    tokens_per_step: float
+    steps_saved: float
+    decode_tokens_per_second: float
+    gain: float
+    draft_share: float
+    expert_reads: float | None
+
+
+def predict_drafts(plan: Plan, node: Node, network: Network) -> DraftSpeed | None:
+    """Predict decoding with the request's drafts: a step checks all of them, after so many steps of a draft model."""
+    request, draft = plan.request, plan.request.draft
+    if draft is None:
+        return None
+    plain = predict(plan, node, network).decode_tokens_per_second
+    checked = replace(plan, request=replace(request, rows=draft.tokens + 1))
+    step = request.batch / predict(checked, node, network).decode_tokens_per_second
+    drafting, of_draft = 0.0, draft.plan(request)
+    if of_draft is not None:
+        own = replace(node, memory_bandwidth=node.memory_bandwidth / request.ranks_per_node) if draft.alone else node
+        drafting = draft.tokens * request.batch / predict(of_draft, own, network).decode_tokens_per_second
+    tokens = draft.tokens_per_step
+    speed = request.batch * tokens / (step + drafting)
+    experts = next(((s.experts, s.chosen) for s in request.specs if s.experts), None)
+    reads = expert_reads(*experts, request.batch * (draft.tokens + 1)) if experts else None
+    return DraftSpeed(tokens, 1 - 1 / tokens, speed, speed / plain, drafting / (step + drafting), reads)
+
+
+def expert_reads(experts: int, chosen: int, positions: int) -> float:
+    """How many times the experts of one position are read in a step of several, if each chooses its own evenly."""
+    return experts * (1 - (1 - chosen / experts) ** positions) / chosen
 
 
 # -- stages ---------------------------------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """Before anything is allocated: does what each rank needs fit its host, and which context fits if none is given."""
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import psutil
@@ -53,17 +54,36 @@ class Host:
         return room // self.per_block * BLOCK_POSITIONS if self.per_block else (1 << 40 if room >= 0 else -1)
 
 
-def measure_host(file: ModelFile, world: World, settings: ModelSettings, chunk: int, division: Division) -> Host:
-    """What the ranks of this host need and have, if ranks share a model so; the same on each of them."""
+@dataclass(frozen=True)
+class Needs:
+    """Bytes that a rank takes for a model: without a KV cache, for each 64 positions of it; `states` are of `fixed`."""
+
+    fixed: int = 0
+    per_block: int = 0
+    states: int = 0
+
+    def __add__(self, other: "Needs") -> "Needs":
+        return Needs(self.fixed + other.fixed, self.per_block + other.per_block, self.states + other.states)
+
+
+def rank_needs(
+    file: ModelFile, world: World, settings: ModelSettings, chunk: int, division: Division, rank: int | None = None
+) -> Needs:
+    """What this rank (or another one of its group) takes if ranks share a model so."""
     model = MemoryModel(
         file.config, file.specs, division, settings.kv_type, chunk, states=settings.state_slots, threads=world.threads
     )
-    rank = world.comm.rank % division.ranks
+    rank = world.comm.rank % division.ranks if rank is None else rank
     part = file.config.partition(division)[rank]
     without_cache = model.of_rank(rank, part, context=0)
     longest = settings.max_seq_len or file.config.max_position_embeddings
     scratch = model.scratch(part, longest) - model.scratch(part, 0)
-    needs = without_cache.to_allocate + scratch + RESERVE, model.cache_block_bytes(part), without_cache.states
+    return Needs(without_cache.to_allocate + scratch, model.cache_block_bytes(part), without_cache.states)
+
+
+def measure_host(world: World, rank: Needs) -> Host:
+    """What the ranks of this host need together and have, from what this rank needs; the same on each of them."""
+    needs = rank.fixed + RESERVE, rank.per_block, rank.states
     rooms = world.neighbours.gather(process_room())
     narrowest = min(rooms) * len(rooms)  # a limit on each process binds the fullest
     available = min(world.neighbours.broadcast(available_bytes()), narrowest)
@@ -99,12 +119,18 @@ def cache_room(world: World, host: Host) -> int:
     return max(0, min(rooms, default=0))
 
 
-def smallest_group(file: ModelFile, world: World, settings: ModelSettings, context: int) -> int:
-    """The fewest ranks that can share a model so that all ranks are in groups of that size and every host has room."""
+def smallest_group(
+    file: ModelFile, world: World, settings: ModelSettings, context: int, beside: Callable[[int], Needs]
+) -> int:
+    """The fewest ranks that can share a model so that all ranks are in groups of that size and every host has room.
+
+    `beside(ranks)` is what this rank needs besides in groups of so many.
+    """
     size, stages = world.comm.size, settings.pipeline
     for ranks in [n for n in range(stages, size, stages) if size % n == 0]:
         division = Division(ranks, None, stages)
-        hosts = world.comm.gather(measure_host(file, world, settings, settings.prefill_chunk, division))
+        needs = rank_needs(file, world, settings, settings.prefill_chunk, division) + beside(ranks)
+        hosts = world.comm.gather(measure_host(world, needs))
         if all(host.need(context) <= 0.9 * host.available for host in hosts):
             return ranks
     return size

@@ -11,6 +11,8 @@ from mpillama.engine.executor import Executor
 from mpillama.errors import UserError
 from mpillama.job.start import World
 from mpillama.kernels.target import Target, prepare, requested_isa
+from mpillama.loading.disk_cache import open_cache_folder
+from mpillama.loading.draft import Draft, load_draft, open_draft, refuse_other_vocabulary
 from mpillama.loading.load import LoadedModel, Progress, load_model
 from mpillama.loading.settings import ModelSettings
 from mpillama.loading.texts import make_chat_template, make_tokenizer
@@ -32,6 +34,8 @@ class Session:
     """On rank 0 only."""
     hosts: list[str]
     """Of all ranks that share the model."""
+    draft: Draft | None = None
+    """The draft model, if there is one."""
 
     @property
     def is_root(self) -> bool:
@@ -60,8 +64,8 @@ class Session:
         """Begin anew with an engine without requests: a step was interrupted, so their state is unknown."""
         for sequence in [*self.engine.scheduler.running, *self.engine.scheduler.waiting]:
             sequence.error, sequence.answer.finish_reason = "it was interrupted.", "error"
-        drafts = self.engine.drafter.most if self.engine.drafter else 0
-        self.engine = Engine(self.executor, self.tokenizer, drafts)
+        drafts, pace = self.engine.drafter.most if self.engine.drafter else 0, self.engine.pace
+        self.engine = Engine(self.executor, self.tokenizer, drafts, pace.bound if pace else None)
 
 
 def open_session(
@@ -73,12 +77,18 @@ def open_session(
     `open_` makes the executor; `progress` shows how far the weights are read.
     """
     comm = world.comm
-    loaded = load_model(settings, world, target, progress)
+    draft = open_draft(settings, world)
+    loaded = load_model(settings, world, target, progress, draft.needs if draft else None)
     executor = comm.together(lambda: open_(loaded))
+    open_cache_folder(settings, loaded, executor)
+    if draft:
+        comm.on_root_only(lambda: refuse_other_vocabulary(loaded.file, draft.file))
+        executor.draft = load_draft(draft, world, target, executor, progress)
     build = lambda: comm.busy(lambda: make_tokenizer(loaded.file), "building the tokenizer")  # noqa: E731
     tokenizer = comm.on_root_only(build)
-    engine = Engine(executor, tokenizer, getattr(settings, "speculate", 0)) if tokenizer else None
-    return Session(world, target, loaded, executor, cast(Engine, engine), sorted(set(comm.gather(world.host))))
+    drafts, delay = getattr(settings, "draft_tokens", 0), getattr(settings, "max_token_delay", None)
+    engine = Engine(executor, tokenizer, drafts, delay) if tokenizer else None
+    return Session(world, target, loaded, executor, cast(Engine, engine), sorted(set(comm.gather(world.host))), draft)
 
 
 def choose_target(world: World) -> Target:

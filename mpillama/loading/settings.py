@@ -1,5 +1,6 @@
 """How a model is loaded and run: the one list of these settings, for command-line options and `LLM` alike."""
 
+import re
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, Optional
 
@@ -19,6 +20,22 @@ def option(text: str, default: Any = None, **metadata: Any) -> Any:
     return field(default=default, metadata={"help": text, **metadata}, repr=shown)
 
 
+UNITS = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40}
+
+
+def parse_bytes(option: str, text: str) -> int:
+    """Read 64GB, 60GiB, 1.5TB, 200GB/s or a plain number of bytes."""
+    return parse_number(option, text, "B", "bytes: write it like 64GB or 60GiB")
+
+
+def parse_number(option: str, text: str, unit: str, what: str) -> int:
+    """Read a number with a factor and perhaps a unit; `what` names the expected quantity in the error."""
+    match = re.fullmatch(rf"\s*([0-9]*\.?[0-9]+)\s*([kMGT]?i?)({unit})?(/s)?\s*", text)
+    if not match or match[2] not in UNITS:
+        raise UserError(f"{option} {text!r} is no number of {what}.")
+    return int(float(match[1]) * UNITS[match[2]])
+
+
 def check_numbers(settings: Any, prefix: str = "") -> None:
     """UserError for a number below what its field allows; a `prefix` of -- spells names as options."""
     for each in fields(settings):
@@ -29,6 +46,12 @@ def check_numbers(settings: Any, prefix: str = "") -> None:
                 raise UserError(f"{name} is {number:g}: give at least {least}.")
 
 
+CACHE_SIZE = "10GB"
+"""Of the files of --cache-dir, if the user does not say."""
+DEFAULT_DRAFTS = 4
+"""Of a draft model, for each sequence and step, if the user does not say how many."""
+DEFAULT_MTP = 2
+"""Of the model's own layer."""
 SNAPSHOTS_PER_SEQUENCE = 2
 """State slots for what others may begin from, if the user does not say how many: the prompt, and the text so far."""
 
@@ -45,6 +68,8 @@ class ModelSettings:
 
     needs_head: ClassVar[bool] = True
     """Whether the program tells which token comes next, which a model of embeddings cannot."""
+    warns: ClassVar[bool] = True
+    """Whether loading warns of hosts and cores; of several models one is enough."""
 
     model: Optional[str] = option(
         "mpillama's .h5, a Hugging Face folder, a .gguf, or a distributed-llama .m file (default: data/demo.h5)",
@@ -66,7 +91,7 @@ class ModelSettings:
     max_seq_len: Optional[int] = option(
         "limit of prompt and answer together, in tokens (default: the model's own context)", metavar="TOKENS", least=1
     )
-    kv_type: str = option("type of the KV cache (default: f16)", "f16", choices=["f16", "f32", "q8"])
+    kv_type: str = option("type of the KV cache (default: f16)", "f16", choices=["f16", "f32", "q8", "q4"])
     sync: str = option(
         "how layers' results are added up: exact, or q80 for slow networks: rounded to about 8 bits a panel, other "
         "answers than exact, but the same on any number of ranks (default: exact)",
@@ -99,7 +124,7 @@ class ModelSettings:
     @property
     def state_slots(self) -> int:
         """Slots for the states of a model with recurrent layers."""
-        return state_slots(1, getattr(self, "speculate", 0))
+        return state_slots(1, getattr(self, "draft_tokens", 0))
 
     @property
     def needs_template(self) -> bool:
@@ -111,13 +136,66 @@ class ModelSettings:
 class SpeculationSettings:
     """Of everything that generates."""
 
-    speculate: int = option(
-        "guess up to N tokens ahead from the text so far; answers stay the same (default: 0)", 0, metavar="N", least=0
+    speculate: Optional[int] = option(
+        "guess up to N tokens ahead, from the text so far or by a draft model; answers stay the same "
+        "(default: 0, with a draft model 4, with --mtp 2)",
+        metavar="N",
+        least=0,
     )
+    draft_model: Optional[str] = option(
+        "a small model with the same vocabulary, in any format, that guesses what the model will say", metavar="PATH"
+    )
+    mtp: bool = option(
+        "guess with the layer that a Hugging Face folder or GGUF has for that (multi-token prediction); what "
+        "`convert --mtp` wrote goes to --draft-model",
+        False,
+    )
+    draft_ranks: str = option(
+        "which ranks hold the draft model: all divide it, or rank 0 has it alone, which saves messages where the "
+        "network is slow (default: all)",
+        "all",
+        choices=["all", "first"],
+    )
+
+    @property
+    def draft_tokens(self) -> int:
+        """The most tokens that are drafted for a sequence in a step."""
+        if self.speculate is None:
+            return DEFAULT_MTP if self.mtp else DEFAULT_DRAFTS if self.draft_model else 0
+        return self.speculate
 
 
 @dataclass(frozen=True, kw_only=True)
-class EngineSettings(ModelSettings, SpeculationSettings):
+class DiskCacheSettings:
+    """Of everything that asks about texts again."""
+
+    cache_dir: Optional[str] = option(
+        "keep the KV cache of texts in this folder when it leaves memory and at the end; it is found again later, on "
+        "any number of ranks; shared by all hosts, or of each its own",
+        metavar="FOLDER",
+    )
+    cache_size: Optional[str] = option(
+        "most bytes of all files in --cache-dir, those used longest ago go first (default: 10GB)", metavar="BYTES"
+    )
+
+    @property
+    def cache_folder(self) -> str | None:
+        """Where files go, if anywhere; UserError if a size is given and no folder."""
+        if self.cache_size is not None and self.cache_dir is None:
+            raise UserError(f"--cache-size {self.cache_size} says nothing without --cache-dir: give both.")
+        return self.cache_dir
+
+    @property
+    def cache_bytes(self) -> int:
+        """--cache-size; UserError if it is no number of bytes above 0."""
+        size = parse_bytes("--cache-size", self.cache_size or CACHE_SIZE)
+        if size < 1:
+            raise UserError(f"--cache-size is {self.cache_size}: give at least one byte, or leave --cache-dir out.")
+        return size
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineSettings(ModelSettings, SpeculationSettings, DiskCacheSettings):
     """How many sequences run at once."""
 
     sequences: int = option("sequences computed together (default: 32)", 32, metavar="COUNT", least=1)
@@ -132,7 +210,13 @@ class EngineSettings(ModelSettings, SpeculationSettings):
         metavar="COUNT",
         least=1,
     )
+    max_token_delay: Optional[float] = option(
+        "compute no more of a prompt at once than lets answers under way have their next tokens within this time; "
+        "answers stay the same (default: no bound)",
+        metavar="SECONDS",
+        least=0,
+    )
 
     @property
     def state_slots(self) -> int:
-        return state_slots(self.sequences, self.speculate, self.state_snapshots)
+        return state_slots(self.sequences, self.draft_tokens, self.state_snapshots)

@@ -31,18 +31,38 @@ CacheArray = tuple[tuple[int, ...], np.dtype[np.generic]]
 
 
 @dataclass(frozen=True)
+class Stripe:
+    """Part of an array of one block, or of one state, that ranks divide: `width` entries along `axis` for each unit.
+
+    Without `split` every rank holds all of the array.
+    """
+
+    split: Split | None
+    axis: int = 0
+    width: int = 1
+
+
+WHOLE = Stripe(None)
+
+
+@dataclass(frozen=True)
 class KVType:
-    """How keys and values are kept: `number` is that of kernels/src/cache.h, `scaled` means a scale for 32 channels."""
+    """How keys and values are kept: `number` is that of kernels/src/cache.h, `scaled` means a scale for 32 channels.
+
+    `packed` channels share an item of the array.
+    """
 
     dtype: np.dtype[np.generic]
     number: int
     scaled: bool = False
+    packed: int = 1
 
 
 KV_TYPES: Mapping[str, KVType] = {
     "f16": KVType(np.dtype(np.int16), 1),  # bit patterns
     "f32": KVType(np.dtype(np.float32), 0),
     "q8": KVType(np.dtype(np.int8), 3, scaled=True),
+    "q4": KVType(np.dtype(np.uint8), 4, scaled=True, packed=2),
 }
 
 
@@ -69,6 +89,14 @@ class Attention(Protocol):
 
     def state_arrays(self, part: Partition) -> Sequence[CacheArray]:
         """What a rank keeps of each sequence in one layer, however long it is."""
+
+    @property
+    def cache_stripes(self) -> Sequence[Sequence[Stripe]]:
+        """Of each of cache_arrays, the stripes that follow each other along an axis of what one block has."""
+
+    @property
+    def state_stripes(self) -> Sequence[Sequence[Stripe]]:
+        """The same of state_arrays."""
 
     def cache_argument(self, arrays: Sequence[np.ndarray], kv_type: KVType) -> Any:
         """What kernels are told of the arrays of cache_arrays and then those of states [slots, …]."""
@@ -223,11 +251,19 @@ class GroupedQueryAttention:
         """Keys, their scales, values, their scales, as kernels/src/attention.h describes them."""
         heads, head = len(part[self.kv_split]), self.padded_head_dim
         scales = (blocks, heads, head // BLOCK if kv_type.scaled else 0, BLOCK_POSITIONS), np.dtype(np.uint16)
-        keys = (blocks, heads, head, BLOCK_POSITIONS), kv_type.dtype
-        values = (blocks, heads, BLOCK_POSITIONS, head), kv_type.dtype
+        keys = (blocks, heads, head // kv_type.packed, BLOCK_POSITIONS), kv_type.dtype
+        values = (blocks, heads, BLOCK_POSITIONS, head // kv_type.packed), kv_type.dtype
         return keys, scales, values, scales
 
     def state_arrays(self, part: Partition) -> Sequence[CacheArray]:
+        return ()
+
+    @property
+    def cache_stripes(self) -> Sequence[Sequence[Stripe]]:
+        return ((Stripe(self.kv_split),),) * 4
+
+    @property
+    def state_stripes(self) -> Sequence[Sequence[Stripe]]:
         return ()
 
     def cache_argument(self, arrays: Sequence[np.ndarray], kv_type: KVType) -> arguments.Cache:

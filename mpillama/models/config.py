@@ -13,8 +13,11 @@ from mpillama.models.family import Block, OuterFactors
 from mpillama.models.partition import Division, Partition, Split, divide_layers, partitions
 from mpillama.models.rope import Rope, Rotation
 from mpillama.models.tensors import (
+    EH_PROJ,
     EMBEDDING,
+    EMBEDDING_NORM,
     FINAL_NORM,
+    HIDDEN_NORM,
     LM_HEAD,
     TensorSpec,
     WeightTypes,
@@ -22,8 +25,12 @@ from mpillama.models.tensors import (
     whole_vector,
 )  # fmt: skip
 from mpillama.quant.registry import head_type
+from mpillama.quant.types.bf16 import BF16
 from mpillama.quant.types.f32 import F32
 from mpillama.quant.weight_type import BLOCK, LANES, WeightType, round_up
+
+MTP = "multi_token_prediction"
+"""Our own key: the model is the layer that drafts tokens for the model of the configuration."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +38,8 @@ class ModelConfig:
     """A decoder's sizes and constants, in Hugging Face's names, and its layers.
 
     `max_position_embeddings` is the context of a run that asks for no other, `longest_context` the longest.
-    `lm_head` is false for models that make embeddings and have no head at all.
+    `lm_head` is false for models that make embeddings and have no head at all. `mtp`: it is the layer that drafts
+    tokens for a model, as the last layer of it that keeps no state.
     """
 
     model_type: str
@@ -45,6 +53,7 @@ class ModelConfig:
     tie_word_embeddings: bool
     lm_head: bool
     blocks: tuple[Block, ...]
+    mtp: bool = False
 
     @property
     def num_hidden_layers(self) -> int:
@@ -163,7 +172,7 @@ class ModelConfig:
 
     def tensors(self, types: WeightTypes) -> list[TensorSpec]:
         """Every tensor of the model in the order of the file."""
-        specs = [self._vocabulary(EMBEDDING, types)]
+        specs = [self._vocabulary(EMBEDDING, types), *self._joint_input()]
         for number, block in enumerate(self.blocks):
             prefix = layer_prefix(number)
             specs.extend(self._norms(prefix, block.attention_norm))
@@ -184,6 +193,15 @@ class ModelConfig:
     def _vocabulary(self, name: str, types: WeightTypes) -> TensorSpec:
         rows, source = round_up(self.vocab_size, LANES), (self.vocab_size, self.hidden_size)
         return TensorSpec(name, self.vocabulary_split, rows, self.padded_hidden_size, types.of(name), LANES, source)
+
+    def _joint_input(self) -> Iterator[TensorSpec]:
+        """What a layer that drafts tokens makes its input with, on every rank: in bfloat16, since it is not quantised
+        what goes in.
+        """
+        if self.mtp:
+            yield from self._norms("", EMBEDDING_NORM, HIDDEN_NORM)
+            rows, source = self.padded_hidden_size, (self.hidden_size, 2 * self.hidden_size)
+            yield TensorSpec(EH_PROJ, None, rows, 2 * rows, BF16, rows, source, column_chunks=2)
 
     def _norms(self, prefix: str, *names: str) -> Iterator[TensorSpec]:
         for name in filter(None, names):
@@ -211,6 +229,10 @@ class ModelConfig:
             lm_head=values.flag("lm_head", True),
             blocks=family.blocks(values),
         )
+        if values.flag(MTP, False):
+            alone = config.partition(1)[0]
+            block = next(b for b in reversed(config.blocks) if not b.attention.state_arrays(alone))
+            config = replace(config, blocks=(block,), mtp=True)
         config._check_frequencies()
         return config
 

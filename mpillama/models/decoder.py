@@ -1,28 +1,26 @@
 """The decoder, split over ranks: two all-reduces a layer, and what rank 0 needs of the logits."""
 
-import ctypes
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 
 from mpillama.comm.communicator import Communicator
 from mpillama.comm.pipeline import Pipeline
-from mpillama.comm.shared_memory import Backoff
+from mpillama.comm.shared_memory import CAPACITY
 from mpillama.comm.ways import Traffic
 from mpillama.kernels import arguments
 from mpillama.kernels.library import Team
-from mpillama.kernels.shared_sum import PROGRESS_STRIDE, SharedWindow
 from mpillama.models.cache import KVCache, Step
 from mpillama.models.candidates import Candidates, Wanted, message_numbers, read_candidates, write_candidates
 from mpillama.models.config import ModelConfig
 from mpillama.models.family import Block
 from mpillama.models.linear import LayerWeights, Matrix, any_quantised
 from mpillama.models.partition import Division, Partition, micro_batches, split_units
+from mpillama.models.residual_sum import Add, Ending, ResidualSum
 from mpillama.models.weights import Weights
 from mpillama.models.workspace import Activations, StepArrays, Workspace
 from mpillama.quant.weight_type import LANES
@@ -55,64 +53,11 @@ def fastest(run: Callable[[], object], repetitions: int = 3) -> float:
 Array = np.ndarray
 
 
-@dataclass(frozen=True)
-class Ending:
-    """What happens to half a layer's sum on its way to the residual stream: bias, norm, factor."""
-
-    bias: Array | None
-    norm: Array | None
-    factor: float
-
-
-class ResidualSum:
-    """Adds the sum over ranks of what half a layer computes to the residual stream.
-
-    Where the ranks share memory, threads add up in the half's own region, each its columns as soon as they are ready.
-    """
-
-    def __init__(self, comm: Communicator, team: Team, config: ModelConfig):
-        self.comm = comm
-        self.team = team
-        self.size, self.eps = config.hidden_size, config.rms_norm_eps
-        self._progress = np.zeros((team.threads, PROGRESS_STRIDE), np.int64)
-        self._sum = arguments.Sum(progress=arguments.address(self._progress))
-
-    def __call__(self, a: StepArrays, half: Callable[[arguments.Sum | None], bool], ending: Ending) -> None:
-        """Run half a layer and add its sum to a.x, as `ending` says; `half` gets how to add up, None to leave it."""
-        if ending.norm is None:
-            self._add(a, a.x, half, ending)
-        else:
-            self._add(a, a.addend, half, replace(ending, factor=1.0))
-            self.team.add_normalised(a.x, a.addend, ending.norm, self.size, self.eps, ending.factor)
-
-    def _add(self, a: StepArrays, x: Array, half: Callable[[arguments.Sum | None], bool], ending: Ending) -> None:
-        """Add the sum to `x`: the residual stream, or an addend that is zero before."""
-        shared = self.comm.shared_for(a.partial.size)
-        if self.comm.size > 1 and shared is None:
-            half(None)
-            if x is a.addend:
-                x[:] = 0
-            self.team.add_rounded(x, self.comm.all_reduce(a.partial), ending.bias, ending.factor)
-            return
-        total = self._sum
-        total.bias, total.factor, total.waited = arguments.address(ending.bias), ending.factor, 0
-        total.addend = arguments.address(x) if x is a.addend else None
-        if shared is not None:
-            window = cast(SharedWindow, shared.shared)
-            total.window = ctypes.addressof(window.argument)
-            total.sequence = shared.next_sequence(window.exchanges(*a.partial.shape))
-            total.spins, total.yields = shared.waits(Backoff(self.comm.yields))
-        done = half(total)
-        if shared is not None:
-            go_on = lambda: self.team.finish_sum(a.argument, total)  # noqa: E731
-            self.comm.finish_all_reduce(shared, done, total.waited * 1e-9, go_on)
-
-
 class DecoderLayer:
     """Attention and MLP, each closed by one all-reduce."""
 
     def __init__(
-        self, config: ModelConfig, block: Block, weights: LayerWeights, part: Partition, all_reduce: "ResidualSum"
+        self, config: ModelConfig, block: Block, weights: LayerWeights, part: Partition, all_reduce: ResidualSum
     ):
         self.block = block
         self.rotation = config.rotations.index(config.rotation_of(block))
@@ -129,12 +74,20 @@ class DecoderLayer:
 
     def forward(self, a: StepArrays, cache: Any) -> None:
         """Advance the residual stream a.x float32 [tokens, hidden], which every rank holds in full."""
+        self.attend(a, cache, self.all_reduce)
+        self.feed_forward(a, cache, self.all_reduce)
+
+    def attend(self, a: StepArrays, cache: Any, add: Add) -> None:
+        """The first half, closed by `add`."""
         a.turn_by(self.rotation)
         if self.block.attention.begin(self.team, self.attention, a.argument):
+            self.all_reduce.finish_all()
             self.comm.all_reduce(a.squares)
-        attention = partial(self.block.attention.run, self.team, self.attention, cache, a.argument)
-        self.all_reduce(a, attention, self.attention_ending)
-        self.all_reduce(a, partial(self.block.mlp.run, self.team, self.mlp, a.argument), self.mlp_ending)
+        add(a, partial(self.block.attention.run, self.team, self.attention, cache, a.argument), self.attention_ending)
+
+    def feed_forward(self, a: StepArrays, cache: Any, add: Add) -> None:
+        """The second half, closed by `add`."""
+        add(a, partial(self.block.mlp.run, self.team, self.mlp, a.argument), self.mlp_ending)
 
 
 class Decoder:
@@ -165,9 +118,9 @@ class Decoder:
         self.in_flight = choose_in_flight(team, weights.lm_head)
         self.workspace = Workspace(config, self.part)
         self.embedding, self.head = weights.embed_tokens.column_parallel(), weights.lm_head.column_parallel()
-        all_reduce = ResidualSum(comm, team, config)
+        self.residual_sum = ResidualSum(comm, team, config)
         self.layers = [
-            DecoderLayer(config, block, of_layer, self.part, all_reduce)
+            DecoderLayer(config, block, of_layer, self.part, self.residual_sum)
             for block, of_layer in self.part.own(list(zip(config.blocks, weights.layers, strict=True)))
         ]
 
@@ -176,23 +129,54 @@ class Decoder:
         self.advance(step, cache)
         return self.logits(step.logit_rows)
 
-    def advance(self, step: Step, cache: KVCache) -> None:
-        """Run the step's tokens; logits and hidden states of any of them can be had until the next step."""
+    def advance(self, step: Step, cache: KVCache, parts: int = 1) -> None:
+        """Run the step's tokens; logits and hidden states of any of them can be had until the next step.
+
+        With several `parts`, of which `most_parts` knows, the sums of one travel while the next is computed.
+        """
         a = self.workspace.for_tokens(len(step.token_ids))
         if self.pipeline is None:
             self._embed(step.token_ids, a)
-            self._run_layers(step, a, cache)
+            if parts > 1:
+                self._run_parts(step, cache, parts)
+            else:
+                self._run_layers(step, a, cache)
         else:
             self._run_stage(self.pipeline, step, cache)
         self.tokens_run += len(step.token_ids)
 
+    def most_parts(self, tokens: int) -> int:
+        """In how many parts a step may go so that sums travel meanwhile: each in one exchange; 1 if they cannot."""
+        width, shared = self.config.padded_hidden_size, self.comm.shared
+        if self.pipeline is not None or shared is None or not shared.overlaps or tokens < 2:
+            return 1
+        parts = max(2, -(-tokens // (CAPACITY // width)))
+        return parts if self.comm.shared_for(-(-tokens // parts) * width) else 1
+
     def _run_layers(self, step: Step, a: StepArrays, cache: KVCache) -> None:
+        self._describe(step, a)
+        for decoder, layer_cache in zip(self.layers, cache.arguments, strict=False):
+            decoder.forward(a, layer_cache)
+
+    def _run_parts(self, step: Step, cache: KVCache, count: int) -> None:
+        """Each half layer of one part after the other: what a part needs of the sums has come when its turn comes."""
+        ranges = split_units(len(step.token_ids), count)
+        parts = [(step.rows(r.start, r.stop), self.workspace.for_rows(r.start, len(r))) for r in ranges]
+        for part, a in parts:
+            self._describe(part, a)
+        for decoder, layer_cache in zip(self.layers, cache.arguments, strict=False):
+            for half in (decoder.attend, decoder.feed_forward):
+                for _, a in parts:
+                    self.residual_sum.make_room()
+                    half(a, layer_cache, self.residual_sum.begin)
+        self.residual_sum.finish_all()
+
+    def _describe(self, step: Step, a: StepArrays) -> None:
+        """Tell kernels of the tokens."""
         self._turn(step.positions, a)
         step.describe(a.argument)
         a.argument.in_flight = self.in_flight
         a.argument.shifts = arguments.address(a.shifts) if self.coarse else None
-        for decoder, layer_cache in zip(self.layers, cache.arguments, strict=False):
-            decoder.forward(a, layer_cache)
 
     def _run_stage(self, pipeline: Pipeline, step: Step, cache: KVCache) -> None:
         """The step in parts, so that the stage after works on one while this stage works on the next."""

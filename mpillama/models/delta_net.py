@@ -8,7 +8,7 @@ import numpy as np
 
 from mpillama.kernels import arguments
 from mpillama.kernels.library import Team
-from mpillama.models.attention import MOST_CHANNELS, CacheArray, KVType
+from mpillama.models.attention import MOST_CHANNELS, CacheArray, KVType, Stripe
 from mpillama.models.config_values import ConfigValues
 from mpillama.models.linear import LayerWeights
 from mpillama.models.partition import Partition, Split
@@ -121,6 +121,17 @@ class GatedDeltaNet:
         heads, key_dim, value_dim = len(part[self.value_split]), *self._padded_dims()
         floats = np.dtype(np.float32)
         return ((TAPS - 1, 2 * keys + values), floats), ((heads, value_dim // LANES, key_dim, LANES), floats)
+
+    @property
+    def cache_stripes(self) -> Sequence[Sequence[Stripe]]:
+        return ()
+
+    @property
+    def state_stripes(self) -> Sequence[Sequence[Stripe]]:
+        """Of the convolution the channels of queries, keys and values; of the states the heads."""
+        key_dim, value_dim = self._padded_dims()
+        keys, values = Stripe(self.key_split, 1, key_dim), Stripe(self.value_split, 1, value_dim)
+        return (keys, keys, values), (Stripe(self.value_split),)
 
     def _padded_dims(self) -> tuple[int, int]:
         return round_up(self.key_dim, BLOCK), round_up(self.value_dim, BLOCK)

@@ -17,7 +17,9 @@ Fused = Mapping[str, Sequence[tuple[str, int]]]
 MOST_LAYERS = 10_000
 """A damaged file may claim more; listing their tensors would take for ever."""
 DRAFT_LAYERS = "num_nextn_predict_layers"
-"""How many layers behind the last of a checkpoint only draft tokens (multi-token prediction); they are left out."""
+"""How many layers behind the last of a checkpoint only draft tokens (multi-token prediction); formats/mtp.py takes the
+first, else they are left out.
+"""
 
 
 @dataclass(frozen=True)

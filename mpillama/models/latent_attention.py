@@ -14,7 +14,7 @@ import numpy as np
 from mpillama.errors import UserError
 from mpillama.kernels import arguments
 from mpillama.kernels.library import Team
-from mpillama.models.attention import BLOCK_POSITIONS, MOST_CHANNELS, CacheArray, KVType
+from mpillama.models.attention import BLOCK_POSITIONS, MOST_CHANNELS, WHOLE, CacheArray, KVType, Stripe
 from mpillama.models.config_values import ConfigValues
 from mpillama.models.linear import LayerWeights
 from mpillama.models.partition import Partition, Split
@@ -122,9 +122,17 @@ class LatentAttention:
         """Latents and their scales, the same on every rank, as kernels/src/latent_cache.h describes them."""
         lead, width = (blocks, BLOCK_POSITIONS), self.cache_width
         scales = (*lead, width // BLOCK if kv_type.scaled else 0), np.dtype(np.uint16)
-        return ((*lead, width), kv_type.dtype), scales
+        return ((*lead, width // kv_type.packed), kv_type.dtype), scales
 
     def state_arrays(self, part: Partition) -> Sequence[CacheArray]:
+        return ()
+
+    @property
+    def cache_stripes(self) -> Sequence[Sequence[Stripe]]:
+        return ((WHOLE,),) * 2
+
+    @property
+    def state_stripes(self) -> Sequence[Sequence[Stripe]]:
         return ()
 
     def cache_argument(self, arrays: Sequence[np.ndarray], kv_type: KVType) -> arguments.LatentCache:

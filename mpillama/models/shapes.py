@@ -1,5 +1,6 @@
 """Configurations of well-known models, for planning and measuring without a file (from their published config.json)."""
 
+import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -352,15 +353,20 @@ AS_PUBLISHED = "as-published"
 
 @dataclass(frozen=True)
 class Published:
-    """The types of a model's files: of its matrices, of its routed experts, of embedding and head."""
+    """The types of a model's files: of its matrices, of its routed experts, of embedding and head.
+
+    Matrices whose names the pattern `kept` matches are in bfloat16, too.
+    """
 
     matrices: str = "bf16"
     experts: str = ""
     vocabulary: str = "bf16"
+    kept: str = ""
 
     def of(self, spec: TensorSpec) -> WeightType:
         """The type of a matrix in memory; a quantised one that is turned becomes float32."""
         name = self.vocabulary if spec.name in (EMBEDDING, LM_HEAD) else self.matrices
+        name = "bf16" if self.kept and re.search(self.kept, spec.name) else name
         name = self.experts or name if spec.experts else name
         found = weight_type_named("f32" if spec.part_of and spec.part_of.turned and name != "bf16" else name)
         assert found is not None
@@ -368,12 +374,19 @@ class Published:
 
 
 FP8 = Published("fp8")
+FP8_DELTA = Published("fp8", kept=r"\.(in_proj_[ab]|shared_expert_gate)\.")
 PUBLISHED: Mapping[str, Published] = {
     "glm-4.5-air": FP8,
     "glm-4.6": FP8,
     "minimax-m2": FP8,
     "deepseek-r1": FP8,
     "kimi-k2": Published(experts="int4/32"),
+    "qwen3-next-80b": FP8_DELTA,
+    "qwen3.5-27b": FP8_DELTA,
+    "qwen3.5-35b-a3b": FP8_DELTA,
+    "qwen3.5-122b-a10b": FP8_DELTA,
+    "qwen3.5-397b": FP8_DELTA,
+    "hy3": FP8,
     "gpt-oss-20b": Published(experts="mxfp4"),
     "gpt-oss-120b": Published(experts="mxfp4"),
 }

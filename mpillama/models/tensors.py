@@ -17,6 +17,8 @@ from mpillama.quant.weight_type import LANES, WeightType, round_up
 EMBEDDING = "model.embed_tokens.weight"
 FINAL_NORM = "model.norm.weight"
 LM_HEAD = "lm_head.weight"
+EH_PROJ, EMBEDDING_NORM, HIDDEN_NORM = "model.eh_proj.weight", "model.enorm.weight", "model.hnorm.weight"
+"""What a layer that drafts tokens makes its input with."""
 EXPERTS = "mlp.experts."
 LAYER_PREFIX = "model.layers.{}."
 

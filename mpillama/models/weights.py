@@ -11,7 +11,16 @@ from mpillama.kernels.library import Team
 from mpillama.models.config import ModelConfig
 from mpillama.models.linear import LayerWeights, Matrix
 from mpillama.models.partition import Partition
-from mpillama.models.tensors import EMBEDDING, FINAL_NORM, LM_HEAD, TensorSpec, layer_prefix
+from mpillama.models.tensors import (
+    EH_PROJ,
+    EMBEDDING,
+    EMBEDDING_NORM,
+    FINAL_NORM,
+    HIDDEN_NORM,
+    LM_HEAD,
+    TensorSpec,
+    layer_prefix,
+)
 from mpillama.quant.weight_type import round_up
 
 Read = Callable[[TensorSpec, range, Sequence[np.ndarray]], None]
@@ -29,6 +38,15 @@ Loaded = Matrix | np.ndarray
 
 
 @dataclass(frozen=True)
+class JointInput:
+    """How a layer that drafts tokens makes its input of an embedding and a hidden state."""
+
+    projection: Matrix
+    embedding_norm: np.ndarray
+    hidden_norm: np.ndarray
+
+
+@dataclass(frozen=True)
 class Weights:
     """All weights of a rank; with tied embeddings `lm_head` is `embed_tokens`."""
 
@@ -37,6 +55,7 @@ class Weights:
     norm: np.ndarray
     lm_head: Matrix
     bytes: int
+    joint: JointInput | None = None
 
     def bytes_per_step(self, tokens: int = 1) -> int:
         """Bytes that a step streams: all but an embedding that is not the head, and experts that no token chose.
@@ -137,11 +156,14 @@ def _assemble(config: ModelConfig, specs: Sequence[TensorSpec], loaded: Mapping[
             of_layers[spec.layer][name] = loaded[spec.name]
             experts[spec.layer] += [name] * bool(spec.experts and not spec.vector)
     layers = zip(of_layers, experts, config.blocks, strict=True)
-    embedding = loaded[EMBEDDING]
+    embedding, joint = loaded[EMBEDDING], None
+    if EH_PROJ in loaded:
+        joint = JointInput(loaded[EH_PROJ], loaded[EMBEDDING_NORM], loaded[HIDDEN_NORM])  # type: ignore[arg-type]
     return Weights(
         embed_tokens=embedding,  # type: ignore[arg-type]
         layers=tuple(LayerWeights(tensors, names, block.mlp.idle) for tensors, names, block in layers),
         norm=loaded[FINAL_NORM],  # type: ignore[arg-type]
         lm_head=loaded.get(LM_HEAD, embedding),  # type: ignore[arg-type]
         bytes=size,
+        joint=joint,
     )

@@ -68,8 +68,11 @@ class Angles:
         return cls(cosines, sines, np.empty(tokens, np.float32) if rotation.rope.query_factors else None)
 
     def first(self, tokens: int) -> "Angles":
-        factors = None if self.query_factors is None else self.query_factors[:tokens]
-        return Angles(self.cosines[:tokens], self.sines[:tokens], factors)
+        return self.rows(0, tokens)
+
+    def rows(self, first: int, last: int) -> "Angles":
+        factors = None if self.query_factors is None else self.query_factors[first:last]
+        return Angles(self.cosines[first:last], self.sines[first:last], factors)
 
 
 @dataclass(frozen=True)
@@ -160,11 +163,16 @@ class Workspace:
         return self._views[tokens]
 
     def for_rows(self, first: int, count: int) -> StepArrays:
-        """The arrays of a part of a step, whose residual stream has a place of its own; the rest all parts share."""
+        """The arrays of a part of a step. It has a place of its own for what is kept until its sum has come: the
+        residual stream, addends, angles; the rest all parts share."""
         if first == 0:
             return self.for_tokens(count)
         if (first, count) not in self._parts:
-            self._parts[first, count] = replace(self._whole.first(count), x=self._whole.x[first : first + count])
+            own, end = self._whole, first + count
+            self._parts[first, count] = replace(
+                own.first(count), x=own.x[first:end], partial=own.partial[first:end], addend=own.addend[first:end],
+                angles=tuple(angles.rows(first, end) for angles in own.angles),
+            )  # fmt: skip
         return self._parts[first, count]
 
     def residual(self, first: int, count: int) -> Array:

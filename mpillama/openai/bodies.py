@@ -2,8 +2,8 @@
 
 https://platform.openai.com/docs/api-reference/chat and …/completions. All its fields are known: they are honoured, or
 taken without effect where that is harmless (`Ignored`), or refused where the answer would be another one. Fields that
-nobody knows are told in a header. top_k, min_p, repetition_penalty, ignore_eos, cache_prompt, cache_salt and what
-concerns the chat template are not OpenAI's.
+nobody knows are told in a header. top_k, min_p, repetition_penalty, ignore_eos, cache_prompt, cache_salt, speculate
+and what concerns the chat template are not OpenAI's.
 """
 
 from typing import Annotated, Any, Literal
@@ -53,6 +53,7 @@ class SamplingBody(Numbers):  # type: ignore[misc]
     ignore_eos: bool | None = None
     cache_prompt: bool | None = None
     cache_salt: str | None = None
+    speculate: bool | None = None
     user: Ignored = None
     metadata: Ignored = None
     store: Ignored = None

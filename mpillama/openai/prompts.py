@@ -41,7 +41,7 @@ class Prompter:
         salt = body.cache_salt or ""
         return Request(
             ids, sampling, key, reuse_prefix=body.cache_prompt is not False, cache_salt=salt,
-            continues=isinstance(body, CompletionBody),
+            continues=isinstance(body, CompletionBody), speculate=body.speculate is not False,
         )  # fmt: skip
 
     def chat_ids(

@@ -7,6 +7,7 @@ nothing else, perhaps between `<|python_start|>` and `<|python_end|>`.
 import ast
 import json
 import re
+import warnings
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -84,7 +85,8 @@ def _called(char: str) -> Generator[None, str, Call]:
         raise NoCall
     text = yield from _up_to_end()
     try:
-        call = ast.parse(f"f({text})", mode="eval").body
+        with warnings.catch_warnings(action="ignore"):  # of what models write, such as "\d", nobody wants to hear
+            call = ast.parse(f"f({text})", mode="eval").body
         if not isinstance(call, ast.Call) or call.args or any(keyword.arg is None for keyword in call.keywords):
             raise NoCall
         arguments = {str(keyword.arg): _value(keyword.value) for keyword in call.keywords}

@@ -245,6 +245,7 @@ def _choices(
         ServerRequest(
             ids, replace(sampling, seed=one, logprobs=logprobs), reuse_prefix=body.cache_prompt is not False,
             keep_special=keep_special, marking=marking, cache_salt=state.salt(body.cache_salt), grammar=grammar,
+            speculate=body.speculate is not False,
         )
         for one in seeds
     ]  # fmt: skip

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from copy import copy, deepcopy
 from hashlib import blake2b
 
 import numpy as np
@@ -44,6 +45,13 @@ class Sampler:
         self._seen = np.zeros(vocab_size, bool)
         self._seen[list(prompt_ids)] = True
         self._counts = np.zeros(vocab_size, np.int64)
+
+    def ahead(self) -> "Sampler":
+        """A sampler that will choose as this one will, and leaves it as it is."""
+        other = copy(self)
+        other._rng = deepcopy(self._rng)
+        other._seen, other._counts = self._seen.copy(), self._counts.copy()
+        return other
 
     def sample(self, logits: npt.NDArray[np.float32]) -> int:
         """Token id chosen from `logits` [vocab_size]; NonFiniteLogits if there is none to choose."""

@@ -86,6 +86,7 @@ MISTAKES = {
     "negative grace": ("serve --grace -1", "--grace is -1"),
     "negative queue": ("serve --queue -1", "--queue is -1"),
     "no nodes": ("plan --shape llama-3.2-1b --nodes 0", "--nodes is 0"),
+    "no share": ("plan --shape llama-3.2-1b --speculate 2 --acceptance 7", "--acceptance is 7"),
 }
 
 

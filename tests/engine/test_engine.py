@@ -39,11 +39,14 @@ def tokenizer() -> Tokenizer:
     return Tokenizer(models.toy_tokenizer(), bos_token_id=models.BOS, eos_token_ids=(models.EOS,), add_bos=True)
 
 
-def new_engine(model, tokenizer, slots=4, blocks=8, max_tokens=48, speculate=0, longest=LONGEST, states=0):
+def new_engine(
+    model, tokenizer, slots=4, blocks=8, max_tokens=48, speculate=0, longest=LONGEST, states=0, open_folder=None
+):
     from mpillama.engine.engine import Engine
     from mpillama.engine.executor import Executor
 
     executor = Executor(model, longest, "f16", max_tokens, slots, blocks, states)
+    executor.folder = open_folder(executor) if open_folder else None
     return Engine(executor, tokenizer, speculate)
 
 
@@ -112,9 +115,9 @@ def test_answers_over_recurrent_states_do_not_depend_on_company(delta_model, tok
     assert engine.pool.states.available == engine.executor.states == (states or 5)
 
 
-def check_company(model, tokenizer, seed, speculate, blocks=8, states=0):
+def check_company(model, tokenizer, seed, speculate, blocks=8, states=0, open_folder=None):
     rng = np.random.default_rng(seed)
-    engine = new_engine(model, tokenizer, blocks=blocks, speculate=speculate, states=states)
+    engine = new_engine(model, tokenizer, blocks=blocks, speculate=speculate, states=states, open_folder=open_folder)
     requests = [random_request(rng, i) for i in range(30)]
     waiting, alive, done, cancelled = list(requests), [], [], 0
     while waiting or not engine.idle:

@@ -11,7 +11,7 @@ from mpillama.engine.block_pool import NO_TOKENS, BlockPool, StatePool, prefix_d
 from mpillama.engine.executor import SegmentStates
 from mpillama.engine.scheduler import ScheduledSequence, Scheduler
 from mpillama.engine.sequence import EngineSequence, Request
-from mpillama.engine.speculation import Drafter, last_occurrence
+from mpillama.engine.speculation import PromptLookup, last_occurrence
 from mpillama.text.sampling_params import SamplingParams
 from mpillama.text.tokenizer import Tokenizer
 from tests import tiny_models as models
@@ -27,7 +27,7 @@ class Simulation:
     def __init__(self, drafts: int = 0, states: int = 0):
         self.pool = BlockPool(BLOCKS, StatePool(states) if states else None)
         self.states = States(states)
-        self.scheduler = Scheduler(self.pool, SLOTS, BUDGET, LONGEST, Drafter(drafts) if drafts else None)
+        self.scheduler = Scheduler(self.pool, SLOTS, BUDGET, LONGEST, PromptLookup(drafts) if drafts else None)
         self.alive: list[EngineSequence] = []
         self.number = 0
         self.computed = 0
@@ -369,7 +369,7 @@ def test_digests_depend_on_all_that_came_before():
     ],
 )
 def test_drafts_are_what_followed_before(text, expected):
-    assert Drafter(9).draft(text, 3) == expected
+    assert PromptLookup(9).draft(text, 3) == expected
 
 
 def test_last_occurrence_may_overlap():

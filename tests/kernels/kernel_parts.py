@@ -133,6 +133,45 @@ def quantised(x: Array) -> tuple[Array, Array]:
     return np.rint(blocks * inverse[..., None]).astype(np.int8), largest / np.float32(127)
 
 
+def hadamard(x: Array, factor: float) -> Array:
+    """The Hadamard transform of blocks of 32 of the last axis, times a factor; in the type of x."""
+    half = BLOCK // 2
+    while half:
+        pairs = x.reshape(*x.shape[:-1], -1, 2, half)
+        first, second = pairs[..., 0, :], pairs[..., 1, :]
+        x = np.stack([first + second, first - second], axis=-2).reshape(x.shape)
+        half //= 2
+    return x * x.dtype.type(factor)
+
+
+def nibbles(x: Array) -> tuple[Array, Array]:
+    """What a q4 cache makes of finite numbers: int8 blocks [..., n, 32] from -8 to 7 and float32 scales [..., n]."""
+    blocks = hadamard(np.ascontiguousarray(x, np.float32), 0.25).reshape(*x.shape[:-1], -1, BLOCK)
+    extreme = np.take_along_axis(blocks, np.abs(blocks).argmax(axis=-1)[..., None], axis=-1)
+    usable = np.abs(extreme) >= 1e-30
+    inverse = np.divide(np.float32(-8), extreme, out=np.zeros_like(extreme), where=usable)
+    numbers = np.minimum(np.rint(blocks * inverse), 7).astype(np.int8)
+    return numbers, np.where(usable, extreme * np.float32(-0.125), np.float32(0))[..., 0]
+
+
+def cached_blocks(x: Array, kv_type: str) -> tuple[Array, Array]:
+    """Of a q8 or q4 cache, the stored blocks of float32 [..., channels] and their scales in float32."""
+    if kv_type == "q8":
+        return quantised(x)
+    numbers, scales = nibbles(x)
+    low, high = np.split((numbers + 8).astype(np.uint8), 2, axis=-1)
+    return low | high << 4, scales
+
+
+def from_cached_blocks(blocks: Array, scales: Array, kv_type: str) -> Array:
+    """What stored blocks [..., n, 32 or 16] and float16 scales [..., n] stand for: float64 [..., n * 32]."""
+    if kv_type == "q4":
+        blocks = np.concatenate([blocks & 15, blocks >> 4], axis=-1).astype(np.int8) - 8
+    values = blocks * scales.astype(np.float64)[..., None]
+    values = values.reshape(*values.shape[:-2], -1)
+    return hadamard(values, 0.125) if kv_type == "q4" else values
+
+
 def seen_by(weight_type: WeightType, x: Array) -> Array:
     """What a matrix of this type multiplies, in float64."""
     if not weight_type.quantised:

@@ -25,12 +25,14 @@ from tests.kernels.kernel_parts import (
     activations,
     blank_activations,
     blocks_of,
+    cached_blocks,
     everywhere,
+    from_cached_blocks,
+    hadamard,
     libraries,
     matrix,
     packed,
     part,
-    quantised,
     random_matrix,
     row_parallel,
     same_bits,
@@ -40,7 +42,8 @@ from tests.kernels.kernel_parts import (
     windows_of,
 )
 
-KV_TYPES = ("f32", "f16", "q8")
+KV_TYPES = ("f32", "f16", "q8", "q4")
+SCALED_KV = ("q8", "q4")
 EPS = 1e-5
 HIDDEN = 64
 
@@ -69,23 +72,23 @@ def normalised(x: np.ndarray, weight: np.ndarray, size: int | None = None) -> np
 
 def stored_keys(keys: np.ndarray, kv_type: str) -> tuple[np.ndarray, np.ndarray]:
     """float32 [..., head_dim, 64] as a cache holds them, and the scales [..., head_dim / 32, 64]."""
-    if kv_type != "q8":
+    if kv_type not in SCALED_KV:
         return stored_floats(keys, kv_type), no_scales(keys)
-    values, scales = quantised(keys.swapaxes(-1, -2))  # [..., 64, blocks, 32]
+    values, scales = cached_blocks(keys.swapaxes(-1, -2), kv_type)  # [..., 64, blocks, 32 or 16]
     *outer, _, count, _ = values.shape
     axes = len(outer)
-    steps = values.reshape(*outer, 4, 16, count, 8, 4)
+    steps = values.reshape(*outer, 4, 16, count, -1, 4)
     order = (*range(axes), axes, axes + 2, axes + 3, axes + 1, axes + 4)
-    packed_keys = np.ascontiguousarray(steps.transpose(order)).reshape(keys.shape)
+    packed_keys = np.ascontiguousarray(steps.transpose(order)).reshape(*outer, -1, 64)
     return packed_keys, halves(scales)
 
 
 def stored_values(values: np.ndarray, kv_type: str) -> tuple[np.ndarray, np.ndarray]:
     """float32 [..., 64, head_dim] as a cache holds them, and the scales [..., head_dim / 32, 64]."""
-    if kv_type != "q8":
+    if kv_type not in SCALED_KV:
         return stored_floats(values, kv_type), no_scales(values)
-    blocks, scales = quantised(values)
-    return np.ascontiguousarray(blocks).reshape(values.shape), halves(scales)
+    blocks, scales = cached_blocks(values, kv_type)
+    return np.ascontiguousarray(blocks).reshape(*values.shape[:-1], -1), halves(scales)
 
 
 def readable(stored: np.ndarray) -> np.ndarray:
@@ -108,12 +111,12 @@ def no_scales(x: np.ndarray) -> np.ndarray:
 
 def held(x: np.ndarray, kv_type: str, keys: bool) -> np.ndarray:
     """What keys [..., head_dim, 64] or values [..., 64, head_dim] are in float64 after being stored."""
-    if kv_type != "q8":
+    if kv_type not in SCALED_KV:
         with np.errstate(over="ignore"):
             return (x if kv_type == "f32" else x.astype(np.float16)).astype(np.float64)
     rows = x.swapaxes(-1, -2) if keys else x
-    values, scales = quantised(rows)
-    decoded = (values * scales.astype(np.float16).astype(np.float64)[..., None]).reshape(rows.shape)
+    blocks, scales = cached_blocks(rows, kv_type)
+    decoded = from_cached_blocks(blocks, scales.astype(np.float16), kv_type)
     return decoded.swapaxes(-1, -2) if keys else decoded
 
 
@@ -233,7 +236,10 @@ class AttentionCase:
         """float64 attention of the queries that the kernel made, row by row: [tokens, heads * head_dim]."""
         keys, values = held(self.keys, self.kv_type, True), held(self.values, self.kv_type, False)
         scaled = (q * self.scale).astype(np.float32)
-        rows = seen_by(WEIGHT_TYPES["q8_0" if self.kv_type == "q8" else "f32"], scaled.reshape(-1, self.head_dim))
+        scaled = hadamard(scaled, 0.125) if self.kv_type == "q4" else scaled
+        kind = WEIGHT_TYPES["q8_0" if self.kv_type in SCALED_KV else "f32"]
+        rows = seen_by(kind, scaled.reshape(-1, self.head_dim))
+        rows = hadamard(rows, 0.25) if self.kv_type == "q4" else rows
         rows, out = rows.reshape(q.shape), np.zeros(q.shape)
         for (first, count, start), table in zip(self.segments, self.tables, strict=True):
             for t in range(count):
@@ -325,7 +331,7 @@ def test_attention_of_a_token_does_not_depend_on_its_company(kv_type):
 def test_attention_does_not_read_behind_the_last_position(kv_type):
     case = AttentionCase([(3, 70)], [0, 2], kv_type)
     clean, cache, last = case.everywhere().context, case.cache(), case.tables[0, 1]
-    if kv_type == "q8":
+    if kv_type in SCALED_KV:
         for scales in (cache[1], cache[3]):
             scales[last, ..., 73 - 64 :] = 0x7E00
     else:

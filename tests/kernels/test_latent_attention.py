@@ -19,14 +19,16 @@ from tests.kernels.kernel_parts import (
     GRID,
     blank_activations,
     blocks_of,
+    cached_blocks,
     everywhere,
+    from_cached_blocks,
     packed,
     part,
-    quantised,
     random_matrix,
     same_bits,
     seen_by,
 )
+from tests.kernels.test_half_layers import SCALED_KV
 
 HIDDEN, EPS = 64, 1e-5
 KIND = LatentAttention(heads=3, q_rank=40, kv_rank=72, nope=24, rope=12, value=20)
@@ -100,18 +102,17 @@ class LatentCase:
 
     def cache(self) -> list[np.ndarray]:
         """Values and scales."""
-        if self.kv_type == "q8":
-            values, scales = quantised(self.past)
-            return [values.reshape(self.past.shape), scales.astype(np.float16).view(np.uint16)]
+        if self.kv_type in SCALED_KV:
+            values, scales = cached_blocks(self.past, self.kv_type)
+            return [values.reshape(*self.past.shape[:-1], -1), scales.astype(np.float16).view(np.uint16)]
         values = self.past if self.kv_type == "f32" else self.past.astype(np.float16).view(np.int16)
         return [values, np.zeros(0, np.uint16)]
 
     def held(self, cache: list[np.ndarray]) -> np.ndarray:
         """What a cache holds: float64 [blocks, 64, width]."""
         values, scales = cache
-        if self.kv_type == "q8":
-            blocks = values.reshape(*values.shape[:2], -1, 32) * scales.view(np.float16).astype(np.float64)[..., None]
-            return blocks.reshape(values.shape)
+        if self.kv_type in SCALED_KV:
+            return from_cached_blocks(values.reshape(*scales.shape, -1), scales.view(np.float16), self.kv_type)
         return (values if self.kv_type == "f32" else values.view(np.float16)).astype(np.float64)
 
     def run(self, team, cache: list[np.ndarray] | None = None) -> SimpleNamespace:
@@ -292,7 +293,7 @@ def test_latent_attention_of_a_token_does_not_depend_on_its_company(kv_type):
 def test_latent_attention_does_not_read_behind_the_last_position(kv_type):
     case = LatentCase([(3, 70)], kv_type)
     clean, cache, last = case.everywhere().latent, case.cache(), case.tables[0, 1]
-    if kv_type == "q8":
+    if kv_type in SCALED_KV:
         cache[1][last, 73 - 64 :] = 0x7E00
     else:
         cache[0][last, 73 - 64 :] = np.float32(np.nan) if kv_type == "f32" else np.int16(0x7E00)

@@ -9,13 +9,12 @@ import numpy as np
 import psutil
 import pytest
 
-from mpillama.cli.values import parse_bytes
 from mpillama.comm.communicator import Communicator
 from mpillama.errors import UserError
 from mpillama.kernels.target import prepare, requested_isa
 from mpillama.loading import plan
 from mpillama.loading.memory import RESERVE
-from mpillama.loading.settings import state_slots
+from mpillama.loading.settings import parse_bytes, state_slots
 from mpillama.loading.synthetic import SyntheticWeights
 from mpillama.loading.traffic import Network
 from mpillama.models.cache import KVCache, blocks_for, single_sequence_step
@@ -55,7 +54,11 @@ def test_the_kv_cache_is_that_of_the_formula():
 @pytest.mark.parametrize("ranks", [1, 3])
 @pytest.mark.parametrize(
     ("shape", "kv_type"),
-    [("llama-3.2-1b", "f16"), ("llama-3.2-1b", "f32"), ("llama-3.2-1b", "q8"), ("qwen3-next-80b", "f16")],
+    [
+        *(("llama-3.2-1b", kind) for kind in ("f16", "f32", "q8")),
+        ("deepseek-r1", "q4"),
+        ("qwen3-next-80b", "f16"),
+    ],
 )
 def test_the_check_before_loading_asks_for_what_is_planned(ranks, shape, kv_type):
     """It adds cache blocks to what a rank takes without any, to find the longest context that fits."""
@@ -68,6 +71,13 @@ def test_the_check_before_loading_asks_for_what_is_planned(ranks, shape, kv_type
         checked = without_cache.to_allocate + blocks_for(1000) * model.cache_block_bytes(part)
         already_there = planned.python - planned.tokenizer
         assert checked == planned.to_allocate == planned.total - already_there
+
+
+@pytest.mark.parametrize(("kv_type", "bits"), [("f32", 32), ("f16", 16), ("q8", 8.5), ("q4", 4.5)])
+@pytest.mark.parametrize(("shape", "channels"), [("llama-3.2-1b", 16 * 8 * 64 * 2), ("deepseek-r1", 61 * (512 + 64))])
+def test_a_cache_takes_its_bits_for_each_channel(shape, channels, kv_type, bits):
+    made = plan.make_plan(request(shape, nodes=1, context=1024, kv_type=kv_type))
+    assert made.ranks[0].kv_cache == 1024 * channels * bits / 8
 
 
 def test_states_are_those_of_the_formula():
@@ -307,3 +317,61 @@ def test_the_command_compares_stages():
     assert found["speed"]["messages_per_step"] == 1
     wrong = run(None, *PROGRAM, "plan", *options, "--pipeline", "3")
     assert (wrong.status, wrong.stderr.count("\n")) == (2, 1)
+
+
+# -- drafts ------------------------------------------------------------------------------------------------------------
+
+NODE, NETWORK = plan.Node(200e9, 2e12), Network(2e-6, 12e9)
+
+
+@pytest.mark.parametrize(("acceptance", "tokens"), [(0.0, 1.0), (0.5, 1.875), (1.0, 4.0)])
+def test_steps_that_drafts_save(acceptance, tokens):
+    """Three drafts: 1 + a + a^2 + a^3 tokens a step; where a step costs no more for them, that is the gain."""
+    drafted = plan.DraftRequest(3, acceptance)
+    found = plan.predict_drafts(plan.make_plan(request("llama-3.2-1b", nodes=1, draft=drafted)), NODE, NETWORK)
+    assert found.tokens_per_step == pytest.approx(tokens)
+    assert found.steps_saved == pytest.approx(1 - 1 / tokens)
+    assert found.gain == pytest.approx(tokens, rel=0.01)
+    assert found.expert_reads is None
+
+
+def test_experts_that_a_step_with_drafts_reads():
+    """f(r) = E (1 - (1 - k/E)^r) / k, and the bytes of a step grow with it."""
+    assert plan.expert_reads(256, 8, 1) == 1
+    assert plan.expert_reads(256, 8, 3) == pytest.approx(2.907, abs=0.001)
+    assert plan.expert_reads(8, 2, 1000) == pytest.approx(4)
+    asked = request("deepseek-r1", draft=plan.DraftRequest(2, 0.8))
+    found = plan.predict_drafts(plan.make_plan(asked), NODE, NETWORK)
+    assert found.expert_reads == pytest.approx(plan.expert_reads(256, 8, 3))
+    one, three = (plan.predict(plan.make_plan(replace(asked, rows=rows)), NODE, NETWORK) for rows in (1, 3))
+    assert 1.5 < three.bytes_per_step / one.bytes_per_step < found.expert_reads
+
+
+@pytest.mark.parametrize("alone", [False, True])
+def test_a_draft_model_takes_memory_and_time(alone):
+    small, types = ModelConfig.from_hf(shape_config("llama-3.2-1b")), WeightTypes(WEIGHT_TYPES["q4_0"])
+    asked = request("llama-3.1-70b", nodes=2, draft=plan.DraftRequest(4, 0.7, small, types, alone))
+    made = plan.make_plan(asked)
+    weights = [rank.draft for rank in made.ranks]
+    assert weights[0] > (0.6 if alone else 0.3) * GB
+    assert (weights[1] == 0) == alone
+    assert [rank.total - rank.draft for rank in made.ranks] == [
+        rank.total for rank in plan.make_plan(replace(asked, draft=None)).ranks
+    ]
+    found = plan.predict_drafts(made, NODE, NETWORK)
+    free = plan.predict_drafts(plan.make_plan(replace(asked, draft=plan.DraftRequest(4, 0.7))), NODE, NETWORK)
+    assert 0 < found.draft_share < 0.3
+    assert found.decode_tokens_per_second < free.decode_tokens_per_second
+    assert free.draft_share == 0
+
+
+def test_the_plan_tells_of_drafts(capsys):
+    from mpillama.__main__ import main
+
+    common = ("plan", "--shape", "deepseek-r1", "--nodes", "8", "--max-seq-len", "2048")
+    assert main([*common, "--speculate", "2", "--acceptance", "0.8"]) == 0
+    assert "2.44 tokens a step, 59 % of the steps saved" in capsys.readouterr().out
+    assert main([*common, "--draft-model", "data/demo.h5", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["drafts"]["tokens_per_step"] == pytest.approx(2.7731)
+    assert found["ranks"][7]["draft"] > 0

@@ -138,6 +138,8 @@ def test_llama3_frequencies_at_the_ends_of_the_ramp():
         ("deepseek-r1", "fp8", "fp8"),
         ("kimi-k2", "bf16", "int4/32"),
         ("gpt-oss-120b", "bf16", "mxfp4"),
+        ("hy3", "fp8", "fp8"),
+        ("qwen3.5-397b", "fp8", "fp8"),
     ],
 )
 def test_shapes_as_they_are_published(name, dense, experts):
@@ -148,6 +150,8 @@ def test_shapes_as_they_are_published(name, dense, experts):
     assert specs[last + "self_attn.o_proj.weight"].weight_type.name == dense
     found = {s.weight_type.name for s in specs.values() if s.experts}
     assert found - {"f32"} == ({experts} if experts else set())
+    kept = {s.weight_type.name for name, s in specs.items() if ".in_proj_a." in name or ".in_proj_b." in name}
+    assert kept <= {"bf16"}
     assert types_of_shape(name, "as-stored", config).default.name == "q4_0"
 
 
@@ -188,7 +192,10 @@ def test_an_impossible_constant_is_named(key, value):
         read(**{key: value})
 
 
-@pytest.mark.parametrize("model_type", ["gemma", "gpt2", None, 3])
+@pytest.mark.parametrize(
+    "model_type",
+    ["gemma", "gpt2", None, 3, "deepseek_v32", "glm_moe_dsa", "minimax_m3", "minimax_m3_vl", "deepseek_v4", "kimi_k3"],
+)
 def test_another_architecture_is_named(model_type):
     with pytest.raises(UserError, match=rf"model_type={model_type!r}.*llama"):
         ModelConfig.from_hf({**BASE, "model_type": model_type})
@@ -532,6 +539,7 @@ def test_the_magnitude_of_yarn_squared_scales_the_scores_of_latent_attention():
         ("qk_rope_head_dim", 7),
         ("hidden_act", "gelu"),
         ("n_group", 3),
+        ("index_topk", 2048),
     ],
 )
 def test_variants_of_deepseek_that_nobody_runs_are_refused_by_name(key, value):

@@ -389,6 +389,11 @@ def test_other_formats_are_not_mistaken_for_known_ones():
     assert tool_format("{% if tools %}[TOOL_CALLS]{{ name }}[ARGS]{% endif %}") is MISTRAL_ARGS
 
 
+@pytest.mark.filterwarnings("error")
+def test_what_python_would_warn_of_is_read():
+    assert read(LLAMA4, [r'[f(pattern="\d+")]'])[1][0][:2] == ("f", r'{"pattern": "\\d+"}')
+
+
 @pytest.mark.parametrize("name", ["qwen3", "llama3", "llama4", "mistral", "ministral3", "deepseek", "kimi", "granite"])
 def test_what_a_template_writes_is_read_again(name):
     source = (TEMPLATES / f"{name}.jinja").read_text()

@@ -26,6 +26,8 @@ OF_GROUPS = ("fp8", "int4", "int4_f16", "int4_bf16", "int8", "nvfp4")
 LATER_WEIGHTS = ("q5_0", "iq4_nl", "mxfp4", "q4_1", "q5_1", *SUPER_BLOCKS, *OF_GROUPS)
 """Types that came later: in cases of their own, so that the others stay what they are."""
 KV_TYPES = ("f32", "f16", "q8")
+LATER_KV_TYPE = "q4"
+"""In cases of its own for the same reason."""
 
 
 def no_edit(name: str, tensor: np.ndarray) -> None:
@@ -368,6 +370,7 @@ SPECIAL: Mapping[str, Edit] = {
 def all_cases() -> list[Case]:
     """Every case; their names differ."""
     makers = (demo, awkward, heads, panels, mixed_types, families, batches, experts, long_context, special, later)
+    makers += (later_cache,)
     return [case for make in makers for case in make()]
 
 
@@ -557,4 +560,45 @@ def later() -> Iterator[Case]:
         yield from each_way(
             f"rows of whole super-blocks, {weights}", in_chunks(40, (40, 2), (7, 1), (1, 2)), config=WIDE,
             weights=weights, kv_type="f16",
+        )  # fmt: skip
+
+
+def later_cache() -> Iterator[Case]:
+    """Widths of heads, latents, windows, company, spans, and numbers at the ends of their types, in 4 bits."""
+    kv_type = LATER_KV_TYPE
+    yield from each_way("demo, KV q4", in_chunks(70, (256, 2)), config=None, weights="as-stored", kv_type=kv_type)
+    for weights in ("f32", "q8_0", "q4_0"):
+        yield from each_way(
+            f"awkward {weights}, KV q4", in_chunks(75, (256, 2), (7, 1), (1, 2), (64, 3), singly=3), config=AWKWARD,
+            weights=weights, kv_type=kv_type,
+        )  # fmt: skip
+    for head_dim, query, kv in ((8, 3, 3), (80, 5, 1), (96, 7, 1), (128, 4, 2), (64, 20, 1)):
+        config = {
+            **SMALL, "head_dim": head_dim, "num_attention_heads": query, "num_key_value_heads": kv,
+            "num_hidden_layers": 1,
+        }  # fmt: skip
+        yield from each_way(
+            f"{query} heads of {head_dim} on {kv}, f32, KV q4", in_chunks(70, (64, 2), (7, 1), singly=2), config=config,
+            weights="f32", kv_type=kv_type,
+        )  # fmt: skip
+    for family in ("deepseek_v3", "kimi_k2", "gpt_oss", "qwen3_next", "llama4_text"):
+        yield from each_way(
+            f"{family}, q8_0, KV q4", in_chunks(70, (256, 2), (13, 1), singly=2), config=LATER_FAMILIES[family],
+            weights="q8_0", kv_type=kv_type,
+        )  # fmt: skip
+    for count in (5, 17):
+        steps = company(count)
+        yield from each_way(
+            f"{count} sequences, q8_0, KV q4", {"together": (steps, 2), "alone": (alone(steps), 1)}, config=SMALL,
+            weights="q8_0", kv_type=kv_type,
+        )  # fmt: skip
+    for window in (None, 100, 1500):
+        yield from each_way(
+            f"2150 positions, window {window}, q8_0, KV q4", in_chunks(2150, (256, 2), (300, 3), singly=5),
+            config={**LONG, "sliding_window": window}, weights="q8_0", kv_type=kv_type,
+        )  # fmt: skip
+    for what in ("odd tokens", "activations of 1e12 in attention", "tiny activations", "large keys", "large values"):
+        yield from each_way(
+            f"{what}, q8_0, KV q4", in_chunks(30, (256, 2), (1, 1)), config=SMALL, weights="q8_0", kv_type=kv_type,
+            edit=SPECIAL[what],
         )  # fmt: skip

@@ -96,7 +96,8 @@ TALK = [
 SAMPLING = {
     **ENDED, "model": "tooled", "top_p": 0.9, "top_k": 5, "min_p": 0.1, "seed": 1, "stop": ["x"], "presence_penalty": 0,
     "frequency_penalty": 0, "repetition_penalty": 1.1, "ignore_eos": False, "cache_prompt": True, "user": "u", "n": 1,
-    "stream": False, "cache_salt": "s", "metadata": {"a": "b"}, "store": False, "service_tier": "auto",
+    "stream": False, "cache_salt": "s", "speculate": False, "metadata": {"a": "b"}, "store": False,
+    "service_tier": "auto",
     "safety_identifier": "s", "prompt_cache_key": "k", "prompt_cache_options": {}, "prompt_cache_retention": "24h",
     "moderation": None,
 }  # fmt: skip

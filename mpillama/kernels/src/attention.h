@@ -11,7 +11,7 @@
 
 namespace mpillama {
 
-// Copy the query rows of a tile, scaled (in float64, rounded once) and, for scaled caches, quantised.
+// Copy the query rows of a tile, scaled (in float64, rounded once) and, for scaled caches, transformed as they are and quantised.
 template <class Kv>
 inline void gather_rows(const AttentionLayer& layer, const Step& step, const Tile& tile, const Queries& to) {
     const i64 size = layer.head_dim;
@@ -21,8 +21,10 @@ inline void gather_rows(const AttentionLayer& layer, const Step& step, const Til
         for (i64 i = 0; i < tile.heads * size; i++) x[i] = static_cast<float>(q[i] * layer.scale);
     }
     if constexpr (Kv::SCALED)
-        for (i64 i = 0; i < tile.rows() * size / BLOCK; i++)
+        for (i64 i = 0; i < tile.rows() * size / BLOCK; i++) {
+            if constexpr (Kv::HADAMARD) hadamard(to.x + BLOCK * i, SEEN_FACTOR);
             quantise_block(to.x + BLOCK * i, to.values + BLOCK * i, to.scales + i, to.starts + i);
+        }
 }
 
 // Rows r : r + ROWS, all of which see something of the block: the positions that all of them see, then each its others.
@@ -105,8 +107,8 @@ inline void combine(const Tile& tile, i64 span, i64 head_dim, const TileSums& to
             combine_span(total.row(r, head_dim), part.row(r, head_dim), head_dim);
 }
 
-// Divide by the sums and write the rows to their tokens and heads, gated if heads are, quantised too if a matrix of
-// blocks follows.
+// Divide by the sums and write the rows to their tokens and heads, transformed back if values are transformed, gated if
+// heads are, quantised too if a matrix of blocks follows.
 inline void scatter_rows(const AttentionLayer& layer, const Step& step, const Tile& tile, const TileSums& total) {
     const bool quantised = has_blocks(layer.o.type);
     const i64 blocks = layer.head_dim / BLOCK;
@@ -115,6 +117,7 @@ inline void scatter_rows(const AttentionLayer& layer, const Step& step, const Ti
         float* out = step.context.x + token * step.context.columns + head * layer.head_dim;
         if (layer.sinks != nullptr) add_sink(total.row(r, layer.head_dim), layer.sinks[head], layer.head_dim);
         finish_row(total.row(r, layer.head_dim), layer.head_dim, out);
+        for (i64 i = 0; has_hadamard(layer.cache.type) && i < blocks; i++) hadamard(out + BLOCK * i, SEEN_FACTOR);
         if (layer.gate.groups > 0)
             multiply_by_sigmoid(out, step.latent.x + (token * layer.heads + head) * layer.head_dim, layer.head_dim);
         if (quantised) quantise_blocks(out, blocks, step.context, step.tokens, token, head * blocks);

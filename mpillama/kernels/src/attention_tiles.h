@@ -19,7 +19,7 @@ constexpr int REGISTERS = 16;
 // of the FMAs and leaves room for what they multiply.
 constexpr int in_flight(int rows, int most) { return REGISTERS / 2 / rows < most ? REGISTERS / 2 / rows : most; }
 
-// Query rows, scaled: float32 [rows, head_dim] and, for q8, int8 blocks row after row.
+// Query rows, scaled: float32 [rows, head_dim] and, for scaled caches, int8 blocks row after row.
 struct Queries {
     float* x;
     i8* values;
@@ -74,12 +74,12 @@ inline void block_scores(const CacheBlock<Kv>& here, const CacheBlock<Kv>& next,
             Vf sums[ROWS];
             for (int r = 0; r < ROWS; r++) sums[r] = splat(0.0f);
             for (i64 i = 0; i < blocks; i++) {
-                const i64 at = (group * blocks + i) * Q8_0::bytes, scales_at = POSITIONS * i + LANES * group;
-                prefetch_run(next.keys + at + Q8_0::bytes / PARTS * part, Q8_0::bytes / PARTS);
+                const i64 at = (group * blocks + i) * Kv::Keys::bytes, scales_at = POSITIONS * i + LANES * group;
+                prefetch_run(next.keys + at + Kv::Keys::bytes / PARTS * part, Kv::Keys::bytes / PARTS);
                 prefetch(next.key_scales + scales_at);
                 const u8* steps = reinterpret_cast<const u8*>(here.keys) + at;
                 const u8* scales = reinterpret_cast<const u8*>(here.key_scales + scales_at);
-                const BlockPart<Q8_0> keys(steps, scales, nullptr, part);
+                const BlockPart<typename Kv::Keys> keys(steps, scales, nullptr, part);
                 for (int r = 0; r < ROWS; r++) {
                     const i64 place = r * blocks + i;
                     sums[r] = keys.add({q.values + BLOCK * place, q.scales[place], q.starts[place], 0}, sums[r]);
@@ -96,18 +96,18 @@ inline void scores(const CacheBlock<Kv>& here, const CacheBlock<Kv>& next, const
     else float_scores<Kv, ROWS>(here, next, q.x, head_dim, out);
 }
 
-// RUN * W channels of `values`. `weights` [ROWS, 64], for scaled values one such array for each 32 channels.
+// RUN * W channels of `values` from channel d on. `weights` [ROWS, 64], for scaled values one such array for each 32 channels.
 template <class Kv, int ROWS, int RUN>
 inline void value_run(const typename Kv::Number* values, const typename Kv::Number* ahead, const float* weights,
-                      i64 first, i64 last, i64 head_dim, float* out) {
-    constexpr int LINE = RUN * W * sizeof(typename Kv::Number) < 64 ? 64 / (RUN * W * sizeof(typename Kv::Number)) : 1;
+                      i64 first, i64 last, i64 d, i64 head_dim, float* out) {
+    constexpr int BYTES = RUN * W * sizeof(typename Kv::Number) / Kv::PACKED, LINE = BYTES < 64 ? 64 / BYTES : 1;
     Vf sums[ROWS][RUN];
     for (int r = 0; r < ROWS; r++)
         for (int i = 0; i < RUN; i++) sums[r][i] = load(out + r * head_dim + W * i);
     for (i64 p = first; p < last; p++) {
-        if (p % LINE == 0) prefetch_run(ahead + p * RUN * W, RUN * W * sizeof(typename Kv::Number));
+        if (p % LINE == 0) prefetch_run(ahead + p * RUN * W / Kv::PACKED, BYTES);
         Vf value[RUN];
-        for (int i = 0; i < RUN; i++) value[i] = Kv::load(values + p * head_dim + W * i);
+        for (int i = 0; i < RUN; i++) value[i] = Kv::load(values + p * head_dim / Kv::PACKED, d + W * i);
         for (int r = 0; r < ROWS; r++)
             for (int i = 0; i < RUN; i++) {
                 const int block = Kv::SCALED ? i * W / BLOCK : 0;
@@ -138,8 +138,8 @@ inline void value_runs(const CacheBlock<Kv>& here, const CacheBlock<Kv>& next, c
             }
         }
         for (i64 c = d; c < d + CHANNELS; c += RUN * W)
-            value_run<Kv, ROWS, RUN>(here.values + c, next.values + c * POSITIONS, Kv::SCALED ? scaled : weights,
-                                     first, last, head_dim, out + c);
+            value_run<Kv, ROWS, RUN>(here.values, next.values + c * POSITIONS / Kv::PACKED,
+                                     Kv::SCALED ? scaled : weights, first, last, c, head_dim, out + c);
     }
     if constexpr (RUN * W > BLOCK)
         if (d < head_dim) value_runs<Kv, ROWS, RUN / 2>(here, next, weights, first, last, d, head_dim, out);

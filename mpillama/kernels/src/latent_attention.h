@@ -113,7 +113,8 @@ inline LatentSums latent_span_sums(const Member& member, const LatentSharing& sh
     return LatentSums(room, sharing.sets, latent);
 }
 
-// The queries of a tile, scaled (in float64, rounded once), rows as lanes; lanes without a row are zeros.
+// The queries of a tile, scaled (in float64, rounded once) and transformed as the cache is, rows as lanes; lanes without a row
+// are zeros.
 inline void gather_latent_rows(const LatentLayer& layer, const Step& step, const LatentSizes& sizes,
                                const LatentTile& tile, float* out) {
     for (i64 r = 0; r < tile.sets() * LANES; r++) {
@@ -126,11 +127,17 @@ inline void gather_latent_rows(const LatentLayer& layer, const Step& step, const
         for (i64 i = 0; i < sizes.latent; i++) to[i * LANES] = static_cast<float>(absorbed[i] * layer.scale);
         for (i64 i = 0; i < sizes.rope; i++)
             to[(sizes.latent + i) * LANES] = i < layer.rope ? static_cast<float>(turned[i] * layer.scale) : 0.0f;
+        for (i64 i = 0; has_hadamard(layer.cache.type) && i < sizes.width(); i += BLOCK) {
+            float block[BLOCK];
+            for (i64 j = 0; j < BLOCK; j++) block[j] = to[(i + j) * LANES];
+            hadamard(block, SEEN_FACTOR);
+            for (i64 j = 0; j < BLOCK; j++) to[(i + j) * LANES] = block[j];
+        }
     }
 }
 
 // scores[p] = queries . block[p] for the first `count` positions, rounded up to whole runs; channels in ascending order.
-// Meanwhile what lies `ahead`, `bytes` for each position and channel, is asked for.
+// Meanwhile what lies `ahead`, `bytes` for each position and 32 channels, is asked for.
 inline void latent_scores(const float* queries, const float* block, i64 count, i64 width, const u8* ahead, i64 bytes,
                           float* scores) {
     for (i64 p = 0; p < count; p += LATENT_RUN) {
@@ -138,7 +145,7 @@ inline void latent_scores(const float* queries, const float* block, i64 count, i
         const float* at = block + p * width;
         for (i64 d = 0; d < width; d++) {
             if (ahead != nullptr && d % 8 == 0)
-                prefetch_run(ahead + (p * width + d * LATENT_RUN) * bytes, 8 * LATENT_RUN * bytes);
+                prefetch_run(ahead + (p * width + d * LATENT_RUN) * bytes / BLOCK, 8 * LATENT_RUN * bytes / BLOCK);
             Vf query[PARTS];
             for (int part = 0; part < PARTS; part++) query[part] = load(queries + d * LANES + W * part);
 #pragma GCC unroll 16
@@ -220,12 +227,13 @@ template <class Kv>
 inline void attend_latent_span(const LatentLayer& layer, const LatentSizes& sizes, const LatentTile& tile, i64 span,
                                const LatentWorkplace& place, const LatentSums& sums) {
     const i64 width = sizes.width(), blocks = (tile.positions() + POSITIONS - 1) / POSITIONS;
-    constexpr i64 bytes = sizeof(typename Kv::Number);
+    constexpr i64 bytes = BLOCK * sizeof(typename Kv::Number) / Kv::PACKED;
     sums.clear(tile.sets());
     for (i64 b = span * LATENT_SPAN_BLOCKS; b < smaller((span + 1) * LATENT_SPAN_BLOCKS, blocks); b++) {
         unpack_latents<Kv>(layer.cache, tile.table[b], smaller(tile.positions() - b * POSITIONS, POSITIONS), width,
                            place.block);
-        const u8* ahead = b + 1 < blocks ? layer.cache.values + tile.table[b + 1] * POSITIONS * width * bytes : nullptr;
+        const u8* ahead =
+            b + 1 < blocks ? layer.cache.values + tile.table[b + 1] * POSITIONS * width * bytes / BLOCK : nullptr;
         for (i64 set = 0; set < tile.sets(); set++) {
             alignas(64) i32 counts[LANES];
             i64 common = POSITIONS, most = 0;
@@ -280,6 +288,7 @@ inline void scatter_latent_rows(const LatentLayer& layer, const Step& step, cons
         float* out = to.x + token * to.columns + head * sizes.latent;
         for (i64 d = 0; d < sizes.latent; d++) out[d] = from.out[d * LANES + lane] / from.sums[lane];
         const i64 blocks = sizes.latent / BLOCK;
+        for (i64 i = 0; has_hadamard(layer.cache.type) && i < blocks; i++) hadamard(out + BLOCK * i, SEEN_FACTOR);
         if (quantised) quantise_blocks(out, blocks, to, step.tokens, token, head * blocks);
     }
 }

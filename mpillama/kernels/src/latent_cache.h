@@ -1,8 +1,8 @@
 // The cache of latent attention: what a token leaves of itself, once for all heads.
 //
 // A block holds 64 positions: [64, width] numbers, a position's normalised latent and then its rotated key, each padded
-// to a multiple of 32. q8 has a float16 scale for 32 of them: [64, width / 32]. A block is unpacked to float32 before it
-// is used, so that all heads meet the same numbers whatever the type.
+// to a multiple of 32. q8 and q4 have a float16 scale for 32 of them: [64, width / 32]. A block is unpacked to float32
+// before it is used, so that all heads meet the same numbers whatever the type.
 #pragma once
 #include "cache.h"
 
@@ -26,12 +26,11 @@ struct LatentSizes {
 inline void store_latent(const LatentCache& cache, const float* x, i64 width, i64 slot) {
     with_cache_type(cache.type, [&](auto type) {
         using Kv = decltype(type);
-        typename Kv::Number* to = reinterpret_cast<typename Kv::Number*>(cache.values) + slot * width;
+        typename Kv::Number* to = reinterpret_cast<typename Kv::Number*>(cache.values) + slot * width / Kv::PACKED;
         if constexpr (Kv::SCALED) {
             for (i64 i = 0; i < width / BLOCK; i++) {
                 float scale;
-                i32 start;
-                quantise_block(x + BLOCK * i, to + BLOCK * i, &scale, &start);
+                Kv::quantise(x + BLOCK * i, to + BLOCK * i / Kv::PACKED, &scale);
                 store_half(cache.scales + slot * (width / BLOCK) + i, scale);
             }
         } else {
@@ -43,12 +42,12 @@ inline void store_latent(const LatentCache& cache, const float* x, i64 width, i6
 // The first `count` positions of a block as float32 [count, width].
 template <class Kv> inline void unpack_latents(const LatentCache& cache, i64 block, i64 count, i64 width, float* out) {
     using Number = typename Kv::Number;
-    const Number* from = reinterpret_cast<const Number*>(cache.values) + block * POSITIONS * width;
+    const Number* from = reinterpret_cast<const Number*>(cache.values) + block * POSITIONS * width / Kv::PACKED;
     if constexpr (Kv::SCALED) {
         const u8* scales = reinterpret_cast<const u8*>(cache.scales + block * POSITIONS * (width / BLOCK));
         for (i64 i = 0; i < count * width; i += BLOCK) {
             const Vf scale = splat(half_at(scales, static_cast<int>(i / BLOCK)));
-            for (int j = 0; j < BLOCK; j += W) store(out + i + j, mul(Kv::load(from + i + j), scale));
+            for (int j = 0; j < BLOCK; j += W) store(out + i + j, mul(Kv::load(from + i / Kv::PACKED, j), scale));
         }
     } else {
         for (i64 i = 0; i < count * width; i += W) store(out + i, Kv::load(from + i));

@@ -6,8 +6,10 @@
 // at the exchange between; so no second wait is needed.
 //
 // Where there are other hosts, too, the first rank of each host waits for the arrivals of its own, adds the slots up into
-// `totals`, adds what the other hosts have, and publishes it; all others wait for that. It writes totals again only when
-// all threads have arrived at the next exchange, and so have read them.
+// `totals`, adds what the other hosts have, and publishes it; all others wait for that. Totals alternate, too, so that a
+// rank may compute and hand over its addends of the next exchange before it reads the sum of this one: half of a step's
+// tokens go on while the sums of the others are on their way. Before it hands over those of the exchange after the next,
+// it must have read this one's.
 #pragma once
 #include <sched.h>
 
@@ -27,10 +29,11 @@ struct Window {
     double* slots;           // [2, ranks, capacity]
     std::atomic<i64>* flags;  // [ranks, FLAG_STRIDE]: arrivals of a rank's threads, then their number
     i64 ranks, rank, capacity;
-    double* totals;              // [capacity], null if all ranks are on this host
+    double* totals;              // [2, capacity], null if all ranks are on this host
     std::atomic<i64>* published;  // the last exchange whose totals are there
 
     double* slot(i64 sequence, i64 of) const { return slots + (sequence % 2 * ranks + of) * capacity; }
+    double* totals_of(i64 sequence) const { return totals + sequence % 2 * capacity; }
 
     void arrive(i64 arrivals) const { flags[rank * FLAG_STRIDE].fetch_add(arrivals, std::memory_order_acq_rel); }
 
@@ -64,7 +67,7 @@ struct Window {
 
     // W numbers' sum, in order of rank.
     Vd total(i64 sequence, i64 i) const {
-        if (totals != nullptr) return load(totals + i);
+        if (totals != nullptr) return load(totals_of(sequence) + i);
         Vd sum = load(slot(sequence, 0) + i);
         for (i64 other = 1; other < ranks; other++) sum = add(sum, load(slot(sequence, other) + i));
         return sum;
@@ -91,7 +94,7 @@ inline bool sum_shared(const Window& window, double* partial, i64 count, i64 seq
     if (!window.wait(sequence, spins, yields)) return false;
     if (window.totals == nullptr) add_slots(window, count, sequence, partial);
     else
-        std::memcpy(partial, window.totals, static_cast<std::size_t>(count) * sizeof(double));
+        std::memcpy(partial, window.totals_of(sequence), static_cast<std::size_t>(count) * sizeof(double));
     return true;
 }
 
@@ -99,7 +102,7 @@ inline bool sum_shared(const Window& window, double* partial, i64 count, i64 seq
 // waited. What other hosts have is then to be added, and the totals to be published.
 inline bool sum_host(const Window& window, i64 count, i64 sequence, i64 spins, i64 yields) {
     if (!Window::wait(spins, yields, [&] { return window.all_arrived(sequence); })) return false;
-    add_slots(window, count, sequence, window.totals);
+    add_slots(window, count, sequence, window.totals_of(sequence));
     return true;
 }
 

@@ -114,6 +114,7 @@ FAMILY = Family(
         Refusal("scoring_func", "mpillama runs this router with sigmoids only", (None, "sigmoid")),
         Refusal("topk_method", "mpillama runs this router with corrections only", (None, "noaux_tc")),
         Refusal("moe_layer_freq", "mpillama runs experts in every layer behind the dense ones", (None, 1)),
+        Refusal("index_topk", "mpillama runs attention over all positions only, without an indexer"),
     ),
     within=("kimi_k25",),
     rope=rope,

@@ -111,7 +111,7 @@ RENAMES = {
     r"\.linear_attn\.A_log$": ".linear_attn.A",
     r"\.mlp\.shared_expert\.": ".mlp.shared_experts.",
 }
-FROM_ONE = r"(?<!linear_attn\.)norm\.weight$"
+FROM_ONE = r"(?<!linear_attn\.)norm(?:_embedding|_hidden)?\.weight$"
 LOGARITHMS = r"\.linear_attn\.A$"
 NEGATIVE = ("linear_attn.A",)
 FLAT = r"\.linear_attn\.conv1d\."

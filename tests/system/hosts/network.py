@@ -8,21 +8,23 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
 from tests.packages import missing
+from tests.system.hosts.agent import NETWORK
 from tests.system.mpi.launch import ROOT, Launch, Result, environment, is_open_mpi, mpirun
 
 HERE = Path(__file__).parent
-PROGRAMS = ("unshare", "nsenter", "ip", "mount", "c++")
+WIRE = ROOT / "build" / "wire"
+COMPILER = "c++"
+PROGRAMS = ("unshare", "nsenter", "taskset", "mount")
 SPACES = ("unshare", "--net", "--uts", "--mount", "--ipc", "--pid", "--fork")
 START_SECONDS = 30.0
 COMPILE_SECONDS = 120.0
-NETWORK = "10.77.0."
 MTU = 9000
 # Of UCX, which MPICH's wheel is made with, and of Hydra: the one interface that joins the hosts.
 SETTINGS = {"UCX_NET_DEVICES": "eth0", "UCX_TLS": "tcp,self,sysv,posix"}
@@ -35,6 +37,8 @@ def why_not() -> str:
         return "simulated hosts need root"
     if lacking := missing(PROGRAMS):
         return f"simulated hosts need {', '.join(lacking)}"
+    if not WIRE.exists() and missing((COMPILER,)):
+        return f"simulated hosts need {COMPILER}, or {WIRE} as another machine has compiled it"
     if not Path("/dev/net/tun").exists():
         return "simulated hosts need /dev/net/tun"
     command = [*SPACES, "mount", "-t", "tmpfs", "none", "/dev/shm"]
@@ -55,10 +59,14 @@ class Count:
 
 
 class Hosts:
-    """Running hosts h1, h2, …, whose first processes are `pids`."""
+    """Running hosts h1, h2, …, whose first processes are `pids`.
 
-    def __init__(self, folder: Path, count: int):
+    Each has `cores_per_host` of this machine's for itself, and the wire the rest; all share all if it is 0.
+    """
+
+    def __init__(self, folder: Path, count: int, cores_per_host: int = 0):
         self.folder = folder
+        self.cores_per_host = cores_per_host
         self.names = [f"h{i + 1}" for i in range(count)]
         self.agents: dict[str, subprocess.Popen[bytes]] = {}
         self.pids: dict[str, int] = {}
@@ -75,22 +83,17 @@ class Hosts:
         launcher.chmod(0o755)
         for name in self.names:
             self._start_host(name)
-        words = [str(wire_program()), *(str(pid) for pid in self.pids.values())]
+        words = [*self.own_cores(""), str(wire_program()), *(str(pid) for pid in self.pids.values())]
         self.wire = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         self._expect("ready")
         for i, name in enumerate(self.names):
-            neighbours = "".join(
-                f"ip neigh add {NETWORK}{j + 1} lladdr 02:00:00:00:00:{j + 1:02x} dev eth0 nud permanent; "
-                for j in range(len(self.names)) if j != i
-            )  # fmt: skip
-            self.call(name, "sh", "-ec", f"ip link set eth0 address 02:00:00:00:00:{i + 1:02x} mtu {MTU} up; "
-                      f"ip addr add {NETWORK}{i + 1}/24 dev eth0; {neighbours}")  # fmt: skip
+            self.call(name, sys.executable, str(HERE / "agent.py"), "join", str(i + 1), str(len(self.names)), str(MTU))
 
     def _start_host(self, name: str) -> None:
         agent = (sys.executable, str(HERE / "agent.py"), "serve", str(self.folder / name), name)
         with (self.folder / f"{name}.log").open("wb") as log:
             self.agents[name] = subprocess.Popen(
-                [*SPACES, "--mount-proc", "--kill-child", *agent, str(self.folder / "hosts")],
+                [*self.own_cores(name), *SPACES, "--mount-proc", "--kill-child", *agent, str(self.folder / "hosts")],
                 stdin=subprocess.PIPE, stdout=log, stderr=log, env=environment(), cwd=ROOT,
             )  # fmt: skip
         end = time.monotonic() + START_SECONDS
@@ -117,6 +120,13 @@ class Hosts:
                 self.link(name, up=False)
             self.agents[name].kill()
             self.agents[name].wait()
+
+    def own_cores(self, name: str) -> list[str]:
+        """The words before a command that is to run on a host's cores, "" for the wire's."""
+        each, usable = self.cores_per_host, sorted(os.sched_getaffinity(0))
+        first = each * (self.names.index(name) if name else len(self.names))
+        own = usable[first : first + each] if name else usable[first:]
+        return ["taskset", "-c", ",".join(map(str, own))] if each and own else []
 
     # -- the wire ------------------------------------------------------------------------------------------------------
 
@@ -152,7 +162,7 @@ class Hosts:
     def enter(self, name: str) -> list[str]:
         """The words before a command that is to run on a host."""
         spaces = ("--net", "--uts", "--mount", "--ipc", "--pid")
-        return ["nsenter", "--target", str(self.pids[name]), *spaces, f"--wdns={ROOT}"]
+        return [*self.own_cores(name), "nsenter", "--target", str(self.pids[name]), *spaces, f"--wdns={ROOT}"]
 
     def call(self, name: str, *words: str, timeout: float = START_SECONDS) -> str:
         """Run a command on a host and return its standard output; AssertionError if it fails."""
@@ -172,38 +182,45 @@ class Hosts:
             finally:
                 server.kill()
 
-    def mpirun(self, per_host: int, *arguments: str | Path, wrapper: str = "") -> list[str]:
-        """The command that runs Python on so many ranks of each host, started on the first.
+    def mpirun(self, per_host: int, *arguments: str | Path, wrapper: str = "", tree: Path = ROOT) -> list[str]:
+        """The command that runs Python on so many ranks of each host, started on the first, in a folder.
 
-        All hosts share this machine's cores, which no rank could know: the launcher's count of ranks tells them.
+        Hosts that share all cores could not know of it: the launcher's count of ranks tells them.
         `wrapper`: a line of shell that runs the command "$0" "$@" of each rank.
         """
         total = per_host * len(self.names)
         launcher = ("-launcher", "ssh", "-launcher-exec", str(self.folder / "launcher"), "-iface", "eth0")
-        ranks = ("-hosts", ",".join(self.names), "-ppn", str(per_host), "-n", str(total))
-        python = ("env", f"MPI_LOCALNRANKS={total}", *(("sh", "-c", wrapper) if wrapper else ()), sys.executable)
+        ranks = ("-hosts", ",".join(self.names), "-ppn", str(per_host), "-n", str(total), "-wdir", str(tree))
+        sharing = () if self.cores_per_host else (f"MPI_LOCALNRANKS={total}",)
+        python = ("env", f"PYTHONPATH={tree}", *sharing, *(("sh", "-c", wrapper) if wrapper else ()), sys.executable)
         return [*self.enter(self.names[0]), mpirun(), *launcher, *ranks, *python, *map(str, arguments)]
 
     @contextmanager
-    def started(self, per_host: int, *arguments: str | Path, wrapper: str = "", **settings: str) -> Iterator[Launch]:
+    def started(
+        self, per_host: int, *arguments: str | Path, wrapper: str = "", tree: Path = ROOT,
+        settings: Mapping[str, str] | None = None,
+    ) -> Iterator[Launch]:  # fmt: skip
         """Start Python so on the hosts; it is killed at the end."""
-        command = self.mpirun(per_host, *arguments, wrapper=wrapper)
-        launch = Launch(command, {**environment(), **SETTINGS, **settings}, ROOT)
+        command = self.mpirun(per_host, *arguments, wrapper=wrapper, tree=tree)
+        launch = Launch(command, {**environment(), **SETTINGS, **(settings or {})}, ROOT)
         try:
             yield launch
         finally:
             launch.kill()
 
-    def run(self, per_host: int, *arguments: str | Path, timeout: float = 120, **settings: str) -> Result:
+    def run(
+        self, per_host: int, *arguments: str | Path, timeout: float = 120, tree: Path = ROOT,
+        settings: Mapping[str, str] | None = None,
+    ) -> Result:  # fmt: skip
         """As `started`, and wait for the end."""
-        with self.started(per_host, *arguments, **settings) as launch:
+        with self.started(per_host, *arguments, tree=tree, settings=settings) as launch:
             return launch.finish(b"", timeout)
 
 
 @contextmanager
-def running_hosts(folder: Path, count: int) -> Iterator[Hosts]:
+def running_hosts(folder: Path, count: int, cores_per_host: int = 0) -> Iterator[Hosts]:
     """Started hosts, which are gone afterwards."""
-    hosts = Hosts(folder, count)
+    hosts = Hosts(folder, count, cores_per_host)
     try:
         hosts.start()
         yield hosts
@@ -213,12 +230,13 @@ def running_hosts(folder: Path, count: int) -> Iterator[Hosts]:
 
 @cache
 def wire_program() -> Path:
-    """The compiled wire, made anew if its source is newer."""
-    source, program = HERE / "wire.cpp", ROOT / "build" / "wire"
-    if not program.exists() or program.stat().st_mtime < source.stat().st_mtime:
-        program.parent.mkdir(exist_ok=True)
-        part = program.with_suffix(f".{os.getpid()}")
-        command = ("c++", "-std=c++17", "-O2", "-o", part, source)
+    """The compiled wire, made anew if its source is newer and there is a compiler."""
+    source = HERE / "wire.cpp"
+    fresh = WIRE.exists() and WIRE.stat().st_mtime >= source.stat().st_mtime
+    if not fresh and not missing((COMPILER,)):
+        WIRE.parent.mkdir(exist_ok=True)
+        part = WIRE.with_suffix(f".{os.getpid()}")
+        command = (COMPILER, "-std=c++17", "-O2", "-static-libstdc++", "-static-libgcc", "-o", part, source)
         subprocess.run(command, check=True, timeout=COMPILE_SECONDS)
-        part.replace(program)
-    return program
+        part.replace(WIRE)
+    return WIRE

@@ -57,7 +57,7 @@ def decoding(hosts: Hosts, per_host: int, toy: Path, folder: Path, timeout: floa
     """A run that has begun to write."""
     folder.mkdir()
     words = ("generate", "--model", toy, *LONG, "--timeout", f"{timeout:g}")
-    with hosts.started(per_host, *PROGRAM, *words, wrapper=WRAPPER, ERRORS=str(folder)) as launch:
+    with hosts.started(per_host, *PROGRAM, *words, wrapper=WRAPPER, settings={"ERRORS": str(folder)}) as launch:
         assert launch.read(20), launch.stderr()
         yield Run(hosts, launch, folder)
 

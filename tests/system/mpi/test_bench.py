@@ -81,3 +81,25 @@ def test_the_picture_of_several_ranks(toy: Path, tmp_path: Path) -> None:
     else:
         assert (result.status, result.stderr.count("\n")) == (2, 1)
         assert "pip install 'mpillama[plot]'" in result.stderr
+
+
+def test_what_drafts_gain(toy: Path) -> None:
+    """Nobody's, the text's, and a draft model's on all ranks and on rank 0 alone; the answers are the same."""
+    options = ("--draft-model", toy, "--speculate", "3", "--decode", "24", "--repetitions", "2", "--batch", "1", "2")
+    result = run(2, *PROGRAM, "bench", "--model", toy, *options, "--json")
+    assert result.status == 0, result.stderr
+    found = json.loads(result.stdout)["drafts"]
+    assert len(found) == 2 * 2 * 4
+    for each in found:
+        assert each["tokens_per_second"] > 0
+        if each["drafts_by"] == "nobody":
+            assert (each["tokens_per_step"], each["drafts_proposed"]) == (pytest.approx(1, abs=0.05), 0)
+        elif each["drafts_by"] != "the text so far":
+            assert each["acceptance"] > 0.9
+            assert each["drafts_proposed"] > 0
+
+
+def test_drafts_of_weights_made_in_memory_are_not_measured() -> None:
+    result = run(None, *PROGRAM, "bench", "--shape", "llama-3.2-1b", "--speculate", "2")
+    assert result.status == 2
+    assert "bench --speculate measures drafts of --model FILE" in result.stderr

@@ -265,3 +265,56 @@ def test_chat_with_a_file_as_input_leaves_the_terminal_alone(
         terminal.type(CTRL_C)
         terminal.expect("(stopped)", timeout=END_SECONDS)
         assert terminal.launch.gone_within(END_SECONDS)
+
+
+# -- sessions ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("before", "after"), [(None, 2), (2, 3)])
+def test_a_session_goes_on_as_if_it_had_not_ended(
+    before: int | None, after: int | None, toy: Path, tmp_path: Path
+) -> None:
+    """The same answers and seeds as in one run, from what was computed already, on another number of ranks."""
+    seeded = ("--temperature", "1.1", "--seed", "5", "--system", "be brief, llama " * 12)
+    whole = talk(None, toy, "hello\nand then?\nand then?\n", *seeded).stdout
+    session = ("--session", str(tmp_path / "talk.json"))
+    first = talk(before, toy, "hello\nand then?\n", *seeded, *session).stdout
+    kept = sorted((tmp_path / "talk.json.cache").rglob("*.kv"))
+    assert kept
+    second = talk(after, toy, "and then?\n", *seeded[:4], *session)
+    assert first + second.stdout == whole
+    saved = json.loads((tmp_path / "talk.json").read_text())
+    assert [m["role"] for m in saved["messages"]] == ["system", *("user", "assistant") * 3]
+    assert saved["turns"] == 3
+
+
+def test_a_session_that_is_killed_keeps_what_was_said(
+    toy: Path, endless: tuple[str | Path, ...], tmp_path: Path
+) -> None:
+    path = tmp_path / "talk.json"
+    with on_terminal(None, *endless, "--session", path) as terminal:
+        terminal.expect("> ")
+        terminal.type("hello\n")
+        terminal.expect("zzz")
+        terminal.type(CTRL_C)
+        terminal.expect("> ", timeout=END_SECONDS)
+        terminal.type("again\n")
+        terminal.expect("zzz")
+        terminal.launch.ranks()[0].kill()
+        assert terminal.launch.gone_within(END_SECONDS)
+    saved = json.loads(path.read_text())
+    assert [m["role"] for m in saved["messages"]] == ["user", "assistant"]
+    assert saved["messages"][1]["content"].startswith("zzz")
+    result = run(None, *PROGRAM, "chat", "--model", toy, *OPTIONS, "--session", path, stdin=b"/reset\n")
+    assert "goes on after 2 messages" in result.stderr
+    assert json.loads(path.read_text())["messages"] == []
+
+
+def test_a_session_that_cannot_go_on_is_refused(toy: Path, tmp_path: Path) -> None:
+    path = tmp_path / "talk.json"
+    path.write_text('{"messages": [{"role": "system", "content": "be brief"}], "turns": 0}')
+    for options in (("--session", path, "--system", "be long"), ("--session", toy), ("--session", tmp_path)):
+        result = run(2, *PROGRAM, "chat", "--model", toy, *options, stdin=b"hello\n")
+        assert result.status == 2
+        (line,) = result.stderr.splitlines()
+        assert "--session" in line

@@ -212,9 +212,9 @@ def test_ranks_with_nothing_to_do_are_told(toy: Path, demo: Path) -> None:
 
 def test_kv_type(toy: Path) -> None:
     options = (*GREEDY, "--max-tokens", "3")
-    found = [answer(None, toy, *options, "--kv-type", kv_type) for kv_type in ("f16", "f32", "q8")]
-    assert [one["options"]["kv_type"] for one in found] == ["f16", "f32", "q8"]
-    assert len({one["logits_sha256"] for one in found}) == 3
+    found = [answer(None, toy, *options, "--kv-type", kv_type) for kv_type in ("f16", "f32", "q8", "q4")]
+    assert [one["options"]["kv_type"] for one in found] == ["f16", "f32", "q8", "q4"]
+    assert len({one["logits_sha256"] for one in found}) == 4
 
 
 @pytest.mark.parametrize("ranks", [None, 3])

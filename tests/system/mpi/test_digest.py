@@ -142,7 +142,8 @@ def all_types(model_file: ModelFile, toy: Path, cancelling: list[Path]) -> list[
         case(toy),
         case(toy, 5, way=1),
         *(case(model, chunk, way=way) for model in cancelling for chunk, way in ((256, 1), (7, 0))),
-        *(case(model_file("awkward", "q8_0"), chunk, kv_type) for kv_type in ("f32", "q8") for chunk in (256, 1)),
+        *(case(model_file("awkward", "q8_0"), chunk, kv_type) for kv_type in ("f32", "q8", "q4") for chunk in (256, 1)),
+        *(case(GOLDEN / "deepseek_v3", chunk, "q4") for chunk in (256, 7)),
     ]
 
 
@@ -154,7 +155,7 @@ def truth(measure: Measure, all_types: list[dict[str, Any]]) -> Digests:
 
 def test_digest_sees_weight_type_and_kv_type(truth: Digests) -> None:
     """Else the comparisons below would prove nothing."""
-    assert len(truth) == len(WEIGHT_TYPES) + 5
+    assert len(truth) == len(WEIGHT_TYPES) + 7
     assert len(set(truth.values())) == len(truth)
 
 

@@ -5,7 +5,8 @@ from typing import Any
 
 import pytest
 
-from tests.quantised_checkpoints import SIZES, written
+from tests.formats.test_delta_nets_in_fp8 import config_of
+from tests.quantised_checkpoints import SIZES, delta_net_in_fp8, written
 from tests.system.mpi.launch import PROGRAM, run
 from tests.system.mpi.test_digest import TIMEOUT, Digests, Measure, case, measure
 from tests.tiny_models import TOY_VOCABULARY, toy_tokenizer
@@ -24,8 +25,15 @@ EXPERTS: dict[str, Any] = {
 def cases(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """Each folder, and the native file that is converted from it under the same name."""
     made, folder = [], tmp_path_factory.mktemp("quantised")
-    for scheme, sizes in [*((s, PLAIN) for s in SCHEMES), ("int4 128", EXPERTS), ("nvfp4 modelopt", EXPERTS)]:
-        source = written(folder / scheme.replace(" ", "_"), scheme, sizes).folder
+    sources = [
+        written(folder / scheme.replace(" ", "_"), scheme, sizes).folder
+        for scheme, sizes in [*((s, PLAIN) for s in SCHEMES), ("int4 128", EXPERTS), ("nvfp4 modelopt", EXPERTS)]
+    ]
+    sources += [
+        delta_net_in_fp8(folder / family, config_of(family, vocab_size=TOY_VOCABULARY))[0].folder
+        for family in ("qwen3_next", "qwen3_5_moe")
+    ]
+    for source in sources:
         (source / "tokenizer.json").write_bytes(toy_tokenizer())
         native = Path(f"{source}.h5")
         result = run(3, *PROGRAM, "convert", source, native)

@@ -1,0 +1,67 @@
+"""Steps whose sums travel between hosts while other tokens are computed: the same bits as in one part."""
+
+import json
+
+import pytest
+
+from mpillama.engine.step_parts import FEWEST_TOKENS, REPEAT, TRIES, StepParts
+from tests.golden_models import FOLDER as GOLDEN
+from tests.system.mpi.launch import DEMO_MODEL, PROGRAM, run
+
+pytestmark = pytest.mark.timeout(240)
+
+# Kinds of attention and MLP, norms of whole projections, norms after the halves, states.
+FAMILIES = ("llama_bias", "olmo2", "gemma2", "gpt_oss", "deepseek_v3", "qwen3_next", "minimax_m2")
+SLOW_FOUR = pytest.param(4, "1", 1, marks=pytest.mark.slow)
+WHOLE_PROJECTIONS = ("olmo2", "minimax_m2")
+
+
+@pytest.mark.parametrize(("ranks", "hosts", "threads"), [(2, "1", 1), (3, "2,1", 2), SLOW_FOUR])
+def test_parts_change_no_bit(ranks: int, hosts: str, threads: int) -> None:
+    paths = [str(GOLDEN / family) for family in FAMILIES]
+    words = ("-m", "tests.system.mpi.scripts.overlap", str(threads), *paths)
+    result = run(ranks, *words, env={"MPILLAMA_RANKS_PER_HOST": hosts})
+    assert result.status == 0, result.stderr
+    for path, found in json.loads(result.stdout).items():
+        for parts, of_ranks in found.items():
+            sums = 2 + path.endswith(WHOLE_PROJECTIONS)
+            assert of_ranks == [[True, int(parts) * sums]] * ranks, (path, parts)
+
+
+def test_answers_are_the_same() -> None:
+    """Of a prompt and of many sequences."""
+    ids = ",".join(str(3 + 7 * i % 200) for i in range(40))
+    words = ("generate", "--model", DEMO_MODEL, "--prompt-token-ids", ids, "--max-tokens", "4", "--temperature", "0")
+    found = set()
+    for overlap, ranks, hosts in (("never", 1, ""), ("always", 3, "1"), ("", 2, "1")):
+        env = {"MPILLAMA_RANKS_PER_HOST": hosts, "MPILLAMA_OVERLAP": overlap}
+        result = run(ranks, *PROGRAM, *words, "--json", env=env)
+        assert result.status == 0, result.stderr
+        answer = json.loads(result.stdout)
+        found.add((tuple(answer["token_ids"]), answer["logits_sha256"]))
+    assert len(found) == 1
+
+
+def chosen(parts: StepParts, tokens: int, whole: float, halves: float, steps: int) -> list[int]:
+    """The parts of so many steps that take so long in one and in two."""
+    found = []
+    for _ in range(steps):
+        found.append(parts.choose(tokens))
+        parts.note(tokens, found[-1], halves if found[-1] > 1 else whole)
+    return found
+
+
+@pytest.mark.parametrize(("whole", "halves", "better"), [(1.0, 0.7, 2), (1.0, 1.2, 1)])
+def test_what_took_less_is_chosen(whole: float, halves: float, better: int) -> None:
+    parts = StepParts(lambda tokens: 2)
+    tried = chosen(parts, 32, whole, halves, 2 * (TRIES + 1))
+    assert sorted(tried) == [1] * (TRIES + 1) + [2] * (TRIES + 1)
+    later = chosen(parts, 32, whole, halves, 2 * REPEAT)
+    assert later.count(3 - better) == 2
+    assert chosen(parts, FEWEST_TOKENS - 1, whole, halves, 3) == [1, 1, 1]
+
+
+def test_what_becomes_faster_is_found() -> None:
+    parts = StepParts(lambda tokens: 2)
+    chosen(parts, 32, 1.0, 1.2, 20)
+    assert chosen(parts, 32, 1.0, 0.5, 6 * REPEAT)[-1] == 2
