@@ -16,7 +16,8 @@ from mpillama.engine.disk_cache import DiskCache
 from mpillama.engine.draft_model import DraftModel
 from mpillama.engine.executor import Executor
 from mpillama.engine.mtp import MtpDrafter, MtpExecutor
-from mpillama.engine.scheduler import ScheduledSequence, Scheduler
+from mpillama.engine.pace import Pace
+from mpillama.engine.scheduler import ScheduledSequence, Scheduler, load_of
 from mpillama.engine.sequence import EngineSequence, Request, check_prompt
 from mpillama.engine.speculation import Drafter, PromptLookup
 from mpillama.errors import UserError
@@ -117,10 +118,13 @@ class Engine:
     """Runs requests that come and go at any step; each answer has the bits of a run by itself.
 
     The executor is used by nobody else. `speculate` is the most draft tokens of a sequence in a step, which come from
-    the executor's draft model, if it has one, or else from the text.
+    the executor's draft model, if it has one, or else from the text. Beside answers under way a step takes as much of
+    prompts as keeps it within `max_token_delay` seconds.
     """
 
-    def __init__(self, executor: Executor, tokenizer: Tokenizer, speculate: int = 0):
+    def __init__(
+        self, executor: Executor, tokenizer: Tokenizer, speculate: int = 0, max_token_delay: float | None = None
+    ):
         self.executor = executor
         self.tokenizer = tokenizer
         self.pool = BlockPool(executor.blocks, StatePool(executor.states) if executor.states else None)
@@ -128,6 +132,7 @@ class Engine:
         self.scheduler = Scheduler(self.pool, executor.slots, executor.max_tokens, executor.max_seq_len, self.drafter)
         self.disk = DiskCache(executor, executor.folder, self.pool) if executor.folder else None
         self.scheduler.disk = self.disk
+        self.pace = self.scheduler.pace = None if max_token_delay is None else Pace(max_token_delay)
         self.counts = EngineCounts()
         self.in_step = False
         """Whether a step is being computed, or was left by an exception: the other ranks then wait for its rest."""
@@ -210,6 +215,7 @@ class Engine:
         segments = [share.sequence.segment(share.count, share.drafts, share.states) for share in shares]
         clock.tokens += sum(share.count for share in shares)
         clock.seconds += self.drafter.seconds - drafting if self.drafter else 0.0
+        load = load_of(shares) if self.pace else None
         self.in_step = True
         with timed(clock):
             pieces = self.executor.forward_in_pieces(segments)
@@ -224,7 +230,9 @@ class Engine:
         seconds = time.perf_counter() - start
         self.counts.step_seconds += seconds
         if self.drafter is not None and decodes:
-            self.drafter.pace.note_step(seconds, sum(len(share.drafts) for share in shares), len(shares))
+            self.drafter.lengths.note_step(seconds, sum(len(share.drafts) for share in shares), len(shares))
+        if self.pace is not None and load is not None:
+            self.pace.note(load, seconds)
         return updates
 
     def save_cache(self, waits: bool = True) -> None:

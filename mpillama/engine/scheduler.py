@@ -1,12 +1,13 @@
 """Which sequences' tokens make the next step: first come, first served, under a budget of tokens and cache blocks."""
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
 from mpillama.engine.block_pool import BlockPool
 from mpillama.engine.disk_cache import DiskCache
 from mpillama.engine.executor import SegmentStates
+from mpillama.engine.pace import Pace, StepLoad, seen
 from mpillama.engine.recurrent_state import RecurrentState
 from mpillama.engine.sequence import EngineSequence
 from mpillama.engine.speculation import Drafter
@@ -28,10 +29,23 @@ class ScheduledSequence:
         return self.count + len(self.drafts)
 
 
+def load_of(shares: Iterable[ScheduledSequence]) -> StepLoad:
+    """What the sequences' parts of a step make up together."""
+    answers = prompts = positions = 0
+    for share in shares:
+        positions += seen(share.sequence.computed, share.tokens)
+        if share.sequence.answer.token_ids and share.count == 1:
+            answers += share.tokens
+        else:
+            prompts += share.tokens
+    return StepLoad(answers, prompts, positions)
+
+
 class Scheduler:
     """Sequences that wait, oldest first, and those that run, each in a slot.
 
-    A step holds a token of every running sequence that decodes, then prompts in chunks, up to `max_tokens` together.
+    A step holds a token of every running sequence that decodes, then prompts in chunks, up to `max_tokens` together, or
+    as many as the `pace` of those that decode allows.
     No sequence becomes longer than `longest` positions.
     When blocks run out the youngest running sequence gives its own back and is computed again later.
     What `disk` has of a text comes into the pool before its sequence runs, a piece between two steps of others.
@@ -43,11 +57,14 @@ class Scheduler:
         self.longest = longest
         self.drafter = drafter
         self.disk: DiskCache | None = None
+        self.pace: Pace | None = None
         self.waiting: deque[EngineSequence] = deque()
         self.running: list[EngineSequence] = []
         self.preemptions = 0
         self._slots = list(range(slots - 1, -1, -1))
         self._shares: dict[int, ScheduledSequence] = {}
+        self._paced = False
+        """Whether the step got less of a prompt than there was, so that answers need not wait longer."""
 
     def add(self, sequence: EngineSequence) -> None:
         self.waiting.append(sequence)
@@ -63,9 +80,10 @@ class Scheduler:
     def schedule(self) -> list[ScheduledSequence]:
         """Choose the next step; empty if nothing waits or runs."""
         self._shares = {}
+        self._paced = False
         before = self.preemptions
         if self.drafter is not None:
-            self.drafter.pace.begin(len(self.running))
+            self.drafter.lengths.begin(len(self.running))
         for sequence in self._by_urgency():
             if sequence.slot is not None:  # else it left just now, for an older one
                 self._schedule(sequence)
@@ -83,7 +101,7 @@ class Scheduler:
         return replace(share, drafts=drafts, states=share.sequence.plan_states(share.count, len(drafts)))
 
     def _admissible(self) -> bool:
-        return bool(self._budget() and self._slots and self.waiting)
+        return bool(self._budget() and self._slots and self.waiting and not self._paced)
 
     def _budget(self) -> int:
         """Tokens that the step still has room for."""
@@ -96,12 +114,21 @@ class Scheduler:
 
     def _schedule(self, sequence: EngineSequence) -> None:
         """Give the sequence its share, with the blocks that it needs; nothing if the step is full."""
-        count = min(sequence.pending, self._budget())
+        count = self._chunk(sequence)
         if not count or not self._provide(sequence, count):
             return
         drafts = self._drafts(sequence, count)
         self._extend(sequence, count + len(drafts))
         self._shares[sequence.number] = ScheduledSequence(sequence, count, drafts)
+
+    def _chunk(self, sequence: EngineSequence) -> int:
+        """How many of its pending tokens the step takes."""
+        count = min(sequence.pending, self._budget())
+        if self.pace is None or sequence.pending == 1:
+            return count
+        allowed = self.pace.prompt_tokens(load_of(self._shares.values()), sequence.computed, count)
+        self._paced |= allowed < count
+        return allowed
 
     def _drafts(self, sequence: EngineSequence, count: int) -> list[int]:
         """Guesses for which there is room in the step, the answer, and the blocks that nobody uses."""

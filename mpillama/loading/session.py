@@ -64,8 +64,8 @@ class Session:
         """Begin anew with an engine without requests: a step was interrupted, so their state is unknown."""
         for sequence in [*self.engine.scheduler.running, *self.engine.scheduler.waiting]:
             sequence.error, sequence.answer.finish_reason = "it was interrupted.", "error"
-        drafts = self.engine.drafter.most if self.engine.drafter else 0
-        self.engine = Engine(self.executor, self.tokenizer, drafts)
+        drafts, pace = self.engine.drafter.most if self.engine.drafter else 0, self.engine.pace
+        self.engine = Engine(self.executor, self.tokenizer, drafts, pace.bound if pace else None)
 
 
 def open_session(
@@ -86,7 +86,8 @@ def open_session(
         executor.draft = load_draft(draft, world, target, executor, progress)
     build = lambda: comm.busy(lambda: make_tokenizer(loaded.file), "building the tokenizer")  # noqa: E731
     tokenizer = comm.on_root_only(build)
-    engine = Engine(executor, tokenizer, getattr(settings, "draft_tokens", 0)) if tokenizer else None
+    drafts, delay = getattr(settings, "draft_tokens", 0), getattr(settings, "max_token_delay", None)
+    engine = Engine(executor, tokenizer, drafts, delay) if tokenizer else None
     return Session(world, target, loaded, executor, cast(Engine, engine), sorted(set(comm.gather(world.host))), draft)
 
 

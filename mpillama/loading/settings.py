@@ -210,6 +210,12 @@ class EngineSettings(ModelSettings, SpeculationSettings, DiskCacheSettings):
         metavar="COUNT",
         least=1,
     )
+    max_token_delay: Optional[float] = option(
+        "compute no more of a prompt at once than lets answers under way have their next tokens within this time; "
+        "answers stay the same (default: no bound)",
+        metavar="SECONDS",
+        least=0,
+    )
 
     @property
     def state_slots(self) -> int:

@@ -63,6 +63,10 @@ class EngineStats(EngineCounts):
     waiting: int = 0
     blocks: int = 0
     blocks_used: int = 0
+    blocks_saved: int = 0
+    blocks_loaded: int = 0
+    prompt_room: int = 0
+    late_steps: int = 0
     memory: list[int] = field(default_factory=list)
     """Resident bytes of each rank, when last asked for."""
 
@@ -160,5 +164,9 @@ class EngineRunner(Generic[RequestT, OutputT]):
             waiting=len(scheduler.waiting),
             blocks=engine.pool.size,
             blocks_used=engine.pool.used,
+            blocks_saved=engine.disk.counts.saved if engine.disk else 0,
+            blocks_loaded=engine.disk.counts.loaded if engine.disk else 0,
+            prompt_room=engine.pace.room if engine.pace else engine.executor.max_tokens,
+            late_steps=engine.pace.late if engine.pace else 0,
             memory=self._memory,
         )

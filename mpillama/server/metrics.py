@@ -19,12 +19,16 @@ GAUGES = {
     "waiting": "Sequences that wait in the engine",
     "blocks": "Blocks of the KV cache, of 64 positions each",
     "blocks_used": "Blocks of the KV cache that sequences hold",
+    "prompt_room": "Prompt tokens that a step beside running answers has room for, of late",
 }
 COUNTERS = {
     "prompt_tokens": "Prompt tokens of finished requests",
     "cached_tokens": "Prompt tokens that the prefix cache had",
     "sampled_tokens": "Tokens sampled",
     "steps": "Steps of the engine",
+    "blocks_saved": "Blocks and states that went to files of --cache-dir",
+    "blocks_loaded": "Blocks and states that came from files of --cache-dir",
+    "late_steps": "Steps with running answers that took longer than --max-token-delay",
     "preemptions": "Sequences that gave their blocks back to older ones",
     "step_seconds": "Seconds in steps",
     "model_seconds": "Seconds of steps in the model",

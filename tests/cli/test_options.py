@@ -24,6 +24,7 @@ DESCRIBED = {
     "seed": "a new one, reported",
     "cache_tokens": "what they can need, up to nine tenths of the memory",
     "cache_size": "10GB",
+    "max_token_delay": "no bound",
     "state_snapshots": "two for each sequence",
     "time_limit": "the Slurm job's end",
     "rendezvous": "in this folder, named after the job",
