@@ -44,7 +44,7 @@ class DraftModel(Drafter):
     def reserve(self, sequence: EngineSequence, room: int) -> list[int]:
         """As Drafter: places."""
         room = min(self.most, room, self._room(sequence))
-        return [0] * self.pace.limit(sequence, room) if room > 0 else []
+        return [0] * self.lengths.limit(sequence, room) if room > 0 else []
 
     def _room(self, sequence: EngineSequence) -> int:
         """Guesses for which the draft model's own context has room: the last one is drawn, never computed."""
@@ -88,7 +88,7 @@ class DraftModel(Drafter):
         """Whether the draft model reads on: where it guesses, and along with a prompt."""
         if not self._takes_part(share.sequence):
             return False
-        return bool(share.drafts) or (share.count > 1 and self.pace.best(share.sequence, self.most) > 0)
+        return bool(share.drafts) or (share.count > 1 and self.lengths.best(share.sequence, self.most) > 0)
 
     def _settle(self, sequence: EngineSequence) -> None:
         """Count the guesses that came true among what the draft model has read; begin with what the cache knows."""

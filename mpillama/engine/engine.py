@@ -229,10 +229,10 @@ class Engine:
         self.counts.steps += 1
         seconds = time.perf_counter() - start
         self.counts.step_seconds += seconds
+        if self.drafter is not None and decodes:
+            self.drafter.lengths.note_step(seconds, sum(len(share.drafts) for share in shares), len(shares))
         if self.pace is not None and load is not None:
             self.pace.note(load, seconds)
-        if self.drafter is not None and decodes:
-            self.drafter.pace.note_step(seconds, sum(len(share.drafts) for share in shares), len(shares))
         return updates
 
     def save_cache(self, waits: bool = True) -> None:

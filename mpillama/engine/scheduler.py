@@ -83,7 +83,7 @@ class Scheduler:
         self._paced = False
         before = self.preemptions
         if self.drafter is not None:
-            self.drafter.pace.begin(len(self.running))
+            self.drafter.lengths.begin(len(self.running))
         for sequence in self._by_urgency():
             if sequence.slot is not None:  # else it left just now, for an older one
                 self._schedule(sequence)

@@ -69,7 +69,7 @@ class Cost:
         return len(self.drafted) > 1 and (not self.plain or self.since_plain >= PLAIN_INTERVAL)
 
 
-class Pace:
+class DraftLengths:
     """Chooses how many drafts a sequence gets: as many as make a token cheapest, by measured times and acceptance.
 
     Timing never touches an answer. `rate` is the acceptance of all sequences, with which a new one begins.
@@ -148,7 +148,7 @@ class Drafter:
     proposed: int = 0
     accepted: int = 0
     seconds: float = 0.0
-    pace: Pace = field(default_factory=Pace)
+    lengths: DraftLengths = field(default_factory=DraftLengths)
 
     def reserve(self, sequence: EngineSequence, room: int) -> list[int]:
         """Up to `room` drafts of what follows on a sequence's text, or places for what `fill` will find."""
@@ -165,7 +165,7 @@ class Drafter:
         accepted = max(0, tokens - 1)
         self.proposed += drafts
         self.accepted += accepted
-        self.pace.note_drafts(sequence, min(drafts, tokens), accepted)
+        self.lengths.note_drafts(sequence, min(drafts, tokens), accepted)
 
     @property
     def acceptance(self) -> float:
@@ -179,7 +179,7 @@ class PromptLookup(Drafter):
     def reserve(self, sequence: EngineSequence, room: int) -> list[int]:
         """As Drafter: the guesses themselves."""
         found = self.draft(sequence.tokens, room)
-        return found[: self.pace.limit(sequence, len(found))] if found else found
+        return found[: self.lengths.limit(sequence, len(found))] if found else found
 
     def draft(self, tokens: list[int], room: int) -> list[int]:
         """What followed the latest earlier occurrence of the text's last tokens, up to `room`; longest match first.

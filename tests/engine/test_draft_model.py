@@ -8,7 +8,7 @@ import pytest
 from mpillama.engine.engine import Engine
 from mpillama.engine.executor import Executor
 from mpillama.engine.sequence import Request
-from mpillama.engine.speculation import Pace
+from mpillama.engine.speculation import DraftLengths
 from mpillama.text.sampling_params import SamplingParams
 from mpillama.text.tokenizer import Tokenizer
 from tests import running
@@ -19,7 +19,7 @@ from tests.engine.test_engine import LONGEST, alone, random_request
 SLOTS, MAX_TOKENS = 4, 48
 
 
-class Always(Pace):
+class Always(DraftLengths):
     """As many drafts as there may be, whatever they cost."""
 
     def begin(self, sequences):
@@ -59,7 +59,7 @@ def drafting_engine(model, draft, tokenizer, blocks=8, most=3, longest=LONGEST, 
     executor = Executor(model, LONGEST, "f16", MAX_TOKENS, SLOTS, blocks)
     executor.draft = Executor(draft, longest, "f16", MAX_TOKENS + SLOTS, SLOTS, blocks, 2 * SLOTS)
     engine = Engine(executor, tokenizer, most)
-    engine.drafter.pace = pace or Always()
+    engine.drafter.lengths = pace or Always()
     return engine
 
 

@@ -4,7 +4,7 @@ import pytest
 
 from mpillama.engine.answer import Answer
 from mpillama.engine.sequence import EngineSequence, Request
-from mpillama.engine.speculation import PLAIN_INTERVAL, PROBE_INTERVAL, Pace, best_length, tokens_of_step
+from mpillama.engine.speculation import PLAIN_INTERVAL, PROBE_INTERVAL, DraftLengths, best_length, tokens_of_step
 from mpillama.text.sampling_params import SamplingParams
 from mpillama.text.tokenizer import Tokenizer
 from tests import tiny_models as models
@@ -18,7 +18,7 @@ def new_sequence() -> EngineSequence:
     return EngineSequence(request, 0, Answer(tokenizer, request.sampling), [5])
 
 
-def simulate(pace: Pace, rate_of_four: int, cost: float, steps: int) -> list[int]:
+def simulate(pace: DraftLengths, rate_of_four: int, cost: float, steps: int) -> list[int]:
     """The drafts of each step where so many of four come true, and a draft adds such a share of a step."""
     sequence, found = new_sequence(), []
     for _ in range(steps):
@@ -41,20 +41,20 @@ def test_the_best_number_of_drafts(rate: float, cost: float, best: int) -> None:
 
 
 def test_cheap_drafts_that_come_true_go_on() -> None:
-    found = simulate(Pace(), 4, 0.1, 300)
+    found = simulate(DraftLengths(), 4, 0.1, 300)
     assert found.count(0) <= 1 + 300 // PLAIN_INTERVAL  # steps that show what drafts cost
     assert set(found) == {0, MOST}
 
 
 @pytest.mark.parametrize(("true", "cost"), [(0, 0.1), (4, 1.5)])
 def test_drafts_that_lose_cease_but_for_a_trial_now_and_again(true: int, cost: float) -> None:
-    found = simulate(Pace(), true, cost, 600)
+    found = simulate(DraftLengths(), true, cost, 600)
     later = found[60:]
     assert 0 < sum(map(bool, later)) <= 1 + len(later) // PROBE_INTERVAL
 
 
 def test_drafts_come_back_when_a_text_becomes_predictable() -> None:
-    pace, sequence = Pace(), new_sequence()
+    pace, sequence = DraftLengths(), new_sequence()
     for step in range(400):
         pace.begin(1)
         drafts = pace.limit(sequence, MOST)
