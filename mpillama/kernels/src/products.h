@@ -276,23 +276,6 @@ template <class T> inline i64 panels_at_once(const Matrix& m) {
     return !unpacks<T>() ? m.panels : blocks < most ? most / blocks : 1;
 }
 
-#ifdef MPILLAMA_HAS_TILES
-constexpr i64 AMX_RUN = 128;             // blocks of a group that become signed steps at a time
-constexpr i64 AMX_FEWEST = 16;           // fewer tokens are multiplied as with VNNI
-constexpr i64 AMX_TOKENS_AT_ONCE = 256;  // tokens that such a run of every group meets before the next: they stay in the cache
-
-inline AmxRoom& amx_room(u8* scratch) { return *reinterpret_cast<AmxRoom*>(scratch); }
-inline u8* amx_steps(u8* scratch) { return scratch + sizeof(AmxRoom); }
-
-// Panels whose blocks become signed steps at a time.
-inline i64 amx_panels(i64 blocks) { return blocks > 0 && blocks < AMX_RUN ? AMX_RUN / blocks : 1; }
-
-inline i64 amx_scratch_bytes(i64 blocks, i64 panels) {
-    const i64 together = panels < amx_panels(blocks) ? panels : amx_panels(blocks);
-    return static_cast<i64>(sizeof(AmxRoom)) + 512 * together * blocks;
-}
-#endif
-
 // Bytes of a thread's scratch for products: unpacked blocks, the panels of a group of floats, or AMX's signed steps.
 inline i64 product_scratch_bytes(const Matrix& m) {
     i64 bytes = 0;
@@ -303,7 +286,7 @@ inline i64 product_scratch_bytes(const Matrix& m) {
             bytes = (panels > 0 ? panels * blocks : blocks_at_once<T>()) * static_cast<i64>(sizeof(Ready<T>));
         else if constexpr (!T::BLOCKS) bytes = panels * m.columns * T::bytes;
 #ifdef MPILLAMA_HAS_TILES
-        if constexpr (T::BLOCKS) bytes = amx_scratch_bytes(blocks, m.panels);
+        if constexpr (T::BLOCKS) bytes = AMX_PRODUCTS + m.panels * blocks * 512;
 #endif
     });
     return bytes;
@@ -372,76 +355,24 @@ inline void ready_column_group(const Slice& w, i64 group, const Input& in, i64 f
     }
 }
 
-#ifdef MPILLAMA_HAS_TILES
-template <class T> inline void make_signed_steps(const u8* values, i64 blocks, u8* steps) {
-    for (i64 i = 0; i < blocks; i++) T::signed_steps(values + i * T::bytes, steps + 512 * i);
-}
-
-// What a tile of tokens fetches for the next group while it passes: some lines of every block.
-template <class T> struct AmxAhead {
-    i64 distance, first, last;  // bytes from a block; 0 if there is no next group
-
-    AmxAhead(i64 of_next, i64 tile, i64 tiles) : distance(of_next) {
-        constexpr i64 lines = T::bytes / 64;
-        first = of_next == 0 ? 0 : tile * lines / tiles * 64, last = of_next == 0 ? 0 : (tile + 1) * lines / tiles * 64;
-    }
-    [[gnu::always_inline]] void fetch(const u8* block) const {
-        for (i64 line = first; line < last; line += 64) prefetch(block + distance + line);
-    }
-};
-
-// A run of a group's blocks times the tokens first:last, added to what is in `out` unless it is the first. The same run of
-// the next group is `ahead` bytes further.
-template <class T>
-inline void column_tile_run(const Slice& w, i64 group, const Input& in, i64 start, i64 blocks, i64 first, i64 last,
-                            float* out, i64 stride, i64 ahead, u8* scratch) {
-    using Scales = typename T::Scales;
-    AmxRoom& room = amx_room(scratch);
-    const i64 place = group * (w.columns / BLOCK);
-    const u8* const values = w.values + (place + start) * T::bytes;
-    make_signed_steps<T>(values, blocks, amx_steps(scratch));
-    amx_written(amx_steps(scratch));
-    ScalePlace<Scales> of_run(w.scales, place);
-    for (i64 i = 0; i < start; i++) of_run.advance();
-    const Input here = in.from_block(start);
-    for (i64 token = first; token < last; token += AMX_TOKENS) {
-        const InputBlocks x = here.blocks(token);
-        const AmxAhead<T> next(ahead, (token - first) / AMX_TOKENS, (last - first) / AMX_TOKENS);
-        ScalePlace<Scales> scales = of_run;
-        const u8* block = values;
-        i64 i = 0;
-        AmxSums sums;
-        if (start == 0) sums.clear();
-        else sums.load_from(out + token * stride, stride);
-        amx_blocks(AmxUnits<Scales::HALVES>{amx_steps(scratch), x.values}, blocks, room,
-                   [&](const i32* products) __attribute__((always_inline)) {
-                       sums.add(products, Scales::load(scales.scales, scales.supers, 0), x, i);
-                       scales.advance();
-                       next.fetch(block);
-                       i += AMX_TOKENS, block += T::bytes;
-                   });
-        sums.store_to(out + token * stride, stride);
-    }
-}
-#endif
-
-// Whole tiles of tokens on AMX; returns the first token that is left. Sums of columns beyond a run go on from what is in
-// `out`.
+// Whole tiles of tokens on AMX; returns the first token that is left.
 template <class T>
 inline i64 column_tiles(const Slice& w, const Input& in, i64 first, i64 last, float* out, i64 stride, u8* scratch) {
 #ifdef MPILLAMA_HAS_TILES
-    const i64 tokens = in.tokens / AMX_TOKENS * AMX_TOKENS;
-    if (!T::BLOCKS || tokens < AMX_FEWEST) return 0;
+    const i64 blocks = w.columns / BLOCK, tokens = in.tokens / AMX_TOKENS * AMX_TOKENS;
+    if (!T::BLOCKS || tokens == 0) return 0;
     if constexpr (T::BLOCKS) {
-        const i64 blocks = w.columns / BLOCK;
-        const Tiles tiles(T::Scales::HALVES);
-        for (i64 start = 0; start < blocks; start += AMX_RUN) {
-            const i64 now = blocks - start < AMX_RUN ? blocks - start : AMX_RUN;
-            at_once(0, tokens, AMX_TOKENS_AT_ONCE, [&](i64 token, i64 end) {
-                for (i64 group = first; group < last; group++)
-                    column_tile_run<T>(w, group, in, start, now, token, end, out + group * LANES, stride,
-                                       group + 1 < last ? blocks * T::bytes : 0, scratch);
-            });
+        using Scales = typename T::Scales;
+        const Tiles tiles(Scales::HALVES);
+        u8* const steps = scratch + AMX_PRODUCTS;
+        for (i64 group = first; group < last; group++) {
+            const i64 place = group * blocks;
+            for (i64 i = 0; i < blocks; i++) T::signed_steps(w.values + (place + i) * T::bytes, steps + 512 * i);
+            for (i64 token = 0; token < tokens; token += AMX_TOKENS) {
+                Vf sums[AMX_TOKENS] = {};
+                amx_sums<Scales>(steps, {w.scales, place}, blocks, in.blocks(token), scratch, sums);
+                for (int t = 0; t < AMX_TOKENS; t++) store(out + (token + t) * stride + group * LANES, sums[t]);
+            }
         }
     }
     return tokens;
@@ -611,72 +542,34 @@ inline void ready_panels(const Matrix& m, i64 expert, i64 group, i64 first_panel
     });
 }
 
-#ifdef MPILLAMA_HAS_TILES
-// The panels first_panel:last_panel of a group times the tokens first:last, added to what the tokens have. The blocks of
-// all these panels are one stream; at the end of each panel its sums go to the grid. The next group is `ahead` bytes further.
-template <class T>
-inline void panel_tile_run(const Matrix& m, i64 expert, i64 group, i64 first_panel, i64 last_panel, const Input& in,
-                           i64 first, i64 last, const Output& to, i64 ahead, u8* scratch) {
-    using Scales = typename T::Scales;
-    AmxRoom& room = amx_room(scratch);
-    const i64 blocks = m.columns / BLOCK, count = last_panel - first_panel;
-    const Slice from = slice<T>(m, expert, first_panel);
-    const i64 panel_blocks = m.groups * blocks;
-    for (i64 panel = 0; panel < count; panel++)
-        make_signed_steps<T>(from.values + (panel * panel_blocks + group * blocks) * T::bytes, blocks,
-                             amx_steps(scratch) + 512 * panel * blocks);
-    amx_written(amx_steps(scratch));
-    const Input here{in.from, in.tokens, first_panel * m.columns};
-    for (i64 token = first; token < last; token += AMX_TOKENS) {
-        const InputBlocks x = here.blocks(token);
-        const AmxAhead<T> next(ahead, (token - first) / AMX_TOKENS, (last - first) / AMX_TOKENS);
-        for (int t = 0; t < AMX_TOKENS; t++) {
-            room.shifts[t] = to.shift(token + t);
-            store(room.totals[t], load(to.at(token + t) + group * LANES));
-        }
-        ScalePlace<Scales> scales(from.scales, group * blocks);
-        const u8* block = from.values + group * blocks * T::bytes;
-        i64 i = 0, left = blocks, after = panel_blocks + group * blocks;  // where the next panel's blocks are
-        AmxSums sums;
-        sums.clear();
-        amx_blocks(AmxUnits<Scales::HALVES>{amx_steps(scratch), x.values}, count * blocks, room,
-                   [&](const i32* products) __attribute__((always_inline)) {
-                       sums.add(products, Scales::load(scales.scales, scales.supers, 0), x, i);
-                       next.fetch(block);
-                       i += AMX_TOKENS;
-                       if (--left > 0) {
-                           scales.advance();
-                           block += T::bytes;
-                           return;
-                       }
-                       sums.store_to(room.sums[0], LANES);
-                       amx_add_panel(room);
-                       sums.clear();
-                       scales = ScalePlace<Scales>(from.scales, after);
-                       block = from.values + after * T::bytes;
-                       left = blocks, after += panel_blocks;
-                   });
-        for (int t = 0; t < AMX_TOKENS; t++) store(to.at(token + t) + group * LANES, load(room.totals[t]));
-    }
-}
-#endif
-
 // Whole tiles of tokens on AMX; returns the first token that is left.
 template <class T>
 inline i64 panel_tiles(const Matrix& m, i64 expert, const Input& in, i64 first, i64 last, const Output& to, u8* scratch) {
 #ifdef MPILLAMA_HAS_TILES
-    const i64 tokens = in.tokens / AMX_TOKENS * AMX_TOKENS;
-    if (!T::BLOCKS || tokens < AMX_FEWEST) return 0;
+    const i64 blocks = m.columns / BLOCK, tokens = in.tokens / AMX_TOKENS * AMX_TOKENS;
+    if (!T::BLOCKS || tokens == 0) return 0;
     if constexpr (T::BLOCKS) {
-        const i64 blocks = m.columns / BLOCK, together = amx_panels(blocks);
-        const Tiles tiles(T::Scales::HALVES);
-        for (i64 panel = 0; panel < m.panels; panel += together) {
-            const i64 last_panel = panel + together < m.panels ? panel + together : m.panels;
-            at_once(0, tokens, AMX_TOKENS_AT_ONCE, [&](i64 token, i64 end) {
-                for (i64 group = first; group < last; group++)
-                    panel_tile_run<T>(m, expert, group, panel, last_panel, in, token, end, to,
-                                      group + 1 < last ? blocks * T::bytes : 0, scratch);
-            });
+        using Scales = typename T::Scales;
+        const Tiles tiles(Scales::HALVES);
+        u8* const steps = scratch + AMX_PRODUCTS;
+        for (i64 group = first; group < last; group++) {
+            for (i64 panel = 0; panel < m.panels; panel++) {
+                const u8* run = slice<T>(m, expert, panel).values + group * blocks * T::bytes;
+                u8* const to_steps = steps + 512 * panel * blocks;
+                for (i64 i = 0; i < blocks; i++) T::signed_steps(run + i * T::bytes, to_steps + 512 * i);
+            }
+            for (i64 token = 0; token < tokens; token += AMX_TOKENS) {
+                for (i64 panel = 0; panel < m.panels; panel++) {
+                    const InputBlocks x = Input{in.from, in.tokens, panel * m.columns}.blocks(token);
+                    const ScaleArrays scales = slice<T>(m, expert, panel).scales;
+                    Vf sums[AMX_TOKENS] = {};
+                    amx_sums<Scales>(steps + 512 * panel * blocks, {scales, group * blocks}, blocks, x, scratch, sums);
+                    for (int t = 0; t < AMX_TOKENS; t++) {
+                        double* row = to.at(token + t) + group * LANES;
+                        store(row, add(load(row), round_to_grid(sums[t], to.shift(token + t))));
+                    }
+                }
+            }
         }
     }
     return tokens;
