@@ -182,7 +182,7 @@ SHAPES = {
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("kv_type", ["f16", "q8"])
+@pytest.mark.parametrize("kv_type", ["f16", "q8", "q4"])
 @pytest.mark.parametrize(
     ("before", "after"),
     [((2, 1), (3, 1)), ((3, 1), (2, 1)), ((1, 1), (11, 1)), ((11, 1), (4, 1)), ((4, 2), (3, 1)), ((3, 1), (6, 3))],

@@ -41,7 +41,7 @@ def new_engine(loaded, tokenizer, drafts, blocks=BLOCKS):
     executor.draft = MtpExecutor(layer, LONGEST, "f32", MAX_TOKENS + SLOTS, SLOTS, blocks) if drafts else None
     engine = Engine(executor, tokenizer, drafts)
     if drafts:
-        engine.drafter.pace = Always()
+        engine.drafter.lengths = Always()
     return engine
 
 

@@ -477,11 +477,13 @@ void all_cases() {
         attention("f32", F32::NUMBER, 2, with_everything);
         attention("f16", F16::NUMBER, 3, with_everything);
         attention("q8", Q8_0::NUMBER, 4, with_everything);
+        attention("q4", Q4_0::NUMBER, 3, with_everything);
     }
     for (bool compressed : {false, true}) {
         latent_attention("f32", F32::NUMBER, 2, compressed);
         latent_attention("f16", F16::NUMBER, 3, compressed);
         latent_attention("q8", Q8_0::NUMBER, 4, compressed);
+        latent_attention("q4", Q4_0::NUMBER, 3, compressed);
     }
     for (i64 type : {0, 1, 3, 4})
         for (i64 experts : {0, 6})

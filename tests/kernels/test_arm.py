@@ -23,7 +23,7 @@ COMPILER = "aarch64-linux-gnu-g++"
 PACKAGES = ("g++-aarch64-linux-gnu", "qemu-user")
 EMULATED = (EMULATOR, "-L", "/usr/aarch64-linux-gnu")
 FLAGS = ("-std=c++17", "-O1", "-ffp-contract=off", "-pthread", "-Wall", "-Wextra", "-Wno-psabi", "-Werror")
-CASES = 269
+CASES = 273
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from mpillama.comm.ways import OVERLAP
 from tests.system.faults.running import LONG
 from tests.system.hosts.network import Hosts
 from tests.system.mpi.launch import END_SECONDS, PROGRAM, TIMEOUT, Launch
@@ -18,6 +19,8 @@ WAIT = 4
 """--timeout of these runs."""
 LATE = 3
 """So much later than the time-out a job may end: asking begins within a second, and every end has its last words."""
+BUSY = 300
+"""Messages in a second: more than a start sends."""
 WRAPPER = 'exec "$0" "$@" 2> "$ERRORS/$PMI_RANK"'
 """Keeps what each rank writes: of a host that is cut off the launcher hears nothing any more."""
 
@@ -76,6 +79,25 @@ def test_a_cut_link_ends_both_sides(per_host: int, two_hosts: Hosts, toy: Path, 
         assert "host h2 is down or hangs, or the network between it and h1 is down" in near
         assert "host h1 is down or hangs, or the network between it and h2 is down" in far
         assert len(run.spoken()) == 2
+
+
+def test_a_link_is_cut_while_sums_travel_beside_work(two_hosts: Hosts, toy: Path, tmp_path: Path) -> None:
+    """The thread that brings them is in MPI then."""
+    folder = tmp_path / "errors"
+    folder.mkdir()
+    words = ("bench", "--model", toy, "--prefill", "64", "--repetitions", "1000000", "--timeout", str(WAIT))
+    settings = {"ERRORS": str(folder), OVERLAP: "always"}
+    with two_hosts.started(1, *PROGRAM, *words, wrapper=WRAPPER, settings=settings) as launch:
+        run, end = Run(two_hosts, launch, folder), time.monotonic() + TIMEOUT
+        while two_hosts.counts()["h1"].messages < BUSY:
+            assert time.monotonic() < end, run.spoken()
+            time.sleep(1)
+        two_hosts.link("h2", up=False)
+        assert launch.gone_within(WAIT + LATE), run.spoken()
+        near, far = run.words(0), run.wait_for_words(1, LATE)
+    assert near.startswith("mpillama: rank 1 of 2 on h2 ")
+    assert far.startswith("mpillama: rank 0 of 2 on h1 ")
+    assert all(f"not answered for {WAIT} s" in text and text.count("mpillama: ") == 1 for text in (near, far))
 
 
 def test_a_host_that_is_cut_off_says_so(four_hosts: Hosts, toy: Path, tmp_path: Path) -> None:
