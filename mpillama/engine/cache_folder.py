@@ -9,9 +9,10 @@ import os
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from hashlib import blake2b
+from itertools import groupby
 from pathlib import Path
 
 import numpy as np
@@ -84,7 +85,7 @@ class CacheFolder:
     def holds(self, kind: Kind, digest: bytes) -> bool:
         """Whether files, or what waits to be one, seem to have all that this rank needs."""
         own = self.own[kind]
-        if (kind, digest) in self._pending or not own.size or self._path(kind, digest).exists():
+        if (kind, digest) in self._pending or not own.size or os.access(self._path(kind, digest), os.R_OK):
             return True
         missing = {run.key: set(run.units) for run in own.runs.values()}
         for path in self._others(kind, digest):
@@ -100,20 +101,23 @@ class CacheFolder:
                     missing[key] = units - set(run.units)
         return not missing
 
-    def save(self, place: Place, stamp: int, waits: bool = False) -> None:
+    def save(self, place: Place, stamp: int, on_progress: Callable[[], None] | None = None) -> None:
         """Take a copy of what is to be written; `stamp` ns is when it was last used.
 
-        If too much is pending it is dropped, unless the caller `waits`.
+        If too much is pending, or memory is short, it is dropped. With `on_progress` this waits until less is pending,
+        and calls it as files are written.
         """
         layout = self.own[place.kind]
         if self.off or not layout.size:
             return
-        with self._changed:
-            while waits and self._pending_bytes > MOST_PENDING and not self.off:
-                self._changed.wait()
-            if self._pending_bytes > MOST_PENDING or (place.kind, place.digest) in self._pending:
-                return
-        data = np.empty(layout.size, np.uint8)
+        if on_progress:
+            self._await_room(on_progress)
+        if self._pending_bytes > MOST_PENDING or (place.kind, place.digest) in self._pending:
+            return
+        try:
+            data = np.empty(layout.size, np.uint8)
+        except MemoryError:
+            return
         for run, array in layout.views(self.cache.layers, place.number):
             data[run.offset : run.offset + run.size].view(array.dtype).reshape(array.shape)[...] = array
         with self._changed:
@@ -121,6 +125,15 @@ class CacheFolder:
             self._pending_bytes += len(data)
             self._queue.append((place, data, stamp))
             self._changed.notify_all()
+
+    def _await_room(self, on_progress: Callable[[], None]) -> None:
+        seen = self._done
+        while self._pending_bytes > MOST_PENDING and not self.off and self._thread.is_alive():
+            with self._changed:
+                self._changed.wait(TICK)
+            if self._done != seen:
+                seen = self._done
+                on_progress()
 
     def load(self, place: Place) -> bool:
         """Fill a block or a state slot; False if files lack something of it, whose contents mean nothing then."""
@@ -159,13 +172,13 @@ class CacheFolder:
             for run, array in wanted:
                 of_file = file.layout.runs.get(run.key)
                 units = missing.get(run.key, set()) & set(of_file.units if of_file else ())
-                if units:
-                    found, first = range(min(units), max(units) + 1), run.units.start
+                for found in spans(units):  # nothing between them, which another file has filled and this may spoil
+                    first = run.units.start
                     file.read(run.key, found, array[found.start - first : found.stop - first])
-                    missing[run.key] -= units
-                    if not missing[run.key]:
-                        del missing[run.key]
-            os.utime(path)
+                    missing[run.key] -= set(found)
+                if run.key in missing and not missing[run.key]:
+                    del missing[run.key]
+            with_errors_ignored(lambda: os.utime(path))
         except TornFileError as error:
             self._delete(path, error)
         except OSError as error:
@@ -184,6 +197,15 @@ class CacheFolder:
             if self._done != seen:
                 seen = self._done
                 on_progress()
+
+    def abandon(self) -> None:
+        """Write nothing more, and let the thread end after the file that it is at; nobody waits for it."""
+        with self._changed:
+            self.off = self._ends = True
+            self._queue.clear()
+            self._pending.clear()
+            self._pending_bytes = 0
+            self._changed.notify_all()
 
     # -- files ---------------------------------------------------------------------------------------------------------
 
@@ -232,8 +254,8 @@ class CacheFolder:
             if not self.off:
                 self._write(place, data, stamp)
             with self._changed:
-                del self._pending[place.kind, place.digest]
-                self._pending_bytes -= len(data)
+                if self._pending.pop((place.kind, place.digest), None) is not None:
+                    self._pending_bytes -= len(data)
                 self._done += 1
                 self._changed.notify_all()
 
@@ -242,9 +264,10 @@ class CacheFolder:
         try:
             if path.exists():  # of a rank that holds the same
                 return
-            path.parent.mkdir(0o700, parents=True, exist_ok=True)
-            written = write_cache_file(path, self._name(place.digest), self.own[place.kind], data)
-            os.utime(path, ns=(stamp, stamp))
+            try:
+                written = self._write_file(path, place, data)
+            except FileNotFoundError:  # somebody deleted the folder meanwhile
+                written = self._write_file(path, place, data)
         except OSError as error:
             self.off = True
             LOG.warning(
@@ -252,12 +275,22 @@ class CacheFolder:
                 self.settings.folder, error.strerror or error,
             )  # fmt: skip
             return
+        except MemoryError:
+            return
+        with_errors_ignored(lambda: os.utime(path, ns=(stamp, stamp)))  # another job may have made room already
         self._uncounted += written * self.settings.sharers
         if self.settings.counts and self._uncounted >= self.settings.limit / KEPT_FREE:
             with_errors_ignored(self._make_room)
 
+    def _write_file(self, path: Path, place: Place, data: np.ndarray) -> int:
+        path.parent.mkdir(0o700, parents=True, exist_ok=True)
+        return write_cache_file(path, self._name(place.digest), self.own[place.kind], data)
+
     def _make_room(self) -> None:
-        """Delete the files that were used longest ago, if all are larger than the limit."""
+        """Delete the files that were used longest ago, if all are larger than the limit.
+
+        Those that may not be looked at or deleted, another user's, stay.
+        """
         self._uncounted = 0.0
         files, now = [], time.time()
         for folder, _, names in os.walk(self.settings.folder):
@@ -267,20 +300,36 @@ class CacheFolder:
                     continue
                 try:
                     found = path.stat()
-                except FileNotFoundError:  # it got its name, or another job made room
+                except OSError:  # it got its name, or another job made room
                     continue
                 if not name.endswith(NEW):
                     files.append((found.st_mtime_ns, found.st_size, path))
                 elif now - found.st_mtime > STALE_SECONDS:
-                    path.unlink(missing_ok=True)
+                    is_deleted(path)
         total, limit = sum(size for _, size, _ in files), self.settings.limit
         if total <= limit:
             return
         for _, size, path in sorted(files):
             if total <= limit - limit // KEPT_FREE:
                 break
-            path.unlink(missing_ok=True)
-            total -= size
+            if is_deleted(path):
+                total -= size
+
+
+def spans(units: Iterable[int]) -> Iterator[range]:
+    """Runs of consecutive numbers."""
+    for _, run in groupby(enumerate(sorted(units)), lambda pair: pair[1] - pair[0]):
+        found = [unit for _, unit in run]
+        yield range(found[0], found[-1] + 1)
+
+
+def is_deleted(path: Path) -> bool:
+    """Delete a file; whether it is gone."""
+    try:
+        path.unlink(missing_ok=True)
+    except OSError:
+        return False
+    return True
 
 
 def with_errors_ignored(action: Callable[[], None]) -> None:

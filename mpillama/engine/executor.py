@@ -385,7 +385,7 @@ class Executor:
         assert self.folder is not None
         stamp, waits = int(self.plan.buffer[2]), bool(self.plan.buffer[3])
         for i, place in enumerate(self.plan.places()):
-            self.folder.save(place, stamp - STAMP_STEP * i, waits)
+            self.folder.save(place, stamp - STAMP_STEP * i, self._get_on if waits else None)
             self._get_on()
 
     def _load(self) -> int:

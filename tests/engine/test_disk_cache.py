@@ -1,14 +1,18 @@
 """The cache on disk: what left memory is found again, also by other ranks and runs, and never something else."""
 
 import errno
+import gc
 import os
+import threading
 import time
+import weakref
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from mpillama.engine import cache_folder
 from mpillama.engine.cache_folder import CacheFolder, FolderSettings, Place
 from mpillama.engine.engine import Engine
 from mpillama.formats import cache_file
@@ -223,6 +227,151 @@ def test_a_part_that_nobody_wrote_is_missed(tmp_path):
         folder.close(lambda: None)
 
 
+def test_what_one_file_has_filled_a_torn_one_does_not_spoil(tmp_path):
+    """Rank 0 of 2 finds its second head in one file, and heads on both sides of it in the next one, which is torn."""
+    config = ModelConfig.from_hf({**models.AWKWARD, "num_attention_heads": 8, "num_key_value_heads": 8})
+    key = config.blocks[0].attention.kv_split
+    own, digest = config.partition(2)[0], b"d" * 16
+    assert list(own[key]) == [0, 1, 2, 3]
+    files = {}
+    for ranks, rank in ((8, 1), (1, 0), (8, 0), (8, 2), (8, 3)):
+        part = config.partition(ranks)[rank]
+        writer = folder_of(tmp_path, config, part, numbered(config, part, "f16", 1))
+        writer.save(Place("block", 0, digest), time.time_ns())
+        writer.close(lambda: None)
+        files[ranks, rank] = writer._path("block", digest)
+    tear(writer, files[1, 0], digest, unit=1)
+    reader = folder_of(tmp_path, config, own, KVCache(config, own, 1, "f16"))
+    reader._others = lambda kind, digest: list(files.values())  # by name they come in another order
+    assert reader.load(Place("block", 0, digest))
+    reader.close(lambda: None)
+    for found, right in zip(reader.cache.layers, numbered(config, own, "f16", 1).layers, strict=True):
+        assert all(np.array_equal(a, b) for a, b in zip(found, right, strict=True))
+
+
+def tear(folder: CacheFolder, path: Path, digest: bytes, unit: int) -> None:
+    """Spoil a unit's record in the first stripe of a file."""
+    file = folder._open(path, "block", digest)
+    run = next(iter(file.layout.runs.values()))
+    start = file._records_start + run.offset + run.bytes * (unit - run.units.start)
+    file.close()
+    data = bytearray(path.read_bytes())
+    data[start : start + run.bytes] = bytes(run.bytes)
+    path.write_bytes(data)
+
+
+def one_block(path: Path, limit: int = PLENTY, name: str = MODEL) -> CacheFolder:
+    config = ModelConfig.from_hf(models.AWKWARD)
+    (part,) = config.partition(1)
+    return folder_of(path, config, part, numbered(config, part, "f16", 1), limit=limit, name=name)
+
+
+def test_a_folder_that_the_system_refuses_to_look_into_is_empty(tmp_path, caplog):
+    """As one that belongs to somebody else; here its name is too long."""
+    folder, place = one_block(tmp_path, name="m" * 300), Place("block", 0, b"d" * 16)
+    assert not folder.holds("block", place.digest)
+    assert not folder.load(place)
+    folder.save(place, time.time_ns())
+    folder.close(lambda: None)
+    assert folder.off
+    assert "cannot be written" in caplog.text
+
+
+def test_a_file_that_may_not_be_deleted_keeps_no_other_one(tmp_path, monkeypatch):
+    for number in range(3):
+        folder = one_block(tmp_path)
+        folder.save(Place("block", 0, bytes([number]) * 16), 10**18 + number)
+        folder.close(lambda: None)
+    oldest, *others = sorted(files_in(tmp_path), key=lambda path: path.stat().st_mtime_ns)
+    unlink = Path.unlink
+
+    def refuse(path, missing_ok=False):
+        if path == oldest:
+            raise PermissionError(errno.EPERM, "Operation not permitted")
+        unlink(path, missing_ok)
+
+    monkeypatch.setattr(Path, "unlink", refuse)
+    one_block(tmp_path, limit=oldest.stat().st_size * 5 // 4).close(lambda: None)
+    assert files_in(tmp_path) == [oldest]
+    assert others
+
+
+@pytest.mark.parametrize("deleted", ["the file", "its folder"])
+def test_what_others_delete_meanwhile_is_no_error(deleted, tmp_path, monkeypatch):
+    written = []
+
+    def write(path, *arguments):
+        written.append(path)
+        if deleted == "its folder" and len(written) == 1:
+            path.parent.rmdir()
+        size = cache_file.write_cache_file(path, *arguments)
+        if deleted == "the file":
+            path.unlink()
+        return size
+
+    monkeypatch.setattr(cache_folder, "write_cache_file", write)
+    folder = one_block(tmp_path)
+    folder.save(Place("block", 0, b"d" * 16), time.time_ns())
+    folder.close(lambda: None)
+    assert not folder.off
+    assert len(files_in(tmp_path)) == (deleted == "its folder")
+
+
+def test_too_little_memory_for_a_copy_drops_it(tmp_path, monkeypatch):
+    folder = one_block(tmp_path)
+
+    def none(*arguments):
+        raise MemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(cache_folder.np, "empty", none)
+        folder.save(Place("block", 0, b"d" * 16), time.time_ns())
+    folder.save(Place("block", 0, b"e" * 16), time.time_ns())
+    folder.close(lambda: None)
+    assert [path.name[:32] for path in files_in(tmp_path)] == [(b"e" * 16).hex()]
+
+
+def test_who_waits_for_a_slow_disk_shows_that_files_are_written(tmp_path, monkeypatch):
+    monkeypatch.setattr(cache_folder, "MOST_PENDING", 1)
+    monkeypatch.setattr(cache_folder, "TICK", 0.01)
+
+    def slow(*arguments):
+        time.sleep(0.05)
+        return cache_file.write_cache_file(*arguments)
+
+    monkeypatch.setattr(cache_folder, "write_cache_file", slow)
+    folder, told = one_block(tmp_path), []
+    for number in range(4):
+        folder.save(Place("block", 0, bytes([number]) * 16), time.time_ns(), partial(told.append, number))
+    folder.close(lambda: None)
+    assert told == [1, 2, 3]
+    assert len(files_in(tmp_path)) == 4
+
+
+def test_an_abandoned_folder_keeps_neither_thread_nor_memory(tmp_path, monkeypatch):
+    """It ends after the file that it is at."""
+    may_go_on = threading.Event()
+
+    def write(*arguments):
+        may_go_on.wait(20)
+        return cache_file.write_cache_file(*arguments)
+
+    monkeypatch.setattr(cache_folder, "write_cache_file", write)
+    folder = one_block(tmp_path)
+    for number in range(3):
+        folder.save(Place("block", 0, bytes([number]) * 16), time.time_ns())
+    folder.abandon()
+    folder.save(Place("block", 0, b"d" * 16), time.time_ns())
+    thread, cache = folder._thread, weakref.ref(folder.cache)
+    may_go_on.set()
+    thread.join(20)
+    assert not thread.is_alive()
+    del folder
+    gc.collect()
+    assert cache() is None
+    assert len(files_in(tmp_path)) <= 1
+
+
 def test_the_files_that_were_used_longest_ago_make_room(toy_model, tokenizer, tmp_path):
     """The beginning of a text goes after its end; what is read is used."""
     prompts = [np.random.default_rng(i).integers(5, 300, 200).tolist() for i in range(6)]
@@ -269,8 +418,6 @@ def test_a_full_disk_is_told_once_and_all_goes_on(toy_model, tokenizer, tmp_path
 
 def test_what_is_too_much_to_be_written_is_dropped_unless_somebody_waits(toy_model, tokenizer, tmp_path, monkeypatch):
     """A slow disk holds no step up."""
-    from mpillama.engine import cache_folder
-
     monkeypatch.setattr(cache_folder, "MOST_PENDING", 1)
     write = cache_folder.write_cache_file
 
