@@ -12,6 +12,7 @@ from mpillama.engine.sequence import DraftProgress, EngineSequence
 from mpillama.engine.speculation import Drafted, Drafter
 from mpillama.errors import UserError
 from mpillama.models.attention import BLOCK_POSITIONS
+from mpillama.models.cache import blocks_for
 from mpillama.models.candidates import WHOLE, Candidates
 from mpillama.text.sampler import NonFiniteLogits, Sampler, wanted_of
 
@@ -37,6 +38,8 @@ class DraftModel(Drafter):
         config = self.executor.model.config
         self.vocab_size: int = config.vocab_size
         self.has_state: bool = config.has_state
+        self.most_blocks = blocks_for(self.executor.max_seq_len)
+        """Of a sequence, in the draft model's table: the model may have a longer context."""
         self._damaged = False
 
     # -- what the scheduler asks -----------------------------------------------------------------------------------
@@ -164,8 +167,8 @@ class DraftModel(Drafter):
         assert sequence.slot is not None
         progress = self._progress(sequence)
         start = progress.computed if start is None else start
-        new, first = sequence.blocks[progress.sent_blocks :], progress.sent_blocks
-        progress.sent_blocks = len(sequence.blocks)
+        new, first = sequence.blocks[progress.sent_blocks : self.most_blocks], progress.sent_blocks
+        progress.sent_blocks += len(new)
         readable = self.vocab_size <= self.main.model.config.vocab_size
         wanted = wanted_of(sequence.request.sampling, self.vocab_size) if readable else WHOLE
         return Segment(sequence.slot, start, ids, int(guesses), first, new, states, wanted)

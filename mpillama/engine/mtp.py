@@ -95,7 +95,8 @@ class MtpDrafter(DraftModel):
         if state.progress is None:
             known = self.pool.drafted(sequence.blocks) * BLOCK_POSITIONS
             state.progress = DraftProgress(found.start if found.start <= known else 0)
-        state.unreadable = state.progress.computed != found.start
+        behind = found.start + found.count
+        state.unreadable = state.progress.computed != found.start or behind > self.executor.max_seq_len
         return not state.unreadable
 
     def _next(self, found: Computed, guesses: bool) -> Segment:

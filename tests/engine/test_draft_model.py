@@ -55,11 +55,12 @@ def tokenizer() -> Tokenizer:
     return Tokenizer(models.toy_tokenizer(), bos_token_id=models.BOS, eos_token_ids=(models.EOS,), add_bos=True)
 
 
-def drafting_engine(model, draft, tokenizer, blocks=8, most=3, longest=LONGEST, pace=None):
-    executor = Executor(model, LONGEST, "f16", MAX_TOKENS, SLOTS, blocks)
-    executor.draft = Executor(draft, longest, "f16", MAX_TOKENS + SLOTS, SLOTS, blocks, 2 * SLOTS)
+def drafting_engine(model, draft, tokenizer, blocks=8, most=3, longest=LONGEST, pace=None, max_tokens=MAX_TOKENS):
+    executor = Executor(model, LONGEST, "f16", max_tokens, SLOTS, blocks)
+    executor.draft = Executor(draft, longest, "f16", max_tokens + SLOTS, SLOTS, blocks, 2 * SLOTS)
     engine = Engine(executor, tokenizer, most)
-    engine.drafter.lengths = pace or Always()
+    if engine.drafter is not None:
+        engine.drafter.lengths = pace or Always()
     return engine
 
 
@@ -130,6 +131,20 @@ def test_a_draft_model_with_a_shorter_context_drafts_up_to_there(toy, tokenizer)
     assert ask(engine, [5] * 60, max_tokens=60).answer.token_ids == whole
     assert 15 <= engine.drafter.accepted <= 20
     assert ask(engine, [5] * 100, max_tokens=9).answer.finish_reason == "length"
+
+
+@pytest.mark.parametrize("length", [127, 129, 250])
+def test_blocks_beyond_a_draft_models_context_stay_with_the_model(toy, tokenizer, length):
+    """A step of a long prompt brings several blocks, for which the draft model's table has no place."""
+    prompt, largest = [5] * length, 256
+    whole = ask(drafting_engine(toy, toy, tokenizer, most=0, max_tokens=largest), prompt, max_tokens=6)
+    engine = drafting_engine(toy, toy, tokenizer, longest=64, max_tokens=largest)
+    beside = ask(engine, [6] * 60, max_tokens=9)
+    assert ask(engine, prompt, max_tokens=6).answer.token_ids == whole.answer.token_ids
+    assert engine.drafter.accepted > 0
+    assert ask(engine, [6] * 60, max_tokens=9).answer.token_ids == beside.answer.token_ids
+    engine = drafting_engine(toy, toy, tokenizer, longest=128, max_tokens=largest)
+    assert ask(engine, prompt, max_tokens=6).answer.token_ids == whole.answer.token_ids
 
 
 def test_a_request_may_do_without_drafts(toy, tokenizer):

@@ -34,11 +34,11 @@ def tokenizer() -> Tokenizer:
     return Tokenizer(models.toy_tokenizer(), bos_token_id=models.BOS, eos_token_ids=(models.EOS,), add_bos=True)
 
 
-def new_engine(loaded, tokenizer, drafts, blocks=BLOCKS):
+def new_engine(loaded, tokenizer, drafts, blocks=BLOCKS, longest=LONGEST):
     model, layer = loaded
     states = 3 * SLOTS * (1 + drafts) if model.config.has_state else 0
     executor = Executor(model, LONGEST, "f32", MAX_TOKENS, SLOTS, blocks, states)
-    executor.draft = MtpExecutor(layer, LONGEST, "f32", MAX_TOKENS + SLOTS, SLOTS, blocks) if drafts else None
+    executor.draft = MtpExecutor(layer, longest, "f32", MAX_TOKENS + SLOTS, SLOTS, blocks) if drafts else None
     engine = Engine(executor, tokenizer, drafts)
     if drafts:
         engine.drafter.lengths = Always()
@@ -122,3 +122,20 @@ def test_drafts_are_what_the_layer_predicts(loaded, tokenizer):
     assert len(notes) > 15
     for text, drafts in notes.items():
         assert drafts == predicted(loaded, list(text), len(drafts)), text
+
+
+def test_a_layer_with_a_shorter_context_drafts_up_to_there(loaded, tokenizer):
+    """A layer of another file may have one; beyond it the layer's table has no blocks."""
+    asked = [
+        Request(list(range(5, 5 + length)), SamplingParams(temperature=0, max_tokens=30, ignore_eos=True))
+        for length in (50, 150)
+    ]
+    plain = run(new_engine(loaded, tokenizer, 0, blocks=16), asked)
+    engine = new_engine(loaded, tokenizer, 3, blocks=16, longest=64)
+    most, forward = [], engine.executor.draft.forward_in_pieces
+    engine.executor.draft.forward_in_pieces = lambda segments: (
+        most.extend(s.start + len(s.token_ids) for s in segments) or forward(segments)
+    )
+    assert run(engine, asked) == plain
+    assert engine.drafter.proposed > 0
+    assert max(most) <= 64
