@@ -17,7 +17,6 @@ from mpillama.job.start import World
 from mpillama.loading.draft import load_draft
 from mpillama.loading.load import LoadedModel
 from mpillama.loading.session import Session
-from mpillama.loading.settings import state_slots
 from mpillama.models.cache import blocks_for
 from mpillama.text.sampling_params import SamplingParams
 
@@ -58,11 +57,11 @@ def bench_drafts(options: BenchOptions, world: World) -> int:
 
 def _open(options: BenchOptions, loaded_model: LoadedModel) -> Executor:
     """A cache for the most sequences that are asked for, each with a prompt, its answer and drafts."""
-    sequences, most = max(options.batch), options.draft_tokens
+    sequences, most = options.sequences, options.draft_tokens
     context = min(loaded_model.context, REPETITIONS * PIECE + 2 * options.decode + most + 64)
     tokens = max(options.prefill_chunk, sequences * (1 + most))
-    blocks, states = sequences * blocks_for(context), state_slots(sequences, most)
-    return Executor(loaded_model.model, context, options.kv_type, tokens, sequences, blocks, states)
+    blocks = sequences * blocks_for(context)
+    return Executor(loaded_model.model, context, options.kv_type, tokens, sequences, blocks, options.state_slots)
 
 
 def _measure(options: BenchOptions, session: Session, alone: Executor | None) -> Iterator[DraftTiming]:

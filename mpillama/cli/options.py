@@ -21,6 +21,7 @@ from mpillama.loading.settings import (
     check_numbers,
     option,
     parse_bytes,
+    state_slots,
 )
 from mpillama.quant import WEIGHT_TYPE_NAMES
 from mpillama.text.sampling_params import About, Number, SamplingParams
@@ -258,6 +259,15 @@ class BenchOptions(RunOptions, SpeculationSettings):
         "(needs matplotlib)",
         metavar="FILE.png",
     )
+
+    @property
+    def sequences(self) -> int:
+        """The most that are decoded together."""
+        return max(self.batch, default=1)
+
+    @property
+    def state_slots(self) -> int:
+        return state_slots(self.sequences, self.draft_tokens) if self.draft_tokens else super().state_slots
 
     def check(self) -> None:
         super().check()

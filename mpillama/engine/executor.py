@@ -83,14 +83,15 @@ class Segment:
 class StepPlan:
     """The message's buffer, int64, of a size fixed by the most tokens and sequences of a step: no pickling, no sizes.
 
-    `tables` int64 [slots, blocks of the longest sequence] are the block tables of this rank. Of a model that
-    `has_state` the message also says where states are; a token has at most one slot of its own.
+    `tables` int64 [slots, blocks of the longest sequence] are the block tables of this rank. Of a model that has
+    `states` slots for recurrent states the message also says where states are; a token has at most one slot of its own.
     """
 
-    def __init__(self, max_tokens: int, slots: int, max_seq_len: int, has_state: bool = False):
+    def __init__(self, max_tokens: int, slots: int, max_seq_len: int, states: int = 0):
         self.max_tokens = max_tokens
         self.slots = slots
-        self.has_state = has_state
+        self.states = states
+        self.has_state = has_state = states > 0
         self.max_blocks = blocks_for(max_tokens) + 2 * slots
         self.fields = FIELDS + STATE_FIELDS * has_state
         size = HEADER + self.fields * slots + max_tokens + self.max_blocks
@@ -121,7 +122,9 @@ class StepPlan:
         return before, rest
 
     def write(self, segments: Sequence[Segment], parts: int = 1) -> None:
-        """Make the message a step; ValueError if it does not hold that many tokens, sequences or blocks."""
+        """Make the message a step; ValueError if it does not hold that many tokens, sequences or blocks, or for a state
+        slot that there is not.
+        """
         ids = np.concatenate([np.asarray(s.token_ids, np.int64) for s in segments])
         blocks = [block for s in segments for block in s.blocks]
         if len(ids) > self.max_tokens or len(segments) > self.slots or len(blocks) > self.max_blocks:
@@ -147,6 +150,9 @@ class StepPlan:
             for index, slot in states.snapshots:
                 self.snapshots[first + index] = slot
             first += len(s.token_ids)
+        last = max(int(fields[:, FIELDS:].max(initial=NOWHERE)), int(self.snapshots.max()))
+        if last >= self.states:
+            raise ValueError(f"a step that writes state slot {last} of {self.states}")
 
     @property
     def most_places(self) -> int:
@@ -245,7 +251,8 @@ class Executor:
         self.max_seq_len = max_seq_len
         self.max_tokens = max_tokens
         self.slots = slots
-        self.plan = StepPlan(max_tokens, slots, max_seq_len, model.config.has_state)
+        self.states = max(states, slots + 1) if model.config.has_state else 0
+        self.plan = StepPlan(max_tokens, slots, max_seq_len, self.states)
         if blocks is None:
             holders = model.part.holders
             blocks = held_blocks(max_seq_len, holders) * holders * slots
@@ -255,7 +262,6 @@ class Executor:
         self.abandoned = False
         self.draft: Executor | None = None
         self.step_parts = StepParts(model.most_parts)
-        self.states = max(states, slots + 1) if model.config.has_state else 0
         self.cache = KVCache(model.config, model.part, blocks, kv_type, self.states)
         self.folder: CacheFolder | None = None
         """Where this rank keeps what leaves its memory, on all ranks or on none."""

@@ -116,7 +116,7 @@ def refuse_other_vocabulary(model: ModelFile, draft: ModelFile) -> None:
 
 def draft_bytes_of_ranks(draft: Draft, executor: Executor, ranks: int) -> list[int]:
     """What a draft model takes on each rank beside the main model of `executor`, its whole cache included."""
-    file, settings = draft.file, draft.settings
+    file, settings = draft.file, replace(draft.settings, sequences=executor.slots)
     division = Division(1 if draft.alone else ranks)
     states = settings.state_slots if file.config.has_state else 0
     model = MemoryModel(file.config, file.specs, division, settings.kv_type, executor.max_tokens, states=states)
@@ -131,7 +131,7 @@ def draft_bytes_of_ranks(draft: Draft, executor: Executor, ranks: int) -> list[i
 def load_draft(draft: Draft, world: World, target: Target, main: Executor, progress: Progress) -> Executor | None:
     """Load a draft model for the sequences of the main executor; None on ranks that do not hold it."""
     context = min(main.max_seq_len, draft.file.config.longest_context)
-    settings = replace(draft.settings, max_seq_len=context)
+    settings = replace(draft.settings, max_seq_len=context, sequences=main.slots)
 
     def load(own: World) -> Executor:
         loaded = load_model(settings, own, target, progress, opened=draft.file)

@@ -37,7 +37,7 @@ def test_tables_are_kept_from_step_to_step():
 
 def test_state_slots_come_out_as_rows_of_the_step():
     """Where none are named, a sequence's state is in the slot of its row, and begins at position 0."""
-    p = StepPlan(max_tokens=8, slots=3, max_seq_len=200, has_state=True)
+    p = StepPlan(max_tokens=8, slots=3, max_seq_len=200, states=8)
     first = SegmentStates(7, 4, [(0, 5), (2, 6)])
     p.write([Segment(2, 63, [5, 6, 7], 2, 0, [9, 4], first), Segment(1, 0, [8], 1, 0, [3]), Segment(0, 10, [1, 2])])
     step = p.step()
@@ -64,10 +64,18 @@ def test_what_does_not_fit_is_refused(segments):
         plan().write(segments)
 
 
+@pytest.mark.parametrize("states", [SegmentStates(0, 8), SegmentStates(8, 0), SegmentStates(0, 1, [(0, 8)])])
+def test_a_state_slot_that_there_is_not_is_refused(states):
+    """Kernels write wherever they are told."""
+    p = StepPlan(max_tokens=8, slots=3, max_seq_len=200, states=8)
+    with pytest.raises(ValueError, match="state slot 8 of 8"):
+        p.write([Segment(0, 9, [1], 1, states=states)])
+
+
 def test_the_message_is_small_and_of_one_size():
     p = StepPlan(max_tokens=256, slots=32, max_seq_len=131072)
     assert p.buffer.nbytes == 8 * (HEADER + 32 * FIELDS + 256 + 4 + 64)
-    with_states = StepPlan(max_tokens=256, slots=32, max_seq_len=131072, has_state=True)
+    with_states = StepPlan(max_tokens=256, slots=32, max_seq_len=131072, states=64)
     assert with_states.buffer.nbytes == p.buffer.nbytes + 8 * (32 * STATE_FIELDS + 256)
     p.write_order(Order.END, 3)
     assert (p.order, p.status) == (Order.END, 3)

@@ -8,6 +8,7 @@ import pytest
 
 from mpillama.engine.measure import LATE, REST, SUM
 from mpillama.kernels.library import PARTS
+from tests.conftest import ModelFile
 from tests.system.mpi.launch import PROGRAM, TIMEOUT, run
 
 pytestmark = pytest.mark.timeout(TIMEOUT + 60)
@@ -83,10 +84,12 @@ def test_the_picture_of_several_ranks(toy: Path, tmp_path: Path) -> None:
         assert "pip install 'mpillama[plot]'" in result.stderr
 
 
-def test_what_drafts_gain(toy: Path) -> None:
+@pytest.mark.parametrize("kind", ["toy", "delta"])
+def test_what_drafts_gain(kind: str, model_file: ModelFile) -> None:
     """Nobody's, the text's, and a draft model's on all ranks and on rank 0 alone; the answers are the same."""
-    options = ("--draft-model", toy, "--speculate", "3", "--decode", "24", "--repetitions", "2", "--batch", "1", "2")
-    result = run(2, *PROGRAM, "bench", "--model", toy, *options, "--json")
+    model = model_file(kind, "q8_0")
+    options = ("--draft-model", model, "--speculate", "3", "--decode", "24", "--repetitions", "2", "--batch", "1", "2")
+    result = run(2, *PROGRAM, "bench", "--model", model, *options, "--json")
     assert result.status == 0, result.stderr
     found = json.loads(result.stdout)["drafts"]
     assert len(found) == 2 * 2 * 4
