@@ -1,5 +1,6 @@
 """A draft model beside the model that it drafts for: all ranks divide it, or rank 0 has it alone."""
 
+import re
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, fields, replace
@@ -23,6 +24,8 @@ from mpillama.models.mtp import MtpDecoder
 from mpillama.models.partition import Division
 
 Progress = Callable[[int], AbstractContextManager[Callable[[LoadState], None]]]
+PADDING = re.compile(r"\[PAD\d+\]")
+"""What llama.cpp's converter calls rows of a table that stand for no token."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,16 +105,33 @@ def needs_of_draft(file: ModelFile, settings: ModelSettings, world: World, ranks
     return rank_needs(file, world, draft, settings.prefill_chunk, Division(1 if alone else ranks), rank)
 
 
-def refuse_other_vocabulary(model: ModelFile, draft: ModelFile) -> None:
-    """UserError if a token of one model is another one in the other's vocabulary."""
-    ours, theirs = make_tokenizer(model), make_tokenizer(draft)
-    size = max(ours.vocab_size, theirs.vocab_size)
-    other = next((i for i in range(size) if ours.token(i) != theirs.token(i)), None)
+def refuse_unfit(model: ModelFile, draft: ModelFile) -> None:
+    """UserError if a token of one model is another one of the other, or if a layer that drafts has no use for the
+    model's hidden states.
+    """
+    sizes = model.config.hidden_size, draft.config.hidden_size
+    if draft.config.mtp and sizes[0] != sizes[1]:
+        raise UserError(
+            f"{model.path}: has hidden size {sizes[0]}, but the layer that drafts tokens in {draft.path} has "
+            f"{sizes[1]}: take the layer of the same checkpoint."
+        )
+    ours, theirs = (_tokens(file) for file in (model, draft))
+    pairs = enumerate(zip(ours, theirs, strict=False))
+    other = next((i for i, (own, its) in pairs if None not in (own, its) and own != its), None)
     if other is not None:
         raise UserError(
-            f"{draft.path}: has another vocabulary than {model.path}: token {other} is {theirs.token(other)!r} instead "
-            f"of {ours.token(other)!r}: take a draft model with the same tokens."
+            f"{draft.path}: has another vocabulary than {model.path}: token {other} is {theirs[other]!r} instead "
+            f"of {ours[other]!r}: take a draft model with the same tokens."
         )
+
+
+def _tokens(file: ModelFile) -> list[str | None]:
+    """The names of a model's tokens up to the last one that is no padding; None for an id without one."""
+    tokenizer = make_tokenizer(file)
+    names = [tokenizer.token(i) for i in range(max(tokenizer.vocab_size, file.config.vocab_size))]
+    while names and (names[-1] is None or PADDING.fullmatch(names[-1])):
+        names.pop()
+    return names
 
 
 def draft_bytes_of_ranks(draft: Draft, executor: Executor, ranks: int) -> list[int]:

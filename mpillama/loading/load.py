@@ -111,12 +111,13 @@ class LoadedModel:
 
 def load_model(
     settings: ModelSettings, world: World, target: Target, progress: Progress, beside: Needs | None = None,
-    opened: ModelFile | None = None,
+    opened: ModelFile | None = None, check: Callable[[ModelFile], None] | None = None,
 ) -> LoadedModel:  # fmt: skip
     """Read the table on rank 0 and every rank's slices; UserError on all ranks if any cannot.
 
     `beside` is what this rank needs for something else, which has a block of its own for each block of the cache.
-    `opened` is the table, if it is read already.
+    `opened` is the table, if it is read already. `check` is asked on rank 0, before weights are read, whether the model
+    will do.
     """
     comm = world.comm
     start = time.perf_counter()
@@ -131,6 +132,8 @@ def load_model(
     _refuse_other_contents(file, world)
     file = truncated(file, settings.layers)
     _check_context(settings, file)
+    if check is not None:
+        comm.on_root_only(lambda: comm.busy(lambda: check(file), "comparing the draft model's tokens"))
     if settings.sync == "q80" and file.config.has_post_norms:
         raise UserError(f"{file.path}: --sync q80 is for models without norms after the halves of a layer: use exact.")
     LOG.info("table of %s with %d tensors after %.1f s.", file.path, len(file.specs), time.perf_counter() - start)

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import cast
 
 from mpillama.engine.engine import Engine
@@ -12,7 +12,7 @@ from mpillama.errors import UserError
 from mpillama.job.start import World
 from mpillama.kernels.target import Target, prepare, requested_isa
 from mpillama.loading.disk_cache import open_cache_folder
-from mpillama.loading.draft import Draft, load_draft, open_draft, refuse_other_vocabulary
+from mpillama.loading.draft import Draft, load_draft, open_draft, refuse_unfit
 from mpillama.loading.load import LoadedModel, Progress, load_model
 from mpillama.loading.settings import ModelSettings
 from mpillama.loading.texts import make_chat_template, make_tokenizer
@@ -78,11 +78,11 @@ def open_session(
     """
     comm = world.comm
     draft = open_draft(settings, world)
-    loaded = load_model(settings, world, target, progress, draft.needs if draft else None)
+    check = partial(refuse_unfit, draft=draft.file) if draft else None
+    loaded = load_model(settings, world, target, progress, draft.needs if draft else None, check=check)
     executor = comm.together(lambda: open_(loaded))
     open_cache_folder(settings, loaded, executor)
     if draft:
-        comm.on_root_only(lambda: refuse_other_vocabulary(loaded.file, draft.file))
         executor.draft = load_draft(draft, world, target, executor, progress)
     build = lambda: comm.busy(lambda: make_tokenizer(loaded.file), "building the tokenizer")  # noqa: E731
     tokenizer = comm.on_root_only(build)
