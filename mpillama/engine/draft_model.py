@@ -12,13 +12,11 @@ from mpillama.engine.sequence import DraftProgress, EngineSequence
 from mpillama.engine.speculation import Drafted, Drafter
 from mpillama.errors import UserError
 from mpillama.models.attention import BLOCK_POSITIONS
-from mpillama.models.cache import blocks_for
+from mpillama.models.cache import STATES_OF_DRAFTS, blocks_for
 from mpillama.models.candidates import WHOLE, Candidates
 from mpillama.text.sampler import NonFiniteLogits, Sampler, wanted_of
 
 LOG = logging.getLogger(__name__)
-STATES_PER_SEQUENCE = 2
-"""Slots of a draft model with recurrent layers: the state after the text, and the one behind guesses."""
 
 
 class DraftModel(Drafter):
@@ -178,7 +176,7 @@ class DraftModel(Drafter):
         if not self.has_state:
             return None
         assert sequence.slot is not None
-        own, beside = STATES_PER_SEQUENCE * sequence.slot, STATES_PER_SEQUENCE * sequence.slot + 1
+        own, beside = STATES_OF_DRAFTS * sequence.slot, STATES_OF_DRAFTS * sequence.slot + 1
         if guesses:
             return SegmentStates(own if guesses == 1 else beside, beside)
         return SegmentStates(own if self._progress(sequence).computed else -1, own)

@@ -6,7 +6,6 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, fields, replace
 from typing import ClassVar, cast
 
-from mpillama.engine.draft_model import STATES_PER_SEQUENCE
 from mpillama.engine.executor import Executor
 from mpillama.engine.mtp import MtpExecutor
 from mpillama.errors import UserError
@@ -20,6 +19,7 @@ from mpillama.loading.preflight import Needs, rank_needs
 from mpillama.loading.progress import LoadState
 from mpillama.loading.settings import ModelSettings, SpeculationSettings
 from mpillama.loading.texts import make_tokenizer
+from mpillama.models.cache import STATES_OF_DRAFTS
 from mpillama.models.mtp import MtpDecoder
 from mpillama.models.partition import Division
 
@@ -38,7 +38,7 @@ class DraftSettings(ModelSettings):
 
     @property
     def state_slots(self) -> int:
-        return STATES_PER_SEQUENCE * self.sequences
+        return STATES_OF_DRAFTS * self.sequences
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from mpillama.loading.traffic import (
     step_seconds,
     step_sent,
 )
-from mpillama.models.cache import held_blocks
+from mpillama.models.cache import STATES_OF_DRAFTS, held_blocks
 from mpillama.models.config import ModelConfig
 from mpillama.models.partition import Division, micro_batches
 from mpillama.models.tensors import EMBEDDING, LM_HEAD, TensorSpec, WeightTypes
@@ -57,6 +57,8 @@ class PlanRequest:
     draft: "DraftRequest | None" = None
     rows: int = 1
     """Positions of each sequence that a decode step computes: more than one with drafts."""
+    drafts_for: "PlanRequest | None" = None
+    """Of a draft model: the model that it drafts for."""
 
     @property
     def ranks(self) -> int:
@@ -92,11 +94,23 @@ class PlanRequest:
     @property
     def memory_model(self) -> MemoryModel:
         sizes = (self.kv_type, self.prefill_chunk, self.batch)
-        states = state_slots(self.batch)
         return MemoryModel(
-            self.config, self.specs, self.division, *sizes, has_tokenizer=self.tokenizer, states=states,
+            self.config, self.specs, self.division, *sizes, has_tokenizer=self.tokenizer, states=self.states,
             threads=self.threads,
         )  # fmt: skip
+
+    @property
+    def states(self) -> int:
+        """Slots for recurrent states."""
+        if self.drafts_for is not None:
+            return STATES_OF_DRAFTS * self.batch
+        return state_slots(self.batch, self.draft.tokens if self.draft else 0)
+
+    @property
+    def blocks(self) -> int:
+        """Cache blocks of all sequences, on all ranks that divide them."""
+        holders = self.division.holders
+        return held_blocks(self.max_seq_len, holders) * holders * self.batch
 
     @property
     def memory_of_nodes(self) -> list[int]:
@@ -133,8 +147,11 @@ class DraftRequest:
         nodes, ranks = (1, 1) if self.alone else (request.nodes, request.ranks_per_node)
         sizes = (self.config, self.types, nodes, ranks, request.memory_per_node, context, request.batch)
         return make_plan(
-            PlanRequest(*sizes, request.kv_type, request.prefill_chunk, tokenizer=False, threads=request.threads)
-        )
+            PlanRequest(
+                *sizes, request.kv_type, request.prefill_chunk, tokenizer=False, threads=request.threads,
+                drafts_for=request,
+            )
+        )  # fmt: skip
 
     @property
     def tokens_per_step(self) -> float:
@@ -210,6 +227,15 @@ class Plan:
         return not request.context_parallel and repeats_cache(request.config, request.division)
 
     @property
+    def beside_model(self) -> list[int]:
+        """Bytes that a draft model takes on each rank: it has a block for each of the model's, of any length."""
+        main, request = self.request.drafts_for, self.request
+        assert main is not None
+        parts = request.config.partition(request.division)
+        blocks = [request.memory_model.cache_block_bytes(part) * main.blocks for part in parts]
+        return [r.total - r.python - r.kv_cache + size for r, size in zip(self.ranks, blocks, strict=True)]
+
+    @property
     def inequality(self) -> float:
         """The fullest rank's excess over the mean, as a share."""
         totals = [r.total for r in self.ranks]
@@ -220,7 +246,7 @@ def make_plan(request: PlanRequest) -> Plan:
     """Compute what every rank needs."""
     ranks = request.memory_model.of_ranks(request.max_seq_len)
     of_draft = request.draft.plan(request) if request.draft else None
-    drafts = [rank.total - rank.python for rank in of_draft.ranks] if of_draft else []
+    drafts = of_draft.beside_model if of_draft else []
     drafts += [0] * (len(ranks) - len(drafts))
     return Plan(request, tuple(replace(rank, draft=size) for rank, size in zip(ranks, drafts, strict=True)))
 
@@ -407,7 +433,8 @@ def _works(plan: Plan, node: Node, tokens: float, prefill: bool) -> list[float]:
 def _streamed_of_ranks(plan: Plan) -> list[tuple[int, int]]:
     """Bytes of weights, and of KV cache and states, that each rank reads in a step that goes through in one part."""
     request, idle = plan.request, _idle_share(plan.request)
-    states = [2 * request.batch * rank.states // state_slots(request.batch) for rank in plan.ranks]  # read and written
+    moved = request.batch * (1 + request.rows)  # each sequence's is read, and one written behind each position
+    states = [moved * rank.states // request.states for rank in plan.ranks]
     caches = [rank.kv_cache + size for rank, size in zip(plan.ranks, states, strict=True)]
     return [(_streamed(request, rank, idle), cache) for rank, cache in zip(plan.ranks, caches, strict=True)]
 

@@ -11,6 +11,8 @@ from mpillama.models.attention_pieces import PIECE_BLOCKS
 from mpillama.models.config import ModelConfig
 from mpillama.models.partition import Partition
 
+STATES_OF_DRAFTS = 2
+"""State slots of a draft model for each sequence: the state after the text, and the one behind guesses."""
 LayerCache = tuple[np.ndarray, ...]
 """What one layer keeps; of grouped-query attention keys, their scales, values, their scales."""
 

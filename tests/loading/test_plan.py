@@ -13,7 +13,8 @@ from mpillama.comm.communicator import Communicator
 from mpillama.errors import UserError
 from mpillama.kernels.target import prepare, requested_isa
 from mpillama.loading import plan
-from mpillama.loading.memory import RESERVE
+from mpillama.loading.memory import RESERVE, MemoryModel
+from mpillama.loading.model_file import open_model
 from mpillama.loading.settings import parse_bytes, state_slots
 from mpillama.loading.synthetic import SyntheticWeights
 from mpillama.loading.traffic import Network
@@ -28,13 +29,14 @@ from mpillama.models.cache import (
 )
 from mpillama.models.config import ModelConfig
 from mpillama.models.decoder import Decoder
+from mpillama.models.partition import Division
 from mpillama.models.shapes import shape_config
 from mpillama.models.tensors import WeightTypes
 from mpillama.models.weights import load_weights
 from mpillama.models.workspace import scratch_bytes
 from mpillama.quant.registry import WEIGHT_TYPES
 from tests.system.mpi.launch import PROGRAM, run
-from tests.tiny_models import LATENT_TOY
+from tests.tiny_models import LATENT_TOY, TOY, write_toy
 
 GB = 10**9
 
@@ -412,3 +414,34 @@ def test_the_plan_tells_of_drafts(capsys):
     found = json.loads(capsys.readouterr().out)
     assert found["drafts"]["tokens_per_step"] == pytest.approx(2.7731)
     assert found["ranks"][7]["draft"] > 0
+
+
+@pytest.fixture(scope="module")
+def short(tmp_path_factory):
+    """A draft model with a shorter context than the models that it drafts for."""
+    path = tmp_path_factory.mktemp("short") / "short.h5"
+    write_toy(path, "q8_0", {**TOY, "max_position_embeddings": 64})
+    return path
+
+
+@pytest.mark.parametrize(("kind", "longest"), [("toy", 64), ("delta", 512)])
+def test_a_run_with_a_draft_model_takes_what_is_planned(kind, longest, short, model_file, capsys):
+    """A block of the draft model for each of the model's, however short its own context is; states of both."""
+    from mpillama.__main__ import main
+
+    model = model_file(kind, "q8_0")
+    draft = short if longest == 64 else model
+    options = ("--model", model, "--draft-model", draft, "--speculate", "5", "--max-seq-len", "512", "--json")
+    asked = ("--prompt-token-ids", "5,6,7", "--max-tokens", "3", "--threads", "1")
+    (used,) = json.loads(run(None, *PROGRAM, "generate", *options, *asked).stdout)["memory_bytes_per_rank"]
+    assert main(["plan", *map(str, options), "--threads", "1"]) == 0
+    (planned,) = json.loads(capsys.readouterr().out)["ranks"]
+    assert (planned["weights"], planned["kv_cache"], planned["states"]) == (
+        used["weights"],
+        used["kv_cache"],
+        used["states"],
+    )
+    file = open_model(str(draft))
+    memory = MemoryModel(file.config, file.specs, Division(1), "f16", 256)
+    buffers = [memory.of_ranks(context)[0].buffers for context in (longest, 0)]  # at the full context, and at first
+    assert planned["draft"] - buffers[0] == used["draft"] - buffers[1]
