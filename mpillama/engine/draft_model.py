@@ -8,6 +8,7 @@ import numpy as np
 
 from mpillama.engine.block_pool import BlockPool
 from mpillama.engine.executor import Executor, Segment, SegmentStates
+from mpillama.engine.pace import LEAST_TOKENS
 from mpillama.engine.sequence import DraftProgress, EngineSequence
 from mpillama.engine.speculation import Drafted, Drafter
 from mpillama.errors import UserError
@@ -107,16 +108,18 @@ class DraftModel(Drafter):
     def _catch_up(self, readers: list[Drafted]) -> tuple[list[Segment], list[Drafted]]:
         """The first step: what of each text is not read yet; and who guesses on from there."""
         room, segments, guessing = self.executor.max_tokens, [], []
+        backlog = self._backlog(readers)
         for share in readers:
             sequence = share.sequence
             progress = self._progress(sequence)
             end = min(sequence.computed + share.count, self.executor.max_seq_len)
-            ids = sequence.tokens[progress.computed : end][:room]
+            ids = sequence.tokens[progress.computed : end][: min(room, 1 + self.most + backlog)]
             sequence.drafting.unreadable = max(ids, default=0) >= self.vocab_size
             if not ids or sequence.drafting.unreadable:
                 share.drafts.clear()
                 continue
             room -= len(ids)
+            backlog -= max(0, len(ids) - 1 - self.most)
             if progress.computed + len(ids) < end:
                 share.drafts.clear()
             segments.append(self._segment(sequence, ids, bool(share.drafts), self._states(sequence)))
@@ -125,6 +128,14 @@ class DraftModel(Drafter):
             if share.drafts:
                 guessing.append(share)
         return segments, guessing
+
+    def _backlog(self, readers: list[Drafted]) -> int:
+        """How much may be read in this step beyond what a step without prompts leaves: if answers wait for it, no more
+        than it has of prompts anyway.
+        """
+        if not self.paced:
+            return self.executor.max_tokens
+        return max(LEAST_TOKENS, sum(share.count for share in readers if share.count > 1))
 
     def _guess(self, segments: list[Segment], guessing: list[Drafted]) -> None:
         """Run the steps; each sequence has as many guesses as it has places."""

@@ -91,6 +91,7 @@ class Scheduler:
             self._schedule(self.running[-1])
         shares = list(self._shares.values())
         if self.drafter is not None:
+            self.drafter.paced = self.pace is not None and load_of(shares).answers > 0
             self.drafter.fill(shares)
         return shares if self.pool.states is None else [self._with_states(share) for share in shares]
 

@@ -141,13 +141,14 @@ def tokens_of_step(rate: float, drafts: int) -> float:
 class Drafter:
     """Drafts up to `most` tokens of each sequence; counts how many were proposed and came true.
 
-    `seconds` is what a model took for them.
+    `seconds` is what a model took for them. The next step is `paced` if answers wait for it no longer than a bound.
     """
 
     most: int
     proposed: int = 0
     accepted: int = 0
     seconds: float = 0.0
+    paced: bool = False
     lengths: DraftLengths = field(default_factory=DraftLengths)
 
     def reserve(self, sequence: EngineSequence, room: int) -> list[int]:

@@ -7,6 +7,7 @@ import pytest
 
 from mpillama.engine.engine import Engine
 from mpillama.engine.executor import Executor
+from mpillama.engine.pace import LEAST_TOKENS, Pace
 from mpillama.engine.sequence import Request
 from mpillama.engine.speculation import DraftLengths
 from mpillama.text.sampling_params import SamplingParams
@@ -145,6 +146,36 @@ def test_blocks_beyond_a_draft_models_context_stay_with_the_model(toy, tokenizer
     assert ask(engine, [6] * 60, max_tokens=9).answer.token_ids == beside.answer.token_ids
     engine = drafting_engine(toy, toy, tokenizer, longest=128, max_tokens=largest)
     assert ask(engine, prompt, max_tokens=6).answer.token_ids == whole.answer.token_ids
+
+
+@pytest.mark.parametrize("draft", ["toy", "delta"])
+def test_a_draft_model_reads_what_it_lacks_in_pieces_while_answers_wait(draft, toy, tokenizer, request, monkeypatch):
+    """It has read nothing of a prompt that the model finds in its cache, where another request did without drafts."""
+    model, prompt = request.getfixturevalue(draft), list(np.arange(200) % 50 + 5)
+    engine = drafting_engine(toy, model, tokenizer, blocks=16, max_tokens=256)
+    engine.pace = engine.scheduler.pace = Pace(0.0)
+    before = Request(prompt, SamplingParams(seed=4, max_tokens=9, ignore_eos=True), speculate=False)
+    first = engine.submit(before)
+    for _ in engine.run(first):
+        pass
+    sampling = SamplingParams(seed=1, max_tokens=60, ignore_eos=True)
+    waiting, steps = engine.submit(Request([5, 6, 7], sampling)), []
+    engine.step()
+    forward = engine.executor.draft.forward_in_pieces
+    monkeypatch.setattr(
+        engine.executor.draft,
+        "forward_in_pieces",
+        lambda segments: steps.append([(s.slot, len(s.token_ids)) for s in segments]) or forward(segments),
+    )
+    again = engine.submit(replace(before, speculate=True, sampling=replace(first.request.sampling, max_tokens=60)))
+    while not again.finished:
+        if waiting.finished:
+            waiting = engine.submit(Request([5, 6, 7], sampling))
+        engine.step()
+    drafts = engine.drafter.most
+    assert max(sum(count for _, count in step) for step in steps) <= LEAST_TOKENS + 2 * (drafts + 1)
+    assert again.answer.token_ids[:9] == first.answer.token_ids
+    assert any(len(step) > 1 for step in steps[-4:]), "it has caught up with both, and guesses"
 
 
 def test_a_request_may_do_without_drafts(toy, tokenizer):
