@@ -51,6 +51,12 @@ Without a command, `generate` runs. `python -m mpillama COMMAND --help` explains
 Environment: MPILLAMA_ISA (amx, avx512_vnni, avx512, avx2, neon, generic) forces the instruction set."""
 
 
+USUAL_ACCEPTANCE = 0.7
+"""The share of drafts that `plan` takes to come true, if the user does not say."""
+BENCH_TOKENS = 512
+"""That `bench` computes as a prompt, and decodes behind, if the user does not say how many."""
+
+
 def positional(name: str, text: str) -> Any:
     """A required field that is given without a flag."""
     return field(metadata={"args": [name], "help": text})
@@ -101,6 +107,8 @@ class RunOptions(OnRanks, ModelSettings):
         _ = self.memory_floor_bytes
         if isinstance(self, DiskCacheSettings):
             _ = self.cache_folder, self.cache_bytes
+        if isinstance(self, SpeculationSettings):
+            _ = self.drafts_on_first
 
     @property
     def memory_floor_bytes(self) -> int | None:
@@ -245,12 +253,14 @@ class BenchOptions(RunOptions, SpeculationSettings):
         "as-stored",
         choices=["as-stored", "as-published", *WEIGHT_TYPE_NAMES],
     )
-    prefill: list[int] = option("prompt lengths to time (default: 512)", [512], nargs="*", metavar="TOKENS", least=1)
+    prefill: list[int] = option(
+        "prompt lengths to time (default: 512)", [BENCH_TOKENS], nargs="*", metavar="TOKENS", least=1
+    )
     decode: int = option("decode steps to time (default: 64)", 64, metavar="STEPS", least=1)
     batch: list[int] = option(
         "numbers of sequences decoded together (default: 1)", [1], nargs="*", metavar="COUNT", least=1
     )
-    context: int = option("position at which decoding begins (default: 512)", 512, metavar="TOKENS", least=0)
+    context: int = option("position at which decoding begins (default: 512)", BENCH_TOKENS, metavar="TOKENS", least=0)
     repetitions: int = option("runs of each prompt length (default: 5)", 5, metavar="COUNT", least=1)
     where: bool = option("break down a step's time, part by part, and say which rank the others wait for", False)
     json: bool = option("print one JSON object", False)
@@ -275,6 +285,11 @@ class BenchOptions(RunOptions, SpeculationSettings):
             raise UserError("bench needs --shape NAME (weights made in memory) or --model FILE, one of them.")
         if self.draft_tokens and (self.where or self.plot or self.model is None):
             raise UserError("bench --speculate measures drafts of --model FILE, without --shape, --where and --plot.")
+        if self.draft_tokens and (self.prefill, self.context) != ([BENCH_TOKENS], BENCH_TOKENS):
+            raise UserError(
+                "--prefill and --context say nothing of drafts, which bench measures behind texts of its own: leave "
+                "them out, or --speculate, --draft-model and --mtp."
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -443,10 +458,11 @@ class PlanOptions(Options):
         metavar="N",
         least=1,
     )
-    acceptance: float = option(
-        "the share of drafts that come true, which `bench --speculate` measures (default: 0.7)", 0.7, metavar="SHARE",
+    acceptance: Optional[float] = option(
+        "the share of drafts that come true, which `bench --speculate` measures (default: 0.7)",
+        metavar="SHARE",
         least=0,
-    )  # fmt: skip
+    )
     layers: Optional[int] = option(
         "plan a trial of the first N layers; with --shape as `bench` runs it, which has no tokenizer", metavar="N"
     )
@@ -496,8 +512,20 @@ class PlanOptions(Options):
         super().check()
         if (self.shape is None) == (self.model is None):
             raise UserError("plan needs --shape NAME or --model PATH, one of them.")
-        if self.acceptance > 1:
+        if self.acceptance is not None and self.acceptance > 1:
             raise UserError(f"--acceptance is {self.acceptance:g}: give a share from 0 to 1.")
+        if self.draft_ranks == "first" and self.draft_model is None:
+            raise UserError("--draft-ranks first says nothing without --draft-model: give both.")
+        if self.acceptance is not None and self.speculate is None and self.draft_model is None:
+            raise UserError(
+                f"--acceptance {self.acceptance:g} says nothing without --speculate or --draft-model: give one of "
+                "them, too."
+            )
+
+    @property
+    def acceptance_rate(self) -> float:
+        """--acceptance, or what many drafts reach."""
+        return USUAL_ACCEPTANCE if self.acceptance is None else self.acceptance
 
 
 @dataclass(frozen=True)

@@ -163,11 +163,11 @@ def _request(options: PlanOptions) -> PlanRequest:
 def _draft(options: PlanOptions) -> DraftRequest | None:
     """What is drafted, and by which model."""
     if options.draft_model is None:
-        return DraftRequest(options.speculate, options.acceptance) if options.speculate else None
+        return DraftRequest(options.speculate, options.acceptance_rate) if options.speculate else None
     file = open_model(options.draft_model)
     tokens = options.speculate or DEFAULT_DRAFTS
     return DraftRequest(
-        tokens, options.acceptance, file.config, file.weight_types, alone=options.draft_ranks == "first"
+        tokens, options.acceptance_rate, file.config, file.weight_types, alone=options.draft_ranks == "first"
     )
 
 

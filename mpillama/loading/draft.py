@@ -57,12 +57,14 @@ def open_draft(settings: ModelSettings, world: World) -> Draft | None:
     if file is None:
         return None
     draft = draft_settings(settings)
-    alone = cast(SpeculationSettings, settings).draft_ranks == "first"
+    alone = cast(SpeculationSettings, settings).drafts_on_first
     return Draft(file, draft, alone, needs_of_draft(file, settings, world, world.comm.size))
 
 
 def open_draft_file(settings: ModelSettings, world: World) -> ModelFile | None:
     """The table of --draft-model, if there is one; UserError on all ranks for one that cannot guess tokens."""
+    if isinstance(settings, SpeculationSettings):
+        _ = settings.drafts_on_first
     path, own = getattr(settings, "draft_model", None), getattr(settings, "mtp", False)
     if path is None and not own:
         return None

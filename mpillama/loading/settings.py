@@ -169,6 +169,14 @@ class SpeculationSettings:
             return DEFAULT_MTP if self.mtp else DEFAULT_DRAFTS if self.draft_model else 0
         return self.speculate
 
+    @property
+    def drafts_on_first(self) -> bool:
+        """Whether rank 0 alone holds the draft model; UserError if that is asked for and there is none."""
+        alone = self.draft_ranks == "first"
+        if alone and self.draft_model is None and not self.mtp:
+            raise UserError("--draft-ranks first says nothing without --draft-model or --mtp: give one of them, too.")
+        return alone
+
 
 @dataclass(frozen=True, kw_only=True)
 class DiskCacheSettings:

@@ -86,6 +86,24 @@ MISTAKES = {
     "negative grace": ("serve --grace -1", "--grace is -1"),
     "negative queue": ("serve --queue -1", "--queue is -1"),
     "no nodes": ("plan --shape llama-3.2-1b --nodes 0", "--nodes is 0"),
+    "ranks of no drafts": ("--draft-ranks first", "--draft-ranks first says nothing without --draft-model or --mtp"),
+    "ranks of no drafts of serve": ("serve --speculate 2 --draft-ranks first", "says nothing without --draft-model"),
+    "plan of ranks of no drafts": (
+        "plan --shape llama-3.2-1b --speculate 2 --draft-ranks first",
+        "--draft-ranks first says nothing without --draft-model",
+    ),
+    "share of no drafts": (
+        "plan --shape llama-3.2-1b --acceptance 0.7",
+        "--acceptance 0.7 says nothing without --speculate or --draft-model",
+    ),
+    "prompts of drafts": (
+        "bench --model a.h5 --speculate 2 --prefill 64",
+        "--prefill and --context say nothing of drafts",
+    ),
+    "context of drafts": (
+        "bench --model a.h5 --draft-model b.h5 --context 64",
+        "--prefill and --context say nothing of drafts",
+    ),
     "no share": ("plan --shape llama-3.2-1b --speculate 2 --acceptance 7", "--acceptance is 7"),
 }
 

@@ -19,6 +19,7 @@ DESCRIBED = {
     "shares": "evenly",
     "speculate": "0, with a draft model 4, with --mtp 2",
     "tokenizer": "the one beside it",
+    "acceptance": "0.7",
     "plan speculate": "none, with a draft model 4",
     "stride": "the window's size, as llama.cpp does",
     "seed": "a new one, reported",
