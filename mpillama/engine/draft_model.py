@@ -15,7 +15,7 @@ from mpillama.errors import UserError
 from mpillama.models.attention import BLOCK_POSITIONS
 from mpillama.models.cache import STATES_OF_DRAFTS, blocks_for
 from mpillama.models.candidates import WHOLE, Candidates
-from mpillama.text.sampler import NonFiniteLogits, Sampler, wanted_of
+from mpillama.text.sampler import NonFiniteLogits, Sampler, check_finite, wanted_of
 
 LOG = logging.getLogger(__name__)
 
@@ -147,7 +147,7 @@ class DraftModel(Drafter):
             segments, left = [], []
             for share, row in zip(guessing, rows, strict=True):
                 sequence, guesses = share.sequence, found[share.sequence.number]
-                token = self._draw(samplers[sequence.number], row)
+                token = self._draw(sequence, samplers[sequence.number], row)
                 if token is None:
                     continue
                 guesses.append(token)
@@ -203,16 +203,21 @@ class DraftModel(Drafter):
         """What draws as the sequence's own sampler will."""
         return sequence.make_sampler(self.main.model.config.vocab_size).ahead()
 
-    def _draw(self, sampler: Sampler, row: np.ndarray | Candidates) -> int | None:
-        """A guess; None if the draft model's numbers allow none, which is told once."""
+    def _draw(self, sequence: EngineSequence, sampler: Sampler, row: np.ndarray | Candidates) -> int | None:
+        """A guess; None if the draft model's numbers allow none, which is told once, or those of the request."""
         size = self.main.model.config.vocab_size
+        try:
+            check_finite(row.values if isinstance(row, Candidates) else row)
+        except NonFiniteLogits as error:
+            self._damaged = True
+            LOG.warning("the draft model is left aside: %s", error, extra={"of_run": True})
+            return None
         try:
             if isinstance(row, Candidates):
                 return sampler.sample_among(row, lambda: _scattered(row, size))
             return sampler.sample(_fitted(row, size))
-        except (NonFiniteLogits, UserError) as error:
-            self._damaged = True
-            LOG.warning("the draft model is left aside: %s", error, extra={"of_run": True})
+        except (NonFiniteLogits, UserError):  # bias and penalties, of which the model's own numbers will tell
+            sequence.drafting.unreadable = True
             return None
 
 

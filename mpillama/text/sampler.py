@@ -94,7 +94,9 @@ class Sampler:
             scores[token] += bias
         if params.repetition_penalty != 1:
             seen = scores[self._seen]
-            scores[self._seen] = np.where(seen < 0, seen * params.repetition_penalty, seen / params.repetition_penalty)
+            with np.errstate(over="ignore"):  # what is infinite is refused then
+                changed = np.where(seen < 0, seen * params.repetition_penalty, seen / params.repetition_penalty)
+            scores[self._seen] = changed
         if params.presence_penalty or params.frequency_penalty:
             used = np.flatnonzero(self._counts)
             scores[used] -= params.presence_penalty + params.frequency_penalty * self._counts[used]

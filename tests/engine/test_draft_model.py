@@ -195,3 +195,14 @@ def test_a_draft_model_whose_numbers_are_none_is_left_aside(toy, tokenizer, monk
     assert ask(engine, [5, 6], max_tokens=9).answer.token_ids == whole
     assert engine.drafter.proposed == 0
     assert [record.message for record in caplog.records if "left aside" in record.message]
+
+
+def test_a_request_that_leaves_nothing_to_choose_from_costs_others_no_drafts(toy, tokenizer, caplog):
+    """Its penalty makes infinite numbers of any logits, those of the draft model first."""
+    engine = drafting_engine(toy, toy, tokenizer, max_tokens=128)
+    wrong = ask(engine, list(range(5, 100)), max_tokens=9, repetition_penalty=1e-320)
+    assert "Bias and penalties" in wrong.error
+    assert engine.drafter.proposed == 0
+    assert ask(engine, [5, 6, 7], max_tokens=9).error is None
+    assert engine.drafter.accepted > 0
+    assert not [record for record in caplog.records if "left aside" in record.message]
