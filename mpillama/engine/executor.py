@@ -122,13 +122,16 @@ class StepPlan:
         return before, rest
 
     def write(self, segments: Sequence[Segment], parts: int = 1) -> None:
-        """Make the message a step; ValueError if it does not hold that many tokens, sequences or blocks, or for a state
-        slot that there is not.
+        """Make the message a step; ValueError if it does not hold that many tokens, sequences or blocks, or for a place
+        in a table or a state slot that there is not.
         """
         ids = np.concatenate([np.asarray(s.token_ids, np.int64) for s in segments])
         blocks = [block for s in segments for block in s.blocks]
         if len(ids) > self.max_tokens or len(segments) > self.slots or len(blocks) > self.max_blocks:
             raise ValueError(f"a step of {len(ids)} tokens, {len(segments)} sequences, {len(blocks)} new blocks")
+        last = max((s.table_start + len(s.blocks) for s in segments), default=0)
+        if last > self.tables.shape[1]:
+            raise ValueError(f"a step of a sequence with {last} blocks, in tables for {self.tables.shape[1]}")
         self.buffer[:HEADER] = Order.FORWARD, len(ids), len(segments), len(blocks), parts
         at = HEADER + self.fields * len(segments)
         fields = self.buffer[HEADER:at].reshape(len(segments), self.fields)

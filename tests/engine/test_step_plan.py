@@ -57,6 +57,8 @@ def test_state_slots_come_out_as_rows_of_the_step():
         [Segment(0, 0, range(9))],
         [Segment(i, 0, [1]) for i in range(4)],
         [Segment(0, 0, [1], blocks=range(100))],
+        [Segment(0, 0, [1], table_start=3, blocks=[7, 8])],
+        [Segment(0, 0, [1], table_start=4, blocks=[7])],
     ],
 )
 def test_what_does_not_fit_is_refused(segments):
