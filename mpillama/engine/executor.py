@@ -401,7 +401,7 @@ class Executor:
         return min(done for done, _ in found)
 
     def abandon(self) -> None:
-        """Give up after a step that not all ranks will finish: this rank can only leave, and keeps no thread at work."""
+        """Give up after a step that not all ranks will finish: this rank can but leave, and keeps no thread at work."""
         self.abandoned = True
         for communicator in {self.comm, self.model.comm}:
             communicator.abandon_sums()
