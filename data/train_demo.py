@@ -24,7 +24,6 @@ from tokenizers import Tokenizer
 HERE = Path(__file__).parent
 LONGEST = 768  # tokens of a document: two stories and what is said between them
 TOKENS = 3300  # of a batch, padding included
-MTP_TOKENS = 1000  # of a batch for the layer that drafts tokens, which learns fast
 SHORT = 160  # tokens that a third of the documents are cut to: requests, titles and first sentences teach copying most
 USER, ASSISTANT = SPECIAL_TOKENS.index("<|user|>"), SPECIAL_TOKENS.index("<|assistant|>")
 log = logging.getLogger("train_demo")
@@ -54,7 +53,7 @@ def make_mtp(options: argparse.Namespace) -> None:
     """Train the layer that drafts tokens for the model of `--mtp`, which stays as it is."""
     model, file = demo_mtp.frozen(options.mtp)
     tokenizer = Tokenizer.from_str(file.texts["tokenizer.json"].decode())
-    layer = demo_mtp.train(model, batches(tokenizer, options.seed, MTP_TOKENS), options.steps)
+    layer = demo_mtp.train(model, batches(tokenizer, options.seed), options.steps)
     demo_mtp.export_mtp(layer, file, options.out)
 
 
@@ -90,12 +89,12 @@ def make_tokenizer(seed: int, checkpoint: Path) -> Tokenizer:
     return tokenizer
 
 
-def batches(tokenizer: Tokenizer, seed: int, tokens: int = TOKENS) -> Iterator[Batch]:
+def batches(tokenizer: Tokenizer, seed: int) -> Iterator[Batch]:
     """Yield batches of documents of about the same length, one document a row, for ever."""
     documents, rng = Author(seed).documents(), Random(seed)
     while True:
         encodings = tokenizer.encode_batch(list(islice(documents, 400)), add_special_tokens=False)
-        groups = grouped(sorted((encoding.ids[: longest(rng)] for encoding in encodings), key=len), tokens)
+        groups = grouped(sorted((encoding.ids[: longest(rng)] for encoding in encodings), key=len))
         rng.shuffle(groups)
         yield from map(padded, groups)
 
@@ -105,11 +104,11 @@ def longest(rng: Random) -> int:
     return SHORT if rng.random() < 1 / 3 else LONGEST + 1
 
 
-def grouped(rows: list[list[int]], tokens: int) -> list[list[list[int]]]:
-    """Cut rows sorted by length into groups of at most so many tokens once padded."""
+def grouped(rows: list[list[int]]) -> list[list[list[int]]]:
+    """Cut rows sorted by length into groups of at most TOKENS tokens once padded."""
     groups: list[list[list[int]]] = [[]]
     for row in rows:
-        if (len(groups[-1]) + 1) * len(row) > tokens:
+        if (len(groups[-1]) + 1) * len(row) > TOKENS:
             groups.append([])
         groups[-1].append(row)
     return groups

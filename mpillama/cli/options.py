@@ -474,6 +474,7 @@ class PlanOptions(Options):
         "also says how fast and how large each rank's memory is (default: evenly)",
         metavar="FILE|N,N,…",
     )
+    context_parallel: bool = option("divide the KV cache over ranks by positions", False)
     network: str = option("latency and bandwidth between nodes (default: 5us,10GB/s)", "5us,10GB/s", metavar="L,B")
     read_bandwidth: Optional[str] = option(
         "read bandwidth of a node from the file system, e.g. 5GB/s", metavar="BYTES/s"

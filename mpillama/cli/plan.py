@@ -33,7 +33,7 @@ from mpillama.loading.plan import (
     shared_by_measure,
 )  # fmt: skip
 from mpillama.loading.settings import DEFAULT_DRAFTS, parse_bytes, parse_number
-from mpillama.loading.shares import Measured, divide, read_shares
+from mpillama.loading.shares import Measured, by_positions, divide, read_shares
 from mpillama.loading.traffic import Network
 from mpillama.models.config import ModelConfig
 from mpillama.models.shapes import AS_PUBLISHED, shape_config, types_of_shape
@@ -91,6 +91,7 @@ def _command(options: PlanOptions) -> list[str]:
         words += ["--max-seq-len", str(options.max_seq_len)]
     words += ["--shares", options.shares] if options.shares is not None else []
     words += ["--pipeline", str(options.pipeline)] if options.pipeline > 1 else []
+    words += ["--context-parallel"] if options.context_parallel else []
     if options.model is not None:
         model = f"MODEL=${{MODEL:-{shlex.quote(options.model)}}}"
         words += ["--weights", options.weights] if options.weights not in ("as-stored", AS_PUBLISHED) else []
@@ -151,9 +152,11 @@ def _request(options: PlanOptions) -> PlanRequest:
     sizes = (nodes, ranks, memory, context, options.batch, options.kv_type)
     request = PlanRequest(
         config, types, *sizes, tokenizer=not bench_trial, sync=options.sync, stages=options.pipeline,
-        threads=options.threads, draft=_draft(options),
+        threads=options.threads, draft=_draft(options), context_parallel=options.context_parallel,
     )  # fmt: skip
-    divide(request.ranks, request.stages, None, config.num_hidden_layers)
+    even = divide(request.ranks, request.stages, None, config.num_hidden_layers)
+    if options.context_parallel:
+        by_positions(even, config)
     return request if options.shares is None else _with_shares(request, read_shares(options.shares))
 
 
@@ -259,7 +262,7 @@ def _print(planned: Plan, speed: Speed, even: Speed | None) -> None:
         most = in_units(max(r.kv_cache for r in planned.ranks))
         print_sentence(
             f"Several ranks hold the same part of the KV cache, {most} on a rank; "
-            f"divided by positions, which is not built, it would be {in_units(planned.cache_by_positions)}."
+            f"divided by positions (--context-parallel) it would be {in_units(planned.cache_by_positions)}."
         )
     loads = f", loads in {speed.load_seconds:.0f} s" if speed.load_seconds else ""
     communication = (

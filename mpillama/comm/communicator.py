@@ -177,6 +177,25 @@ class Communicator:
         borders = np.cumsum(counts)[:-1]
         return np.concatenate([p.reshape(rows, -1) for p in np.split(gathered, borders)], axis=1)
 
+    def gather_parts(self, part: np.ndarray, widths: Sequence[int]) -> list[np.ndarray]:
+        """Give float32 [rows, widths[rank]] of every rank to all of them, in order of rank."""
+        if self.size == 1:
+            return [part]
+        counts = [len(part) * width for width in widths]
+        gathered = np.empty(sum(counts), np.float32)
+        with self._timed():
+            self._complete("the gathering of queries", self.mpi.Iallgatherv, part, [gathered, counts])
+        self._sent.add(part.nbytes * (self.size - 1), (self.size - 1) * int(part.size > 0))
+        return [p.reshape(len(part), -1) for p in np.split(gathered, np.cumsum(counts)[:-1])]
+
+    def exchange(self, sent: np.ndarray, to: list[int], received: np.ndarray, of: list[int]) -> None:
+        """Give each rank so many numbers of float32 `sent`, one rank's behind the other's; `received` lies likewise."""
+        with self._timed():
+            place = "the exchange of what ranks attended to"
+            self._complete(place, self.mpi.Ialltoallv, [sent[: sum(to)], to], [received[: sum(of)], of])
+        others = [count for rank, count in enumerate(to) if rank != self.rank and count]
+        self._sent.add(sent.itemsize * sum(others), len(others))
+
     def broadcast_plan(self, plan: np.ndarray) -> None:
         """Give rank 0's step plan to all ranks; they may wait for it for hours, so the wait goes to sleep."""
         if self.size == 1:

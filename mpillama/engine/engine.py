@@ -127,7 +127,8 @@ class Engine:
     ):
         self.executor = executor
         self.tokenizer = tokenizer
-        self.pool = BlockPool(executor.blocks, StatePool(executor.states) if executor.states else None)
+        states = StatePool(executor.states) if executor.states else None
+        self.pool = BlockPool(executor.blocks, states, executor.model.part.holders)
         self.drafter = self._make_drafter(speculate) if speculate else None
         self.scheduler = Scheduler(self.pool, executor.slots, executor.max_tokens, executor.max_seq_len, self.drafter)
         self.disk = DiskCache(executor, executor.folder, self.pool) if executor.folder else None

@@ -13,7 +13,7 @@ import psutil
 from mpillama.comm.communicator import Communicator
 from mpillama.engine.cache_folder import CacheFolder, Place
 from mpillama.engine.step_parts import StepParts
-from mpillama.models.cache import KVCache, Step, blocks_for, joint_step
+from mpillama.models.cache import KVCache, Step, blocks_for, dealt_blocks, held_blocks, joint_step
 from mpillama.models.candidates import WHOLE, Candidates, Wanted
 from mpillama.models.decoder import Decoder
 from mpillama.text.tokenizer import check_token_ids
@@ -247,8 +247,9 @@ class Executor:
         self.slots = slots
         self.plan = StepPlan(max_tokens, slots, max_seq_len, model.config.has_state)
         if blocks is None:
-            blocks = self.plan.tables.size
-            self.plan.tables.reshape(-1)[:] = np.arange(blocks)
+            holders = model.part.holders
+            blocks = held_blocks(max_seq_len, holders) * holders * slots
+            self.plan.tables[:] = dealt_blocks(slots, max_seq_len, holders)
         self.blocks = blocks
         self.piece = max(1, LOGIT_BYTES // (4 * model.config.vocab_size))
         self.abandoned = False

@@ -15,9 +15,10 @@ from mpillama.kernels.library import PARTS, Team
 from mpillama.models.cache import (
     KVCache,
     Step,
-    blocks_for,
     cache_bytes,
+    dealt_blocks,
     decode_step,
+    held_blocks,
     single_sequence_step,
     state_bytes,
 )
@@ -63,13 +64,14 @@ class Stopwatch:
     """Measures a model with a cache of its own."""
 
     def __init__(self, model: Decoder, positions: int, sequences: int, kv_type: str, prefill_chunk: int):
-        blocks = blocks_for(positions)
         self.model = model
         self.comm: Communicator = model.all_ranks
         self.kv_type = kv_type
         self.prefill_chunk = prefill_chunk
+        holders = model.part.holders
+        blocks = held_blocks(positions, holders) * holders
         self.cache = KVCache(model.config, model.part, blocks * sequences, kv_type, sequences)
-        self.tables = np.arange(blocks * sequences, dtype=np.int64).reshape(sequences, blocks)
+        self.tables = dealt_blocks(sequences, positions, holders)
         self.wanted = wanted_of(SamplingParams(), model.config.vocab_size)
         self.wants_parts = False
         self.parts = np.zeros(len(PARTS))
@@ -146,9 +148,8 @@ class Stopwatch:
     def kv_bytes(self, sequences: int, context: int) -> int:
         """Bytes of keys, values and states that this rank reads in a step at position `context`."""
         config, part = self.model.config, self.model.part
-        return cache_bytes(config, part, 1, self.kv_type) // 64 * (context + 1) * sequences + state_bytes(
-            config, part, sequences
-        )
+        positions = (context + 1) * sequences // part.holders
+        return cache_bytes(config, part, 1, self.kv_type) // 64 * positions + state_bytes(config, part, sequences)
 
 
 def read_bandwidths(comm: Communicator, team: Team, repetitions: int = 7) -> list[float]:

@@ -135,7 +135,7 @@ class Scheduler:
         if self.drafter is None or count < sequence.pending or not sequence.request.speculate:
             return []
         drafts = self.drafter.reserve(sequence, min(self._budget() - count, self._draft_room(sequence)))
-        while drafts and sequence.blocks_needed(count + len(drafts)) > self.pool.available:
+        while drafts and not self._has_room(sequence, count + len(drafts)):
             drafts.pop()
         return drafts
 
@@ -146,7 +146,7 @@ class Scheduler:
 
     def _provide(self, sequence: EngineSequence, count: int) -> bool:
         """Make sure that blocks for `count` tokens are available; False if the sequence itself had to leave."""
-        while sequence.blocks_needed(count) > self.pool.available:
+        while not self._has_room(sequence, count):
             youngest = self.running[-1]
             self._preempt(youngest)
             if youngest is sequence:
@@ -154,7 +154,10 @@ class Scheduler:
         return True
 
     def _extend(self, sequence: EngineSequence, tokens: int) -> None:
-        sequence.blocks += [self.pool.take() for _ in range(sequence.blocks_needed(tokens))]
+        self.pool.extend(sequence.blocks, sequence.blocks_needed(tokens))
+
+    def _has_room(self, sequence: EngineSequence, tokens: int) -> bool:
+        return self.pool.has_room(sequence.blocks, sequence.blocks_needed(tokens))
 
     def _preempt(self, sequence: EngineSequence) -> None:
         """Send the youngest running sequence back to the queue, where all others are younger still."""
@@ -186,7 +189,7 @@ class Scheduler:
                 return False
             self.pool.release(found[sequence.state.first_block :])
             found = found[: sequence.state.first_block]
-        if needed - len(found) > self.pool.available:
+        if not self.pool.has_room(found, needed - len(found)):
             self.pool.release(found)
             sequence.leave_state()
             return False

@@ -165,6 +165,16 @@ class Step(ctypes.Structure):
     ]
 
 
+class Pieces(ctypes.Structure):
+    """What ranks that hold parts of the positions exchange."""
+
+    _fields_: ClassVar = [
+        *((name, ctypes.c_int64) for name in ("ranks", "rank", "tokens", "first", "last", "owner_width")),
+        *((name, Address) for name in ("owners", "head_start", "counts", "received_before")),
+        *((name, Address) for name in ("queries", "keys", "values", "sent", "received")),
+    ]
+
+
 class Window(ctypes.Structure):
     """Memory that the ranks of a host share."""
 
@@ -189,7 +199,7 @@ class Sum(ctypes.Structure):
 
 STRUCTS = (
     Matrix, Activations, Cache, AttentionLayer, LatentCache, LatentLayer, States, DeltaLayer, Router, MlpLayer, Step,
-    Sum, Window,
+    Sum, Pieces, Window,
 )  # fmt: skip
 
 

@@ -123,6 +123,36 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
         c_int64,
         [c_void_p, POINTER(arguments.AttentionLayer), POINTER(arguments.Step), POINTER(arguments.Sum)],
     ),
+    "project": (c_int64, [c_void_p, POINTER(arguments.AttentionLayer), POINTER(arguments.Step)]),
+    "rotate": (
+        c_int64,
+        [c_void_p, POINTER(arguments.AttentionLayer), POINTER(arguments.Step), c_int64, c_int64, c_void_p],
+    ),
+    "attend_pieces": (
+        c_int64,
+        [c_void_p, POINTER(arguments.AttentionLayer), POINTER(arguments.Step), POINTER(arguments.Pieces)],
+    ),
+    "combine_pieces": (
+        c_int64,
+        [c_void_p, POINTER(arguments.AttentionLayer), POINTER(arguments.Step), POINTER(arguments.Pieces)],
+    ),
+    "project_attended": (
+        c_int64,
+        [c_void_p, POINTER(arguments.AttentionLayer), POINTER(arguments.Step), POINTER(arguments.Sum)],
+    ),
+    "project_latents": (c_int64, [c_void_p, POINTER(arguments.LatentLayer), POINTER(arguments.Step), c_void_p]),
+    "attend_latent_pieces": (
+        c_int64,
+        [c_void_p, POINTER(arguments.LatentLayer), POINTER(arguments.Step), POINTER(arguments.Pieces)],
+    ),
+    "combine_latent_pieces": (
+        c_int64,
+        [c_void_p, POINTER(arguments.LatentLayer), POINTER(arguments.Step), POINTER(arguments.Pieces)],
+    ),
+    "project_attended_latents": (
+        c_int64,
+        [c_void_p, POINTER(arguments.LatentLayer), POINTER(arguments.Step), POINTER(arguments.Sum)],
+    ),
     "finish_sum": (c_int64, [c_void_p, POINTER(arguments.Step), POINTER(arguments.Sum)]),
     "add_rounded": (None, [c_void_p, c_void_p, c_void_p, c_void_p, c_double, c_int64, c_int64]),
     "add_normalised": (
@@ -251,6 +281,56 @@ class Team:
     def mlp_half(self, layer: arguments.MlpLayer, step: arguments.Step, total: arguments.Sum | None = None) -> bool:
         """Norm, SwiGLU or experts; `total` and the result are those of attention_half."""
         return self._done(self._calls.mlp_half(self._handle, byref(layer), byref(step), _optional(total)))
+
+    # A first half in pieces, where ranks hold parts of the positions (kernels/src/context_parallel.h).
+
+    def project(self, layer: arguments.AttentionLayer, step: arguments.Step) -> None:
+        """Norm, q/k/v."""
+        self._enough(self._calls.project(self._handle, byref(layer), byref(step)))
+
+    def rotate(
+        self, layer: arguments.AttentionLayer, step: arguments.Step, first_kv: int, kv_count: int, out: Array
+    ) -> None:
+        """RoPE; queries, and keys and values of some KV heads, go to float32 `out` [tokens, their channels]."""
+        address = out.ctypes.data
+        self._enough(self._calls.rotate(self._handle, byref(layer), byref(step), first_kv, kv_count, address))
+
+    def attend_pieces(self, whole: arguments.AttentionLayer, step: arguments.Step, pieces: arguments.Pieces) -> None:
+        """Keys and values into the cache, and pieces.sent; `whole` has the heads of all ranks."""
+        self._enough(self._calls.attend_pieces(self._handle, byref(whole), byref(step), byref(pieces)))
+
+    def combine_pieces(self, layer: arguments.AttentionLayer, step: arguments.Step, pieces: arguments.Pieces) -> None:
+        """What project_attended goes on with, from pieces.received."""
+        self._enough(self._calls.combine_pieces(self._handle, byref(layer), byref(step), byref(pieces)))
+
+    def project_attended(
+        self, layer: arguments.AttentionLayer, step: arguments.Step, total: arguments.Sum | None = None
+    ) -> bool:
+        """o_proj, and the sum as in attention_half."""
+        return self._done(self._calls.project_attended(self._handle, byref(layer), byref(step), _optional(total)))
+
+    def project_latents(self, layer: arguments.LatentLayer, step: arguments.Step, out: Array) -> None:
+        """Norm, latents into the cache; queries go to float32 `out` [tokens, heads, channels of the cache]."""
+        self._enough(self._calls.project_latents(self._handle, byref(layer), byref(step), out.ctypes.data))
+
+    def attend_latent_pieces(
+        self, whole: arguments.LatentLayer, step: arguments.Step, pieces: arguments.Pieces
+    ) -> None:
+        """As attend_pieces; the cache is written already."""
+        self._enough(self._calls.attend_latent_pieces(self._handle, byref(whole), byref(step), byref(pieces)))
+
+    def combine_latent_pieces(
+        self, layer: arguments.LatentLayer, step: arguments.Step, pieces: arguments.Pieces
+    ) -> None:
+        """As combine_pieces."""
+        self._enough(self._calls.combine_latent_pieces(self._handle, byref(layer), byref(step), byref(pieces)))
+
+    def project_attended_latents(
+        self, layer: arguments.LatentLayer, step: arguments.Step, total: arguments.Sum | None = None
+    ) -> bool:
+        """v_b and o_proj, and the sum as in attention_half."""
+        done = self._calls.project_attended_latents(self._handle, byref(layer), byref(step), _optional(total))
+        return self._done(done)
 
     def choose_experts(self, router: arguments.Router, experts: int, logits: Array) -> tuple[Array, Array]:
         """Which experts tokens take by their logits, and the shares, the best first: int64, float32 [tokens, chosen].

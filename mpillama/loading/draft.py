@@ -85,6 +85,7 @@ def draft_settings(settings: ModelSettings) -> DraftSettings:
     """The settings of the draft model, for as many sequences."""
     same = {each.name: getattr(settings, each.name) for each in fields(ModelSettings)}
     same |= {"weights": "as-stored", "tokenizer": None, "layers": None, "pipeline": 1, "shares": None, "sync": "exact"}
+    same["context_parallel"] = False
     same |= {"model": getattr(settings, "draft_model", None), "max_seq_len": None}
     return DraftSettings(**same, sequences=getattr(settings, "sequences", 1))
 

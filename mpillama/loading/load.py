@@ -4,7 +4,7 @@ import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import cast
@@ -36,10 +36,10 @@ from mpillama.loading.preflight import (
     warn_of_hosts,
 )
 from mpillama.loading.progress import PLACE, AbandonedError, LoadState, LoadWatch
-from mpillama.loading.settings import EngineSettings, ModelSettings
-from mpillama.loading.shares import divide, gain_of, measured_division, on_these_hosts, read_shares
+from mpillama.loading.settings import DiskCacheSettings, EngineSettings, ModelSettings
+from mpillama.loading.shares import by_positions, divide, gain_of, measured_division, on_these_hosts, read_shares
 from mpillama.loading.truncated import truncated
-from mpillama.models.cache import blocks_for
+from mpillama.models.cache import blocks_for, held_blocks
 from mpillama.models.config import ModelConfig
 from mpillama.models.decoder import Decoder
 from mpillama.models.mtp import MtpDecoder
@@ -144,7 +144,9 @@ def load_model(
     mates = pipeline.group if pipeline else comm
     choose_reduction(mates, target.team, file.config.padded_hidden_size, chunk)
     LOG.info("kernels ready (%s) after %.1f s.", target.isa.name, time.perf_counter() - start)
-    host = measure_host(world, rank_needs(file, world, settings, chunk, division) + (beside or Needs()))
+    needs = rank_needs(file, world, settings, chunk, division)
+    needs += (beside or Needs()).for_all_blocks(division.holders)
+    host = measure_host(world, needs, division.holders)
     context = choose_context(file, world, settings.max_seq_len, host, settings.force)
     room = cache_room(world, host)
     LOG.info(
@@ -172,18 +174,30 @@ def choose_division(
     """
     comm, layers = world.comm, config.num_hidden_layers
     even = comm.together(lambda: divide(comm.size, settings.pipeline, None, layers))
+    if settings.context_parallel:
+        comm.together(lambda: _refuse_files(settings))
+        even = comm.together(lambda: by_positions(even, config))
     path = settings.shares
     if path is None:
         return even, None
     hosts = comm.gather(world.host)
     found = comm.on_root(lambda: read_shares(path))
     if isinstance(found, tuple):
-        return comm.together(lambda: divide(comm.size, even.stages, found, layers)), None
+        given = comm.together(lambda: divide(comm.size, even.stages, found, layers))
+        return replace(given, context_parallel=even.context_parallel), None
     model = MemoryModel(config, specs, even, settings.kv_type, chunk)
     measured = comm.together(lambda: on_these_hosts(found, hosts, path))
     context = settings.max_seq_len or config.max_position_embeddings
     division = comm.together(lambda: measured_division(measured, model, context))
     return division, gain_of(model, division, measured)
+
+
+def _refuse_files(settings: ModelSettings) -> None:
+    if isinstance(settings, DiskCacheSettings) and settings.cache_folder is not None:
+        raise UserError(
+            f"--context-parallel keeps no KV cache in files, but {settings.cache_folder} is to hold one: leave out "
+            "--context-parallel, or --cache-dir and --session."
+        )
 
 
 def _refuse_other_contents(file: ModelFile, world: World) -> None:
@@ -264,11 +278,12 @@ def open_shared_executor(settings: EngineSettings, loaded: LoadedModel) -> Execu
 
     It holds `cache_tokens` positions, or as many as they can need and the hosts have room for.
     """
-    longest = blocks_for(loaded.context)
+    holders = loaded.model.part.holders
+    longest = held_blocks(loaded.context, holders) * holders
     if settings.cache_tokens is None:
         room = min(settings.sequences * longest, loaded.cache_room)
     else:
-        room = blocks_for(settings.cache_tokens)
+        room = -(-blocks_for(settings.cache_tokens) // holders) * holders
     tokens = max(settings.prefill_chunk, settings.sequences * (1 + settings.draft_tokens))
     blocks = max(longest, room)
     model, context, states = loaded.model, loaded.context, settings.state_slots

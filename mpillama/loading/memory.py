@@ -7,7 +7,7 @@ the libraries take was measured.
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from mpillama.models.cache import blocks_for, cache_bytes, state_bytes
+from mpillama.models.cache import cache_bytes, held_blocks, state_bytes
 from mpillama.models.config import ModelConfig
 from mpillama.models.partition import Division, Partition
 from mpillama.models.tensors import EMBEDDING, LM_HEAD, TensorSpec
@@ -83,7 +83,7 @@ class MemoryModel:
         return RankMemory(
             weights=arena_bytes(self.specs, part),
             embedding=slice_bytes([spec for spec in self.specs if spec.name in (EMBEDDING, LM_HEAD)], part),
-            kv_cache=blocks_for(context) * self.sequences * self.cache_block_bytes(part),
+            kv_cache=held_blocks(context, part.holders) * self.sequences * self.cache_block_bytes(part),
             states=state_bytes(config, part, self.states),
             buffers=workspace_bytes(config, part, tokens) + self.scratch(part, context) + logits + window,
             python=PYTHON_BYTES + (ROOT_BYTES + tokenizer if rank == 0 else 0),
@@ -112,7 +112,7 @@ class MemoryModel:
         return found
 
     def cache_block_bytes(self, part: Partition) -> int:
-        """Bytes of a rank's keys and values of 64 positions."""
+        """Bytes of a rank's keys and values of 64 positions that it holds."""
         return cache_bytes(self.config, part, 1, self.kv_type)
 
 
@@ -136,11 +136,12 @@ class RankUsage:
 
 def memory_of_ranks(model: MemoryModel, blocks: int, positions: int, processes: Sequence[int]) -> list[RankUsage]:
     """Each rank's memory with a cache of `blocks` blocks, `positions` of it filled; `processes` are resident bytes."""
-    parts, filled = model.config.partition(model.division), blocks_for(positions)
+    parts, holders = model.config.partition(model.division), model.division.holders
+    filled = held_blocks(positions, holders)
     return [
         RankUsage(
             of_rank.weights,
-            blocks * model.cache_block_bytes(part),
+            blocks // holders * model.cache_block_bytes(part),
             filled * model.cache_block_bytes(part),
             of_rank.states,
             of_rank.buffers,

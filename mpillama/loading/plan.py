@@ -11,9 +11,18 @@ from functools import cached_property
 
 from mpillama.loading.memory import RESERVE, MemoryModel, RankMemory
 from mpillama.loading.settings import state_slots
-from mpillama.loading.shares import Measured, measured_division
-from mpillama.loading.traffic import COARSE_BITS, EXACT_BITS, Layout, Network, Sent, step_seconds, step_sent
-from mpillama.models.cache import blocks_for
+from mpillama.loading.shares import Measured, measured_division, repeats_cache
+from mpillama.loading.traffic import (
+    COARSE_BITS,
+    EXACT_BITS,
+    Layout,
+    Network,
+    Sent,
+    pieces_sent,
+    step_seconds,
+    step_sent,
+)
+from mpillama.models.cache import held_blocks
 from mpillama.models.config import ModelConfig
 from mpillama.models.partition import Division, micro_batches
 from mpillama.models.tensors import EMBEDDING, LM_HEAD, TensorSpec, WeightTypes
@@ -44,6 +53,7 @@ class PlanRequest:
     """Each rank's bandwidth and memory, if they are known one by one."""
     stages: int = 1
     sync: str = "exact"
+    context_parallel: bool = False
     draft: "DraftRequest | None" = None
     rows: int = 1
     """Positions of each sequence that a decode step computes: more than one with drafts."""
@@ -57,9 +67,12 @@ class PlanRequest:
         """The stages, and how their ranks lie on nodes."""
         group, bits = self.division.group, COARSE_BITS if self.sync == "q80" else EXACT_BITS
         layout = Layout(-(-group // self.ranks_per_node), min(group, self.ranks_per_node), bits)
-        last = self.layers_of_stages[-1]
+        last, holders = self.layers_of_stages[-1], self.division.holders
+        divided = self.max_seq_len if holders > 1 else 0
         return [
-            StageTraffic(replace(self.config, blocks=self.config.blocks[own.start : own.stop]), layout, own == last)
+            StageTraffic(
+                replace(self.config, blocks=self.config.blocks[own.start : own.stop]), layout, own == last, divided
+            )
             for own in self.layers_of_stages
         ]
 
@@ -69,7 +82,7 @@ class PlanRequest:
 
     @property
     def division(self) -> Division:
-        return Division(self.ranks, self.shares, self.stages)
+        return Division(self.ranks, self.shares, self.stages, self.context_parallel)
 
     @cached_property
     def layers_of_stages(self) -> tuple[range, ...]:
@@ -143,15 +156,20 @@ class StageTraffic:
     config: ModelConfig
     layout: Layout
     samples: bool
+    divided: int = 0
+    """Positions of a sequence that the ranks divide, 0 if they do not."""
 
     def sent(self, network: Network, tokens: int) -> Sent:
         """What a node's first rank sends in a step of decoding."""
-        return step_sent(self.config, self.layout, tokens, network, tokens * self.samples)
+        pieces = pieces_sent(self.config, self.layout, tokens, self.divided)
+        return step_sent(self.config, self.layout, tokens, network, tokens * self.samples) + pieces
 
     def seconds(self, network: Network, tokens: float, prefill: bool) -> float:
         """Seconds of a step or a part of one."""
-        rows = 0 if prefill or not self.samples else math.ceil(tokens)
-        return step_seconds(self.config, self.layout, math.ceil(tokens), network, rows)
+        rows, count = 0 if prefill or not self.samples else math.ceil(tokens), math.ceil(tokens)
+        context = min(1, self.divided) if prefill else self.divided  # prefill is predicted without attention
+        pieces = pieces_sent(self.config, self.layout, count, context).seconds(network)
+        return step_seconds(self.config, self.layout, count, network, rows) + pieces
 
 
 @dataclass(frozen=True)
@@ -179,15 +197,17 @@ class Plan:
 
     @property
     def cache_by_positions(self) -> int:
-        """Bytes of a rank's cache if ranks held parts of the positions instead of heads, or of the same latents."""
-        request = self.request
-        whole = request.memory_model.cache_block_bytes(request.config.partition(1)[0])
-        return -(-blocks_for(request.max_seq_len) * request.batch * whole // request.ranks)
+        """Bytes of the fullest rank's cache with --context-parallel."""
+        request = replace(self.request, context_parallel=True)
+        parts = request.config.partition(request.division)
+        held = held_blocks(request.max_seq_len, request.division.holders) * request.batch
+        return held * max(request.memory_model.cache_block_bytes(part) for part in parts)
 
     @property
     def repeats_cache(self) -> bool:
         """Whether several ranks hold the same part of the cache."""
-        return sum(rank.kv_cache for rank in self.ranks) > self.request.ranks * self.cache_by_positions
+        request = self.request
+        return not request.context_parallel and repeats_cache(request.config, request.division)
 
     @property
     def inequality(self) -> float:
@@ -228,6 +248,8 @@ def _remedies(plan: Plan) -> Iterator[Remedy]:
         changed = make_plan(replace(request, max_seq_len=shorter))
         yield Remedy(f"--max-seq-len {shorter} instead of {request.max_seq_len}", changed)
     candidates = [(f"--kv-type {kind}", replace(request, kv_type=kind)) for kind in ("q8", "q4")]
+    if plan.repeats_cache:
+        candidates.append(("--context-parallel", replace(request, context_parallel=True)))
     if any(s.weight_type != SMALLEST for s in request.specs if not s.vector):
         candidates.append((f"--weights {SMALLEST.name}", replace(request, types=WeightTypes(SMALLEST))))
     for text, changed_request in candidates:

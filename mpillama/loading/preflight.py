@@ -14,7 +14,7 @@ from mpillama.loading.memory import RESERVE, MemoryModel
 from mpillama.loading.model_file import ModelFile
 from mpillama.loading.settings import DiskCacheSettings, ModelSettings
 from mpillama.models.attention import BLOCK_POSITIONS
-from mpillama.models.cache import blocks_for, state_bytes
+from mpillama.models.cache import held_blocks, held_positions, state_bytes
 from mpillama.models.partition import Division
 
 PROGRAM_ROOM = 128_000_000
@@ -33,9 +33,9 @@ def refuse_no_room(force: bool) -> None:
 
 @dataclass(frozen=True)
 class Host:
-    """A host's ranks together: bytes without a KV cache, bytes for each 64 positions of it, and what there is.
+    """A host's ranks together: bytes without a KV cache, bytes for each block that each holds, and what there is.
 
-    `states` is what recurrent states take of `fixed`.
+    `states` is what recurrent states take of `fixed`; positions are divided over `holders` ranks.
     """
 
     name: str
@@ -43,16 +43,19 @@ class Host:
     per_block: int
     available: int
     states: int = 0
+    holders: int = 1
 
     def need(self, context: int) -> int:
         """Bytes for a context."""
-        return self.fixed + blocks_for(context) * self.per_block
+        return self.fixed + held_blocks(context, self.holders) * self.per_block
 
     @property
     def longest_context(self) -> int:
         """The most positions that fit, in whole cache blocks; negative if the weights alone do not."""
         room = self.available - self.fixed
-        return room // self.per_block * BLOCK_POSITIONS if self.per_block else (1 << 40 if room >= 0 else -1)
+        if not self.per_block:
+            return 1 << 40 if room >= 0 else -1
+        return held_positions(room // self.per_block, self.holders) if room >= 0 else -1
 
 
 @dataclass(frozen=True)
@@ -65,6 +68,10 @@ class Needs:
 
     def __add__(self, other: "Needs") -> "Needs":
         return Needs(self.fixed + other.fixed, self.per_block + other.per_block, self.states + other.states)
+
+    def for_all_blocks(self, holders: int) -> "Needs":
+        """What it is beside a model whose blocks are divided over so many ranks, if it has all of them itself."""
+        return Needs(self.fixed, self.per_block * holders, self.states)
 
 
 def rank_needs(
@@ -90,14 +97,17 @@ def pending_bytes(settings: ModelSettings, largest: int) -> int:
     return MOST_PENDING + largest if keeps else 0
 
 
-def measure_host(world: World, rank: Needs) -> Host:
-    """What the ranks of this host need together and have, from what this rank needs; the same on each of them."""
+def measure_host(world: World, rank: Needs, holders: int = 1) -> Host:
+    """What the ranks of this host need together and have, from what this rank needs; the same on each of them.
+
+    Positions are divided over `holders` ranks.
+    """
     needs = rank.fixed + RESERVE, rank.per_block, rank.states
     rooms = world.neighbours.gather(process_room())
     narrowest = min(rooms) * len(rooms)  # a limit on each process binds the fullest
     available = min(world.neighbours.broadcast(available_bytes()), narrowest)
     fixed, per_block, states = map(sum, zip(*world.neighbours.gather(needs), strict=True))
-    return Host(world.host, fixed, per_block, available, states)
+    return Host(world.host, fixed, per_block, available, states, holders)
 
 
 def choose_context(file: ModelFile, world: World, wanted: int | None, host: Host, force: bool) -> int:
@@ -124,7 +134,7 @@ def choose_context(file: ModelFile, world: World, wanted: int | None, host: Host
 def cache_room(world: World, host: Host) -> int:
     """Cache blocks that every host has room for, a tenth of its memory left; the same on all ranks."""
     hosts = world.comm.gather(host)
-    rooms = [int(0.9 * h.available - h.fixed) // h.per_block for h in hosts if h.per_block]
+    rooms = [int(0.9 * h.available - h.fixed) // h.per_block * h.holders for h in hosts if h.per_block]
     return max(0, min(rooms, default=0))
 
 
@@ -137,9 +147,10 @@ def smallest_group(
     """
     size, stages = world.comm.size, settings.pipeline
     for ranks in [n for n in range(stages, size, stages) if size % n == 0]:
-        division = Division(ranks, None, stages)
-        needs = rank_needs(file, world, settings, settings.prefill_chunk, division) + beside(ranks)
-        hosts = world.comm.gather(measure_host(world, needs))
+        division = Division(ranks, None, stages, settings.context_parallel)
+        needs = rank_needs(file, world, settings, settings.prefill_chunk, division)
+        needs += beside(ranks).for_all_blocks(division.holders)
+        hosts = world.comm.gather(measure_host(world, needs, division.holders))
         if all(host.need(context) <= 0.9 * host.available for host in hosts):
             return ranks
     return size

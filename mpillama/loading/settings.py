@@ -110,6 +110,11 @@ class ModelSettings:
         metavar="STAGES",
         least=1,
     )
+    context_parallel: bool = option(
+        "divide the KV cache over ranks by positions, where a rank would hold heads or latents that others have, too; "
+        "answers stay the same",
+        False,
+    )
     shares: Optional[str] = option(
         "how much of the model each rank takes: numbers such as 3,3,1, or by bandwidth and memory, from a saved "
         "`doctor --bandwidth --json` (default: evenly)",

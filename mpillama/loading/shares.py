@@ -12,6 +12,7 @@ from pathlib import Path
 from mpillama.errors import UserError
 from mpillama.loading.memory import RESERVE, MemoryModel
 from mpillama.models.cache import blocks_for, cache_bytes
+from mpillama.models.config import ModelConfig
 from mpillama.models.partition import Division
 from mpillama.models.weights import slice_bytes
 
@@ -81,6 +82,22 @@ def divide(ranks: int, stages: int, shares: tuple[float, ...] | None, layers: in
     return division
 
 
+def repeats_cache(config: ModelConfig, division: Division) -> bool:
+    """Whether several ranks hold the same part of the cache."""
+    parts, whole = config.partition(division), config.partition(1)[0]
+    return sum(cache_bytes(config, part, 1, "f32") for part in parts) > cache_bytes(config, whole, 1, "f32")
+
+
+def by_positions(division: Division, config: ModelConfig) -> Division:
+    """The same with positions divided over ranks; UserError if no two ranks would hold the same part of the cache."""
+    if not repeats_cache(config, division):
+        raise UserError(
+            f"--context-parallel divides what several ranks hold of the KV cache, but of {division.ranks} (--pipeline "
+            f"{division.stages}) no two hold the same part of this model's: leave it out."
+        )
+    return replace(division, context_parallel=True)
+
+
 def balanced(speeds: Sequence[float], rooms: Sequence[float], need: float) -> tuple[float, ...]:
     """Deal out `need` in proportion to speeds, none more than its room; if there is too little room, all of it."""
     if need >= sum(rooms):
@@ -114,7 +131,8 @@ def measured_division(measured: Sequence[Measured], model: MemoryModel, context:
     total = sum(shares)
     if not total > 0:
         raise UserError("--shares: no host has memory left for a part of this model.")
-    return divide(even.ranks, even.stages, tuple(share / total for share in shares), config.num_hidden_layers)
+    found = divide(even.ranks, even.stages, tuple(share / total for share in shares), config.num_hidden_layers)
+    return replace(found, context_parallel=even.context_parallel)
 
 
 def gain_of(model: MemoryModel, division: Division, measured: Sequence[Measured]) -> float:

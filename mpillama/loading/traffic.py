@@ -77,6 +77,23 @@ def sum_sent(layout: Layout, width: int, tokens: int) -> dict[str, Sent]:
     return {name: ways[name] for name in ways_between(hosts)}
 
 
+def pieces_sent(config: ModelConfig, layout: Layout, tokens: int, positions: int) -> Sent:
+    """What a rank sends the ranks of other hosts in a step, if ranks divide the positions of sequences so long.
+
+    Queries, new keys and values of its own heads go to all; what it attended to goes to whoever has the heads.
+    """
+    others, total = layout.ranks - layout.ranks_per_host, Sent()
+    if not positions or not others:
+        return total
+    for block in config.blocks:
+        if (sizes := block.attention.piece_sizes) is not None:
+            own = 4 * tokens * sizes.width / layout.ranks * others
+            spans = sizes.spans_of(positions - 1) / layout.ranks
+            records = 4 * tokens * spans * sizes.heads * sizes.record * others / layout.ranks
+            total += Sent(math.ceil(math.log2(layout.hosts)) + 1, 2 * others, own + records)
+    return total
+
+
 def logits_sent(config: ModelConfig, layout: Layout, rows: int, whole: bool = False) -> Sent:
     """What every rank but the first sends for so many tokens to be sampled: the likeliest ones, or all logits."""
     if layout.ranks == 1:

@@ -15,15 +15,18 @@ from mpillama.errors import UserError
 from mpillama.kernels import arguments
 from mpillama.kernels.arguments import HeadNorm
 from mpillama.kernels.library import Team
+from mpillama.models.attention_pieces import GroupedPieces, Pieces, PieceSizes
 from mpillama.models.config_values import ConfigValues
 from mpillama.models.linear import LayerWeights
 from mpillama.models.partition import Partition, Split
 from mpillama.models.tensors import PartOfHeads, TensorSpec, WeightTypes, whole_vector
 from mpillama.quant.types.f32 import F32
-from mpillama.quant.weight_type import BLOCK, round_up
+from mpillama.quant.weight_type import BLOCK, LANES, round_up
 
 BLOCK_POSITIONS = 64
 """Positions of a block of the cache."""
+SPAN = 1024
+"""Positions that are added up before they meet others, of kernels/src/attention_plan.h."""
 MOST_CHANNELS = 65536
 
 CacheArray = tuple[tuple[int, ...], np.dtype[np.generic]]
@@ -121,6 +124,13 @@ class Attention(Protocol):
 
     def output_bias_of(self, weights: LayerWeights) -> np.ndarray | None:
         """What is added once after the sum over ranks."""
+
+    @property
+    def piece_sizes(self) -> PieceSizes | None:
+        """What ranks exchange if each holds some positions; None if there are none to hold."""
+
+    def in_pieces(self, layer: Any, parts: Sequence[Partition], rank: int) -> Pieces | None:
+        """How such ranks, with these parts, attend together; `layer` is that of `rank`."""
 
 
 @dataclass(frozen=True)
@@ -249,7 +259,7 @@ class GroupedQueryAttention:
 
     def cache_arrays(self, part: Partition, blocks: int, kv_type: KVType) -> Sequence[CacheArray]:
         """Keys, their scales, values, their scales, as kernels/src/attention.h describes them."""
-        heads, head = len(part[self.kv_split]), self.padded_head_dim
+        heads, head = len(part[self.kv_split]) if part.holders == 1 else self.kv_heads, self.padded_head_dim
         scales = (blocks, heads, head // BLOCK if kv_type.scaled else 0, BLOCK_POSITIONS), np.dtype(np.uint16)
         keys = (blocks, heads, head // kv_type.packed, BLOCK_POSITIONS), kv_type.dtype
         values = (blocks, heads, BLOCK_POSITIONS, head // kv_type.packed), kv_type.dtype
@@ -322,6 +332,16 @@ class GroupedQueryAttention:
 
     def output_bias_of(self, weights: LayerWeights) -> np.ndarray | None:
         return weights.vector("self_attn.o_proj.bias")
+
+    @property
+    def piece_sizes(self) -> PieceSizes:
+        head = self.padded_head_dim
+        new, record = 2 * self.kv_heads * head, head + LANES + 1
+        return PieceSizes(self.heads, head, new, SPAN, record, self.window, self.chunk)
+
+    def in_pieces(self, layer: arguments.AttentionLayer, parts: Sequence[Partition], rank: int) -> Pieces:
+        queries, kv = ([part[split] for part in parts] for split in self.splits)
+        return GroupedPieces(self.piece_sizes, layer, rank, queries, kv, self.kv_split.group)
 
     def head_starts(self, part: Partition) -> np.ndarray:
         """int64 [local kv heads + 1]: the local query heads of local KV head i are result[i] : result[i + 1]."""

@@ -7,6 +7,7 @@ import numpy as np
 
 from mpillama.kernels import arguments
 from mpillama.models.attention import BLOCK_POSITIONS, KV_TYPES
+from mpillama.models.attention_pieces import PIECE_BLOCKS
 from mpillama.models.config import ModelConfig
 from mpillama.models.partition import Partition
 
@@ -19,10 +20,33 @@ def blocks_for(positions: int) -> int:
     return -(-positions // BLOCK_POSITIONS)
 
 
+def held_blocks(positions: int, holders: int) -> int:
+    """The most blocks of a sequence that one of `holders` ranks has: they lie on ranks in pieces of PIECE_BLOCKS."""
+    blocks = blocks_for(positions)
+    pieces = -(-blocks // PIECE_BLOCKS)
+    return min(blocks, -(-pieces // holders) * PIECE_BLOCKS)
+
+
+def held_positions(blocks: int, holders: int) -> int:
+    """How long a sequence may be of which each of `holders` ranks holds up to `blocks` blocks."""
+    whole = blocks // PIECE_BLOCKS * PIECE_BLOCKS * holders if holders > 1 else blocks
+    return BLOCK_POSITIONS * (whole or blocks)
+
+
+def dealt_blocks(sequences: int, positions: int, holders: int) -> np.ndarray:
+    """Block tables of so many sequences, int64 [sequences, blocks], whose pieces go to the holders in turn."""
+    place = np.arange(blocks_for(positions))
+    piece, within = np.divmod(place, PIECE_BLOCKS)
+    own = piece // holders * PIECE_BLOCKS + within
+    first = np.arange(sequences)[:, None] * held_blocks(positions, holders)
+    tables: np.ndarray = (first + own) * holders + piece % holders
+    return tables
+
+
 def cache_bytes(config: ModelConfig, part: Partition, blocks: int, kv_type: str) -> int:
-    """Bytes of a rank's cache of `blocks` blocks."""
-    kind = KV_TYPES[kv_type]
-    arrays = (array for block in part.own(config.blocks) for array in block.attention.cache_arrays(part, blocks, kind))
+    """Bytes of a rank's cache of `blocks` blocks, of which it holds its part."""
+    kind, own = KV_TYPES[kv_type], -(-blocks // part.holders)
+    arrays = (array for block in part.own(config.blocks) for array in block.attention.cache_arrays(part, own, kind))
     return sum(prod(shape) * dtype.itemsize for shape, dtype in arrays)
 
 
@@ -33,7 +57,10 @@ def state_bytes(config: ModelConfig, part: Partition, states: int) -> int:
 
 
 class KVCache:
-    """The cache of each layer, as its kind of attention has it: arrays of blocks, and of states in slots."""
+    """The cache of each layer, as its kind of attention has it: arrays of blocks, and of states in slots.
+
+    Block b is on rank b % holders, there with the number b // holders.
+    """
 
     def __init__(self, config: ModelConfig, part: Partition, blocks: int, kv_type: str, states: int = 1):
         kind, own = KV_TYPES[kv_type], part.own(config.blocks)
@@ -42,7 +69,7 @@ class KVCache:
             tuple(
                 np.zeros(*array)
                 for array in (
-                    *block.attention.cache_arrays(part, blocks, kind),
+                    *block.attention.cache_arrays(part, -(-blocks // part.holders), kind),
                     *(((states, *shape), dtype) for shape, dtype in block.attention.state_arrays(part)),
                 )
             )

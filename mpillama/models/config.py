@@ -133,7 +133,8 @@ class ModelConfig:
         if isinstance(division, int):
             division = Division(division)
         if division.stages == 1:
-            return partitions(self.splits, division.ranks, division.shares)
+            parts = partitions(self.splits, division.ranks, division.shares)
+            return [replace(part, holders=division.holders) for part in parts]
         layers, size, found = self.layers_of_stages(division.stages), division.group, list[Partition]()
         for first in range(0, division.ranks, size):
             stage = division.stage_of(first)
@@ -141,7 +142,12 @@ class ModelConfig:
             shares = division.shares[first : first + size] if division.shares else None
             found += [
                 replace(
-                    part, layers=layers[stage], outer=outer, is_first=stage == 0, is_last=stage == division.stages - 1
+                    part,
+                    layers=layers[stage],
+                    outer=outer,
+                    is_first=stage == 0,
+                    is_last=stage == division.stages - 1,
+                    holders=division.holders,
                 )
                 for part in partitions(self.splits, size, shares)
             ]

@@ -17,6 +17,7 @@ from mpillama.kernels.library import Team
 from mpillama.models.cache import KVCache, Step
 from mpillama.models.candidates import Candidates, Wanted, message_numbers, read_candidates, write_candidates
 from mpillama.models.config import ModelConfig
+from mpillama.models.context_parallel import ContextParallel
 from mpillama.models.family import Block
 from mpillama.models.linear import LayerWeights, Matrix, any_quantised
 from mpillama.models.partition import Division, Partition, micro_batches, split_units
@@ -54,18 +55,21 @@ Array = np.ndarray
 
 
 class DecoderLayer:
-    """Attention and MLP, each closed by one all-reduce."""
+    """Attention and MLP, each closed by one all-reduce; `parts` are those of the ranks that divide the layer."""
 
     def __init__(
-        self, config: ModelConfig, block: Block, weights: LayerWeights, part: Partition, all_reduce: ResidualSum
-    ):
+        self, config: ModelConfig, block: Block, weights: LayerWeights, parts: Sequence[Partition],
+        all_reduce: ResidualSum, positions: ContextParallel | None = None,
+    ):  # fmt: skip
         self.block = block
         self.rotation = config.rotations.index(config.rotation_of(block))
         self.team, self.comm = all_reduce.team, all_reduce.comm
         self.all_reduce = all_reduce
-        hidden, eps = config.hidden_size, config.rms_norm_eps
+        self.positions = positions
+        hidden, eps, part = config.hidden_size, config.rms_norm_eps, parts[self.comm.rank]
         self.attention = block.attention.layer(weights, part, hidden, block.attention_norm, eps)
         self.mlp = block.mlp.layer(weights, part, hidden, block.mlp_norm, eps)
+        self.pieces = block.attention.in_pieces(self.attention, parts, self.comm.rank) if positions else None
         factor, vector = block.residual_factor, weights.vector
         self.attention_ending = Ending(
             block.attention.output_bias_of(weights), vector(block.attention_post_norm), factor
@@ -83,7 +87,12 @@ class DecoderLayer:
         if self.block.attention.begin(self.team, self.attention, a.argument):
             self.all_reduce.finish_all()
             self.comm.all_reduce(a.squares)
-        add(a, partial(self.block.attention.run, self.team, self.attention, cache, a.argument), self.attention_ending)
+        if self.positions is not None and self.pieces is not None:
+            self.positions.attend(self.pieces, cache, a)
+            attention = partial(self.pieces.finish, self.team, a.argument)
+        else:
+            attention = partial(self.block.attention.run, self.team, self.attention, cache, a.argument)
+        add(a, attention, self.attention_ending)
 
     def feed_forward(self, a: StepArrays, cache: Any, add: Add) -> None:
         """The second half, closed by `add`."""
@@ -119,8 +128,9 @@ class Decoder:
         self.workspace = Workspace(config, self.part)
         self.embedding, self.head = weights.embed_tokens.column_parallel(), weights.lm_head.column_parallel()
         self.residual_sum = ResidualSum(comm, team, config)
+        self.positions = ContextParallel(comm, team) if self.division.holders > 1 else None
         self.layers = [
-            DecoderLayer(config, block, of_layer, self.part, self.residual_sum)
+            DecoderLayer(config, block, of_layer, parts, self.residual_sum, self.positions)
             for block, of_layer in self.part.own(list(zip(config.blocks, weights.layers, strict=True)))
         ]
 
@@ -150,6 +160,8 @@ class Decoder:
         width, shared = self.config.padded_hidden_size, self.comm.shared
         if self.pipeline is not None or shared is None or not shared.overlaps or tokens < 2:
             return 1
+        if self.positions is not None:  # what ranks attended to is exchanged in the midst of half a layer
+            return 1
         parts = max(2, -(-tokens // (CAPACITY // width)))
         return parts if self.comm.shared_for(-(-tokens // parts) * width) else 1
 
@@ -175,6 +187,8 @@ class Decoder:
         """Tell kernels of the tokens."""
         self._turn(step.positions, a)
         step.describe(a.argument)
+        if self.positions is not None:
+            self.positions.begin(step, a.argument)
         a.argument.in_flight = self.in_flight
         a.argument.shifts = arguments.address(a.shifts) if self.coarse else None
 

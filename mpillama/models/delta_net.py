@@ -202,3 +202,8 @@ class GatedDeltaNet:
 
     def output_bias_of(self, weights: LayerWeights) -> np.ndarray | None:
         return None
+
+    piece_sizes: ClassVar[None] = None
+
+    def in_pieces(self, layer: arguments.DeltaLayer, parts: Sequence[Partition], rank: int) -> None:
+        return None

@@ -15,6 +15,7 @@ from mpillama.errors import UserError
 from mpillama.kernels import arguments
 from mpillama.kernels.library import Team
 from mpillama.models.attention import BLOCK_POSITIONS, MOST_CHANNELS, WHOLE, CacheArray, KVType, Stripe
+from mpillama.models.attention_pieces import LatentPieces, Pieces, PieceSizes
 from mpillama.models.config_values import ConfigValues
 from mpillama.models.linear import LayerWeights
 from mpillama.models.partition import Partition, Split
@@ -162,7 +163,8 @@ class LatentAttention:
         sums = 4 * rows * (latent + 2)
         each = 4 * (rows + BLOCK_POSITIONS) * self.cache_width + 4 * BLOCK_POSITIONS * LANES + 2 * sums
         spans, tiles = -(-positions // SPAN), tokens * -(-len(part[self.split]) // rows)
-        return each, sums * spans * min(tiles, 2 * threads - 1) if threads > 1 and spans > 1 else 0
+        shared = threads > 1 and spans > 1 and part.holders == 1  # else what spans leave is sent
+        return each, sums * spans * min(tiles, 2 * threads - 1) if shared else 0
 
     def layer(
         self, weights: LayerWeights, part: Partition, hidden_size: int, norm: str, eps: float
@@ -197,3 +199,10 @@ class LatentAttention:
 
     def output_bias_of(self, weights: LayerWeights) -> np.ndarray | None:
         return None
+
+    @property
+    def piece_sizes(self) -> PieceSizes:
+        return PieceSizes(self.heads, self.cache_width, 0, SPAN, round_up(self.kv_rank, BLOCK) + 2)
+
+    def in_pieces(self, layer: arguments.LatentLayer, parts: Sequence[Partition], rank: int) -> Pieces:
+        return LatentPieces(self.piece_sizes, layer, [part[self.split] for part in parts])

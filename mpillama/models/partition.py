@@ -53,17 +53,24 @@ class Division:
 
     The ranks of a stage divide each of its layers, evenly or by their `shares` (one for each rank of all stages). The
     `stages` are groups of equal size that hold layers one after the other: the last ranks have the first layers, and
-    rank 0, which samples, is of the group that has the last layers and the head.
+    rank 0, which samples, is of the group that has the last layers and the head. If they are `context_parallel`, each
+    rank of a stage holds the cache of all heads for some of the positions.
     """
 
     ranks: int
     shares: tuple[float, ...] | None = None
     stages: int = 1
+    context_parallel: bool = False
 
     @property
     def group(self) -> int:
         """Ranks of a stage."""
         return self.ranks // self.stages
+
+    @property
+    def holders(self) -> int:
+        """Over how many ranks the positions of a cache are divided."""
+        return self.group if self.context_parallel else 1
 
     def stage_of(self, rank: int) -> int:
         """0 for the stage that embeds the tokens."""
@@ -79,7 +86,8 @@ class Division:
 class Partition:
     """One rank's units of every split of the model, in the layers of its stage.
 
-    Of what is in no layer it holds the tensors named in `outer`. Without `layers` it is of a single stage.
+    Of what is in no layer it holds the tensors named in `outer`. Without `layers` it is of a single stage. With several
+    `holders` it has the cache of all heads for its part of the positions, instead of all positions for its heads.
     """
 
     ranges: Mapping[Split, range]
@@ -87,6 +95,7 @@ class Partition:
     outer: frozenset[str] = frozenset()
     is_first: bool = True
     is_last: bool = True
+    holders: int = 1
 
     def __getitem__(self, split: Split) -> range:
         return self.ranges[split]

@@ -8,6 +8,7 @@ import numpy as np
 
 from mpillama.kernels import arguments
 from mpillama.kernels.arguments import places
+from mpillama.models.attention_pieces import ROUND_BYTES
 from mpillama.models.config import ModelConfig
 from mpillama.models.partition import Partition
 from mpillama.models.rope import Rotation
@@ -201,4 +202,18 @@ def scratch_bytes(config: ModelConfig, part: Partition, tokens: int, positions: 
     """Bytes that kernels allocate for themselves for such steps: of each what the layer that needs most takes."""
     of_attention = [kind.attention.scratch(part, tokens, positions, threads) for kind in config.kinds]
     of_mlps = [kind.mlp.scratch(part, config.hidden_size, tokens, threads) for kind in config.kinds]
-    return threads * max(each for each, _ in of_attention) + max(*(common for _, common in of_attention), *of_mlps)
+    common = max(*(common for _, common in of_attention), *of_mlps)
+    return threads * max(each for each, _ in of_attention) + common + messages_bytes(config, part, tokens, positions)
+
+
+def messages_bytes(config: ModelConfig, part: Partition, tokens: int, positions: int) -> int:
+    """Bytes of what ranks that hold parts of the positions send and receive in a layer."""
+    if part.holders == 1:
+        return 0
+    found = [0]
+    for kind in config.kinds:
+        if (sizes := kind.attention.piece_sizes) is not None:
+            of_token = 4 * sizes.record * sizes.heads * (sizes.spans_of(positions) // part.holders + 1)
+            queries = 4 * tokens * sizes.width * 2  # as they come, and head by head
+            found.append(queries + 2 * max(min(tokens * of_token, ROUND_BYTES), of_token))
+    return max(found)

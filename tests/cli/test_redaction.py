@@ -64,6 +64,7 @@ def test_what_is_printed_shows_no_secret(monkeypatch, capsys):
 
 def test_every_option_that_may_hold_a_secret_is_marked_and_its_flag_known():
     harmless = {"api_key_file", "tls_key", "tokenizer", "prompt_token_ids", "cache_tokens", "max_tokens", "no_auth"}
+    harmless |= {"max_token_delay"}
     for options, _ in COMMANDS.values():
         for field in dataclasses.fields(options):
             suspect = any(word in field.name for word in ("key", "token", "secret", "password", "auth"))

@@ -1,11 +1,13 @@
 """The scheduler alone: whatever comes and goes, no block is lost, nobody waits for ever, the budget is kept."""
 
 from collections import Counter
+from unittest.mock import patch
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mpillama.engine import block_pool
 from mpillama.engine.answer import Answer
 from mpillama.engine.block_pool import NO_TOKENS, BlockPool, StatePool, prefix_digests, salt_digest
 from mpillama.engine.executor import SegmentStates
@@ -24,8 +26,8 @@ TOKENIZER = Tokenizer(models.toy_tokenizer(), bos_token_id=models.BOS, eos_token
 class Simulation:
     """Requests whose answers are known beforehand, run by the scheduler without a model."""
 
-    def __init__(self, drafts: int = 0, states: int = 0):
-        self.pool = BlockPool(BLOCKS, StatePool(states) if states else None)
+    def __init__(self, drafts: int = 0, states: int = 0, blocks: int = BLOCKS, holders: int = 1):
+        self.pool = BlockPool(blocks, StatePool(states) if states else None, holders)
         self.states = States(states)
         self.scheduler = Scheduler(self.pool, SLOTS, BUDGET, LONGEST, PromptLookup(drafts) if drafts else None)
         self.alive: list[EngineSequence] = []
@@ -96,8 +98,12 @@ class Simulation:
             assert len(s.blocks) * 64 >= s.computed + share.tokens
             assert share.drafts == [] or share.count == s.pending
         users = Counter(block for s in running for block in s.blocks)
-        assert all(self.pool._users[block] == users[block] for block in range(BLOCKS))
-        assert self.pool.available == BLOCKS - len(users)
+        assert all(self.pool._users[block] == users[block] for block in range(self.pool.size))
+        assert self.pool.available == self.pool.size - len(users)
+        for s in running:
+            holders = [block % self.pool.holders for block in s.blocks]
+            pieces = [holders[i : i + block_pool.PIECE_BLOCKS] for i in range(0, len(holders), block_pool.PIECE_BLOCKS)]
+            assert all(len(set(piece)) == 1 for piece in pieces), "a piece lies on one rank"
         if self.pool.states is not None:
             assert set(self.pool.states._known) <= set(self.pool._known), "no snapshot without its block"
             for digest, slot in self.pool.states._known.items():
@@ -164,6 +170,15 @@ def test_every_sequence_goes_on_from_its_own_state(events, drafts, states):
     assert simulation.pool.states.available == states
 
 
+@settings(max_examples=150, deadline=None)
+@given(events=EVENTS, drafts=st.sampled_from([0, 5]), sizes=st.sampled_from([(2, 8), (3, 12), (2, 10), (5, 10)]))
+def test_everything_ends_where_holders_have_pieces(events, drafts, sizes):
+    """Pieces of two blocks, so that few make a sequence; each holder has room for its part of the longest one."""
+    holders, blocks = sizes
+    with patch.object(block_pool, "PIECE_BLOCKS", 2):
+        check_that_everything_ends(Simulation(drafts, blocks=blocks, holders=holders), events)
+
+
 def check_that_everything_ends(simulation, events):
     for kind, *values in events:
         if kind == "submit":
@@ -180,7 +195,7 @@ def check_that_everything_ends(simulation, events):
         went_on = simulation.step()
         assert oldest.number in went_on, "the oldest goes on in every step"
     assert not simulation.alive
-    assert simulation.pool.available == BLOCKS
+    assert simulation.pool.available == simulation.pool.size
     assert simulation.scheduler.schedule() == []
 
 
@@ -376,3 +391,25 @@ def test_last_occurrence_may_overlap():
     import numpy as np
 
     assert last_occurrence(np.array([5, 5, 5]), 2) == 2
+
+
+def test_pieces_fill_holders_alike():
+    """Short texts too, so that no holder runs out while others have room."""
+    pool = BlockPool(96, holders=3)
+    texts = [list[int]() for _ in range(6)]
+    for blocks in texts:
+        pool.extend(blocks, 5)
+    assert [pool.available_of(holder) for holder in range(3)] == [22, 22, 22]
+    pool.extend(texts[0], 13)
+    assert len({block % 3 for block in texts[0][:16]}) == 1
+    assert [pool.available_of(holder) for holder in range(3)] == [11, 20, 22]
+    assert not pool.has_room(texts[0], 3 * 32)
+
+
+def test_a_piece_that_two_holders_computed_is_found_on_one():
+    pool, digests = BlockPool(32, holders=2), prefix_digests(range(192))
+    first, second = [pool.take(0), pool.take(0)], [pool.take(1), pool.take(1), pool.take(1)]
+    pool.publish(first[0], digests[0])
+    pool.publish(second[1], digests[1])
+    pool.publish(second[2], digests[2])
+    assert pool.find(digests) == first[:1]

@@ -17,7 +17,15 @@ from mpillama.loading.memory import RESERVE
 from mpillama.loading.settings import parse_bytes, state_slots
 from mpillama.loading.synthetic import SyntheticWeights
 from mpillama.loading.traffic import Network
-from mpillama.models.cache import KVCache, blocks_for, single_sequence_step
+from mpillama.models.attention_pieces import PIECE_BLOCKS
+from mpillama.models.cache import (
+    KVCache,
+    blocks_for,
+    dealt_blocks,
+    held_blocks,
+    held_positions,
+    single_sequence_step,
+)
 from mpillama.models.config import ModelConfig
 from mpillama.models.decoder import Decoder
 from mpillama.models.shapes import shape_config
@@ -223,6 +231,35 @@ def test_a_cache_that_several_ranks_hold_is_told():
     assert {rank.kv_cache for rank in latents.ranks} == {4 * latents.cache_by_positions}
     assert not plan.make_plan(request()).repeats_cache
     assert plan.make_plan(request(nodes=16)).repeats_cache  # of 8 KV heads
+
+
+@pytest.mark.parametrize(("shape", "nodes"), [("deepseek-r1", 4), ("llama-3.1-405b", 16)])
+def test_a_cache_divided_by_positions_is_planned(shape, nodes):
+    asked = request(shape, nodes=nodes, context=131072, weights="fp8", batch=2)
+    usual, divided = plan.make_plan(asked), plan.make_plan(replace(asked, context_parallel=True))
+    assert divided.ranks[0].kv_cache == usual.cache_by_positions < usual.ranks[0].kv_cache
+    assert not divided.repeats_cache
+    network, node = Network(5e-6, 1e10), plan.Node(200e9, 2e12)
+    before, after = (plan.predict(made, node, network) for made in (usual, divided))
+    assert after.messages_per_step > before.messages_per_step
+    assert after.communication_bytes_per_step > before.communication_bytes_per_step
+    assert after.bytes_per_step < before.bytes_per_step
+    cures = plan.remedies(plan.make_plan(replace(asked, memory_per_node=max(divided.nodes))))
+    assert "--context-parallel" in [cure.text for cure in cures]
+
+
+def test_positions_lie_on_holders_in_pieces():
+    for positions, holders in ((1, 1), (1, 5), (1024, 3), (1025, 3), (5000, 2), (6 * 1024, 3), (70000, 5)):
+        tables = dealt_blocks(3, positions, holders)
+        held = held_blocks(positions, holders)
+        assert held_blocks(held_positions(held, holders), holders) == held
+        assert held_positions(held, holders) >= positions
+        assert len(set(tables.ravel())) == tables.size
+        assert tables.max() < 3 * held * holders
+        for blocks in tables:
+            for first in range(0, len(blocks), PIECE_BLOCKS):
+                assert len(set(blocks[first : first + PIECE_BLOCKS] % holders)) == 1
+            assert held - PIECE_BLOCKS < np.bincount(blocks % holders).max() <= held
 
 
 def _takes_for_long_latents() -> tuple[int, int]:

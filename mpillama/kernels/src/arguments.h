@@ -141,4 +141,16 @@ struct Step {
     i64 in_flight;  // row groups that a single token goes through together: 1 or 2, whichever is faster
 };
 
+// Where ranks hold parts of the positions, for all heads (context_parallel.h): tokens first : last of a step, of whose
+// spans `counts` [ranks, tokens + 1] are on each rank for the tokens before one. `owners` [segment_count, owner_width]:
+// the rank of every 16 blocks of a sequence. `head_start` [ranks + 1]: each rank's query heads. Queries [tokens, heads,
+// channels], and keys and values [tokens, kv_heads, channels] if they are not known otherwise, are those of all ranks.
+// `sent` are records for each rank, one after the other; `received` begins with those of rank 0: of a rank those behind
+// received_before[rank] times this rank's heads.
+struct Pieces {
+    i64 ranks, rank, tokens, first, last, owner_width;
+    const i64 *owners, *head_start, *counts, *received_before;
+    float *queries, *keys, *values, *sent, *received;
+};
+
 }  // namespace mpillama

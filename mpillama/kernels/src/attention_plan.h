@@ -16,7 +16,7 @@ inline i64 larger(i64 x, i64 y) { return x > y ? x : y; }
 // spans are first_span : last_span, those before lie outside the window of all rows.
 struct Tile {
     const i64* table;
-    i64 kv_head, first_head, heads, token, tokens, position, first_span, last_span;
+    i64 segment, kv_head, first_head, heads, token, tokens, position, first_span, last_span;
 
     i64 rows() const { return heads * tokens; }
     i64 spans() const { return last_span - first_span; }
@@ -29,22 +29,36 @@ inline i64 first_seen(const AttentionLayer& layer, i64 position) {
     return layer.window > 0 ? larger(0, position + 1 - layer.window) : 0;
 }
 
-// Call `use` with every tile of a step, in the same order for every thread.
-template <class Use> inline void for_each_tile(const AttentionLayer& layer, const Step& step, Use use) {
-    for (i64 s = 0; s < step.segment_count; s++) {
-        const i64 *segment = step.segments + 3 * s, *table = step.tables + s * step.table_width;
+// Of a step the tokens from : to.
+struct TokenRange {
+    i64 from = 0, to = INT64_MAX;
+
+    // Call `use` with every segment that has some of them: its number, their first one, how many, its position.
+    template <class Use> void for_each_segment(const Step& step, Use use) const {
+        for (i64 s = 0; s < step.segment_count; s++) {
+            const i64* segment = step.segments + 3 * s;
+            const i64 first = larger(segment[0], from), last = smaller(segment[0] + segment[1], to);
+            if (first < last) use(s, first, last - first, segment[2] + first - segment[0]);
+        }
+    }
+};
+
+// Call `use` with every tile of a step or of some of its tokens, in the same order for every thread.
+template <class Use>
+inline void for_each_tile(const AttentionLayer& layer, const Step& step, Use use, TokenRange range = {}) {
+    range.for_each_segment(step, [&](i64 s, i64 token, i64 count, i64 start) {
+        const i64* table = step.tables + s * step.table_width;
         for (i64 kv_head = 0; kv_head < layer.kv_heads; kv_head++) {
             const i64 first_head = layer.head_start[kv_head], heads = layer.head_start[kv_head + 1] - first_head;
             if (heads == 0) continue;
             const i64 most = larger(1, TILE_ROWS / heads);
-            for (i64 first = 0; first < segment[1]; first += most) {
-                const i64 tokens = smaller(most, segment[1] - first), position = segment[2] + first;
+            for (i64 first = 0; first < count; first += most) {
+                const i64 tokens = smaller(most, count - first), position = start + first;
                 const i64 first_span = first_seen(layer, position) / SPAN, last_span = (position + tokens - 1) / SPAN + 1;
-                use(Tile{table, kv_head, first_head, heads, segment[0] + first, tokens, position, first_span,
-                         last_span});
+                use(Tile{table, s, kv_head, first_head, heads, token + first, tokens, position, first_span, last_span});
             }
         }
-    }
+    });
 }
 
 // How the threads share a step: tiles, or the tiles' spans where any has several and there are few tiles, or not many

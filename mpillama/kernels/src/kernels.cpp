@@ -1,6 +1,7 @@
 // What Python calls (mpillama/kernels/library.py), compiled once for each instruction set.
 #include <new>
 
+#include "context_parallel.h"
 #include "delta_layer.h"
 #include "latent_layer.h"
 #include "layers.h"
@@ -86,6 +87,74 @@ MPILLAMA_API i64 mpillama_latent_half(Team* team, const LatentLayer* layer, cons
                               row_shared_bytes(layer->o, step->tokens, team->threads));
     if (!team->reserve(latent_half_scratch_bytes(*layer), common)) return NO_MEMORY;
     return run_half(team, *step, sum, [&](const Member& member, const Step& own) { latent_half(member, *layer, own); });
+}
+
+// A first half in pieces, where ranks hold parts of the positions (context_parallel.h): queries, keys and values of this
+// rank's heads; then, with those of all heads, records of this rank's positions; then, with all ranks' records of this
+// rank's heads, their context; last what is left of the half. `whole` has the heads of all ranks.
+MPILLAMA_API i64 mpillama_project(Team* team, const AttentionLayer* layer, const Step* step) {
+    if (!team->reserve(attention_half_scratch_bytes(*layer), 0)) return NO_MEMORY;
+    run(team, [&](const Member& member) { project(member, *layer, *step); });
+    return DONE;
+}
+
+// out float32 [tokens, channels of the queries and of `kv_count` KV heads from `first_kv` on, keys and then values].
+MPILLAMA_API i64 mpillama_rotate(Team* team, const AttentionLayer* layer, const Step* step, i64 first_kv, i64 kv_count,
+                                 float* out) {
+    run(team, [&](const Member& member) {
+        rotate_to_message(*layer, *step, member.first(step->tokens), member.last(step->tokens), first_kv, kv_count, out);
+        member.did(Part::ROPE);
+    });
+    return DONE;
+}
+
+MPILLAMA_API i64 mpillama_attend_pieces(Team* team, const AttentionLayer* whole, const Step* step, const Pieces* pieces) {
+    if (!team->reserve(pieces_scratch_bytes(*whole, *pieces), 0)) return NO_MEMORY;
+    run(team, [&](const Member& member) { attend_pieces(member, *whole, *step, *pieces); });
+    return DONE;
+}
+
+MPILLAMA_API i64 mpillama_combine_pieces(Team* team, const AttentionLayer* layer, const Step* step, const Pieces* pieces) {
+    if (!team->reserve(pieces_scratch_bytes(*layer, *pieces), 0)) return NO_MEMORY;
+    run(team, [&](const Member& member) { combine_pieces(member, *layer, *step, *pieces); });
+    return DONE;
+}
+
+MPILLAMA_API i64 mpillama_project_attended(Team* team, const AttentionLayer* layer, const Step* step, Sum* sum) {
+    const i64 common = row_shared_bytes(layer->o, step->tokens, team->threads);
+    if (!team->reserve(attention_half_scratch_bytes(*layer), common)) return NO_MEMORY;
+    return run_half(team, *step, sum, [&](const Member& member, const Step& own) { project_attended(member, *layer, own); });
+}
+
+MPILLAMA_API i64 mpillama_project_latents(Team* team, const LatentLayer* layer, const Step* step, float* queries) {
+    if (!team->reserve(latent_half_scratch_bytes(*layer), 0)) return NO_MEMORY;
+    run(team, [&](const Member& member) {
+        project_latents(member, *layer, *step);
+        scale_latent_queries(member, *layer, *step, queries);
+    });
+    return DONE;
+}
+
+MPILLAMA_API i64 mpillama_attend_latent_pieces(Team* team, const LatentLayer* whole, const Step* step,
+                                               const Pieces* pieces) {
+    if (!team->reserve(pieces_scratch_bytes(*whole, *pieces), 0)) return NO_MEMORY;
+    run(team, [&](const Member& member) { attend_latent_pieces(member, *whole, *step, *pieces); });
+    return DONE;
+}
+
+MPILLAMA_API i64 mpillama_combine_latent_pieces(Team* team, const LatentLayer* layer, const Step* step,
+                                                const Pieces* pieces) {
+    if (!team->reserve(pieces_scratch_bytes(*layer, *pieces), 0)) return NO_MEMORY;
+    run(team, [&](const Member& member) { combine_latent_pieces(member, *layer, *step, *pieces); });
+    return DONE;
+}
+
+MPILLAMA_API i64 mpillama_project_attended_latents(Team* team, const LatentLayer* layer, const Step* step, Sum* sum) {
+    const i64 common = row_shared_bytes(layer->o, step->tokens, team->threads);
+    if (!team->reserve(latent_half_scratch_bytes(*layer), common)) return NO_MEMORY;
+    return run_half(team, *step, sum, [&](const Member& member, const Step& own) {
+        project_attended_latents(member, *layer, own);
+    });
 }
 
 MPILLAMA_API i64 mpillama_delta_half(Team* team, const DeltaLayer* layer, const Step* step, Sum* sum) {
@@ -367,6 +436,11 @@ MPILLAMA_API i64 mpillama_offset(i64 index) {
         sizeof(Sum), offsetof(Sum, window), offsetof(Sum, bias), offsetof(Sum, progress), offsetof(Sum, addend),
         offsetof(Sum, factor), offsetof(Sum, sequence),
         offsetof(Sum, spins), offsetof(Sum, yields), offsetof(Sum, waited),
+        sizeof(Pieces), offsetof(Pieces, ranks), offsetof(Pieces, rank), offsetof(Pieces, tokens),
+        offsetof(Pieces, first), offsetof(Pieces, last), offsetof(Pieces, owner_width), offsetof(Pieces, owners),
+        offsetof(Pieces, head_start), offsetof(Pieces, counts), offsetof(Pieces, received_before),
+        offsetof(Pieces, queries), offsetof(Pieces, keys), offsetof(Pieces, values), offsetof(Pieces, sent),
+        offsetof(Pieces, received),
         sizeof(Window), offsetof(Window, slots), offsetof(Window, flags), offsetof(Window, ranks),
         offsetof(Window, rank), offsetof(Window, capacity), offsetof(Window, totals), offsetof(Window, published),
     };

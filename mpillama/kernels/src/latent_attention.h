@@ -19,7 +19,7 @@ static_assert(BLOCK % LATENT_RUN == 0, "a run divides channels and positions");
 // Rows first : first + rows of a segment, token after token with all their heads.
 struct LatentTile {
     const i64* table;
-    i64 token, position, first, rows, heads;
+    i64 segment, token, position, first, rows, heads;
 
     i64 sets() const { return (rows + LANES - 1) / LANES; }
     i64 token_of(i64 row) const { return token + (first + row) / heads; }
@@ -29,13 +29,14 @@ struct LatentTile {
     i64 spans() const { return (positions() + LATENT_SPAN - 1) / LATENT_SPAN; }
 };
 
-template <class Use> inline void for_each_latent_tile(const LatentLayer& layer, const Step& step, i64 sets, Use use) {
-    for (i64 s = 0; s < step.segment_count; s++) {
-        const i64 *segment = step.segments + 3 * s, *table = step.tables + s * step.table_width;
-        const i64 rows = segment[1] * layer.heads;
+template <class Use>
+inline void for_each_latent_tile(const LatentLayer& layer, const Step& step, i64 sets, Use use, TokenRange range = {}) {
+    range.for_each_segment(step, [&](i64 s, i64 token, i64 count, i64 position) {
+        const i64* table = step.tables + s * step.table_width;
+        const i64 rows = count * layer.heads;
         for (i64 first = 0; first < rows; first += sets * LANES)
-            use(LatentTile{table, segment[0], segment[2], first, smaller(sets * LANES, rows - first), layer.heads});
-    }
+            use(LatentTile{table, s, token, position, first, smaller(sets * LANES, rows - first), layer.heads});
+    });
 }
 
 // How the threads share a step: the largest tiles of which there are enough, or else the tiles' spans.

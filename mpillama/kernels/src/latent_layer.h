@@ -34,7 +34,7 @@ inline void compress_token(const LatentLayer& layer, const Step& step, const Lat
     rms_norm_row(scratch, layer.kv_norm, sizes.latent, layer.kv_rank, layer.latent_eps, scratch);
     rotate_to(kv + layer.kv_rank, step.cosines + t * half, step.sines + t * half, half, layer.pairs != 0,
               scratch + sizes.latent);
-    store_latent(layer.cache, scratch, sizes.width(), step.slots[t]);
+    if (step.slots[t] >= 0) store_latent(layer.cache, scratch, sizes.width(), step.slots[t]);
 }
 
 // A head's query: its rotary channels turned in place, the others apart for k_b.
@@ -70,9 +70,8 @@ inline i64 latent_half_scratch_bytes(const LatentLayer& layer) {
     return bytes;
 }
 
-// Norm, compressed queries and latents, cache, queries of heads, attention over latents, o_proj: step.partial is this
-// rank's part of the sum.
-inline void latent_half(const Member& member, const LatentLayer& layer, const Step& step) {
+// Norm, compressed queries and latents, cache, queries of heads.
+inline void project_latents(const Member& member, const LatentLayer& layer, const Step& step) {
     const LatentSizes sizes(layer);
     const bool compressed = layer.q_a.groups > 0;
     const Matrix& first = compressed ? layer.q_a : layer.q;
@@ -105,9 +104,12 @@ inline void latent_half(const Member& member, const LatentLayer& layer, const St
                   step.in_flight);
     member.did(Part::QKV);
     member.barrier();
-    attend_latents(member, layer, step, sizes, latents);
-    member.did(Part::ATTENTION);
-    member.barrier();
+}
+
+// What attention gives of the latents times v_b, o_proj: step.partial is this rank's part of the sum.
+inline void project_attended_latents(const Member& member, const LatentLayer& layer, const Step& step) {
+    const i64 tokens = step.tokens;
+    const Activations latents = as_columns(step.latent, layer.heads * LatentSizes(layer).latent);
     const Activations context = as_columns(step.context, layer.v_b.groups * LANES);
     head_products(member, layer.v_b, layer.heads, latents, tokens, context.x, step.in_flight);
     member.did(Part::O_PROJ);
@@ -121,6 +123,15 @@ inline void latent_half(const Member& member, const LatentLayer& layer, const St
     }
     row_parallel(member, layer.o, context, tokens, step.partial, step.in_flight, Part::O_PROJ, step.shifts);
     member.did(Part::O_PROJ);
+}
+
+inline void latent_half(const Member& member, const LatentLayer& layer, const Step& step) {
+    const LatentSizes sizes(layer);
+    project_latents(member, layer, step);
+    attend_latents(member, layer, step, sizes, as_columns(step.latent, layer.heads * sizes.latent));
+    member.did(Part::ATTENTION);
+    member.barrier();
+    project_attended_latents(member, layer, step);
 }
 
 }  // namespace mpillama

@@ -122,7 +122,13 @@ inline void project_and_sum(const Member& member, const AttentionLayer& layer, c
     member.did(Part::NORM);
 }
 
-// RoPE and cache, attention, o_proj: step.partial is this rank's part of the sum.
+// o_proj: step.partial is this rank's part of the sum.
+inline void project_attended(const Member& member, const AttentionLayer& layer, const Step& step) {
+    row_parallel(member, layer.o, step.context, step.tokens, step.partial, step.in_flight, Part::O_PROJ, step.shifts);
+    member.did(Part::O_PROJ);
+}
+
+// RoPE and cache, attention, o_proj.
 inline void attend_projected(const Member& member, const AttentionLayer& layer, const Step& step) {
     rotate_and_store(layer, step, member.first(step.tokens), member.last(step.tokens));
     member.did(Part::ROPE);
@@ -130,9 +136,7 @@ inline void attend_projected(const Member& member, const AttentionLayer& layer, 
     attend(member, layer, step);
     member.did(Part::ATTENTION);
     member.barrier();
-    row_parallel(member, layer.o, step.context, step.tokens, step.partial, step.in_flight, Part::O_PROJ,
-                 step.shifts);
-    member.did(Part::O_PROJ);
+    project_attended(member, layer, step);
 }
 
 inline void attention_half(const Member& member, const AttentionLayer& layer, const Step& step) {

@@ -102,17 +102,27 @@ inline void prepare_heads(const AttentionLayer& layer, const Step& step, i64 tok
     }
 }
 
-// Biases, norms of heads and RoPE in place, and keys and values into the cache, for tokens first : last.
-inline void rotate_and_store(const AttentionLayer& layer, const Step& step, i64 first_token, i64 last_token) {
+// Biases, norms of heads and RoPE of a token in place.
+inline void rotate_token(const AttentionLayer& layer, const Step& step, i64 t) {
     const i64 width = layer.heads * layer.head_dim, kv_width = layer.kv_heads * layer.head_dim;
+    float *q = step.q + t * width, *k = step.k + t * kv_width;
+    const double* squares = step.squares + 4 * t;
+    prepare_heads(layer, step, t, q, layer.heads, layer.q_bias, layer.q_norm, squares, layer.q_width);
+    prepare_heads(layer, step, t, k, layer.kv_heads, layer.k_bias, layer.k_norm, squares + 2, layer.k_width);
+    for (i64 i = 0; i < width && step.query_factors != nullptr; i++) q[i] *= step.query_factors[t];
+    if (layer.v_bias) add_bias(step.v + t * kv_width, layer.v_bias, kv_width);
+}
+
+// A token's keys and values into the cache.
+inline void store_token(const AttentionLayer& layer, const Step& step, i64 t) {
+    const i64 width = layer.kv_heads * layer.head_dim;
+    store_key_value(layer, step.k + t * width, step.v + t * width, step.slots[t]);
+}
+
+inline void rotate_and_store(const AttentionLayer& layer, const Step& step, i64 first_token, i64 last_token) {
     for (i64 t = first_token; t < last_token; t++) {
-        float *q = step.q + t * width, *k = step.k + t * kv_width, *v = step.v + t * kv_width;
-        const double* squares = step.squares + 4 * t;
-        prepare_heads(layer, step, t, q, layer.heads, layer.q_bias, layer.q_norm, squares, layer.q_width);
-        prepare_heads(layer, step, t, k, layer.kv_heads, layer.k_bias, layer.k_norm, squares + 2, layer.k_width);
-        for (i64 i = 0; i < width && step.query_factors != nullptr; i++) q[i] *= step.query_factors[t];
-        if (layer.v_bias) add_bias(v, layer.v_bias, kv_width);
-        store_key_value(layer, k, v, step.slots[t]);
+        rotate_token(layer, step, t);
+        store_token(layer, step, t);
     }
 }
 

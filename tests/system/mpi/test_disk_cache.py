@@ -1,6 +1,7 @@
 """The cache on disk with real ranks: one answer, whoever wrote the files, in whatever state they are."""
 
 import json
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,10 @@ import pytest
 from tests import tiny_models as models
 from tests.conftest import ModelFile
 from tests.engine.test_disk_cache import damage, files_in
+from tests.server.conftest import serving
+from tests.server.raw import figure
 from tests.system.mpi.launch import PROGRAM, TIMEOUT, run
+from tests.system.mpi.test_recurrent import post
 
 pytestmark = [pytest.mark.timeout(4 * TIMEOUT), pytest.mark.slow]
 
@@ -72,6 +76,22 @@ def test_other_types_and_another_model_find_nothing(toy: Path, tmp_path: Path) -
     other = tmp_path / toy.name
     other.write_bytes(toy.read_bytes())  # written at another time
     assert generate(None, other, *cache)["cached_tokens"] == 0
+
+
+def test_a_restarted_server_finds_what_clients_send_again(toy: Path, tmp_path: Path) -> None:
+    """On another number of ranks, with a bound on delays; only with the same salt."""
+    body = {"prompt": PROMPT, "temperature": 0, "max_tokens": 20, "logit_bias": {"1": -100}, "model": "toy-q8_0"}
+    found = []
+    for ranks, salt in ((2, "a"), (3, "b"), (3, "a")):
+        options = ("--no-auth", "--cache-dir", str(tmp_path / "cache"), "--max-token-delay", "0.01")
+        with serving(toy, tmp_path, ranks, *options) as served:
+            found.append(post(served.url, body | {"cache_salt": salt}))
+            assert figure(served.http(), "mpillama_blocks_loaded_total") == (3 if found[2:] else 0)
+            served.launch.ranks()[0].send_signal(signal.SIGTERM)
+            assert served.launch.gone_within(TIMEOUT)
+    assert len({each["choices"][0]["text"] for each in found}) == 1
+    cached = [each["usage"]["prompt_tokens_details"]["cached_tokens"] for each in found]
+    assert cached == [0, 0, 192]
 
 
 def test_a_folder_that_cannot_be_written_is_refused(toy: Path, tmp_path: Path) -> None:
