@@ -171,28 +171,38 @@ class LLM(EngineSettings):
         if session is None:
             return
         _OPEN.discard(self)
-        if not session.is_root:
-            self._follow(session)
-        elif session.engine.in_step:
-            _abandon(session)
         self._hold(None)
-        if not session.executor.abandoned:
-            if session.is_root:
-                session.engine.save_cache()
-                session.executor.end(0)
-            if session.loaded.model.pipeline:
-                session.loaded.model.pipeline.free()
-            if session.executor.draft:
-                session.executor.draft.comm.free_sums()
-            session.world.free()
-        session.target.team.close()
+        try:
+            self._end(session) if session.is_root else self._follow(session)
+            if not session.executor.abandoned:
+                if session.loaded.model.pipeline:
+                    session.loaded.model.pipeline.free()
+                if session.executor.draft:
+                    session.executor.draft.comm.free_sums()
+                session.world.free()
+        finally:
+            session.target.team.close()
+
+    def _end(self, session: Session) -> None:
+        """Let the other ranks go; if something is raised on the way, too."""
+        if session.executor.abandoned:
+            return
+        if session.engine.in_step:
+            _abandon(session)
+            return
+        try:
+            session.engine.save_cache()
+            session.executor.end(0)
+        except BaseException:
+            _abandon(session)
+            raise
 
     def _follow(self, session: Session) -> None:
         try:
             with _aborting(session.world, PeerFailedError):
                 session.executor.follow(patient=True)
         except PeerFailedError as error:
-            self._hold(None)
+            session.executor.abandon()
             raise RuntimeError(f"{error} failed in the midst of a step") from None
 
     # -- rank 0 --------------------------------------------------------------------------------------------------------
@@ -382,8 +392,8 @@ def _completion(sequence: EngineSequence) -> Completion:
 
 def _abandon(session: Session) -> None:
     """Tell the other ranks that a step will not be finished."""
-    session.executor.abandoned = True
     session.world.comm.watch.tell_gone()
+    session.executor.abandon()
 
 
 def _is_one(prompts: Prompt | Sequence[Prompt]) -> bool:

@@ -1,6 +1,7 @@
 """`LLM` as a user's program uses it: on any ranks, beside others, and when something goes wrong."""
 
 import json
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import pytest
 import mpillama
 from mpillama import LLM, SamplingParams, UserError
 from mpillama.comm.communicator import Communicator
+from mpillama.loading import session
 from mpillama.text.sampler import derived_seed
 from tests import golden_models
 from tests.conftest import ModelFile
@@ -290,6 +292,75 @@ say(world.rank, error)
     assert lines[0].startswith("0 an earlier step was interrupted")
     assert [line[:1] for line in lines] == ["0", "1", "2", "i"]
     assert all("failed in the midst of a step" in line for line in lines[1:3])
+
+
+def test_what_is_given_up_keeps_no_thread(toy: Path, tmp_path: Path) -> None:
+    """Neither the one that brings sums of other hosts, which never come, nor the one that writes the cache."""
+    source = """
+import gc, threading, weakref
+llm = LLM(model, threads=1, cache_dir=sys.argv[2])
+cache = weakref.ref(llm._session.executor.cache)
+threads = {thread.name for thread in threading.enumerate()}
+def interrupt(*arguments):
+    threads.update(thread.name for thread in threading.enumerate())
+    raise KeyboardInterrupt
+if llm.is_root:
+    llm._session.loaded.model.comm.finish_all_reduce = interrupt
+try:
+    with llm:
+        if llm.is_root:
+            llm.generate([list(range(5, 25))], params)
+except (KeyboardInterrupt, RuntimeError):
+    pass
+left = [thread for thread in threading.enumerate() if thread.name in ("cache writer", "sums between hosts")]
+for thread in left:
+    thread.join(10)
+left = [thread.name for thread in left if thread.is_alive()]
+del llm
+gc.collect()
+say(world.rank, "cache writer" in threads, "sums between hosts" in threads or world.rank > 0, left, cache())
+"""
+    overlapping = {"PYTHONPATH": str(ROOT), "MPILLAMA_RANKS_PER_HOST": "1", "MPILLAMA_OVERLAP": "always"}
+    result = run(2, program(tmp_path, source), toy, tmp_path / "cache", env=overlapping)
+    assert (result.status, result.stderr) == (0, "")
+    assert sorted(result.stdout.splitlines()) == [f"{rank} True True [] None" for rank in range(2)]
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_cache_that_cannot_be_saved_lets_all_ranks_go(ranks: int, toy: Path, tmp_path: Path) -> None:
+    source = """
+import threading
+def fail(waits=True):
+    raise OSError("no such disk")
+llm, error = LLM(model, threads=1, cache_dir=sys.argv[2]), ""
+if llm.is_root:
+    llm.engine.save_cache = fail
+try:
+    with llm:
+        if llm.is_root:
+            llm.generate("a llama", params)
+except (OSError, RuntimeError) as caught:
+    error = type(caught).__name__
+left = [thread for thread in threading.enumerate() if thread.name == "cache writer"]
+for thread in left:
+    thread.join(10)
+say(world.rank, error, any(thread.is_alive() for thread in left))
+"""
+    result = run_program(ranks, tmp_path, source, toy, tmp_path / "cache")
+    assert (result.status, result.stderr) == (0, "")
+    assert sorted(result.stdout.splitlines()) == ["0 OSError False", "1 RuntimeError False"][:ranks]
+
+
+def test_a_model_that_cannot_be_opened_leaves_no_thread(
+    toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(file: object) -> None:
+        raise UserError("no tokenizer")
+
+    monkeypatch.setattr(session, "make_tokenizer", refuse)
+    with pytest.raises(UserError, match="no tokenizer"):
+        LLM(toy, comm=Communicator.alone().mpi, cache_dir=str(tmp_path / "cache"))
+    assert "cache writer" not in {thread.name for thread in threading.enumerate()}
 
 
 @pytest.mark.parametrize("place", ["in its block", "in a step"])

@@ -7,10 +7,11 @@ from collections.abc import Generator
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from mpillama.cli.conversation import HELP, Conversation, Message, beginning, converse
+from mpillama.cli.conversation import HELP, Conversation, Message, converse, system_of
 from mpillama.cli.display import in_number
 from mpillama.cli.keyboard import Keyboard
 from mpillama.cli.options import ChatOptions
@@ -21,6 +22,8 @@ from mpillama.errors import UserError
 from mpillama.job.start import World
 from mpillama.loading.session import Session
 from mpillama.text.sampling_params import SamplingParams
+
+ROLES = ("system", "user", "assistant")
 
 
 @dataclass(frozen=True)
@@ -37,26 +40,39 @@ class SavedChat:
         if path is None or not Path(path).exists():
             return cls()
         try:
-            found = json.loads(Path(path).read_text())
-            saved = cls([{"role": m["role"], "content": m["content"]} for m in found["messages"]], int(found["turns"]))
-        except (OSError, ValueError, TypeError, LookupError) as error:
+            saved = cls.of_json(json.loads(Path(path).read_text("utf-8")))
+        except (OSError, ValueError, TypeError, LookupError, RecursionError) as error:
             raise UserError(
                 f"--session {path}: holds no conversation of `mpillama chat`: name another file, or none that exists."
             ) from error
-        if system is not None and saved.messages[:1] != beginning(system):
+        if system is not None and saved.messages and system_of(saved.messages) != (system or None):
             raise UserError(f"--session {path}: has another system message: leave --system out, or name another file.")
         return saved
 
+    @classmethod
+    def of_json(cls, found: Any) -> "SavedChat":
+        """A conversation as `write` has it; ValueError, TypeError or LookupError for anything else."""
+        messages, turns = [{"role": m["role"], "content": m["content"]} for m in found["messages"]], found["turns"]
+        if not all(m["role"] in ROLES and isinstance(m["content"], str) for m in messages):
+            raise ValueError("messages that `chat` does not write")
+        if type(turns) is not int or turns < 0:
+            raise ValueError(f"turns: {turns}")
+        return cls(messages, turns)
+
     def write(self, path: str) -> None:
         """Replace the file, which only its owner may read; UserError if it cannot be written."""
-        new = f"{path}.new"
+        new = f"{path}.{os.uname().nodename}.{os.getpid()}.new"  # two chats may write at the same time
         try:
             fd = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-            with os.fdopen(fd, "w") as file:
-                json.dump(asdict(self), file, ensure_ascii=False, indent=1)
-                file.flush()
-                os.fsync(fd)
-            Path(new).rename(path)
+            try:
+                with os.fdopen(fd, "w", encoding="utf-8") as file:
+                    json.dump(asdict(self), file, ensure_ascii=False, indent=1)
+                    file.flush()
+                    os.fsync(fd)
+                Path(new).rename(path)
+            except BaseException:
+                Path(new).unlink(missing_ok=True)
+                raise
         except OSError as error:
             raise UserError(f"--session {path}: cannot be written ({error.strerror}).") from error
 

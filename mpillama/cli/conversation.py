@@ -22,6 +22,11 @@ def beginning(system: str | None) -> list[Message]:
     return [{"role": "system", "content": system}] if system else []
 
 
+def system_of(messages: list[Message]) -> str | None:
+    """The system message of a conversation, if it begins with one."""
+    return messages[0]["content"] if messages and messages[0]["role"] == "system" else None
+
+
 class Conversation:
     """The messages so far, and who answers them: `answer` gives the pieces of the next one, `write` prints a piece.
 
@@ -47,8 +52,7 @@ class Conversation:
 
     @property
     def system(self) -> str | None:
-        first = self.messages[:1]
-        return first[0]["content"] if first and first[0]["role"] == "system" else None
+        return system_of(self.messages)
 
     def ask(self, text: str, is_stopped: Callable[[], bool] = lambda: False) -> None:
         """Print the answer as it comes; stopping midway cancels it. A question that fails is forgotten."""

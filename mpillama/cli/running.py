@@ -73,12 +73,16 @@ def loaded(job: Job, open_: OpenExecutor | None = None, world: World | None = No
         warn_of_requantised(file)
         tell_lowered_context(job.options, session.loaded, quiet)
     gc.freeze()  # what is loaded stays: the collector need not look at it again
-    if is_root:
-        with leading(session, job):
+    try:
+        if is_root:
+            with leading(session, job):
+                yield session
+        else:
             yield session
-    else:
-        yield session
-        job.status = session.executor.follow()
+            job.status = session.executor.follow()
+    except Exception:
+        session.executor.abandon()  # a replica that fails need not be the end of the process
+        raise
     LOG.info("status %d after %d tokens.", job.status, model.tokens_run)
 
 

@@ -315,6 +315,11 @@ class Communicator:
             self.shared = None
         self.mpi.Free()
 
+    def abandon_sums(self) -> None:
+        """End the thread that brings sums from other hosts, which may never come."""
+        if self.shared is not None:
+            self.shared.abandon()
+
     def neighbours(self) -> "Communicator":
         """Return the communicator of the ranks on this rank's host."""
         with self.watch.blocking("the start"):

@@ -140,6 +140,11 @@ class SharedReduction:
             self.exchange.mpi.Free()
         self.mates.Free()
 
+    def abandon(self) -> None:
+        """Bring no sum any more: the other ranks may never give theirs."""
+        self._ahead.clear()
+        self._end_background()
+
     def all_reduce(self, partial: np.ndarray, yields: bool = False, look: Callable[[], None] = lambda: None) -> None:
         """Sum a contiguous float64 array over ranks, in place; `look` is called now and then while it waits."""
         flat = partial.reshape(-1)

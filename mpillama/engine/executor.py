@@ -410,6 +410,16 @@ class Executor:
         self.folder.off = any(off for _, off in found)
         return min(done for done, _ in found)
 
+    def abandon(self) -> None:
+        """Give up after a step that not all ranks will finish: this rank can but leave, and keeps no thread at work."""
+        self.abandoned = True
+        for communicator in {self.comm, self.model.comm}:
+            communicator.abandon_sums()
+        if self.folder is not None:
+            self.folder.abandon()
+        if self.draft is not None:
+            self.draft.abandon()
+
     def _close_folder(self) -> None:
         if self.folder is not None:
             self.folder.close(self._get_on)

@@ -6,14 +6,15 @@ from dataclasses import dataclass
 
 import psutil
 
+from mpillama.engine.cache_folder import MOST_PENDING
 from mpillama.errors import UserError
 from mpillama.job.host_memory import available_bytes, memory_warnings, process_room
 from mpillama.job.start import World
 from mpillama.loading.memory import RESERVE, MemoryModel
 from mpillama.loading.model_file import ModelFile
-from mpillama.loading.settings import ModelSettings
+from mpillama.loading.settings import DiskCacheSettings, ModelSettings
 from mpillama.models.attention import BLOCK_POSITIONS
-from mpillama.models.cache import held_blocks, held_positions
+from mpillama.models.cache import held_blocks, held_positions, state_bytes
 from mpillama.models.partition import Division
 
 PROGRAM_ROOM = 128_000_000
@@ -85,7 +86,15 @@ def rank_needs(
     without_cache = model.of_rank(rank, part, context=0)
     longest = settings.max_seq_len or file.config.max_position_embeddings
     scratch = model.scratch(part, longest) - model.scratch(part, 0)
-    return Needs(without_cache.to_allocate + scratch, model.cache_block_bytes(part), without_cache.states)
+    per_block = model.cache_block_bytes(part)
+    pending = pending_bytes(settings, max(per_block, state_bytes(file.config, part, 1)))
+    return Needs(without_cache.to_allocate + scratch + pending, per_block, without_cache.states)
+
+
+def pending_bytes(settings: ModelSettings, largest: int) -> int:
+    """The most that waits to be written to --cache-dir, where the `largest` thing has so many bytes."""
+    keeps = isinstance(settings, DiskCacheSettings) and settings.cache_folder is not None
+    return MOST_PENDING + largest if keeps else 0
 
 
 def measure_host(world: World, rank: Needs, holders: int = 1) -> Host:

@@ -81,11 +81,11 @@ def open_session(
     check = partial(refuse_unfit, draft=draft.file) if draft else None
     loaded = load_model(settings, world, target, progress, draft.needs if draft else None, check=check)
     executor = comm.together(lambda: open_(loaded))
-    open_cache_folder(settings, loaded, executor)
     if draft:
         executor.draft = load_draft(draft, world, target, executor, progress)
     build = lambda: comm.busy(lambda: make_tokenizer(loaded.file), "building the tokenizer")  # noqa: E731
     tokenizer = comm.on_root_only(build)
+    open_cache_folder(settings, loaded, executor)  # last, since its thread keeps it
     drafts, delay = getattr(settings, "draft_tokens", 0), getattr(settings, "max_token_delay", None)
     engine = Engine(executor, tokenizer, drafts, delay) if tokenizer else None
     return Session(world, target, loaded, executor, cast(Engine, engine), sorted(set(comm.gather(world.host))), draft)

@@ -140,7 +140,7 @@ class LocalReplica(Replica[RequestT, OutputT]):
             if self.watch is None:
                 raise
             self.failure = give_up(error, self.watch)
-            self.runner.engine.executor.abandoned = True
+            self.runner.engine.executor.abandon()
             return []
         self.stats = self.runner.stats()
         return outputs

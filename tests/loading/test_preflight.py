@@ -4,8 +4,16 @@ from pathlib import Path
 
 import pytest
 
+from mpillama.cli.options import ChatOptions
+from mpillama.comm.communicator import Communicator
+from mpillama.engine.cache_folder import MOST_PENDING
 from mpillama.errors import UserError
 from mpillama.job.host_memory import available_bytes, cgroup_rooms, process_room, refuse_small_host
+from mpillama.job.start import join
+from mpillama.loading.model_file import open_model
+from mpillama.loading.settings import EngineSettings
+from mpillama.models.partition import Division
+from tests.system.mpi.launch import DEMO_MODEL
 
 GIB = 1 << 30
 
@@ -65,6 +73,16 @@ def preflight(target):
     from mpillama.loading import preflight
 
     return preflight
+
+
+def test_what_waits_for_the_disk_counts(preflight):
+    world, file = join(Communicator.alone().mpi, 1, 60.0), open_model(str(DEMO_MODEL))
+    kinds = EngineSettings(), EngineSettings(cache_dir="x"), ChatOptions(quiet=True), ChatOptions(session="talk.json")
+    needs = [preflight.rank_needs(file, world, settings, 256, Division(1)) for settings in kinds]
+    world.free()
+    for without, kept in (needs[:2], needs[2:]):
+        assert kept.fixed - without.fixed == MOST_PENDING + without.per_block
+        assert kept.per_block == without.per_block > 0
 
 
 def test_the_longest_context_of_a_host(preflight):
