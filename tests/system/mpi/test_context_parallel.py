@@ -91,7 +91,7 @@ def test_families_whose_attention_has_more_to_it(family, ranks):
 
 def answers(ranks: int | None, rows: Path, out: Path, model: Path, *options: str) -> tuple[dict[str, str], dict]:
     """Of `batch`, by row, and its last figures."""
-    command = ("--model", model, "--max-tokens", "60", "--sequences", "5", "--metrics", f"{out}-metrics")
+    command = ("--model", model, "--max-tokens", "250", "--sequences", "8", "--metrics", f"{out}-metrics")
     parallel = ("--tensor-parallel", str(ranks)) if ranks else ()
     batch = run(ranks, *PROGRAM, "batch", rows, out, *command, "--threads", "1", *options, *parallel)
     assert batch.status == 0, batch
