@@ -34,7 +34,8 @@ def test_answers_are_the_same() -> None:
     words = ("generate", "--model", DEMO_MODEL, "--prompt-token-ids", ids, "--max-tokens", "4", "--temperature", "0")
     found = set()
     for overlap, ranks, hosts in (("never", 1, ""), ("always", 3, "1"), ("", 2, "1")):
-        env = {"MPILLAMA_RANKS_PER_HOST": hosts, "MPILLAMA_OVERLAP": overlap}
+        threads = {"MPI4PY_RC_THREAD_LEVEL": "multiple"}  # or steps would go in one part
+        env = {"MPILLAMA_RANKS_PER_HOST": hosts, "MPILLAMA_OVERLAP": overlap, **threads}
         result = run(ranks, *PROGRAM, *words, "--json", env=env)
         assert result.status == 0, result.stderr
         answer = json.loads(result.stdout)
