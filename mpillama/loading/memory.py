@@ -14,14 +14,14 @@ from mpillama.models.tensors import EMBEDDING, LM_HEAD, TensorSpec
 from mpillama.models.weights import arena_bytes, slice_bytes
 from mpillama.models.workspace import scratch_bytes, workspace_bytes
 
-PYTHON_BYTES = 73_000_000
-"""Resident bytes of a rank with kernels and MPI but without a model: 71 to 75 MB were measured."""
-ROOT_BYTES = 17_000_000
-"""What rank 0 has beyond that, for HDF5, tokenizer and templates: 12 to 19 MB were measured."""
+PYTHON_BYTES = 75_000_000
+"""Resident bytes of a rank with kernels and MPI but without a model: 74 to 77 MB were measured on 2 to 6 ranks."""
+ROOT_BYTES = 15_000_000
+"""What rank 0 has beyond that, for HDF5, tokenizer and templates: 14 to 16 MB were measured."""
 TOKENIZER_BYTES = 1500
 """Resident bytes on rank 0 for each entry of the vocabulary: 191 MB for 127,000 were measured."""
 SHARED_WINDOW_BYTES = 16 * (1 << 17)
-"""A rank's part of the shared-memory reduction."""
+"""A rank's part of the shared-memory reduction, which a host holds once; each process of the host maps all of them."""
 RESERVE = 64 << 20
 """Bytes that must stay free for each rank, for temporary objects."""
 
