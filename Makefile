@@ -12,7 +12,7 @@ CMAKE := $(shell printf '3.16\n%s\n' "$$(cmake --version 2>/dev/null | sed -n 's
 INSTALL := CMAKE_ARGS=-DMPILLAMA_BUILD_KERNELS=OFF CMAKE_EXECUTABLE=$(CMAKE) CMAKE_GENERATOR="Unix Makefiles" \
 	$(BIN)/python -m pip install --quiet --editable
 
-PYTEST := $(BIN)/python -m pytest --numprocesses=$(JOBS) --maxprocesses=4 --dist=loadfile
+PYTEST := $(BIN)/python -m pytest --numprocesses=$(JOBS) --maxprocesses=4 --dist=loadfile --no-loadscope-reorder
 
 .PHONY: run kernels setup test test-fast lint format clean demo
 
@@ -28,6 +28,9 @@ test: setup lint  ## everything that CI runs
 
 test-fast: setup  ## without the tests marked slow
 	$(PYTEST) -m "not slow"
+
+# Tests start Python thousands of times: its modules are compiled once, whatever the environment says.
+test test-fast: export PYTHONDONTWRITEBYTECODE =
 
 lint: .venv/test.stamp
 	$(BIN)/ruff check .
