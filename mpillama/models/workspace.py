@@ -94,13 +94,14 @@ class StepArrays:
     addend: Array
     squares: Array
     shifts: Array
+    chosen: Array
     angles: tuple[Angles, ...]
     argument: arguments.Step = field(init=False)
     """For kernels; which tokens a step has is written into it when it runs."""
 
     def __post_init__(self) -> None:
         step = arguments.Step(tokens=len(self.x))
-        for name in ("x", "q", "k", "v", "up", "gates", "partial", "squares"):
+        for name in ("x", "q", "k", "v", "up", "gates", "partial", "squares", "chosen"):
             setattr(step, name, arguments.address(getattr(self, name)))
         for name in ("hidden", "context", "gate", "latent"):
             setattr(step, name, getattr(self, name).argument())
@@ -150,6 +151,7 @@ class Workspace:
             addend=np.empty((tokens, hidden if self.config.has_post_norms else 0), np.float32),
             squares=np.zeros((tokens, 4), np.float64),
             shifts=np.empty(tokens, np.float64),
+            chosen=np.empty((tokens, widths["chosen"]), np.int32),
             angles=tuple(Angles.empty(tokens, rotation) for rotation in self.config.rotations),
         )
         self._views: dict[int, StepArrays] = {}
@@ -165,14 +167,14 @@ class Workspace:
 
     def for_rows(self, first: int, count: int) -> StepArrays:
         """The arrays of a part of a step. It has a place of its own for what is kept until its sum has come: the
-        residual stream, addends, angles; the rest all parts share."""
+        residual stream, addends, chosen positions, angles; the rest all parts share."""
         if first == 0:
             return self.for_tokens(count)
         if (first, count) not in self._parts:
             own, end = self._whole, first + count
             self._parts[first, count] = replace(
                 own.first(count), x=own.x[first:end], partial=own.partial[first:end], addend=own.addend[first:end],
-                angles=tuple(angles.rows(first, end) for angles in own.angles),
+                chosen=own.chosen[first:end], angles=tuple(angles.rows(first, end) for angles in own.angles),
             )  # fmt: skip
         return self._parts[first, count]
 
@@ -184,7 +186,7 @@ class Workspace:
 def step_widths(config: ModelConfig, part: Partition) -> Mapping[str, int]:
     """Channels of the step's arrays on a rank: of each the widest of all layers."""
     of_layers = [{**kind.attention.step_widths(part), "inner": kind.mlp.step_width(part)} for kind in config.kinds]
-    names = ("q", "k", "v", "context", "latent", "gates", "inner")
+    names = ("q", "k", "v", "context", "latent", "gates", "chosen", "inner")
     return {name: max(widths.get(name, 0) for widths in of_layers) for name in names}
 
 
@@ -193,7 +195,8 @@ def workspace_bytes(config: ModelConfig, part: Partition, tokens: int) -> int:
     hidden, widths = config.padded_hidden_size, step_widths(config, part)
     of_layers = (widths[name] for name in ("context", "latent", "inner"))
     activations = sum(Activations.bytes(tokens, k) for k in (hidden, *of_layers))
-    floats = hidden * (1 + config.has_post_norms) + sum(widths[name] for name in ("q", "k", "v", "gates", "inner"))
+    plain = ("q", "k", "v", "gates", "chosen", "inner")
+    floats = hidden * (1 + config.has_post_norms) + sum(widths[name] for name in plain)
     floats += sum(rotation.channels for rotation in config.rotations)
     return activations + tokens * (4 * floats + 8 * (hidden + 5))
 
