@@ -106,8 +106,8 @@ class SharedReduction:
         leaders = leaders_of(mpi, mates) if self.hosts > 1 else None
         pause = lambda: Backoff(yields).pause  # noqa: E731
         self.exchange = HostExchange(leaders, self.shared, CAPACITY, self.traffic, pause) if leaders else None
-        self.overlaps = self.hosts > 1 and can_be()
-        """Whether a sum can travel while this rank computes what does not need it."""
+        self.overlaps = self.hosts > 1 and bool(mpi.allreduce(can_be(), MPI.LAND))
+        """Whether a sum can travel while ranks compute what does not need it: MPI lets threads of all ranks send."""
         self._ahead: deque[tuple[int, int]] = deque()
         self._background: Background | None = None
 

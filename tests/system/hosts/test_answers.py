@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from tests.system.hosts.network import Hosts
+from tests.system.hosts.network import Hosts, running_hosts, why_not
 from tests.system.mpi.launch import PROGRAM, TIMEOUT, run
 
 pytestmark = pytest.mark.timeout(TIMEOUT + 60)
@@ -50,6 +50,22 @@ def test_four_hosts_give_it_too(four_hosts: Hosts, toy: Path, alone: tuple[list[
     four_hosts.shape(delay_us=200, mbit=1000, loss_percent=1)
     found = generate(four_hosts, 1, toy)
     assert (found["token_ids"], found["logits_sha256"]) == alone
+
+
+def test_sums_travel_beside_work_without_being_asked(tmp_path: Path, toy: Path, alone: tuple[list[int], str]) -> None:
+    """Both ways are tried where hosts have cores of their own, as a user's launcher tells."""
+    if reason := why_not():
+        pytest.skip(reason)
+    with running_hosts(tmp_path, 2, 1) as hosts:
+        doctor = hosts.run(1, *PROGRAM, "doctor", "--json")
+        assert json.loads(doctor.stdout)["mpi_threads"] == "multiple", doctor.stderr
+        words = ("--layers", "1", "--prefill", "16", "--batch", "8", "--decode", "1", "--repetitions", "1", "--json")
+        bench = hosts.run(1, *PROGRAM, "bench", "--model", toy, *words)
+        assert bench.status == 0, bench.stderr
+        rows = [*json.loads(bench.stdout)["prefill"], *json.loads(bench.stdout)["decode"]]
+        assert [set(row["tried_tokens_per_second"]) for row in rows] == [{"1", "2"}] * 2
+        found = generate(hosts, 1, toy, "--prefill-chunk", "8")
+        assert (found["token_ids"], found["logits_sha256"]) == alone
 
 
 def test_too_little_shared_memory_is_a_sentence(two_hosts: Hosts, toy: Path) -> None:

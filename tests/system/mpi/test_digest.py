@@ -218,7 +218,7 @@ def test_demo_model(ranks: int, isa: str, threads: int, measure: Measure, demo: 
 FAMILIES = (
     "llama_bias", "llama_yarn", "mistral", "qwen2", "seed_oss", "qwen3", "mixtral", "qwen3_moe", "olmo2", "granite",
     "smollm3", "ministral3", "phi3", "gemma2", "gemma3", "hy_v3", "glm4_moe", "minimax_m2", "gpt_oss",
-    "deepseek_v3", "kimi_k2", "llama4", "qwen3_next", "qwen3_5", "qwen3_5_moe",
+    "deepseek_v3", "kimi_k2", "deepseek_v32", "glm_moe_dsa", "llama4", "qwen3_next", "qwen3_5", "qwen3_5_moe",
 )  # fmt: skip
 """Folders of tests/golden: biases, scaled RoPE, windows, norms of heads and after halves, factors,
 experts, sinks, latents, delta nets."""

@@ -34,13 +34,37 @@ def test_answers_are_the_same() -> None:
     words = ("generate", "--model", DEMO_MODEL, "--prompt-token-ids", ids, "--max-tokens", "4", "--temperature", "0")
     found = set()
     for overlap, ranks, hosts in (("never", 1, ""), ("always", 3, "1"), ("", 2, "1")):
-        threads = {"MPI4PY_RC_THREAD_LEVEL": "multiple"}  # or steps would go in one part
-        env = {"MPILLAMA_RANKS_PER_HOST": hosts, "MPILLAMA_OVERLAP": overlap, **threads}
+        env = {"MPILLAMA_RANKS_PER_HOST": hosts, "MPILLAMA_OVERLAP": overlap}
         result = run(ranks, *PROGRAM, *words, "--json", env=env)
         assert result.status == 0, result.stderr
         answer = json.loads(result.stdout)
         found.add((tuple(answer["token_ids"]), answer["logits_sha256"]))
     assert len(found) == 1
+
+
+def test_bench_says_in_how_many_parts_steps_went() -> None:
+    words = ("bench", "--model", DEMO_MODEL, "--layers", "1", "--prefill", "16", "--batch", "8", "1", "--context", "16")
+    few = ("--decode", "1", "--repetitions", "1", "--threads", "1", "--json")
+    result = run(2, *PROGRAM, *words, *few, env={"MPILLAMA_RANKS_PER_HOST": "1", "MPILLAMA_OVERLAP": "always"})
+    assert result.status == 0, result.stderr
+    found = json.loads(result.stdout)
+    rows = [*found["prefill"], *found["decode"]]
+    assert [(row["parts"], list(row["tried_tokens_per_second"])) for row in rows] == [(2, ["2"]), (2, ["2"]), (1, [])]
+
+
+@pytest.mark.parametrize(("hosts", "threads"), [("1", "multiple"), ("2", "funneled")])
+def test_mpi_is_asked_for_threads_between_hosts_only(hosts: str, threads: str) -> None:
+    result = run(2, *PROGRAM, "doctor", "--json", "--threads", "1", env={"MPILLAMA_RANKS_PER_HOST": hosts})
+    assert result.status == 0, result.stderr
+    assert json.loads(result.stdout)["mpi_threads"] == threads
+
+
+def test_an_unknown_wish_is_refused_on_all_ranks() -> None:
+    result = run(2, *PROGRAM, "doctor", env={"MPILLAMA_OVERLAP": "sometimes"})
+    assert (result.status, result.stdout) == (2, "")
+    assert result.stderr == (
+        "mpillama: MPILLAMA_OVERLAP is 'sometimes': set it to always or never, or leave it unset to have it chosen.\n"
+    )
 
 
 def chosen(parts: StepParts, tokens: int, whole: float, halves: float, steps: int) -> list[int]:
