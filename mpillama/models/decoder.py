@@ -37,7 +37,7 @@ def choose_in_flight(team: Team, matrix: Matrix) -> int:
     h = Activations.empty(1, matrix.columns)
     for array in (h.x, h.values, h.scales, h.starts):
         array[:] = 0
-    out, w, x = np.empty((1, matrix.rows), np.float32), matrix.column_parallel(), h.argument()
+    out, w, x = np.empty((1, matrix.rows), np.float32), matrix.column_parallel(), h.argument
     return min((1, 2), key=lambda n: fastest(lambda: team.column_parallel(w, x, out, n)))
 
 
@@ -120,6 +120,7 @@ class Decoder:
         self.config = config
         self.weights = weights
         self.part = parts[comm.rank]
+        self.vocabulary = self.part[config.vocabulary_split]
         self.comm = comm
         self.team = team
         self.logit_widths = [len(part[config.vocabulary_split]) * LANES for part in parts]
@@ -265,7 +266,7 @@ class Decoder:
 
     def _embed(self, token_ids: Array, a: StepArrays) -> None:
         """Each token's row, which one rank has, to a.x."""
-        groups = self.part[self.config.vocabulary_split]
+        groups = self.vocabulary
         rows = token_ids.astype(np.int64) - groups.start * LANES
         rows[rows >= len(groups) * LANES] = -1
         self.team.library.embed_rows(self.embedding, rows, a.partial)
@@ -306,10 +307,10 @@ class Decoder:
         x, head = self.workspace.residual(0, self.workspace.capacity)[rows], self.weights.lm_head
         if not len(x):
             return np.empty((0, self.logit_widths[self.comm.rank]), np.float32)
-        h = Activations.empty(*x.shape)
+        h = self.workspace.normalised(len(x))
         part = np.empty((len(x), self.logit_widths[self.comm.rank]), np.float32)
         self._normalise(x, h, any_quantised(head))
-        self.team.column_parallel(self.head, h.argument(), part, self.in_flight)
+        self.team.column_parallel(self.head, h.argument, part, self.in_flight)
         factors = self.config.factors
         if factors.logits != 1.0 or factors.logits_cap:
             self.team.scale_logits(part, factors.logits, factors.logits_cap)
@@ -318,4 +319,4 @@ class Decoder:
     def _normalise(self, x: Array, h: Activations, quantised: bool) -> None:
         """The model's last norm, of x [tokens, padded hidden] to h."""
         c = self.config
-        self.team.normalise(x, self.weights.norm, c.hidden_size, c.rms_norm_eps, quantised, h.argument())
+        self.team.normalise(x, self.weights.norm, c.hidden_size, c.rms_norm_eps, quantised, h.argument)
