@@ -142,7 +142,7 @@ class Stopwatch:
 
     def _choose_parts(self, run: Run, tokens: int) -> int:
         """As the engine chooses, by rank 0's times; in one where each layer's time is wanted."""
-        if self.wants_parts or self.model.most_parts(tokens) == 1:
+        if self.wants_parts or self.comm.broadcast(self.model.most_parts(tokens)) == 1:
             return 1
         for _ in range(2 * (TRIES + 1)):
             parts = self.comm.broadcast(self.step_parts.choose(tokens))

@@ -31,6 +31,8 @@ END_SECONDS = 15.0
 
 STRAY = re.compile("[\x00-\x08\ufffd]")
 """Bytes that Open MPI's launcher leaves between the words of ranks."""
+NOTICE = re.compile(r"^-{60,}\n(?:.*\n)*?-{60,}\n", re.MULTILINE)
+"""What that launcher says of a job that ends badly."""
 MARK = "LAUNCHED_BY_TEST"
 FOREIGN = ("PMI_", "PMIX_", "OMPI_", "PRTE_", "SLURM_", "HYDRA_", "MPI_", "MPIR_", "MPIEXEC_")
 OURS = ("MPILLAMA_ISA",)
@@ -50,6 +52,11 @@ class Result:
     status: int
     stdout: str
     stderr: str
+
+    @property
+    def words(self) -> str:
+        """What the ranks wrote to standard error, without the launcher's notice."""
+        return NOTICE.sub("", self.stderr) if is_open_mpi() else self.stderr
 
 
 class Launch:
