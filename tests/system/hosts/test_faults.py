@@ -15,8 +15,8 @@ from tests.system.mpi.launch import END_SECONDS, PROGRAM, TIMEOUT, Launch
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(TIMEOUT + 60)]
 
-WAIT = 4
-"""--timeout of these runs."""
+WAIT = 10
+"""--timeout of these runs, within which MPI must start on a busy machine, too."""
 LATE = END_SECONDS
 """So much later than the time-out a job may end: asking begins within a second, and every end has its last words."""
 BUSY = 300
