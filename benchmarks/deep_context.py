@@ -4,10 +4,10 @@ python benchmarks/deep_context.py --contexts 32768 65536 --rows 1 8 63 --kv-type
 
 A model that is nothing but attention (32 heads, 8 KV heads of 128 channels, narrow otherwise) runs steps of one token
 of each sequence; --one-sequence: of so many tokens of one sequence, as drafts are. --kind latent has DeepSeek V3's
-attention instead, indexed that of V3.2, which scores all positions and attends to 2,048 of them. The cache is filled with numbers.
-Where the sequences' caches do not fit into --memory, several sequences read the same blocks (as after a common prompt),
-never two of them one after the other. Time is that of the kernels' part "attention", bytes are keys, values and scales
-that the steps ask for: of one sequence's tokens once.
+attention instead, indexed that of V3.2, which scores all positions and attends to 2,048 of them. The cache is filled
+with numbers. Where the sequences' caches do not fit into --memory, several sequences read the same blocks (as after a
+common prompt), never two of them one after the other. Time is that of the kernels' part "attention", bytes are keys,
+values and scales that the steps ask for: of one sequence's tokens once.
 """
 
 import argparse
