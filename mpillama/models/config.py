@@ -126,7 +126,7 @@ class ModelConfig:
 
     # -- what ranks divide ------------------------------------------------------------------------------------------
 
-    @property
+    @cached_property
     def vocabulary_split(self) -> Split:
         """Groups of 16 rows of the embedding and the head."""
         return Split("vocab_groups", round_up(self.vocab_size, LANES) // LANES)
