@@ -3,10 +3,11 @@
 python benchmarks/deep_context.py --contexts 32768 65536 --rows 1 8 63 --kv-type q8 --threads 2
 
 A model that is nothing but attention (32 heads, 8 KV heads of 128 channels, narrow otherwise) runs steps of one token
-of each sequence; --one-sequence: of so many tokens of one sequence, as drafts are. The cache is filled with numbers.
-Where the sequences' caches do not fit into --memory, several sequences read the same blocks (as after a common prompt),
-never two of them one after the other. Time is that of the kernels' part "attention", bytes are keys, values and scales
-that the steps ask for: of one sequence's tokens once.
+of each sequence; --one-sequence: of so many tokens of one sequence, as drafts are. --kind latent has DeepSeek V3's
+attention instead, indexed that of V3.2, which scores all positions and attends to 2,048 of them. The cache is filled
+with numbers. Where the sequences' caches do not fit into --memory, several sequences read the same blocks (as after a
+common prompt), never two of them one after the other. Time is that of the kernels' part "attention", bytes are keys,
+values and scales that the steps ask for: of one sequence's tokens once.
 """
 
 import argparse
@@ -31,6 +32,11 @@ SHAPE = {
     "num_key_value_heads": 8, "head_dim": 128, "rms_norm_eps": 1e-5, "max_position_embeddings": 1 << 18,
     "rope_theta": 500000.0, "tie_word_embeddings": True,
 }  # fmt: skip
+LATENT = {
+    **SHAPE, "model_type": "deepseek_v3", "num_attention_heads": 128, "num_key_value_heads": 128,
+    "first_k_dense_replace": 1000,
+}  # fmt: skip
+KINDS = {"grouped": SHAPE, "latent": LATENT, "indexed": {**LATENT, "model_type": "deepseek_v32"}}
 
 
 def main() -> None:
@@ -39,13 +45,14 @@ def main() -> None:
     parser.add_argument("--contexts", type=int, nargs="+", default=[32768, 65536, 131072])
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 8, 63])
     parser.add_argument("--kv-type", default="f16", choices=["f16", "f32", "q8"])
+    parser.add_argument("--kind", default="grouped", choices=KINDS)
     parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--memory", type=float, default=3.0, help="GB of KV cache (default: 3)")
     parser.add_argument("--one-sequence", action="store_true")
     options = parser.parse_args()
-    config = ModelConfig.from_hf({**SHAPE, "num_hidden_layers": options.layers})
+    config = ModelConfig.from_hf({**KINDS[options.kind], "num_hidden_layers": options.layers})
     team = prepare(requested_isa(), options.threads).team
     part = config.partition(1)[0]
     weights = load_weights(
