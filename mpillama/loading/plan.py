@@ -11,7 +11,7 @@ from functools import cached_property
 
 from mpillama.loading.memory import RESERVE, MemoryModel, RankMemory
 from mpillama.loading.settings import state_slots
-from mpillama.loading.shares import Measured, measured_division, repeats_cache
+from mpillama.loading.shares import Measured, can_divide_positions, measured_division, repeats_cache
 from mpillama.loading.traffic import (
     COARSE_BITS,
     EXACT_BITS,
@@ -222,9 +222,13 @@ class Plan:
 
     @property
     def repeats_cache(self) -> bool:
-        """Whether several ranks hold the same part of the cache."""
+        """Whether several ranks hold the same part of the cache, and could divide it by positions."""
         request = self.request
-        return not request.context_parallel and repeats_cache(request.config, request.division)
+        return (
+            not request.context_parallel
+            and can_divide_positions(request.config)
+            and repeats_cache(request.config, request.division)
+        )
 
     @property
     def beside_model(self) -> list[int]:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from mpillama.errors import UserError
 from mpillama.loading.memory import RESERVE, MemoryModel
+from mpillama.models.attention import KV_TYPES
 from mpillama.models.cache import blocks_for, cache_bytes
 from mpillama.models.config import ModelConfig
 from mpillama.models.partition import Division
@@ -88,8 +89,22 @@ def repeats_cache(config: ModelConfig, division: Division) -> bool:
     return sum(cache_bytes(config, part, 1, "f32") for part in parts) > cache_bytes(config, whole, 1, "f32")
 
 
+def can_divide_positions(config: ModelConfig) -> bool:
+    """Whether ranks can hold some positions each in every layer that keeps any."""
+    alone = config.partition(1)[0]
+    kinds = [block.attention for block in config.kinds]
+    return all(kind.piece_sizes is not None or not kind.cache_arrays(alone, 1, KV_TYPES["f32"]) for kind in kinds)
+
+
 def by_positions(division: Division, config: ModelConfig) -> Division:
-    """The same with positions divided over ranks; UserError if no two ranks would hold the same part of the cache."""
+    """The same with positions divided over ranks; UserError if the model's attention cannot be divided so, or if no two
+    ranks would hold the same part of the cache.
+    """
+    if not can_divide_positions(config):
+        raise UserError(
+            "--context-parallel divides the positions of a text over ranks, but layers of this model attend to a few "
+            "blocks of them, which they choose: leave it out."
+        )
     if not repeats_cache(config, division):
         raise UserError(
             f"--context-parallel divides what several ranks hold of the KV cache, but of {division.ranks} (--pipeline "

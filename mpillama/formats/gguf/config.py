@@ -47,7 +47,9 @@ def canonical(path: str, tensor: StoredTensor, gguf: Gguf, head_dim: int) -> Ite
     if bare and bare[2] in gguf.names:
         yield replace(tensor, name=f"model.layers.{int(bare[1])}.{gguf.names[bare[2]]}")
         return
-    layer = re.fullmatch(r"blk\.([0-9]{1,6})\.(\w+)(?:\.([0-9]{1,6}))?\.(weight|bias)", tensor.name, re.ASCII)
+    layer = re.fullmatch(
+        r"blk\.([0-9]{1,6})\.((?:indexer\.)?\w+)(?:\.([0-9]{1,6}))?\.(weight|bias)", tensor.name, re.ASCII
+    )
     if layer is None:
         yield replace(tensor, name=OUTER.get(tensor.name, tensor.name))
         return
