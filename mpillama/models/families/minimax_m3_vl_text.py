@@ -50,12 +50,13 @@ def plain(values: ConfigValues) -> ConfigValues:
         if key not in READ and value not in HARMLESS.get(key, ()):
             raise ConfigValues(older).refuse(key, f"mpillama does not know this option of {OLDER}")
     source |= {key: older[old] for key, old in OLDER_NAMES.items() if old in older}
-    for key, kinds, frequency in (
-        ("layer_types", (FULL, SPARSE), older.get(FREQUENCY)),
-        ("mlp_layer_types", ("dense", "sparse"), values.get(MOE_FREQUENCY)),
+    for key, kinds, usual, frequency in (
+        ("layer_types", (FULL, SPARSE), FULL, older.get(FREQUENCY)),
+        ("mlp_layer_types", ("dense", "sparse"), "sparse", values.get(MOE_FREQUENCY)),
     ):
-        if values.get(key) is None and isinstance(frequency, list):
-            source[key] = [kinds[bool(each)] for each in frequency]
+        if values.get(key) is None:
+            listed = [kinds[bool(each)] for each in frequency] if isinstance(frequency, list) else None
+            source[key] = listed or [usual] * layer_count(values)
     return ConfigValues(source, values.defaults)
 
 
@@ -80,13 +81,13 @@ def blocks(values: ConfigValues) -> tuple[Block, ...]:
 
 
 def read_attention(values: ConfigValues) -> list[Attention]:
-    """Each layer's first half, as `layer_types` says; without it all layers see everything."""
+    """Each layer's first half, as `layer_types` says."""
     attention = GroupedQueryAttention.read(values, qk_norm=True)
     turned, layers = rotary_channels(values, attention.head_dim), layer_count(values)
     if values.get(ROTARY_DIM) not in (None, turned):
         raise values.refuse(ROTARY_DIM, f"by {PARTIAL} RoPE turns {turned} channels of a head")
     attention = replace(attention, turned=turned)
-    kinds = values.get("layer_types") or [FULL] * layers
+    kinds = values.get("layer_types")
     if not isinstance(kinds, Sequence) or len(kinds) != layers or any(kind not in (FULL, SPARSE) for kind in kinds):
         raise values.refuse("layer_types", f"it must name {FULL} or {SPARSE} for {layers} layers")
     sparse = BlockSparseAttention.read(values, attention) if SPARSE in kinds else attention
