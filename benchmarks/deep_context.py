@@ -6,7 +6,8 @@ A model that is nothing but attention (32 heads, 8 KV heads of 128 channels, nar
 of each sequence; --one-sequence: of so many tokens of one sequence, as drafts are. The cache is filled with numbers.
 Where the sequences' caches do not fit into --memory, several sequences read the same blocks (as after a common prompt),
 never two of them one after the other. Time is that of the kernels' part "attention", bytes are keys, values and scales
-that the steps ask for: of one sequence's tokens once.
+that the steps ask for: of one sequence's tokens once. With --blocks N tokens attend to N blocks of 128 positions, which
+an index chooses for each of 4 KV heads (MiniMax M3's sizes); the bytes are still those of all blocks.
 """
 
 import argparse
@@ -31,6 +32,10 @@ SHAPE = {
     "num_key_value_heads": 8, "head_dim": 128, "rms_norm_eps": 1e-5, "max_position_embeddings": 1 << 18,
     "rope_theta": 500000.0, "tie_word_embeddings": True,
 }  # fmt: skip
+BLOCK_SPARSE = {
+    **SHAPE, "model_type": "minimax_m3_vl_text", "num_attention_heads": 64, "num_key_value_heads": 4,
+    "partial_rotary_factor": 0.5, "dense_intermediate_size": 64,
+}  # fmt: skip
 
 
 def main() -> None:
@@ -44,8 +49,9 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--memory", type=float, default=3.0, help="GB of KV cache (default: 3)")
     parser.add_argument("--one-sequence", action="store_true")
+    parser.add_argument("--blocks", type=int, default=0)
     options = parser.parse_args()
-    config = ModelConfig.from_hf({**SHAPE, "num_hidden_layers": options.layers})
+    config = ModelConfig.from_hf(shape(options.layers, options.blocks))
     team = prepare(requested_isa(), options.threads).team
     part = config.partition(1)[0]
     weights = load_weights(
@@ -61,6 +67,14 @@ def main() -> None:
         for rows in options.rows:
             print(row(model, cache, options, context, rows, max(1, apart)), flush=True)
         del cache
+
+
+def shape(layers: int, blocks: int) -> dict[str, object]:
+    """A model of so many layers, which attend to all positions or to so many blocks."""
+    if not blocks:
+        return {**SHAPE, "num_hidden_layers": layers}
+    kinds = {"layer_types": ["minimax_m3_sparse"] * layers, "mlp_layer_types": ["dense"] * layers}
+    return {**BLOCK_SPARSE, **kinds, "num_hidden_layers": layers, "index_topk_blocks": blocks}
 
 
 def filled_cache(model: Decoder, blocks: int, kv_type: str) -> KVCache:
