@@ -123,12 +123,25 @@ class LatentCache(ctypes.Structure):
     _fields_: ClassVar = [("values", Address), ("scales", Address), ("type", ctypes.c_int64)]
 
 
+class Indexer(ctypes.Structure):
+    """Which positions a token of latent attention sees."""
+
+    _fields_: ClassVar = [
+        *((name, Matrix) for name in ("q", "k", "weights")),
+        ("cache", LatentCache),
+        *((name, Address) for name in ("k_norm", "k_bias")),
+        ("eps", ctypes.c_double),
+        *((name, ctypes.c_int64) for name in ("heads", "channels", "chosen", "pairs")),
+    ]
+
+
 class LatentLayer(ctypes.Structure):
     """The first half of a decoder layer with multi-head latent attention."""
 
     _fields_: ClassVar = [
         *((name, Matrix) for name in ("q_a", "q", "kv_a", "k_b", "v_b", "o")),
         ("cache", LatentCache),
+        ("indexer", Indexer),
         *((name, Address) for name in ("norm", "q_norm", "kv_norm")),
         *((name, ctypes.c_double) for name in ("eps", "latent_eps", "scale")),
         *((name, ctypes.c_int64) for name in ("hidden_size", "heads", "q_rank", "kv_rank", "nope", "rope", "pairs")),
@@ -176,7 +189,7 @@ class Step(ctypes.Structure):
         ("x", Address),
         *((name, Activations) for name in ("hidden", "context", "gate", "latent")),
         *((name, Address) for name in ("q", "k", "v", "up", "gates", "partial", "squares", "shifts")),
-        *((name, Address) for name in ("cosines", "sines")),
+        *((name, Address) for name in ("chosen", "cosines", "sines")),
         *((name, Address) for name in ("query_factors", "slots", "segments", "tables", "states", "snapshots")),
         *((name, ctypes.c_int64) for name in ("rotary_half", "segment_count", "table_width", "snapshot_count")),
         ("in_flight", ctypes.c_int64),
@@ -216,7 +229,7 @@ class Sum(ctypes.Structure):
 
 
 STRUCTS = (
-    Matrix, Activations, Cache, AttentionLayer, IndexKeys, BlockSparseLayer, LatentCache, LatentLayer, States,
+    Matrix, Activations, Cache, AttentionLayer, IndexKeys, BlockSparseLayer, LatentCache, Indexer, LatentLayer, States,
     DeltaLayer, Router, MlpLayer, Step, Sum, Pieces, Window,
 )  # fmt: skip
 

@@ -175,7 +175,7 @@ def choose_division(
 
     Rank 0 reads --shares; UserError on all ranks if it or the number of ranks does not fit.
     """
-    comm, layers = world.comm, config.num_hidden_layers
+    comm, layers = world.comm, config.most_stages
     even = comm.together(lambda: divide(comm.size, settings.pipeline, None, layers))
     if settings.context_parallel:
         even = comm.together(lambda: by_positions(even, config))

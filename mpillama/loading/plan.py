@@ -11,7 +11,7 @@ from functools import cached_property
 
 from mpillama.loading.memory import RESERVE, MemoryModel, RankMemory
 from mpillama.loading.settings import state_slots
-from mpillama.loading.shares import Measured, can_divide_positions, measured_division, repeats_cache
+from mpillama.loading.shares import Measured, measured_division, repeats_cache
 from mpillama.loading.traffic import (
     COARSE_BITS,
     EXACT_BITS,
@@ -222,13 +222,9 @@ class Plan:
 
     @property
     def repeats_cache(self) -> bool:
-        """Whether several ranks hold the same part of the cache, and could divide it by positions."""
+        """Whether several ranks hold the same part of the cache."""
         request = self.request
-        return (
-            not request.context_parallel
-            and can_divide_positions(request.config)
-            and repeats_cache(request.config, request.division)
-        )
+        return not request.context_parallel and repeats_cache(request.config, request.division)
 
     @property
     def beside_model(self) -> list[int]:
@@ -534,7 +530,7 @@ class StagePlan:
 def plans_of_stages(request: PlanRequest, node: Node, network: Network) -> list[StagePlan]:
     """All numbers of stages of whole nodes; with uneven shares only the number asked for."""
     found = []
-    for stages in range(1, min(request.nodes, MOST_STAGES, request.config.num_hidden_layers) + 1):
+    for stages in range(1, min(request.nodes, MOST_STAGES, request.config.most_stages) + 1):
         if request.nodes % stages == 0 and (stages == request.stages or request.shares is None):
             plan = make_plan(replace(request, stages=stages))
             sums = [

@@ -11,7 +11,6 @@ from pathlib import Path
 
 from mpillama.errors import UserError
 from mpillama.loading.memory import RESERVE, MemoryModel
-from mpillama.models.attention import KV_TYPES
 from mpillama.models.cache import blocks_for, cache_bytes
 from mpillama.models.config import ModelConfig
 from mpillama.models.partition import Division
@@ -84,26 +83,19 @@ def divide(ranks: int, stages: int, shares: tuple[float, ...] | None, layers: in
 
 
 def repeats_cache(config: ModelConfig, division: Division) -> bool:
-    """Whether several ranks hold the same part of the cache."""
+    """Whether several ranks hold the same part of the cache, and could divide it by positions."""
+    if not config.divides_positions:
+        return False
     parts, whole = config.partition(division), config.partition(1)[0]
     return sum(cache_bytes(config, part, 1, "f32") for part in parts) > cache_bytes(config, whole, 1, "f32")
 
 
-def can_divide_positions(config: ModelConfig) -> bool:
-    """Whether ranks can hold some positions each in every layer that keeps any."""
-    alone = config.partition(1)[0]
-    kinds = [block.attention for block in config.kinds]
-    return all(kind.piece_sizes is not None or not kind.cache_arrays(alone, 1, KV_TYPES["f32"]) for kind in kinds)
-
-
 def by_positions(division: Division, config: ModelConfig) -> Division:
-    """The same with positions divided over ranks; UserError if the model's attention cannot be divided so, or if no two
-    ranks would hold the same part of the cache.
-    """
-    if not can_divide_positions(config):
+    """The same with positions divided over ranks; UserError if no two ranks would hold the same part of the cache."""
+    if not config.divides_positions:
         raise UserError(
-            "--context-parallel divides the positions of a text over ranks, but layers of this model attend to a few "
-            "blocks of them, which they choose: leave it out."
+            "--context-parallel: this model's layers choose among all positions (an indexer), so that every rank must "
+            "hold the cache of all of them: leave it out."
         )
     if not repeats_cache(config, division):
         raise UserError(
@@ -146,7 +138,7 @@ def measured_division(measured: Sequence[Measured], model: MemoryModel, context:
     total = sum(shares)
     if not total > 0:
         raise UserError("--shares: no host has memory left for a part of this model.")
-    found = divide(even.ranks, even.stages, tuple(share / total for share in shares), config.num_hidden_layers)
+    found = divide(even.ranks, even.stages, tuple(share / total for share in shares), config.most_stages)
     return replace(found, context_parallel=even.context_parallel)
 
 

@@ -82,6 +82,10 @@ class BlockSparseAttention:
         return self.grouped.rotary_channels
 
     @property
+    def follows(self) -> bool:
+        return False
+
+    @property
     def splits(self) -> tuple[Split, ...]:
         return self.grouped.splits
 

@@ -183,6 +183,27 @@ KIMI = {
     "routed_scaling_factor": 2.827,
     "first_k_dense_replace": 1,
 }
+DEEPSEEK_V32 = {
+    **DEEPSEEK,
+    "model_type": "deepseek_v32",
+    "index_n_heads": 64,
+    "index_head_dim": 128,
+    "index_topk": 2048,
+}
+GLM5 = {
+    **{key: value for key, value in DEEPSEEK_V32.items() if key != "rope_scaling"},
+    "model_type": "glm_moe_dsa",
+    "vocab_size": 154880,
+    "max_position_embeddings": 202752,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 1e6,
+    "q_lora_rank": 2048,
+    "qk_nope_head_dim": 192,
+    "v_head_dim": 256,
+    "n_group": 1,
+    "topk_group": 1,
+    "index_n_heads": 32,
+}
 
 GPT_OSS = {
     "model_type": "gpt_oss",
@@ -353,7 +374,9 @@ SHAPES: dict[str, dict[str, Any]] = {
     "gpt-oss-20b": _sizes(GPT_OSS, 2880, 2880, 24, 64, num_local_experts=32),
     "gpt-oss-120b": _sizes(GPT_OSS, 2880, 2880, 36, 64, num_local_experts=128),
     "deepseek-r1": _sizes(DEEPSEEK, 7168, 18432, 61, 128),
+    "deepseek-v3.2": _sizes(DEEPSEEK_V32, 7168, 18432, 61, 128),
     "kimi-k2": _sizes(KIMI, 7168, 18432, 61, 64),
+    "glm-5": _sizes(GLM5, 6144, 12288, 78, 64),
     "hy3": _sizes(HY3, 4096, 13312, 80, 64),
 }
 
@@ -399,6 +422,8 @@ PUBLISHED: Mapping[str, Published] = {
     "glm-4.6": FP8,
     "minimax-m2": FP8,
     "deepseek-r1": FP8,
+    "deepseek-v3.2": FP8,
+    "glm-5": FP8,
     "kimi-k2": Published(experts="int4/32"),
     "qwen3-next-80b": FP8_DELTA,
     "qwen3.5-27b": FP8_DELTA,

@@ -179,7 +179,7 @@ def test_what_is_missing_is_named(tmp_path):
 def test_positions_are_not_divided_over_ranks():
     """Neither in a run nor by what a plan advises, though every rank has the same index keys."""
     config = ModelConfig.from_hf(SHAPES["minimax-m3"])
-    with pytest.raises(UserError, match=r"--context-parallel .* blocks of them, which they choose: leave it out"):
+    with pytest.raises(UserError, match=r"--context-parallel: this model.s layers choose .*: leave it out"):
         by_positions(Division(8), config)
     request = plan.PlanRequest(
         config, config.quantised_to(plan.SMALLEST), nodes=8, ranks_per_node=1, memory_per_node=2**36, max_seq_len=65536,

@@ -176,6 +176,8 @@ LATENT: Mapping[str, Any] = {
     "qk_nope_head_dim": 24, "qk_rope_head_dim": 10, "v_head_dim": 20, "n_routed_experts": 8, "n_group": 4,
     "topk_group": 2, "num_experts_per_tok": 3, "moe_intermediate_size": 72, "first_k_dense_replace": 1,
 }  # fmt: skip
+INDEXED: Mapping[str, Any] = {"index_n_heads": 19, "index_head_dim": 40, "index_topk": 17}
+INDEXER_TYPES = ["full", "shared", "full"]
 DELTA: Mapping[str, Any] = {
     **SMALL, "num_attention_heads": 6, "head_dim": 24, "rms_norm_eps": 1e-6, "linear_num_key_heads": 3,
     "linear_num_value_heads": 6, "linear_key_head_dim": 20, "linear_value_head_dim": 36,
@@ -266,6 +268,14 @@ LATER_FAMILIES: Mapping[str, Mapping[str, Any]] = {
         **rope("yarn", factor=4.0, original_max_position_embeddings=32, mscale=1.0, mscale_all_dim=1.0),
     },
     "kimi_k2": {**LATENT, "model_type": "kimi_k2", "q_lora_rank": None, "n_group": 1, "topk_group": 1},
+    "deepseek_v32": {
+        **LATENT, **INDEXED, "model_type": "deepseek_v32",
+        **rope("yarn", factor=4.0, original_max_position_embeddings=32, mscale=1.0, mscale_all_dim=1.0),
+    },
+    "glm_moe_dsa": {
+        **LATENT, **INDEXED, "model_type": "glm_moe_dsa", "num_hidden_layers": 3, "indexer_types": INDEXER_TYPES,
+        "n_group": 1, "topk_group": 1,
+    },
     "llama4_text": {
         **QWEN, "model_type": "llama4_text", "num_local_experts": 9, "num_experts_per_tok": 2, "intermediate_size": 72,
         "intermediate_size_mlp": 100, "interleave_moe_layer_step": 2, "no_rope_layers": [1, 0],

@@ -122,6 +122,13 @@ class Metadata:
             )
         return different[0]
 
+    def of_layers(self, key: str) -> Sequence[Any] | None:
+        """A value for each layer, None if there are none; one value stands for all layers."""
+        value = self.header.metadata.get(f"{self.architecture}.{key}")
+        if value is None or isinstance(value, list):
+            return value
+        return list(value.tolist()) if isinstance(value, np.ndarray) else [value] * self.size("block_count")
+
     def number(self, key: str, default: float | None = None) -> float:
         """A positive finite number."""
         value = self.get(key)

@@ -93,7 +93,8 @@ MPILLAMA_API i64 mpillama_block_sparse_half(Team* team, const BlockSparseLayer* 
 }
 
 MPILLAMA_API i64 mpillama_latent_half(Team* team, const LatentLayer* layer, const Step* step, Sum* sum) {
-    const i64 common = larger(latent_attention_shared_bytes(*layer, *step, team->threads),
+    const i64 common = larger(larger(latent_attention_shared_bytes(*layer, *step, team->threads),
+                                     index_shared_bytes(layer->indexer, *step)),
                               row_shared_bytes(layer->o, step->tokens, team->threads));
     if (!team->reserve(latent_half_scratch_bytes(*layer), common)) return NO_MEMORY;
     return run_half(team, *step, sum, [&](const Member& member, const Step& own) { latent_half(member, *layer, own); });
@@ -417,8 +418,12 @@ MPILLAMA_API i64 mpillama_offset(i64 index) {
         offsetof(BlockSparseLayer, index_dim), offsetof(BlockSparseLayer, index_channels),
         offsetof(BlockSparseLayer, block), offsetof(BlockSparseLayer, chosen), offsetof(BlockSparseLayer, local),
         sizeof(LatentCache), offsetof(LatentCache, values), offsetof(LatentCache, scales), offsetof(LatentCache, type),
+        sizeof(Indexer), offsetof(Indexer, q), offsetof(Indexer, k), offsetof(Indexer, weights), offsetof(Indexer, cache),
+        offsetof(Indexer, k_norm), offsetof(Indexer, k_bias), offsetof(Indexer, eps), offsetof(Indexer, heads),
+        offsetof(Indexer, channels), offsetof(Indexer, chosen), offsetof(Indexer, pairs),
         sizeof(LatentLayer), offsetof(LatentLayer, q_a), offsetof(LatentLayer, q), offsetof(LatentLayer, kv_a),
         offsetof(LatentLayer, k_b), offsetof(LatentLayer, v_b), offsetof(LatentLayer, o), offsetof(LatentLayer, cache),
+        offsetof(LatentLayer, indexer),
         offsetof(LatentLayer, norm), offsetof(LatentLayer, q_norm), offsetof(LatentLayer, kv_norm),
         offsetof(LatentLayer, eps), offsetof(LatentLayer, latent_eps), offsetof(LatentLayer, scale),
         offsetof(LatentLayer, hidden_size), offsetof(LatentLayer, heads), offsetof(LatentLayer, q_rank),
@@ -445,7 +450,7 @@ MPILLAMA_API i64 mpillama_offset(i64 index) {
         sizeof(Step), offsetof(Step, tokens), offsetof(Step, x), offsetof(Step, hidden), offsetof(Step, context),
         offsetof(Step, gate), offsetof(Step, latent), offsetof(Step, q), offsetof(Step, k), offsetof(Step, v),
         offsetof(Step, up), offsetof(Step, gates), offsetof(Step, partial), offsetof(Step, squares),
-        offsetof(Step, shifts), offsetof(Step, cosines), offsetof(Step, sines), offsetof(Step, query_factors),
+        offsetof(Step, shifts), offsetof(Step, chosen), offsetof(Step, cosines), offsetof(Step, sines), offsetof(Step, query_factors),
         offsetof(Step, slots), offsetof(Step, segments), offsetof(Step, tables), offsetof(Step, states),
         offsetof(Step, snapshots), offsetof(Step, rotary_half), offsetof(Step, segment_count),
         offsetof(Step, table_width), offsetof(Step, snapshot_count), offsetof(Step, in_flight),
