@@ -27,10 +27,10 @@ inline i64 blocks_to_choose_from(const BlockSparseLayer& layer, const Step& step
 }
 
 // What the index matrices make of the tokens, in step.latent: queries [tokens, kv_heads, channels], keys [tokens, channels].
-struct IndexRows {
+struct BlockIndexRows {
     float *queries, *keys;
 
-    IndexRows(const BlockSparseLayer& layer, const Step& step)
+    BlockIndexRows(const BlockSparseLayer& layer, const Step& step)
         : queries(step.latent.x), keys(queries + step.tokens * layer.index_q.groups * LANES) {}
 };
 
@@ -76,7 +76,7 @@ inline void turn_index_head(const BlockSparseLayer& layer, const Step& step, i64
 
 // Norm and RoPE of index queries and keys in place; the keys go into the cache.
 inline void prepare_index(const BlockSparseLayer& layer, const Step& step, i64 first_token, i64 last_token) {
-    const IndexRows rows(layer, step);
+    const BlockIndexRows rows(layer, step);
     const i64 heads = layer.attention.kv_heads, size = layer.index_dim;
     for (i64 t = first_token; t < last_token; t++) {
         for (i64 h = 0; h < heads; h++)
@@ -112,7 +112,7 @@ inline void score_span(const BlockSparseLayer& layer, const Step& step, const Ch
                        i64 token, i64 tokens, i64 position, i64 span) {
     const i64 size = layer.index_dim, heads = choices.heads, rows = tokens * heads;
     const i64 last = smaller((span + 1) * SPAN_BLOCKS, (position + tokens - 1) / POSITIONS + 1);
-    const float* queries = IndexRows(layer, step).queries + token * heads * size;
+    const float* queries = BlockIndexRows(layer, step).queries + token * heads * size;
     alignas(64) float dots[8 * POSITIONS];
     for (i64 b = span * SPAN_BLOCKS; b < last; b++) {
         const auto here = index_block<Kv>(layer, table[b]), next = index_block<Kv>(layer, table[smaller(b + 1, last - 1)]);
@@ -335,7 +335,7 @@ inline void attend_blocks(const Member& member, const BlockSparseLayer& layer, c
 
 inline void block_sparse_half(const Member& member, const BlockSparseLayer& layer, const Step& step) {
     const i64 tokens = step.tokens, first = member.first(tokens), last = member.last(tokens);
-    const IndexRows rows(layer, step);
+    const BlockIndexRows rows(layer, step);
     project(member, layer.attention, step);
     column_part(member, layer.index_q, step.hidden, tokens, rows.queries, step.in_flight);
     column_part(member, layer.index_k, step.hidden, tokens, rows.keys, step.in_flight);
