@@ -91,6 +91,7 @@ def test_a_link_is_cut_while_sums_travel_beside_work(two_hosts: Hosts, toy: Path
         run, end = Run(two_hosts, launch, folder), time.monotonic() + TIMEOUT
         busy = 0
         while busy < 3:  # seconds on end: trying ways at the start sends as much
+            assert launch.process.poll() is None, launch.stderr()
             assert time.monotonic() < end, run.spoken()
             time.sleep(1)
             busy = busy + 1 if two_hosts.counts()["h1"].messages >= BUSY else 0
