@@ -11,7 +11,7 @@ from tests.system.mpi.launch import DEMO_MODEL, PROGRAM, run
 pytestmark = pytest.mark.timeout(240)
 
 # Kinds of attention and MLP, norms of whole projections, norms after the halves, states.
-FAMILIES = ("llama_bias", "olmo2", "gemma2", "gpt_oss", "deepseek_v3", "qwen3_next", "minimax_m2")
+FAMILIES = ("llama_bias", "olmo2", "gemma2", "gpt_oss", "deepseek_v3", "glm_moe_dsa", "qwen3_next", "minimax_m2")
 SLOW_FOUR = pytest.param(4, "1", 1, marks=pytest.mark.slow)
 WHOLE_PROJECTIONS = ("olmo2", "minimax_m2")
 

@@ -23,7 +23,7 @@ def test_logits_do_not_depend_on_stages(ranks: int, options: tuple[str, ...], to
     assert max(weights) < 0.8 * whole[0]
 
 
-@pytest.mark.parametrize("family", ["qwen3_next", "deepseek_v3"])
+@pytest.mark.parametrize("family", ["qwen3_next", "deepseek_v3", "glm_moe_dsa"])
 def test_layers_of_several_kinds(family: str) -> None:
     """Recurrent states, experts and an untied head; latent caches, experts after dense layers and a tied one."""
     expected, _ = digest(None, GOLDEN / family)
