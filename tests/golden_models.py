@@ -27,7 +27,7 @@ FOLDER = Path(__file__).parent / "golden"
 FAMILIES = (
     "llama", "llama3", "llama_bias", "llama_linear", "llama_yarn", "mistral", "qwen2", "qwen3", "mixtral", "qwen3_moe",
     "seed_oss", "olmo2", "granite", "smollm3", "ministral", "ministral3", "phi3", "phi3_longrope", "gemma2", "gemma3",
-    "hy_v3", "glm4_moe", "minimax_m2", "gpt_oss", "deepseek_v3", "kimi_k2", "llama4", "llama4_usual",
+    "hy_v3", "glm4_moe", "minimax_m2", "minimax_m3", "gpt_oss", "deepseek_v3", "kimi_k2", "llama4", "llama4_usual",
     "deepseek_v32", "glm_moe_dsa",
     "qwen3_next", "qwen3_5", "qwen3_5_moe",
 )  # fmt: skip
@@ -101,6 +101,7 @@ ARCHITECTURES |= {"smollm3": "smollm3", "ministral3": "mistral3", "phi3": "phi3"
 ARCHITECTURES |= {"gemma3_text": "gemma3"}
 ARCHITECTURES |= {"hy_v3": "hy_v3", "glm4_moe": "glm4moe", "minimax_m2": "minimax-m2", "gpt_oss": "gpt-oss"}
 ARCHITECTURES |= {"deepseek_v3": "deepseek2", "deepseek_v32": "deepseek32", "glm_moe_dsa": "glm-dsa"}
+ARCHITECTURES |= {"minimax_m3_vl_text": "minimax-m3"}
 ARCHITECTURES |= {"llama4_text": "llama4"}
 ARCHITECTURES |= {"qwen3_next": "qwen3next", "qwen3_5_text": "qwen35", "qwen3_5_moe_text": "qwen35moe"}
 IN_PAIRS = ("llama", "granite", "smollm3", "mistral3")
@@ -113,6 +114,7 @@ GGUF_NAMES = {
     "mlp.shared_experts.gate_proj": "ffn_gate_shexp", "mlp.shared_experts.up_proj": "ffn_up_shexp",
     "mlp.shared_experts.down_proj": "ffn_down_shexp", "mlp.gate.e_score_correction_bias": "exp_probs_b.bias",
     "self_attn.sinks": "attn_sinks.weight",
+    **{f"self_attn.index_{each}": f"indexer.{each}" for each in ("q_proj", "k_proj", "q_norm", "k_norm")},
     "self_attn.q_a_proj": "attn_q_a", "self_attn.q_a_layernorm": "attn_q_a_norm", "self_attn.q_b_proj": "attn_q_b",
     "self_attn.kv_a_proj_with_mqa": "attn_kv_a_mqa", "self_attn.kv_a_layernorm": "attn_kv_a_norm",
     "self_attn.kv_b_proj": "attn_kv_b",
@@ -398,6 +400,15 @@ def _gemma3_metadata(writer: gguf.GGUFWriter, settings: Mapping[str, Any]) -> No
     writer.add_uint32("gemma3.attention.sliding_window_pattern", settings["sliding_window_pattern"])
 
 
+def _minimax_m3_metadata(writer: gguf.GGUFWriter, settings: Mapping[str, Any]) -> None:
+    writer.add_rope_dimension_count(settings["rotary_dim"])
+    for key, name in (
+        ("head_count", "index_n_heads"), ("key_length", "index_head_dim"), ("top_k", "index_topk_blocks"),
+        ("block_size", "index_block_size"), ("local_blocks", "index_local_blocks"),
+    ):  # fmt: skip
+        writer.add_uint32(f"minimax-m3.attention.indexer.{key}", settings[name])
+
+
 def _llama4_metadata(writer: gguf.GGUFWriter, settings: Mapping[str, Any]) -> None:
     writer.add_interleave_moe_layer_step(settings["interleave_moe_layer_step"])
 
@@ -405,6 +416,7 @@ def _llama4_metadata(writer: gguf.GGUFWriter, settings: Mapping[str, Any]) -> No
 MORE_METADATA: Mapping[str, Callable[[gguf.GGUFWriter, Mapping[str, Any]], None]] = {
     "granite": _granite_metadata, "ministral3": _ministral3_metadata, "phi3": _phi3_metadata,
     "gemma2": _gemma2_metadata, "gemma3_text": _gemma3_metadata, "llama4_text": _llama4_metadata,
+    "minimax_m3_vl_text": _minimax_m3_metadata,
 }  # fmt: skip
 """What files of single architectures hold besides."""
 FUSED = {

@@ -88,6 +88,24 @@ class AttentionLayer(ctypes.Structure):
     ]
 
 
+class IndexKeys(ctypes.Structure):
+    """One layer's index keys."""
+
+    _fields_: ClassVar = [("values", Address), ("type", ctypes.c_int64)]
+
+
+class BlockSparseLayer(ctypes.Structure):
+    """The first half of a decoder layer with block-sparse attention."""
+
+    _fields_: ClassVar = [
+        ("attention", AttentionLayer),
+        *((name, Matrix) for name in ("index_q", "index_k")),
+        ("index_keys", IndexKeys),
+        *((name, Address) for name in ("index_q_norm", "index_k_norm")),
+        *((name, ctypes.c_int64) for name in ("index_dim", "index_channels", "block", "chosen", "local")),
+    ]
+
+
 class Router(ctypes.Structure):
     """How tokens choose among experts."""
 
@@ -211,8 +229,8 @@ class Sum(ctypes.Structure):
 
 
 STRUCTS = (
-    Matrix, Activations, Cache, AttentionLayer, LatentCache, Indexer, LatentLayer, States, DeltaLayer, Router, MlpLayer,
-    Step, Sum, Pieces, Window,
+    Matrix, Activations, Cache, AttentionLayer, IndexKeys, BlockSparseLayer, LatentCache, Indexer, LatentLayer, States,
+    DeltaLayer, Router, MlpLayer, Step, Sum, Pieces, Window,
 )  # fmt: skip
 
 

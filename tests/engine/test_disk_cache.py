@@ -184,6 +184,12 @@ SHAPES = {
     "heads": {**models.AWKWARD, **EIGHT_LAYERS},
     "latents": {**models.LATENT_TOY, **EIGHT_LAYERS, "first_k_dense_replace": 8},
     "states": {**models.DELTA_TOY, **EIGHT_LAYERS},
+    "index keys": {
+        **models.BLOCK_SPARSE_TOY,
+        **EIGHT_LAYERS,
+        "layer_types": ["full_attention", "minimax_m3_sparse"] * 4,
+        "mlp_layer_types": None,
+    },
 }
 
 

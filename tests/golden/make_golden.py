@@ -316,6 +316,32 @@ FAMILIES: Mapping[str, Family] = {
             "tie_word_embeddings": True,
         },
     ),
+    "minimax_m3": Family(
+        "minimax_m3_vl_text",
+        {
+            "num_hidden_layers": 3,
+            "layer_types": ["full_attention", "minimax_m3_sparse", "minimax_m3_sparse"],
+            "mlp_layer_types": ["dense", "sparse", "sparse"],
+            "num_attention_heads": 14,
+            "num_key_value_heads": 7,
+            "head_dim": 12,
+            "rotary_dim": 6,
+            "partial_rotary_factor": 0.5,
+            "intermediate_size": 40,
+            "dense_intermediate_size": 56,
+            "shared_intermediate_size": 40,
+            "num_local_experts": 9,
+            "num_experts_per_tok": 3,
+            "routed_scaling_factor": 1.7,
+            "index_n_heads": 7,
+            "index_head_dim": 10,
+            "index_block_size": 64,
+            "index_topk_blocks": 2,
+            "tie_word_embeddings": True,
+        },
+        prompt=264,  # the last tokens choose two of five blocks
+        norms=0.0,
+    ),
     "gpt_oss": Family(
         "gpt_oss",
         {

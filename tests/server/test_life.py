@@ -81,7 +81,7 @@ def test_the_rendezvous_file_is_private_and_goes_with_the_server(tmp_path: Path)
         assert (status, "Traceback" in said) == (0, False), said
         assert found["key"] not in said
         assert not served.rendezvous.exists()
-        assert served.launch.gone_within(5.0)
+        assert served.launch.gone_within(END_SECONDS)
 
 
 @pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM, signal.SIGINT])

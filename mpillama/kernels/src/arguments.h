@@ -59,6 +59,23 @@ struct AttentionLayer {
     i64 head_norm, q_width, k_width, first_counted;
 };
 
+// One layer's index keys, float32 or float16 as `type` says: [blocks, channels, 64].
+struct IndexKeys {
+    u8* values;
+    i64 type;
+};
+
+// Attention to the `chosen` blocks of `block` positions that an index chooses, as block_sparse.h says; the last `local`
+// ones always. Each KV head has an index query of index_dim channels (a multiple of 32), of which index_channels are no
+// padding.
+struct BlockSparseLayer {
+    AttentionLayer attention;
+    Matrix index_q, index_k;
+    IndexKeys index_keys;
+    const float *index_q_norm, *index_k_norm;
+    i64 index_dim, index_channels, block, chosen, local;
+};
+
 // One layer's cache of latents: [blocks, 64, width] numbers, as latent_cache.h says.
 struct LatentCache {
     u8* values;

@@ -1,6 +1,7 @@
 // What Python calls (mpillama/kernels/library.py), compiled once for each instruction set.
 #include <new>
 
+#include "block_sparse.h"
 #include "context_parallel.h"
 #include "delta_layer.h"
 #include "latent_layer.h"
@@ -80,6 +81,15 @@ MPILLAMA_API i64 mpillama_attend_projected(Team* team, const AttentionLayer* lay
                               row_shared_bytes(layer->o, step->tokens, team->threads));
     if (!team->reserve(attention_half_scratch_bytes(*layer), common)) return NO_MEMORY;
     return run_half(team, *step, sum, [&](const Member& member, const Step& own) { attend_projected(member, *layer, own); });
+}
+
+MPILLAMA_API i64 mpillama_block_sparse_half(Team* team, const BlockSparseLayer* layer, const Step* step, Sum* sum) {
+    const i64 common = larger(block_sparse_shared_bytes(*layer, *step, team->threads),
+                              row_shared_bytes(layer->attention.o, step->tokens, team->threads));
+    if (!team->reserve(block_sparse_scratch_bytes(*layer), common)) return NO_MEMORY;
+    return run_half(team, *step, sum, [&](const Member& member, const Step& own) {
+        block_sparse_half(member, *layer, own);
+    });
 }
 
 MPILLAMA_API i64 mpillama_latent_half(Team* team, const LatentLayer* layer, const Step* step, Sum* sum) {
@@ -401,6 +411,12 @@ MPILLAMA_API i64 mpillama_offset(i64 index) {
         offsetof(AttentionLayer, head_dim), offsetof(AttentionLayer, channels), offsetof(AttentionLayer, window),
         offsetof(AttentionLayer, chunk), offsetof(AttentionLayer, head_norm), offsetof(AttentionLayer, q_width),
         offsetof(AttentionLayer, k_width), offsetof(AttentionLayer, first_counted),
+        sizeof(IndexKeys), offsetof(IndexKeys, values), offsetof(IndexKeys, type),
+        sizeof(BlockSparseLayer), offsetof(BlockSparseLayer, attention), offsetof(BlockSparseLayer, index_q),
+        offsetof(BlockSparseLayer, index_k), offsetof(BlockSparseLayer, index_keys),
+        offsetof(BlockSparseLayer, index_q_norm), offsetof(BlockSparseLayer, index_k_norm),
+        offsetof(BlockSparseLayer, index_dim), offsetof(BlockSparseLayer, index_channels),
+        offsetof(BlockSparseLayer, block), offsetof(BlockSparseLayer, chosen), offsetof(BlockSparseLayer, local),
         sizeof(LatentCache), offsetof(LatentCache, values), offsetof(LatentCache, scales), offsetof(LatentCache, type),
         sizeof(Indexer), offsetof(Indexer, q), offsetof(Indexer, k), offsetof(Indexer, weights), offsetof(Indexer, cache),
         offsetof(Indexer, k_norm), offsetof(Indexer, k_bias), offsetof(Indexer, eps), offsetof(Indexer, heads),

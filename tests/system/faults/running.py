@@ -85,7 +85,7 @@ def the_sentence(stderr: str) -> str:
 def the_mistake(result: Result) -> str:
     """As the_sentence, where status 2 and silence otherwise are due."""
     assert (result.status, result.stdout) == (2, ""), result.stderr
-    assert result.stderr.count("\n") == 1, result.stderr
+    assert result.words.count("\n") == 1, result.stderr
     return the_sentence(result.stderr)
 
 

@@ -32,6 +32,7 @@ def test_killed_rank(ranks: int, victim: int, phase: str, toy: Path, tmp_path: P
         assert "Traceback" not in ends(launch)
         said = launch.stderr() + launch.rest_of_output()
         assert "9 (Killed)" in said or "signal 9" in said, said  # the launcher's word: who is killed says nothing
+        assert "SIGTERM" not in said  # by which some launchers end the other ranks
     assert not statuses(tmp_path)
 
 

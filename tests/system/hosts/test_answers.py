@@ -70,7 +70,7 @@ def test_too_little_shared_memory_is_a_sentence(two_hosts: Hosts, toy: Path) -> 
     two_hosts.call("h2", "mount", "-o", "remount,size=1M", "/dev/shm")
     words, truth = ("generate", "--model", toy, *OPTIONS), 'MPI_LOCALNRANKS=2 exec "$0" "$@"'
     with two_hosts.started(2, *PROGRAM, *words, wrapper=truth) as launch:
-        result = launch.finish(timeout=60)
+        result = launch.finish()
     assert result.status != 0
     assert "mpillama: /dev/shm on host h2 holds 1 MB, but 2 ranks" in result.stderr
     assert result.stderr.count("mpillama: ") == 1
@@ -81,10 +81,11 @@ def test_the_wire_counts_delays_and_cuts(two_hosts: Hosts) -> None:
     usual = two_hosts.ping()
     two_hosts.counts()
     two_hosts.shape(delay_us=2000)
-    assert usual + 0.004 <= two_hosts.ping(10) < usual + 0.02
+    delayed = [two_hosts.ping(10) for _ in range(5)]  # of which one finds the cores free
+    assert 0.004 <= min(delayed) < usual + 0.02
     counts = two_hosts.counts()
-    assert all(count.messages == 10 for count in counts.values())
-    assert all(10 * 64 < count.bytes < 50 * 200 for count in counts.values())
+    assert all(count.messages == 50 for count in counts.values())
+    assert all(50 * 64 < count.bytes < 250 * 200 for count in counts.values())
     two_hosts.link("h2", up=False)
     with pytest.raises(AssertionError):
         two_hosts.call("h1", "timeout", "1", "python3", "-c", "import socket; socket.create_connection(('h2', 7))")

@@ -20,7 +20,7 @@ def check(result: Result, *fragments: str) -> None:
     """One sentence that holds all fragments, in any case, and nothing else."""
     assert result.status == 2, result.stderr
     assert result.stdout == ""
-    lines = result.stderr.splitlines()
+    lines = result.words.splitlines()
     assert len(lines) == 1, result.stderr
     assert lines[0].startswith("mpillama: ")
     for fragment in fragments:
