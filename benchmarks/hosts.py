@@ -37,6 +37,13 @@ MAKE_MODEL = """import sys, pathlib
 from benchmarks.batch import hollow_model
 hollow_model(pathlib.Path(sys.argv[1]), *sys.argv[2:])
 """
+PING = """from mpi4py import MPI
+from mpillama.comm.hosts import one_way_seconds
+from mpillama.comm.shared_memory import Backoff
+seconds = one_way_seconds(MPI.COMM_WORLD, lambda: Backoff(True).pause)
+if MPI.COMM_WORLD.rank == 0:
+    print(seconds)
+"""
 
 
 @dataclass
@@ -155,7 +162,7 @@ def printed(output: str) -> Row:
 
 def measure(given: argparse.Namespace, hosts: Hosts, trees: list[Tree], network: Row) -> list[Row]:
     """A row of each tree: the median of some runs, in turns, and what plan predicts from the ping."""
-    ping = hosts.ping(200)
+    ping, by_mpi = hosts.ping(200), latency(hosts)
     for tree in trees:
         tree.forget()
     for number in range(given.runs):
@@ -169,11 +176,12 @@ def measure(given: argparse.Namespace, hosts: Hosts, trees: list[Tree], network:
         rows.append({
             "tree": tree.name, "shape": given.shape, "weights": given.weights, "hosts": len(hosts.names),
             "ranks": given.ranks_per_host * len(hosts.names), "cores_per_host": hosts.cores_per_host, **network,
-            "ping_us": 1e6 * ping, "steps": {what: statistics.median(all_) for what, all_ in tree.steps.items()},
+            "ping_us": 1e6 * ping, "mpi_latency_us": 1e6 * by_mpi,
+            "steps": {what: statistics.median(all_) for what, all_ in tree.steps.items()},
         })  # fmt: skip
         if given.tokens:
             rows[-1] |= of_stream(given, tree)
-            rows[-1]["planned_tokens_per_second"] = plan(given, hosts, tree, ping / 2, network["mbit"])
+            rows[-1]["planned_tokens_per_second"] = plan(given, hosts, tree, by_mpi, network["mbit"])
             _print(given, tuple(_cells(rows[-1])))
     for row in rows if given.batch or given.prefill else ():
         where = f"{row['tree']:>6}  {row['hosts']} hosts, {row['delay_us']:g} µs, {row['mbit']:g} Mbit/s, tok/s:"
@@ -257,6 +265,14 @@ def measure_nodes(given: argparse.Namespace, hosts: Hosts, tree: Tree) -> None:
     for entry in found["prefill"]:
         entry["multiply_adds_per_second"] /= len(hosts.names)
     tree.bench.write_text(json.dumps(found))
+
+
+def latency(hosts: Hosts) -> float:
+    """Seconds of a small message of MPI's between the first two hosts."""
+    result = hosts.run(1, "-c", PING)
+    if result.status:
+        sys.exit(result.stderr)
+    return float(result.stdout)
 
 
 def plan(given: argparse.Namespace, hosts: Hosts, tree: Tree, latency: float, mbit: float) -> float:

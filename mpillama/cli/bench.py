@@ -4,6 +4,7 @@ import json
 import sys
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import asdict
 from functools import partial
 from typing import Any
 
@@ -11,6 +12,7 @@ import numpy as np
 import psutil
 
 from mpillama.cli.bench_drafts import bench_drafts
+from mpillama.cli.bench_overhead import measure_overhead, only_layers
 from mpillama.cli.display import in_number, in_units, load_progress, print_sentence, print_table
 from mpillama.cli.options import BenchOptions
 from mpillama.cli.plots import draw
@@ -357,6 +359,9 @@ def _decode(
         "sent_bytes_per_step": sent[0] / len(timing.seconds),
         "sent_messages_per_step": sent[1] / len(timing.seconds),
     }
+    if batch == options.batch[0]:
+        with world.comm.doing("measuring what a step takes beside its weights"):
+            result["overhead_seconds"] = asdict(measure_overhead(watch, timing, batch, options.context, bandwidth))
     if watch.model.config.num_hidden_layers < whole.num_hidden_layers:
         again = lambda: watch.decode(batch, options.context, options.decode)  # noqa: E731
         result["whole_model_tokens_per_second"] = batch / _extrapolate(watch, timing.median, whole, again)
@@ -382,16 +387,12 @@ def _extrapolate(watch: Stopwatch, median: float, whole: ModelConfig, again: Cal
 
     Kinds that were not measured are counted as the others' mean.
     """
-    layers, caches, counts = watch.model.layers, watch.cache.arguments, Counter(whole.blocks)
+    layers, counts = watch.model.layers, Counter(whole.blocks)
     measured = Counter(watch.model.config.blocks)  # on all ranks the same, whichever layers they hold
 
     def seconds(kept: list[DecoderLayer]) -> float:
-        of_kept = [cache for layer, cache in zip(layers, caches, strict=True) if layer in kept]
-        watch.model.layers, watch.cache.arguments = kept, of_kept
-        try:
+        with only_layers(watch, kept):
             return float(again().median)
-        finally:
-            watch.model.layers, watch.cache.arguments = layers, caches
 
     rest = seconds([])
     if len(measured) == 1:

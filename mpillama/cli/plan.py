@@ -15,6 +15,8 @@ from mpillama.errors import UserError
 from mpillama.loading.memory import RESERVE
 from mpillama.loading.model_file import open_model
 from mpillama.loading.plan import (
+    LAYER_SECONDS,
+    STEP_SECONDS,
     DraftRequest,
     DraftSpeed,
     Node,
@@ -34,7 +36,7 @@ from mpillama.loading.plan import (
 )  # fmt: skip
 from mpillama.loading.settings import DEFAULT_DRAFTS, parse_bytes, parse_number
 from mpillama.loading.shares import Measured, by_positions, divide, read_shares
-from mpillama.loading.traffic import Network
+from mpillama.loading.traffic import MESSAGE_SECONDS, Network
 from mpillama.models.config import ModelConfig
 from mpillama.models.shapes import AS_PUBLISHED, shape_config, types_of_shape
 from mpillama.models.tensors import WeightTypes
@@ -113,7 +115,8 @@ def plan(options: PlanOptions) -> int:
     refuse_unwritable("--sbatch", options.sbatch)
     with stages(is_root=True, quiet=options.json)("planning"):
         planned = make_plan(_request(options))
-    node, network = _node(options), _network(options.network)
+    node, software = _node(options)
+    network = _network(options.network, software)
     speed, even = predict(planned, node, network), None
     if planned.request.shares is not None:
         even = predict(make_plan(replace(planned.request, shares=None)), node, network)
@@ -192,27 +195,33 @@ def _model(options: PlanOptions) -> tuple[ModelConfig, WeightTypes]:
     return file.config, file.weight_types
 
 
-def _network(text: str) -> Network:
+def _network(text: str, software: float) -> Network:
     """Read LATENCY,BANDWIDTH, for example 2us,12GB/s."""
     latency, _, bandwidth = text.partition(",")
     match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*(us|ms|s)\s*", latency)
     if not match or not bandwidth:
         raise UserError(f"--network {text!r} is not of the form LATENCY,BANDWIDTH, for example 2us,12GB/s.")
     seconds = float(match[1]) * {"us": 1e-6, "ms": 1e-3, "s": 1.0}[match[2]]
-    return Network(seconds, parse_bytes("--network", bandwidth))
+    return Network(seconds, parse_bytes("--network", bandwidth), software)
 
 
-def _node(options: PlanOptions) -> Node:
-    """As given, or as a saved `bench --json` measured it for all its ranks."""
+def _node(options: PlanOptions) -> tuple[Node, float]:
+    """As given, or as a saved `bench --json` measured it for all its ranks; and what software adds to a message."""
     read = parse_bytes("--read-bandwidth", options.read_bandwidth) if options.read_bandwidth else None
     if options.bench is None:
         compute = parse_number("--compute", options.compute, "MAC", "multiply-adds a second: write it like 2TMAC/s")
-        return Node(parse_bytes("--memory-bandwidth", options.memory_bandwidth), compute, read)
+        bandwidth = parse_bytes("--memory-bandwidth", options.memory_bandwidth)
+        return Node(bandwidth, compute, read, None, STEP_SECONDS, LAYER_SECONDS), MESSAGE_SECONDS
     try:
         found = json.loads(Path(options.bench).read_text())
         compute = max(entry["multiply_adds_per_second"] for entry in found["prefill"])
-        return Node(float(found["read_bandwidth_bytes_per_second"]), float(compute), read, _waiting(found))
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        beside = found["decode"][0].get("overhead_seconds", {})  # older ones have none
+        step, layer = beside.get("step", STEP_SECONDS), beside.get("layer", LAYER_SECONDS)
+        measured = float(found["read_bandwidth_bytes_per_second"])
+        node = Node(measured, float(compute), read, _waiting(found), float(step), float(layer))
+        message = beside.get("message")  # None of a single host
+        return node, MESSAGE_SECONDS if message is None else float(message)
+    except (OSError, ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
         raise UserError(f"--bench {options.bench}: is no output of `bench --json` ({error}).") from error
 
 

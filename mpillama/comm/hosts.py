@@ -4,6 +4,7 @@ Messages are packed (kernels/src/packed_sums.h), and sums are exact, so all ways
 """
 
 import os
+import time
 from collections.abc import Callable, Generator, Iterable
 from itertools import accumulate, pairwise
 from typing import Protocol, cast
@@ -13,6 +14,7 @@ from mpi4py import MPI
 
 from mpillama.comm.ways import MOST_DIRECT, MOST_PIECES, RANKS_PER_HOST, Traffic, virtual_host
 
+PING_BYTES = 64
 UNIT = 32
 """Numbers that are packed together: pieces of a vector end between them."""
 Array = np.ndarray
@@ -212,6 +214,23 @@ class Traveller:
             give_up(receives)
             raise
         return {host: status.Get_count(MPI.BYTE) for host, status in zip(incoming, statuses, strict=False)}
+
+
+def one_way_seconds(mpi: MPI.Intracomm, pause: Callable[[], Callable[[], None]], repetitions: int = 200) -> float:
+    """Half of the median time of a small message from rank 0 to rank 1 and back; 0 on other ranks than 0."""
+    message, seconds = np.zeros(PING_BYTES, np.uint8), [0.0]
+    if mpi.rank > 1:
+        return 0.0
+    for _ in range(repetitions):
+        start = time.perf_counter()
+        for direction in (0, 1):
+            is_sender = mpi.rank == direction
+            request = (mpi.Isend if is_sender else mpi.Irecv)([message, MPI.BYTE], 1 - mpi.rank)
+            look_again = pause()
+            while not request.Test():
+                look_again()
+        seconds.append(time.perf_counter() - start)
+    return float(np.median(seconds[1:])) / 2 if mpi.rank == 0 else 0.0
 
 
 def give_up(receives: Iterable[MPI.Request]) -> None:

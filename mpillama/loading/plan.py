@@ -31,6 +31,8 @@ from mpillama.quant.registry import SMALLEST
 
 GOOD_EFFICIENCY = 0.85
 """The share of the read bandwidth that a decode step reaches."""
+STEP_SECONDS, LAYER_SECONDS = 5e-4, 2e-5
+"""What a step and a layer take beside what they read, where `bench` has not measured it (docs/performance.md)."""
 
 
 @dataclass(frozen=True)
@@ -357,6 +359,9 @@ class Node:
     multiply_adds: float
     read_bandwidth: float | None = None
     waiting: Waiting | None = None
+    step_seconds: float = 0.0
+    layer_seconds: float = 0.0
+    """What a step, and each of its layers, takes beside that: Python, norms, the meeting of threads."""
 
 
 def predict(plan: Plan, node: Node, network: Network) -> Speed:
@@ -401,9 +406,9 @@ def _step(plan: Plan, node: Node, network: Network, tokens: int, prefill: bool) 
     slowest = max(range(request.stages), key=lambda stage: works[stage] + talks[stage])
     hops = (request.stages - 1) * _hop(request, each).seconds(network)
     if request.stages > 1:
-        hops += math.ceil(math.log2(request.nodes)) * network.latency  # the plan
+        hops += math.ceil(math.log2(request.nodes)) * network.round_seconds  # the plan
     return (
-        sum(works) + (parts - 1) * works[slowest],
+        node.step_seconds + sum(works) + (parts - 1) * works[slowest],
         sum(talks) + (parts - 1) * talks[slowest] + hops,
     )
 
@@ -426,7 +431,7 @@ def _works(plan: Plan, node: Node, tokens: float, prefill: bool) -> list[float]:
             / GOOD_EFFICIENCY
             for rank in mates
         )
-        found.append(multiplying if prefill else max(reading, multiplying))
+        found.append((multiplying if prefill else max(reading, multiplying)) + node.layer_seconds * len(layers))
     return found
 
 

@@ -12,16 +12,25 @@ EXACT_BITS, COARSE_BITS = 33.0, 11.5
 """Of a number that a host adds to a sum, as measured on SmolLM2-135M: exact, and with --sync q80."""
 SHARED_SECONDS = 5e-6
 """Of a sum through the memory of a host."""
+MESSAGE_SECONDS = 1e-4
+"""What MPI, Python and ranks that come late add to a message between hosts where `bench` has not measured it: over TCP
+(docs/clusters.md).
+"""
 CANDIDATES = 1024
 """Logits of a row that a rank tells where sampling is not greedy."""
 
 
 @dataclass(frozen=True)
 class Network:
-    """What a message costs: seconds, and bytes per second."""
+    """What a message costs: seconds, and bytes per second; `software` is MPI's and Python's part beside the latency."""
 
     latency: float
     bandwidth: float
+    software: float = 0.0
+
+    @property
+    def round_seconds(self) -> float:
+        return self.latency + self.software
 
 
 @dataclass(frozen=True)
@@ -46,7 +55,7 @@ class Sent:
     bytes: float = 0.0
 
     def seconds(self, network: Network) -> float:
-        return self.rounds * network.latency + self.bytes / network.bandwidth
+        return self.rounds * network.round_seconds + self.bytes / network.bandwidth
 
     def times(self, count: int) -> "Sent":
         return Sent(self.rounds * count, self.messages * count, self.bytes * count)
@@ -118,5 +127,5 @@ def step_seconds(config: ModelConfig, layout: Layout, tokens: int, network: Netw
     if layout.ranks == 1:
         return 0.0
     inside = SHARED_SECONDS * sums_of_step(config) * (layout.ranks_per_host > 1)
-    plan = math.ceil(math.log2(layout.hosts)) * network.latency
+    plan = math.ceil(math.log2(layout.hosts)) * network.round_seconds
     return inside + plan + step_sent(config, layout, tokens, network, rows).seconds(network)

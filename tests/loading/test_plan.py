@@ -9,6 +9,7 @@ import numpy as np
 import psutil
 import pytest
 
+from mpillama.__main__ import main
 from mpillama.comm.communicator import Communicator
 from mpillama.errors import UserError
 from mpillama.kernels.target import prepare, requested_isa
@@ -149,6 +150,37 @@ def test_prediction_is_bounded_by_the_memory():
     assert slow.decode_tokens_per_second < fast.decode_tokens_per_second
     assert slow.messages_per_step == 3 * (1 + 2 * 126) + 1
     assert slow.load_seconds == pytest.approx(max(r.reads for r in made.ranks) / 5e9)
+
+
+def test_what_python_and_mpi_take_is_added():
+    """To a step, to each layer, and to each message that others wait for."""
+    made, latency = plan.make_plan(request()), 1e-4
+    free = plan.predict(made, plan.Node(200e9, 2e12), Network(latency, 1e15))
+    node = plan.Node(200e9, 2e12, step_seconds=0.5, layer_seconds=0.01)
+    taken = plan.predict(made, node, Network(latency, 1e15, software=2 * latency))
+    layers = made.request.config.num_hidden_layers
+    rounds = 1 + 2 * layers + 1 + 2  # sums, the logits, and the plan along a tree of four nodes
+    beside = 0.5 + 0.01 * layers + 2 * latency * rounds
+    assert 1 / taken.decode_tokens_per_second - 1 / free.decode_tokens_per_second == pytest.approx(beside)
+
+
+MEASURED = {"step": 0.2, "layer": 0.01, "message": 0.03, "latency": 1e-5}
+
+
+@pytest.mark.parametrize(
+    ("beside", "seconds"),
+    [(MEASURED, 0.2 + 16 * 0.01 + 35 * 0.03), (MEASURED | {"message": None}, 0.2 + 16 * 0.01), (None, 0.0)],
+)
+def test_what_bench_measured_of_python_and_mpi_is_read(beside, seconds, tmp_path, capsys):
+    """A bench of a single host says nothing of messages, an older one nothing at all: usual figures stand in."""
+    saved = tmp_path / "bench.json"
+    prefill, decode = [{"multiply_adds_per_second": 1e12}], [{"overhead_seconds": beside} if beside else {}]
+    found = {"read_bandwidth_bytes_per_second": 1e11, "prefill": prefill, "decode": decode}
+    saved.write_text(json.dumps(found))
+    words = ["plan", "--shape", "llama-3.2-1b", "--nodes", "2", "--max-seq-len", "64", "--bench", str(saved), "--json"]
+    assert main(words) == 0
+    speed = json.loads(capsys.readouterr().out)["speed"]["decode_tokens_per_second"]
+    assert seconds < 1 / speed < seconds + 0.02
 
 
 def test_coarse_sums_send_less():

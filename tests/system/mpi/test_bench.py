@@ -32,6 +32,23 @@ def test_the_parts_of_a_step(ranks: int | None, toy: Path) -> None:
         assert set(streamed) == {"q/k/v", "o_proj", "gate/up", "down", "lm_head"}
 
 
+@pytest.mark.parametrize(("ranks", "hosts"), [(1, ""), (2, ""), (3, "2,1")])
+def test_what_a_step_takes_beside_its_weights(ranks: int, hosts: str, toy: Path) -> None:
+    """And a message, if it goes to another host."""
+    env = {"MPILLAMA_RANKS_PER_HOST": hosts}
+    result = run(
+        ranks, *PROGRAM, "bench", "--model", toy, *QUICK, "--batch", "2", "1", "--threads", "1", "--json", env=env
+    )
+    assert result.status == 0, result.stderr
+    first, second = json.loads(result.stdout)["decode"]
+    assert "overhead_seconds" not in second
+    found = first["overhead_seconds"]
+    assert found["step"] > 0
+    assert found["layer"] >= 0
+    assert (found["latency"] is None) == (found["message"] is None) == (not hosts)
+    assert not hosts or (found["latency"] > 0 and found["message"] >= 0)
+
+
 def test_nothing_is_told_of_parts_unless_asked(toy: Path) -> None:
     result = run(None, *PROGRAM, "bench", "--model", toy, *QUICK, "--json")
     assert "where" not in json.loads(result.stdout)

@@ -1,0 +1,80 @@
+"""What a decode step takes beside reading weights and the network's latency: the work of Python, MPI and small kernels.
+
+`plan` adds it to what it computes from bandwidths and latencies.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from mpillama.comm.communicator import Communicator
+from mpillama.comm.hosts import one_way_seconds
+from mpillama.engine.measure import Stopwatch, Timing
+from mpillama.loading.plan import GOOD_EFFICIENCY
+from mpillama.loading.traffic import Layout, sum_sent
+from mpillama.models.decoder import DecoderLayer
+
+
+@dataclass(frozen=True)
+class Overhead:
+    """Seconds of a step, of each layer, and of each message between hosts beyond the `latency` of a bare one.
+
+    The last two are None on a single host.
+    """
+
+    step: float
+    layer: float
+    message: float | None
+    latency: float | None
+
+
+@contextmanager
+def only_layers(watch: Stopwatch, kept: Sequence[DecoderLayer]) -> Iterator[None]:
+    """Let the model have some of its layers only."""
+    layers, caches = watch.model.layers, watch.cache.arguments
+    watch.model.layers = [*kept]
+    watch.cache.arguments = [cache for layer, cache in zip(layers, caches, strict=True) if layer in kept]
+    try:
+        yield
+    finally:
+        watch.model.layers, watch.cache.arguments = layers, caches
+
+
+def measure_overhead(watch: Stopwatch, whole: Timing, sequences: int, context: int, bandwidth: float) -> Overhead:
+    """Compare decode steps (`whole`) and steps without layers with what reading takes; on the slowest rank.
+
+    `bandwidth`: bytes per second that all ranks read together. Every rank must call it.
+    """
+    model, comm, steps = watch.model, watch.comm, len(whole.seconds)
+    with only_layers(watch, []):
+        rest = watch.decode(sequences, context, steps)
+    speed = GOOD_EFFICIENCY * bandwidth / comm.size
+    head = model.weights.lm_head.bytes / speed
+    reading = (model.weights.bytes_per_step(sequences) + watch.kv_bytes(sequences, context)) / speed - head
+    own, without = whole.own_seconds / steps, rest.own_seconds / steps
+    beside = max(0.0, without - head), max(0.0, own - without - reading) / max(1, len(model.layers))
+    latency = _latency(model.comm)
+    message = None
+    if latency is not None:
+        rounds = _rounds(model.comm, sequences * model.config.padded_hidden_size)
+        waits = [seconds for seconds in comm.gather(whole.all_reduce_microseconds / 1e6) if seconds]
+        message = max(0.0, min(waits, default=0.0) / rounds - latency)
+    step, layer = (max(column) for column in zip(*comm.gather(beside), strict=True))
+    return Overhead(step, layer, message, latency)
+
+
+def _latency(comm: Communicator) -> float | None:
+    """Seconds of a small message between two hosts, None if these ranks are on one host or add up through MPI alone."""
+    shared = comm.shared
+    if shared is None or shared.hosts == 1:
+        return None
+    measured = one_way_seconds(shared.exchange.mpi, shared.exchange.pause) if shared.exchange else 0.0
+    return comm.broadcast(measured)
+
+
+def _rounds(comm: Communicator, count: int) -> int:
+    """Messages one after the other in a sum of so many numbers, as rank 0's host exchanges them."""
+    shared = comm.shared
+    assert shared is not None
+    way = comm.broadcast(shared.exchange.way_for(count) if shared.exchange else "")
+    return sum_sent(Layout(shared.hosts, 1), count, 1)[way].rounds if comm.shared_for(count) else 1
