@@ -13,7 +13,7 @@ CMAKE := $(shell printf '3.16\n%s\n' "$$(cmake --version 2>/dev/null | sed -n 's
 INSTALL := CMAKE_ARGS=-DMPILLAMA_BUILD_KERNELS=OFF CMAKE_EXECUTABLE=$(CMAKE) CMAKE_GENERATOR="Unix Makefiles" \
 	$(BIN)/python -m pip install --quiet --editable
 
-PYTEST := -m pytest --numprocesses=$(JOBS) --maxprocesses=4 --dist=loadfile
+PYTEST := -m pytest --numprocesses=$(JOBS) --maxprocesses=4 --dist=loadfile --no-loadscope-reorder
 
 .PHONY: run kernels setup test test-openmpi test-fast lint format clean demo
 
@@ -34,6 +34,9 @@ test-openmpi: setup  ## what may differ between MPIs, on Open MPI; left out, wit
 
 test-fast: setup  ## without the tests marked slow
 	$(BIN)/python $(PYTEST) -m "not slow"
+
+# Tests start Python thousands of times: its modules are compiled once, whatever the environment says.
+test test-openmpi test-fast: export PYTHONDONTWRITEBYTECODE =
 
 lint: .venv/test.stamp
 	$(BIN)/ruff check .

@@ -3,10 +3,12 @@
 python benchmarks/deep_context.py --contexts 32768 65536 --rows 1 8 63 --kv-type q8 --threads 2
 
 A model that is nothing but attention (32 heads, 8 KV heads of 128 channels, narrow otherwise) runs steps of one token
-of each sequence; --one-sequence: of so many tokens of one sequence, as drafts are. The cache is filled with numbers.
+of each sequence; --one-sequence: of so many tokens of one sequence, as drafts are. --kind latent has DeepSeek V3's
+attention instead, indexed that of V3.2, which scores all positions and attends to 2,048 of them, blocks that of MiniMax
+M3, where an index chooses --blocks blocks of 128 positions for each of 4 KV heads. The cache is filled with numbers.
 Where the sequences' caches do not fit into --memory, several sequences read the same blocks (as after a common prompt),
 never two of them one after the other. Time is that of the kernels' part "attention", bytes are keys, values and scales
-that the steps ask for: of one sequence's tokens once.
+that the steps ask for, chosen or not: of one sequence's tokens once.
 """
 
 import argparse
@@ -31,6 +33,17 @@ SHAPE = {
     "num_key_value_heads": 8, "head_dim": 128, "rms_norm_eps": 1e-5, "max_position_embeddings": 1 << 18,
     "rope_theta": 500000.0, "tie_word_embeddings": True,
 }  # fmt: skip
+LATENT = {
+    **SHAPE, "model_type": "deepseek_v3", "num_attention_heads": 128, "num_key_value_heads": 128,
+    "first_k_dense_replace": 1000,
+}  # fmt: skip
+BLOCK_SPARSE = {
+    **SHAPE, "model_type": "minimax_m3_vl_text", "num_attention_heads": 64, "num_key_value_heads": 4,
+    "partial_rotary_factor": 0.5, "dense_intermediate_size": 64,
+}  # fmt: skip
+KINDS = {
+    "grouped": SHAPE, "latent": LATENT, "indexed": {**LATENT, "model_type": "deepseek_v32"}, "blocks": BLOCK_SPARSE,
+}  # fmt: skip
 
 
 def main() -> None:
@@ -39,13 +52,15 @@ def main() -> None:
     parser.add_argument("--contexts", type=int, nargs="+", default=[32768, 65536, 131072])
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 8, 63])
     parser.add_argument("--kv-type", default="f16", choices=["f16", "f32", "q8"])
+    parser.add_argument("--kind", default="grouped", choices=KINDS)
     parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--memory", type=float, default=3.0, help="GB of KV cache (default: 3)")
     parser.add_argument("--one-sequence", action="store_true")
+    parser.add_argument("--blocks", type=int, default=16)
     options = parser.parse_args()
-    config = ModelConfig.from_hf({**SHAPE, "num_hidden_layers": options.layers})
+    config = ModelConfig.from_hf(shape(options.kind, options.layers, options.blocks))
     team = prepare(requested_isa(), options.threads).team
     part = config.partition(1)[0]
     weights = load_weights(
@@ -61,6 +76,15 @@ def main() -> None:
         for rows in options.rows:
             print(row(model, cache, options, context, rows, max(1, apart)), flush=True)
         del cache
+
+
+def shape(kind: str, layers: int, blocks: int) -> dict[str, object]:
+    """A model of so many layers; of MiniMax M3's those attend to so many blocks."""
+    found = {**KINDS[kind], "num_hidden_layers": layers}
+    if kind != "blocks":
+        return found
+    kinds = {"layer_types": ["minimax_m3_sparse"] * layers, "mlp_layer_types": ["dense"] * layers}
+    return {**found, **kinds, "index_topk_blocks": blocks}
 
 
 def filled_cache(model: Decoder, blocks: int, kv_type: str) -> KVCache:

@@ -2,14 +2,15 @@
 
     python -m benchmarks.hosts --hosts 2 4 --delays 0 50 200 1000 --rates 10000 1000
     python -m benchmarks.hosts --hosts 4 --before ../older-tree
-    python -m benchmarks.hosts --hosts 2 --batch 8 32 --prefill 256 --before-settings MPILLAMA_OVERLAP=never
+    python -m benchmarks.hosts --hosts 2 --batch 8 32 --prefill 256 --tokens 0
 
 Needs root, Linux with namespaces and /dev/net/tun, and a C++ compiler or the wire compiled (tests/system/hosts). Hosts
 have cores of their own where there are enough, but share the machine's memory; on fewer cores tokens/s are not those of
 real hosts, bytes and messages are. Prints a table as it comes, and JSON with --json. What starts and loads is not
 counted: each figure on the wire is the difference of two runs. With --before an older tree, whose kernels are compiled,
 runs in turns with this one; with --before-settings this tree does so with other settings. --batch and --prefill measure
-steps of several sequences and prompts, too, with `bench`.
+steps of several sequences and prompts, too, with `bench`: in the way that it chooses, and in each that it tries, step
+by step in turns (in one part, or in several whose sums travel meanwhile). With --tokens 0 nothing else is measured.
 """
 
 import argparse
@@ -23,6 +24,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
 
+from mpillama.cli.display import in_number
 from tests.system.hosts.network import Hosts, running_hosts, why_not
 from tests.system.mpi.launch import PROGRAM, ROOT, environment
 
@@ -81,9 +83,9 @@ def main() -> None:
     parser.add_argument("--ranks-per-host", type=int, default=1)
     parser.add_argument("--delays", type=float, nargs="+", default=[0, 50, 200, 1000], help="one way, in microseconds")
     parser.add_argument("--rates", type=float, nargs="+", default=[10000, 1000], help="of a host's port, in Mbit/s")
-    parser.add_argument("--tokens", type=int, default=48)
+    parser.add_argument("--tokens", type=int, default=48, help="of one stream; 0: measure --batch and --prefill only")
     parser.add_argument("--runs", type=int, default=5, help="of which the median counts")
-    parser.add_argument("--options", nargs="*", default=[], help="more options of generate, as words without --")
+    parser.add_argument("--options", nargs="*", default=[], help="more of generate and bench, as words without --")
     parser.add_argument("--tokenizer", default="data/demo.h5", help="native file whose tokenizer is used")
     parser.add_argument("--before", type=Path, help="an older tree of this repository, to compare with")
     parser.add_argument("--before-settings", nargs="+", default=[], metavar="NAME=VALUE", help="of its environment")
@@ -98,16 +100,19 @@ def main() -> None:
     given = parser.parse_args()
     if reason := why_not():
         sys.exit(reason)
+    if not (given.tokens or given.batch or given.prefill):
+        sys.exit("--tokens 0 leaves nothing to measure: give --batch or --prefill.")
     rows = []
     with tempfile.TemporaryDirectory() as folder:
-        _print(given, COLUMNS)
+        if given.tokens:
+            _print(given, COLUMNS)
         for count in given.hosts:
             trees = make_trees(given, Path(folder), count)
             with (
                 tempfile.TemporaryDirectory() as state,
                 running_hosts(Path(state), count, cores(given, count)) as hosts,
             ):
-                for tree in trees:
+                for tree in trees if given.tokens else ():
                     measure_nodes(given, hosts, tree)
                 for delay in given.delays:
                     for rate in given.rates:
@@ -133,7 +138,7 @@ def make_trees(given: argparse.Namespace, folder: Path, hosts: int) -> list[Tree
         if path is None:
             continue
         tree = Tree(name, path.resolve(), folder / f"{name}.h5", folder / f"{name}-{hosts}.json", settings)
-        if not tree.model.exists():
+        if given.tokens and not tree.model.exists():
             tokenizer = str(Path(given.tokenizer).resolve())
             run_here(tree, "-c", MAKE_MODEL, str(tree.model), given.shape, given.weights, tokenizer)
         found.append(tree)
@@ -158,44 +163,61 @@ def printed(output: str) -> Row:
 def measure(given: argparse.Namespace, hosts: Hosts, trees: list[Tree], network: Row) -> list[Row]:
     """A row of each tree: the median of some runs, in turns, and what plan predicts from the ping."""
     ping, by_mpi = hosts.ping(200), latency(hosts)
-    few, many = given.tokens // 6, given.tokens
     for tree in trees:
         tree.forget()
     for number in range(given.runs):
         for tree in trees:
-            if number <= given.runs // 2:
-                generate(given, hosts, tree, few)
-            found = generate(given, hosts, tree, many)
-            tree.speeds.append(found["decode_tokens_per_second"])
-            tree.waits.append(found["communication_share"] * 1e3 / found["decode_tokens_per_second"])
+            if given.tokens:
+                measure_stream(given, hosts, tree, number)
             for what, speed in measure_steps(given, hosts, tree).items():
                 tree.steps.setdefault(what, []).append(speed)
     rows = []
     for tree in trees:
-        sent, messages = tree.sent_per_token(few, many)
         rows.append({
             "tree": tree.name, "shape": given.shape, "weights": given.weights, "hosts": len(hosts.names),
             "ranks": given.ranks_per_host * len(hosts.names), "cores_per_host": hosts.cores_per_host, **network,
             "ping_us": 1e6 * ping, "mpi_latency_us": 1e6 * by_mpi,
-            "tokens_per_second": statistics.median(tree.speeds), "slowest": min(tree.speeds),
-            "fastest": max(tree.speeds), "waiting_ms": statistics.median(tree.waits), "bytes_per_token": sent,
-            "messages_per_token": messages,
             "steps": {what: statistics.median(all_) for what, all_ in tree.steps.items()},
-            "planned_tokens_per_second": plan(given, hosts, tree, by_mpi, network["mbit"]),
         })  # fmt: skip
-        _print(given, tuple(_cells(rows[-1])))
+        if given.tokens:
+            rows[-1] |= of_stream(given, tree)
+            rows[-1]["planned_tokens_per_second"] = plan(given, hosts, tree, by_mpi, network["mbit"])
+            _print(given, tuple(_cells(rows[-1])))
     for row in rows if given.batch or given.prefill else ():
-        told = (f"{what} {speed:.1f}" for what, speed in row["steps"].items())
-        print(f"{row['tree']:>6}  tok/s:", ", ".join(told), file=_stream(given), flush=True)
+        where = f"{row['tree']:>6}  {row['hosts']} hosts, {row['delay_us']:g} µs, {row['mbit']:g} Mbit/s, tok/s:"
+        print(where, ", ".join(f"{what} {speed:.1f}" for what, speed in row["steps"].items()), file=_stream(given))
+    _stream(given).flush()
     return rows
+
+
+def measure_stream(given: argparse.Namespace, hosts: Hosts, tree: Tree, number: int) -> None:
+    """A run of one stream, and in the first half of the runs a shorter one, which sends as much to start up."""
+    if number <= given.runs // 2:
+        generate(given, hosts, tree, few_tokens(given))
+    found = generate(given, hosts, tree, given.tokens)
+    tree.speeds.append(found["decode_tokens_per_second"])
+    tree.waits.append(found["communication_share"] * 1e3 / found["decode_tokens_per_second"])
+
+
+def few_tokens(given: argparse.Namespace) -> int:
+    """Of the shorter runs."""
+    return max(1, int(given.tokens) // 6)
+
+
+def of_stream(given: argparse.Namespace, tree: Tree) -> Row:
+    """What a tree's runs of one stream have shown."""
+    sent, messages = tree.sent_per_token(few_tokens(given), given.tokens)
+    return {
+        "tokens_per_second": statistics.median(tree.speeds), "slowest": min(tree.speeds), "fastest": max(tree.speeds),
+        "waiting_ms": statistics.median(tree.waits), "bytes_per_token": sent, "messages_per_token": messages,
+    }  # fmt: skip
 
 
 def generate(given: argparse.Namespace, hosts: Hosts, tree: Tree, tokens: int) -> Row:
     """A run; what all hosts sent meanwhile is noted."""
     hosts.counts()
     words = ("--prompt-token-ids", "5,6,7,8", "--temperature", "0", "--max-tokens", str(tokens), "--max-seq-len", "256")
-    options = [f"--{word}" if word[0].isalpha() else word for word in given.options]
-    command = (*PROGRAM, "generate", "--model", tree.model, "--json", *words, *options)
+    command = (*PROGRAM, "generate", "--model", tree.model, "--json", *words, *more_options(given))
     result = hosts.run(given.ranks_per_host, *command, tree=tree.path, settings=tree.settings)
     if result.status:
         sys.exit(result.stderr)
@@ -204,19 +226,30 @@ def generate(given: argparse.Namespace, hosts: Hosts, tree: Tree, tokens: int) -
     return printed(result.stdout)
 
 
+def more_options(given: argparse.Namespace) -> list[str]:
+    return [f"--{word}" if word[0].isalpha() else word for word in given.options]
+
+
 def measure_steps(given: argparse.Namespace, hosts: Hosts, tree: Tree) -> dict[str, float]:
     """Tokens/s of prompts and of several sequences, if they are asked for."""
     if not given.batch and not given.prefill:
         return {}
-    words = ["bench", "--shape", given.shape, "--weights", given.weights, "--json", "--decode", "8", "--context", "64"]
+    words = ["bench", "--shape", given.shape, "--weights", given.weights, "--json", "--decode", "4", "--context", "64"]
     words += ["--layers", str(given.layers)] if given.layers else []
-    words += ["--repetitions", "3", "--prefill", *map(str, given.prefill), "--batch", *map(str, given.batch or [1])]
-    result = hosts.run(given.ranks_per_host, *PROGRAM, *words, tree=tree.path, settings=tree.settings)
+    words += ["--repetitions", "2", "--prefill", *map(str, given.prefill), "--batch", *map(str, given.batch or [1])]
+    command = (*PROGRAM, *words, *more_options(given))
+    result = hosts.run(given.ranks_per_host, *command, tree=tree.path, settings=tree.settings)
     if result.status:
         sys.exit(result.stderr)
     found = printed(result.stdout)
-    prompts = {f"prompt of {row['tokens']}": row["tokens_per_second"] for row in found["prefill"]}
-    return prompts | {f"{row['batch']} sequences": row["tokens_per_second"] for row in found["decode"]}
+    rows = {f"prompt of {row['tokens']}": row for row in found["prefill"]}
+    rows |= {f"{row['batch']} sequences": row for row in found["decode"] if row["batch"] in given.batch}
+    speeds = {}
+    for what, row in rows.items():
+        speeds[what] = row["tokens_per_second"]
+        tried = row.get("tried_tokens_per_second", {})  # older trees do not tell
+        speeds |= {f"{what} in {in_number(int(parts), 'part')}": speed for parts, speed in tried.items()}
+    return speeds
 
 
 def measure_nodes(given: argparse.Namespace, hosts: Hosts, tree: Tree) -> None:

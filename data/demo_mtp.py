@@ -1,16 +1,21 @@
-"""Train the layer that drafts tokens for the demo (multi-token prediction), beside its frozen weights."""
+"""Train the layer that drafts tokens for the demo (multi-token prediction), beside its frozen weights.
+
+It learns to guess what the model will say, not what stands in the corpus: its loss is the cross-entropy with the
+model's own probabilities. The model's hidden states are computed once and kept, so that a step costs the layer alone.
+"""
 
 import json
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
+from random import Random
 
 import numpy as np
 import torch
 from demo_model import NO_TARGET, DecoderLayer, Llama, LlamaConfig, rope_table
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import log_softmax
 
 from mpillama.formats.native.reader import NativeModel
 from mpillama.formats.native.table import read_table
@@ -20,6 +25,13 @@ from mpillama.models.tensors import EH_PROJ, EMBEDDING_NORM, FINAL_NORM, HIDDEN_
 from mpillama.quant.types.q4_0 import Q4_0
 
 log = logging.getLogger("train_demo")
+BATCHES = 60
+"""Of documents whose hidden states are kept: 180,000 tokens."""
+HELD_OUT = 2
+"""Of these, that only measure how often guesses are right."""
+Example = tuple[Tensor, Tensor, Tensor]
+"""Tokens int16 [rows, tokens]; whether the model says the one after next, bool [rows, tokens - 2]; and its hidden
+states bfloat16 [rows, tokens - 1, hidden]."""
 
 
 class DraftingLayer(nn.Module):
@@ -43,13 +55,13 @@ class DraftingLayer(nn.Module):
 
 
 def frozen(path: Path) -> tuple[Llama, NativeModel]:
-    """The demo's model, as its file holds it."""
+    """The demo's model in bfloat16, and its file."""
     file = read_table(str(path))
     config = LlamaConfig(**{key: file.config_json[key] for key in LlamaConfig.__dataclass_fields__})
     model = Llama(config)
     weights = {name.removeprefix("model."): torch.from_numpy(value) for name, value in weights_of(file).items()}
     model.load_state_dict(weights)
-    return model.requires_grad_(False), file
+    return model.requires_grad_(False).bfloat16(), file
 
 
 def weights_of(file: NativeModel) -> dict[str, np.ndarray]:
@@ -68,33 +80,71 @@ def weights_of(file: NativeModel) -> dict[str, np.ndarray]:
     return found
 
 
-def train(model: Llama, data: Iterable[tuple[Tensor, Tensor]], steps: int) -> DraftingLayer:
-    """Train a layer for so many batches."""
-    layer = DraftingLayer(model.config)
-    optimizer = torch.optim.AdamW(layer.parameters(), lr=3e-3, betas=(0.9, 0.98), weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=steps, pct_start=0.1)
-    for step, (tokens, targets) in enumerate(islice(data, steps)):
-        loss, right = loss_and_acceptance(model, layer, tokens, targets)
+def examples(model: Llama, data: Iterable[tuple[Tensor, Tensor]], path: Path) -> list[Example]:
+    """What to learn from: made by the model, or read from `path` where an earlier run has left it."""
+    if path.exists():
+        kept: list[Example] = torch.load(path)
+        return kept
+    found = []
+    for number, (tokens, targets) in enumerate(islice(data, BATCHES)):
+        with torch.no_grad():
+            hidden = model.hidden_states(tokens[:, :-1]).bfloat16()
+        found.append((tokens.short(), targets[:, 2:] != NO_TARGET, hidden))
+        if number % 10 == 9:
+            log.info("hidden states of %d of %d batches", number + 1, BATCHES)
+    torch.save(found, path)
+    return found
+
+
+def train(model: Llama, found: list[Example], steps: int, seed: int) -> DraftingLayer:
+    """Train a layer: the first half of the steps on the next guess, the others on the two next ones."""
+    layer, rng = DraftingLayer(model.config), Random(seed)
+    optimizer = torch.optim.AdamW(layer.parameters(), lr=2e-3, betas=(0.9, 0.98), weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate(step, steps))
+    learned, checked = found[HELD_OUT:], found[:HELD_OUT]
+    order = (example for _ in range(steps) for example in rng.sample(learned, len(learned)))
+    for step, example in enumerate(islice(order, steps)):
+        losses = [loss for loss, _ in guesses(model, layer, example, 1 + (2 * step >= steps))]
+        loss = torch.stack(losses).mean()
         optimizer.zero_grad()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(layer.parameters(), 1.0)
+        nn.utils.clip_grad_norm_(layer.parameters(), 1.0)
         optimizer.step()
         schedule.step()
-        if step % 20 == 0:
-            log.info("step %d of %d: loss %.4f, %.1f %% right", step, steps, loss.item(), 100 * right)
+        if step % 10 == 9:
+            log.info("step %d of %d: loss %.3f", step + 1, steps, loss.item())
+        if step % 50 == 49 or step == steps - 1:
+            log.info("right guesses among unseen documents: %s", acceptance(model, layer, checked))
     return layer
 
 
-def loss_and_acceptance(model: Llama, layer: DraftingLayer, tokens: Tensor, targets: Tensor) -> tuple[Tensor, float]:
-    """The mean cross-entropy of the tokens after next, and the share of those that were the most likely ones."""
-    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
-        hidden = model.hidden_states(tokens[:, :-2])
-        embedded = model.embed_tokens(tokens[:, 1:-1])
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        logits = model.lm_head(layer(embedded, hidden)).float()
-    wanted = targets[:, 2:]
-    right = (logits.argmax(-1) == wanted)[wanted != NO_TARGET].float().mean().item()
-    return cross_entropy(logits.flatten(0, 1), wanted.flatten(), ignore_index=NO_TARGET), right
+def learning_rate(step: int, steps: int, warm_up: int = 10) -> float:
+    """Return the factor of the learning rate: up, level for half of the steps, then linearly down."""
+    return min(1.0, (step + 1) / warm_up, 0.02 + 2 * (1 - step / steps))
+
+
+def guesses(model: Llama, layer: DraftingLayer, example: Example, count: int) -> Iterator[tuple[Tensor, float]]:
+    """Of each guess in turn: its cross-entropy with what the model will say, and how often the likeliest agree.
+
+    The first one goes on from the model's hidden states, the others from the layer's own.
+    """
+    tokens, wanted, hidden = example
+    embedded, x = model.embed_tokens(tokens[:, 1:-1].long()).float(), hidden[:, :-1]
+    for number in range(count):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            x = layer(embedded[:, number:], x)
+        rows = wanted[:, number:]
+        own, models = (model.lm_head(state[rows].bfloat16()).float() for state in (x, hidden[:, number + 1 :]))
+        loss = -(models.softmax(-1) * log_softmax(own, -1)).sum(-1).mean()
+        yield loss, (own.argmax(-1) == models.argmax(-1)).float().mean().item()
+        x = x[:, :-1]
+
+
+@torch.no_grad()
+def acceptance(model: Llama, layer: DraftingLayer, found: list[Example]) -> str:
+    """How often each of the two next guesses is right, in words."""
+    shares = np.mean([[right for _, right in guesses(model, layer, example, 2)] for example in found], axis=0)
+    return ", then ".join(f"{100 * share:.1f} %" for share in shares)
 
 
 def export_mtp(layer: DraftingLayer, model: NativeModel, path: Path) -> None:

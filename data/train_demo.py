@@ -12,6 +12,7 @@ from functools import partial
 from itertools import islice
 from pathlib import Path
 from random import Random
+from zlib import crc32
 
 import demo_mtp
 import torch
@@ -53,7 +54,9 @@ def make_mtp(options: argparse.Namespace) -> None:
     """Train the layer that drafts tokens for the model of `--mtp`, which stays as it is."""
     model, file = demo_mtp.frozen(options.mtp)
     tokenizer = Tokenizer.from_str(file.texts["tokenizer.json"].decode())
-    layer = demo_mtp.train(model, batches(tokenizer, options.seed), options.steps)
+    kept = options.work_dir / f"hidden-states-{crc32(options.mtp.read_bytes()):08x}-{options.seed}.pt"
+    found = demo_mtp.examples(model, batches(tokenizer, options.seed), kept)
+    layer = demo_mtp.train(model, found, options.steps, options.seed)
     demo_mtp.export_mtp(layer, file, options.out)
 
 

@@ -1,6 +1,7 @@
 """What all tests share: the kernels' target, and small random model files."""
 
 import signal
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,6 +11,8 @@ from mpillama.kernels.target import Target, prepare, requested_isa
 from tests import tiny_models as models
 
 THREADS = 2
+SYSTEM = Path(__file__).parent / "system"
+"""Where every test starts programs."""
 
 ModelFile = Callable[[str, str], Path]
 """(kind, weight type) -> path of a model file."""
@@ -25,6 +28,12 @@ WRITERS = {
 def pytest_configure() -> None:
     """Let interrupts through to the programs under test: a shell's background jobs inherit that they are ignored."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the files that have the most slow tests: those that end a run together should be short."""
+    slow = Counter(item.path for item in items if SYSTEM in item.path.parents or item.get_closest_marker("slow"))
+    items.sort(key=lambda item: -slow[item.path])
 
 
 @pytest.fixture(scope="session", autouse=True)

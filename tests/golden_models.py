@@ -27,7 +27,8 @@ FOLDER = Path(__file__).parent / "golden"
 FAMILIES = (
     "llama", "llama3", "llama_bias", "llama_linear", "llama_yarn", "mistral", "qwen2", "qwen3", "mixtral", "qwen3_moe",
     "seed_oss", "olmo2", "granite", "smollm3", "ministral", "ministral3", "phi3", "phi3_longrope", "gemma2", "gemma3",
-    "hy_v3", "glm4_moe", "minimax_m2", "gpt_oss", "deepseek_v3", "kimi_k2", "llama4", "llama4_usual",
+    "hy_v3", "glm4_moe", "minimax_m2", "minimax_m3", "gpt_oss", "deepseek_v3", "kimi_k2", "llama4", "llama4_usual",
+    "deepseek_v32", "glm_moe_dsa",
     "qwen3_next", "qwen3_5", "qwen3_5_moe",
 )  # fmt: skip
 Tensors = Mapping[str, np.ndarray]
@@ -43,6 +44,16 @@ def golden(family: str) -> tuple[np.ndarray, np.ndarray]:
 def stored_tensors(family: str) -> dict[str, np.ndarray]:
     """A golden model's tensors as its file has them."""
     return load_file(FOLDER / family / "model.safetensors")
+
+
+@cache
+def golden_positions(family: str) -> np.ndarray | None:
+    """The positions that transformers chose, ascending: int64 [layers with an indexer, tokens, chosen]; None of others.
+
+    A token before so many has all of its own, and later ones.
+    """
+    with np.load(FOLDER / family / "golden.npz") as found:
+        return found["positions"].astype(np.int64) if "positions" in found else None
 
 
 @cache
@@ -89,7 +100,8 @@ ARCHITECTURES |= {"qwen3_moe": "qwen3moe", "seed_oss": "seed_oss", "olmo2": "olm
 ARCHITECTURES |= {"smollm3": "smollm3", "ministral3": "mistral3", "phi3": "phi3", "gemma2": "gemma2"}
 ARCHITECTURES |= {"gemma3_text": "gemma3"}
 ARCHITECTURES |= {"hy_v3": "hy_v3", "glm4_moe": "glm4moe", "minimax_m2": "minimax-m2", "gpt_oss": "gpt-oss"}
-ARCHITECTURES |= {"deepseek_v3": "deepseek2"}
+ARCHITECTURES |= {"deepseek_v3": "deepseek2", "deepseek_v32": "deepseek32", "glm_moe_dsa": "glm-dsa"}
+ARCHITECTURES |= {"minimax_m3_vl_text": "minimax-m3"}
 ARCHITECTURES |= {"llama4_text": "llama4"}
 ARCHITECTURES |= {"qwen3_next": "qwen3next", "qwen3_5_text": "qwen35", "qwen3_5_moe_text": "qwen35moe"}
 IN_PAIRS = ("llama", "granite", "smollm3", "mistral3")
@@ -102,9 +114,12 @@ GGUF_NAMES = {
     "mlp.shared_experts.gate_proj": "ffn_gate_shexp", "mlp.shared_experts.up_proj": "ffn_up_shexp",
     "mlp.shared_experts.down_proj": "ffn_down_shexp", "mlp.gate.e_score_correction_bias": "exp_probs_b.bias",
     "self_attn.sinks": "attn_sinks.weight",
+    **{f"self_attn.index_{each}": f"indexer.{each}" for each in ("q_proj", "k_proj", "q_norm", "k_norm")},
     "self_attn.q_a_proj": "attn_q_a", "self_attn.q_a_layernorm": "attn_q_a_norm", "self_attn.q_b_proj": "attn_q_b",
     "self_attn.kv_a_proj_with_mqa": "attn_kv_a_mqa", "self_attn.kv_a_layernorm": "attn_kv_a_norm",
     "self_attn.kv_b_proj": "attn_kv_b",
+    "self_attn.indexer.wq_b": "indexer.attn_q_b", "self_attn.indexer.wk": "indexer.attn_k",
+    "self_attn.indexer.k_norm": "indexer.k_norm", "self_attn.indexer.weights_proj": "indexer.proj",
     "self_attn.q_gate_proj": "attn_q", "linear_attn.in_proj_qkv": "attn_qkv", "linear_attn.in_proj_z": "attn_gate",
     "linear_attn.in_proj_ba": "ssm_ba", "linear_attn.in_proj_a": "ssm_alpha", "linear_attn.in_proj_b": "ssm_beta",
     "linear_attn.conv1d": "ssm_conv1d", "linear_attn.norm": "ssm_norm", "linear_attn.out_proj": "ssm_out",
@@ -121,6 +136,10 @@ OTHER_NAMES = {
 }  # fmt: skip
 """What single architectures call otherwise."""
 EXPERT_NAMES = {"gate_proj": "ffn_gate_exps", "up_proj": "ffn_up_exps", "down_proj": "ffn_down_exps"}
+
+
+AS_FLOATS = ("ffn_gate_inp", "indexer.proj", "conv1d")
+"""What no file quantises."""
 
 
 def write_gguf(
@@ -144,7 +163,7 @@ def write_gguf(
     _write_vocabulary(writer, family, pre)
     stored = _gguf_tensors(family, architecture, config)
     for name, tensor in (stored if old else _with_halves(stored, config)).items():
-        if tensor.ndim == 1 or "ffn_gate_inp" in name or "conv1d" in name or name.endswith(".bias"):
+        if tensor.ndim == 1 or name.endswith(".bias") or any(part in name for part in AS_FLOATS):
             writer.add_tensor(name, tensor)
         else:
             data, kind = quantise(tensor)
@@ -189,6 +208,8 @@ def _write_metadata(writer: gguf.GGUFWriter, family: str, config: ModelConfig, d
     writer.add_head_count(attention(config).heads)
     if hasattr(attention(config), "kv_rank"):
         _write_latents(writer, config, old)
+        if hasattr(attention(config), "indexer"):
+            _write_indexers(writer, config)
     else:
         writer.add_head_count_kv(attention(config).kv_heads)
         writer.add_key_length(attention(config).head_dim)
@@ -257,6 +278,16 @@ def _write_latents(writer: gguf.GGUFWriter, config: ModelConfig, old: bool) -> N
         writer.add_rope_scaling_orig_ctx_len(int(scaling.original_max_position_embeddings))
         magnitude = (np.sqrt(kind.softmax_factor) - 1) / np.log(scaling.factor)
         writer.add_rope_scaling_yarn_log_mul(float(magnitude))
+
+
+def _write_indexers(writer: gguf.GGUFWriter, config: ModelConfig) -> None:
+    """Their sizes and, of models whose layers do not all have one, which do."""
+    kind, own = attention(config), [not block.attention.follows for block in config.blocks]
+    writer.add_indexer_head_count(kind.indexer.heads)
+    writer.add_indexer_key_length(kind.indexer.channels)
+    writer.add_indexer_top_k(kind.chosen)
+    if not all(own):
+        writer.add_array(f"{ARCHITECTURES[config.model_type]}.attention.indexer.types", [int(one) for one in own])
 
 
 def _with_delta_nets(tensors: Tensors, config: ModelConfig) -> Tensors:
@@ -369,6 +400,15 @@ def _gemma3_metadata(writer: gguf.GGUFWriter, settings: Mapping[str, Any]) -> No
     writer.add_uint32("gemma3.attention.sliding_window_pattern", settings["sliding_window_pattern"])
 
 
+def _minimax_m3_metadata(writer: gguf.GGUFWriter, settings: Mapping[str, Any]) -> None:
+    writer.add_rope_dimension_count(settings["rotary_dim"])
+    for key, name in (
+        ("head_count", "index_n_heads"), ("key_length", "index_head_dim"), ("top_k", "index_topk_blocks"),
+        ("block_size", "index_block_size"), ("local_blocks", "index_local_blocks"),
+    ):  # fmt: skip
+        writer.add_uint32(f"minimax-m3.attention.indexer.{key}", settings[name])
+
+
 def _llama4_metadata(writer: gguf.GGUFWriter, settings: Mapping[str, Any]) -> None:
     writer.add_interleave_moe_layer_step(settings["interleave_moe_layer_step"])
 
@@ -376,6 +416,7 @@ def _llama4_metadata(writer: gguf.GGUFWriter, settings: Mapping[str, Any]) -> No
 MORE_METADATA: Mapping[str, Callable[[gguf.GGUFWriter, Mapping[str, Any]], None]] = {
     "granite": _granite_metadata, "ministral3": _ministral3_metadata, "phi3": _phi3_metadata,
     "gemma2": _gemma2_metadata, "gemma3_text": _gemma3_metadata, "llama4_text": _llama4_metadata,
+    "minimax_m3_vl_text": _minimax_m3_metadata,
 }  # fmt: skip
 """What files of single architectures hold besides."""
 FUSED = {

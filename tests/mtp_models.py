@@ -9,7 +9,7 @@ from safetensors.numpy import save_file
 
 from tests import golden_models as g
 
-LAYERS = {"glm4_moe": 2, "deepseek_v3": 2, "qwen3_5_moe": 1}
+LAYERS = {"glm4_moe": 2, "deepseek_v3": 2, "glm_moe_dsa": 4, "qwen3_5_moe": 1}
 """The layer of each that is like the one that drafts: with experts, and attention that keeps no state."""
 Tensors = dict[str, np.ndarray]
 
@@ -102,7 +102,9 @@ def write_oracle(folder: Path, family: str, inputs: np.ndarray) -> Path:
     of_layer = {f"model.layers.0.{name}": tensor for name, tensor in layer.items()}
     save_file({**of_layer, **outer}, folder / "model.safetensors")
     one: dict[str, Any] = {"num_hidden_layers": 1, "tie_word_embeddings": False}
-    one |= {"layer_types": ["full_attention"]} if "layer_types" in config else {"first_k_dense_replace": 0}
+    lists = ("layer_types", "mlp_layer_types", "indexer_types")
+    one |= {key: config[key][LAYERS[family] :][:1] for key in lists if key in config}
+    one |= {} if "layer_types" in config else {"first_k_dense_replace": 0}
     (folder / "config.json").write_text(json.dumps({**config, **one}))
     return folder
 
@@ -120,7 +122,9 @@ def write_gguf(path: Path, folder: Path, family: str) -> Path:
     folder.mkdir(exist_ok=True)
     whole = {**main_tensors(family), **{f"model.layers.{number}.{name}": tensor for name, tensor in layer.items()}}
     save_file(whole, folder / "model.safetensors")
-    more = {"num_hidden_layers": number + 1, "num_nextn_predict_layers": 0}
+    more: dict[str, Any] = {"num_hidden_layers": number + 1, "num_nextn_predict_layers": 0}
+    lists = ("layer_types", "mlp_layer_types", "indexer_types")
+    more |= {key: [*config[key], config[key][LAYERS[family]]] for key in lists if key in config}
     (folder / "config.json").write_text(json.dumps({**config, **more}))
     _copy_texts(folder, family)
     names = {"shared_head.norm": "shared_head_norm"}

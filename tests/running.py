@@ -86,6 +86,22 @@ def chosen_experts(model: Decoder, tokens: np.ndarray) -> np.ndarray:
     return np.stack(found)
 
 
+def chosen_positions(model: Decoder, tokens: np.ndarray) -> np.ndarray:
+    """Which positions each token sees, int32 [layers with an indexer, tokens, chosen]; early ones do not choose."""
+    found: list[np.ndarray] = []
+
+    def latent_half(layer, step, total):
+        done = half(layer, step, total)
+        if layer.indexer.k.groups:
+            found.append(model.workspace.for_tokens(step.tokens).chosen.copy())
+        return done
+
+    half = model.team.latent_half
+    with patch.object(model.team, "latent_half", latent_half):
+        all_logits(model, [tokens])
+    return np.stack(found)
+
+
 def cut(tokens: np.ndarray, size: int) -> Chunks:
     """Tokens in chunks of `size`."""
     return [tokens[i : i + size] for i in range(0, len(tokens), size)]

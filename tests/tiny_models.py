@@ -105,6 +105,19 @@ DELTA_TOY: Mapping[str, Any] = {
 }
 """The same with a gated delta net before each layer of attention, and experts."""
 
+BLOCK_SPARSE_TOY: Mapping[str, Any] = {
+    **TOY,
+    "model_type": "minimax_m3_vl_text",
+    "layer_types": ["minimax_m3_sparse"] * 2,
+    "mlp_layer_types": ["dense"] * 2,
+    "dense_intermediate_size": 128,
+    "index_n_heads": 3,
+    "index_head_dim": 32,
+    "index_block_size": 64,
+    "index_topk_blocks": 2,
+}
+"""The same with attention to two blocks that an index chooses."""
+
 TOY_CHAT_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}{{ '<|' + message.role + '|>' }}{{ message.content }}"
     "{% if message.role == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"

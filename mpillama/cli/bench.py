@@ -323,6 +323,7 @@ def _prefill(options: BenchOptions, watch: Stopwatch, tokens: int, whole: ModelC
         **_spread(timing, tokens),
         "multiply_adds_per_second": tokens * multiply_adds(watch.model.config) / timing.median,
         "communication_share": timing.communication_share,
+        **_parts(timing),
     }
     if watch.model.config.num_hidden_layers < whole.num_hidden_layers:
         seconds = _extrapolate(watch, timing.median, whole, lambda: watch.prefill(tokens, options.repetitions))
@@ -353,6 +354,7 @@ def _decode(
         "bandwidth_fraction": (weight_bytes + kv_bytes) / timing.median / bandwidth,
         "communication_share": timing.communication_share,
         "allreduce_microseconds": min(r[2] for r in ranks),
+        **_parts(timing),
         "slowest_rank": {"rank": slowest, "host": ranks[slowest][1]},
         "sent_bytes_per_step": sent[0] / len(timing.seconds),
         "sent_messages_per_step": sent[1] / len(timing.seconds),
@@ -364,6 +366,11 @@ def _decode(
         again = lambda: watch.decode(batch, options.context, options.decode)  # noqa: E731
         result["whole_model_tokens_per_second"] = batch / _extrapolate(watch, timing.median, whole, again)
     return result
+
+
+def _parts(timing: Timing) -> Report:
+    """In how many parts steps went, and what was measured to choose that."""
+    return {"parts": timing.parts, "tried_tokens_per_second": timing.tried}
 
 
 def _spread(timing: Timing, tokens: int) -> dict[str, float]:

@@ -43,6 +43,8 @@ class DraftTiming:
 
 
 def bench_drafts(options: BenchOptions, world: World) -> int:
+    if options.draft_ranks == "auto":  # both are measured anyway
+        options = replace(options, draft_ranks="all")
     with running(options, world) as job, loaded(job, partial(_open, options)) as session:
         alone = None
         if session.draft is not None and world.comm.size > 1 and not session.draft.alone:

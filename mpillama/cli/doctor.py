@@ -13,7 +13,7 @@ from mpillama.cli.options import DoctorOptions
 from mpillama.comm.launcher import launched_size
 from mpillama.engine.measure import read_bandwidths
 from mpillama.job.host_memory import available_bytes
-from mpillama.job.start import World, mpi_library
+from mpillama.job.start import World, mpi_library, mpi_threads
 from mpillama.kernels.isa import host_features, sets_of
 from mpillama.kernels.library import is_built
 from mpillama.kernels.target import Target
@@ -70,6 +70,7 @@ def _report(world: World, ranks: list[dict[str, Any]], places: list[Placement]) 
         "mpillama": __version__,
         "python": platform.python_version(),
         "mpi": mpi_library(),
+        "mpi_threads": mpi_threads(),
         "ranks": world.comm.size,
         "launched": {"variable": variable, "processes": launched},
         "slurm": {name: os.environ[name] for name in SLURM_VARIABLES if name in os.environ},
@@ -128,7 +129,7 @@ def _shares_cores(rank: dict[str, Any], ranks: list[dict[str, Any]]) -> bool:
 
 
 def _print(report: dict[str, Any]) -> None:
-    facts = {key: str(report[key]) for key in ("mpillama", "python", "mpi", "ranks")}
+    facts = {key: str(report[key]) for key in ("mpillama", "python", "mpi", "mpi_threads", "ranks")}
     print_table((), list({**facts, **report["slurm"]}.items()))
     fields = ("rank", "host", "cores", "threads", "isa", "isas")
     ranks = [{**r, "cores": processor_list(r["cores"]), "isas": ", ".join(r["isas"])} for r in report["per_rank"]]

@@ -157,7 +157,7 @@ def _request(options: PlanOptions) -> PlanRequest:
         config, types, *sizes, tokenizer=not bench_trial, sync=options.sync, stages=options.pipeline,
         threads=options.threads, draft=_draft(options), context_parallel=options.context_parallel,
     )  # fmt: skip
-    even = divide(request.ranks, request.stages, None, config.num_hidden_layers)
+    even = divide(request.ranks, request.stages, None, config.most_stages)
     if options.context_parallel:
         by_positions(even, config)
     return request if options.shares is None else _with_shares(request, read_shares(options.shares))
@@ -177,7 +177,7 @@ def _draft(options: PlanOptions) -> DraftRequest | None:
 def _with_shares(request: PlanRequest, shares: tuple[float, ...] | list[Measured]) -> PlanRequest:
     """Ranks of a measurement are those of the plan in the same order, whatever their hosts are called."""
     if isinstance(shares, tuple):
-        divide(request.ranks, request.stages, shares, request.config.num_hidden_layers)
+        divide(request.ranks, request.stages, shares, request.config.most_stages)
         return replace(request, shares=shares)
     if len(shares) != request.ranks:
         raise UserError(

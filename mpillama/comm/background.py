@@ -2,14 +2,16 @@
 
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
 from queue import SimpleQueue
 
 from mpi4py import MPI
 
+from mpillama.comm.hosts import Steps
+
 NAP = 2e-5
 """Seconds between two polls: the cores belong to those who compute."""
-Look = Callable[[], None]
 
 
 def can_be() -> bool:
@@ -17,19 +19,18 @@ def can_be() -> bool:
     return bool(MPI.Query_thread() == MPI.THREAD_MULTIPLE)
 
 
-class EndedError(Exception):
-    """The thread was to end before a sum was there."""
-
-
 class Background(threading.Thread):
-    """Brings one sum after the other, in the order in which they are given; starts at once.
+    """Brings sums in the order in which they are given, up to `together` at the same time; starts at once.
 
-    `bring` gets the number of an exchange, how many numbers it has, and what to call between two polls.
+    `bring` gets the number of an exchange and how many numbers it has, and brings it a little at a time. Its end is
+    what the others see: it comes in order, so that a sum that is there early waits for the ones before.
     """
 
-    def __init__(self, bring: Callable[[int, int, Look], None]):
+    def __init__(self, bring: Callable[[int, int], Steps], publish: Callable[[int], None], together: int):
         super().__init__(daemon=True, name="sums between hosts")
         self._bring = bring
+        self._publish = publish
+        self._together = together
         self._tasks: SimpleQueue[tuple[int, int] | None] = SimpleQueue()
         self._given = self._brought = 0
         self._ending = False
@@ -56,16 +57,25 @@ class Background(threading.Thread):
 
     def run(self) -> None:
         """Work until the end."""
+        under_way: deque[tuple[int, Steps]] = deque()
         try:
-            while task := self._tasks.get():
-                self._bring(*task, self._look)
-                self._brought += 1
-        except EndedError:
-            return
+            while self._take(under_way):
+                arrived = [next(steps, self) is self for _, steps in under_way]
+                while arrived and arrived.pop(0):
+                    self._publish(under_way.popleft()[0])
+                    self._brought += 1
+                if under_way:
+                    time.sleep(NAP)
         except BaseException as error:  # noqa: BLE001 - the main thread raises it
             self._error = error
+        while under_way:
+            under_way.pop()[1].close()
 
-    def _look(self) -> None:
-        if self._ending:
-            raise EndedError
-        time.sleep(NAP)
+    def _take(self, under_way: deque[tuple[int, Steps]]) -> bool:
+        """Begin what was given, as far as may travel together; waits if nothing does. False at the end."""
+        while len(under_way) < self._together and not self._ending:
+            if under_way and self._tasks.empty():
+                break
+            if task := self._tasks.get():
+                under_way.append((task[0], self._bring(*task)))
+        return not self._ending

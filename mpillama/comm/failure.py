@@ -14,7 +14,14 @@ from contextlib import contextmanager, suppress
 from types import FrameType, TracebackType
 from typing import Any, NoReturn
 
-from mpillama.comm.launcher import OPEN_MPI, launched_first, launched_rank, launched_size, quiet_mpi
+from mpillama.comm.launcher import (
+    OPEN_MPI,
+    ask_for_threads,
+    launched_first,
+    launched_rank,
+    launched_size,
+    quiet_mpi,
+)
 from mpillama.errors import UserError
 from mpillama.redaction import hide
 
@@ -181,7 +188,7 @@ def starting_mpi(timeout: float) -> Iterator[Aborter]:
     """
     aborter = Aborter(launched_rank(), launched_size()[1])
     aborter.install()
-    os.environ.setdefault("MPI4PY_RC_THREAD_LEVEL", "funneled")
+    ask_for_threads()
     quiet_mpi()
     with no_longer_than(timeout), warnings.catch_warnings():
         # mpi4py's word on a launcher of another MPI, once per rank: refuse_singletons and doctor say it once.

@@ -5,7 +5,7 @@ Messages are packed (kernels/src/packed_sums.h), and sums are exact, so all ways
 
 import os
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Generator, Iterable
 from itertools import accumulate, pairwise
 from typing import Protocol, cast
 
@@ -19,6 +19,8 @@ UNIT = 32
 """Numbers that are packed together: pieces of a vector end between them."""
 Array = np.ndarray
 Look = Callable[[], None]
+Steps = Generator[None, None, None]
+"""Goes on as soon as messages have come, a little at a time; to be closed if nobody waits for its end."""
 
 
 class Packer(Protocol):
@@ -51,33 +53,61 @@ class HostExchange:
         self.mpi = leaders
         self.rank, self.size = leaders.rank, leaders.size
         self.packer = packer
+        self.capacity = capacity
         self.pause = pause
         self.traffic = traffic
         self.whole = 1 << (self.size.bit_length() - 1)
         self.table: list[tuple[int, str]] = [(capacity, "direct" if self.size <= MOST_DIRECT else "doubling")]
-        each = packer.packed_limit(capacity)
-        self._outgoing = np.empty(each + MOST_PIECES * packer.packed_limit(UNIT), np.uint8)
-        rows = self.size if self.size <= MOST_DIRECT else 2
-        self._incoming = np.empty((rows, each + MOST_PIECES * packer.packed_limit(UNIT)), np.uint8)
+        self._travellers: dict[int, Traveller] = {}
 
     def way_for(self, count: int) -> str:
         return next((way for limit, way in self.table if count <= limit), self.table[-1][1])
 
-    def sum(self, totals: Array, look: Look) -> None:
+    def sum(self, totals: Array, look: Look, place: int = 0) -> None:
         """Replace float64 [count] by its sum over hosts; `look` is called now and then while it waits."""
-        ways = {"direct": self._direct, "pieces": self._pieces, "doubling": self._doubling, "halving": self._halving}
-        ways[self.way_for(len(totals))](totals, look)
+        pause = self.pause()
+        for _ in self.begin(totals, place):
+            pause()
+            look()
 
-    def _direct(self, totals: Array, look: Look) -> None:
+    def begin(self, totals: Array, place: int) -> Steps:
+        """The same a little at a time, as often as messages are awaited. Sums in several places may travel together.
+
+        All hosts must begin those of a place in the same order, each when the one before has ended.
+        """
+        if place not in self._travellers:
+            self._travellers[place] = Traveller(self, place)
+        return self._travellers[place].travel(totals, self.way_for(len(totals)))
+
+
+class Traveller:
+    """One sum on its way, with memory for its messages; `place` is their tag."""
+
+    def __init__(self, hosts: HostExchange, place: int):
+        self.hosts = hosts
+        self.rank, self.size, self.whole = hosts.rank, hosts.size, hosts.whole
+        self.packer = hosts.packer
+        self.place = place
+        each = self.packer.packed_limit(hosts.capacity) + MOST_PIECES * self.packer.packed_limit(UNIT)
+        self._outgoing = np.empty(each, np.uint8)
+        self._incoming = np.empty((self.size if self.size <= MOST_DIRECT else 2, each), np.uint8)
+
+    def travel(self, totals: Array, way: str) -> Steps:
+        """Replace float64 [count] by its sum over hosts."""
+        ways = {"direct": self._direct, "pieces": self._pieces, "doubling": self._doubling, "halving": self._halving}
+        return ways[way](totals)
+
+    def _direct(self, totals: Array) -> Steps:
         """Everybody sends everybody what it has: one round, the most bytes."""
         message = self._pack(totals, 0)
         others = [host for host in range(self.size) if host != self.rank]
-        sizes = self._exchange(dict.fromkeys(others, message), {host: self._incoming[host] for host in others}, look)
+        places = {host: self._incoming[host] for host in others}
+        sizes = yield from self._exchange(dict.fromkeys(others, message), places)
         for host in range(self.size):  # in this order everywhere, for what overflowed and is not exact
             arrived = message if host == self.rank else self._incoming[host, : sizes[host]]
             self.packer.unpack(arrived, totals, begin=host == 0)
 
-    def _pieces(self, totals: Array, look: Look) -> None:
+    def _pieces(self, totals: Array) -> Steps:
         """Each host adds up a piece of the vector and tells all others: two rounds."""
         borders = self._borders(len(totals), self.size)
         parts = [totals[first:last] for first, last in pairwise(borders)]
@@ -89,30 +119,30 @@ class HostExchange:
         outgoing = {host: self._pack(parts[host], starts[host]) for host in range(self.size) if len(parts[host])}
         own = outgoing.pop(self.rank, None)
         places = {host: incoming[limit * host : limit * (host + 1)] for host in others if len(mine)}
-        sizes = self._exchange(outgoing, places, look)
+        sizes = yield from self._exchange(outgoing, places)
         for host in range(self.size) if own is not None else ():
             arrived = own if host == self.rank else places[host][: sizes[host]]
             self.packer.unpack(cast(Array, arrived), mine, begin=host == 0)
         total = self._pack(mine, 0)
         places = {host: incoming[starts[host] : starts[host + 1]] for host in others if len(parts[host])}
-        sizes = self._exchange(dict.fromkeys(others, total) if len(mine) else {}, places, look)
+        sizes = yield from self._exchange(dict.fromkeys(others, total) if len(mine) else {}, places)
         for host, place in places.items():
             self.packer.unpack(place[: sizes[host]], parts[host], begin=True)
 
-    def _doubling(self, totals: Array, look: Look) -> None:
+    def _doubling(self, totals: Array) -> Steps:
         """Neighbours, then neighbours' neighbours and so on exchange their sums: few messages for many hosts."""
-        with_rest = self._join_rest(totals, look)
+        with_rest = yield from self._join_rest(totals)
         if with_rest is None:
             return
         bit = 1
         while bit < self.whole:
-            self._swap(self.rank ^ bit, totals, totals, False, look)
+            yield from self._swap(self.rank ^ bit, totals, totals, False)
             bit *= 2
-        self._answer_rest(totals, with_rest, look)
+        yield from self._answer_rest(totals, with_rest)
 
-    def _halving(self, totals: Array, look: Look) -> None:
+    def _halving(self, totals: Array) -> Steps:
         """The same with half of the vector, a quarter and so on, and back: few messages, few bytes (Rabenseifner)."""
-        with_rest = self._join_rest(totals, look)
+        with_rest = yield from self._join_rest(totals)
         if with_rest is None:
             return
         borders = self._borders(len(totals), self.whole)
@@ -122,40 +152,40 @@ class HostExchange:
             kept.append((low, high))
             upper, lower = totals[borders[middle] : borders[high]], totals[borders[low] : borders[middle]]
             mine, other = (upper, lower) if self.rank & bit else (lower, upper)
-            self._swap(self.rank ^ bit, other, mine, False, look)
+            yield from self._swap(self.rank ^ bit, other, mine, False)
             low, high = (middle, high) if self.rank & bit else (low, middle)
             bit //= 2
         for bit in (1 << n for n in range(len(kept))):
             before = kept.pop()
             mine = totals[borders[low] : borders[high]]
             ends = (before[0], low) if self.rank & bit else (high, before[1])
-            self._swap(self.rank ^ bit, mine, totals[borders[ends[0]] : borders[ends[1]]], True, look)
+            yield from self._swap(self.rank ^ bit, mine, totals[borders[ends[0]] : borders[ends[1]]], True)
             low, high = before
-        self._answer_rest(totals, with_rest, look)
+        yield from self._answer_rest(totals, with_rest)
 
-    def _join_rest(self, totals: Array, look: Look) -> bool | None:
+    def _join_rest(self, totals: Array) -> Generator[None, None, bool | None]:
         """Hosts beyond the largest power of two give what they have to one of the others, and get the sum: None."""
         partner = self.rank - self.whole
         if partner >= 0:
-            self._send_or_receive({partner: totals}, {}, False, look)
-            self._send_or_receive({}, {partner: totals}, True, look)
+            yield from self._send_or_receive({partner: totals}, {}, False)
+            yield from self._send_or_receive({}, {partner: totals}, True)
             return None
         has_rest = self.rank + self.whole < self.size
         if has_rest:
-            self._send_or_receive({}, {self.rank + self.whole: totals}, False, look)
+            yield from self._send_or_receive({}, {self.rank + self.whole: totals}, False)
         return has_rest
 
-    def _answer_rest(self, totals: Array, has_rest: bool, look: Look) -> None:
+    def _answer_rest(self, totals: Array, has_rest: bool) -> Steps:
         if has_rest:
-            self._send_or_receive({self.rank + self.whole: totals}, {}, False, look)
+            yield from self._send_or_receive({self.rank + self.whole: totals}, {}, False)
 
-    def _swap(self, peer: int, give: Array, take: Array, begin: bool, look: Look) -> None:
+    def _swap(self, peer: int, give: Array, take: Array, begin: bool) -> Steps:
         """Send a peer what it is to have, and add what it sends to ours."""
-        self._send_or_receive({peer: give} if len(give) else {}, {peer: take} if len(take) else {}, begin, look)
+        return self._send_or_receive({peer: give} if len(give) else {}, {peer: take} if len(take) else {}, begin)
 
-    def _send_or_receive(self, give: dict[int, Array], take: dict[int, Array], begin: bool, look: Look) -> None:
+    def _send_or_receive(self, give: dict[int, Array], take: dict[int, Array], begin: bool) -> Steps:
         outgoing = {host: self._pack(values, 0) for host, values in give.items()}
-        sizes = self._exchange(outgoing, dict.fromkeys(take, self._incoming[0]), look)
+        sizes = yield from self._exchange(outgoing, dict.fromkeys(take, self._incoming[0]))
         for host, values in take.items():
             self.packer.unpack(self._incoming[0, : sizes[host]], values, begin)
 
@@ -167,19 +197,20 @@ class HostExchange:
         size = self.packer.pack(values, self._outgoing[start:])
         return self._outgoing[start : start + size]
 
-    def _exchange(self, outgoing: dict[int, Array], incoming: dict[int, Array], look: Look) -> dict[int, int]:
+    def _exchange(
+        self, outgoing: dict[int, Array], incoming: dict[int, Array]
+    ) -> Generator[None, None, dict[int, int]]:
         """Send and receive, all at the same time; returns the bytes that came from each host."""
-        receives = [self.mpi.Irecv([place, MPI.BYTE], host) for host, place in incoming.items()]
-        sends = [self.mpi.Isend([message, MPI.BYTE], host) for host, message in outgoing.items()]
+        mpi, traffic = self.hosts.mpi, self.hosts.traffic
+        receives = [mpi.Irecv([place, MPI.BYTE], host, self.place) for host, place in incoming.items()]
+        sends = [mpi.Isend([message, MPI.BYTE], host, self.place) for host, message in outgoing.items()]
         for message in outgoing.values():
-            self.traffic.add(len(message))
+            traffic.add(len(message))
         requests, statuses = [*receives, *sends], [MPI.Status() for _ in (*receives, *sends)]
-        pause = self.pause()
         try:
             while not MPI.Request.Testall(requests, statuses):
-                pause()
-                look()
-        except BaseException:
+                yield
+        except BaseException:  # of the caller, who gives up, too
             give_up(receives)
             raise
         return {host: status.Get_count(MPI.BYTE) for host, status in zip(incoming, statuses, strict=False)}

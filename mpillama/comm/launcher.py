@@ -3,6 +3,7 @@
 import os
 from collections.abc import Mapping, MutableMapping
 
+from mpillama.comm.ways import OVERLAP, RANKS_PER_HOST, virtual_host
 from mpillama.errors import UserError
 
 RANK_VARIABLES = ("PMI_RANK", "PMIX_RANK", "OMPI_COMM_WORLD_RANK", "MPI_LOCALRANKID", "SLURM_PROCID")
@@ -11,6 +12,9 @@ SLURM_STEP_SIZE = "SLURM_STEP_NUM_TASKS"
 HOST_RANK_VARIABLES = ("MPI_LOCALRANKID", "OMPI_COMM_WORLD_LOCAL_RANK", "SLURM_LOCALID")
 OPEN_MPI = "OMPI_COMM_WORLD_SIZE"
 HOST_SIZE_VARIABLES = ("MPI_LOCALNRANKS", "OMPI_COMM_WORLD_LOCAL_SIZE")
+SLURM_STEP_HOSTS = "SLURM_STEP_NUM_NODES"
+THREAD_LEVEL = "MPI4PY_RC_THREAD_LEVEL"
+"""By which mpi4py asks MPI for MPI_THREAD_MULTIPLE or less."""
 DEFAULT_TIMEOUT = 600.0
 """Seconds that a rank waits for another one."""
 
@@ -41,6 +45,29 @@ def launched_here(environment: Mapping[str, str] | None = None) -> int:
     environment = os.environ if environment is None else environment
     found = [environment[name] for name in HOST_SIZE_VARIABLES if environment.get(name, "").isdigit()]
     return int(found[0]) if found else 1
+
+
+def launched_on_several_hosts(environment: Mapping[str, str] | None = None) -> bool:
+    """Whether the launcher says that the processes are on several hosts; those that tests make up count."""
+    environment = os.environ if environment is None else environment
+    _, size = launched_size(environment)
+    if text := environment.get(RANKS_PER_HOST):
+        return virtual_host(text, size - 1) > 0
+    if any(environment.get(name, "").isdigit() for name in HOST_SIZE_VARIABLES):
+        return size > launched_here(environment)
+    hosts = environment.get(SLURM_STEP_HOSTS, "")
+    return size > 1 and hosts.isdigit() and int(hosts) > 1
+
+
+def ask_for_threads(environment: MutableMapping[str, str] | None = None) -> None:
+    """Have MPI allow what this program uses, before it is loaded; what the user has set stays.
+
+    Between hosts a thread sends sums beside the main one. On one host none does, and MPI need not lock.
+    """
+    environment = os.environ if environment is None else environment
+    wish = environment.get(OVERLAP)
+    several = wish != "never" and (wish == "always" or launched_on_several_hosts(environment))
+    environment.setdefault(THREAD_LEVEL, "multiple" if several else "funneled")
 
 
 def launched_first(environment: Mapping[str, str] | None = None) -> bool:

@@ -10,7 +10,7 @@ import numpy as np
 from mpi4py import MPI
 
 from mpillama.comm.background import Background, can_be
-from mpillama.comm.hosts import HostExchange, Packer, count_hosts, host_mates, leaders_of
+from mpillama.comm.hosts import HostExchange, Packer, Steps, count_hosts, host_mates, leaders_of
 from mpillama.comm.ways import RANKS_PER_HOST, Traffic, ways_between
 
 SPINS = 4000
@@ -50,6 +50,8 @@ CAPACITY = 1 << 17
 """float64 values that a rank hands over at once (1 MiB); longer messages go in pieces."""
 ALIGNMENT = 64
 """Bytes of a cache line."""
+TOGETHER = 2
+"""Sums that may travel at the same time: the window has as many places for each rank's addends, and for totals."""
 YIELDS = 200
 """Times the core is given away before Python looks for signals."""
 
@@ -106,8 +108,8 @@ class SharedReduction:
         leaders = leaders_of(mpi, mates) if self.hosts > 1 else None
         pause = lambda: Backoff(yields).pause  # noqa: E731
         self.exchange = HostExchange(leaders, self.shared, CAPACITY, self.traffic, pause) if leaders else None
-        self.overlaps = self.hosts > 1 and can_be()
-        """Whether a sum can travel while this rank computes what does not need it."""
+        self.overlaps = self.hosts > 1 and bool(mpi.allreduce(can_be(), MPI.LAND))
+        """Whether a sum can travel while ranks compute what does not need it: MPI lets threads of all ranks send."""
         self._ahead: deque[tuple[int, int]] = deque()
         self._background: Background | None = None
 
@@ -171,7 +173,7 @@ class SharedReduction:
     def hand_over(self) -> None:
         """Let a thread bring the exchanges that were begun, if this rank leads: this rank goes on computing."""
         if self._ahead and self._background is None:
-            self._background = Background(self._bring)
+            self._background = Background(self._bring, self.shared.publish, TOGETHER)
         while self._background is not None and self._ahead:
             self._background.give(*self._ahead.popleft())
 
@@ -184,24 +186,21 @@ class SharedReduction:
             raise
         if self._is_in_background():
             self.hand_over()  # in the same order on all hosts
-        elif self._ahead:
+        elif self._ahead and self.exchange is not None:
             sequence, count = self._ahead[0]
             if self.shared.sum_host(count, sequence, backoff.spins, YIELDS):
-                self._bring_from_others(sequence, count, look)
+                self.exchange.sum(self.shared.totals_of(sequence, count), look, sequence % TOGETHER)
+                self.shared.publish(sequence)
                 self._ahead.popleft()
                 return
         backoff.pause()
 
-    def _bring(self, sequence: int, count: int, look: Callable[[], None]) -> None:
-        """What the thread does of one exchange."""
-        while not self.shared.sum_host(count, sequence, 0, 1):
-            look()
-        self._bring_from_others(sequence, count, look)
-
-    def _bring_from_others(self, sequence: int, count: int, look: Callable[[], None]) -> None:
+    def _bring(self, sequence: int, count: int) -> Steps:
+        """What the thread does of one exchange, but for the publishing."""
         assert self.exchange is not None
-        self.exchange.sum(self.shared.totals_of(sequence, count), look)
-        self.shared.publish(sequence)
+        while not self.shared.sum_host(count, sequence, 0, 1):
+            yield
+        yield from self.exchange.begin(self.shared.totals_of(sequence, count), sequence % TOGETHER)
 
     def _is_in_background(self) -> bool:
         return self._background is not None and self._background.is_busy

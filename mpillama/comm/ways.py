@@ -1,6 +1,7 @@
 """How hosts exchange sums, and what is counted of it; without MPI, so that `plan` knows it, too."""
 
 import bisect
+import os
 import re
 from dataclasses import dataclass
 from itertools import accumulate
@@ -17,6 +18,15 @@ RANKS_PER_HOST = "MPILLAMA_RANKS_PER_HOST"
 OVERLAP = "MPILLAMA_OVERLAP"
 """For tests and measurements: whether sums between hosts travel while other tokens of the step are computed, always or
 never, where it is otherwise chosen by what steps take."""
+OVERLAP_WISHES = ("", "always", "never")
+
+
+def overlap_wish() -> str:
+    """What this rank's environment says of it; UserError for any other word."""
+    wish = os.environ.get(OVERLAP, "")
+    if wish not in OVERLAP_WISHES:
+        raise UserError(f"{OVERLAP} is {wish!r}: set it to always or never, or leave it unset to have it chosen.")
+    return wish
 
 
 @dataclass

@@ -100,6 +100,11 @@ class Pool:
         self._users[place] += 1
         return place
 
+    def use(self, digest: bytes) -> int | None:
+        """The place with that content, with one user more; None if there is none."""
+        place = self._known.get(digest)
+        return None if place is None else self._use(place)
+
     def publish(self, place: int, digest: bytes) -> None:
         """Let others find what a place holds; nothing happens if another place with the same content is known."""
         if self._digests[place] is None and digest not in self._known:

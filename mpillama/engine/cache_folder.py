@@ -29,7 +29,7 @@ KEPT_FREE = 16
 STALE_SECONDS = 86400.0
 """After this time a file that was not given its name yet is left over from a run that was killed."""
 TICK = 0.05
-SUFFIXES = {"block": ".kv", "state": ".state"}
+SUFFIXES: dict[Kind, str] = {"block": ".kv", "state": ".state"}
 
 LayoutOf = Callable[[Kind, Coverage], Layout]
 
@@ -48,7 +48,7 @@ class FolderSettings:
     """Where files are, which model they are of, and how many bytes they may take.
 
     `counts`: this rank counts and deletes for all that share the folder; each file of its own stands for `sharers` as
-    many bytes.
+    many bytes. Of `holders` ranks that divide the positions this is number `holder`.
     """
 
     folder: Path
@@ -56,20 +56,24 @@ class FolderSettings:
     limit: int
     counts: bool = True
     sharers: float = 1.0
+    holder: int = 0
+    holders: int = 1
 
 
 class CacheFolder:
     """Writes blocks and states of a rank's cache into files, and reads them back, also those of other ranks."""
 
-    def __init__(self, settings: FolderSettings, cache: KVCache, coverage: Coverage, layout_of: LayoutOf):
+    def __init__(
+        self, settings: FolderSettings, cache: KVCache, coverage_of: Callable[[Kind], Coverage], layout_of: LayoutOf
+    ):
         self.settings = settings
         self.cache = cache
         self.off = False
         """Whether nothing is written any more, since a file could not be."""
-        self.own: dict[Kind, Layout] = {kind: layout_of(kind, coverage) for kind in ("block", "state")}
+        self.own: dict[Kind, Layout] = {kind: layout_of(kind, coverage_of(kind)) for kind in SUFFIXES}
         self._layouts: dict[tuple[Kind, str], Layout] = {}
         self._layout_of = layout_of
-        self._suffix = "-" + blake2b(repr(coverage.as_json()).encode(), digest_size=4).hexdigest()
+        self._endings = {kind: _ending(layout.coverage) + SUFFIXES[kind] for kind, layout in self.own.items()}
         self._changed = threading.Condition()
         self._queue: deque[tuple[Place, np.ndarray, int]] = deque()
         self._pending: dict[tuple[Kind, bytes], np.ndarray] = {}
@@ -107,8 +111,8 @@ class CacheFolder:
         If too much is pending, or memory is short, it is dropped. With `on_progress` this waits until less is pending,
         and calls it as files are written.
         """
-        layout = self.own[place.kind]
-        if self.off or not layout.size:
+        layout, number = self.own[place.kind], self._own_number(place)
+        if self.off or not layout.size or number is None:
             return
         if on_progress:
             self._await_room(on_progress)
@@ -118,13 +122,20 @@ class CacheFolder:
             data = np.empty(layout.size, np.uint8)
         except MemoryError:
             return
-        for run, array in layout.views(self.cache.layers, place.number):
+        for run, array in layout.views(self.cache.layers, number):
             data[run.offset : run.offset + run.size].view(array.dtype).reshape(array.shape)[...] = array
         with self._changed:
             self._pending[place.kind, place.digest] = data
             self._pending_bytes += len(data)
             self._queue.append((place, data, stamp))
             self._changed.notify_all()
+
+    def _own_number(self, place: Place) -> int | None:
+        """Where a place is in this rank's cache; None if another rank holds it."""
+        if place.kind == "state":
+            return place.number
+        number, holder = divmod(place.number, self.settings.holders)
+        return number if holder == self.settings.holder else None
 
     def _await_room(self, on_progress: Callable[[], None]) -> None:
         seen = self._done
@@ -136,10 +147,16 @@ class CacheFolder:
                 on_progress()
 
     def load(self, place: Place) -> bool:
-        """Fill a block or a state slot; False if files lack something of it, whose contents mean nothing then."""
+        """Fill a block or a state slot; False if files lack something of it, whose contents mean nothing then.
+
+        Of what another rank holds nothing is lacked.
+        """
         kind, digest, own = place.kind, place.digest, self.own[place.kind]
+        number = self._own_number(place)
+        if number is None:
+            return True
         data = self._pending.get((kind, digest))
-        wanted = list(own.views(self.cache.layers, place.number))
+        wanted = list(own.views(self.cache.layers, number))
         if data is not None:
             for run, array in wanted:
                 array[...] = data[run.offset : run.offset + run.size].view(array.dtype).reshape(array.shape)
@@ -213,7 +230,7 @@ class CacheFolder:
         return self.settings.folder / self.settings.model / digest[:1].hex()
 
     def _path(self, kind: Kind, digest: bytes) -> Path:
-        return self._folder_of(digest) / f"{digest.hex()}{self._suffix}{SUFFIXES[kind]}"
+        return self._folder_of(digest) / f"{digest.hex()}{self._endings[kind]}"
 
     def _others(self, kind: Kind, digest: bytes) -> list[Path]:
         """All files of a digest, whoever wrote them."""
@@ -314,6 +331,11 @@ class CacheFolder:
                 break
             if is_deleted(path):
                 total -= size
+
+
+def _ending(coverage: Coverage) -> str:
+    """Of a file's name: files of one text that cover different layers or units lie beside each other."""
+    return "-" + blake2b(repr(coverage.as_json()).encode(), digest_size=4).hexdigest()
 
 
 def spans(units: Iterable[int]) -> Iterator[range]:

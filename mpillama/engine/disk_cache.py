@@ -97,16 +97,16 @@ class DiskCache:
         if fetch.done:
             return False
         held = self.pool.find(digests[: fetch.next])
-        if needed - len(held) > self.pool.available:
+        if not self.pool.has_room(held, needed - len(held)):
             self.pool.release(held)
             return False
         size = max(1, PIECE_BYTES // max(1, self.folder.own["block"].size))
         while fetch.next < fetch.end:
-            piece = digests[fetch.next : min(fetch.end, fetch.next + size)]
-            loaded = self._load_blocks(piece)
-            held += loaded
-            fetch.next += len(loaded)
-            if len(loaded) < len(piece):
+            last = min(fetch.end, fetch.next + size)
+            found = self._load_blocks(held, digests[:last])
+            self.pool.release(held)
+            held, fetch.next = found, len(found)
+            if fetch.next < last:
                 fetch.end = fetch.next
             if not at_once:
                 break
@@ -123,15 +123,22 @@ class DiskCache:
     def _has(self, kind: Kind, digest: bytes) -> bool:
         return (kind, digest) not in self._lacked and self.folder.holds(kind, digest)
 
-    def _load_blocks(self, digests: Sequence[bytes]) -> list[int]:
-        """The blocks of the first of these texts, as many as can be had, each with one user."""
-        wanted = [digest for digest in digests if not self.pool.knows(digest)]
-        blocks = dict(zip(wanted, (self.pool.take() for _ in wanted[: self.pool.available]), strict=False))
-        done = self._load([Place("block", block, digest) for digest, block in blocks.items()])
-        for digest in wanted[:done]:
-            self.pool.publish(blocks[digest], digest)
+    def _load_blocks(self, held: Sequence[int], digests: Sequence[bytes]) -> list[int]:
+        """The blocks of as many of these texts as can be had, each with one user more; the first are `held`."""
+        blocks, wanted = list(held), list[Place]()
+        for digest in digests[len(held) :]:
+            known = self.pool.use(digest)
+            if known is not None:
+                blocks.append(known)
+            elif self.pool.has_room(blocks, 1):
+                self.pool.extend(blocks, 1)
+                wanted.append(Place("block", blocks[-1], digest))
+            else:
+                break
+        for place in wanted[: self._load(wanted)]:
+            self.pool.publish(place.number, place.digest)
         found = self.pool.find(digests)
-        self.pool.release(list(blocks.values()))
+        self.pool.release(blocks[len(held) :])
         return found
 
     def _load_state(self, digest: bytes) -> None:

@@ -216,7 +216,7 @@ class Engine:
         segments = [share.sequence.segment(share.count, share.drafts, share.states) for share in shares]
         clock.tokens += sum(share.count for share in shares)
         clock.seconds += self.drafter.seconds - drafting if self.drafter else 0.0
-        load = load_of(shares) if self.pace else None
+        load = load_of(shares, self.scheduler.followed) if self.pace else None
         self.in_step = True
         with timed(clock):
             pieces = self.executor.forward_in_pieces(segments)

@@ -115,8 +115,9 @@ class StepPlan:
         before, rest, room = [], [], self.max_blocks
         for s in segments:
             while len(s.blocks) > room:
-                before.append(Segment(s.slot, 0, (), 0, s.table_start, s.blocks[: self.max_blocks]))
-                s = replace(s, table_start=s.table_start + self.max_blocks, blocks=s.blocks[self.max_blocks :])
+                first, later = s.blocks[: self.max_blocks], s.blocks[self.max_blocks :]
+                before.append(Segment(s.slot, 0, (), 0, s.table_start, first))
+                s = replace(s, table_start=s.table_start + len(first), blocks=later)
             room -= len(s.blocks)
             rest.append(s)
         return before, rest

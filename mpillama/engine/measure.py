@@ -44,6 +44,10 @@ class Timing:
     sent: Traffic
     reduce_seconds: float
     """Of these in sums over ranks, waiting included."""
+    parts: int
+    """In how many the steps went, so that the sums of one travel while others are computed."""
+    tried: dict[int, float]
+    """Tokens/s on this rank of the steps by which that was chosen, if it was."""
 
     @property
     def median(self) -> float:
@@ -111,6 +115,7 @@ class Stopwatch:
     def _time(self, runs: list[Run], warm_up: int, tokens: int) -> Timing:
         """Time runs of steps of `tokens` tokens, after some more, in which it is chosen in how many parts they go."""
         parts = self._choose_parts(runs[0], tokens)
+        tried = self.step_parts.tried(tokens)
         for run in runs[:warm_up]:
             run(parts)
         self.model.forget_costs()
@@ -131,11 +136,13 @@ class Stopwatch:
         sent = replace(self.model.sent)
         slowest = np.max(self.comm.gather(seconds), axis=0)
         communication, comm = self.model.communication_seconds, self.model.comm
-        return Timing(slowest, communication, comm.calls, sum(seconds) - communication, sent, comm.seconds)
+        return Timing(
+            slowest, communication, comm.calls, sum(seconds) - communication, sent, comm.seconds, parts, tried
+        )
 
     def _choose_parts(self, run: Run, tokens: int) -> int:
         """As the engine chooses, by rank 0's times; in one where each layer's time is wanted."""
-        if self.wants_parts or self.model.most_parts(tokens) == 1:
+        if self.wants_parts or self.comm.broadcast(self.model.most_parts(tokens)) == 1:
             return 1
         for _ in range(2 * (TRIES + 1)):
             parts = self.comm.broadcast(self.step_parts.choose(tokens))

@@ -2,7 +2,7 @@
 
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -18,19 +18,23 @@ MOST_CAUTION = 3.0
 
 @dataclass(frozen=True)
 class StepLoad:
-    """What a step computes: tokens of answers (and drafts), of prompts, and how many positions all of them see."""
+    """What a step computes: tokens of answers (and drafts), of prompts, and how many positions all of them see.
+
+    `followed` is what a layer that drafts tokens has to do with the prompts of the step before, in tokens of a prompt.
+    """
 
     answers: int = 0
     prompts: int = 0
     positions: int = 0
+    followed: float = 0.0
 
     def with_prompt(self, tokens: int, start: int) -> "StepLoad":
         """The same and so many tokens of a prompt, from position `start` on."""
-        return StepLoad(self.answers, self.prompts + tokens, self.positions + seen(start, tokens))
+        return replace(self, prompts=self.prompts + tokens, positions=self.positions + seen(start, tokens))
 
     @property
     def features(self) -> tuple[float, float, float, float]:
-        return 1.0, float(self.answers), float(self.prompts), float(self.positions)
+        return 1.0, float(self.answers), self.prompts + self.followed, float(self.positions)
 
 
 def seen(start: int, tokens: int) -> int:

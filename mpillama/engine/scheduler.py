@@ -29,8 +29,8 @@ class ScheduledSequence:
         return self.count + len(self.drafts)
 
 
-def load_of(shares: Iterable[ScheduledSequence]) -> StepLoad:
-    """What the sequences' parts of a step make up together."""
+def load_of(shares: Iterable[ScheduledSequence], followed: float = 0.0) -> StepLoad:
+    """What the sequences' parts of a step make up together; `followed` is that of StepLoad."""
     answers = prompts = positions = 0
     for share in shares:
         positions += seen(share.sequence.computed, share.tokens)
@@ -38,7 +38,7 @@ def load_of(shares: Iterable[ScheduledSequence]) -> StepLoad:
             answers += share.tokens
         else:
             prompts += share.tokens
-    return StepLoad(answers, prompts, positions)
+    return StepLoad(answers, prompts, positions, followed)
 
 
 class Scheduler:
@@ -61,6 +61,8 @@ class Scheduler:
         self.waiting: deque[EngineSequence] = deque()
         self.running: list[EngineSequence] = []
         self.preemptions = 0
+        self.followed = 0.0
+        """Of the latest step, as in StepLoad."""
         self._slots = list(range(slots - 1, -1, -1))
         self._shares: dict[int, ScheduledSequence] = {}
         self._paced = False
@@ -83,6 +85,7 @@ class Scheduler:
         self._paced = False
         before = self.preemptions
         if self.drafter is not None:
+            self.followed = self.drafter.followed()
             self.drafter.lengths.begin(len(self.running))
         for sequence in self._by_urgency():
             if sequence.slot is not None:  # else it left just now, for an older one
@@ -127,7 +130,8 @@ class Scheduler:
         count = min(sequence.pending, self._budget())
         if self.pace is None or sequence.pending == 1:
             return count
-        allowed = self.pace.prompt_tokens(load_of(self._shares.values()), sequence.computed, count)
+        load = load_of(self._shares.values(), self.followed)
+        allowed = self.pace.prompt_tokens(load, sequence.computed, count)
         self._paced |= allowed < count
         return allowed
 

@@ -161,6 +161,10 @@ class Drafter:
     def note_computed(self, sequence: EngineSequence, row: int, start: int) -> None:
         """A step has computed a sequence's positions from `start` on, in its rows from `row` on."""
 
+    def followed(self) -> float:
+        """What `fill` will do with the prompts of the step before, as if so many tokens of a prompt were computed."""
+        return 0.0
+
     def note(self, sequence: EngineSequence, drafts: int, tokens: int) -> None:
         """So many drafts of a sequence were computed, and so many tokens sampled."""
         accepted = max(0, tokens - 1)

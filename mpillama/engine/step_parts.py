@@ -1,13 +1,12 @@
 """In how many parts a step goes through the model: several where sums between hosts had better travel meanwhile."""
 
-import os
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
 
-from mpillama.comm.ways import OVERLAP
+from mpillama.comm.ways import overlap_wish
 
 FEWEST_TOKENS = 8
 """Of a step that goes in parts: each part reads the weights again."""
@@ -38,7 +37,7 @@ class StepParts:
 
     def __init__(self, most_parts: Callable[[int], int]):
         self.most_parts = most_parts
-        self.forced = os.environ.get(OVERLAP, "")
+        self.forced = overlap_wish()
         self._timed: dict[int, dict[bool, Timed]] = {}
 
     def choose(self, tokens: int) -> int:
@@ -53,6 +52,11 @@ class StepParts:
             timed.steps += 1
             if timed.steps > 1:  # the first one allocates
                 timed.seconds.append(seconds / tokens)
+
+    def tried(self, tokens: int) -> dict[int, float]:
+        """Tokens/s of the last steps of about as many tokens, by the parts in which they went."""
+        found = {self.most_parts(tokens) if in_parts else 1: each for in_parts, each in self._of(tokens).items()}
+        return {parts: 1 / timed.median for parts, timed in found.items() if timed.seconds}
 
     def _of(self, tokens: int) -> dict[bool, Timed]:
         return self._timed.setdefault(tokens.bit_length(), {False: Timed(), True: Timed()})

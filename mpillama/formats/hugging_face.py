@@ -160,7 +160,9 @@ def read_hugging_face(path: str) -> Checkpoint:
 TEXT_CONFIG = "text_config"
 OF_BOTH = ("bos_token_id", "eos_token_id", TIED)
 """What the outer configuration may say of the language model, too."""
-SEES = re.compile(r"(?:model\.)?(?:vision_tower|vision_model|visual|multi_modal_projector|mm_projector)\.")
+SEES = re.compile(
+    r"(?:model\.)?(?:vision_tower|vision_model|visual|multi_modal_projector|mm_projector|patch_merge_mlp)\."
+)
 INNER_PREFIX = re.compile(r"(?:model\.)?language_model\.(?:model\.)?")
 
 

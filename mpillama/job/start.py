@@ -15,6 +15,7 @@ from mpillama.comm.launcher import DEFAULT_TIMEOUT, launched_here, launched_rank
 from mpillama.comm.liveness import Messages
 from mpillama.comm.outbox import drain_all
 from mpillama.comm.watchdog import Guard, Watch
+from mpillama.comm.ways import overlap_wish
 from mpillama.errors import UserError
 from mpillama.job.same_program import refuse_other_programs
 
@@ -88,6 +89,12 @@ def mpi_library() -> str:
     return " ".join(first.split())
 
 
+def mpi_threads() -> str:
+    """What MPI allows threads, in MPI's words: multiple, if they may send beside the main one."""
+    levels = {MPI.THREAD_SINGLE: "single", MPI.THREAD_FUNNELED: "funneled", MPI.THREAD_SERIALIZED: "serialized"}
+    return levels.get(MPI.Query_thread(), "multiple")
+
+
 def join(mpi: Intracomm | None, threads: int | None, timeout: float) -> World:
     """The World of a program that starts MPI by itself; all of `mpi` (None: all ranks) must call this.
 
@@ -124,7 +131,8 @@ def _finish(comm: Communicator, timeout: float) -> None:
 
 
 def _measure(comm: Communicator, threads: int | None, beside: int) -> World:
-    """Share the host's cores among its ranks."""
+    """Share the host's cores among its ranks; UserError on all for what one's environment says amiss."""
+    comm.together(overlap_wish)
     neighbours = comm.neighbours()
     cores = sorted(os.sched_getaffinity(0))
     mates = neighbours.gather((cores, threads))

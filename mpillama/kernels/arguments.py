@@ -88,6 +88,24 @@ class AttentionLayer(ctypes.Structure):
     ]
 
 
+class IndexKeys(ctypes.Structure):
+    """One layer's index keys."""
+
+    _fields_: ClassVar = [("values", Address), ("type", ctypes.c_int64)]
+
+
+class BlockSparseLayer(ctypes.Structure):
+    """The first half of a decoder layer with block-sparse attention."""
+
+    _fields_: ClassVar = [
+        ("attention", AttentionLayer),
+        *((name, Matrix) for name in ("index_q", "index_k")),
+        ("index_keys", IndexKeys),
+        *((name, Address) for name in ("index_q_norm", "index_k_norm")),
+        *((name, ctypes.c_int64) for name in ("index_dim", "index_channels", "block", "chosen", "local")),
+    ]
+
+
 class Router(ctypes.Structure):
     """How tokens choose among experts."""
 
@@ -105,12 +123,25 @@ class LatentCache(ctypes.Structure):
     _fields_: ClassVar = [("values", Address), ("scales", Address), ("type", ctypes.c_int64)]
 
 
+class Indexer(ctypes.Structure):
+    """Which positions a token of latent attention sees."""
+
+    _fields_: ClassVar = [
+        *((name, Matrix) for name in ("q", "k", "weights")),
+        ("cache", LatentCache),
+        *((name, Address) for name in ("k_norm", "k_bias")),
+        ("eps", ctypes.c_double),
+        *((name, ctypes.c_int64) for name in ("heads", "channels", "chosen", "pairs")),
+    ]
+
+
 class LatentLayer(ctypes.Structure):
     """The first half of a decoder layer with multi-head latent attention."""
 
     _fields_: ClassVar = [
         *((name, Matrix) for name in ("q_a", "q", "kv_a", "k_b", "v_b", "o")),
         ("cache", LatentCache),
+        ("indexer", Indexer),
         *((name, Address) for name in ("norm", "q_norm", "kv_norm")),
         *((name, ctypes.c_double) for name in ("eps", "latent_eps", "scale")),
         *((name, ctypes.c_int64) for name in ("hidden_size", "heads", "q_rank", "kv_rank", "nope", "rope", "pairs")),
@@ -158,7 +189,7 @@ class Step(ctypes.Structure):
         ("x", Address),
         *((name, Activations) for name in ("hidden", "context", "gate", "latent")),
         *((name, Address) for name in ("q", "k", "v", "up", "gates", "partial", "squares", "shifts")),
-        *((name, Address) for name in ("cosines", "sines")),
+        *((name, Address) for name in ("chosen", "cosines", "sines")),
         *((name, Address) for name in ("query_factors", "slots", "segments", "tables", "states", "snapshots")),
         *((name, ctypes.c_int64) for name in ("rotary_half", "segment_count", "table_width", "snapshot_count")),
         ("in_flight", ctypes.c_int64),
@@ -198,8 +229,8 @@ class Sum(ctypes.Structure):
 
 
 STRUCTS = (
-    Matrix, Activations, Cache, AttentionLayer, LatentCache, LatentLayer, States, DeltaLayer, Router, MlpLayer, Step,
-    Sum, Pieces, Window,
+    Matrix, Activations, Cache, AttentionLayer, IndexKeys, BlockSparseLayer, LatentCache, Indexer, LatentLayer, States,
+    DeltaLayer, Router, MlpLayer, Step, Sum, Pieces, Window,
 )  # fmt: skip
 
 

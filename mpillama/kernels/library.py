@@ -102,6 +102,10 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
         c_int64,
         [c_void_p, POINTER(arguments.AttentionLayer), POINTER(arguments.Step), POINTER(arguments.Sum)],
     ),
+    "block_sparse_half": (
+        c_int64,
+        [c_void_p, POINTER(arguments.BlockSparseLayer), POINTER(arguments.Step), POINTER(arguments.Sum)],
+    ),
     "latent_half": (
         c_int64,
         [c_void_p, POINTER(arguments.LatentLayer), POINTER(arguments.Step), POINTER(arguments.Sum)],
@@ -267,6 +271,12 @@ class Team:
     ) -> bool:
         """The rest of attention_half, when step.squares holds the sums over ranks."""
         return self._done(self._calls.attend_projected(self._handle, byref(layer), byref(step), _optional(total)))
+
+    def block_sparse_half(
+        self, layer: arguments.BlockSparseLayer, step: arguments.Step, total: arguments.Sum | None = None
+    ) -> bool:
+        """As attention_half, for attention to blocks that an index chooses."""
+        return self._done(self._calls.block_sparse_half(self._handle, byref(layer), byref(step), _optional(total)))
 
     def latent_half(
         self, layer: arguments.LatentLayer, step: arguments.Step, total: arguments.Sum | None = None

@@ -34,13 +34,14 @@ def open_cache_folder(settings: ModelSettings, loaded: LoadedModel, executor: Ex
     identity = comm.on_root(lambda: comm.busy(lambda: identity_of(settings, loaded.file, model.config)))
     folder = Path(path).absolute()
     comm.together(lambda: _make(folder))
-    coverage = Coverage.of_rank(model.config, model.part)
+    coverage_of = partial(Coverage.of_rank, model.config, model.part)
     layout_of = partial(_layout, model.config, model.part, settings.kv_type)
-    own = layout_of("block", coverage).size
+    own = layout_of("block", coverage_of("block")).size
     comm.together(lambda: _refuse_idle_root(comm, own))
     counts, sharers = _division_of_work(comm, folder, own)
-    made = FolderSettings(folder, identity, limit, counts, sharers)
-    executor.folder = CacheFolder(made, executor.cache, coverage, layout_of)
+    holders = model.part.holders
+    made = FolderSettings(folder, identity, limit, counts, sharers, model.comm.rank % holders, holders)
+    executor.folder = CacheFolder(made, executor.cache, coverage_of, layout_of)
 
 
 def identity_of(settings: ModelSettings, file: ModelFile, config: ModelConfig) -> str:

@@ -43,11 +43,15 @@ class DraftSettings(ModelSettings):
 
 @dataclass(frozen=True)
 class Draft:
-    """A draft model that is opened; `needs` is what it takes on this rank."""
+    """A draft model that is opened; `needs` is what it takes on this rank.
+
+    Rank 0 has it `alone`, or all divide it; which of both may be open until a trial (loading/draft_ranks.py).
+    """
 
     file: ModelFile
     settings: DraftSettings
     alone: bool
+    chosen_by_trial: bool
     needs: Needs
 
 
@@ -57,8 +61,9 @@ def open_draft(settings: ModelSettings, world: World) -> Draft | None:
     if file is None:
         return None
     draft = draft_settings(settings)
-    alone = cast(SpeculationSettings, settings).drafts_on_first
-    return Draft(file, draft, alone, needs_of_draft(file, settings, world, world.comm.size))
+    given = cast(SpeculationSettings, settings)
+    needs = needs_of_draft(file, settings, world, world.comm.size)
+    return Draft(file, draft, given.drafts_on_first, given.draft_ranks == "auto", needs)
 
 
 def open_draft_file(settings: ModelSettings, world: World) -> ModelFile | None:

@@ -36,7 +36,7 @@ from mpillama.loading.preflight import (
     warn_of_hosts,
 )
 from mpillama.loading.progress import PLACE, AbandonedError, LoadState, LoadWatch
-from mpillama.loading.settings import DiskCacheSettings, EngineSettings, ModelSettings
+from mpillama.loading.settings import EngineSettings, ModelSettings
 from mpillama.loading.shares import by_positions, divide, gain_of, measured_division, on_these_hosts, read_shares
 from mpillama.loading.truncated import truncated
 from mpillama.models.cache import blocks_for, held_blocks
@@ -175,10 +175,9 @@ def choose_division(
 
     Rank 0 reads --shares; UserError on all ranks if it or the number of ranks does not fit.
     """
-    comm, layers = world.comm, config.num_hidden_layers
+    comm, layers = world.comm, config.most_stages
     even = comm.together(lambda: divide(comm.size, settings.pipeline, None, layers))
     if settings.context_parallel:
-        comm.together(lambda: _refuse_files(settings))
         even = comm.together(lambda: by_positions(even, config))
     path = settings.shares
     if path is None:
@@ -193,14 +192,6 @@ def choose_division(
     context = settings.max_seq_len or config.max_position_embeddings
     division = comm.together(lambda: measured_division(measured, model, context))
     return division, gain_of(model, division, measured)
-
-
-def _refuse_files(settings: ModelSettings) -> None:
-    if isinstance(settings, DiskCacheSettings) and settings.cache_folder is not None:
-        raise UserError(
-            f"--context-parallel keeps no KV cache in files, but {settings.cache_folder} is to hold one: leave out "
-            "--context-parallel, or --cache-dir and --session."
-        )
 
 
 def _refuse_other_contents(file: ModelFile, world: World) -> None:

@@ -535,7 +535,7 @@ class StagePlan:
 def plans_of_stages(request: PlanRequest, node: Node, network: Network) -> list[StagePlan]:
     """All numbers of stages of whole nodes; with uneven shares only the number asked for."""
     found = []
-    for stages in range(1, min(request.nodes, MOST_STAGES, request.config.num_hidden_layers) + 1):
+    for stages in range(1, min(request.nodes, MOST_STAGES, request.config.most_stages) + 1):
         if request.nodes % stages == 0 and (stages == request.stages or request.shares is None):
             plan = make_plan(replace(request, stages=stages))
             sums = [

@@ -12,7 +12,8 @@ from mpillama.errors import UserError
 from mpillama.job.start import World
 from mpillama.kernels.target import Target, prepare, requested_isa
 from mpillama.loading.disk_cache import open_cache_folder
-from mpillama.loading.draft import Draft, load_draft, open_draft, refuse_unfit
+from mpillama.loading.draft import Draft, open_draft, refuse_unfit
+from mpillama.loading.draft_ranks import place_draft
 from mpillama.loading.load import LoadedModel, Progress, load_model
 from mpillama.loading.settings import ModelSettings
 from mpillama.loading.texts import make_chat_template, make_tokenizer
@@ -81,12 +82,13 @@ def open_session(
     check = partial(refuse_unfit, draft=draft.file) if draft else None
     loaded = load_model(settings, world, target, progress, draft.needs if draft else None, check=check)
     executor = comm.together(lambda: open_(loaded))
+    drafts, delay = getattr(settings, "draft_tokens", 0), getattr(settings, "max_token_delay", None)
     if draft:
-        executor.draft = load_draft(draft, world, target, executor, progress)
+        placed = place_draft(draft, world, target, executor, drafts, progress)
+        draft, executor.draft = placed.draft, placed.executor
     build = lambda: comm.busy(lambda: make_tokenizer(loaded.file), "building the tokenizer")  # noqa: E731
     tokenizer = comm.on_root_only(build)
     open_cache_folder(settings, loaded, executor)  # last, since its thread keeps it
-    drafts, delay = getattr(settings, "draft_tokens", 0), getattr(settings, "max_token_delay", None)
     engine = Engine(executor, tokenizer, drafts, delay) if tokenizer else None
     return Session(world, target, loaded, executor, cast(Engine, engine), sorted(set(comm.gather(world.host))), draft)
 

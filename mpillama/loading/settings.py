@@ -157,9 +157,9 @@ class SpeculationSettings:
     )
     draft_ranks: str = option(
         "which ranks hold the draft model: all divide it, or rank 0 has it alone, which saves messages where the "
-        "network is slow (default: all)",
-        "all",
-        choices=["all", "first"],
+        "network is slow; auto tries both while loading and keeps the faster one (default: auto)",
+        "auto",
+        choices=["auto", "all", "first"],
     )
 
     @property

@@ -83,13 +83,20 @@ def divide(ranks: int, stages: int, shares: tuple[float, ...] | None, layers: in
 
 
 def repeats_cache(config: ModelConfig, division: Division) -> bool:
-    """Whether several ranks hold the same part of the cache."""
+    """Whether several ranks hold the same part of the cache, and could divide it by positions."""
+    if not config.divides_positions:
+        return False
     parts, whole = config.partition(division), config.partition(1)[0]
     return sum(cache_bytes(config, part, 1, "f32") for part in parts) > cache_bytes(config, whole, 1, "f32")
 
 
 def by_positions(division: Division, config: ModelConfig) -> Division:
     """The same with positions divided over ranks; UserError if no two ranks would hold the same part of the cache."""
+    if not config.divides_positions:
+        raise UserError(
+            "--context-parallel: this model's layers choose among all positions (an indexer), so that every rank must "
+            "hold the cache of all of them: leave it out."
+        )
     if not repeats_cache(config, division):
         raise UserError(
             f"--context-parallel divides what several ranks hold of the KV cache, but of {division.ranks} (--pipeline "
@@ -131,7 +138,7 @@ def measured_division(measured: Sequence[Measured], model: MemoryModel, context:
     total = sum(shares)
     if not total > 0:
         raise UserError("--shares: no host has memory left for a part of this model.")
-    found = divide(even.ranks, even.stages, tuple(share / total for share in shares), config.num_hidden_layers)
+    found = divide(even.ranks, even.stages, tuple(share / total for share in shares), config.most_stages)
     return replace(found, context_parallel=even.context_parallel)
 
 

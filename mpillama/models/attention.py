@@ -81,6 +81,10 @@ class Attention(Protocol):
         """Channels of a head that RoPE turns."""
 
     @property
+    def follows(self) -> bool:
+        """Whether it sees the positions that a layer before it has chosen, which then lies on the same ranks."""
+
+    @property
     def splits(self) -> tuple[Split, ...]:
         """By which units ranks divide it, the one that decides who has work first."""
 
@@ -105,7 +109,10 @@ class Attention(Protocol):
         """What kernels are told of the arrays of cache_arrays and then those of states [slots, …]."""
 
     def step_widths(self, part: Partition) -> Mapping[str, int]:
-        """Channels of the step's arrays q, k, v, context, latent, gates on a rank; what is left out is not needed."""
+        """Channels of the step's arrays q, k, v, context, latent, gates on a rank, and how many positions are chosen.
+
+        What is left out is not needed.
+        """
 
     def scratch(self, part: Partition, tokens: int, positions: int, threads: int) -> tuple[int, int]:
         """Bytes that kernels take, of each thread and in common, for steps of up to so many tokens and positions.
@@ -202,6 +209,10 @@ class GroupedQueryAttention:
     @property
     def rotary_channels(self) -> int:
         return self.head_dim if self.turned is None else self.turned
+
+    @property
+    def follows(self) -> bool:
+        return False
 
     @property
     def query_split(self) -> Split:

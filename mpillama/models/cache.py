@@ -13,6 +13,7 @@ from mpillama.models.partition import Partition
 
 STATES_OF_DRAFTS = 2
 """State slots of a draft model for each sequence: the state after the text, and the one behind guesses."""
+NO_SNAPSHOTS = np.zeros((0, 2), np.int64)
 LayerCache = tuple[np.ndarray, ...]
 """What one layer keeps; of grouped-query attention keys, their scales, values, their scales."""
 
@@ -137,6 +138,8 @@ def joint_step(
     tables int64 [sequences, blocks] are the cache blocks of each. `states` and `snapshots` are those of Step; without
     them a sequence's state is in the slot of its own number.
     """
+    if len(counts) == 1:
+        return _step_of_one(token_ids, int(starts[0]), int(logits[0]), tables, states, snapshots)
     ends = np.cumsum(counts)
     firsts = ends - counts
     sequence = np.repeat(np.arange(len(counts)), counts)
@@ -154,7 +157,29 @@ def joint_step(
         tables=np.ascontiguousarray(tables, np.int64),
         logit_rows=np.flatnonzero(rows >= (ends - logits)[sequence]),
         states=np.ascontiguousarray(states, np.int64),
-        snapshots=np.ascontiguousarray(np.zeros((0, 2)) if snapshots is None else snapshots, np.int64),
+        snapshots=NO_SNAPSHOTS if snapshots is None else np.ascontiguousarray(snapshots, np.int64),
+    )
+
+
+def _step_of_one(
+    token_ids: np.ndarray, start: int, logits: int, tables: np.ndarray, states: np.ndarray | None,
+    snapshots: np.ndarray | None,
+) -> Step:  # fmt: skip
+    """As joint_step, for one sequence: decoding is nothing else for most users, and small arrays cost time, too."""
+    count = len(token_ids)
+    positions = np.arange(start, start + count)
+    blocks = tables[0, positions // BLOCK_POSITIONS]
+    return Step(
+        token_ids=np.ascontiguousarray(token_ids, np.int32),
+        positions=positions.astype(np.int32),
+        slots=blocks * BLOCK_POSITIONS + positions % BLOCK_POSITIONS,
+        segments=np.array([[0, count, start]], np.int64),
+        tables=np.ascontiguousarray(tables, np.int64),
+        logit_rows=np.arange(count - logits, count),
+        states=np.array([[0 if start else -1, 0]], np.int64)
+        if states is None
+        else np.ascontiguousarray(states, np.int64),
+        snapshots=NO_SNAPSHOTS if snapshots is None else np.ascontiguousarray(snapshots, np.int64),
     )
 
 

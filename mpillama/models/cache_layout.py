@@ -32,11 +32,14 @@ class Coverage:
     units: Mapping[Split, range]
 
     @classmethod
-    def of_rank(cls, config: ModelConfig, part: Partition) -> "Coverage":
+    def of_rank(cls, config: ModelConfig, part: Partition, kind: Kind) -> "Coverage":
+        """What a rank has of the blocks that are its own, or of all states."""
         layers = part.layers or range(config.num_hidden_layers)
-        stripes = [s for block in config.blocks for kind in ("block", "state") for s in _stripes(block, kind)]
+        stripes = [of_array for block in config.blocks for of_array in _stripes(block, kind)]
         splits = {stripe.split for of_array in stripes for stripe in of_array if stripe.split is not None}
-        return cls(layers, {split: part[split] for split in sorted(splits, key=_order)})
+        whole = kind == "block" and part.holders > 1
+        units = {split: range(split.count) if whole else part[split] for split in sorted(splits, key=_order)}
+        return cls(layers, units)
 
     def as_json(self) -> dict[str, Any]:
         units = [[*_order(split), own.start, own.stop] for split, own in self.units.items()]
@@ -126,7 +129,7 @@ def _order(split: Split) -> tuple[str, int, int]:
     return split.kind, split.count, split.group
 
 
-def _stripes(block: Block, kind: Kind | str) -> Sequence[Sequence[Stripe]]:
+def _stripes(block: Block, kind: Kind) -> Sequence[Sequence[Stripe]]:
     return block.attention.cache_stripes if kind == "block" else block.attention.state_stripes
 
 

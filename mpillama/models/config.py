@@ -5,8 +5,10 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import pairwise
 
 from mpillama.errors import UserError
+from mpillama.models.attention import KV_TYPES
 from mpillama.models.config_values import ConfigValues, Json
 from mpillama.models.families import FAMILIES
 from mpillama.models.family import Block, OuterFactors
@@ -39,7 +41,7 @@ class ModelConfig:
 
     `max_position_embeddings` is the context of a run that asks for no other, `longest_context` the longest.
     `lm_head` is false for models that make embeddings and have no head at all. `mtp`: it is the layer that drafts
-    tokens for a model, as the last layer of it that keeps no state.
+    tokens for a model, as the last layer of it that keeps no state and follows no other.
     """
 
     model_type: str
@@ -89,6 +91,13 @@ class ModelConfig:
         return any(kind.attention.state_arrays(alone) for kind in self.kinds)
 
     @property
+    def divides_positions(self) -> bool:
+        """Whether each rank may hold some positions of the cache."""
+        alone, kv_type = self.partition(1)[0], KV_TYPES["f32"]
+        kinds = [kind.attention for kind in self.kinds]
+        return not any(kind.piece_sizes is None and kind.cache_arrays(alone, 1, kv_type) for kind in kinds)
+
+    @property
     def has_post_norms(self) -> bool:
         """Whether a norm follows on attention or MLP in some layer."""
         return any(kind.has_post_norms for kind in self.kinds)
@@ -117,7 +126,7 @@ class ModelConfig:
 
     # -- what ranks divide ------------------------------------------------------------------------------------------
 
-    @property
+    @cached_property
     def vocabulary_split(self) -> Split:
         """Groups of 16 rows of the embedding and the head."""
         return Split("vocab_groups", round_up(self.vocab_size, LANES) // LANES)
@@ -156,8 +165,19 @@ class ModelConfig:
     def layers_of_stages(self, stages: int) -> tuple[range, ...]:
         """Each stage's layers: about the same number of weights, with those of the embedding and the head."""
         sizes = {kind: self._weights_of(kind) for kind in self.kinds}
-        head = self.vocab_size * self.hidden_size
-        return divide_layers(tuple(sizes[block] for block in self.blocks), head, head * self.lm_head, stages)
+        head, firsts = self.vocab_size * self.hidden_size, [*self._first_layers, self.num_hidden_layers]
+        costs = tuple(sum(sizes[block] for block in self.blocks[a:b]) for a, b in pairwise(firsts))
+        found = divide_layers(costs, head, head * self.lm_head, stages)
+        return tuple(range(firsts[own.start], firsts[own.stop]) for own in found)
+
+    @property
+    def _first_layers(self) -> list[int]:
+        """Where a stage may begin: layers that do not follow the one before."""
+        return [layer for layer, block in enumerate(self.blocks) if layer == 0 or not block.attention.follows]
+
+    @property
+    def most_stages(self) -> int:
+        return len(self._first_layers)
 
     def _weights_of(self, block: Block) -> int:
         types = WeightTypes(F32)
@@ -237,7 +257,8 @@ class ModelConfig:
         )
         if values.flag(MTP, False):
             alone = config.partition(1)[0]
-            block = next(b for b in reversed(config.blocks) if not b.attention.state_arrays(alone))
+            kinds = [b for b in config.blocks if not b.attention.state_arrays(alone) and not b.attention.follows]
+            block = kinds[-1]
             config = replace(config, blocks=(block,), mtp=True)
         config._check_frequencies()
         return config

@@ -37,7 +37,7 @@ def choose_in_flight(team: Team, matrix: Matrix) -> int:
     h = Activations.empty(1, matrix.columns)
     for array in (h.x, h.values, h.scales, h.starts):
         array[:] = 0
-    out, w, x = np.empty((1, matrix.rows), np.float32), matrix.column_parallel(), h.argument()
+    out, w, x = np.empty((1, matrix.rows), np.float32), matrix.column_parallel(), h.argument
     return min((1, 2), key=lambda n: fastest(lambda: team.column_parallel(w, x, out, n)))
 
 
@@ -120,6 +120,7 @@ class Decoder:
         self.config = config
         self.weights = weights
         self.part = parts[comm.rank]
+        self.vocabulary = self.part[config.vocabulary_split]
         self.comm = comm
         self.team = team
         self.logit_widths = [len(part[config.vocabulary_split]) * LANES for part in parts]
@@ -144,36 +145,44 @@ class Decoder:
 
         With several `parts`, of which `most_parts` knows, the sums of one travel while the next is computed.
         """
-        a = self.workspace.for_tokens(len(step.token_ids))
+        tokens = len(step.token_ids)
+        a = self.workspace.for_tokens(tokens)
         if self.pipeline is None:
             self._embed(step.token_ids, a)
-            if parts > 1:
-                self._run_parts(step, cache, parts)
-            else:
-                self._run_layers(step, a, cache)
+            self._run(step, range(tokens), cache, parts)
         else:
-            self._run_stage(self.pipeline, step, cache)
-        self.tokens_run += len(step.token_ids)
+            self._run_stage(self.pipeline, step, cache, parts)
+        self.tokens_run += tokens
 
     def most_parts(self, tokens: int) -> int:
-        """In how many parts a step may go so that sums travel meanwhile: each in one exchange; 1 if they cannot."""
+        """In how many parts a step may go so that sums travel meanwhile: each in one exchange; 1 if they cannot.
+
+        In a pipeline it is what goes through a stage at once that is cut so.
+        """
         width, shared = self.config.padded_hidden_size, self.comm.shared
-        if self.pipeline is not None or shared is None or not shared.overlaps or tokens < 2:
+        if self.pipeline is not None:
+            tokens = -(-tokens // micro_batches(tokens, self.division.stages))
+        if shared is None or not shared.overlaps or tokens < 2:
             return 1
         if self.positions is not None:  # what ranks attended to is exchanged in the midst of half a layer
             return 1
         parts = max(2, -(-tokens // (CAPACITY // width)))
         return parts if self.comm.shared_for(-(-tokens // parts) * width) else 1
 
-    def _run_layers(self, step: Step, a: StepArrays, cache: KVCache) -> None:
+    def _run(self, step: Step, rows: range, cache: KVCache, count: int) -> None:
+        """Tokens in some rows of the workspace, in so many parts, through the layers."""
+        if count > 1:
+            self._run_parts(step, rows, cache, count)
+            return
+        a = self.workspace.for_rows(rows.start, len(rows))
         self._describe(step, a)
         for decoder, layer_cache in zip(self.layers, cache.arguments, strict=False):
             decoder.forward(a, layer_cache)
 
-    def _run_parts(self, step: Step, cache: KVCache, count: int) -> None:
+    def _run_parts(self, step: Step, rows: range, cache: KVCache, count: int) -> None:
         """Each half layer of one part after the other: what a part needs of the sums has come when its turn comes."""
-        ranges = split_units(len(step.token_ids), count)
-        parts = [(step.rows(r.start, r.stop), self.workspace.for_rows(r.start, len(r))) for r in ranges]
+        ranges = split_units(len(rows), count)
+        parts = [(step.rows(r.start, r.stop), self.workspace.for_rows(rows.start + r.start, len(r))) for r in ranges]
         for part, a in parts:
             self._describe(part, a)
         for decoder, layer_cache in zip(self.layers, cache.arguments, strict=False):
@@ -192,16 +201,21 @@ class Decoder:
         a.argument.in_flight = self.in_flight
         a.argument.shifts = arguments.address(a.shifts) if self.coarse else None
 
-    def _run_stage(self, pipeline: Pipeline, step: Step, cache: KVCache) -> None:
-        """The step in parts, so that the stage after works on one while this stage works on the next."""
-        ranges = split_units(len(step.token_ids), micro_batches(len(step.token_ids), self.division.stages))
-        parts = [(step.rows(r.start, r.stop), self.workspace.for_rows(r.start, len(r))) for r in ranges]
-        pipeline.expect([a.x for _, a in parts])
-        for part, a in parts:
+    def _run_stage(self, pipeline: Pipeline, step: Step, cache: KVCache, count: int) -> None:
+        """The step in micro-batches, so that the stage after works on one while this stage works on the next.
+
+        Each goes in up to so many parts: all that this stage's ranks can do. Other stages may have no other hosts.
+        """
+        tokens = len(step.token_ids)
+        ranges = split_units(tokens, micro_batches(tokens, self.division.stages))
+        batches = [(r, step.rows(r.start, r.stop), self.workspace.for_rows(r.start, len(r))) for r in ranges]
+        count = min(count, self.most_parts(tokens), len(ranges[-1]))
+        pipeline.expect([a.x for _, _, a in batches])
+        for rows, part, a in batches:
             if self.part.is_first:
                 self._embed(part.token_ids, a)
             pipeline.receive()
-            self._run_layers(part, a, cache)
+            self._run(part, rows, cache, count)
             pipeline.send(a.x)
         pipeline.finish()
 
@@ -252,7 +266,7 @@ class Decoder:
 
     def _embed(self, token_ids: Array, a: StepArrays) -> None:
         """Each token's row, which one rank has, to a.x."""
-        groups = self.part[self.config.vocabulary_split]
+        groups = self.vocabulary
         rows = token_ids.astype(np.int64) - groups.start * LANES
         rows[rows >= len(groups) * LANES] = -1
         self.team.library.embed_rows(self.embedding, rows, a.partial)
@@ -293,10 +307,10 @@ class Decoder:
         x, head = self.workspace.residual(0, self.workspace.capacity)[rows], self.weights.lm_head
         if not len(x):
             return np.empty((0, self.logit_widths[self.comm.rank]), np.float32)
-        h = Activations.empty(*x.shape)
+        h = self.workspace.normalised(len(x))
         part = np.empty((len(x), self.logit_widths[self.comm.rank]), np.float32)
         self._normalise(x, h, any_quantised(head))
-        self.team.column_parallel(self.head, h.argument(), part, self.in_flight)
+        self.team.column_parallel(self.head, h.argument, part, self.in_flight)
         factors = self.config.factors
         if factors.logits != 1.0 or factors.logits_cap:
             self.team.scale_logits(part, factors.logits, factors.logits_cap)
@@ -305,4 +319,4 @@ class Decoder:
     def _normalise(self, x: Array, h: Activations, quantised: bool) -> None:
         """The model's last norm, of x [tokens, padded hidden] to h."""
         c = self.config
-        self.team.normalise(x, self.weights.norm, c.hidden_size, c.rms_norm_eps, quantised, h.argument())
+        self.team.normalise(x, self.weights.norm, c.hidden_size, c.rms_norm_eps, quantised, h.argument)

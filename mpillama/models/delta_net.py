@@ -39,6 +39,7 @@ class GatedDeltaNet:
         "o_proj": (f"{PREFIX}out_proj.weight",),
     }
     rotary_channels: ClassVar[int] = 0
+    follows: ClassVar[bool] = False
 
     @classmethod
     def read(cls, values: ConfigValues) -> "GatedDeltaNet":

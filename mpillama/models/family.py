@@ -79,6 +79,9 @@ class GgufMetadata(Protocol):
     def get(self, key: str) -> Any:
         """The value, None if there is none."""
 
+    def of_layers(self, key: str) -> Sequence[Any] | None:
+        """A value for each layer, None if there are none."""
+
     def number(self, key: str, default: float | None = None) -> float:
         """A positive finite number."""
 

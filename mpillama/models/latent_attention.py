@@ -8,6 +8,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import numpy as np
 
@@ -79,6 +80,10 @@ class LatentAttention:
         return round_up(self.kv_rank, BLOCK) + round_up(self.rope, BLOCK)
 
     @property
+    def follows(self) -> bool:
+        return False
+
+    @property
     def split(self) -> Split:
         return Split("heads", self.heads)
 
@@ -136,7 +141,7 @@ class LatentAttention:
     def state_stripes(self) -> Sequence[Sequence[Stripe]]:
         return ()
 
-    def cache_argument(self, arrays: Sequence[np.ndarray], kv_type: KVType) -> arguments.LatentCache:
+    def cache_argument(self, arrays: Sequence[np.ndarray], kv_type: KVType) -> Any:
         return arguments.LatentCache(*map(arguments.address, arrays), kv_type.number)
 
     def step_widths(self, part: Partition) -> Mapping[str, int]:
@@ -187,12 +192,7 @@ class LatentAttention:
         return False
 
     def run(
-        self,
-        team: Team,
-        layer: arguments.LatentLayer,
-        cache: arguments.LatentCache,
-        step: arguments.Step,
-        total: arguments.Sum | None,
+        self, team: Team, layer: arguments.LatentLayer, cache: Any, step: arguments.Step, total: arguments.Sum | None
     ) -> bool:
         layer.cache = cache
         return team.latent_half(layer, step, total)
@@ -201,8 +201,9 @@ class LatentAttention:
         return None
 
     @property
-    def piece_sizes(self) -> PieceSizes:
+    def piece_sizes(self) -> PieceSizes | None:
         return PieceSizes(self.heads, self.cache_width, 0, SPAN, round_up(self.kv_rank, BLOCK) + 2)
 
-    def in_pieces(self, layer: arguments.LatentLayer, parts: Sequence[Partition], rank: int) -> Pieces:
-        return LatentPieces(self.piece_sizes, layer, [part[self.split] for part in parts])
+    def in_pieces(self, layer: arguments.LatentLayer, parts: Sequence[Partition], rank: int) -> Pieces | None:
+        sizes = self.piece_sizes
+        return LatentPieces(sizes, layer, [part[self.split] for part in parts]) if sizes else None

@@ -9,7 +9,7 @@ from typing import cast
 import numpy as np
 
 from mpillama.comm.communicator import Communicator
-from mpillama.comm.shared_memory import Backoff, SharedReduction
+from mpillama.comm.shared_memory import TOGETHER, Backoff, SharedReduction
 from mpillama.kernels import arguments
 from mpillama.kernels.library import Team
 from mpillama.kernels.shared_sum import PROGRESS_STRIDE, SharedWindow
@@ -19,8 +19,6 @@ from mpillama.models.workspace import StepArrays
 Array = np.ndarray
 Half = Callable[[arguments.Sum | None], bool]
 """Runs half a layer; gets how to add up, None to leave that; returns whether the sum was there."""
-UNDER_WAY = 2
-"""Sums that may travel at the same time: a window of shared memory has as many places for each rank's addends."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +55,7 @@ class ResidualSum:
         self.comm = comm
         self.team = team
         self.size, self.eps = config.hidden_size, config.rms_norm_eps
-        self._progress = np.zeros((UNDER_WAY, team.threads, PROGRESS_STRIDE), np.int64)
+        self._progress = np.zeros((TOGETHER, team.threads, PROGRESS_STRIDE), np.int64)
         self._sums = [arguments.Sum(progress=arguments.address(progress)) for progress in self._progress]
         self._begun: deque[Begun] = deque()
 
@@ -88,7 +86,7 @@ class ResidualSum:
 
     def make_room(self) -> None:
         """Add sums to the residual stream, the oldest first, until another one may be begun."""
-        while len(self._begun) >= UNDER_WAY:
+        while len(self._begun) >= TOGETHER:
             self._finish(self._begun.popleft())
 
     def finish_all(self) -> None:

@@ -123,6 +123,24 @@ MINIMAX_M2 = {
     "num_experts_per_tok": 8,
     "tie_word_embeddings": False,
 }
+MINIMAX_M3 = {
+    "model_type": "minimax_m3_vl_text",
+    "vocab_size": 200064,
+    "max_position_embeddings": 524288,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 5e6,
+    "partial_rotary_factor": 0.5,
+    "head_dim": 128,
+    "num_key_value_heads": 4,
+    "dense_intermediate_size": 12288,
+    "num_local_experts": 128,
+    "num_experts_per_tok": 4,
+    "index_topk_blocks": 16,
+    "index_block_size": 128,
+    "mlp_layer_types": ["dense"] * 3 + ["sparse"] * 57,
+    "layer_types": ["full_attention"] * 3 + ["minimax_m3_sparse"] * 57,
+    "tie_word_embeddings": False,
+}
 YARN = {
     "rope_type": "yarn",
     "factor": 40.0,
@@ -164,6 +182,27 @@ KIMI = {
     "topk_group": 1,
     "routed_scaling_factor": 2.827,
     "first_k_dense_replace": 1,
+}
+DEEPSEEK_V32 = {
+    **DEEPSEEK,
+    "model_type": "deepseek_v32",
+    "index_n_heads": 64,
+    "index_head_dim": 128,
+    "index_topk": 2048,
+}
+GLM5 = {
+    **{key: value for key, value in DEEPSEEK_V32.items() if key != "rope_scaling"},
+    "model_type": "glm_moe_dsa",
+    "vocab_size": 154880,
+    "max_position_embeddings": 202752,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 1e6,
+    "q_lora_rank": 2048,
+    "qk_nope_head_dim": 192,
+    "v_head_dim": 256,
+    "n_group": 1,
+    "topk_group": 1,
+    "index_n_heads": 32,
 }
 
 GPT_OSS = {
@@ -331,10 +370,13 @@ SHAPES: dict[str, dict[str, Any]] = {
     "glm-4.5-air": _sizes({**GLM4, **GLM45_AIR}, 4096, 10944, 46, 96),
     "glm-4.6": _sizes({**GLM4, **GLM46}, 5120, 12288, 92, 96),
     "minimax-m2": _sizes(MINIMAX_M2, 3072, 1536, 62, 48),
+    "minimax-m3": _sizes(MINIMAX_M3, 6144, 3072, 60, 64),
     "gpt-oss-20b": _sizes(GPT_OSS, 2880, 2880, 24, 64, num_local_experts=32),
     "gpt-oss-120b": _sizes(GPT_OSS, 2880, 2880, 36, 64, num_local_experts=128),
     "deepseek-r1": _sizes(DEEPSEEK, 7168, 18432, 61, 128),
+    "deepseek-v3.2": _sizes(DEEPSEEK_V32, 7168, 18432, 61, 128),
     "kimi-k2": _sizes(KIMI, 7168, 18432, 61, 64),
+    "glm-5": _sizes(GLM5, 6144, 12288, 78, 64),
     "hy3": _sizes(HY3, 4096, 13312, 80, 64),
 }
 
@@ -380,6 +422,8 @@ PUBLISHED: Mapping[str, Published] = {
     "glm-4.6": FP8,
     "minimax-m2": FP8,
     "deepseek-r1": FP8,
+    "deepseek-v3.2": FP8,
+    "glm-5": FP8,
     "kimi-k2": Published(experts="int4/32"),
     "qwen3-next-80b": FP8_DELTA,
     "qwen3.5-27b": FP8_DELTA,

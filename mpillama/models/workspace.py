@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,8 @@ from mpillama.models.rope import Rotation
 from mpillama.quant.weight_type import BLOCK
 
 Array = np.ndarray
+KEPT_ROWS = 64
+"""Arrays for so many rows or fewer are kept, since making them takes as long as small models' kernels."""
 
 
 @dataclass(frozen=True)
@@ -27,6 +30,7 @@ class Activations:
     starts: Array
     halves: Array
 
+    @cached_property
     def argument(self) -> arguments.Activations:
         """For kernels."""
         parts = (arguments.address(part) for part in (self.x, self.values, self.scales, self.starts, self.halves))
@@ -68,6 +72,12 @@ class Angles:
         cosines, sines = (np.empty((tokens, rotation.channels // 2), np.float32) for _ in range(2))
         return cls(cosines, sines, np.empty(tokens, np.float32) if rotation.rope.query_factors else None)
 
+    @property
+    def addresses(self) -> tuple[int | None, int | None, int | None, int]:
+        """Of the arrays, and the number of pairs."""
+        where = arguments.address
+        return where(self.cosines), where(self.sines), where(self.query_factors), self.cosines.shape[1]
+
     def first(self, tokens: int) -> "Angles":
         return self.rows(0, tokens)
 
@@ -94,24 +104,27 @@ class StepArrays:
     addend: Array
     squares: Array
     shifts: Array
+    chosen: Array
     angles: tuple[Angles, ...]
     argument: arguments.Step = field(init=False)
     """For kernels; which tokens a step has is written into it when it runs."""
+    _turns: list[tuple[int | None, int | None, int | None, int]] = field(init=False)
+    """Of each rotation what `turn_by` writes into it: looking addresses up takes longer."""
 
     def __post_init__(self) -> None:
         step = arguments.Step(tokens=len(self.x))
-        for name in ("x", "q", "k", "v", "up", "gates", "partial", "squares"):
+        for name in ("x", "q", "k", "v", "up", "gates", "partial", "squares", "chosen"):
             setattr(step, name, arguments.address(getattr(self, name)))
         for name in ("hidden", "context", "gate", "latent"):
-            setattr(step, name, getattr(self, name).argument())
+            setattr(step, name, getattr(self, name).argument)
         object.__setattr__(self, "argument", step)
+        object.__setattr__(self, "_turns", [each.addresses for each in self.angles])
         self.turn_by(0)
 
     def turn_by(self, number: int) -> None:
         """Choose the angles for the layers that follow."""
-        angles, step = self.angles[number], self.argument
-        step.cosines, step.sines = map(arguments.address, (angles.cosines, angles.sines))
-        step.query_factors, step.rotary_half = arguments.address(angles.query_factors), angles.cosines.shape[1]
+        step = self.argument
+        step.cosines, step.sines, step.query_factors, step.rotary_half = self._turns[number]
 
     def first(self, tokens: int) -> "StepArrays":
         """The first tokens' arrays."""
@@ -150,10 +163,12 @@ class Workspace:
             addend=np.empty((tokens, hidden if self.config.has_post_norms else 0), np.float32),
             squares=np.zeros((tokens, 4), np.float64),
             shifts=np.empty(tokens, np.float64),
+            chosen=np.empty((tokens, widths["chosen"]), np.int32),
             angles=tuple(Angles.empty(tokens, rotation) for rotation in self.config.rotations),
         )
         self._views: dict[int, StepArrays] = {}
         self._parts: dict[tuple[int, int], StepArrays] = {}
+        self._normalised: dict[int, Activations] = {}
 
     def for_tokens(self, tokens: int) -> StepArrays:
         """The arrays of a step; the same ones each time."""
@@ -165,16 +180,23 @@ class Workspace:
 
     def for_rows(self, first: int, count: int) -> StepArrays:
         """The arrays of a part of a step. It has a place of its own for what is kept until its sum has come: the
-        residual stream, addends, angles; the rest all parts share."""
+        residual stream, addends, chosen positions, angles; the rest all parts share."""
         if first == 0:
             return self.for_tokens(count)
         if (first, count) not in self._parts:
             own, end = self._whole, first + count
             self._parts[first, count] = replace(
                 own.first(count), x=own.x[first:end], partial=own.partial[first:end], addend=own.addend[first:end],
-                angles=tuple(angles.rows(first, end) for angles in own.angles),
+                chosen=own.chosen[first:end], angles=tuple(angles.rows(first, end) for angles in own.angles),
             )  # fmt: skip
         return self._parts[first, count]
+
+    def normalised(self, count: int) -> Activations:
+        """Unfilled arrays for so many normalised rows of the residual stream, until the next call."""
+        found = self._normalised.get(count) or Activations.empty(count, self.config.padded_hidden_size)
+        if count <= KEPT_ROWS:
+            self._normalised[count] = found
+        return found
 
     def residual(self, first: int, count: int) -> Array:
         """The residual stream of tokens of the last step, float32 [count, padded hidden]."""
@@ -184,7 +206,7 @@ class Workspace:
 def step_widths(config: ModelConfig, part: Partition) -> Mapping[str, int]:
     """Channels of the step's arrays on a rank: of each the widest of all layers."""
     of_layers = [{**kind.attention.step_widths(part), "inner": kind.mlp.step_width(part)} for kind in config.kinds]
-    names = ("q", "k", "v", "context", "latent", "gates", "inner")
+    names = ("q", "k", "v", "context", "latent", "gates", "chosen", "inner")
     return {name: max(widths.get(name, 0) for widths in of_layers) for name in names}
 
 
@@ -193,7 +215,8 @@ def workspace_bytes(config: ModelConfig, part: Partition, tokens: int) -> int:
     hidden, widths = config.padded_hidden_size, step_widths(config, part)
     of_layers = (widths[name] for name in ("context", "latent", "inner"))
     activations = sum(Activations.bytes(tokens, k) for k in (hidden, *of_layers))
-    floats = hidden * (1 + config.has_post_norms) + sum(widths[name] for name in ("q", "k", "v", "gates", "inner"))
+    plain = ("q", "k", "v", "gates", "chosen", "inner")
+    floats = hidden * (1 + config.has_post_norms) + sum(widths[name] for name in plain)
     floats += sum(rotation.channels for rotation in config.rotations)
     return activations + tokens * (4 * floats + 8 * (hidden + 5))
 

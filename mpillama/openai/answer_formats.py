@@ -14,6 +14,8 @@ from mpillama.openai.tool_calls import ToolFormat
 
 COMMENT = re.compile(r"\{#.*?#\}", re.DOTALL)
 AS_JSON = re.compile(r"arguments['\"]?\]?\s*\|\s*tojson")
+NESTED_TAGS = "]<]minimax[>["
+"""Before every tag of a call of MiniMax M3, whose tags are called as arguments are and lie within each other."""
 WITH_ENDING = re.compile(r"<think(:\w+)>")
 """Of Hy3, whose checkpoints give every tag the same ending."""
 
@@ -21,7 +23,7 @@ WITH_ENDING = re.compile(r"<think(:\w+)>")
 def tool_format(template_source: str) -> ToolFormat | None:
     """The format that a chat template writes calls in; None if it takes no tools, or in a way not known here."""
     source = COMMENT.sub("", template_source)
-    if not re.search(r"\btools\b", source):
+    if not re.search(r"\btools\b", source) or NESTED_TAGS in source:
         return None
     if is_harmony(source):
         return HARMONY

@@ -13,8 +13,8 @@ from typing import Protocol
 from mpillama.engine.answer import Mark
 from mpillama.openai.tool_readers import Call
 
-PAIRS = (("<think>", "</think>"), ("[THINK]", "[/THINK]"))
-"""What stands around a thought: DeepSeek-R1, Qwen and many after them; Magistral."""
+PAIRS = (("<think>", "</think>"), ("[THINK]", "[/THINK]"), ("<mm:think>", "</mm:think>"))
+"""What stands around a thought: DeepSeek-R1, Qwen and many after them; Magistral; MiniMax M3."""
 
 
 @dataclass(frozen=True)

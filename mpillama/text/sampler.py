@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from copy import copy, deepcopy
+from copy import copy
 from hashlib import blake2b
 
 import numpy as np
@@ -45,12 +45,19 @@ class Sampler:
         self._seen = np.zeros(vocab_size, bool)
         self._seen[list(prompt_ids)] = True
         self._counts = np.zeros(vocab_size, np.int64)
+        self._remembers = params.penalises
+        self._spare: np.random.Generator | None = None
 
     def ahead(self) -> "Sampler":
-        """A sampler that will choose as this one will, and leaves it as it is."""
+        """A sampler that will choose as this one will, and leaves it as it is; until the next one is asked for."""
         other = copy(self)
-        other._rng = deepcopy(self._rng)
-        other._seen, other._counts = self._seen.copy(), self._counts.copy()
+        if self._params.temperature:
+            if self._spare is None:  # a state is set in 2 µs, a generator copied in 60
+                self._spare = np.random.Generator(np.random.PCG64(self.seed))
+            self._spare.bit_generator.state = self._rng.bit_generator.state
+            other._rng = self._spare
+        if self._remembers:
+            other._seen, other._counts = self._seen.copy(), self._counts.copy()
         return other
 
     def sample(self, logits: npt.NDArray[np.float32]) -> int:
@@ -83,8 +90,9 @@ class Sampler:
         return self._note(self._draw(self._scaled(whole().astype(np.float64)), uniform))
 
     def _note(self, token: int) -> int:
-        self._seen[token] = True
-        self._counts[token] += 1
+        if self._remembers:
+            self._seen[token] = True
+            self._counts[token] += 1
         return token
 
     def _penalized(self, scores: Floats) -> Floats:
@@ -170,7 +178,7 @@ def check_finite(logits: npt.NDArray[np.float32]) -> None:
 
 def wanted_of(params: SamplingParams, vocab_size: int) -> Wanted:
     """What a row's likeliest tokens must be to sample from them alone; all of it where scores are changed by token."""
-    changes = params.logit_bias or params.repetition_penalty != 1 or params.presence_penalty or params.frequency_penalty
+    changes = params.logit_bias or params.penalises
     count = 1 if params.temperature == 0 else params.top_k or HEAD
     return WHOLE if changes or FEWEST_OTHERS * count > vocab_size else Wanted(count, params.temperature)
 

@@ -182,6 +182,11 @@ class SamplingParams:
         """The stop strings, also where a single one was given as a text."""
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
 
+    @property
+    def penalises(self) -> bool:
+        """Whether scores depend on the tokens so far."""
+        return self.repetition_penalty != 1 or self.presence_penalty != 0 or self.frequency_penalty != 0
+
     def room_for(self, sampled: int, context_left: int) -> int:
         """How many tokens may follow `sampled` ones, with room for `context_left` more in the context."""
         return context_left if self.max_tokens is None else min(context_left, self.max_tokens - sampled)

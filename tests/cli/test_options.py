@@ -151,10 +151,10 @@ print("imported:", *[name for name in {HEAVY!r} if name in sys.modules])
 """
 
 
-@pytest.mark.timeout(60)
+@pytest.mark.timeout(300)
 @pytest.mark.parametrize("arguments", [["--help"], ["--version"], *([c, "--help"] for c in COMMANDS)])
 def test_help_imports_nothing_heavy(arguments):
-    done = subprocess.run([sys.executable, "-c", PROBE, *arguments], capture_output=True, text=True, timeout=50)
+    done = subprocess.run([sys.executable, "-c", PROBE, *arguments], capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
     assert "mpillama" in done.stdout
     assert done.stdout.splitlines()[-1] == "imported:"

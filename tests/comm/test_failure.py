@@ -5,7 +5,14 @@ import errno
 import pytest
 
 from mpillama.comm.failure import out_of_memory
-from mpillama.comm.launcher import launched_first, quiet_mpi
+from mpillama.comm.launcher import (
+    THREAD_LEVEL,
+    ask_for_threads,
+    launched_first,
+    launched_on_several_hosts,
+    quiet_mpi,
+)
+from mpillama.comm.ways import OVERLAP
 
 
 @pytest.mark.parametrize(
@@ -52,3 +59,46 @@ def test_mpi_is_kept_quiet_unless_the_user_has_said_otherwise() -> None:
 )
 def test_the_first_rank_of_a_host(environment: dict[str, str], first: bool) -> None:
     assert launched_first(environment) is first
+
+
+HYDRA = {"PMI_SIZE": "4", "PMI_RANK": "0", "MPI_LOCALRANKID": "0"}
+OPEN_MPI = {"OMPI_COMM_WORLD_SIZE": "4"}
+SLURM = {"SLURM_STEP_NUM_TASKS": "4", "SLURM_PROCID": "0"}
+
+
+@pytest.mark.parametrize(
+    ("environment", "several"),
+    [
+        ({}, False),
+        ({**HYDRA, "MPI_LOCALNRANKS": "4"}, False),
+        ({**HYDRA, "MPI_LOCALNRANKS": "2"}, True),
+        ({**OPEN_MPI, "OMPI_COMM_WORLD_LOCAL_SIZE": "4"}, False),
+        ({**OPEN_MPI, "OMPI_COMM_WORLD_LOCAL_SIZE": "1"}, True),
+        ({**SLURM, "SLURM_STEP_NUM_NODES": "1"}, False),
+        ({**SLURM, "SLURM_STEP_NUM_NODES": "2"}, True),
+        ({**SLURM, "PMIX_RANK": "0"}, False),
+        # mpirun on one host of a Slurm job of several
+        ({**HYDRA, "MPI_LOCALNRANKS": "4", "SLURM_STEP_NUM_NODES": "2", "SLURM_STEP_NUM_TASKS": "2"}, False),
+        ({"SLURM_STEP_NUM_TASKS": "1", "SLURM_STEP_NUM_NODES": "2"}, False),
+        ({**HYDRA, "MPI_LOCALNRANKS": "4", "MPILLAMA_RANKS_PER_HOST": "3,1"}, True),
+        ({**HYDRA, "MPI_LOCALNRANKS": "4", "MPILLAMA_RANKS_PER_HOST": "4"}, False),
+    ],
+)
+def test_threads_are_asked_for_where_there_are_several_hosts(environment: dict[str, str], several: bool) -> None:
+    assert launched_on_several_hosts(environment) is several
+    found = dict(environment)
+    ask_for_threads(found)
+    assert found == {**environment, THREAD_LEVEL: "multiple" if several else "funneled"}
+
+
+@pytest.mark.parametrize(
+    ("wish", "level"), [({OVERLAP: "always"}, "multiple"), ({OVERLAP: "never"}, "funneled"), ({}, "multiple")]
+)
+def test_what_the_user_wants_of_threads_is_asked_for(wish: dict[str, str], level: str) -> None:
+    hosts = {} if wish.get(OVERLAP) == "always" else {**HYDRA, "MPI_LOCALNRANKS": "2"}
+    found = {**hosts, **wish}
+    ask_for_threads(found)
+    assert found[THREAD_LEVEL] == level
+    found = {**hosts, **wish, THREAD_LEVEL: "serialized"}
+    ask_for_threads(found)
+    assert found[THREAD_LEVEL] == "serialized"

@@ -30,7 +30,7 @@ def test_a_line_tells_what_happened_since_the_last():
     )
 
 
-@pytest.mark.timeout(60)
+@pytest.mark.timeout(120)
 def test_the_monitor_counts_the_models_tokens(caplog, monkeypatch):
     monkeypatch.setattr(logging.getLogger("mpillama"), "propagate", True)
     caplog.set_level(logging.INFO, "mpillama")
@@ -125,7 +125,7 @@ def attended(*tasks):
     return reader, shown
 
 
-@pytest.mark.timeout(60)
+@pytest.mark.timeout(120)
 def test_reading_ends_when_all_is_read(target):
     def read(reader):
         reader.bytes_read += 50
@@ -137,7 +137,7 @@ def test_reading_ends_when_all_is_read(target):
     assert not reader.stopped.is_set()
 
 
-@pytest.mark.timeout(60)
+@pytest.mark.timeout(120)
 def test_a_failure_stops_the_rest(target):
     def fail(reader):
         raise UserError("it cannot be read.")
@@ -146,7 +146,7 @@ def test_a_failure_stops_the_rest(target):
         attended(fail, lambda reader: reader.stopped.wait())
 
 
-@pytest.mark.timeout(60)
+@pytest.mark.timeout(120)
 def test_a_failure_of_the_program_is_raised_as_it_is(target):
     def fail(reader):
         reader.stop()
@@ -164,7 +164,7 @@ def test_the_slowest_rank_is_the_one_with_the_largest_share_to_read(target):
     assert LoadState(np.array([0, 0]), np.array([0, 0]), ["a", "b"]).slowest == "rank 0 on a, 100 %"
 
 
-@pytest.mark.timeout(60)
+@pytest.mark.timeout(120)
 @pytest.mark.parametrize(
     ("is_root", "quiet", "told"), [(True, False, True), (True, True, False), (False, False, False)]
 )

@@ -58,7 +58,9 @@ def open_folder(path: Path, executor, limit: int = PLENTY, name: str = MODEL) ->
 def folder_of(path, config, part, cache, kv_type="f16", limit=PLENTY, name=MODEL) -> CacheFolder:
     """The folder of a rank that has a `part` of a model."""
     settings = FolderSettings(path, name, limit)
-    return CacheFolder(settings, cache, Coverage.of_rank(config, part), partial(_layout, config, part, kv_type))
+    return CacheFolder(
+        settings, cache, partial(Coverage.of_rank, config, part), partial(_layout, config, part, kv_type)
+    )
 
 
 def _layout(config, part, kv_type, kind, coverage) -> Layout:
@@ -169,7 +171,7 @@ def numbered(config: ModelConfig, part, kv_type: str, places: int) -> KVCache:
     """A cache whose numbers tell layer, array, place and unit, whoever holds it."""
     cache = KVCache(config, part, places, kv_type, places)
     for kind in ("block", "state"):
-        layout = Layout(config, part, kv_type, kind, Coverage.of_rank(config, part))
+        layout = Layout(config, part, kv_type, kind, Coverage.of_rank(config, part, kind))
         for place in range(places):
             for run, view in layout.views(cache.layers, place):
                 for unit, of_unit in zip(run.units, view, strict=True):
@@ -182,6 +184,12 @@ SHAPES = {
     "heads": {**models.AWKWARD, **EIGHT_LAYERS},
     "latents": {**models.LATENT_TOY, **EIGHT_LAYERS, "first_k_dense_replace": 8},
     "states": {**models.DELTA_TOY, **EIGHT_LAYERS},
+    "index keys": {
+        **models.BLOCK_SPARSE_TOY,
+        **EIGHT_LAYERS,
+        "layer_types": ["full_attention", "minimax_m3_sparse"] * 4,
+        "mlp_layer_types": None,
+    },
 }
 
 

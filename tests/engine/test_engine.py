@@ -108,6 +108,12 @@ def test_answers_over_a_cache_of_latents_do_not_depend_on_company(latent_model, 
     check_company(latent_model, tokenizer, 1, speculate=4)
 
 
+def test_answers_over_blocks_that_are_chosen_do_not_depend_on_company(tmp_path, tokenizer):
+    """Steps hold drafts, tokens that choose, and such that see so little that they need not."""
+    models.write_random(tmp_path / "blocks.h5", models.BLOCK_SPARSE_TOY, "q8_0")
+    check_company(running.load(tmp_path / "blocks.h5", THREADS), tokenizer, 1, speculate=4)
+
+
 @pytest.mark.parametrize(("seed", "speculate", "states"), [(2, 0, 12), (6, 4, 0), (4, 4, 28)])
 def test_answers_over_recurrent_states_do_not_depend_on_company(delta_model, tokenizer, seed, speculate, states):
     """With a single slot for snapshots, in which drafts hardly find a place, and with enough for all."""

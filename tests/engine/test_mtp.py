@@ -8,6 +8,7 @@ from mpillama.engine.executor import Executor
 from mpillama.engine.mtp import MtpExecutor
 from mpillama.engine.sequence import Request
 from mpillama.loading.model_file import open_model, open_mtp
+from mpillama.loading.texts import make_tokenizer
 from mpillama.models.cache import single_sequence_step
 from mpillama.text.sampling_params import SamplingParams
 from mpillama.text.tokenizer import Tokenizer
@@ -15,8 +16,10 @@ from tests import mtp_models, running
 from tests import tiny_models as models
 from tests.conftest import THREADS
 from tests.engine.test_draft_model import Always
+from tests.system.mpi.launch import DEMO_MODEL
 
 LONGEST, MAX_TOKENS, SLOTS, BLOCKS = 256, 24, 3, 5
+DEMO_LAYER = DEMO_MODEL.with_name("demo-mtp.h5")
 
 
 @pytest.fixture(scope="module", params=["glm4_moe", "qwen3_5_moe"])
@@ -139,3 +142,34 @@ def test_a_layer_with_a_shorter_context_drafts_up_to_there(loaded, tokenizer):
     assert run(engine, asked) == plain
     assert engine.drafter.proposed > 0
     assert max(most) <= 64
+
+
+def test_a_step_that_reads_on_for_the_layer_has_less_room_for_prompts(loaded, tokenizer):
+    """After a piece of a prompt the layer goes through it, at the beginning of the next step."""
+    engine = new_engine(loaded, tokenizer, 2, blocks=16)
+    engine.submit(Request(list(range(5, 105)), SamplingParams(temperature=0, max_tokens=3, ignore_eos=True)))
+    found = []
+    while not engine.idle:
+        engine.step()
+        found.append(engine.scheduler.followed)
+    layer, model = (each.executor.model.weights.bytes_per_step() for each in (engine.drafter, engine))
+    pieces = [0, *[MAX_TOKENS] * 4, 100 - 4 * MAX_TOKENS]
+    assert found[: len(pieces)] == [piece * layer / model if piece > 3 else 0 for piece in pieces]
+    assert not any(found[len(pieces) :])
+
+
+@pytest.mark.parametrize("drafts", [1, 2])
+def test_the_demos_layer_guesses_its_stories(drafts):
+    """data/demo-mtp.h5: of the next tokens most are right, of those behind them many; nothing else changes."""
+    model, layer = (running.load_file(open_model(str(path)), THREADS) for path in (DEMO_MODEL, DEMO_LAYER))
+    layer.main = model
+    words = make_tokenizer(open_model(str(DEMO_MODEL)))
+    asked = [
+        Request(words.encode(f"Once upon a time, there was a {hero}"), SamplingParams(temperature=0, max_tokens=90))
+        for hero in ("llama", "small owl", "robot")
+    ]
+    plain = run(new_engine((model, layer), words, 0, blocks=16), asked)
+    engine = new_engine((model, layer), words, drafts, blocks=16)
+    assert run(engine, asked) == plain
+    assert engine.drafter.acceptance >= (0.6 if drafts == 1 else 0.5)
+    assert engine.counts.sampled_tokens > (1.6 if drafts == 1 else 2) * (engine.drafter.proposed / drafts)

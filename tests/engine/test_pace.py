@@ -1,5 +1,7 @@
 """How much of a prompt a step takes beside answers: by what steps took, and never another answer."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -102,3 +104,11 @@ def test_answers_do_not_depend_on_the_bound(bound: float, model_file: ModelFile)
     if not bound:
         assert engine.pace.late > 0
         assert max(chunks) <= LEAST_TOKENS + 3 * 4, "as little of prompts as can be"
+
+
+def test_what_a_layer_reads_on_leaves_less_room() -> None:
+    pace, load = taught(0.2), StepLoad(4, 0, 8000)
+    free = pace.prompt_tokens(load, 0, 4096)
+    left = pace.prompt_tokens(replace(load, followed=free / 2), 0, 4096)
+    assert left == pytest.approx(free / 2, abs=LEAST_TOKENS)
+    assert pace.prompt_tokens(replace(load, followed=10 * free), 0, 4096) == LEAST_TOKENS

@@ -436,7 +436,7 @@ ONE_LAYER = {**BASE, "n_layers": 1, "weights_float_type": 2}
 HEADER = len(header_of(ONE_LAYER))
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(600)
 @given(damage=st.data())
 @settings(max_examples=500, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_random_damage_to_a_model(model, damage):
@@ -445,7 +445,7 @@ def test_random_damage_to_a_model(model, damage):
     within_bounds(lambda: read(model))
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(600)
 @given(data=mangled(WHOLE, len(WHOLE)))
 @settings(max_examples=500, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_random_damage_to_a_tokenizer(model, data):
@@ -453,7 +453,7 @@ def test_random_damage_to_a_tokenizer(model, data):
     within_bounds(lambda: read(model))
 
 
-@pytest.mark.timeout(60)
+@pytest.mark.timeout(120)
 def test_every_truncation_of_a_header_and_of_a_tokenizer(model):
     data = model.read_bytes()
     for length in range(HEADER + 8):

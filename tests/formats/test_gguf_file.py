@@ -525,7 +525,7 @@ def test_other_stored_types_are_refused_by_name(tmp_path, kind):
     assert "Q4_0" in sentence
 
 
-@pytest.mark.parametrize("arch", ["gemma", "gpt2", "clip", "deepseek32", "glm-dsa", "deepseek4"])
+@pytest.mark.parametrize("arch", ["gemma", "gpt2", "clip", "deepseek4"])
 def test_another_architecture_is_refused_by_name(tmp_path, arch):
     assert repr(arch) in refused(Written(tmp_path / "m.gguf", arch).metadata().tensors({}))
 
@@ -641,7 +641,7 @@ def test_a_small_file_of_our_own_is_read(tmp_path):
     assert read(tmp_path / "m.gguf").tensors["model.embed_tokens.weight"].offset == len(data) + 128
 
 
-@pytest.mark.timeout(60)
+@pytest.mark.timeout(120)
 @pytest.mark.parametrize("count", [2**64 - 1, 2**63, 2**40, 2**31, 10**6])
 @pytest.mark.parametrize("element", [0, F32, TEXT, U64, ARRAY, 77])
 def test_arrays_that_promise_too_much(tmp_path, count, element):
@@ -649,7 +649,7 @@ def test_arrays_that_promise_too_much(tmp_path, count, element):
     hostile(tmp_path / "m.gguf", raw_gguf([added, *metadata_pairs()], []))
 
 
-@pytest.mark.timeout(60)
+@pytest.mark.timeout(120)
 @pytest.mark.parametrize("count", [2**64 - 1, 2**63, 2**40, 2**31, 10**6])
 def test_other_counts_that_promise_too_much(tmp_path, count):
     pairs, row = metadata_pairs(), ("output_norm.weight", (32,), 0, 0)
@@ -732,7 +732,7 @@ FACTORS = raw_gguf(metadata_pairs(), [("rope_freqs.weight", (8,), 0, 0), ("outpu
 FACTORS_FILE = FACTORS + struct.pack("<8f", *range(1, 9)) + bytes(32)
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(600)
 @given(data=mangled(SMALL_FILE, len(SMALL)) | mangled(FACTORS_FILE, len(FACTORS) + 32))
 @settings(max_examples=1000, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_random_damage(tmp_path, data):

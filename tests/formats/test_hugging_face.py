@@ -238,14 +238,14 @@ def test_a_configuration_that_makes_no_sense(plain, text):
     assert "config.json" in refused(plain)
 
 
-@pytest.mark.timeout(20)
+@pytest.mark.timeout(60)
 def test_a_pipe_is_not_waited_for(plain):
     (plain / "config.json").unlink()
     os.mkfifo(plain / "config.json")
     assert "not a regular file" in refused(plain)
 
 
-@pytest.mark.timeout(20)
+@pytest.mark.timeout(60)
 @pytest.mark.parametrize("name", ["config.json", "tokenizer.json"])
 def test_a_text_beyond_all_measure(plain, name):
     with (plain / name).open("ab") as file:
@@ -398,7 +398,7 @@ SMALL = {Q: np.ones((4, 4), np.float32), "model.layers.0.mlp.experts.down_proj":
 SMALL_FILE = safetensors_bytes(SMALL)
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(600)
 @given(data=mangled(SMALL_FILE, len(SMALL_FILE) - 160))
 @settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_random_damage_to_a_file(tmp_path, data):
@@ -407,7 +407,7 @@ def test_random_damage_to_a_file(tmp_path, data):
     within_bounds(lambda: read(folder))
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(600)
 @given(damage=st.data(), name=st.sampled_from(["config.json", INDEX, "tokenizer_config.json"]))
 @settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_random_damage_to_a_text(tmp_path, damage, name):

@@ -124,6 +124,12 @@ LATENT: Mapping[str, Any] = {  # heads that no number of ranks divides, groups o
     "tie_word_embeddings": True,
 }
 
+INDEXED: Mapping[str, Any] = LATENT | {  # of 24 positions 5 are seen
+    "index_n_heads": 11,  # with few of them many scores are 0
+    "index_head_dim": 20,
+    "index_topk": 5,
+}
+
 DELTA: Mapping[str, Any] = {  # seven groups of two heads in both kinds of layers, of which RoPE turns 4 channels
     "num_hidden_layers": 3,
     "layer_types": ["linear_attention", "full_attention", "linear_attention"],
@@ -310,6 +316,32 @@ FAMILIES: Mapping[str, Family] = {
             "tie_word_embeddings": True,
         },
     ),
+    "minimax_m3": Family(
+        "minimax_m3_vl_text",
+        {
+            "num_hidden_layers": 3,
+            "layer_types": ["full_attention", "minimax_m3_sparse", "minimax_m3_sparse"],
+            "mlp_layer_types": ["dense", "sparse", "sparse"],
+            "num_attention_heads": 14,
+            "num_key_value_heads": 7,
+            "head_dim": 12,
+            "rotary_dim": 6,
+            "partial_rotary_factor": 0.5,
+            "intermediate_size": 40,
+            "dense_intermediate_size": 56,
+            "shared_intermediate_size": 40,
+            "num_local_experts": 9,
+            "num_experts_per_tok": 3,
+            "routed_scaling_factor": 1.7,
+            "index_n_heads": 7,
+            "index_head_dim": 10,
+            "index_block_size": 64,
+            "index_topk_blocks": 2,
+            "tie_word_embeddings": True,
+        },
+        prompt=264,  # the last tokens choose two of five blocks
+        norms=0.0,
+    ),
     "gpt_oss": Family(
         "gpt_oss",
         {
@@ -332,6 +364,14 @@ FAMILIES: Mapping[str, Family] = {
         LATENT
         | {"q_lora_rank": None, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 0, "n_routed_experts": 6},
         called="kimi_k2",
+    ),
+    "deepseek_v32": Family("deepseek_v32", INDEXED | YARN_MAGNITUDES, prompt=24),
+    "glm_moe_dsa": Family(  # the third and fourth layer see what the second does
+        "glm_moe_dsa",
+        INDEXED
+        | {"num_hidden_layers": 5, "index_topk_freq": 3, "index_n_heads": 19, "n_group": 1, "topk_group": 1}
+        | {"first_k_dense_replace": 2},
+        prompt=24,
     ),
     "qwen3_next": Family("qwen3_next", DELTA_MOE, prompt=24, norms=0.0),
     "qwen3_5": Family("qwen3_5_text", DELTA | {"tie_word_embeddings": True}, prompt=24, norms=0.0),
@@ -370,6 +410,7 @@ def write_family(name: str, family: Family) -> None:
         logits=logits(model, prompt),
         continuation=np.array(continuation(model, prompt), np.int32),
         **chosen_experts(model, prompt),
+        **chosen_positions(model, prompt),
     )
 
 
@@ -454,6 +495,20 @@ def chosen_experts(model: transformers.PreTrainedModel, ids: list[int]) -> dict[
     for hook in hooks:
         hook.remove()
     return {"experts": np.stack(chosen).astype(np.uint8)} if chosen else {}
+
+
+def chosen_positions(model: transformers.PreTrainedModel, ids: list[int]) -> dict[str, np.ndarray]:
+    """`positions`, uint8 [layers with an indexer, tokens, chosen], ascending; early tokens have later ones, too."""
+    chosen: list[np.ndarray] = []
+    indexers = [module for module in model.modules() if type(module).__name__.endswith("Indexer")]
+    hooks = [
+        indexer.register_forward_hook(lambda module, inputs, output: chosen.append(output[0].sort(dim=-1)[0].numpy()))
+        for indexer in indexers
+    ]
+    logits(model, ids)
+    for hook in hooks:
+        hook.remove()
+    return {"positions": np.stack(chosen).astype(np.uint8)} if chosen else {}
 
 
 def continuation(model: transformers.PreTrainedModel, prompt: list[int]) -> list[int]:

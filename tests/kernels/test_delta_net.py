@@ -64,7 +64,7 @@ class Rank:
             v=nan(sizes["v"]), context=blank_activations(len(x), sizes["context"]), gate=blank_activations(len(x), 0),
             latent=blank_activations(len(x), sizes["latent"]), up=nan(0), gates=nan(sizes["gates"]),
             partial=nan(HIDDEN, np.float64), addend=nan(0), squares=nan(4, np.float64),
-            shifts=np.full(len(x), np.nan),
+            shifts=np.full(len(x), np.nan), chosen=np.empty((len(x), 0), np.int32),
             angles=(Angles(nan(0), nan(0)),),
         )  # fmt: skip
         step.describe(a.argument)

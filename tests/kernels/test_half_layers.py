@@ -57,7 +57,7 @@ def blank_step(x: np.ndarray, heads: int, kv_heads: int, head_dim: int, inner: i
         v=nan(kv_heads, head_dim), context=blank_activations(tokens, heads * head_dim),
         gate=blank_activations(tokens, inner), latent=blank_activations(tokens, heads * head_dim), up=nan(inner),
         gates=nan(0), partial=nan(x.shape[1], dtype=np.float64), addend=nan(0), squares=nan(4, dtype=np.float64),
-        shifts=nan(dtype=np.float64), angles=(Angles(nan(half), nan(half)),),
+        shifts=nan(dtype=np.float64), chosen=np.empty((tokens, 0), np.int32), angles=(Angles(nan(half), nan(half)),),
     )  # fmt: skip
 
 

@@ -110,7 +110,7 @@ class LatentCase:
 
     def held(self, cache: list[np.ndarray]) -> np.ndarray:
         """What a cache holds: float64 [blocks, 64, width]."""
-        values, scales = cache
+        values, scales, *_ = cache
         if self.kv_type in SCALED_KV:
             return from_cached_blocks(values.reshape(*scales.shape, -1), scales.view(np.float16), self.kv_type)
         return (values if self.kv_type == "f32" else values.view(np.float16)).astype(np.float64)
@@ -124,19 +124,13 @@ class LatentCase:
             x=self.x.copy(), hidden=blank_activations(self.tokens, HIDDEN), q=nan(sizes["q"]), k=nan(sizes["k"]),
             v=nan(sizes["v"]), context=blank_activations(self.tokens, sizes["context"]),
             gate=blank_activations(self.tokens, 0), latent=blank_activations(self.tokens, sizes["latent"]), up=nan(0),
-            gates=nan(0), partial=nan(HIDDEN, np.float64), addend=nan(0), squares=nan(4, np.float64),
-            shifts=np.full(self.tokens, np.nan),
+            gates=nan(sizes.get("gates", 0)), partial=nan(HIDDEN, np.float64), addend=nan(0),
+            squares=nan(4, np.float64), shifts=np.full(self.tokens, np.nan),
+            chosen=np.full((self.tokens, sizes.get("chosen", 0)), -1, np.int32),
             angles=(Angles(self.cosines, self.sines),),
         )  # fmt: skip
         cache = [array.copy() for array in cache or self.cache()]
-        layer = arguments.LatentLayer(
-            **{n: m.row_parallel() if n == "o" else m.column_parallel() for n, m in self.matrices.items()},
-            cache=kind.cache_argument(cache, KV_TYPES[self.kv_type]),
-            **{name: arguments.address(getattr(self, name)) for name in ("norm", "q_norm", "kv_norm")},
-            eps=EPS, latent_eps=LATENT_EPS, scale=1 / np.sqrt(kind.nope + kind.rope), hidden_size=HIDDEN,
-            heads=kind.heads, q_rank=kind.q_rank, kv_rank=kind.kv_rank, nope=kind.nope, rope=kind.rope,
-            pairs=kind.rotary_pairs,
-        )  # fmt: skip
+        layer = self.layer(cache)
         step = a.argument
         for name in ("slots", "segments", "tables"):
             setattr(step, name, arguments.address(getattr(self, name)))
@@ -144,6 +138,18 @@ class LatentCase:
         step.in_flight = 1
         team.latent_half(layer, step)
         return SimpleNamespace(a=a, cache=cache)
+
+    def layer(self, cache: list[np.ndarray]) -> arguments.LatentLayer:
+        """For kernels."""
+        kind = self.kind
+        return arguments.LatentLayer(
+            **{n: m.row_parallel() if n == "o" else m.column_parallel() for n, m in self.matrices.items()},
+            cache=LatentAttention.cache_argument(kind, cache, KV_TYPES[self.kv_type]),
+            **{name: arguments.address(getattr(self, name)) for name in ("norm", "q_norm", "kv_norm")},
+            eps=EPS, latent_eps=LATENT_EPS, scale=1 / np.sqrt(kind.nope + kind.rope), hidden_size=HIDDEN,
+            heads=kind.heads, q_rank=kind.q_rank, kv_rank=kind.kv_rank, nope=kind.nope, rope=kind.rope,
+            pairs=kind.rotary_pairs,
+        )  # fmt: skip
 
     def everywhere(self, cache: list[np.ndarray] | None = None) -> SimpleNamespace:
         """The same, everywhere."""
@@ -154,14 +160,15 @@ class LatentCase:
             a = found.a
             latent = a.latent.x.reshape(-1)[: self.tokens * heads * round_up(k.kv_rank, 32)]
             context = a.context.x.reshape(-1)[: self.tokens * heads * round_up(k.value, 32)]
-            return a.q, a.k, a.v, latent.copy(), context.copy(), *blocks_of(a.context), a.partial, *found.cache
+            blocks = blocks_of(a.context)
+            return a.chosen, a.q, a.k, a.v, latent.copy(), context.copy(), a.partial, *found.cache, *blocks
 
-        q, k_, v, latent, context, *_, partial, values, scales = everywhere(run)
+        chosen, q, k_, v, latent, context, partial, *rest = everywhere(run)
         by_head = lambda x, n: x.reshape(self.tokens, heads, round_up(n, 32))[..., :n]  # noqa: E731
         return SimpleNamespace(
             q=by_head(q, k.nope + k.rope), q_a=k_[:, : k.q_rank], kv_a=v[:, : k.kv_rank + k.rope],
             latent=by_head(latent, k.kv_rank), context=by_head(context, k.value), partial=partial,
-            cache=[values, scales],
+            cache=rest[: len(self.cache())], chosen=chosen,
         )  # fmt: skip
 
     def seen(self, x: np.ndarray) -> np.ndarray:
@@ -169,10 +176,11 @@ class LatentCase:
         width = x.shape[-1]
         return seen_by(WEIGHT_TYPES[self.weights], padded(x, round_up(width, 32)).astype(np.float32))[..., :width]
 
-    def rotated(self, x: np.ndarray) -> np.ndarray:
-        """[tokens, …, rope], turned to halves."""
+    def rotated(self, x: np.ndarray, pairs: bool | None = None) -> np.ndarray:
+        """[tokens, …, rope], turned to halves; `pairs` stand as those of the kind unless it is said."""
         half = self.kind.rope // 2
-        first, second = (x[..., ::2], x[..., 1::2]) if self.kind.rotary_pairs else (x[..., :half], x[..., half:])
+        pairs = self.kind.rotary_pairs if pairs is None else pairs
+        first, second = (x[..., ::2], x[..., 1::2]) if pairs else (x[..., :half], x[..., half:])
         shape = (self.tokens, *[1] * (x.ndim - 2), half)
         turned = (first + 1j * second) * (self.cosines + 1j * self.sines.astype(np.float64)).reshape(shape)
         return np.concatenate([turned.real, turned.imag], axis=-1)
@@ -186,12 +194,17 @@ class LatentCase:
         for (first, count, start), table in zip(self.segments, self.tables, strict=True):
             past = held[table].reshape(-1, k.cache_width)
             for t in range(count):
-                latents = past[: start + t + 1, : k.kv_rank]
+                at = self.sees(found, first + t, start + t)
+                latents = past[at, : k.kv_rank]
                 scores = absorbed[first + t] @ latents.T
-                scores = scores + found.q[first + t, :, k.nope :] @ past[: start + t + 1, latent : latent + k.rope].T
+                scores = scores + found.q[first + t, :, k.nope :] @ past[at, latent : latent + k.rope].T
                 weights = np.exp(scale * (scores - scores.max(axis=1, keepdims=True)))
                 out[first + t] = weights @ latents / weights.sum(axis=1, keepdims=True)
         return out
+
+    def sees(self, found: SimpleNamespace, token: int, position: int) -> np.ndarray:
+        """Which positions a token attends to."""
+        return np.arange(position + 1)
 
 
 CASES = {

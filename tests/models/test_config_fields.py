@@ -25,6 +25,11 @@ WITHOUT_EFFECT = {
     ("deepseek_v3", "num_key_value_heads"): "every head has keys and values of its own",
     ("deepseek_v3", "qk_head_dim"): "the class computes it",
     ("deepseek_v3", "head_dim"): "the class computes it",
+    **{
+        (name, key): "as in deepseek_v3"
+        for name in ("deepseek_v32", "glm_moe_dsa")
+        for key in ("num_key_value_heads", "qk_head_dim", "head_dim")
+    },
     ("hy_v3", "enable_moe_fp32_combine"): "all is added in float32 here",
     ("qwen3_moe", "intermediate_size"): "that of dense layers, which are refused",
     ("qwen3_next", "intermediate_size"): "that of dense layers, which are refused",
@@ -34,6 +39,7 @@ BESIDE: dict[tuple[str, str], dict[str, Any]] = {
     **{(name, key): WINDOWS for name in ("qwen2", "qwen3") for key in WINDOWS},
     **{(name, key): WINDOWS for name in ("qwen3_moe", "smollm3") for key in WINDOWS if key != "max_window_layers"},
     ("gemma3_text", "_sliding_window_pattern"): {"layer_types": None},
+    **{(name, "first_k_dense_replace"): {"mlp_layer_types": None} for name in ("deepseek_v32", "glm_moe_dsa")},
     ("llama4_text", "interleave_moe_layer_step"): {"moe_layers": None},
     ("llama4_text", "no_rope_layer_interval"): {"no_rope_layers": None},
     ("smollm3", "no_rope_layer_interval"): {"no_rope_layers": None},

@@ -48,6 +48,16 @@ def test_experts_are_those_that_transformers_chooses(family):
     assert np.array_equal(running.chosen_experts(model, g.golden(family)[0]), g.golden_experts(family))
 
 
+@pytest.mark.parametrize("family", [family for family in g.FAMILIES if g.golden_positions(family) is not None])
+def test_positions_are_those_that_transformers_chooses(family):
+    """Exactly, by every indexer and for every token that must choose."""
+    model = running.load_file(open_model(str(g.FOLDER / family), "f32"), THREADS)
+    found, expected = running.chosen_positions(model, g.golden(family)[0]), g.golden_positions(family)
+    first = expected.shape[2]
+    assert np.array_equal(found[:, first:], expected[:, first:])
+    assert first < len(g.golden(family)[0]) // 4
+
+
 @pytest.mark.parametrize("prefix", ["model.", ""])
 def test_a_head_of_its_own_is_used_though_the_configuration_ties_it(prefix, tmp_path):
     """Transformers gives these logits for such a folder, too."""

@@ -70,7 +70,7 @@ def test_chunks_give_the_same_bits(family, tmp_path):
     assert np.array_equal(logits_of_layer(folder, ids, [1, 17, 2, 20])[1], whole)
 
 
-@pytest.mark.parametrize("family", ["glm4_moe", "deepseek_v3"])
+@pytest.mark.parametrize("family", ["glm4_moe", "deepseek_v3", "glm_moe_dsa"])
 def test_a_gguf_has_the_same_layer(family, tmp_path):
     file = m.write_gguf(tmp_path / "model.gguf", tmp_path / "folder", family)
     assert open_model(str(file)).config.num_hidden_layers == m.settings(family)["num_hidden_layers"]

@@ -101,3 +101,20 @@ def check_parts(model: Decoder, parts: int) -> None:
     borders = np.linspace(0, 20, parts + 1).astype(int)
     found = [model.forward(whole.rows(a, b), cache) for a, b in pairwise(borders)]
     np.testing.assert_array_equal(np.concatenate(found), expected)
+
+
+def test_a_step_of_one_sequence_is_the_same_beside_another():
+    rng, names = np.random.default_rng(1), ("token_ids", "positions", "slots", "segments", "logit_rows", "states")
+    for _ in range(200):
+        start, count = int(rng.integers(0, 200)), int(rng.integers(1, 100))
+        tokens, logits = rng.integers(0, 101, count), int(rng.integers(0, count + 1))
+        tables = np.stack([rng.permutation(10)[:6], np.arange(10, 16)])
+        alone = joint_step(tokens, np.array([start]), np.array([count]), np.array([logits]), tables[:1])
+        beside = joint_step(
+            np.append(tokens, 0), np.array([start, 0]), np.array([count, 1]), np.array([logits, 0]), tables
+        )
+        for name in names:
+            own, both = getattr(alone, name), getattr(beside, name)
+            assert own.dtype == both.dtype
+            np.testing.assert_array_equal(own, both[: len(own)])
+        assert len(alone.logit_rows) == len(beside.logit_rows)

@@ -167,6 +167,8 @@ def test_formats_come_from_the_template_or_the_vocabulary():
     none = lambda text: None  # noqa: E731
     assert reasoning_format("{{ messages }}{# <think> #}", none) is None
     assert reasoning_format("{{ content.split('</think>')[-1] }}", none) == ReasoningFormat("<think>", "</think>")
+    of_minimax = "{{ '<mm:think>' if thinking_mode == 'enabled' }}"
+    assert reasoning_format(of_minimax, none) == ReasoningFormat("<mm:think>", "</mm:think>")
     by_id = reasoning_format("{{ messages }}", {"[THINK]": 7, "[/THINK]": 8}.get)
     assert by_id == ReasoningFormat("[THINK]", "[/THINK]", 7, 8)
     assert by_id.marking == {7, 8}

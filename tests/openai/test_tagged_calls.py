@@ -180,6 +180,7 @@ def test_templates_tell_the_format():
     assert tool_format("{{ tools }} <tool_call>{name}<arg_key>") is GLM
     assert tool_format("{{ tools }} <minimax:tool_call>") is MINIMAX
     assert tool_format("<minimax:tool_call>") is None
+    assert tool_format("{{ tools }} ]<]minimax[>[<tool_call>") is None, "MiniMax M3's are not Hermes'"
     assert tool_format("{{ tools }} <tool_call><function=name><parameter=key>") is QWEN
 
 

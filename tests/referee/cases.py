@@ -176,10 +176,19 @@ LATENT: Mapping[str, Any] = {
     "qk_nope_head_dim": 24, "qk_rope_head_dim": 10, "v_head_dim": 20, "n_routed_experts": 8, "n_group": 4,
     "topk_group": 2, "num_experts_per_tok": 3, "moe_intermediate_size": 72, "first_k_dense_replace": 1,
 }  # fmt: skip
+INDEXED: Mapping[str, Any] = {"index_n_heads": 19, "index_head_dim": 40, "index_topk": 17}
+INDEXER_TYPES = ["full", "shared", "full"]
 DELTA: Mapping[str, Any] = {
     **SMALL, "num_attention_heads": 6, "head_dim": 24, "rms_norm_eps": 1e-6, "linear_num_key_heads": 3,
     "linear_num_value_heads": 6, "linear_key_head_dim": 20, "linear_value_head_dim": 36,
     "layer_types": ["linear_attention", "full_attention"],
+}  # fmt: skip
+BLOCK_SPARSE: Mapping[str, Any] = {
+    **SMALL, "model_type": "minimax_m3_vl_text", "num_hidden_layers": 3, "num_attention_heads": 6, "head_dim": 24,
+    "partial_rotary_factor": 0.5, "rotary_dim": 12, "index_n_heads": 2, "index_head_dim": 20,
+    "layer_types": ["minimax_m3_sparse", "full_attention", "minimax_m3_sparse"],
+    "mlp_layer_types": ["dense", "sparse", "sparse"], "num_local_experts": 9, "num_experts_per_tok": 3,
+    "intermediate_size": 72, "dense_intermediate_size": 100, "shared_intermediate_size": 40,
 }  # fmt: skip
 SHARED: Mapping[str, Any] = {**EXPERTS, "shared_expert_intermediate_size": 40}
 QWEN: Mapping[str, Any] = {**SMALL, "head_dim": 24, "rms_norm_eps": 1e-6, "rope_theta": 1e6}
@@ -251,11 +260,22 @@ LATER_FAMILIES: Mapping[str, Mapping[str, Any]] = {
         **rope("yarn", factor=4.0, original_max_position_embeddings=32, truncate=False),
     },
     "minimax_m2": {**QWEN, **EXPERTS, "model_type": "minimax_m2", "num_attention_heads": 6, "rotary_dim": 16},
+    "minimax_m3_vl_text": {
+        **BLOCK_SPARSE, "index_block_size": 64, "index_topk_blocks": 1, "index_local_blocks": 0,
+    },
     "deepseek_v3": {
         **LATENT, "model_type": "deepseek_v3",
         **rope("yarn", factor=4.0, original_max_position_embeddings=32, mscale=1.0, mscale_all_dim=1.0),
     },
     "kimi_k2": {**LATENT, "model_type": "kimi_k2", "q_lora_rank": None, "n_group": 1, "topk_group": 1},
+    "deepseek_v32": {
+        **LATENT, **INDEXED, "model_type": "deepseek_v32",
+        **rope("yarn", factor=4.0, original_max_position_embeddings=32, mscale=1.0, mscale_all_dim=1.0),
+    },
+    "glm_moe_dsa": {
+        **LATENT, **INDEXED, "model_type": "glm_moe_dsa", "num_hidden_layers": 3, "indexer_types": INDEXER_TYPES,
+        "n_group": 1, "topk_group": 1,
+    },
     "llama4_text": {
         **QWEN, "model_type": "llama4_text", "num_local_experts": 9, "num_experts_per_tok": 2, "intermediate_size": 72,
         "intermediate_size_mlp": 100, "interleave_moe_layer_step": 2, "no_rope_layers": [1, 0],
@@ -370,7 +390,7 @@ SPECIAL: Mapping[str, Edit] = {
 def all_cases() -> list[Case]:
     """Every case; their names differ."""
     makers = (demo, awkward, heads, panels, mixed_types, families, batches, experts, long_context, special, later)
-    makers += (later_cache,)
+    makers += (later_cache, block_sparse)
     return [case for make in makers for case in make()]
 
 
@@ -601,4 +621,28 @@ def later_cache() -> Iterator[Case]:
         yield from each_way(
             f"{what}, q8_0, KV q4", in_chunks(30, (256, 2), (1, 1)), config=SMALL, weights="q8_0", kv_type=kv_type,
             edit=SPECIAL[what],
+        )  # fmt: skip
+
+
+def block_sparse() -> Iterator[Case]:
+    """Blocks that are chosen among many, of one span and of several, and a sequence that need not choose beside one."""
+    few = {**BLOCK_SPARSE, "index_block_size": 64, "index_topk_blocks": 2, "index_local_blocks": 1}
+    for kv_type in (*KV_TYPES, LATER_KV_TYPE):
+        yield from each_way(
+            f"two blocks of 64, f32, KV {kv_type}", in_chunks(330, (512, 2), (100, 3), (7, 1), singly=3), config=few,
+            weights="f32", kv_type=kv_type,
+        )  # fmt: skip
+    steps: Steps = (((0, 290), (1, 30)), ((0, 1), (1, 1)), ((1, 120), (0, 1)), ((0, 1), (1, 1)))
+    yield from each_way(
+        "two blocks of 64, two sequences, q8_0", {"together": (steps, 2), "alone": (alone(steps), 1)}, config=few,
+        weights="q8_0", kv_type="f16",
+    )  # fmt: skip
+    long = {
+        **few, "num_hidden_layers": 1, "hidden_size": 32, "num_attention_heads": 3, "num_key_value_heads": 1,
+        "index_n_heads": 1, "layer_types": ["minimax_m3_sparse"], "mlp_layer_types": ["dense"],
+    }  # fmt: skip
+    for block, chosen, kv_type in ((128, 4, "f16"), (256, 3, "q8"), (1024, 2, "q4"), (64, 9, "f32")):
+        yield from each_way(
+            f"{chosen} blocks of {block}, 2150 positions, KV {kv_type}", in_chunks(2150, (256, 2), (300, 3), singly=5),
+            config={**long, "index_block_size": block, "index_topk_blocks": chosen}, weights="f32", kv_type=kv_type,
         )  # fmt: skip

@@ -32,7 +32,7 @@ POLICY = (
 )
 PACKAGES = ("chromium", "chromium-driver")
 PROGRAMS = ("chromium", "chromedriver")
-WAIT_SECONDS = 30.0
+WAIT_SECONDS = 90.0
 MODEL = "llama-of-the-test"
 CONTEXT = 1000
 OTHER_HOST = "node17.test"

@@ -178,7 +178,7 @@ def figure(http: httpx.Client, name: str) -> float:
     return sum(map(float, found))
 
 
-def until(holds: Callable[[], bool], what: str, seconds: float = 10.0) -> None:
+def until(holds: Callable[[], bool], what: str, seconds: float = 60.0) -> None:
     """Wait until something holds; AssertionError if it does not so soon."""
     end = time.monotonic() + seconds
     while not holds():

@@ -14,6 +14,7 @@ import openai
 import pytest
 
 from tests.server.conftest import Served
+from tests.server.raw import until
 from tests.system.mpi.launch import PROGRAM, ROOT, TIMEOUT, run
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(TIMEOUT + 60)]
@@ -365,8 +366,7 @@ def test_texts_become_tokens_and_texts_again(served):
 def test_health_metrics_and_the_document(served):
     with served.http() as http:
         assert http.get("/health").json()["status"] == "ok"
-        http.get("/metrics")
-        time.sleep(0.5)  # memory is asked for
+        until(lambda: 'mpillama_memory_bytes{rank="1"}' in http.get("/metrics").text, "memory was asked for")
         text = http.get("/metrics").text
         counted = "requests_total first_token_seconds_bucket token_seconds_bucket blocks_used cached_tokens_total"
         for name in f"{counted} communication_seconds_total active_tasks request_seconds_count".split():

@@ -74,7 +74,7 @@ def test_answers_that_take_longer_than_the_grace_are_cut():
     began = time.monotonic()
     *_, last = server.run(act)
     assert (last.finish_reason, last.error) == ("error", "the server ends before this answer is finished")
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < 30
 
 
 def test_the_end_of_the_job_is_announced_in_time():

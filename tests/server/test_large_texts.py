@@ -76,7 +76,7 @@ def test_what_is_too_large_is_refused_before_it_is_tokenized(server: Served, nam
         seconds = time.monotonic() - begin
     assert answer.status_code == 400, answer.text
     assert "more than" in answer.json()["error"]["message"]
-    assert seconds < 5
+    assert seconds < 30
 
 
 def test_a_schema_that_is_too_large_is_refused_before_it_is_built(server: Served):
@@ -139,5 +139,5 @@ def test_small_requests_go_on_while_large_ones_are_tokenized(server: Served):
     finally:
         for wire in wires:
             wire.close()
-    until(lambda: not is_busy(rank), "the work of those that left is over", 60)
+    until(lambda: not is_busy(rank), "the work of those that left is over", TIMEOUT)
     assert cpu_seconds(rank) - begin < 7 * alone

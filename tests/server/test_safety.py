@@ -11,7 +11,7 @@ import stat
 import subprocess
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,8 @@ CONNECTIONS = 6
 BODY_BYTES = 1_000_000
 BODY_SECONDS = 2
 WRITE_SECONDS = 1
-ENDLESS = {"prompt": "Once", "max_tokens": 8000, "ignore_eos": True, "stream": True, "temperature": 1}
+MOST_TOKENS = 8000
+ENDLESS = {"prompt": "Once", "max_tokens": MOST_TOKENS, "ignore_eos": True, "stream": True, "temperature": 1}
 SHORT = {"prompt": "Once", "max_tokens": 2, "temperature": 0}
 LONG_NAME = "m" * 8000
 """Is in each piece of a stream, so that the system's buffers are full soon."""
@@ -76,7 +77,15 @@ def is_idle(http: httpx.Client) -> bool:
 
 
 def wait_for_room(http: httpx.Client, tasks: int) -> None:
-    until(lambda: active(http) == tasks, f"{tasks} answers are under way", 5)
+    until(lambda: active(http) == tasks, f"{tasks} answers are under way")
+
+
+@contextmanager
+def cut_short(http: httpx.Client) -> Iterator[None]:
+    """What is asked for within ends long before it is whole."""
+    before = figure(http, "mpillama_steps_total")
+    yield
+    assert figure(http, "mpillama_steps_total") - before < MOST_TOKENS / 2
 
 
 def authorized(server: Served) -> bytes:
@@ -257,7 +266,7 @@ def test_a_body_that_never_ends_is_given_up(idle: Served, trickle: bool):
         lines = (b"Content-Type: application/json", b"Content-Length: 5000")
         wire.send(head("POST", "/v1/completions", *lines) + b"{")
         begin, answer = time.monotonic(), None
-        while answer is None and time.monotonic() < begin + BODY_SECONDS + 5:
+        while answer is None and time.monotonic() < begin + BODY_SECONDS + 60:
             if trickle:
                 wire.send(b" ")
             try:
@@ -267,7 +276,7 @@ def test_a_body_that_never_ends_is_given_up(idle: Served, trickle: bool):
         assert answer
         assert answer.status == 408
         assert answer.error["code"] == "timeout"
-        assert BODY_SECONDS - 0.5 < time.monotonic() - begin < BODY_SECONDS + 4
+        assert BODY_SECONDS - 0.5 < time.monotonic() - begin < BODY_SECONDS + 60
 
 
 @pytest.mark.parametrize("kind", [None, "text/plain", "application/x-www-form-urlencoded", "application/jsonx", ""])
@@ -414,12 +423,19 @@ def test_more_answers_than_there_is_ever_room_for_are_no_matter_of_time(idle: Se
             assert answer.status == 400, path
 
 
+def status_of_models(served: Served) -> int:
+    with Wire(served.url) as wire:
+        answer = wire.ask(head("GET", "/v1/models"))
+    assert answer
+    return answer.status
+
+
 def test_too_many_open_requests_are_told_with_retry_after(idle: Served):
     wires = [Wire(idle.url) for _ in range(CONNECTIONS)]
     try:
         for wire in wires:
             wire.send(head("POST", "/tokenize", b"Content-Type: application/json", b"Content-Length: 9"))
-        time.sleep(0.3)
+        until(lambda: status_of_models(idle) == 429, "all are open")
         with Wire(idle.url) as wire:
             assert_later(wire.ask(head("GET", "/v1/models")))
         with Wire(idle.url) as wire:
@@ -439,7 +455,7 @@ def test_a_client_that_never_reads_its_stream_is_dropped(idle: Served):
     with Wire(idle.url, receive_buffer=4096) as wire, idle.http() as http:
         wire.send(post("/v1/completions", ENDLESS))
         wait_for_room(http, 1)
-        until(lambda: active(http) == 0, "the stream is dropped", 60)
+        until(lambda: active(http) == 0, "the stream is dropped", 120)
         received = 0
         while data := wire.receive():
             received += len(data)
@@ -457,7 +473,7 @@ def test_a_client_that_never_reads_its_answer_is_dropped(idle: Served):
         for wire in wires:
             wire.send(request)
         until(lambda: process.num_fds() > files, "the connections are there")
-        until(lambda: process.num_fds() <= files, "the connections are dropped", WRITE_SECONDS + 15)
+        until(lambda: process.num_fds() <= files, "the connections are dropped", 120)
     finally:
         for wire in wires:
             wire.close()
@@ -466,23 +482,23 @@ def test_a_client_that_never_reads_its_answer_is_dropped(idle: Served):
 @pytest.mark.parametrize("bye", [Wire.close, Wire.reset, Wire.end_input])
 @pytest.mark.parametrize("streams", [True, False])
 def test_an_answer_ends_when_its_client_goes_away(idle: Served, bye: Any, streams: bool):
-    with idle.http() as http:
+    with idle.http() as http, cut_short(http):
         wire = Wire(idle.url)
         wire.send(post("/v1/completions", {**ENDLESS, "stream": streams}))
         wait_for_room(http, 1)
         if streams:
             assert wire.receive()
-        until(lambda: figure(http, "mpillama_running") == 1, "it is computed", 5)
+        until(lambda: figure(http, "mpillama_running") == 1, "it is computed")
         bye(wire)
-        until(lambda: active(http) == 0, "its task is gone", 3)
-        until(lambda: figure(http, "mpillama_running") == 0, "the engine has forgotten it", 3)
+        until(lambda: active(http) == 0, "its task is gone")
+        until(lambda: figure(http, "mpillama_running") == 0, "the engine has forgotten it")
         wire.close()
 
 
 @pytest.mark.parametrize("streams", [True, False])
 def test_an_answer_that_waits_is_forgotten_when_its_client_goes_away(keyed: Served, streams: bool):
     """Before its first token: another one is computed."""
-    with keyed.http() as http:
+    with keyed.http() as http, cut_short(http):
         wait_for_room(http, 0)
         with Wire(keyed.url) as first, Wire(keyed.url) as second:
             first.send(post("/v1/completions", ENDLESS, authorized(keyed)))
@@ -490,19 +506,19 @@ def test_an_answer_that_waits_is_forgotten_when_its_client_goes_away(keyed: Serv
             second.send(post("/v1/completions", {**ENDLESS, "stream": streams}, authorized(keyed)))
             wait_for_room(http, 2)
             second.close()
-            until(lambda: active(http) == 1, "the one that waits is forgotten", 3)
+            until(lambda: active(http) == 1, "the one that waits is forgotten")
             assert first.receive()
-        until(lambda: active(http) == 0, "both are gone", 3)
+        until(lambda: active(http) == 0, "both are gone")
 
 
 def test_several_answers_of_one_request_end_together(keyed: Served):
-    with keyed.http() as http, Wire(keyed.url) as wire:
+    with keyed.http() as http, Wire(keyed.url) as wire, cut_short(http):
         wait_for_room(http, 0)
         wire.send(post("/v1/completions", {**ENDLESS, "n": 4}, authorized(keyed)))
         assert wire.receive()
-        until(lambda: active(http) == 4, "all are asked for", 5)
+        until(lambda: active(http) == 4, "all are asked for")
         wire.reset()
-        until(lambda: active(http) == 0, "all are gone", 3)
+        until(lambda: active(http) == 0, "all are gone")
 
 
 # -- browsers --------------------------------------------------------------------------------------------------------
@@ -655,15 +671,16 @@ def test_https_with_a_key_from_a_file(certificate: tuple[Path, Path], toy: Path,
         headers = {"Authorization": "Bearer first-line"}
         plain = server.url.replace("https", "http")
         for garbage in (head("GET", "/health"), b"\x16\x03\x01\x00\x05hello", b"\0" * 500, b""):
-            with Wire(plain, seconds=5) as wire:
+            with Wire(plain) as wire:
                 wire.send(garbage)
                 wire.end_input()
                 assert b"200" not in wire.receive()
         with httpx.Client(base_url=server.url, verify=trusted, trust_env=False, timeout=60, headers=headers) as http:
             assert http.post("/v1/completions", json=SHORT).status_code == 200
-            with http.stream("POST", "/v1/completions", json=ENDLESS) as answer:
-                assert next(answer.iter_lines()).startswith("data: ")
-            until(lambda: active(http) == 0, "the stream that was left is over", 3)
+            with cut_short(http):
+                with http.stream("POST", "/v1/completions", json=ENDLESS) as answer:
+                    assert next(answer.iter_lines()).startswith("data: ")
+                until(lambda: active(http) == 0, "the stream that was left is over")
             assert http.get("/health", headers={"Authorization": ""}).status_code == 200
             assert http.get("/metrics", headers={"Authorization": "Bearer second line"}).status_code == 401
         assert "Traceback" not in server.launch.stderr()
@@ -715,7 +732,7 @@ def test_prompts_are_not_in_the_logs(idle: Served):
 
 def test_prompts_are_in_the_logs_if_that_is_wanted(keyed: Served):
     ask_with_secrets(keyed)
-    until(lambda: SECRET in logged(keyed), "the log has the prompt", 5)
+    until(lambda: SECRET in logged(keyed), "the log has the prompt")
     assert SECRET not in keyed.launch.stderr()
 
 
@@ -724,7 +741,7 @@ def test_prompts_in_the_log_are_one_line_each_whatever_is_in_them(keyed: Served)
     with keyed.http() as http:
         answer = http.post("/v1/completions", content=body, headers={"Content-Type": "application/json"})
     assert answer.status_code == 200, answer.text
-    until(lambda: "forged" in logged(keyed), "the log has the prompt", 5)
+    until(lambda: "forged" in logged(keyed), "the log has the prompt")
     assert "\x1b" not in logged(keyed)
     assert not [line for line in logged(keyed).splitlines() if line.startswith("2026-01-01 forged")]
 
@@ -740,7 +757,7 @@ def test_while_the_model_is_loaded_answers_say_come_again(toy: Path, tmp_path: P
     file = tmp_path / "server.json"
     with (
         started(1, *script, "--rendezvous", file) as launch,
-        httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=20, trust_env=False) as http,
+        httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60, trust_env=False) as http,
     ):
         until((tmp_path / "load-0").exists, "it loads", TIMEOUT)
         assert not file.exists()

@@ -103,10 +103,10 @@ def test_failure_inside_is_the_users_to_mend(source):
     ],
 )
 def test_hostile_template_ends_soon(source):
-    start = time.monotonic()
+    start = time.process_time()
     with pytest.raises(UserError):
         render(source)
-    assert time.monotonic() - start < 2
+    assert time.process_time() - start < 2
 
 
 def test_allowance_is_per_rendering():

@@ -123,3 +123,20 @@ def test_large_vocabulary_is_not_sorted_whole(options):
     start = time.perf_counter()
     np.argsort(-logits[0].astype(np.float64), kind="stable")
     assert min(seconds) < (time.perf_counter() - start) / 3
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        SamplingParams(temperature=0),
+        SamplingParams(temperature=1.5, seed=4, top_p=1),
+        SamplingParams(temperature=0, presence_penalty=2, repetition_penalty=3),
+        SamplingParams(temperature=2, seed=4, frequency_penalty=2),
+    ],
+)
+def test_a_sampler_ahead_chooses_what_will_be_chosen(params: SamplingParams) -> None:
+    sampler, rows = Sampler(params, 50, [1, 2]), np.random.default_rng(2).normal(size=(40, 50)).astype(np.float32)
+    for first in range(0, 40, 4):
+        ahead = sampler.ahead()
+        guessed = [ahead.sample(row) for row in rows[first : first + 4]]
+        assert [sampler.sample(row) for row in rows[first : first + 4]] == guessed

@@ -47,7 +47,9 @@ def canonical(path: str, tensor: StoredTensor, gguf: Gguf, head_dim: int) -> Ite
     if bare and bare[2] in gguf.names:
         yield replace(tensor, name=f"model.layers.{int(bare[1])}.{gguf.names[bare[2]]}")
         return
-    layer = re.fullmatch(r"blk\.([0-9]{1,6})\.(\w+)(?:\.([0-9]{1,6}))?\.(weight|bias)", tensor.name, re.ASCII)
+    layer = re.fullmatch(
+        r"blk\.([0-9]{1,6})\.((?:indexer\.)?\w+)(?:\.([0-9]{1,6}))?\.(weight|bias)", tensor.name, re.ASCII
+    )
     if layer is None:
         yield replace(tensor, name=OUTER.get(tensor.name, tensor.name))
         return
@@ -119,6 +121,13 @@ class Metadata:
                 "alike."
             )
         return different[0]
+
+    def of_layers(self, key: str) -> Sequence[Any] | None:
+        """A value for each layer, None if there are none; one value stands for all layers."""
+        value = self.header.metadata.get(f"{self.architecture}.{key}")
+        if value is None or isinstance(value, list):
+            return value
+        return list(value.tolist()) if isinstance(value, np.ndarray) else [value] * self.size("block_count")
 
     def number(self, key: str, default: float | None = None) -> float:
         """A positive finite number."""

@@ -59,11 +59,38 @@ struct AttentionLayer {
     i64 head_norm, q_width, k_width, first_counted;
 };
 
+// One layer's index keys, float32 or float16 as `type` says: [blocks, channels, 64].
+struct IndexKeys {
+    u8* values;
+    i64 type;
+};
+
+// Attention to the `chosen` blocks of `block` positions that an index chooses, as block_sparse.h says; the last `local`
+// ones always. Each KV head has an index query of index_dim channels (a multiple of 32), of which index_channels are no
+// padding.
+struct BlockSparseLayer {
+    AttentionLayer attention;
+    Matrix index_q, index_k;
+    IndexKeys index_keys;
+    const float *index_q_norm, *index_k_norm;
+    i64 index_dim, index_channels, block, chosen, local;
+};
+
 // One layer's cache of latents: [blocks, 64, width] numbers, as latent_cache.h says.
 struct LatentCache {
     u8* values;
     u16* scales;
     i64 type;
+};
+
+// Which positions a token sees, as indexer.h says: `heads` queries of `channels`, one key of a position, weights of heads.
+// A layer without matrices (no groups) takes what the layer before it chose. `chosen` is 0 if a token sees all positions.
+struct Indexer {
+    Matrix q, k, weights;
+    LatentCache cache;
+    const float *k_norm, *k_bias;
+    double eps;
+    i64 heads, channels, chosen, pairs;
 };
 
 // Multi-head latent attention: queries and, with `pairs`, how their rotary channels stand. Matrices of heads have the
@@ -72,6 +99,7 @@ struct LatentCache {
 struct LatentLayer {
     Matrix q_a, q, kv_a, k_b, v_b, o;
     LatentCache cache;
+    Indexer indexer;
     const float *norm, *q_norm, *kv_norm;
     double eps, latent_eps, scale;
     i64 hidden_size, heads, q_rank, kv_rank, nope, rope, pairs;
@@ -124,7 +152,8 @@ struct MlpLayer {
 // each sequence; `tables` [segment_count, table_width]: its cache blocks; `slots`: where each token's key and value go.
 // RoPE turns the first 2 * rotary_half channels of a head, queries are multiplied by `query_factors` [tokens] (or null).
 // `squares` [tokens, 4]: sums of squares of queries and keys, as norm.h says. `shifts` [tokens], or null: the grid of what
-// half a layer adds to each token, if it is coarser (numbers.h).
+// half a layer adds to each token, if it is coarser (numbers.h). `chosen`: the positions that a token sees, as indexer.h
+// says; layers that follow may see the same.
 // Of layers whose past is a state: `states` [segment_count, 2] are the slots that a sequence's state is read from (-1: it
 // begins with zeros) and written to, `snapshots` [snapshot_count, 2] a token and a slot that also gets the state behind
 // it, by ascending tokens. No slot is written twice, or read by one sequence and written by another.
@@ -135,6 +164,7 @@ struct Step {
     float *q, *k, *v, *up;
     float* gates;
     double *partial, *squares, *shifts;
+    i32* chosen;
     const float *cosines, *sines, *query_factors;
     const i64 *slots, *segments, *tables, *states, *snapshots;
     i64 rotary_half, segment_count, table_width, snapshot_count;

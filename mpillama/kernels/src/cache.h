@@ -127,12 +127,24 @@ template <class Kv> struct CacheBlock {
         key_scales = Kv::SCALED ? layer.cache.key_scales + place / BLOCK : nullptr;
         value_scales = Kv::SCALED ? layer.cache.value_scales + place / BLOCK : nullptr;
     }
+    explicit CacheBlock(typename Kv::Number* keys)
+        : keys(keys), values(nullptr), key_scales(nullptr), value_scales(nullptr) {}
 };
 
 inline void store_half(u16* p, float x) {
     u16 lanes[W];
     store_half(lanes, splat(x));
     *p = lanes[0];
+}
+
+// Write one position of the keys of a type without scales.
+template <class Kv>
+inline void store_key(typename Kv::Number* keys, i64 place, const float* key, i64 head_dim) {
+    for (i64 d = 0; d < head_dim; d += LANES) {
+        typename Kv::Number lanes[LANES];
+        Kv::write(lanes, key + d);
+        for (int i = 0; i < LANES; i++) keys[(d + i) * POSITIONS + place] = lanes[i];
+    }
 }
 
 // Write one position of one KV head.
@@ -151,12 +163,8 @@ inline void store_head(const CacheBlock<Kv>& to, i64 place, const float* key, co
             store_half(to.value_scales + POSITIONS * i + place, scale);
         }
     } else {
-        for (i64 d = 0; d < head_dim; d += LANES) {
-            typename Kv::Number lanes[LANES];
-            Kv::write(lanes, key + d);
-            for (int i = 0; i < LANES; i++) to.keys[(d + i) * POSITIONS + place] = lanes[i];
-            Kv::write(to.values + place * head_dim + d, value + d);
-        }
+        store_key<Kv>(to.keys, place, key, head_dim);
+        for (i64 d = 0; d < head_dim; d += LANES) Kv::write(to.values + place * head_dim + d, value + d);
     }
 }
 

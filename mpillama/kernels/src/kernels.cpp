@@ -1,6 +1,7 @@
 // What Python calls (mpillama/kernels/library.py), compiled once for each instruction set.
 #include <new>
 
+#include "block_sparse.h"
 #include "context_parallel.h"
 #include "delta_layer.h"
 #include "latent_layer.h"
@@ -82,8 +83,18 @@ MPILLAMA_API i64 mpillama_attend_projected(Team* team, const AttentionLayer* lay
     return run_half(team, *step, sum, [&](const Member& member, const Step& own) { attend_projected(member, *layer, own); });
 }
 
+MPILLAMA_API i64 mpillama_block_sparse_half(Team* team, const BlockSparseLayer* layer, const Step* step, Sum* sum) {
+    const i64 common = larger(block_sparse_shared_bytes(*layer, *step, team->threads),
+                              row_shared_bytes(layer->attention.o, step->tokens, team->threads));
+    if (!team->reserve(block_sparse_scratch_bytes(*layer), common)) return NO_MEMORY;
+    return run_half(team, *step, sum, [&](const Member& member, const Step& own) {
+        block_sparse_half(member, *layer, own);
+    });
+}
+
 MPILLAMA_API i64 mpillama_latent_half(Team* team, const LatentLayer* layer, const Step* step, Sum* sum) {
-    const i64 common = larger(latent_attention_shared_bytes(*layer, *step, team->threads),
+    const i64 common = larger(larger(latent_attention_shared_bytes(*layer, *step, team->threads),
+                                     index_shared_bytes(layer->indexer, *step)),
                               row_shared_bytes(layer->o, step->tokens, team->threads));
     if (!team->reserve(latent_half_scratch_bytes(*layer), common)) return NO_MEMORY;
     return run_half(team, *step, sum, [&](const Member& member, const Step& own) { latent_half(member, *layer, own); });
@@ -400,9 +411,19 @@ MPILLAMA_API i64 mpillama_offset(i64 index) {
         offsetof(AttentionLayer, head_dim), offsetof(AttentionLayer, channels), offsetof(AttentionLayer, window),
         offsetof(AttentionLayer, chunk), offsetof(AttentionLayer, head_norm), offsetof(AttentionLayer, q_width),
         offsetof(AttentionLayer, k_width), offsetof(AttentionLayer, first_counted),
+        sizeof(IndexKeys), offsetof(IndexKeys, values), offsetof(IndexKeys, type),
+        sizeof(BlockSparseLayer), offsetof(BlockSparseLayer, attention), offsetof(BlockSparseLayer, index_q),
+        offsetof(BlockSparseLayer, index_k), offsetof(BlockSparseLayer, index_keys),
+        offsetof(BlockSparseLayer, index_q_norm), offsetof(BlockSparseLayer, index_k_norm),
+        offsetof(BlockSparseLayer, index_dim), offsetof(BlockSparseLayer, index_channels),
+        offsetof(BlockSparseLayer, block), offsetof(BlockSparseLayer, chosen), offsetof(BlockSparseLayer, local),
         sizeof(LatentCache), offsetof(LatentCache, values), offsetof(LatentCache, scales), offsetof(LatentCache, type),
+        sizeof(Indexer), offsetof(Indexer, q), offsetof(Indexer, k), offsetof(Indexer, weights), offsetof(Indexer, cache),
+        offsetof(Indexer, k_norm), offsetof(Indexer, k_bias), offsetof(Indexer, eps), offsetof(Indexer, heads),
+        offsetof(Indexer, channels), offsetof(Indexer, chosen), offsetof(Indexer, pairs),
         sizeof(LatentLayer), offsetof(LatentLayer, q_a), offsetof(LatentLayer, q), offsetof(LatentLayer, kv_a),
         offsetof(LatentLayer, k_b), offsetof(LatentLayer, v_b), offsetof(LatentLayer, o), offsetof(LatentLayer, cache),
+        offsetof(LatentLayer, indexer),
         offsetof(LatentLayer, norm), offsetof(LatentLayer, q_norm), offsetof(LatentLayer, kv_norm),
         offsetof(LatentLayer, eps), offsetof(LatentLayer, latent_eps), offsetof(LatentLayer, scale),
         offsetof(LatentLayer, hidden_size), offsetof(LatentLayer, heads), offsetof(LatentLayer, q_rank),
@@ -429,7 +450,7 @@ MPILLAMA_API i64 mpillama_offset(i64 index) {
         sizeof(Step), offsetof(Step, tokens), offsetof(Step, x), offsetof(Step, hidden), offsetof(Step, context),
         offsetof(Step, gate), offsetof(Step, latent), offsetof(Step, q), offsetof(Step, k), offsetof(Step, v),
         offsetof(Step, up), offsetof(Step, gates), offsetof(Step, partial), offsetof(Step, squares),
-        offsetof(Step, shifts), offsetof(Step, cosines), offsetof(Step, sines), offsetof(Step, query_factors),
+        offsetof(Step, shifts), offsetof(Step, chosen), offsetof(Step, cosines), offsetof(Step, sines), offsetof(Step, query_factors),
         offsetof(Step, slots), offsetof(Step, segments), offsetof(Step, tables), offsetof(Step, states),
         offsetof(Step, snapshots), offsetof(Step, rotary_half), offsetof(Step, segment_count),
         offsetof(Step, table_width), offsetof(Step, snapshot_count), offsetof(Step, in_flight),

@@ -16,16 +16,22 @@ constexpr i64 MOST_SETS = 4;  // sets of 16 rows that pass over the cache togeth
 constexpr int LATENT_RUN = REGISTERS / 2 / PARTS > 1 ? REGISTERS / 2 / PARTS : 1;  // accumulators of 16 lanes in flight
 static_assert(BLOCK % LATENT_RUN == 0, "a run divides channels and positions");
 
-// Rows first : first + rows of a segment, token after token with all their heads.
+// Rows first : first + rows of a segment, token after token with all their heads. With positions `chosen` (indexer.h) the
+// rows are of one token, which sees the `count` of them in their order as if there were no others.
 struct LatentTile {
     const i64* table;
     i64 segment, token, position, first, rows, heads;
+    const i32* chosen = nullptr;
 
     i64 sets() const { return (rows + LANES - 1) / LANES; }
     i64 token_of(i64 row) const { return token + (first + row) / heads; }
     i64 head_of(i64 row) const { return (first + row) % heads; }
     i64 position_of(i64 row) const { return position + (first + row) / heads; }
     i64 positions() const { return position_of(rows - 1) + 1; }
+    i64 slot_of(i64 place) const {
+        const i64 at = chosen == nullptr ? place : chosen[place];
+        return table[at / POSITIONS] * POSITIONS + at % POSITIONS;
+    }
     i64 spans() const { return (positions() + LATENT_SPAN - 1) / LATENT_SPAN; }
 };
 
@@ -33,9 +39,14 @@ template <class Use>
 inline void for_each_latent_tile(const LatentLayer& layer, const Step& step, i64 sets, Use use, TokenRange range = {}) {
     range.for_each_segment(step, [&](i64 s, i64 token, i64 count, i64 position) {
         const i64* table = step.tables + s * step.table_width;
-        const i64 rows = count * layer.heads;
+        const i64 most = layer.indexer.chosen, seen = most > 0 ? smaller(larger(most - position, 0), count) : count;
+        const i64 rows = seen * layer.heads;  // of the tokens that see all positions
         for (i64 first = 0; first < rows; first += sets * LANES)
             use(LatentTile{table, s, token, position, first, smaller(sets * LANES, rows - first), layer.heads});
+        for (i64 t = token + seen; t < token + count; t++)
+            for (i64 first = 0; first < layer.heads; first += sets * LANES)
+                use(LatentTile{table, s, t, most - 1, first, smaller(sets * LANES, layer.heads - first), layer.heads,
+                               step.chosen + t * most});
     });
 }
 
@@ -223,6 +234,17 @@ inline void latent_softmax(float* scores, i64 count, const i32* counts, const La
     }
 }
 
+// The chosen positions first : first + count as float32 [count, width]; those of the next block are asked for meanwhile.
+template <class Kv>
+inline void gather_chosen(const LatentCache& cache, const LatentTile& tile, i64 first, i64 count, i64 width, float* out) {
+    const i64 bytes = width * static_cast<i64>(sizeof(typename Kv::Number)) / Kv::PACKED;
+    for (i64 i = 0; i < count; i++) {
+        const i64 next = first + POSITIONS + i;
+        if (next < tile.positions()) prefetch_run(cache.values + tile.slot_of(next) * bytes, bytes);
+        unpack_latents<Kv>(cache, tile.slot_of(first + i), 1, width, out + i * width);
+    }
+}
+
 // Attend the gathered rows of a tile over one span.
 template <class Kv>
 inline void attend_latent_span(const LatentLayer& layer, const LatentSizes& sizes, const LatentTile& tile, i64 span,
@@ -231,10 +253,14 @@ inline void attend_latent_span(const LatentLayer& layer, const LatentSizes& size
     constexpr i64 bytes = BLOCK * sizeof(typename Kv::Number) / Kv::PACKED;
     sums.clear(tile.sets());
     for (i64 b = span * LATENT_SPAN_BLOCKS; b < smaller((span + 1) * LATENT_SPAN_BLOCKS, blocks); b++) {
-        unpack_latents<Kv>(layer.cache, tile.table[b], smaller(tile.positions() - b * POSITIONS, POSITIONS), width,
-                           place.block);
-        const u8* ahead =
-            b + 1 < blocks ? layer.cache.values + tile.table[b + 1] * POSITIONS * width * bytes / BLOCK : nullptr;
+        const i64 held = smaller(tile.positions() - b * POSITIONS, POSITIONS);
+        const u8* ahead = nullptr;
+        if (tile.chosen == nullptr) {
+            unpack_latents<Kv>(layer.cache, tile.table[b] * POSITIONS, held, width, place.block);
+            if (b + 1 < blocks) ahead = layer.cache.values + tile.table[b + 1] * POSITIONS * width * bytes / BLOCK;
+        } else {
+            gather_chosen<Kv>(layer.cache, tile, b * POSITIONS, held, width, place.block);
+        }
         for (i64 set = 0; set < tile.sets(); set++) {
             alignas(64) i32 counts[LANES];
             i64 common = POSITIONS, most = 0;

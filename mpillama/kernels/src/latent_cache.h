@@ -39,12 +39,12 @@ inline void store_latent(const LatentCache& cache, const float* x, i64 width, i6
     });
 }
 
-// The first `count` positions of a block as float32 [count, width].
-template <class Kv> inline void unpack_latents(const LatentCache& cache, i64 block, i64 count, i64 width, float* out) {
+// `count` positions from a slot on, in one block, as float32 [count, width].
+template <class Kv> inline void unpack_latents(const LatentCache& cache, i64 slot, i64 count, i64 width, float* out) {
     using Number = typename Kv::Number;
-    const Number* from = reinterpret_cast<const Number*>(cache.values) + block * POSITIONS * width / Kv::PACKED;
+    const Number* from = reinterpret_cast<const Number*>(cache.values) + slot * width / Kv::PACKED;
     if constexpr (Kv::SCALED) {
-        const u8* scales = reinterpret_cast<const u8*>(cache.scales + block * POSITIONS * (width / BLOCK));
+        const u8* scales = reinterpret_cast<const u8*>(cache.scales + slot * (width / BLOCK));
         for (i64 i = 0; i < count * width; i += BLOCK) {
             const Vf scale = splat(half_at(scales, static_cast<int>(i / BLOCK)));
             for (int j = 0; j < BLOCK; j += W) store(out + i + j, mul(Kv::load(from + i / Kv::PACKED, j), scale));

@@ -4,21 +4,13 @@
 //
 // step.k holds the compressed queries, step.v the compressed keys and values, step.latent first the normalised queries and
 // then, head by head, the absorbed ones and what attention makes of them; step.context first the heads' channels without
-// rotation and then the input of o_proj.
+// rotation and then the input of o_proj; step.gates what the indexer reads.
 #pragma once
+#include "indexer.h"
 #include "latent_attention.h"
 #include "layers.h"
 
 namespace mpillama {
-
-// Rotate `rope` channels by half as many angles, to halves; with `pairs` neighbours turn together. Not in place.
-inline void rotate_to(const float* from, const float* cosines, const float* sines, i64 half, bool pairs, float* to) {
-    for (i64 i = 0; i < half; i++) {
-        const float x = pairs ? from[2 * i] : from[i], y = pairs ? from[2 * i + 1] : from[half + i];
-        to[i] = x * cosines[i] - y * sines[i];
-        to[half + i] = y * cosines[i] + x * sines[i];
-    }
-}
 
 // What a token leaves in the cache, and its compressed queries after their norm.
 inline void compress_token(const LatentLayer& layer, const Step& step, const LatentSizes& sizes, i64 t, float* scratch) {
@@ -26,7 +18,8 @@ inline void compress_token(const LatentLayer& layer, const Step& step, const Lat
         const Activations to = as_columns(step.latent, LatentSizes::padded(layer.q_rank));
         float* row = to.x + t * to.columns;
         rms_norm_row(step.k + t * layer.q_a.groups * LANES, layer.q_norm, to.columns, layer.q_rank, layer.latent_eps, row);
-        if (has_blocks(layer.q.type)) quantise_blocks(row, to.columns / BLOCK, to, step.tokens, t, 0);
+        if (has_blocks(layer.q.type) || has_blocks(layer.indexer.q.type))
+            quantise_blocks(row, to.columns / BLOCK, to, step.tokens, t, 0);
     }
     const float* kv = step.v + t * layer.kv_a.groups * LANES;
     const i64 half = step.rotary_half;
@@ -35,6 +28,7 @@ inline void compress_token(const LatentLayer& layer, const Step& step, const Lat
     rotate_to(kv + layer.kv_rank, step.cosines + t * half, step.sines + t * half, half, layer.pairs != 0,
               scratch + sizes.latent);
     if (step.slots[t] >= 0) store_latent(layer.cache, scratch, sizes.width(), step.slots[t]);
+    if (has_indexer(layer.indexer)) store_index_key(layer, step, t, scratch);
 }
 
 // A head's query: its rotary channels turned in place, the others apart for k_b.
@@ -64,40 +58,52 @@ inline void head_products(const Member& member, const Matrix& m, i64 heads, cons
 
 inline i64 latent_half_scratch_bytes(const LatentLayer& layer) {
     i64 bytes = larger(product_scratch_bytes(layer.o), latent_attention_scratch_bytes(layer));
-    const Matrix* const products[] = {&layer.q_a, &layer.q, &layer.kv_a, &layer.k_b, &layer.v_b};
+    bytes = larger(bytes, index_scratch_bytes(layer.indexer));
+    const Matrix* const products[] = {&layer.q_a, &layer.q, &layer.kv_a, &layer.k_b, &layer.v_b,
+                                      &layer.indexer.q, &layer.indexer.k, &layer.indexer.weights};
     for (const Matrix* m : products)
         if (m->groups > 0) bytes = larger(bytes, product_scratch_bytes(*m));
     return bytes;
 }
 
-// Norm, compressed queries and latents, cache, queries of heads.
+// Norm, compressed queries and latents, cache, queries of heads; where there is an indexer, the positions of each token.
 inline void project_latents(const Member& member, const LatentLayer& layer, const Step& step) {
     const LatentSizes sizes(layer);
     const bool compressed = layer.q_a.groups > 0;
     const Matrix& first = compressed ? layer.q_a : layer.q;
     const i64 tokens = step.tokens, pieces = tokens * layer.heads;
+    const Indexer& indexer = layer.indexer;
+    const bool chooses = scores_of_token(indexer, step) > 0;
     float* scratch = reinterpret_cast<float*>(member.scratch);
     choose_grids(member, step, layer.hidden_size);
     normalise(member, step.x, tokens, layer.norm, layer.hidden_size, layer.eps,
-              has_blocks(first.type) || has_blocks(layer.kv_a.type), step.hidden);
+              has_blocks(first.type) || has_blocks(layer.kv_a.type) || has_blocks(indexer.k.type), step.hidden);
     member.did(Part::NORM);
     member.barrier();
     column_part(member, first, step.hidden, tokens, compressed ? step.k : step.q, step.in_flight);
     column_part(member, layer.kv_a, step.hidden, tokens, step.v, step.in_flight);
+    if (has_indexer(indexer)) {
+        const IndexRows rows(indexer, step);
+        column_part(member, indexer.k, step.hidden, tokens, rows.keys, step.in_flight);
+        if (chooses) column_part(member, indexer.weights, step.hidden, tokens, rows.weights, step.in_flight);
+    }
     member.did(Part::QKV);
     member.barrier();
     for (i64 t = member.first(tokens); t < member.last(tokens); t++) compress_token(layer, step, sizes, t, scratch);
     member.did(Part::ROPE);
     member.barrier();
     if (compressed) {
-        column_part(member, layer.q, as_columns(step.latent, LatentSizes::padded(layer.q_rank)), tokens, step.q,
-                    step.in_flight);
+        const Activations queries = as_columns(step.latent, LatentSizes::padded(layer.q_rank));
+        column_part(member, layer.q, queries, tokens, step.q, step.in_flight);
+        if (chooses) column_part(member, indexer.q, queries, tokens, IndexRows(indexer, step).queries, step.in_flight);
         member.did(Part::QKV);
         member.barrier();
     }
     for (i64 i = member.first(pieces); i < member.last(pieces); i++)
         split_query(layer, step, sizes, i / layer.heads, i % layer.heads, scratch);
     member.did(Part::ROPE);
+    if (chooses) choose_positions(member, layer, step);
+    member.did(Part::ATTENTION);
     member.barrier();
     const Activations latents = as_columns(step.latent, layer.heads * sizes.latent);
     head_products(member, layer.k_b, layer.heads, as_columns(step.context, layer.heads * sizes.nope), tokens, latents.x,

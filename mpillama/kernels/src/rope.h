@@ -126,4 +126,13 @@ inline void rotate_and_store(const AttentionLayer& layer, const Step& step, i64 
     }
 }
 
+// Rotate `rope` channels by half as many angles, to halves; with `pairs` neighbours turn together. Not in place.
+inline void rotate_to(const float* from, const float* cosines, const float* sines, i64 half, bool pairs, float* to) {
+    for (i64 i = 0; i < half; i++) {
+        const float x = pairs ? from[2 * i] : from[i], y = pairs ? from[2 * i + 1] : from[half + i];
+        to[i] = x * cosines[i] - y * sines[i];
+        to[half + i] = y * cosines[i] + x * sines[i];
+    }
+}
+
 }  // namespace mpillama

@@ -263,7 +263,7 @@ def test_the_real_server_tells_a_story(browser: webdriver.Chrome, served: Any, t
     for page in opened(browser, served.url):
         page.driver.get("about:blank")
         page.driver.get(f"{served.url}/" + (f"#key={served.key}" if served.key else ""))
-        until(lambda page=page: page.one("#server").get_attribute("data-state") == "ok", "the server ready", 60)
+        until(lambda page=page: page.one("#server").get_attribute("data-state") == "ok", "the server ready", 240)
         fill_settings(page, system="You tell stories.", temperature="0", max_tokens="40")
         story = page.ask("Tell me a story about a llama, a fox and a lamp.")
         assert len(story.split()) > 10

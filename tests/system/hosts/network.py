@@ -16,14 +16,14 @@ from pathlib import Path
 
 from tests.packages import missing
 from tests.system.hosts.agent import NETWORK
-from tests.system.mpi.launch import ROOT, Launch, Result, environment, is_open_mpi, mpirun
+from tests.system.mpi.launch import ROOT, TIMEOUT, Launch, Result, environment, is_open_mpi, mpirun
 
 HERE = Path(__file__).parent
 WIRE = ROOT / "build" / "wire"
 COMPILER = "c++"
 PROGRAMS = ("unshare", "nsenter", "taskset", "mount")
 SPACES = ("unshare", "--net", "--uts", "--mount", "--ipc", "--pid", "--fork")
-START_SECONDS = 30.0
+START_SECONDS = 60.0
 COMPILE_SECONDS = 120.0
 MTU = 9000
 # Of UCX, which MPICH's wheel is made with, and of Hydra: the one interface that joins the hosts.
@@ -209,7 +209,7 @@ class Hosts:
             launch.kill()
 
     def run(
-        self, per_host: int, *arguments: str | Path, timeout: float = 120, tree: Path = ROOT,
+        self, per_host: int, *arguments: str | Path, timeout: float = TIMEOUT, tree: Path = ROOT,
         settings: Mapping[str, str] | None = None,
     ) -> Result:  # fmt: skip
         """As `started`, and wait for the end."""

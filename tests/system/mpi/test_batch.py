@@ -4,6 +4,8 @@ import json
 import random
 import signal
 import time
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -64,11 +66,22 @@ def answer(ranks: int | None, source: Path, target: Path, model: Path, *more: st
     return results(target)
 
 
-def test_answers_depend_on_nothing_but_the_row(demo: Path, tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def alone(demo: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Rows]:
+    """What one process without ranks answers to so many mixed rows."""
+    folder = tmp_path_factory.mktemp("alone")
+
+    @cache
+    def rows(count: int) -> Rows:
+        source = write_rows(folder / f"{count}.jsonl", mixed_rows(count))
+        return answer(None, source, folder / f"{count}-answers.jsonl", demo)
+
+    return rows
+
+
+def test_answers_depend_on_nothing_but_the_row(demo: Path, tmp_path: Path, alone: Callable[[int], Rows]) -> None:
     """Ranks, sequences at once, drafts, a small cache, the order of rows: the same bytes."""
-    rows = mixed_rows(24)
-    source = write_rows(tmp_path / "in.jsonl", rows)
-    whole = answer(None, source, tmp_path / "1.jsonl", demo)
+    source, whole = write_rows(tmp_path / "in.jsonl", mixed_rows(24)), alone(24)
     assert sorted(whole) == list(range(1, 25))
     assert all(json.loads(text)["response"]["status_code"] == 200 for text in whole.values())
     assert answer(2, source, tmp_path / "2.jsonl", demo, "--speculate", "4") == whole
@@ -118,21 +131,20 @@ def size(path: Path) -> int:
 
 def kill_at_random(launch: Launch, target: Path, rng: random.Random) -> None:
     """Kill -9 of all ranks: while they start, or a little after something new was written."""
-    before, patience = size(target), time.monotonic() + rng.choice([0, 20, 20])
-    while launch.process.poll() is None and size(target) == before and time.monotonic() < patience:
+    before, end = size(target), time.monotonic() + rng.choice([0, TIMEOUT, TIMEOUT])
+    while launch.process.poll() is None and size(target) == before and time.monotonic() < end:
         time.sleep(0.01)
     time.sleep(rng.uniform(0, 0.8))
     launch.kill()
 
 
 @pytest.mark.slow
-def test_twenty_kills_lose_nothing_and_do_nothing_twice(demo: Path, tmp_path: Path) -> None:
+def test_ten_kills_lose_nothing_and_do_nothing_twice(demo: Path, tmp_path: Path, alone: Callable[[int], Rows]) -> None:
     """Kill -9 of the whole job at random points, each time continued on another number of ranks."""
-    source = write_rows(tmp_path / "in.jsonl", mixed_rows(200))
-    whole = answer(None, source, tmp_path / "whole.jsonl", demo)
-    assert len(whole) == 200
+    source, whole = write_rows(tmp_path / "in.jsonl", mixed_rows(120)), alone(120)
+    assert len(whole) == 120
     target, rng, sizes = tmp_path / "out.jsonl", random.Random(0), set()
-    for _ in range(20):
+    for _ in range(10):
         with started(rng.choice([None, 2, 3]), *slowly(source, target, demo)) as launch:
             kill_at_random(launch, target, rng)
         sizes.add(size(target))
@@ -189,14 +201,15 @@ def test_an_input_that_is_missing_or_the_output(demo: Path, tmp_path: Path) -> N
 
 def failing(ranks: int, culprits: str, kind: str, source: Path, target: Path, model: Path, size: int) -> Any:
     options = ("batch", source, target, "--model", model, "--sequences", "4", "--tensor-parallel", str(size))
-    return run(ranks, SCRIPTS / "failing_ranks.py", culprits, "10", kind, *options, timeout=120)
+    return run(ranks, SCRIPTS / "failing_ranks.py", culprits, "10", kind, *options)
 
 
 @pytest.mark.parametrize(("ranks", "size"), [(2, 1), (4, 2), (3, 3)])
-def test_groups_give_the_same_bytes(ranks: int, size: int, demo: Path, tmp_path: Path) -> None:
+def test_groups_give_the_same_bytes(
+    ranks: int, size: int, demo: Path, tmp_path: Path, alone: Callable[[int], Rows]
+) -> None:
     source = write_rows(tmp_path / "in.jsonl", mixed_rows(24))
-    whole = answer(None, source, tmp_path / "whole.jsonl", demo)
-    assert answer(ranks, source, tmp_path / "out.jsonl", demo, "--tensor-parallel", str(size)) == whole
+    assert answer(ranks, source, tmp_path / "out.jsonl", demo, "--tensor-parallel", str(size)) == alone(24)
 
 
 @pytest.mark.parametrize(
@@ -204,11 +217,9 @@ def test_groups_give_the_same_bytes(ranks: int, size: int, demo: Path, tmp_path:
     [(2, 1, "0", "memory"), (4, 2, "1", "disk"), (4, 2, "2", "memory"), (4, 2, "3", "bug"), (3, 1, "0,2", "bug")],
 )  # fmt: skip
 def test_a_group_that_fails_retires_and_the_others_do_its_rows(
-    ranks: int, size: int, culprits: str, kind: str, demo: Path, tmp_path: Path
+    ranks: int, size: int, culprits: str, kind: str, demo: Path, tmp_path: Path, alone: Callable[[int], Rows]
 ) -> None:
-    source = write_rows(tmp_path / "in.jsonl", mixed_rows(60))
-    whole = answer(None, source, tmp_path / "whole.jsonl", demo)
-    target = tmp_path / "out.jsonl"
+    source, target = write_rows(tmp_path / "in.jsonl", mixed_rows(60)), tmp_path / "out.jsonl"
     ran = failing(ranks, culprits, kind, source, target, demo, size)
     assert ran.status == PARTIAL_STATUS, ran.stderr
     for culprit in culprits.split(","):
@@ -216,7 +227,7 @@ def test_a_group_that_fails_retires_and_the_others_do_its_rows(
             ran.stderr
         )
     assert "Traceback" not in ran.stderr
-    assert results(target) == whole
+    assert results(target) == alone(60)
 
 
 def test_no_group_left_keeps_what_was_finished(demo: Path, tmp_path: Path) -> None:
@@ -235,7 +246,7 @@ def test_a_size_that_leaves_a_rest_is_refused(demo: Path, tmp_path: Path) -> Non
 
 def test_a_group_without_rows_waits_for_the_others(demo: Path, tmp_path: Path) -> None:
     """Longer than ranks wait for one another."""
-    row = {"id": "a", "prompt": "Once", "max_tokens": 700, "temperature": 0, "ignore_eos": True}
+    row = {"id": "a", "prompt": "Once", "max_tokens": 400, "temperature": 0, "ignore_eos": True}
     source, target = write_rows(tmp_path / "in.jsonl", [row]), tmp_path / "out.jsonl"
     ran = run(4, *slowly(source, target, demo), "--tensor-parallel", "2", "--timeout", "8")
     assert ran.status == 0, ran.stderr
@@ -244,9 +255,9 @@ def test_a_group_without_rows_waits_for_the_others(demo: Path, tmp_path: Path) -
 
 def test_ranks_of_a_failed_group_wait_for_the_others(demo: Path, tmp_path: Path) -> None:
     """Longer than ranks wait for one another: also those of rank 0's own group."""
-    row = {"id": "a", "prompt": "Once", "max_tokens": 500, "temperature": 0, "ignore_eos": True}
+    row = {"id": "a", "prompt": "Once", "max_tokens": 250, "temperature": 0, "ignore_eos": True}
     source, target = write_rows(tmp_path / "in.jsonl", [row, {**row, "id": "b"}]), tmp_path / "out.jsonl"
     script = (SCRIPTS / "failing_ranks.py", "1", "10", "bug/slow", *arguments(source, target, demo)[2:])
-    ran = run(4, *script, "--tensor-parallel", "2", "--timeout", "4", timeout=120)
+    ran = run(4, *script, "--tensor-parallel", "2", "--timeout", "4")
     assert ran.status == PARTIAL_STATUS, ran.stderr
     assert len(results(target)) == 2

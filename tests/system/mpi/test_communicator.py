@@ -5,16 +5,17 @@ from pathlib import Path
 
 import pytest
 
-from tests.system.mpi.launch import ROOT, run
+from tests.system.mpi.launch import ROOT, TIMEOUT, run
 
-pytestmark = pytest.mark.timeout(150)
+pytestmark = pytest.mark.timeout(3 * TIMEOUT)
 
-PYTEST = ("-m", "mpi4py", "-m", "pytest", "-x", "-q", "--noconftest", "-p", "no:cacheprovider", "--timeout=60")
+PYTEST = ("-m", "mpi4py", "-m", "pytest", "-x", "-q", "--noconftest", "-p", "no:cacheprovider", "--timeout=120")
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 3, 4, 5])
+@pytest.mark.parametrize("ranks", [1, 2, 3, 5])
 def test_collectives(ranks: int) -> None:
-    result = run(ranks, *PYTEST, Path(__file__).with_name("collectives.py"), directory=ROOT, timeout=120)
+    bodies = Path(__file__).with_name("collectives.py")
+    result = run(ranks, *PYTEST, bodies, directory=ROOT, timeout=2 * TIMEOUT)
     assert result.status == 0, result.stdout + result.stderr
     assert result.stdout.count(" passed") == ranks, result.stdout
 
@@ -28,7 +29,7 @@ def test_sums_between_hosts(ranks: int, hosts: str) -> None:
     only = ("-k", "shared and (reduce or reduction or messages) and not many")
     env = {"MPILLAMA_RANKS_PER_HOST": hosts}
     bodies = Path(__file__).with_name("collectives.py")
-    result = run(ranks, *PYTEST, *only, bodies, directory=ROOT, timeout=120, env=env)
+    result = run(ranks, *PYTEST, *only, bodies, directory=ROOT, timeout=2 * TIMEOUT, env=env)
     assert result.status == 0, result.stdout + result.stderr
     assert result.stdout.count(" passed") == ranks, result.stdout
 
@@ -36,14 +37,14 @@ def test_sums_between_hosts(ranks: int, hosts: str) -> None:
 def test_a_body_that_fails_on_one_rank_fails_the_run(tmp_path: Path) -> None:
     body = tmp_path / "bodies.py"
     body.write_text("from mpi4py import MPI\n\n\ndef test_rank():\n    assert MPI.COMM_WORLD.rank != 1\n")
-    assert run(2, *PYTEST, body, directory=ROOT, timeout=60).status != 0
+    assert run(2, *PYTEST, body, directory=ROOT).status != 0
 
 
 def test_answers_from_candidates_are_those_from_whole_rows(demo: Path) -> None:
     """Ranks tell rank 0 the likeliest tokens; whatever is in doubt is looked up, while others' rows are under way."""
     found = {}
     for ranks, error in ((1, 2e-5), (3, 2e-5), (2, 0.9)):
-        result = run(ranks, "-m", "tests.system.mpi.scripts.candidates", demo, error, timeout=60)
+        result = run(ranks, "-m", "tests.system.mpi.scripts.candidates", demo, error)
         assert result.status == 0, result.stderr
         found[ranks] = json.loads(result.stdout)
     assert found[1]["tokens"] == found[2]["tokens"] == found[3]["tokens"]

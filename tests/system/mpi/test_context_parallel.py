@@ -2,12 +2,15 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 
 from mpillama.loading.model_file import open_model
 from mpillama.loading.traffic import Layout, pieces_sent
 from tests import tiny_models as models
+from tests.engine.test_disk_cache import damage, files_in
 from tests.golden_models import FOLDER as GOLDEN
 from tests.system.mpi.launch import PROGRAM, TIMEOUT, run
 from tests.system.mpi.test_shares import digest as digest_of_short_text
@@ -35,14 +38,26 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return paths
 
 
-def digest(ranks: int | None, model: Path, *options: str, isa: str = "", tokens: int = TOKENS) -> tuple[str, list[int]]:
-    """Of the logits after a long prompt and a few tokens, and the bytes of each rank's cache."""
+def generate(ranks: int | None, model: Path, *options: str, isa: str = "", tokens: int = TOKENS) -> dict[str, Any]:
+    """What `generate` says of a long prompt and a few tokens."""
     prompt = ",".join(str(2 + (7 * i * i + i) % 300) for i in range(tokens))
     command = ("--model", model, "--prompt-token-ids", prompt, "--max-tokens", "4", "--temperature", "0", "--json")
     result = run(ranks, *PROGRAM, "generate", *command, *options, env={"MPILLAMA_ISA": isa} if isa else {})
     assert result.status == 0, result
-    found = json.loads(result.stdout)
+    found: dict[str, Any] = json.loads(result.stdout)
+    return found
+
+
+def digest(ranks: int | None, model: Path, *options: str, **how: Any) -> tuple[str, list[int]]:
+    """Of the logits, and the bytes of each rank's cache."""
+    found = generate(ranks, model, *options, **how)
     return found["logits_sha256"], [rank["kv_cache"] for rank in found["memory_bytes_per_rank"]]
+
+
+def cached_digest(ranks: int | None, model: Path, *options: str) -> tuple[str, int]:
+    """Of the logits, and how much of the prompt was found."""
+    found = generate(ranks, model, *options)
+    return found["logits_sha256"], found["cached_tokens"]
 
 
 @pytest.mark.parametrize(
@@ -107,6 +122,7 @@ def test_a_batch_with_common_beginnings_preemptions_and_drafts(name, made, tmp_p
     rows.write_text("".join(json.dumps({"id": str(i), "prompt": text}) + "\n" for i, text in enumerate(texts)))
     expected, _ = answers(None, rows, tmp_path / "alone", made[name])
     narrow = ("--context-parallel", "--cache-tokens", "6144", "--speculate", "2", "--prefill-chunk", "200")
+    narrow += ("--cache-dir", str(tmp_path / "cache"))
     found, figures = answers(3, rows, tmp_path / "divided", made[name], *narrow)
     assert found == expected
     assert len(found) == 11
@@ -121,13 +137,17 @@ def test_it_is_refused_where_nothing_is_held_twice(made, toy):
         assert "leave it out" in result.stderr
 
 
-def test_a_cache_in_files_is_refused(made, tmp_path):
-    rows, options = tmp_path / "rows.jsonl", ("--tensor-parallel", "2", "--cache-dir", tmp_path / "cache")
-    rows.write_text('{"prompt": "Once"}\n')
-    command = (*PROGRAM, "batch", rows, tmp_path / "out", "--model", made["one"], "--context-parallel", *options)
-    result = run(2, *command)
-    assert (result.status, result.stderr.count("\n")) == (2, 1), result
-    assert result.stderr.endswith("leave out --context-parallel, or --cache-dir and --session.\n"), result
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "ranks", "others"), [("one", 2, 3), ("latent", 5, 2), ("delta", 4, 4)])
+def test_files_pass_between_ranks_that_divide_positions_and_others(name, ranks, others, made, tmp_path):
+    """Whoever wrote them; and what is torn, whichever rank holds it, is computed again."""
+    cache, divided, whole = ("--cache-dir", str(tmp_path), "--threads", "1"), "--context-parallel", TOKENS // 64 * 64
+    expected, cached = cached_digest(ranks, made[name], *cache, divided)
+    assert cached == 0
+    assert cached_digest(None, made[name], *cache) == (expected, whole)
+    damage(files_in(tmp_path)[7], np.random.default_rng(2))
+    assert cached_digest(others, made[name], *cache, divided)[0] == expected
+    assert cached_digest(others, made[name], *cache, divided) == (expected, whole)
 
 
 def test_plan_counts_what_ranks_send(made):

@@ -132,3 +132,20 @@ def test_what_has_no_layer_for_drafts_is_refused(toy: Path, drafting: Path, tmp_
     result = run(None, *PROGRAM, "--model", target)
     assert result.status == 2
     assert "give it with --draft-model" in result.stderr
+
+
+def test_it_is_tried_which_ranks_had_better_hold_a_draft_model(demo: Path, toy: Path, tmp_path: Path) -> None:
+    """The log says which and why; answers are the same. One that is as large as the model is divided untried."""
+    layer = demo.with_name("demo-mtp.h5")
+    for model, draft, words in ((demo, layer, "guesses took"), (toy, toy, "rank 0 alone would read")):
+        plain = answer(None, model, "--temperature", "0")
+        logs = tmp_path / model.stem
+        drafted = answer(2, model, "--temperature", "0", "--draft-model", draft, "--log-dir", logs)
+        assert drafted["logits_sha256"] == plain["logits_sha256"]
+        said = {
+            line.split("INFO ")[1] for log in logs.iterdir() for line in log.read_text().splitlines() if words in line
+        }
+        (sentence,) = said  # of both ranks
+        first, second = (memory["draft"] for memory in drafted["memory_bytes_per_rank"])
+        assert first > 0
+        assert (second == 0) == sentence.startswith("rank 0 alone has the draft model: ")

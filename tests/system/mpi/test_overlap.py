@@ -33,14 +33,42 @@ def test_answers_are_the_same() -> None:
     ids = ",".join(str(3 + 7 * i % 200) for i in range(40))
     words = ("generate", "--model", DEMO_MODEL, "--prompt-token-ids", ids, "--max-tokens", "4", "--temperature", "0")
     found = set()
-    for overlap, ranks, hosts in (("never", 1, ""), ("always", 3, "1"), ("", 2, "1")):
-        threads = {"MPI4PY_RC_THREAD_LEVEL": "multiple"}  # or steps would go in one part
-        env = {"MPILLAMA_RANKS_PER_HOST": hosts, "MPILLAMA_OVERLAP": overlap, **threads}
-        result = run(ranks, *PROGRAM, *words, "--json", env=env)
+    stages = ("--pipeline", "2", "--threads", "1")
+    runs = (("never", 1, "", ()), ("always", 3, "1", ()), ("", 2, "1", ()), ("always", 4, "1", stages))
+    for overlap, ranks, hosts, options in runs:
+        env = {"MPILLAMA_RANKS_PER_HOST": hosts, "MPILLAMA_OVERLAP": overlap}
+        result = run(ranks, *PROGRAM, *words, *options, "--json", env=env)
         assert result.status == 0, result.stderr
         answer = json.loads(result.stdout)
         found.add((tuple(answer["token_ids"]), answer["logits_sha256"]))
     assert len(found) == 1
+
+
+@pytest.mark.parametrize(("ranks", "options"), [(2, ()), (4, ("--pipeline", "2"))])
+def test_both_ways_are_tried_without_being_asked(ranks: int, options: tuple[str, ...]) -> None:
+    """In steps of 8 tokens and more."""
+    words = ("bench", "--model", DEMO_MODEL, "--layers", "2", "--prefill", "16", "--batch", "8", "1", "--context", "16")
+    few = ("--decode", "1", "--repetitions", "1", "--threads", "1", "--json", *options)
+    result = run(ranks, *PROGRAM, *words, *few, env={"MPILLAMA_RANKS_PER_HOST": "1"})
+    assert result.status == 0, result.stderr
+    found = json.loads(result.stdout)
+    tried = [set(row["tried_tokens_per_second"]) for row in (*found["prefill"], *found["decode"])]
+    assert tried == [{"1", "2"}, {"1", "2"}, set()]
+
+
+@pytest.mark.parametrize(("hosts", "threads"), [("1", "multiple"), ("2", "funneled")])
+def test_mpi_is_asked_for_threads_between_hosts_only(hosts: str, threads: str) -> None:
+    result = run(2, *PROGRAM, "doctor", "--json", "--threads", "1", env={"MPILLAMA_RANKS_PER_HOST": hosts})
+    assert result.status == 0, result.stderr
+    assert json.loads(result.stdout)["mpi_threads"] == threads
+
+
+def test_an_unknown_wish_is_refused_on_all_ranks() -> None:
+    result = run(2, *PROGRAM, "doctor", env={"MPILLAMA_OVERLAP": "sometimes"})
+    assert (result.status, result.stdout) == (2, "")
+    assert result.stderr == (
+        "mpillama: MPILLAMA_OVERLAP is 'sometimes': set it to always or never, or leave it unset to have it chosen.\n"
+    )
 
 
 def chosen(parts: StepParts, tokens: int, whole: float, halves: float, steps: int) -> list[int]:

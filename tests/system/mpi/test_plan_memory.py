@@ -37,6 +37,8 @@ RECURRENT = {
     "linear_value_head_dim": 256,
 }
 """Three slots for states of 17 MB each, beside 340 MB of weights."""
+FOR_PYTHON = 20e6
+"""What Python, MPI and their threads keep differs so much between starts; what the model takes is exact."""
 SAME = ("weights", "kv_cache", "states", "buffers")
 
 
@@ -69,7 +71,8 @@ def test_a_run_takes_what_was_planned(ranks: int, hollow: Path, tmp_path: Path) 
     assert ran.status == 0, ran.stderr
     found, planned = json.loads(ran.stdout), plan["ranks"]
     windows = (ranks - 1) * SHARED_WINDOW_BYTES  # of the others, counted in every process that maps them
-    assert found["rss_bytes_per_rank"] == [pytest.approx(rank["total"] + windows, rel=0.05) for rank in planned]
+    expected = [pytest.approx(rank["total"] + windows, rel=0.05, abs=FOR_PYTHON) for rank in planned]
+    assert found["rss_bytes_per_rank"] == expected
     for told, rank in zip(found["memory_bytes_per_rank"], planned, strict=True):
         assert [told[name] for name in SAME] == [rank[name] for name in SAME]
     needs = [sum(rank[name] for name in (*SAME, "tokenizer")) + RESERVE for rank in planned]

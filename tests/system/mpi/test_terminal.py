@@ -65,7 +65,7 @@ def test_a_pipe_within_a_rank_is_no_terminal() -> None:
 
 def test_a_plan_for_thousands_of_ranks_comes_at_once() -> None:
     """Most ranks are alike; remedies plan again and again."""
-    result = run(None, *PROGRAM, *PLAN, "--memory-per-node", "0.2GB", timeout=60)
+    result = run(None, *PROGRAM, *PLAN, "--memory-per-node", "0.2GB")
     assert result.status == 1
     assert "does not fit" in result.stdout
 

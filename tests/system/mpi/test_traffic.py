@@ -8,14 +8,14 @@ import pytest
 from mpillama.loading.model_file import open_model
 from mpillama.loading.traffic import Layout, Sent, logits_sent, sum_sent, sums_of_step
 from tests.golden_models import FOLDER as GOLDEN
-from tests.system.mpi.launch import PROGRAM, run
+from tests.system.mpi.launch import PROGRAM, TIMEOUT, run
 
-pytestmark = pytest.mark.timeout(150)
+pytestmark = pytest.mark.timeout(4 * TIMEOUT)
 
 
 def counted(ranks: int, per_host: int, model: Path, sync: str = "exact") -> dict[str, list[list[float]]]:
     env = {"MPILLAMA_RANKS_PER_HOST": str(per_host)}
-    result = run(ranks, "-m", "tests.system.mpi.scripts.traffic", model, sync, timeout=100, env=env)
+    result = run(ranks, "-m", "tests.system.mpi.scripts.traffic", model, sync, env=env)
     assert result.status == 0, result.stderr
     found: dict[str, list[list[float]]] = json.loads(result.stdout)
     return found

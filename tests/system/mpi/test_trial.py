@@ -9,6 +9,8 @@ from mpillama.formats.native.table import read_table
 from tests.system.mpi.launch import PROGRAM, TIMEOUT, run
 
 pytestmark = pytest.mark.timeout(TIMEOUT + 60)
+FOR_PYTHON = 12e6
+"""So much of a process's 100 MB differs between starts."""
 GREEDY = ("--temperature", "0", "--max-tokens", "4", "--json")
 
 
@@ -18,7 +20,7 @@ def test_a_trial_foresees_the_memory_of_the_whole_model(ranks: int | None, demo:
     assert whole["trial"] is None
     trial = json.loads(run(ranks, *PROGRAM, "--model", demo, *GREEDY, "--layers", "2").stdout)["trial"]
     assert (trial["layers"], trial["whole_layers"]) == (2, read_table(str(demo)).config.num_hidden_layers)
-    assert trial["memory_bytes_per_rank"] == pytest.approx(max(whole["rss_bytes_per_rank"]), rel=0.05)
+    assert trial["memory_bytes_per_rank"] == pytest.approx(max(whole["rss_bytes_per_rank"]), abs=FOR_PYTHON)
     assert trial["load_seconds"] > 0
     assert trial["decode_tokens_per_second"] > 0
 

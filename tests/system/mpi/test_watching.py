@@ -180,7 +180,7 @@ def test_without_logs_the_monitor_speaks_on_standard_error(ranks: int | None, to
 
 @pytest.mark.parametrize("ranks", [None, 1, 3])
 def test_a_host_below_the_floor_ends_the_job(ranks: int | None, toy: Path) -> None:
-    result = run(ranks, *PROGRAM, "--model", toy, *LONG, "--memory-floor", "1000TB", timeout=60)
+    result = run(ranks, *PROGRAM, "--model", toy, *LONG, "--memory-floor", "1000TB")
     assert result.status not in (0, None)
     told = [line for line in result.stderr.splitlines() if "--memory-floor" in line]
     assert len(told) == 1, result.stderr

@@ -18,7 +18,8 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(TIMEOUT + 360)]  # the first
 JOBS = ROOT / "jobs"
 GREEDY = ("--temperature", "0", "--max-tokens", "12")
 PROMPT = "Once * upon"
-REQUESTS = 3000
+REQUESTS = 1000
+"""Some ten seconds of work, so that a signal comes in the midst of it."""
 
 
 def needs(command: str) -> pytest.MarkDecorator:
