@@ -10,8 +10,8 @@ from mpi4py import MPI
 
 from mpillama.comm.hosts import Steps
 
-NAP = 2e-5
-"""Seconds between two polls: the cores belong to those who compute."""
+NAP = 1e-4
+"""Seconds between two polls: the cores belong to those who compute. A fifth of it cost them more than it gained."""
 
 
 def can_be() -> bool:

@@ -10,7 +10,7 @@ from mpillama.comm.ways import overlap_wish
 
 FEWEST_TOKENS = 8
 """Of a step that goes in parts: each part reads the weights again."""
-TRIES = 3
+TRIES = 5
 """Steps of as many tokens that are timed in each way before one is chosen."""
 REPEAT = 64
 """Every so many steps the other way is timed again."""

@@ -37,9 +37,9 @@ class HeadsTensor(StoredTensor):
         return self.whole.loses
 
     def held_as(self, chunk: int = 0) -> WeightType:
-        """As the whole; but blocks of a matrix that is turned would lie across it, and become float32."""
+        """As the whole; but blocks and scales of a matrix that is turned would lie across it, and become float32."""
         kind = self.whole.held_as(0 if self.part.turned else chunk)
-        return F32 if self.part.turned and kind.quantised else kind
+        return F32 if self.part.turned and len(kind.lanes) > 1 else kind
 
     def keeps(self, weight_type: WeightType, chunk: int = 0) -> bool:
         return not self.part.turned and self.whole.keeps(weight_type, chunk)
