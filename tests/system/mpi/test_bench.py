@@ -43,7 +43,7 @@ def test_what_a_step_takes_beside_its_weights(ranks: int, hosts: str, toy: Path)
     first, second = json.loads(result.stdout)["decode"]
     assert "overhead_seconds" not in second
     found = first["overhead_seconds"]
-    assert found["step"] > 0
+    assert found["step"] >= 0
     assert found["layer"] >= 0
     assert (found["latency"] is None) == (found["message"] is None) == (not hosts)
     assert not hosts or (found["latency"] > 0 and found["message"] >= 0)
