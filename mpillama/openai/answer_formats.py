@@ -5,17 +5,16 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from mpillama.openai.harmony import HARMONY, harmony_format, is_harmony
+from mpillama.openai.invoked_calls import DSML_MARK, M3_MARK, MINIMAX, MINIMAX_M3, dsml_format
 from mpillama.openai.marked_calls import DEEPSEEK, DEEPSEEK_FENCED, KIMI
 from mpillama.openai.object_calls import ARGS, HERMES, LISTED, LLAMA3, MISTRAL, MISTRAL_ARGS
 from mpillama.openai.pythonic_calls import LLAMA4, LLAMA4_PYTHONIC, SHOWN
 from mpillama.openai.reasoning import PAIRS, AnswerFormat, ReasoningFormat
-from mpillama.openai.tagged_calls import GLM, GLM_TAGS, MINIMAX, QWEN, QWEN_TAGS, hy_format, hy_tags
+from mpillama.openai.tagged_calls import GLM, GLM_TAGS, QWEN, QWEN_TAGS, hy_format, hy_tags
 from mpillama.openai.tool_calls import ToolFormat
 
 COMMENT = re.compile(r"\{#.*?#\}", re.DOTALL)
 AS_JSON = re.compile(r"arguments['\"]?\]?\s*\|\s*tojson")
-NESTED_TAGS = "]<]minimax[>["
-"""Before every tag of a call of MiniMax M3, whose tags are called as arguments are and lie within each other."""
 WITH_ENDING = re.compile(r"<think(:\w+)>")
 """Of Hy3, whose checkpoints give every tag the same ending."""
 
@@ -23,8 +22,12 @@ WITH_ENDING = re.compile(r"<think(:\w+)>")
 def tool_format(template_source: str) -> ToolFormat | None:
     """The format that a chat template writes calls in; None if it takes no tools, or in a way not known here."""
     source = COMMENT.sub("", template_source)
-    if not re.search(r"\btools\b", source) or NESTED_TAGS in source:
+    if not re.search(r"\btools\b", source):
         return None
+    if M3_MARK in source:
+        return MINIMAX_M3
+    if DSML_MARK in source:
+        return dsml_format(source)
     if is_harmony(source):
         return HARMONY
     if MINIMAX.marker.strip("<>") in source:

@@ -1,4 +1,4 @@
-"""Calls that models write with a tag around each argument: GLM, Hy3, MiniMax, and Qwen since Qwen3-Coder.
+"""Calls that models write with a tag around each argument: GLM, Hy3, and Qwen since Qwen3-Coder.
 
 A value is there as it is, without quotation marks if it is a text; what the function asks for tells what it means.
 """
@@ -112,7 +112,7 @@ FREE_TEXT = r"(<+[^<\/]|[^<])*"
 """A text in which nothing ends a tag."""
 
 
-def _arguments(
+def argument_rules(
     function: Function, argument: Callable[[str, str], str], end_id: int | None, end: str
 ) -> Iterator[str]:  # fmt: skip
     """The rule of each argument in the order of the schema; those that are not required may be left out.
@@ -124,22 +124,22 @@ def _arguments(
     end_rule = text_rule(end) if end_id is None else token_rule(end_id)
     schema_rule(function, outer)  # refuses what is no schema
     for name, schema in properties_of(outer).items():
-        if _is_free_text(schema):  # with its end, which the greedy text would begin to take
+        if is_free_text(schema):  # with its end, which the greedy text would begin to take
             value = f"/{FREE_TEXT}/ {end_rule}" if end_id is not None else f"/{FREE_TEXT}{_escaped(end)}/"
         else:
-            value = f"{_unquoted(schema) or schema_rule(function, within(schema, shared))} {end_rule}"
+            value = f"{unquoted(schema) or schema_rule(function, within(schema, shared))} {end_rule}"
         rule = argument(name, value)
         yield rule if name in _list(outer.get("required")) else f"({rule})?"
 
 
-def _call_in_lines(tags: Tags, function: Function) -> str:
+def call_in_lines(tags: Tags, function: Function) -> str:
     """The rule of a call with a line for its name and for the end of each argument."""
 
     def argument(name: str, value: str) -> str:
         return f"{text_rule(tags.key[0] + name + tags.key[1] + tags.value[0])} {value}"
 
     head = text_rule(f"{tags.call[0]}{function.name}{tags.name_end}\n")
-    arguments = " ".join(_arguments(function, argument, None, tags.value[1] + "\n"))
+    arguments = " ".join(argument_rules(function, argument, None, tags.value[1] + "\n"))
     return f"{head} {arguments} {text_rule(tags.call[1])}"
 
 
@@ -148,12 +148,12 @@ def _escaped(text: str) -> str:
     return text.replace("/", r"\/").replace("\n", r"\n")
 
 
-def _is_free_text(schema: Any) -> bool:
+def is_free_text(schema: Any) -> bool:
     """Whether a value may be any text: it is written without quotation marks, even if it may be something else, too."""
     return isinstance(schema, Mapping) and "string" in _types(schema) and "enum" not in schema
 
 
-def _unquoted(schema: Any) -> str:
+def unquoted(schema: Any) -> str:
     """The texts among which a value is chosen, without quotation marks; "" if it is no such value."""
     choices = schema.get("enum") if isinstance(schema, Mapping) else None
     if not choices or not all(isinstance(choice, str) for choice in choices):
@@ -253,7 +253,7 @@ def _calls_in_lines(tags: Tags, functions: Sequence[Function], token_id: TokenId
     line = text_rule("\n")
 
     def rule(function: Function) -> str:
-        arguments = " ".join(_arguments(function, argument, token_id(tags.value[1]), tags.value[1]))
+        arguments = " ".join(argument_rules(function, argument, token_id(tags.value[1]), tags.value[1]))
         return f"{text_rule(function.name)} {name_end} {arguments} {line}"
 
     def argument(name: str, value: str) -> str:
@@ -269,66 +269,6 @@ GLM = ToolFormat("glm", TOOL_CALL, "", read_glm, glm_rules)
 def hy_format(tags: Tags) -> ToolFormat:
     """The format of Hy3 with the tags that a checkpoint has."""
     return ToolFormat("hy", tags.block[0], "", partial(read_hy, tags), partial(hy_rules, tags))
-
-
-# -- MiniMax -----------------------------------------------------------------------------------------------------------
-
-MINIMAX_TAGS = Tags(
-    ("<minimax:tool_call>", "</minimax:tool_call>"),
-    ('<invoke name="', "</invoke>"),
-    '">',
-    ('<parameter name="', '"'),
-    (">", "</parameter>"),
-)
-
-
-def read_minimax() -> Reader:
-    """`<minimax:tool_call>`, calls as `<invoke name="…">` with `<parameter name="…">`, and the end."""
-    yield from literal(MINIMAX_TAGS.block[0])
-    calls: list[Call] = []
-    char = yield from skip_space()
-    while char:
-        expect(char, "<")
-        kind = yield
-        if calls and kind == "/":
-            yield from literal(MINIMAX_TAGS.block[1][2:])
-            return calls
-        expect(kind, MINIMAX_TAGS.call[0][1])
-        yield from literal(MINIMAX_TAGS.call[0][2:])
-        calls.append((yield from _invoked()))
-        char = yield from skip_space()
-    if not calls:
-        raise NoCall
-    return calls
-
-
-def _invoked() -> Generator[None, str, Call]:
-    """A call from its name on."""
-    name = plain_name((yield from text_before('"', most=MOST_NAME)))
-    yield from literal(">")
-    values: list[tuple[str, str]] = []
-    while True:
-        expect((yield from skip_space()), "<")
-        kind = yield
-        if kind == "/":
-            yield from literal(MINIMAX_TAGS.call[1][2:])
-            return TaggedCall(name, "", values=tuple(values))
-        expect(kind, MINIMAX_TAGS.key[0][1])
-        yield from literal(MINIMAX_TAGS.key[0][2:])
-        key = yield from text_before(MINIMAX_TAGS.key[1])
-        yield from literal(MINIMAX_TAGS.value[0])
-        values.append((key, (yield from text_before(MINIMAX_TAGS.value[1]))))
-
-
-def minimax_rules(functions: Sequence[Function], several: bool, token_id: TokenId) -> str:
-    """A block of calls, each on lines of its own."""
-    begin, end = (marker_rule(text, token_id) for text in MINIMAX_TAGS.block)
-    line = text_rule("\n")
-    start = f"start: {begin} {line} call {line} {more_rules('', f'call {line}', several)} {end}\n"
-    return start + call_rules(_call_in_lines(MINIMAX_TAGS, function) for function in functions)
-
-
-MINIMAX = ToolFormat("minimax", MINIMAX_TAGS.block[0], "", read_minimax, minimax_rules)
 
 
 # -- Qwen --------------------------------------------------------------------------------------------------------------
@@ -366,7 +306,7 @@ def qwen_rules(functions: Sequence[Function], several: bool, token_id: TokenId) 
     begin, end = (marker_rule(text, token_id) for text in QWEN_TAGS.block)
     line = text_rule("\n")
     start = f"start: block {more_rules('block', line, several)}\nblock: {begin} {line} call {line} {end}\n"
-    return start + call_rules(_call_in_lines(QWEN_TAGS, function) for function in functions)
+    return start + call_rules(call_in_lines(QWEN_TAGS, function) for function in functions)
 
 
 QWEN = ToolFormat("qwen", TOOL_CALL, "", read_qwen, qwen_rules)

@@ -3,19 +3,23 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from mpillama.errors import UserError
 from mpillama.openai.answer_formats import reasoning_format, tool_format
+from mpillama.openai.invoked_calls import MINIMAX, MINIMAX_M3, dsml_format
 from mpillama.openai.messages import TemplateFields, in_words_of
 from mpillama.openai.pythonic_calls import LLAMA4_PYTHONIC
 from mpillama.openai.reasoning import ReasoningFormat
-from mpillama.openai.tagged_calls import GLM, MINIMAX, QWEN
+from mpillama.openai.tagged_calls import GLM, QWEN
 from mpillama.text.chat_template import ChatTemplate
+from tests.openai.test_tool_calls import tokenizer_with
 
 TEMPLATES = Path(__file__).parents[1] / "golden" / "chat_templates"
 OF_HY3 = (TEMPLATES / "hy3.jinja").read_text()
 HY = tool_format(OF_HY3)
+DSML = dsml_format("function_calls")
 PARAMETERS = {
     "type": "object",
     "properties": {
@@ -30,6 +34,7 @@ VALUES = {
     "city": "New\n <b>York</b>", "days": "3", "exact": "true", "any": "[1, 2]", "maybe": "null", "unit": "C",
     "points": '[{"a": "b"}]',
 }  # fmt: skip
+TEXTS = ("city", "unit")
 EXPECTED = {
     "city": "New\n <b>York</b>", "days": 3, "exact": True, "any": [1, 2], "maybe": None, "unit": "C",
     "points": [{"a": "b"}],
@@ -47,6 +52,27 @@ def minimax(*calls: tuple[str, dict[str, str]]) -> str:
         pairs = (f'<parameter name="{k}">{v}</parameter>\n' for k, v in values.items())
         text += f'<invoke name="{name}">\n{"".join(pairs)}</invoke>\n'
     return text + "</minimax:tool_call>"
+
+
+def minimax_m3(*calls: tuple[str, dict[str, str]]) -> str:
+    mark = "]<]minimax[>["
+    text = f"{mark}<tool_call>\n"
+    for name, values in calls:
+        pairs = (f"{mark}<{k}>{v}{mark}</{k}>\n" for k, v in values.items())
+        text += f'{mark}<invoke name="{name}">\n{"".join(pairs)}{mark}</invoke>\n'
+    return text + f"{mark}</tool_call>"
+
+
+def dsml(*calls: tuple[str, dict[str, str]]) -> str:
+    """Values that are JSON and no text say so."""
+    text = "<｜DSML｜function_calls>\n"
+    for name, values in calls:
+        pairs = (
+            f'<｜DSML｜parameter name="{k}" string="{"true" if k in TEXTS else "false"}">{v}</｜DSML｜parameter>\n'
+            for k, v in values.items()
+        )
+        text += f'<｜DSML｜invoke name="{name}">\n{"".join(pairs)}</｜DSML｜invoke>\n'
+    return text + "</｜DSML｜function_calls>"
 
 
 def hy(*calls: tuple[str, dict[str, str]], line: str = "\n", end: str = ":toy") -> str:
@@ -72,7 +98,8 @@ def written(form, *calls: tuple[str, dict[str, str]]) -> str:
     one = {GLM.name: glm, QWEN.name: qwen}.get(form.name)
     if one is not None:
         return "\n".join(one(*call) for call in calls)
-    return hy(*calls) if form is HY else minimax(*calls)
+    blocks = {HY.name: hy, MINIMAX.name: minimax, MINIMAX_M3.name: minimax_m3, DSML.name: dsml}
+    return blocks[form.name](*calls)
 
 
 def read(form, text: str, size: int = 1, names=None) -> tuple[str, list[tuple[str, dict]]]:
@@ -90,9 +117,29 @@ def test_calls_of_glm(size, line):
 
 
 @pytest.mark.parametrize("size", [1, 3, 1000])
-def test_calls_of_minimax(size):
-    text = "Let me look.\n" + minimax(("weather", VALUES), ("now", {}))
-    assert read(MINIMAX, text, size) == ("Let me look.", [("weather", EXPECTED), ("now", {})])
+@pytest.mark.parametrize("form", [MINIMAX, MINIMAX_M3, DSML], ids=lambda form: form.name)
+def test_calls_that_are_invoked(form, size):
+    text = "Let me look.\n" + written(form, ("weather", VALUES), ("now", {}))
+    assert read(form, text, size) == ("Let me look.", [("weather", EXPECTED), ("now", {})])
+
+
+@pytest.mark.parametrize("size", [1, 1000])
+def test_tags_of_minimax_m3_lie_within_each_other(size):
+    mark = "]<]minimax[>["
+    inner = "".join(f"{mark}<item>{n}{mark}</item>" for n in ("7", "seven"))
+    place = f"{mark}<street>Main </city> 5{mark}</street>{mark}<codes>{inner}{mark}</codes>"
+    text = minimax_m3(("weather", {"city": "a ]<] b", "place": place}))
+    expected = {"city": "a ]<] b", "place": {"street": "Main </city> 5", "codes": [7, "seven"]}}
+    assert read(MINIMAX_M3, text, size) == ("", [("weather", expected)])
+
+
+def test_a_parameter_that_says_it_is_a_text_is_one():
+    values = 'name="{}" string="true">007</｜DSML｜parameter>'
+    text = '<｜DSML｜function_calls><｜DSML｜invoke name="weather">'
+    text += "".join(f"<｜DSML｜parameter {values.format(key)}" for key in ("city", "days"))
+    text += '<｜DSML｜parameter name="any" string="false">no JSON</｜DSML｜parameter>'
+    text += "</｜DSML｜invoke></｜DSML｜function_calls>"
+    assert read(DSML, text) == ("", [("weather", {"city": "007", "days": "007", "any": "no JSON"})])
 
 
 @pytest.mark.parametrize("size", [1, 3, 1000])
@@ -141,7 +188,7 @@ def test_words_of_python_are_values_where_these_are_asked_for():
     assert read(QWEN, qwen("weather", values))[1] == [("weather", expected)]
 
 
-@pytest.mark.parametrize("form", [GLM, MINIMAX, QWEN])
+@pytest.mark.parametrize("form", [GLM, MINIMAX, MINIMAX_M3, QWEN, DSML], ids=lambda form: form.name)
 def test_values_of_unknown_types_are_json_where_they_can_be(form):
     values = {"a": "7", "b": "seven", "c": '"7"', "d": "{}", "e": ""}
     text = written(form, ("weather", values))
@@ -166,6 +213,13 @@ def test_values_of_unknown_types_are_json_where_they_can_be(form):
         (MINIMAX, '<minimax:tool_call><invoke name="a b">'),
         (MINIMAX, '<minimax:tool_call>\n<invoke name="weather">\n<parameter name="city">Rome'),
         (MINIMAX, "a <minimal> b"),
+        (MINIMAX_M3, "a ]<] b ]<]minimax[>[ c"),
+        (MINIMAX_M3, "]<]minimax[>[<tool_call>]<]minimax[>[</tool_call>"),
+        (MINIMAX_M3, ']<]minimax[>[<tool_call>]<]minimax[>[<invoke name="weather"><city>Rome</city>'),
+        (MINIMAX_M3, minimax_m3(("weather", {"two words": "Rome"}))),
+        (DSML, "<｜DSML｜function_calls></｜DSML｜function_calls>"),
+        (DSML, '<｜DSML｜function_calls><｜DSML｜invoke name="weather"><parameter name="city">Rome'),
+        (DSML, dsml(("other", {}))),
         (QWEN, '<tool_call>\n{"name": "weather"}</tool_call>'),
         (QWEN, "<tool_call>\n<function=two words>"),
         (QWEN, "<tool_call>\n<function=weather>\n<parameter=city>\nRome\n</parameter>\n</function> and more"),
@@ -180,7 +234,9 @@ def test_templates_tell_the_format():
     assert tool_format("{{ tools }} <tool_call>{name}<arg_key>") is GLM
     assert tool_format("{{ tools }} <minimax:tool_call>") is MINIMAX
     assert tool_format("<minimax:tool_call>") is None
-    assert tool_format("{{ tools }} ]<]minimax[>[<tool_call>") is None, "MiniMax M3's are not Hermes'"
+    assert tool_format("{{ tools }} ]<]minimax[>[<tool_call>") is MINIMAX_M3
+    assert tool_format("{{ tools }} <｜DSML｜function_calls>").marker == DSML.marker
+    assert tool_format("{{ tools }} ｜DSML｜ tool_calls").marker == "<｜DSML｜tool_calls>", "of DeepSeek V4"
     assert tool_format("{{ tools }} <tool_call><function=name><parameter=key>") is QWEN
 
 
@@ -198,7 +254,7 @@ def matches(form, text: str, several: bool = True, tools=(WEATHER,)) -> bool:
 SIMPLE = {key: VALUES[key] for key in ("city", "days", "exact", "unit")}
 
 
-@pytest.mark.parametrize("form", [GLM, MINIMAX, HY, QWEN], ids=lambda form: form.name)
+@pytest.mark.parametrize("form", [GLM, MINIMAX, MINIMAX_M3, HY, QWEN, DSML], ids=lambda form: form.name)
 def test_a_forced_call_is_one_that_is_read(form):
     def of(*values: dict[str, str]) -> str:
         return written(form, *(("weather", each) for each in values))
@@ -213,6 +269,26 @@ def test_a_forced_call_is_one_that_is_read(form):
     assert not matches(form, of({"city": "x", "unit": "K"}))
     assert not matches(form, "Hello")
     assert read(form, of(simple))[1] == [("weather", {**{k: EXPECTED[k] for k in SIMPLE}, "city": "New York"})]
+
+
+@pytest.mark.parametrize(
+    ("form", "mark"),
+    [(MINIMAX_M3, "]<]minimax[>["), (DSML, "｜DSML｜"), (GLM, "<arg_key>"), (MINIMAX, "</minimax:tool_call>")],
+)
+@pytest.mark.parametrize("is_token", [True, False])
+def test_the_marks_of_a_forced_call_are_the_tokens_that_they_may_be(form, mark, is_token):
+    pytest.importorskip("llguidance")
+    tokenizer, grammars = tokenizer_with((mark,) if is_token else ())
+    calls = [{"city": "New York [1] < 2", "days": "3"}, {"city": "", "unit": "F"}]
+    text, size = written(form, *(("weather", values) for values in calls)), tokenizer.vocab_size + 20
+    tokens = tokenizer.encode(text, add_bos=False)
+    assert (tokenizer.token_id(mark) in tokens) == is_token
+    constraint = grammars.constraint(form.grammar((WEATHER,), "required", True, grammars.token_id))
+    for token in (*tokens, tokenizer.eos_token_ids[0]):
+        wished = np.eye(1, size, token, dtype=np.float32)[0]
+        assert np.argmax(constraint.masked(wished)) == token, tokenizer.decode([token])
+        constraint.accept(token)
+    assert constraint.finished
 
 
 ASKS = {"type": "object", "properties": {"a-b": {"type": "string"}}}
@@ -235,7 +311,7 @@ def test_a_forced_call_in_python_is_one_that_is_read():
         form.grammar([{"type": "function", "function": {"name": "f", "parameters": ASKS}}], "required", True, {}.get)
 
 
-@pytest.mark.parametrize("form", [GLM, MINIMAX, HY, QWEN], ids=lambda form: form.name)
+@pytest.mark.parametrize("form", [GLM, MINIMAX, MINIMAX_M3, HY, QWEN, DSML], ids=lambda form: form.name)
 def test_wherever_an_answer_ends_its_text_or_its_calls_are_left(form):
     text = written(form, ("weather", {"city": "Rome"}), ("now", {}))
     for end in range(1, len(text) + 1):

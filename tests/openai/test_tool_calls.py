@@ -17,10 +17,11 @@ from hypothesis import strategies as st
 from mpillama.errors import UserError
 from mpillama.openai.answer_formats import tool_format
 from mpillama.openai.harmony import HARMONY
+from mpillama.openai.invoked_calls import MINIMAX
 from mpillama.openai.marked_calls import DEEPSEEK, DEEPSEEK_FENCED, KIMI
 from mpillama.openai.object_calls import HERMES, LISTED, LLAMA3, MISTRAL, MISTRAL_ARGS
 from mpillama.openai.pythonic_calls import LLAMA4, LLAMA4_PYTHONIC
-from mpillama.openai.tagged_calls import GLM, MINIMAX
+from mpillama.openai.tagged_calls import GLM
 from mpillama.openai.tool_calls import CallPiece, Delta, for_template, new_call_id
 from mpillama.text.chat_template import ChatTemplate
 from mpillama.text.constraint import Grammars

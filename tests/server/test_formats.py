@@ -53,6 +53,7 @@ OF_DEEPSEEK = (
     "<｜User｜> <｜Assistant｜> <think> </think> <｜tool▁calls▁begin｜> <｜tool▁call▁begin｜> <｜tool▁sep｜> "
     "<｜tool▁call▁end｜> <｜tool▁calls▁end｜>"
 )
+NS, DSML = "]<]minimax[>[", "｜DSML｜"
 THINKS = ("<think>", f"\n{THOUGHT}\n", "</think>")
 FORMATS = {
     "gpt-oss": Format(
@@ -99,6 +100,27 @@ FORMATS = {
         ),
         (f"{THOUGHT}\n", "</think>", f"\n\n{WORDS}"),
         (THOUGHT, THOUGHT),
+    ),
+    "minimax-m3": Format(
+        "minimax_m3",
+        "]~!b[ ]~b] [e~[ <mm:think> </mm:think> ]<]minimax[>[",
+        (
+            *(f"{THOUGHT}\n", "</mm:think>", "\n\n", NS, "<tool_call>\n", NS, '<invoke name="weather">\n', NS),
+            *("<city>New York", NS, "</city>\n", NS, "<days>3", NS, "</days>\n", NS, "</invoke>\n", NS, "</tool_call>"),
+        ),
+        (f"{THOUGHT}\n", "</mm:think>", f"\n\n{WORDS}"),
+        (THOUGHT, THOUGHT),
+    ),
+    "deepseek-v3.2": Format(
+        "deepseek_v32",
+        "<｜User｜> <｜Assistant｜> <think> </think> ｜DSML｜",
+        (
+            *("\n\n<", DSML, "function_calls>\n<", DSML, 'invoke name="weather">\n<', DSML),
+            *('parameter name="city" string="true">New York</', DSML, "parameter>\n<", DSML),
+            *('parameter name="days" string="false">3</', DSML, "parameter>\n</", DSML, "invoke>\n</", DSML),
+            "function_calls>",
+        ),
+        (WORDS,),
     ),
     "deepseek-v3.1": Format(
         "deepseek",
