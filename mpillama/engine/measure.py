@@ -15,7 +15,7 @@ from mpillama.kernels.library import PARTS, Team
 from mpillama.models.cache import (
     KVCache,
     Step,
-    cache_bytes,
+    cache_read_bytes,
     dealt_blocks,
     decode_step,
     held_blocks,
@@ -155,8 +155,8 @@ class Stopwatch:
     def kv_bytes(self, sequences: int, context: int) -> int:
         """Bytes of keys, values and states that this rank reads in a step at position `context`."""
         config, part = self.model.config, self.model.part
-        positions = (context + 1) * sequences // part.holders
-        return cache_bytes(config, part, 1, self.kv_type) // 64 * positions + state_bytes(config, part, sequences)
+        read = cache_read_bytes(config, part, context + 1, self.kv_type) * sequences
+        return read + state_bytes(config, part, sequences)
 
 
 def read_bandwidths(comm: Communicator, team: Team, repetitions: int = 7) -> list[float]:

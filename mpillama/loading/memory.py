@@ -7,7 +7,7 @@ the libraries take was measured.
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from mpillama.models.cache import cache_bytes, held_blocks, state_bytes
+from mpillama.models.cache import cache_bytes, cache_read_bytes, held_blocks, state_bytes
 from mpillama.models.config import ModelConfig
 from mpillama.models.partition import Division, Partition
 from mpillama.models.tensors import EMBEDDING, LM_HEAD, TensorSpec
@@ -31,7 +31,8 @@ class RankMemory:
     """Bytes that one rank takes.
 
     `embedding` (with the head) is a part of `weights`, `reads` what is read of the file; `tokenizer` is a part of
-    `python`, which else is there before a model is loaded. `draft` is all that a draft model takes besides.
+    `python`, which else is there before a model is loaded. `draft` is all that a draft model takes besides. Of
+    `kv_cache` a step at the end of the context reads `cache_read`.
     """
 
     weights: int
@@ -44,6 +45,7 @@ class RankMemory:
     reads: int
     has_head: bool = True
     draft: int = 0
+    cache_read: int = 0
 
     @property
     def total(self) -> int:
@@ -90,6 +92,7 @@ class MemoryModel:
             tokenizer=tokenizer,
             reads=slice_bytes(self.specs, part),
             has_head=part.is_last,
+            cache_read=cache_read_bytes(config, part, context, self.kv_type) * self.sequences,
         )
 
     def scratch(self, part: Partition, context: int) -> int:

@@ -440,7 +440,7 @@ def _streamed_of_ranks(plan: Plan) -> list[tuple[int, int]]:
     request, idle = plan.request, _idle_share(plan.request)
     moved = request.batch * (1 + request.rows)  # each sequence's is read, and one written behind each position
     states = [moved * rank.states // request.states for rank in plan.ranks]
-    caches = [rank.kv_cache + size for rank, size in zip(plan.ranks, states, strict=True)]
+    caches = [rank.cache_read + size for rank, size in zip(plan.ranks, states, strict=True)]
     return [(_streamed(request, rank, idle), cache) for rank, cache in zip(plan.ranks, caches, strict=True)]
 
 

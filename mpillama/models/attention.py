@@ -94,6 +94,9 @@ class Attention(Protocol):
     def cache_arrays(self, part: Partition, blocks: int, kv_type: KVType) -> Sequence[CacheArray]:
         """What a rank keeps of the past in one layer, in blocks of 64 positions."""
 
+    def positions_read(self, positions: int) -> Sequence[int]:
+        """Of each of cache_arrays, of how many positions a token reads that sees up to so many."""
+
     def state_arrays(self, part: Partition) -> Sequence[CacheArray]:
         """What a rank keeps of each sequence in one layer, however long it is."""
 
@@ -275,6 +278,9 @@ class GroupedQueryAttention:
         keys = (blocks, heads, head // kv_type.packed, BLOCK_POSITIONS), kv_type.dtype
         values = (blocks, heads, BLOCK_POSITIONS, head // kv_type.packed), kv_type.dtype
         return keys, scales, values, scales
+
+    def positions_read(self, positions: int) -> Sequence[int]:
+        return (min(positions, self.window or self.chunk or positions),) * 4
 
     def state_arrays(self, part: Partition) -> Sequence[CacheArray]:
         return ()

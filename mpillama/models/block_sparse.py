@@ -111,6 +111,10 @@ class BlockSparseAttention:
         index_keys = (blocks, self.padded_index_dim, BLOCK_POSITIONS), index_type(kv_type).dtype
         return *self.grouped.cache_arrays(part, blocks, kv_type), index_keys
 
+    def positions_read(self, positions: int) -> Sequence[int]:
+        most = self.chosen * self.block
+        return *self.grouped.positions_read(min(positions, most)), positions if positions > most else 0
+
     def state_arrays(self, part: Partition) -> Sequence[CacheArray]:
         return ()
 

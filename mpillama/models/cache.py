@@ -53,6 +53,16 @@ def cache_bytes(config: ModelConfig, part: Partition, blocks: int, kv_type: str)
     return sum(prod(shape) * dtype.itemsize for shape, dtype in arrays)
 
 
+def cache_read_bytes(config: ModelConfig, part: Partition, positions: int, kv_type: str) -> int:
+    """Bytes that a rank reads of its part of a cache for a token that sees up to so many positions."""
+    kind, found = KV_TYPES[kv_type], 0
+    for block in part.own(config.blocks):
+        arrays = block.attention.cache_arrays(part, 1, kind)
+        for (shape, dtype), read in zip(arrays, block.attention.positions_read(positions), strict=True):
+            found += prod(shape) * dtype.itemsize * read
+    return found // (BLOCK_POSITIONS * part.holders)
+
+
 def state_bytes(config: ModelConfig, part: Partition, states: int) -> int:
     """Bytes of a rank's states of so many sequences."""
     arrays = (array for block in part.own(config.blocks) for array in block.attention.state_arrays(part))

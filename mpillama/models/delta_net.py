@@ -116,6 +116,9 @@ class GatedDeltaNet:
     def cache_arrays(self, part: Partition, blocks: int, kv_type: KVType) -> Sequence[CacheArray]:
         return ()
 
+    def positions_read(self, positions: int) -> Sequence[int]:
+        return ()
+
     def state_arrays(self, part: Partition) -> Sequence[CacheArray]:
         """The last tokens before the convolution, and the states of heads, as kernels/src/delta_layer.h says."""
         keys, values = self._widths(part)

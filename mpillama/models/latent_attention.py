@@ -130,6 +130,9 @@ class LatentAttention:
         scales = (*lead, width // BLOCK if kv_type.scaled else 0), np.dtype(np.uint16)
         return ((*lead, width // kv_type.packed), kv_type.dtype), scales
 
+    def positions_read(self, positions: int) -> Sequence[int]:
+        return (positions,) * 2
+
     def state_arrays(self, part: Partition) -> Sequence[CacheArray]:
         return ()
 

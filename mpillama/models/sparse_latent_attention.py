@@ -122,6 +122,10 @@ class SparseLatentAttention(LatentAttention):
         keys = (blocks, BLOCK_POSITIONS, width), _of_keys(kv_type).dtype
         return *super().cache_arrays(part, blocks, kv_type), keys
 
+    def positions_read(self, positions: int) -> Sequence[int]:
+        scored = positions if positions > self.chosen else 0
+        return *super().positions_read(min(positions, self.chosen)), scored
+
     @property
     def cache_stripes(self) -> Sequence[Sequence[Stripe]]:
         return ((WHOLE,),) * 3

@@ -62,6 +62,26 @@ def test_the_kv_cache_is_that_of_the_formula():
     assert sum(rank.kv_cache for rank in made.ranks) == 126 * 8 * 128 * 2 * 2 * 4096 * 3
 
 
+LONG = 1 << 17
+
+
+@pytest.mark.parametrize(
+    ("shape", "bytes_", "idle"),
+    [
+        ("llama-3.1-8b", 32 * 2 * 8 * 128 * 2 * LONG, 0),
+        ("gpt-oss-120b", 18 * 2 * 8 * 64 * 2 * (LONG + 128), 0),
+        ("minimax-m3", 2 * 4 * 128 * 2 * (3 * LONG + 57 * 16 * 128) + 57 * 128 * 2 * LONG, 57 * 128),
+        ("deepseek-v3.2", 61 * 2 * (576 * 2048 + 128 * LONG), 61 * 128),
+    ],
+)
+def test_a_step_reads_what_of_the_cache_its_token_sees(shape, bytes_, idle):
+    """All of it, windows, chosen blocks or positions, and the `idle` index keys where there is something to choose."""
+    (rank,) = plan.make_plan(request(shape, nodes=1, context=LONG)).ranks
+    assert rank.cache_read == bytes_
+    (short,) = plan.make_plan(request(shape, nodes=1, context=64)).ranks
+    assert short.cache_read == short.kv_cache - 64 * 2 * idle
+
+
 @pytest.mark.parametrize("ranks", [1, 3])
 @pytest.mark.parametrize(
     ("shape", "kv_type"),
