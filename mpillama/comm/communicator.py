@@ -147,10 +147,12 @@ class Communicator:
     def median_seconds(self, message: np.ndarray) -> float:
         """Seconds of an all-reduce of such addends that all ranks begin together; the median of up to 15.
 
-        Of 3 where ranks share cores: the scheduler says how long each takes, and a start would be held up by all.
+        Of 3 where ranks of rank 0's host share cores: the scheduler says how long each takes, and more would only hold
+        the start up.
         """
         times = [self._seconds_of(message)]
-        repetitions = 2 if self.yields else self.broadcast(min(14, max(2, int(TIMING_SECONDS / times[0]))))
+        wished = 2 if self.yields else min(14, max(2, int(TIMING_SECONDS / times[0])))
+        repetitions = self.broadcast(wished)  # hosts may differ in whether their ranks share cores
         times += [self._seconds_of(message) for _ in range(repetitions)]
         return float(np.median(times))
 

@@ -232,6 +232,13 @@ def test_neighbours_are_the_ranks_of_this_host(comm: Communicator) -> None:
     neighbours.barrier()
 
 
+def test_ranks_that_share_cores_time_a_sum_as_often_as_others(comm: Communicator) -> None:
+    """As on hosts of which one has more threads than cores."""
+    comm.yields = comm.rank % 2 == 0
+    assert comm.median_seconds(np.zeros(64)) > 0
+    assert comm.broadcast(comm.rank) == 0
+
+
 def test_alone_reduces_nothing(comm: Communicator) -> None:
     alone = Communicator.alone()
     assert (alone.rank, alone.size) == (0, 1)
