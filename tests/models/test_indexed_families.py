@@ -13,13 +13,14 @@ from mpillama.models.cache import cache_bytes
 from mpillama.models.config import MTP, ModelConfig
 from mpillama.models.partition import Division
 from mpillama.models.shapes import shape_config
+from mpillama.quant.types.f32 import F32
 from tests import golden_models as g
 from tests import running
 from tests.conftest import THREADS
 from tests.quantised_checkpoints import SCHEMES, Written, write_values
 
 IN_FP8 = re.compile(r"\.(\w+_proj|kv_a_proj_with_mqa|wq_b|wk)\.weight")
-LEFT_ALONE = "weights_proj"
+LEFT_ALONE = re.compile(r"weights_proj|index_[qk]_proj")
 
 
 def read(family: str, **options) -> ModelConfig:
@@ -95,20 +96,22 @@ def test_the_layer_that_drafts_chooses_by_itself():
     assert with_indexer(read("glm_moe_dsa", indexer_types=kinds, **{MTP: True})) == "F"
 
 
-@pytest.mark.parametrize("family", ["deepseek_v32", "glm_moe_dsa"])
+@pytest.mark.parametrize("family", ["deepseek_v32", "glm_moe_dsa", "minimax_m3"])
 def test_a_folder_in_fp8_gives_the_logits_of_its_values(family, tmp_path):
-    """As it is published: with a scale for 128 x 128, but for the indexer's weights of heads; in any chunks."""
+    """As it is published: with a scale for 128 x 128, but for what indexes have in float32; in any chunks."""
     made, rng, scheme = Written(tmp_path / "fp8"), np.random.default_rng(7), SCHEMES["fp8 blocks"]
     config = json.loads((g.FOLDER / family / "config.json").read_text())
     for name, tensor in g.family_tensors(family).items():
-        if IN_FP8.search(name) and LEFT_ALONE not in name:
+        if IN_FP8.search(name) and not LEFT_ALONE.search(name):
             arrays, made.values[name] = scheme.make(rng, tensor.shape, 0.2)
             made.arrays.update({name.removesuffix(".weight") + ending: array for ending, array in arrays.items()})
         else:
             made.arrays[name], made.values[name] = ("F32", tensor.astype(np.float32)), tensor
     made.write({**config, "quantization_config": scheme.config})
     plain = open_model(str(write_values(tmp_path / "f32", made, config)))
-    model, ids = running.load_file(open_model(str(made.folder)), THREADS), g.golden(family)[0]
+    file, ids = open_model(str(made.folder)), g.golden(family)[0]
+    assert {spec.weight_type for spec in file.specs if LEFT_ALONE.search(spec.name)} == {F32}
+    model = running.load_file(file, THREADS)
     found = running.all_logits(model, [ids])
     expected = running.all_logits(running.load_file(plain, THREADS), [ids])
     assert np.abs(found - expected).max() < 1e-5 * np.abs(expected).max()
