@@ -2,11 +2,17 @@
 
 import json
 import re
+import shutil
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from mpillama.errors import UserError
+from mpillama.formats.gguf.config import Metadata, hugging_face_config
+from mpillama.formats.gguf.header import read_gguf_header
 from mpillama.loading.model_file import open_model
 from mpillama.loading.shares import by_positions, divide, repeats_cache
 from mpillama.models.cache import cache_bytes
@@ -94,6 +100,87 @@ def test_the_layer_that_drafts_chooses_by_itself():
     kinds = ["full", "full", "shared", "shared", "shared"]
     assert with_indexer(read("glm_moe_dsa", indexer_types=kinds)) == "FFSSS"
     assert with_indexer(read("glm_moe_dsa", indexer_types=kinds, **{MTP: True})) == "F"
+
+
+def of_gguf(path: Path, family: str, **changes) -> ModelConfig:
+    """The configuration that a golden model's GGUF file gives with other keys of the indexer; None takes one out."""
+    g.write_gguf(path, family, g.as_float32)
+    header = read_gguf_header(str(path), 0)
+    start = f"{g.ARCHITECTURES[read(family).model_type]}.attention.indexer."
+    changed = {**header.metadata, **{start + key: value for key, value in changes.items()}}
+    kept = {key: value for key, value in changed.items() if value is not None}
+    metadata = Metadata(replace(header, metadata=kept), {})
+    return ModelConfig.from_hf(hugging_face_config(metadata, [t.name for t in header.tensors], 272))
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({}, "FFSSF"),
+        ({"types": ["full", "full", "full", "shared", "full"]}, "FFFSF"),
+        ({"types": np.array([True, False, False, True, False])}, "FSSFS"),
+        ({"types": np.array([1, 0, 1, 0, 0, 1], np.uint32)}, "FSFSS"),
+        ({"types": None}, "FFFFF"),
+        ({"types": None, "top_k_frequency": 2, "skip_top_k_offset": 2}, "FFSFS"),
+        ({"types": None, "top_k_freq": 4, "skip_top_k_offset": 3, "share_for_mtp_iteration": True}, "FFFSS"),
+    ],
+)
+def test_a_gguf_says_which_layers_choose_by_themselves(changes, expected, tmp_path):
+    assert with_indexer(of_gguf(tmp_path / "model.gguf", "glm_moe_dsa", **changes)) == expected
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "named"),
+    [
+        ("glm_moe_dsa", {"types": ["full", "half", "shared", "shared", "full"]}, "indexer_types"),
+        ("glm_moe_dsa", {"types": np.array([1, 2, 0, 0, 1], np.uint32)}, "indexer_types"),
+        ("glm_moe_dsa", {"types": None, "top_k_frequency": "4"}, "index_topk_freq"),
+        ("glm_moe_dsa", {"rope_interleave": False}, "indexer_rope_interleave"),
+        ("glm_moe_dsa", {"kpool": 4}, r"indexer\.kpool=4"),
+        ("deepseek_v32", {"types": np.array([1, 0, 0], np.uint32)}, "indexer_types"),
+        ("deepseek_v32", {"types": np.array([0, 0, 0], np.uint32)}, "indexer_types"),
+        ("deepseek_v32", {"top_k_frequency": 2}, "index_topk_freq"),
+        ("deepseek_v32", {"kpool": 4}, r"indexer\.kpool=4"),
+        ("minimax_m3", {"types": np.array([1, 1], np.uint32)}, r"indexer\.types"),
+    ],
+)
+def test_a_gguf_whose_indexer_nobody_runs_is_refused_by_name(family, changes, named, tmp_path):
+    with pytest.raises(UserError, match=named):
+        of_gguf(tmp_path / "model.gguf", family, **changes)
+
+
+def test_a_gguf_of_deepseek_may_say_that_all_layers_choose(tmp_path):
+    found = of_gguf(tmp_path / "model.gguf", "deepseek_v32", types=["full"] * 3, top_k_frequency=1)
+    assert with_indexer(found) == "FFF"
+
+
+def test_indexers_of_layers_that_follow_another_are_left_out(tmp_path, caplog):
+    """Published files of GLM 5.2 and later have one in each layer, and GGUF files do not say which layers share."""
+    family, inner = "glm_moe_dsa", "model.layers.{}.self_attn.indexer."
+    config = json.loads((g.FOLDER / family / "config.json").read_text())
+    config = {key: value for key, value in config.items() if key != "indexer_types"}
+    config |= {"index_topk_freq": 4, "index_skip_topk_offset": 3, "max_position_embeddings": 1 << 20}
+    tensors = g.family_tensors(family)
+    first = {name: tensor for name, tensor in tensors.items() if name.startswith(inner.format(1))}
+    for layer in (2, 3, 4):
+        tensors |= {name.replace("layers.1.", f"layers.{layer}."): tensor for name, tensor in first.items()}
+    idle = tuple(inner.format(layer) for layer in (3, 4))
+    for folder, kept in (("whole", tensors), ("usual", {n: t for n, t in tensors.items() if not n.startswith(idle)})):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "config.json").write_text(json.dumps(config))
+        save_file(kept, tmp_path / folder / "model.safetensors")
+        for text in ("tokenizer.json", "tokenizer_config.json"):
+            shutil.copy(g.FOLDER / family / text, tmp_path / folder / text)
+    with caplog.at_level("INFO", "mpillama"):
+        files = [open_model(str(tmp_path / "whole"), "f32")]
+    assert f"10 tensors of indexers of layers that see what another one has chosen ({idle[0]}" in caplog.text
+    g.write_gguf(tmp_path / "model.gguf", str(tmp_path / "whole"), g.as_float32)
+    files.append(open_model(str(tmp_path / "model.gguf"), "f32"))
+    ids = g.golden(family)[0]
+    usual = running.all_logits(running.load_file(open_model(str(tmp_path / "usual"), "f32"), THREADS), [ids])
+    for file in files:
+        assert with_indexer(file.config) == "FFFSS"
+        assert np.array_equal(running.all_logits(running.load_file(file, THREADS), [ids]), usual)
 
 
 @pytest.mark.parametrize("family", ["deepseek_v32", "glm_moe_dsa", "minimax_m3"])

@@ -5,11 +5,9 @@ from dataclasses import replace
 
 from mpillama.models.config_values import ConfigValues, Json
 from mpillama.models.families import deepseek_v32
-from mpillama.models.families.deepseek_v32 import indexed_blocks
+from mpillama.models.families.deepseek_v32 import FULL, SHARED, indexed_blocks
 from mpillama.models.family import Block, GgufMetadata, Refusal, layer_count
 
-FULL, SHARED = "full", "shared"
-OWN_TYPES = "attention.indexer.types"
 FIRST_SHARING_CONTEXT = 1 << 20
 """Files of GLM-5.2 may not say which layers have an indexer; they are known by their context."""
 
@@ -43,12 +41,11 @@ def with_indexer(values: ConfigValues) -> list[bool]:
 
 
 def gguf_fields(metadata: GgufMetadata) -> Json:
-    fields, types = deepseek_v32.gguf_fields(metadata), metadata.of_layers(OWN_TYPES)
-    if types is not None:
-        kinds = [FULL if own else SHARED for own in types]
-        return {**fields, "indexer_types": kinds[: len(fields["mlp_layer_types"])]}
-    sharing = metadata.size("context_length") >= FIRST_SHARING_CONTEXT
-    return {**fields, **({"index_topk_freq": 4, "index_skip_topk_offset": 3} if sharing else {})}
+    fields = deepseek_v32.indexed_fields(metadata)
+    silent = not any(key in fields for key in ("indexer_types", "index_topk_freq"))
+    if silent and metadata.size("context_length") >= FIRST_SHARING_CONTEXT:
+        return {**fields, "index_topk_freq": 4, "index_skip_topk_offset": 3}
+    return fields
 
 
 V32 = deepseek_v32.FAMILY
