@@ -5,7 +5,7 @@ token attends to a few blocks: its own, and those that match best. Keys and valu
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import numpy as np
@@ -70,7 +70,8 @@ class BlockSparseAttention:
             raise values.refuse("index_local_blocks", f"only {found.chosen} blocks are chosen (index_topk_blocks)")
         if found.index_dim < turned or found.index_dim % 2:
             raise values.refuse("index_head_dim", f"it must be even and hold the {turned} channels that RoPE turns")
-        return found
+        most = -(-values.size("max_position_embeddings") // found.block)  # room is made for all that are chosen
+        return replace(found, chosen=min(found.chosen, most), local=min(found.local, most))
 
     @property
     def products(self) -> Mapping[str, tuple[str, ...]]:

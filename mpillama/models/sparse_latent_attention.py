@@ -100,7 +100,9 @@ class SparseLatentAttention(LatentAttention):
         indexer = Indexer(size("index_n_heads"), size("index_head_dim"), rotary_pairs)
         if indexer.channels < plain.rope:
             raise values.refuse("index_head_dim", f"RoPE turns {plain.rope} of its channels (qk_rope_head_dim)")
-        return cls(**vars(plain), indexer=indexer if indexed else None, chosen=values.size("index_topk", limit=2**31))
+        most = values.size("max_position_embeddings")  # room is made for all that are chosen
+        chosen = min(values.size("index_topk", limit=2**31), most)
+        return cls(**vars(plain), indexer=indexer if indexed else None, chosen=chosen)
 
     @property
     def follows(self) -> bool:

@@ -19,6 +19,7 @@ from mpillama.models.cache import cache_bytes
 from mpillama.models.config import MTP, ModelConfig
 from mpillama.models.partition import Division
 from mpillama.models.shapes import shape_config
+from mpillama.models.workspace import scratch_bytes, workspace_bytes
 from mpillama.quant.types.f32 import F32
 from tests import golden_models as g
 from tests import running
@@ -94,6 +95,30 @@ def test_a_position_keeps_an_index_key_beside_its_latent(kv_type, of_key):
     plain, indexed = (ModelConfig.from_hf(shape_config(name)) for name in ("deepseek-r1", "deepseek-v3.2"))
     found, less = (cache_bytes(config, config.partition(1)[0], 1, kv_type) for config in (indexed, plain))
     assert found - less == 61 * 64 * of_key
+
+
+@pytest.mark.parametrize(
+    ("family", "option", "several", "most"),
+    [("glm_moe_dsa", "index_topk", 1, 2**31 - 1), ("minimax_m3", "index_topk_blocks", 64, 2**36)],
+)
+def test_more_than_the_context_holds_is_never_chosen(family, option, several, most, tmp_path):
+    """Nor is there room for it; the bits are those of choosing all."""
+    known = read(family)
+    whole, huge = (read(family, **{option: n}) for n in (-(-known.longest_context // several), most))
+    assert huge == whole
+    part = huge.partition(1)[0]
+    assert workspace_bytes(huge, part, 64) < 2**24
+    assert scratch_bytes(huge, part, 64, huge.longest_context, THREADS) < 2**24
+    config = json.loads((g.FOLDER / family / "config.json").read_text())
+    found = []
+    for value in (len(g.golden(family)[0]), most):
+        folder = tmp_path / str(value)
+        folder.mkdir()
+        (folder / "config.json").write_text(json.dumps({**config, option: value}))
+        (folder / "model.safetensors").symlink_to(g.FOLDER / family / "model.safetensors")
+        model = running.load_file(open_model(str(folder), "f32"), THREADS)
+        found.append(running.all_logits(model, [g.golden(family)[0]]))
+    assert np.array_equal(*found)
 
 
 def test_the_layer_that_drafts_chooses_by_itself():
