@@ -122,9 +122,12 @@ def test_more_than_the_context_holds_is_never_chosen(family, option, several, mo
 
 
 def test_the_layer_that_drafts_chooses_by_itself():
+    """And has experts as the last layer, though the last one that chooses has none."""
     kinds = ["full", "full", "shared", "shared", "shared"]
     assert with_indexer(read("glm_moe_dsa", indexer_types=kinds)) == "FFSSS"
-    assert with_indexer(read("glm_moe_dsa", indexer_types=kinds, **{MTP: True})) == "F"
+    drafting = read("glm_moe_dsa", indexer_types=kinds, **{MTP: True})
+    assert with_indexer(drafting) == "F"
+    assert drafting.blocks[0].mlp == read("glm_moe_dsa").blocks[-1].mlp != read("glm_moe_dsa").blocks[1].mlp
 
 
 def of_gguf(path: Path, family: str, **changes) -> ModelConfig:
