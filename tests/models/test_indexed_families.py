@@ -55,6 +55,7 @@ def with_indexer(config: ModelConfig) -> str:
         ("glm_moe_dsa", "indexer_rope_interleave", False),
         ("glm_moe_dsa", "indexer_types", ["shared", *["full"] * 4]),
         ("glm_moe_dsa", "indexer_types", ["full"] * 4),
+        ("glm_moe_dsa", "indexer_types", ["full"] * 6),
         ("glm_moe_dsa", "indexer_types", ["full", "half", *["full"] * 3]),
     ],
 )
@@ -71,6 +72,9 @@ def test_which_layers_choose_by_themselves():
     later = read("glm_moe_dsa", indexer_types=None, index_topk_freq=4, index_skip_topk_offset=3)
     assert with_indexer(later) == "FFFSS"
     assert with_indexer(read("glm_moe_dsa", indexer_types=None, index_topk_freq=1)) == "FFFFF"
+    drafting = {"num_nextn_predict_layers": 1, "indexer_types": ["full", *["shared"] * 4, "full"]}
+    assert with_indexer(read("glm_moe_dsa", **drafting)) == "FSSSS"
+    assert with_indexer(read("glm_moe_dsa", **drafting, **{MTP: True})) == "F"
 
 
 def test_layers_that_share_a_choice_are_in_one_stage():
@@ -119,6 +123,16 @@ def test_more_than_the_context_holds_is_never_chosen(family, option, several, mo
         model = running.load_file(open_model(str(folder), "f32"), THREADS)
         found.append(running.all_logits(model, [g.golden(family)[0]]))
     assert np.array_equal(*found)
+
+
+def test_what_an_indexer_works_with_is_planned():
+    """Beside small latents, for each thread; and for each of 16 tokens a score of every position, in whole blocks."""
+    config = read("glm_moe_dsa", index_n_heads=100, index_head_dim=500)
+    part = config.partition(1)[0]
+    (each, scores), (less, none) = (config.blocks[layer].attention.scratch(part, 40, 500, THREADS) for layer in (1, 2))
+    # 112 rows of queries and weights, 64 keys, a row; 64 scores of 16 heads twice, 2048 counts.
+    assert each == 4 * (112 * 512 + 112 + 64 * 512 + 512 + 2 * 64 * 16 + 2048) > less
+    assert (scores, none) == (4 * 16 * 512, 0)
 
 
 def test_the_layer_that_drafts_chooses_by_itself():
