@@ -209,7 +209,7 @@ def _write_metadata(writer: gguf.GGUFWriter, family: str, config: ModelConfig, d
     if hasattr(attention(config), "kv_rank"):
         _write_latents(writer, config, old)
         if hasattr(attention(config), "indexer"):
-            _write_indexers(writer, config)
+            _write_indexers(writer, config, family)
     else:
         writer.add_head_count_kv(attention(config).kv_heads)
         writer.add_key_length(attention(config).head_dim)
@@ -280,13 +280,13 @@ def _write_latents(writer: gguf.GGUFWriter, config: ModelConfig, old: bool) -> N
         writer.add_rope_scaling_yarn_log_mul(float(magnitude))
 
 
-def _write_indexers(writer: gguf.GGUFWriter, config: ModelConfig) -> None:
-    """Their sizes and, of models whose layers do not all have one, which do."""
+def _write_indexers(writer: gguf.GGUFWriter, config: ModelConfig, family: str) -> None:
+    """Their sizes and, if the configuration names the layers that have one, which do."""
     kind, own = attention(config), [not block.attention.follows for block in config.blocks]
     writer.add_indexer_head_count(kind.indexer.heads)
     writer.add_indexer_key_length(kind.indexer.channels)
     writer.add_indexer_top_k(kind.chosen)
-    if not all(own):
+    if "indexer_types" in json.loads((FOLDER / family / "config.json").read_text()):
         writer.add_array(f"{ARCHITECTURES[config.model_type]}.attention.indexer.types", [int(one) for one in own])
 
 

@@ -21,7 +21,8 @@ from mpillama.formats.part_of_heads import part_of_heads
 from mpillama.formats.scaled_tensor import ScaledTensor
 from mpillama.models.config import ModelConfig
 from mpillama.models.family import DRAFT_LAYERS
-from mpillama.models.tensors import EMBEDDING, LM_HEAD, TensorSpec, WeightTypes
+from mpillama.models.sparse_latent_attention import WHOLE_INDEXER
+from mpillama.models.tensors import EMBEDDING, LM_HEAD, TensorSpec, WeightTypes, layer_prefix
 from mpillama.quant.registry import WEIGHT_TYPES
 from mpillama.quant.types.q8_0 import Q8_0
 from mpillama.quant.weight_type import Float32, WeightType
@@ -107,7 +108,7 @@ class CheckpointModel:
 def checkpoint_model(checkpoint: Checkpoint, weights: str) -> CheckpointModel:
     """Check a checkpoint against its configuration and choose the weight types; `weights` is a name or as-stored."""
     config = ModelConfig.from_hf(checkpoint.config_json)
-    checkpoint = _without_drafts(checkpoint, config)
+    checkpoint = _without_idle_indexers(_without_drafts(checkpoint, config), config)
     specs = config.tensors(WeightTypes(CHOSEN))
     checkpoint = _without_zero_biases(_with_parts(checkpoint, specs), specs)
     _check_tensors(checkpoint, config, specs)
@@ -146,13 +147,27 @@ def _without_drafts(checkpoint: Checkpoint, config: ModelConfig) -> Checkpoint:
         for name in checkpoint.tensors
         if (found := DRAFTS.fullmatch(name)) and (found["layer"] is None or int(found["layer"]) in layers)
     ]
+    return _without(checkpoint, left_out, "layers that only draft tokens", ", unless --mtp takes them")
+
+
+def _without_idle_indexers(checkpoint: Checkpoint, config: ModelConfig) -> Checkpoint:
+    """The checkpoint without indexers of layers that see what another one has chosen, which is told.
+
+    Published files of GLM repeat the other layer's there; transformers and llama.cpp pass over them.
+    """
+    idle = [layer_prefix(i) + WHOLE_INDEXER for i, block in enumerate(config.blocks) if block.attention.follows]
+    left_out = [name for name in checkpoint.tensors if name.startswith(tuple(idle))]
+    return _without(checkpoint, left_out, "indexers of layers that see what another one has chosen")
+
+
+def _without(checkpoint: Checkpoint, left_out: Sequence[str], of: str, unless: str = "") -> Checkpoint:
     if not left_out:
         return checkpoint
     logging.getLogger(__name__).info(
-        "%s: %d tensors of layers that only draft tokens (%s and so on) are left out, unless --mtp takes them.",
-        checkpoint.path, len(left_out), left_out[0],
-    )  # fmt: skip
-    kept = {name: tensor for name, tensor in checkpoint.tensors.items() if name not in set(left_out)}
+        "%s: %d tensors of %s (%s and so on) are left out%s.", checkpoint.path, len(left_out), of, left_out[0], unless
+    )
+    dropped = set(left_out)
+    kept = {name: tensor for name, tensor in checkpoint.tensors.items() if name not in dropped}
     return replace(checkpoint, tensors=kept)
 
 

@@ -184,7 +184,8 @@ class DiskCacheSettings:
 
     cache_dir: Optional[str] = option(
         "keep the KV cache of texts in this folder when it leaves memory and at an orderly end; it is found again "
-        "later, on any number of ranks; shared by all hosts, or of each its own; takes up to 128 MiB more a rank",
+        "later, on any number of ranks; shared by all hosts, or of each its own, but with --context-parallel shared; "
+        "takes up to 128 MiB more a rank",
         metavar="FOLDER",
     )
     cache_size: Optional[str] = option(

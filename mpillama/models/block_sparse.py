@@ -5,7 +5,7 @@ token attends to a few blocks: its own, and those that match best. Keys and valu
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import numpy as np
@@ -28,7 +28,7 @@ from mpillama.models.linear import LayerWeights
 from mpillama.models.partition import Partition, Split
 from mpillama.models.tensors import TensorSpec, WeightTypes, whole_rows, whole_vector
 from mpillama.quant.types.f32 import F32
-from mpillama.quant.weight_type import BLOCK, WeightType, round_up
+from mpillama.quant.weight_type import BLOCK, round_up
 
 Q, K = "self_attn.index_q", "self_attn.index_k"
 BLOCK_SIZES = tuple(BLOCK_POSITIONS << i for i in range((SPAN // BLOCK_POSITIONS).bit_length()))
@@ -70,7 +70,8 @@ class BlockSparseAttention:
             raise values.refuse("index_local_blocks", f"only {found.chosen} blocks are chosen (index_topk_blocks)")
         if found.index_dim < turned or found.index_dim % 2:
             raise values.refuse("index_head_dim", f"it must be even and hold the {turned} channels that RoPE turns")
-        return found
+        most = -(-values.size("max_position_embeddings") // found.block)  # room is made for all that are chosen
+        return replace(found, chosen=min(found.chosen, most), local=min(found.local, most))
 
     @property
     def products(self) -> Mapping[str, tuple[str, ...]]:
@@ -94,15 +95,15 @@ class BlockSparseAttention:
         return round_up(self.index_dim, BLOCK)
 
     def specs(self, prefix: str, hidden_size: int, types: WeightTypes) -> Iterator[TensorSpec]:
-        """Index matrices are never rounded to blocks of few bits: near ties decide what is read."""
+        """Index matrices are float32 in any model, as a router is: near ties decide what is read."""
         yield from self.grouped.specs(prefix, hidden_size, types)
         size, heads, split = self.padded_index_dim, self.grouped.kv_heads, self.grouped.kv_split
         q, k = (f"{prefix}{name}_proj.weight" for name in (Q, K))
         yield TensorSpec(
-            q, split, heads * size, round_up(hidden_size, BLOCK), exact_type(types.of(q)), size,
+            q, split, heads * size, round_up(hidden_size, BLOCK), F32, size,
             (heads * self.index_dim, hidden_size), row_chunks=heads,
         )  # fmt: skip
-        yield whole_rows(k, self.index_dim, hidden_size, WeightTypes(exact_type(types.of(k))))
+        yield whole_rows(k, self.index_dim, hidden_size, WeightTypes(F32))
         for name in (Q, K):
             yield whole_vector(f"{prefix}{name}_norm.weight", self.index_dim, size)
 
@@ -185,11 +186,6 @@ class BlockSparseCache:
 
     of_heads: arguments.Cache
     index_keys: arguments.IndexKeys
-
-
-def exact_type(kind: WeightType) -> WeightType:
-    """The type itself, or float32 in the place of one with which activations are quantised."""
-    return F32 if kind.quantised else kind
 
 
 def index_type(kv_type: KVType) -> KVType:

@@ -41,7 +41,7 @@ class ModelConfig:
 
     `max_position_embeddings` is the context of a run that asks for no other, `longest_context` the longest.
     `lm_head` is false for models that make embeddings and have no head at all. `mtp`: it is the layer that drafts
-    tokens for a model, as the last layer of it that keeps no state and follows no other.
+    tokens for a model: the attention of the last layer that keeps no state and follows no other, the MLP of the last.
     """
 
     model_type: str
@@ -258,7 +258,7 @@ class ModelConfig:
         if values.flag(MTP, False):
             alone = config.partition(1)[0]
             kinds = [b for b in config.blocks if not b.attention.state_arrays(alone) and not b.attention.follows]
-            block = kinds[-1]
+            block = replace(kinds[-1], mlp=config.blocks[-1].mlp)
             config = replace(config, blocks=(block,), mtp=True)
         config._check_frequencies()
         return config

@@ -3,7 +3,7 @@
 A family is one module of `families/` that defines `FAMILY`; nothing else in the package names a family.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -87,6 +87,9 @@ class GgufMetadata(Protocol):
 
     def size(self, key: str, default: int | None = None) -> int:
         """A positive whole number."""
+
+    def refuse_unread(self, prefix: str, known: Collection[str]) -> None:
+        """UserError for a key that begins so, is not known behind that, and is not off or zero."""
 
 
 GGUF_NAMES: Mapping[str, str] = {

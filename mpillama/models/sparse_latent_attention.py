@@ -28,6 +28,8 @@ INDEX_EPS = 1e-6
 """Of the norm of index keys, whatever rms_norm_eps is."""
 TOKENS_CHOOSING = 16
 """Whose scores wait together, of kernels/src/indexer.h."""
+BINS = 2048
+"""Into which a thread sorts scores."""
 WHOLE_INDEXER = "self_attn.indexer."
 
 
@@ -51,6 +53,12 @@ class Indexer:
     def step_width(self) -> int:
         """What a token's queries, key and weights of heads take."""
         return (self.heads + 1) * self.width + round_up(self.heads, LANES)
+
+    @property
+    def scratch(self) -> int:
+        """Bytes of what a thread works with, of kernels/src/indexer.h: queries and weights, keys, scores, counts."""
+        rows = round_up(self.heads, LANES)
+        return 4 * (rows * (self.width + 1) + (BLOCK_POSITIONS + 1) * self.width + 2 * BLOCK_POSITIONS * LANES + BINS)
 
     @property
     def products(self) -> tuple[str, ...]:
@@ -100,7 +108,9 @@ class SparseLatentAttention(LatentAttention):
         indexer = Indexer(size("index_n_heads"), size("index_head_dim"), rotary_pairs)
         if indexer.channels < plain.rope:
             raise values.refuse("index_head_dim", f"RoPE turns {plain.rope} of its channels (qk_rope_head_dim)")
-        return cls(**vars(plain), indexer=indexer if indexed else None, chosen=values.size("index_topk", limit=2**31))
+        most = values.size("max_position_embeddings")  # room is made for all that are chosen
+        chosen = min(values.size("index_topk", limit=2**31), most)
+        return cls(**vars(plain), indexer=indexer if indexed else None, chosen=chosen)
 
     @property
     def follows(self) -> bool:
@@ -141,10 +151,12 @@ class SparseLatentAttention(LatentAttention):
         return {**super().step_widths(part), "gates": gates, "chosen": self.chosen}
 
     def scratch(self, part: Partition, tokens: int, positions: int, threads: int) -> tuple[int, int]:
-        """As latent attention over the chosen positions, or the scores of some tokens."""
+        """As latent attention over the chosen positions, or what the indexer and the scores of some tokens take."""
         each, common = super().scratch(part, tokens, min(positions, self.chosen), threads)
-        choosing = 4 * min(tokens, TOKENS_CHOOSING) * positions if self.indexer and positions > self.chosen else 0
-        return each, max(common, choosing)
+        if self.indexer is None:
+            return each, common
+        scores = round_up(positions, BLOCK_POSITIONS) if positions > self.chosen else 0
+        return max(each, self.indexer.scratch), max(common, 4 * min(tokens, TOKENS_CHOOSING) * scores)
 
     def layer(
         self, weights: LayerWeights, part: Partition, hidden_size: int, norm: str, eps: float

@@ -1,7 +1,8 @@
 """DeepSeek V3.2: DeepSeek V3 with an indexer in each layer, which chooses the positions that a token sees."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 from mpillama.models.config_values import ConfigValues, Json
 from mpillama.models.families import deepseek_v3
@@ -14,6 +15,19 @@ from mpillama.models.sparse_latent_attention import SparseLatentAttention
 ROPE_FIELDS = ("qk_rope_head_dim", "rope_interleave", "indexer_rope_interleave")
 """How channels stand, in the main attention and in the indexer, a family decides itself."""
 ATTENTION = "indexed_attention"
+FULL, SHARED = "full", "shared"
+"""Layers with an indexer, and those that see what the last one of these has chosen."""
+GGUF_INDEXER = "attention.indexer."
+GGUF_OPTIONS = {
+    "top_k_freq": "index_topk_freq",
+    "top_k_frequency": "index_topk_freq",
+    "skip_top_k_offset": "index_skip_topk_offset",
+    "rope_interleave": "indexer_rope_interleave",
+}
+READ = ("head_count", "key_length", "top_k", "types", *GGUF_OPTIONS, "share_for_mtp_iteration")
+"""The last is about guesses only."""
+WHICH: Mapping[Any, str] = {1: FULL, 0: SHARED}
+"""Files have numbers, truth values or these words."""
 
 
 def indexed_blocks(values: ConfigValues, indexed: Sequence[bool], rotary_pairs: bool) -> tuple[Block, ...]:
@@ -43,12 +57,27 @@ def rope(values: ConfigValues, context: int) -> Rope:
 
 
 def gguf_fields(metadata: GgufMetadata) -> Json:
+    """As indexed_fields, where what a file says of layers that share must be that none does."""
+    fields = indexed_fields(metadata)
+    kept = set(fields.get("indexer_types", ())) != {FULL}
+    return {key: value for key, value in fields.items() if kept or key != "indexer_types"}
+
+
+def indexed_fields(metadata: GgufMetadata) -> Json:
+    """DeepSeek V3's, the indexer's sizes, which layers have one, and how its channels stand."""
+    metadata.refuse_unread(GGUF_INDEXER, READ)
+    experts, kinds = gguf_experts(metadata), metadata.of_layers(f"{GGUF_INDEXER}types")
+    found = {key: metadata.get(GGUF_INDEXER + key) for key in GGUF_OPTIONS}
+    optional: dict[str, Any] = {GGUF_OPTIONS[key]: value for key, value in found.items() if value is not None}
+    if kinds is not None:
+        optional["indexer_types"] = [WHICH.get(kind, kind) for kind in kinds[: len(experts.layer_types)]]
     return {
         **deepseek_v3.gguf_fields(metadata),
-        "scoring_func": gguf_experts(metadata).scores,
-        "index_n_heads": metadata.size("attention.indexer.head_count"),
-        "index_head_dim": metadata.size("attention.indexer.key_length"),
-        "index_topk": metadata.size("attention.indexer.top_k"),
+        "scoring_func": experts.scores,
+        "index_n_heads": metadata.size(f"{GGUF_INDEXER}head_count"),
+        "index_head_dim": metadata.size(f"{GGUF_INDEXER}key_length"),
+        "index_topk": metadata.size(f"{GGUF_INDEXER}top_k"),
+        **optional,
     }
 
 

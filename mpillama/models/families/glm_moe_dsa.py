@@ -5,11 +5,9 @@ from dataclasses import replace
 
 from mpillama.models.config_values import ConfigValues, Json
 from mpillama.models.families import deepseek_v32
-from mpillama.models.families.deepseek_v32 import indexed_blocks
-from mpillama.models.family import Block, GgufMetadata, Refusal, layer_count
+from mpillama.models.families.deepseek_v32 import FULL, SHARED, indexed_blocks
+from mpillama.models.family import DRAFT_LAYERS, Block, GgufMetadata, Refusal, layer_count
 
-FULL, SHARED = "full", "shared"
-OWN_TYPES = "attention.indexer.types"
 FIRST_SHARING_CONTEXT = 1 << 20
 """Files of GLM-5.2 may not say which layers have an indexer; they are known by their context."""
 
@@ -19,7 +17,10 @@ def blocks(values: ConfigValues) -> tuple[Block, ...]:
 
 
 def with_indexer(values: ConfigValues) -> list[bool]:
-    """Which layers choose positions by themselves: as indexer_types says, else a pattern, else every so many."""
+    """Which layers choose positions by themselves: as indexer_types says, else a pattern, else every so many.
+
+    A list may go on with layers that only draft tokens.
+    """
     layers = layer_count(values)
     key = next((key for key in ("indexer_types", "index_topk_pattern") if values.get(key) is not None), "")
     if key:
@@ -32,6 +33,9 @@ def with_indexer(values: ConfigValues) -> list[bool]:
             raise values.refuse("index_topk_freq", "it and index_skip_topk_offset must be whole numbers")
         key, every = "index_skip_topk_offset", max(every, 1)
         kinds = [SHARED if max(layer - offset + 1, 0) % every else FULL for layer in range(layers)]
+    drafting = values.get(DRAFT_LAYERS)
+    if isinstance(kinds, Sequence) and isinstance(drafting, int) and len(kinds) == layers + drafting:
+        kinds = kinds[:layers]
     if (
         not isinstance(kinds, Sequence)
         or len(kinds) != layers
@@ -43,12 +47,11 @@ def with_indexer(values: ConfigValues) -> list[bool]:
 
 
 def gguf_fields(metadata: GgufMetadata) -> Json:
-    fields, types = deepseek_v32.gguf_fields(metadata), metadata.of_layers(OWN_TYPES)
-    if types is not None:
-        kinds = [FULL if own else SHARED for own in types]
-        return {**fields, "indexer_types": kinds[: len(fields["mlp_layer_types"])]}
-    sharing = metadata.size("context_length") >= FIRST_SHARING_CONTEXT
-    return {**fields, **({"index_topk_freq": 4, "index_skip_topk_offset": 3} if sharing else {})}
+    fields = deepseek_v32.indexed_fields(metadata)
+    silent = not any(key in fields for key in ("indexer_types", "index_topk_freq"))
+    if silent and metadata.size("context_length") >= FIRST_SHARING_CONTEXT:
+        return {**fields, "index_topk_freq": 4, "index_skip_topk_offset": 3}
+    return fields
 
 
 V32 = deepseek_v32.FAMILY

@@ -110,6 +110,7 @@ def fused(values: ConfigValues) -> Fused:
 def gguf_fields(metadata: GgufMetadata) -> Json:
     """The layers with experts are those with an index, as in llama.cpp."""
     found, index = gguf_experts(metadata), "attention.indexer."
+    metadata.refuse_unread(index, ("head_count", "key_length", "top_k", "block_size", "local_blocks"))
     local = metadata.get(f"{index}local_blocks")
     return {
         "num_local_experts": found.count,
