@@ -68,7 +68,10 @@ def _latency(comm: Communicator) -> float | None:
     shared = comm.shared
     if shared is None or shared.hosts == 1:
         return None
-    measured = one_way_seconds(shared.exchange.mpi, shared.exchange.pause) if shared.exchange else 0.0
+    exchange, watch = shared.exchange, comm.watch
+    watch.enter("the measuring of latency", comm.is_of_all)
+    measured = one_way_seconds(exchange.mpi, exchange.pause, watch.poll) if exchange else 0.0
+    watch.leave()
     return comm.broadcast(measured)
 
 

@@ -1,4 +1,4 @@
-"""Run the program where each step of a model that rank 0 has alone takes longer: slow_guesses.py SECONDS [arguments]."""
+"""Run the program with slow steps of models that rank 0 has alone: slow_guesses.py SECONDS [program's arguments]."""
 
 import sys
 import time
