@@ -49,6 +49,16 @@ def test_what_a_step_takes_beside_its_weights(ranks: int, hosts: str, toy: Path)
     assert not hosts or (found["latency"] > 0 and found["message"] >= 0)
 
 
+@pytest.mark.parametrize("hosts", ["2/2/1/1", "1/1/2/2"])
+def test_what_a_message_takes_where_one_stage_of_two_is_on_several_hosts(hosts: str, toy: Path) -> None:
+    options = ("--model", toy, *QUICK, "--batch", "1", "--threads", "1", "--pipeline", "2", "--json")
+    result = run(4, SCRIPTS / "hosts_of_ranks.py", hosts, "bench", *options)
+    assert result.status == 0, result.stderr
+    found = json.loads(result.stdout)["decode"][0]["overhead_seconds"]
+    assert found["latency"] > 0
+    assert found["message"] >= 0
+
+
 def test_a_rank_that_is_silent_while_latency_is_measured_ends_the_job(toy: Path) -> None:
     options = ("--model", toy, *QUICK, "--batch", "1", "--threads", "1", "--timeout", "5")
     env = {"MPILLAMA_RANKS_PER_HOST": "1,1"}
