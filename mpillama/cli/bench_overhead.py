@@ -10,9 +10,10 @@ from dataclasses import dataclass
 from mpillama.comm.communicator import Communicator
 from mpillama.comm.hosts import one_way_seconds
 from mpillama.engine.measure import Stopwatch, Timing
+from mpillama.engine.step_parts import StepParts
 from mpillama.loading.plan import GOOD_EFFICIENCY
 from mpillama.loading.traffic import Layout, sum_sent
-from mpillama.models.decoder import DecoderLayer
+from mpillama.models.decoder import Decoder, DecoderLayer
 
 
 @dataclass(frozen=True)
@@ -30,14 +31,15 @@ class Overhead:
 
 @contextmanager
 def only_layers(watch: Stopwatch, kept: Sequence[DecoderLayer]) -> Iterator[None]:
-    """Let the model have some of its layers only."""
-    layers, caches = watch.model.layers, watch.cache.arguments
+    """Let the model have some of its layers only; what steps take in parts is then another matter."""
+    layers, caches, step_parts = watch.model.layers, watch.cache.arguments, watch.step_parts
+    watch.step_parts = StepParts(watch.model.most_parts)
     watch.model.layers = [*kept]
     watch.cache.arguments = [cache for layer, cache in zip(layers, caches, strict=True) if layer in kept]
     try:
         yield
     finally:
-        watch.model.layers, watch.cache.arguments = layers, caches
+        watch.model.layers, watch.cache.arguments, watch.step_parts = layers, caches, step_parts
 
 
 def measure_overhead(watch: Stopwatch, whole: Timing, sequences: int, context: int, bandwidth: float) -> Overhead:
@@ -53,14 +55,31 @@ def measure_overhead(watch: Stopwatch, whole: Timing, sequences: int, context: i
     reading = (model.weights.bytes_per_step(sequences) + watch.kv_bytes(sequences, context)) / speed - head
     own, without = whole.own_seconds / steps, rest.own_seconds / steps
     beside = max(0.0, without - head), max(0.0, own - without - reading) / max(1, len(model.layers))
-    latency = _latency(model.comm)
-    message = None
-    if latency is not None:
-        rounds = _rounds(model.comm, sequences * model.config.padded_hidden_size)
-        waits = [seconds for seconds in comm.gather(whole.all_reduce_microseconds / 1e6) if seconds]
-        message = max(0.0, min(waits, default=0.0) / rounds - latency)
+    found = [waits for waits in comm.gather(_waits(model, whole, sequences)) if waits]
+    latency = max(waits.latency for waits in found) if found else None
+    message = max(0.0, min((w.seconds / w.rounds - w.latency for w in found if w.seconds), default=0.0))
     step, layer = (max(column) for column in zip(*comm.gather(beside), strict=True))
-    return Overhead(step, layer, message, latency)
+    return Overhead(step, layer, message if found else None, latency)
+
+
+@dataclass(frozen=True)
+class _Waits:
+    """Of a rank that adds up with other hosts: seconds of a sum over ranks, the messages one after the other in it, and
+    those of a bare one.
+    """
+
+    seconds: float
+    rounds: int
+    latency: float
+
+
+def _waits(model: Decoder, whole: Timing, sequences: int) -> _Waits | None:
+    """None on a single host; stages of a pipeline may differ in that."""
+    latency = _latency(model.comm)
+    if latency is None:
+        return None
+    rounds = _rounds(model.comm, sequences * model.config.padded_hidden_size)
+    return _Waits(whole.all_reduce_microseconds / 1e6, rounds, latency)
 
 
 def _latency(comm: Communicator) -> float | None:
@@ -68,7 +87,10 @@ def _latency(comm: Communicator) -> float | None:
     shared = comm.shared
     if shared is None or shared.hosts == 1:
         return None
-    measured = one_way_seconds(shared.exchange.mpi, shared.exchange.pause) if shared.exchange else 0.0
+    exchange, watch = shared.exchange, comm.watch
+    watch.enter("the measuring of latency", comm.is_of_all)
+    measured = one_way_seconds(exchange.mpi, exchange.pause, watch.poll) if exchange else 0.0
+    watch.leave()
     return comm.broadcast(measured)
 
 

@@ -216,8 +216,13 @@ class Traveller:
         return {host: status.Get_count(MPI.BYTE) for host, status in zip(incoming, statuses, strict=False)}
 
 
-def one_way_seconds(mpi: MPI.Intracomm, pause: Callable[[], Callable[[], None]], repetitions: int = 200) -> float:
-    """Half of the median time of a small message from rank 0 to rank 1 and back; 0 on other ranks than 0."""
+def one_way_seconds(
+    mpi: MPI.Intracomm, pause: Callable[[], Callable[[], None]], look: Look = lambda: None, repetitions: int = 200
+) -> float:
+    """Half of the median time of a small message from rank 0 to rank 1 and back; 0 on other ranks than 0.
+
+    `look` is called now and then while it waits.
+    """
     message, seconds = np.zeros(PING_BYTES, np.uint8), [0.0]
     if mpi.rank > 1:
         return 0.0
@@ -227,8 +232,13 @@ def one_way_seconds(mpi: MPI.Intracomm, pause: Callable[[], Callable[[], None]],
             is_sender = mpi.rank == direction
             request = (mpi.Isend if is_sender else mpi.Irecv)([message, MPI.BYTE], 1 - mpi.rank)
             look_again = pause()
-            while not request.Test():
-                look_again()
+            try:
+                while not request.Test():
+                    look_again()
+                    look()
+            except BaseException:
+                give_up([] if is_sender else [request])
+                raise
         seconds.append(time.perf_counter() - start)
     return float(np.median(seconds[1:])) / 2 if mpi.rank == 0 else 0.0
 

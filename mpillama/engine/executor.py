@@ -395,8 +395,8 @@ class Executor:
         assert self.folder is not None
         stamp, waits = int(self.plan.buffer[2]), bool(self.plan.buffer[3])
         for i, place in enumerate(self.plan.places()):
-            self.folder.save(place, stamp - STAMP_STEP * i, self._get_on if waits else None)
-            self._get_on()
+            self.folder.save(place, stamp - STAMP_STEP * i, self.get_on if waits else None)
+            self.get_on()
 
     def _load(self) -> int:
         """How many of the first places all ranks have filled; once a rank cannot write any more, none writes."""
@@ -406,7 +406,7 @@ class Executor:
             if not self.folder.load(place):
                 break
             done += 1
-            self._get_on()
+            self.get_on()
         found = self.comm.gather((done, self.folder.off), "the reading of cached blocks")
         self.folder.off = any(off for _, off in found)
         return min(done for done, _ in found)
@@ -423,9 +423,9 @@ class Executor:
 
     def _close_folder(self) -> None:
         if self.folder is not None:
-            self.folder.close(self._get_on)
+            self.folder.close(self.get_on)
 
-    def _get_on(self) -> None:
+    def get_on(self) -> None:
         """Show the others that this rank works on."""
         self.comm.watch.work += 1
         self.comm.watch.answer()

@@ -7,7 +7,7 @@ import numpy as np
 from mpillama.kernels import arguments
 from mpillama.models.decoder import Decoder
 from mpillama.models.weights import JointInput
-from mpillama.models.workspace import KEPT_ROWS, Activations, StepArrays
+from mpillama.models.workspace import KeptActivations, StepArrays
 
 
 class MtpDecoder(Decoder):
@@ -37,7 +37,7 @@ class MtpDecoder(Decoder):
         """a.x = eh_proj (norm of each token's embedding, norm of h)."""
         super()._embed(token_ids, a)
         hidden, config, joint = self.config.padded_hidden_size, self.config, self._joint
-        part, both = self._arrays(len(a.x))
+        part, both = (kept.for_rows(len(a.x)) for kept in self._inputs)
         for first, x, weight in ((0, a.x, joint.embedding_norm), (hidden, self._hidden, joint.hidden_norm)):
             self.team.normalise(x, weight, config.hidden_size, config.rms_norm_eps, False, part.argument)
             both.x[:, first : first + hidden] = part.x
@@ -52,16 +52,8 @@ class MtpDecoder(Decoder):
     def _projection(self) -> arguments.Matrix:
         return self._joint.projection.column_parallel()
 
-    def _arrays(self, tokens: int) -> tuple[Activations, Activations]:
-        """Unfilled arrays for a normalised half of the projection's input, and for all of it."""
-        if tokens in self._kept:
-            return self._kept[tokens]
-        hidden = self.config.padded_hidden_size
-        found = Activations.empty(tokens, hidden), Activations.empty(tokens, 2 * hidden)
-        if tokens <= KEPT_ROWS:
-            self._kept[tokens] = found
-        return found
-
     @cached_property
-    def _kept(self) -> dict[int, tuple[Activations, Activations]]:
-        return {}
+    def _inputs(self) -> tuple[KeptActivations, KeptActivations]:
+        """For a normalised half of the projection's input, and for all of it."""
+        hidden = self.config.padded_hidden_size
+        return KeptActivations(hidden), KeptActivations(2 * hidden)

@@ -17,7 +17,7 @@ from mpillama.quant.weight_type import BLOCK
 
 Array = np.ndarray
 KEPT_ROWS = 64
-"""Arrays for so many rows or fewer are kept, since making them takes as long as small models' kernels."""
+"""Arrays of so many rows are kept for that many or fewer, since making them takes as long as small models' kernels."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +57,27 @@ class Activations:
         """The first tokens' arrays."""
         count = places(tokens, self.x.shape[1] // BLOCK)
         return Activations(self.x[:tokens], *(a[:count] for a in (self.values, self.scales, self.starts, self.halves)))
+
+
+class KeptActivations:
+    """Unfilled arrays of one width for any number of rows; those of few rows are the same ones each time."""
+
+    def __init__(self, k: int):
+        self.k = k
+        self._whole = Activations.empty(KEPT_ROWS, k)
+        self._views: dict[int, Activations] = {}
+
+    def for_rows(self, count: int) -> Activations:
+        if count > KEPT_ROWS:
+            return Activations.empty(count, self.k)
+        if count not in self._views:
+            self._views[count] = self._whole.first(count)
+        return self._views[count]
+
+    @staticmethod
+    def bytes(rows: int, k: int) -> int:
+        """Bytes of these arrays if up to so many rows are wanted."""
+        return Activations.bytes(KEPT_ROWS, k) + (Activations.bytes(rows, k) if rows > KEPT_ROWS else 0)
 
 
 @dataclass(frozen=True)
@@ -142,6 +163,7 @@ class Workspace:
     def __init__(self, config: ModelConfig, part: Partition, capacity: int = 1):
         self.config = config
         self.part = part
+        self._normalised = KeptActivations(config.padded_hidden_size)
         self._allocate(capacity)
 
     def _allocate(self, tokens: int) -> None:
@@ -168,7 +190,6 @@ class Workspace:
         )
         self._views: dict[int, StepArrays] = {}
         self._parts: dict[tuple[int, int], StepArrays] = {}
-        self._normalised: dict[int, Activations] = {}
 
     def for_tokens(self, tokens: int) -> StepArrays:
         """The arrays of a step; the same ones each time."""
@@ -193,10 +214,7 @@ class Workspace:
 
     def normalised(self, count: int) -> Activations:
         """Unfilled arrays for so many normalised rows of the residual stream, until the next call."""
-        found = self._normalised.get(count) or Activations.empty(count, self.config.padded_hidden_size)
-        if count <= KEPT_ROWS:
-            self._normalised[count] = found
-        return found
+        return self._normalised.for_rows(count)
 
     def residual(self, first: int, count: int) -> Array:
         """The residual stream of tokens of the last step, float32 [count, padded hidden]."""
@@ -211,14 +229,21 @@ def step_widths(config: ModelConfig, part: Partition) -> Mapping[str, int]:
 
 
 def workspace_bytes(config: ModelConfig, part: Partition, tokens: int) -> int:
-    """Bytes of the arrays for steps of up to so many tokens."""
+    """Bytes of the arrays for steps of up to so many tokens, with logits after a few of them."""
     hidden, widths = config.padded_hidden_size, step_widths(config, part)
     of_layers = (widths[name] for name in ("context", "latent", "inner"))
     activations = sum(Activations.bytes(tokens, k) for k in (hidden, *of_layers))
     plain = ("q", "k", "v", "gates", "chosen", "inner")
     floats = hidden * (1 + config.has_post_norms) + sum(widths[name] for name in plain)
     floats += sum(rotation.channels for rotation in config.rotations)
-    return activations + tokens * (4 * floats + 8 * (hidden + 5))
+    kept = KeptActivations.bytes(KEPT_ROWS, hidden) + (drafting_bytes(config, tokens) if config.mtp else 0)
+    return activations + kept + tokens * (4 * floats + 8 * (hidden + 5))
+
+
+def drafting_bytes(config: ModelConfig, tokens: int) -> int:
+    """Bytes of what a layer that drafts tokens has besides (models/mtp.py): hidden states, its projection's input."""
+    hidden = config.padded_hidden_size
+    return 4 * tokens * hidden + sum(KeptActivations.bytes(tokens, k) for k in (hidden, 2 * hidden))
 
 
 def scratch_bytes(config: ModelConfig, part: Partition, tokens: int, positions: int, threads: int) -> int:

@@ -1,5 +1,6 @@
 """Layers that draft tokens: their input against float64, the layer against a plain model of the family."""
 
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -8,6 +9,7 @@ import pytest
 from mpillama.errors import UserError
 from mpillama.loading.model_file import open_model, open_mtp
 from mpillama.models.cache import single_sequence_step
+from mpillama.models.workspace import KEPT_ROWS, workspace_bytes
 from tests import golden_models as g
 from tests import mtp_models as m
 from tests import running
@@ -103,3 +105,24 @@ def test_a_guess_goes_on_from_the_layers_own_hidden_state(tmp_path):
 def test_a_model_without_such_a_layer_is_refused():
     with pytest.raises(UserError, match="no layer that drafts tokens"):
         open_mtp(str(g.FOLDER / "llama"))
+
+
+def test_steps_of_any_size_keep_no_more_memory_than_is_counted(tmp_path):
+    """Neither the model nor its layer keeps arrays of its own for each number of rows."""
+    folder = m.write_folder(tmp_path / "model", "glm4_moe")
+    main = running.load_file(open_model(str(folder), "f32"), THREADS)
+    layer = running.load_file(open_mtp(str(folder), "f32"), THREADS)
+    layer.main, table = main, np.arange(2)
+    cache, own = running.new_cache(main, 2, "f32"), running.new_cache(layer, 2, "f32")
+    longest = KEPT_ROWS + 8
+    tracemalloc.start()
+    for count in range(1, longest + 1):
+        step = single_sequence_step(np.full(count, 7), 0, table, count)
+        main.forward(step, cache)
+        layer.take(np.arange(count))
+        layer.forward(step, own)
+    only_arrays = tracemalloc.DomainFilter(True, np.lib.tracemalloc_domain)
+    traces = tracemalloc.take_snapshot().filter_traces([only_arrays]).traces
+    tracemalloc.stop()
+    counted = sum(workspace_bytes(model.config, model.part, longest) for model in (main, layer))
+    assert sum(trace.size for trace in traces) <= counted + 8192  # what steps say of their tokens

@@ -9,7 +9,7 @@ import pytest
 from mpillama.engine.measure import LATE, REST, SUM
 from mpillama.kernels.library import PARTS
 from tests.conftest import ModelFile
-from tests.system.mpi.launch import PROGRAM, TIMEOUT, run
+from tests.system.mpi.launch import PROGRAM, SCRIPTS, TIMEOUT, run
 
 pytestmark = pytest.mark.timeout(TIMEOUT + 60)
 QUICK = ("--prefill", "16", "--prefill-chunk", "8", "--context", "8", "--decode", "4", "--repetitions", "2")
@@ -47,6 +47,24 @@ def test_what_a_step_takes_beside_its_weights(ranks: int, hosts: str, toy: Path)
     assert found["layer"] >= 0
     assert (found["latency"] is None) == (found["message"] is None) == (not hosts)
     assert not hosts or (found["latency"] > 0 and found["message"] >= 0)
+
+
+@pytest.mark.parametrize("hosts", ["2/2/1/1", "1/1/2/2"])
+def test_what_a_message_takes_where_one_stage_of_two_is_on_several_hosts(hosts: str, toy: Path) -> None:
+    options = ("--model", toy, *QUICK, "--batch", "1", "--threads", "1", "--pipeline", "2", "--json")
+    result = run(4, SCRIPTS / "hosts_of_ranks.py", hosts, "bench", *options)
+    assert result.status == 0, result.stderr
+    found = json.loads(result.stdout)["decode"][0]["overhead_seconds"]
+    assert found["latency"] > 0
+    assert found["message"] >= 0
+
+
+def test_a_rank_that_is_silent_while_latency_is_measured_ends_the_job(toy: Path) -> None:
+    options = ("--model", toy, *QUICK, "--batch", "1", "--threads", "1", "--timeout", "5")
+    env = {"MPILLAMA_RANKS_PER_HOST": "1,1"}
+    result = run(2, SCRIPTS / "silent_ping.py", "bench", *options, env=env)
+    assert result.status != 0
+    assert "the measuring of latency" in result.words
 
 
 def test_nothing_is_told_of_parts_unless_asked(toy: Path) -> None:

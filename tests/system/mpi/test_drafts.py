@@ -9,7 +9,7 @@ import pytest
 
 from tests.mtp_models import write_folder
 from tests.server.conftest import serving
-from tests.system.mpi.launch import PROGRAM, TIMEOUT, run
+from tests.system.mpi.launch import PROGRAM, SCRIPTS, TIMEOUT, run
 
 pytestmark = pytest.mark.timeout(TIMEOUT + 120)
 
@@ -149,3 +149,16 @@ def test_it_is_tried_which_ranks_had_better_hold_a_draft_model(demo: Path, toy: 
         first, second = (memory["draft"] for memory in drafted["memory_bytes_per_rank"])
         assert first > 0
         assert (second == 0) == sentence.startswith("rank 0 alone has the draft model: ")
+
+
+def test_ranks_wait_as_long_as_rank_0_gets_on_with_guesses_of_its_own(demo: Path, tmp_path: Path) -> None:
+    """One try takes longer than --timeout; there is no other."""
+    seconds, guesses, timeout = 0.5, 16, 5
+    models = ("--model", demo, "--draft-model", demo.with_name("demo-mtp.h5"), "--speculate", str(guesses))
+    options = ("--timeout", str(timeout), "--max-tokens", "4", "--log-dir", tmp_path, "--json", *LONG[:2])
+    result = run(2, SCRIPTS / "slow_guesses.py", str(seconds), *models, *options)
+    assert (result.status, result.stderr) == (0, "")
+    log = "".join(log.read_text() for log in tmp_path.iterdir())
+    assert "all ranks divide the draft model: 16 guesses took" in log
+    took = float(log.split("on all ranks, ")[1].split()[0]) / 1000
+    assert timeout < seconds * guesses <= took
