@@ -34,6 +34,8 @@ LONGEST_TURN = 2.0
 POLL_SECONDS = 0.02
 DELIVERY_SECONDS = 0.2
 """Left to the launcher to pass the last words on: some drop what they have not read when a job is aborted."""
+START_SECONDS = 60.0
+"""MPI may take so long to start at least, however short --timeout is: hosts and their file servers are busy then."""
 KILL_SECONDS = 2.0
 """Open MPI ends the ranks of an aborted job by SIGTERM, and kills them a second later: none need say so."""
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
@@ -184,13 +186,14 @@ def end_unmet() -> NoReturn:
 def starting_mpi(timeout: float) -> Iterator[Aborter]:
     """Guard the import of `mpi4py.MPI`, which starts MPI; what escapes from here on ends all ranks.
 
-    MPI starts without letting any other Python run: a start that takes longer than `timeout` seconds ends the process.
+    MPI starts without letting any other Python run: a start that takes longer than `timeout` seconds and than a minute
+    ends the process. With 0 it may take for ever.
     """
     aborter = Aborter(launched_rank(), launched_size()[1])
     aborter.install()
     ask_for_threads()
     quiet_mpi()
-    with no_longer_than(timeout), warnings.catch_warnings():
+    with no_longer_than(timeout and max(timeout, START_SECONDS)), warnings.catch_warnings():
         # mpi4py's word on a launcher of another MPI, once per rank: refuse_singletons and doctor say it once.
         warnings.filterwarnings("ignore", "suspicious MPI execution environment", RuntimeWarning)
         yield aborter

@@ -60,6 +60,11 @@ class HostExchange:
         self.table: list[tuple[int, str]] = [(capacity, "direct" if self.size <= MOST_DIRECT else "doubling")]
         self._travellers: dict[int, Traveller] = {}
 
+    def free(self) -> None:
+        """Give back what this holds of MPI, and the memory for messages, which refers to this in turn."""
+        self._travellers.clear()
+        self.mpi.Free()
+
     def way_for(self, count: int) -> str:
         return next((way for limit, way in self.table if count <= limit), self.table[-1][1])
 

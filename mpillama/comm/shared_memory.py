@@ -139,7 +139,7 @@ class SharedReduction:
         if self.window is not None:
             self.window.Free()
         if self.exchange is not None:
-            self.exchange.mpi.Free()
+            self.exchange.free()
         self.mates.Free()
 
     def abandon(self) -> None:

@@ -60,6 +60,8 @@ class MtpDrafter(DraftModel):
         self._computed: list[Computed] = []
         self._rows: list[int] = []
         self._last: dict[int, int] = {}
+        self._share = self.executor.model.weights.bytes_per_step() / self.main.model.weights.bytes_per_step()
+        """Of the bytes that a step of the model reads, those that the layer reads."""
 
     def note_computed(self, sequence: EngineSequence, row: int, start: int) -> None:
         """As Drafter: remembers where the hidden states of a step are."""
@@ -67,8 +69,7 @@ class MtpDrafter(DraftModel):
 
     def followed(self) -> float:
         """As Drafter: by the bytes that the layer reads, of those of the model."""
-        share = self.executor.model.weights.bytes_per_step() / self.main.model.weights.bytes_per_step()
-        return share * sum(found.count for found in self._computed if found.count > 1 + self.most)
+        return self._share * sum(found.count for found in self._computed if found.count > 1 + self.most)
 
     def _room(self, sequence: EngineSequence) -> int:
         """Guesses begin behind a position whose hidden state is there."""

@@ -171,5 +171,10 @@ def load_draft(draft: Draft, world: World, target: Target, main: Executor, progr
 
     if not draft.alone:
         return load(replace(world, comm=world.comm.twin()))
-    own = world.comm.of_this_rank()
-    return world.comm.together(lambda: load(replace(world, comm=own, neighbours=own)) if world.comm.is_root else None)
+    own = world.comm.of_this_rank() if world.comm.is_root else None
+    try:
+        return world.comm.together(lambda: load(replace(world, comm=own, neighbours=own)) if own else None)
+    except UserError:
+        if own:
+            own.free_sums()
+        raise

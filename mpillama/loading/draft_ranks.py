@@ -8,6 +8,7 @@ from statistics import median
 
 import numpy as np
 
+from mpillama.comm.launcher import launched_here
 from mpillama.engine.executor import Executor, Segment
 from mpillama.engine.mtp import MtpExecutor
 from mpillama.errors import UserError
@@ -86,11 +87,13 @@ def _reason_against_trial(divided: PlacedDraft, main: Executor, ranks: int) -> s
 def _lack_of_memory(draft: Draft, world: World, main: Executor) -> str:
     """Why rank 0 cannot hold the draft model beside its part of it for a while; empty if it can. The same on all ranks.
 
-    Caches take their memory when they are written, so they are counted as if they were full.
+    Caches take their memory when they are written, so they are counted as if they were full. Other groups of ranks on
+    rank 0's host have promised as much, and may try at the same time: each has its share of what is left.
     """
     promised = sum(array.nbytes for layer in main.cache.layers for array in layer)
     caches = world.neighbours.gather(promised)
-    free = min(available_bytes() - sum(caches), process_room()) if world.comm.is_root else 0
+    groups = -(-max(launched_here(), world.neighbours.size) // world.neighbours.size)
+    free = min(available_bytes() // groups - sum(caches), process_room()) if world.comm.is_root else 0
     ways = (replace(draft, alone=alone) for alone in (False, True))
     needed = sum(draft_bytes_of_ranks(way, main, world.comm.size)[0] for way in ways)
 

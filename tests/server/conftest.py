@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,12 +40,17 @@ Serving = Callable[..., AbstractContextManager[Served]]
 
 @contextmanager
 def serving(
-    model: Path, folder: Path, ranks: int | None, *options: str, env: dict[str, str] | None = None
+    model: Path,
+    folder: Path,
+    ranks: int | None,
+    *options: str,
+    env: dict[str, str] | None = None,
+    program: Sequence[str | Path] = PROGRAM,
 ) -> Iterator[Served]:
     """Run `serve` until the end of the block; `rendezvous` is written when it answers."""
     file = folder / f"server-{time.monotonic_ns()}.json"
     words = ("serve", "--model", model, "--port", "0", "--rendezvous", file, *options)
-    with started(ranks, *PROGRAM, *words, env=env) as launch:
+    with started(ranks, *program, *words, env=env) as launch:
         end = time.monotonic() + TIMEOUT
         while not file.exists():
             assert time.monotonic() < end, launch.stderr()

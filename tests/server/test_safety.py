@@ -35,6 +35,8 @@ ENDLESS = {"prompt": "Once", "max_tokens": MOST_TOKENS, "ignore_eos": True, "str
 SHORT = {"prompt": "Once", "max_tokens": 2, "temperature": 0}
 LONG_NAME = "m" * 8000
 """Is in each piece of a stream, so that the system's buffers are full soon."""
+PACED = (SCRIPTS / "failing_ranks.py", "0", "0", "paced")
+"""The program with steps that take 5 ms at least, so that an answer is long under way on any machine."""
 SECRET = "xylophone-of-the-llama"
 ORIGIN = "https://page.test"
 
@@ -48,7 +50,7 @@ def strict(toy: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serv
         BODY_SECONDS, "--write-timeout", WRITE_SECONDS, "--log-dir", folder / "log", "--log-level", "debug",
         "--model-name", LONG_NAME,
     )  # fmt: skip
-    with serving(toy, folder, 1, *map(str, options)) as server:
+    with serving(toy, folder, 1, *map(str, options), program=PACED) as server:
         yield server
 
 
@@ -57,7 +59,7 @@ def keyed(toy: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serve
     """One answer at a time, others wait; a key that the server made, a page of another origin, prompts in the log."""
     folder = tmp_path_factory.mktemp("keyed")
     options = ("--api-key", "auto", "--cors", ORIGIN, "--sequences", "1", "--log-dir", folder / "log", "--log-prompts")
-    with serving(toy, folder, 1, *map(str, options)) as server:
+    with serving(toy, folder, 1, *map(str, options), program=PACED) as server:
         yield server
 
 
@@ -664,7 +666,7 @@ def test_https_with_a_key_from_a_file(certificate: tuple[Path, Path], toy: Path,
     """Answers, streams, and neither plain HTTP nor garbage harms."""
     (tmp_path / "key").write_text("first-line\nsecond line\n")
     words = ("--tls-certificate", certificate[0], "--tls-key", certificate[1], "--api-key-file", tmp_path / "key")
-    with serving(toy, tmp_path, 1, *map(str, words)) as server:
+    with serving(toy, tmp_path, 1, *map(str, words), program=PACED) as server:
         assert server.url.startswith("https://127.0.0.1:")
         assert server.key == "first-line"
         trusted = ssl.create_default_context(cafile=str(certificate[0]))

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from tests.system.faults.running import PHASES, ends, everywhere, in_the_midst, name, statuses, the_sentence
-from tests.system.mpi.launch import TIMEOUT
+from tests.system.mpi.launch import TIMEOUT, is_open_mpi
 
 pytestmark = pytest.mark.timeout(TIMEOUT + 60)
 
@@ -32,7 +32,8 @@ def test_killed_rank(ranks: int, victim: int, phase: str, toy: Path, tmp_path: P
         assert "Traceback" not in ends(launch)
         said = launch.stderr() + launch.rest_of_output()
         assert "9 (Killed)" in said or "signal 9" in said, said  # the launcher's word: who is killed says nothing
-        assert "SIGTERM" not in said  # by which some launchers end the other ranks
+        if not is_open_mpi():  # that ends the other ranks by SIGTERM, and a busy machine kills them too late
+            assert "SIGTERM" not in said
     assert not statuses(tmp_path)
 
 

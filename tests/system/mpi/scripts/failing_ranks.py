@@ -1,6 +1,7 @@
 """The program, with an exception on some ranks after some steps: failing_ranks.py RANK[,RANK…] STEPS KIND ARGUMENTS…
 
-The kind "slow" is no exception: each further step takes a moment longer. KIND/KIND says what other ranks do, too.
+The kinds "slow" and "paced" are no exceptions: each further step takes a moment longer. KIND/KIND says what other ranks
+do, too.
 """
 
 import sys
@@ -10,7 +11,8 @@ from mpillama.__main__ import main
 from mpillama.comm.launcher import launched_rank
 from mpillama.kernels import target
 
-SLOW_STEP = 0.03
+PAUSES = {"slow": 0.03, "paced": 0.005}
+"""Seconds."""
 ERRORS = {"bug": RuntimeError("sabotage"), "memory": MemoryError("sabotage"), "disk": OSError(5, "sabotage")}
 
 
@@ -29,9 +31,9 @@ def sabotage(ranks: list[int], steps: int, kind: str) -> None:
         def failing(*arguments: object) -> object:
             calls[0] += 1
             if deed and calls[0] > steps:
-                if deed != "slow":
+                if deed in ERRORS:
                     raise ERRORS[deed]
-                time.sleep(SLOW_STEP)
+                time.sleep(PAUSES[deed])
             return forward(*arguments)
 
         Decoder.advance = failing
