@@ -108,7 +108,7 @@ def activations(library: Library, x: Array) -> Activations:
     """Float32 [tokens, columns] with its blocks."""
     h = blank_activations(*x.shape)
     h.x[:] = x
-    library.calls.quantise(byref(h.argument()), len(x))
+    library.calls.quantise(byref(h.argument), len(x))
     return h
 
 
@@ -184,14 +184,14 @@ def seen_by(weight_type: WeightType, x: Array) -> Array:
 def column_parallel(team: Team, w: Matrix, x: Array, in_flight: int = 1) -> Array:
     """Rows times x."""
     h, out = activations(team.library, x), np.full((len(x), w.rows), np.nan, np.float32)
-    team.column_parallel(w.column_parallel(), h.argument(), out, in_flight)
+    team.column_parallel(w.column_parallel(), h.argument, out, in_flight)
     return out
 
 
 def row_parallel(team: Team, w: Matrix, x: Array, in_flight: int = 1) -> Array:
     """Panels times x, on the grid."""
     h, out = activations(team.library, x), np.full((len(x), w.values.shape[-3] * LANES), np.nan)
-    team.row_parallel(w.row_parallel(), h.argument(), out, in_flight)
+    team.row_parallel(w.row_parallel(), h.argument, out, in_flight)
     return out
 
 

@@ -322,7 +322,7 @@ def test_quantise_marks_a_block_with_a_bad_number(place, bad):
 
 def normalise(team, x, weight, size, with_blocks=True, eps=1e-5):
     h = blank_activations(*x.shape)
-    team.normalise(x, weight, size, eps, with_blocks, h.argument())
+    team.normalise(x, weight, size, eps, with_blocks, h.argument)
     return h.x, *blocks_of(h)
 
 
