@@ -178,7 +178,8 @@ def test_guessing_the_next_tokens_changes_nothing(sampling: tuple[str, ...], toy
         guessed = answer(ranks, toy, *options, "--speculate", guesses)
         assert guessed["token_ids"] == plain["token_ids"]
         assert guessed["logits_sha256"] == plain["logits_sha256"]
-        assert guessed["drafts_proposed"] >= guessed["drafts_accepted"] > 0
+        assert guessed["drafts_proposed"] > 0
+        assert guessed["drafts_proposed"] >= guessed["drafts_accepted"] >= (sampling == GREEDY)  # they cease if slow
     assert plain["drafts_proposed"] == 0
 
 
