@@ -7,7 +7,7 @@ value is a text or JSON.
 
 import json
 import re
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -16,8 +16,10 @@ from mpillama.openai.tagged_calls import (
     TaggedCall,
     Tags,
     call_in_lines,
+    each_argument,
     is_free_text,
     unquoted,
+    value_rule,
 )
 from mpillama.openai.tool_calls import ToolFormat
 from mpillama.openai.tool_grammars import (
@@ -26,9 +28,6 @@ from mpillama.openai.tool_grammars import (
     call_rules,
     marker_rule,
     more_rules,
-    properties_of,
-    schema_rule,
-    within,
 )
 from mpillama.openai.tool_json import strict_json
 from mpillama.openai.tool_readers import (
@@ -48,8 +47,8 @@ from mpillama.text.constraint import text_rule, token_rule
 ReadCall = Callable[[], Generator[None, str, Call]]
 """Reads a call from its name on."""
 TextRule = Callable[[str], str]
-ArgumentRule = Callable[[str, Mapping[str, Any]], str]
-"""Of an argument's name and the schema of its value."""
+ArgumentRule = Callable[[Function, str, Mapping[str, Any]], str]
+"""Of a function, an argument's name, and the schema of its value."""
 
 
 def read_block(block: tuple[str, str], call: str, read_call: ReadCall) -> Reader:
@@ -133,22 +132,11 @@ def _block_rules(
 
     def call(function: Function) -> str:
         begin = rule(f"{tags.call[0]}{function.name}{tags.name_end}" + "\n")
-        return f"{begin} {' '.join(_arguments(function, argument))} {rule(tags.call[1])}"
+        return f"{begin} {' '.join(each_argument(function, partial(argument, function)))} {rule(tags.call[1])}"
 
     begin, end, line = rule(tags.block[0]), rule(tags.block[1]), text_rule("\n")
     start = f"start: {begin} {line} call {line} {more_rules('', f'call {line}', several)} {end}\n"
     return start + call_rules(map(call, functions))
-
-
-def _arguments(function: Function, argument: ArgumentRule) -> Iterator[str]:
-    """The rule of each argument in the order of the schema; those that are not required may be left out."""
-    outer = function.parameters
-    shared = {key: outer[key] for key in ("$defs", "definitions") if key in outer}
-    schema_rule(function, outer)  # refuses what is no schema
-    required = outer.get("required")
-    for name, schema in properties_of(outer).items():
-        rule = argument(name, within(schema, shared))
-        yield rule if isinstance(required, list) and name in required else f"({rule})?"
 
 
 def _pattern(text: str) -> str:
@@ -218,11 +206,10 @@ def minimax_m3_rules(functions: Sequence[Function], several: bool, token_id: Tok
     """A block of calls, each of which and each of whose arguments has lines of its own; within values JSON."""
     known = token_id(M3_MARK)
 
-    def argument(name: str, schema: Mapping[str, Any]) -> str:
+    def argument(function: Function, name: str, schema: Mapping[str, Any]) -> str:
         begin, end = f"{M3_MARK}<{name}>", f"{M3_MARK}</{name}>\n"
         if not is_free_text(schema):
-            value = unquoted(schema) or schema_rule(Function(name, schema), schema)
-            return f"{rule(begin)} {value} {rule(end)}"
+            return f"{rule(begin)} {value_rule(function, schema)} {rule(end)}"
         if known is None:
             return f"{rule(begin)} /{M3_TEXT}\\]+{_pattern(end[1:])}/"
         return f"{rule(begin)} /(.|\\n)*/ {rule(end)}"
@@ -282,11 +269,11 @@ def dsml_rules(tags: Tags, functions: Sequence[Function], several: bool, token_i
     """A block of calls, each of which and each of whose arguments has lines of its own."""
     known, end = token_id(DSML_MARK), f"{tags.value[1]}\n"
 
-    def argument(name: str, schema: Mapping[str, Any]) -> str:
-        choice, free = unquoted(schema), is_free_text(schema)
-        begin = rule(f'{tags.key[0]}{name}" string="{"true" if choice or free else "false"}">')
+    def argument(function: Function, name: str, schema: Mapping[str, Any]) -> str:
+        free = is_free_text(schema)
+        begin = rule(f'{tags.key[0]}{name}" string="{"true" if free or unquoted(schema) else "false"}">')
         if not free:
-            return f"{begin} {choice or schema_rule(Function(name, schema), schema)} {rule(end)}"
+            return f"{begin} {value_rule(function, schema)} {rule(end)}"
         if known is None:
             return f"{begin} /{FREE_TEXT}{_pattern(end)}/"
         return f"{begin} /{FREE_TEXT}<\\// {rule(end[2:])}"

@@ -112,24 +112,37 @@ FREE_TEXT = r"(<+[^<\/]|[^<])*"
 """A text in which nothing ends a tag."""
 
 
-def argument_rules(
-    function: Function, argument: Callable[[str, str], str], end_id: int | None, end: str
-) -> Iterator[str]:  # fmt: skip
-    """The rule of each argument in the order of the schema; those that are not required may be left out.
-
-    `argument` makes it of a name and the rule of a value with its `end`, which may be a token.
-    """
+def each_argument(function: Function, rule: Callable[[str, Mapping[str, Any]], str]) -> Iterator[str]:
+    """`rule` of the name and schema of each argument, in their order; those that are not required may be left out."""
     outer = function.parameters
     shared = {key: outer[key] for key in ("$defs", "definitions") if key in outer}
-    end_rule = text_rule(end) if end_id is None else token_rule(end_id)
     schema_rule(function, outer)  # refuses what is no schema
     for name, schema in properties_of(outer).items():
-        if is_free_text(schema):  # with its end, which the greedy text would begin to take
-            value = f"/{FREE_TEXT}/ {end_rule}" if end_id is not None else f"/{FREE_TEXT}{_escaped(end)}/"
-        else:
-            value = f"{unquoted(schema) or schema_rule(function, within(schema, shared))} {end_rule}"
-        rule = argument(name, value)
-        yield rule if name in _list(outer.get("required")) else f"({rule})?"
+        found = rule(name, within(schema, shared))
+        yield found if name in _list(outer.get("required")) else f"({found})?"
+
+
+def value_rule(function: Function, schema: Mapping[str, Any]) -> str:
+    """A value that is not just any text: a choice of texts without quotation marks, or JSON."""
+    return unquoted(schema) or schema_rule(function, schema)
+
+
+def _argument_rules(
+    function: Function, argument: Callable[[str, str], str], end_id: int | None, end: str
+) -> Iterator[str]:  # fmt: skip
+    """The rule of each argument, which `argument` makes of a name and the rule of a value with its `end`."""
+    end_rule = text_rule(end) if end_id is None else token_rule(end_id)
+
+    def rule(name: str, schema: Mapping[str, Any]) -> str:
+        if not is_free_text(schema):
+            return argument(name, f"{value_rule(function, schema)} {end_rule}")
+        if end_id is not None:
+            return argument(name, f"/{FREE_TEXT}/ {end_rule}")
+        return argument(
+            name, f"/{FREE_TEXT}{_escaped(end)}/"
+        )  # with its end, which the greedy text would begin to take
+
+    return each_argument(function, rule)
 
 
 def call_in_lines(tags: Tags, function: Function) -> str:
@@ -139,7 +152,7 @@ def call_in_lines(tags: Tags, function: Function) -> str:
         return f"{text_rule(tags.key[0] + name + tags.key[1] + tags.value[0])} {value}"
 
     head = text_rule(f"{tags.call[0]}{function.name}{tags.name_end}\n")
-    arguments = " ".join(argument_rules(function, argument, None, tags.value[1] + "\n"))
+    arguments = " ".join(_argument_rules(function, argument, None, tags.value[1] + "\n"))
     return f"{head} {arguments} {text_rule(tags.call[1])}"
 
 
@@ -253,7 +266,7 @@ def _calls_in_lines(tags: Tags, functions: Sequence[Function], token_id: TokenId
     line = text_rule("\n")
 
     def rule(function: Function) -> str:
-        arguments = " ".join(argument_rules(function, argument, token_id(tags.value[1]), tags.value[1]))
+        arguments = " ".join(_argument_rules(function, argument, token_id(tags.value[1]), tags.value[1]))
         return f"{text_rule(function.name)} {name_end} {arguments} {line}"
 
     def argument(name: str, value: str) -> str:
