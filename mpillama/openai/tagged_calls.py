@@ -138,9 +138,8 @@ def _argument_rules(
             return argument(name, f"{value_rule(function, schema)} {end_rule}")
         if end_id is not None:
             return argument(name, f"/{FREE_TEXT}/ {end_rule}")
-        return argument(
-            name, f"/{FREE_TEXT}{_escaped(end)}/"
-        )  # with its end, which the greedy text would begin to take
+        with_end = f"/{FREE_TEXT}{_escaped(end)}/"  # which the greedy text would begin to take
+        return argument(name, with_end)
 
     return each_argument(function, rule)
 
