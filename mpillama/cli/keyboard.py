@@ -3,6 +3,9 @@
 A launcher takes Ctrl-C itself: MPICH's passes the first one on and ends the job at the second. So while a chat runs
 under a launcher on the person's own machine, the terminal is told to send Ctrl-C as an ordinary character that ends a
 line; the launcher forwards it like any input.
+
+A thread reads, also without a launcher, and who waits for it looks up now and then: a signal that comes just before
+input(), or any wait without end, begins to wait is seen by nobody until that wait ends.
 """
 
 import os
@@ -15,7 +18,7 @@ import termios
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, suppress
 from types import FrameType
 
 import psutil
@@ -23,6 +26,7 @@ import psutil
 from mpillama.cli.display import STANDARD_INPUT, STANDARD_OUTPUT, is_terminal
 
 CTRL_C = b"\x03"
+LOOK_SECONDS = 0.2
 LEAVE_SECONDS = 1.0
 """Two Ctrl-C within this time leave the program even if it answers nothing."""
 
@@ -36,39 +40,33 @@ class Keyboard:
         self.last_interrupt = 0.0
         self.is_person = is_terminal(STANDARD_INPUT) and is_terminal(STANDARD_OUTPUT)
         """Whether somebody types and reads, perhaps by way of a launcher; a pipe needs no prompts."""
-        self.lines: queue.Queue[str | None] = queue.Queue()
+        self.lines: queue.SimpleQueue[str | None] = queue.SimpleQueue()  # a signal's handler may put while get waits
 
     @contextmanager
     def listening(self) -> Iterator["Keyboard"]:
         """Listen until the block ends; the terminal is then as it was before."""
-        if sys.stdin.isatty():
-            signal.signal(signal.SIGINT, self._on_signal)
-            yield self
-            return
         signal.signal(signal.SIGINT, self._on_signal)
-        with _ctrl_c_as_character():
-            threading.Thread(target=self._read_forwarded, daemon=True).start()
+        with nullcontext() if sys.stdin.isatty() else _ctrl_c_as_character():
+            threading.Thread(target=self._read, daemon=True).start()
             yield self
 
     def line(self, prompt: str) -> str | None:
         """Ask for a line, with a prompt for a person: None at the end of input, "" after a Ctrl-C."""
         self.interrupted, self.asking = False, True
         try:
-            if sys.stdin.isatty():
-                return input(prompt)
             if self.is_person:
                 sys.stdout.write(prompt)
                 sys.stdout.flush()
-            text = self.lines.get()
+            text = self._next()
             sys.stdout.write("\n" if self.interrupted else "")
             return text
-        except EOFError:
-            return None
-        except KeyboardInterrupt:
-            sys.stdout.write("\n")
-            return ""
         finally:
             self.asking = False
+
+    def _next(self) -> str | None:
+        while True:
+            with suppress(queue.Empty):
+                return self.lines.get(timeout=LOOK_SECONDS)
 
     def tell(self, text: str) -> None:
         """Print a line for whoever types.
@@ -79,8 +77,6 @@ class Keyboard:
         stream.write(text + "\n")
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        if self.asking and sys.stdin.isatty():
-            raise KeyboardInterrupt  # out of input()
         self._note_interrupt()
 
     def _note_interrupt(self) -> None:
@@ -91,10 +87,10 @@ class Keyboard:
         if self.asking:
             self.lines.put("")
 
-    def _read_forwarded(self) -> None:
-        """Cut what the launcher forwards into lines and Ctrl-C; runs in its own thread."""
+    def _read(self) -> None:
+        """Cut the input into lines and a launcher's Ctrl-C; runs in its own thread."""
         rest = b""
-        while data := os.read(0, 65536):
+        while data := _some():
             for byte in (data[i : i + 1] for i in range(len(data))):
                 if byte == CTRL_C:
                     rest = b""
@@ -107,6 +103,13 @@ class Keyboard:
         if rest:
             self.lines.put(rest.decode(errors="replace"))
         self.lines.put(None)
+
+
+def _some() -> bytes:
+    try:
+        return os.read(0, 65536)
+    except OSError:  # the terminal is gone
+        return b""
 
 
 GUARDIAN = """

@@ -15,7 +15,6 @@ import httpx
 import psutil
 import pytest
 
-from tests.server import conftest
 from tests.server.conftest import Served, serving
 from tests.server.raw import Wire, head, post, until
 from tests.system.mpi.launch import SCRIPTS, TIMEOUT, run
@@ -44,11 +43,8 @@ def certificate(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 @contextmanager
 def crowded(model: Path, folder: Path, *options: str) -> Iterator[Served]:
     """A server that may open few files."""
-    program = (str(SCRIPTS / "few_files.py"), str(FILES))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(conftest, "PROGRAM", program)
-        with serving(model, folder, 1, *options) as server:
-            yield server
+    with serving(model, folder, 1, *options, program=(SCRIPTS / "few_files.py", str(FILES))) as server:
+        yield server
 
 
 @pytest.fixture(scope="module")
