@@ -14,8 +14,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from mpillama.formats.native.table import read_table
-from mpillama.formats.native.writer import create_file, seal_file
+from mpillama.formats.native.writer import create_file, seal_file, write_model
 from mpillama.models.config import ModelConfig
 from mpillama.models.shapes import shape_config
 from mpillama.models.tensors import WeightTypes
@@ -52,6 +54,25 @@ def hollow_model(path: Path, shape: str, weights: str, tokenizer: str) -> Path:
     texts = {"tokenizer.json": read_table(tokenizer).texts["tokenizer.json"]}
     entries = create_file(str(path), config, types, ModelConfig.from_hf(config).tensors(types), texts)
     seal_file(str(path), config, types, entries, texts, {name: e.checksums for name, e in entries.items()})
+    return path
+
+
+def filled_model(path: Path, shape: str, weights: str, tokenizer: str) -> Path:
+    """A native file of a shape with random weights of a model's size: what is sent of sums depends on their numbers."""
+    config, weight_type, rng = shape_config(shape), WEIGHT_TYPES[weights], np.random.default_rng(0)
+    shapes = {
+        name: (spec.source_shape, spec.vector)
+        for spec in ModelConfig.from_hf(config).tensors(WeightTypes(weight_type))
+        for name in spec.source_names
+    }
+
+    def tensor(name: str) -> np.ndarray:
+        size, is_vector = shapes[name]
+        if is_vector:
+            return np.full(size, 0.0 if name.endswith(".bias") else 1.0, np.float32)
+        return rng.standard_normal(size, np.float32) / np.float32(size[-1] ** 0.5)
+
+    write_model(str(path), config, weight_type, tensor, {"tokenizer.json": read_table(tokenizer).texts["tokenizer.json"]})
     return path
 
 

@@ -16,6 +16,7 @@ by step in turns (in one part, or in several whose sums travel meanwhile). With 
 import argparse
 import json
 import os
+import re
 import statistics
 import subprocess
 import sys
@@ -24,6 +25,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
 
+from benchmarks.batch import filled_model
 from mpillama.cli.display import in_number
 from tests.system.hosts.network import Hosts, running_hosts, why_not
 from tests.system.mpi.launch import PROGRAM, ROOT, environment
@@ -33,10 +35,8 @@ COLUMNS = (
     "tree", "hosts", "ranks", "delay µs", "Mbit/s", "there and back µs", "tok/s", "waiting ms", "kB", "messages", "plan"
 )  # fmt: skip
 WIDTHS = (6, 5, 5, 8, 7, 17, 8, 10, 8, 8, 8)
-MAKE_MODEL = """import sys, pathlib
-from benchmarks.batch import hollow_model
-hollow_model(pathlib.Path(sys.argv[1]), *sys.argv[2:])
-"""
+SPEEDS = re.compile(r"decode (\d+) tokens, ([0-9.]+) tok/s \| communication (\d+) %")
+"""In what generate says at its end. Its JSON has a digest, for which each rank sends all its logits: 300 kB a token."""
 PING = """from mpi4py import MPI
 from mpillama.comm.hosts import one_way_seconds
 from mpillama.comm.shared_memory import Backoff
@@ -130,18 +130,16 @@ def cores(given: argparse.Namespace, hosts: int) -> int:
 
 
 def make_trees(given: argparse.Namespace, folder: Path, hosts: int) -> list[Tree]:
-    """This tree, and the older one before it, each with a model of its own making."""
-    found = []
+    """This tree, and the older one before it, with one model."""
+    model, found = folder / "model.h5", []
+    if given.tokens and not model.exists():
+        filled_model(model, given.shape, given.weights, given.tokenizer)
     others = dict(setting.split("=", 1) for setting in given.before_settings)
     before = given.before or (ROOT if others else None)
     for name, path, settings in (("before", before, others), ("now", ROOT, {})):
         if path is None:
             continue
-        tree = Tree(name, path.resolve(), folder / f"{name}.h5", folder / f"{name}-{hosts}.json", settings)
-        if given.tokens and not tree.model.exists():
-            tokenizer = str(Path(given.tokenizer).resolve())
-            run_here(tree, "-c", MAKE_MODEL, str(tree.model), given.shape, given.weights, tokenizer)
-        found.append(tree)
+        found.append(Tree(name, path.resolve(), model, folder / f"{name}-{hosts}.json", settings))
     return found
 
 
@@ -194,9 +192,9 @@ def measure_stream(given: argparse.Namespace, hosts: Hosts, tree: Tree, number: 
     """A run of one stream, and in the first half of the runs a shorter one, which sends as much to start up."""
     if number <= given.runs // 2:
         generate(given, hosts, tree, few_tokens(given))
-    found = generate(given, hosts, tree, given.tokens)
-    tree.speeds.append(found["decode_tokens_per_second"])
-    tree.waits.append(found["communication_share"] * 1e3 / found["decode_tokens_per_second"])
+    speed, share = generate(given, hosts, tree, given.tokens)
+    tree.speeds.append(speed)
+    tree.waits.append(1e3 * share / speed)
 
 
 def few_tokens(given: argparse.Namespace) -> int:
@@ -213,17 +211,20 @@ def of_stream(given: argparse.Namespace, tree: Tree) -> Row:
     }  # fmt: skip
 
 
-def generate(given: argparse.Namespace, hosts: Hosts, tree: Tree, tokens: int) -> Row:
-    """A run; what all hosts sent meanwhile is noted."""
+def generate(given: argparse.Namespace, hosts: Hosts, tree: Tree, tokens: int) -> tuple[float, float]:
+    """Tokens/s of a run, and the share of communication; what all hosts sent meanwhile is noted."""
     hosts.counts()
     words = ("--prompt-token-ids", "5,6,7,8", "--temperature", "0", "--max-tokens", str(tokens), "--max-seq-len", "256")
-    command = (*PROGRAM, "generate", "--model", tree.model, "--json", *words, *more_options(given))
+    command = (*PROGRAM, "generate", "--model", tree.model, *words, *more_options(given))
     result = hosts.run(given.ranks_per_host, *command, tree=tree.path, settings=tree.settings)
     if result.status:
         sys.exit(result.stderr)
     counts = hosts.counts().values()
     tree.sent.setdefault(tokens, []).append((sum(c.bytes for c in counts), sum(c.messages for c in counts)))
-    return printed(result.stdout)
+    said = SPEEDS.search(result.stderr)
+    if said is None or int(said[1]) != tokens - 1:
+        sys.exit(f"not all {tokens} tokens were made: {result.stderr}")
+    return float(said[2]), int(said[3]) / 100
 
 
 def more_options(given: argparse.Namespace) -> list[str]:

@@ -150,8 +150,9 @@ inline void score_block(const Indexer& indexer, const IndexSizes& sizes, i64 blo
     }
 }
 
-// A score as an integer of the same order; both zeros are one.
+// A score as an integer of the same order; both zeros are one, and NaN, whose sign differs between processors, is the least.
 inline u32 as_ordered(float score) {
+    if (score != score) return 0;
     score += 0.0f;
     u32 bits;
     std::memcpy(&bits, &score, sizeof bits);

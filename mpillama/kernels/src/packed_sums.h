@@ -3,7 +3,7 @@
 // A message holds for each block of 32 numbers (the last may be shorter) two bytes: the bits of a number, and how many
 // zeros all of them end with; and then the blocks' bits one after the other, each from a whole byte on. A block with a
 // number that is no multiple of 2^-30 below 2^21 (what overflowed, NaN, -0) is sent as it is, in 64 bits.
-// docs/decisions/0013-packed-sums-between-hosts.md proves that nothing is lost.
+// docs/decisions/0013-sums-between-hosts.md proves that nothing is lost.
 #pragma once
 #include <cstring>
 
