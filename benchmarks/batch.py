@@ -72,7 +72,9 @@ def filled_model(path: Path, shape: str, weights: str, tokenizer: str) -> Path:
             return np.full(size, 0.0 if name.endswith(".bias") else 1.0, np.float32)
         return rng.standard_normal(size, np.float32) / np.float32(size[-1] ** 0.5)
 
-    write_model(str(path), config, weight_type, tensor, {"tokenizer.json": read_table(tokenizer).texts["tokenizer.json"]})
+    write_model(
+        str(path), config, weight_type, tensor, {"tokenizer.json": read_table(tokenizer).texts["tokenizer.json"]}
+    )
     return path
 
 

@@ -12,7 +12,7 @@ from typing import Protocol, cast
 import numpy as np
 from mpi4py import MPI
 
-from mpillama.comm.ways import MOST_DIRECT, MOST_PIECES, RANKS_PER_HOST, Traffic, virtual_host
+from mpillama.comm.ways import MOST_DIRECT, MOST_PIECES, RANKS_PER_HOST, Traffic, grid_of, virtual_host
 
 PING_BYTES = 64
 UNIT = 32
@@ -99,7 +99,10 @@ class Traveller:
 
     def travel(self, totals: Array, way: str) -> Steps:
         """Replace float64 [count] by its sum over hosts."""
-        ways = {"direct": self._direct, "pieces": self._pieces, "doubling": self._doubling, "halving": self._halving}
+        ways = {
+            "direct": self._direct, "pieces": self._pieces, "grid": self._grid, "doubling": self._doubling,
+            "halving": self._halving,
+        }  # fmt: skip
         return ways[way](totals)
 
     def _direct(self, totals: Array) -> Steps:
@@ -114,40 +117,79 @@ class Traveller:
 
     def _pieces(self, totals: Array) -> Steps:
         """Each host adds up a piece of the vector and tells all others: two rounds."""
-        borders = self._borders(len(totals), self.size)
-        parts = [totals[first:last] for first, last in pairwise(borders)]
-        starts = list(accumulate((self.packer.packed_limit(len(part)) for part in parts), initial=0))
-        others = [host for host in range(self.size) if host != self.rank]
-        mine = parts[self.rank]
-        limit = self.packer.packed_limit(len(mine))
-        incoming = self._incoming.reshape(-1)
-        outgoing = {host: self._pack(parts[host], starts[host]) for host in range(self.size) if len(parts[host])}
-        own = outgoing.pop(self.rank, None)
-        places = {host: incoming[limit * host : limit * (host + 1)] for host in others if len(mine)}
+        yield from self._scatter(totals, range(self.size))
+        yield from self._gather(totals, range(self.size))
+
+    def _grid(self, totals: Array) -> Steps:
+        """Hosts in rows and columns: pieces within a row, of the own piece within a column, and back; four rounds."""
+        rows, columns = grid_of(self.size)
+        with_rest = yield from self._join_rest(totals, rows * columns)
+        if with_rest is None:
+            return
+        row = range(self.rank // columns * columns, (self.rank // columns + 1) * columns)
+        column = range(self.rank % columns, rows * columns, columns)
+        mine = yield from self._scatter(totals, row)
+        yield from self._scatter(mine, column)
+        yield from self._gather(mine, column)
+        yield from self._gather(totals, row)
+        yield from self._answer_rest(totals, rows * columns, with_rest)
+
+    def _scatter(self, totals: Array, hosts: range) -> Generator[None, None, Array]:
+        """Give each of these hosts its piece of what we have; returns ours, added up."""
+        parts, starts = self._parts(totals, len(hosts))
+        mine = parts[hosts.index(self.rank)]
+        incoming, limit = self._incoming.reshape(-1), self.packer.packed_limit(len(mine))
+        outgoing = {
+            host: self._pack(part, start) for host, part, start in zip(hosts, parts, starts, strict=False) if len(part)
+        }
+        arrived = {self.rank: outgoing.pop(self.rank)} if len(mine) else {}
+        places = {
+            host: incoming[limit * i : limit * (i + 1)]
+            for i, host in enumerate(hosts)
+            if len(mine) and host != self.rank
+        }
         sizes = yield from self._exchange(outgoing, places)
-        for host in range(self.size) if own is not None else ():
-            arrived = own if host == self.rank else places[host][: sizes[host]]
-            self.packer.unpack(cast(Array, arrived), mine, begin=host == 0)
-        total = self._pack(mine, 0)
-        places = {host: incoming[starts[host] : starts[host + 1]] for host in others if len(parts[host])}
-        sizes = yield from self._exchange(dict.fromkeys(others, total) if len(mine) else {}, places)
+        arrived |= {host: place[: sizes[host]] for host, place in places.items()}
+        for host in sorted(arrived):  # in this order everywhere, for what overflowed and is not exact
+            self.packer.unpack(arrived[host], mine, begin=host == hosts[0])
+        return mine
+
+    def _gather(self, totals: Array, hosts: range) -> Steps:
+        """Tell these hosts our piece, and take theirs."""
+        parts, starts = self._parts(totals, len(hosts))
+        of_host = dict(zip(hosts, parts, strict=True))
+        incoming = self._incoming.reshape(-1)
+        places = {
+            host: incoming[start : start + self.packer.packed_limit(len(part))]
+            for host, part, start in zip(hosts, parts, starts, strict=False)
+            if len(part) and host != self.rank
+        }
+        mine = of_host[self.rank]
+        others = [host for host in hosts if host != self.rank]
+        outgoing = dict.fromkeys(others, self._pack(mine, 0)) if len(mine) else {}
+        sizes = yield from self._exchange(outgoing, places)
         for host, place in places.items():
-            self.packer.unpack(place[: sizes[host]], parts[host], begin=True)
+            self.packer.unpack(place[: sizes[host]], of_host[host], begin=True)
+
+    def _parts(self, totals: Array, count: int) -> tuple[list[Array], list[int]]:
+        """A vector in pieces, and where the message of each begins."""
+        parts = [totals[first:last] for first, last in pairwise(self._borders(len(totals), count))]
+        return parts, list(accumulate((self.packer.packed_limit(len(part)) for part in parts), initial=0))
 
     def _doubling(self, totals: Array) -> Steps:
         """Neighbours, then neighbours' neighbours and so on exchange their sums: few messages for many hosts."""
-        with_rest = yield from self._join_rest(totals)
+        with_rest = yield from self._join_rest(totals, self.whole)
         if with_rest is None:
             return
         bit = 1
         while bit < self.whole:
             yield from self._swap(self.rank ^ bit, totals, totals, False)
             bit *= 2
-        yield from self._answer_rest(totals, with_rest)
+        yield from self._answer_rest(totals, self.whole, with_rest)
 
     def _halving(self, totals: Array) -> Steps:
         """The same with half of the vector, a quarter and so on, and back: few messages, few bytes (Rabenseifner)."""
-        with_rest = yield from self._join_rest(totals)
+        with_rest = yield from self._join_rest(totals, self.whole)
         if with_rest is None:
             return
         borders = self._borders(len(totals), self.whole)
@@ -166,23 +208,23 @@ class Traveller:
             ends = (before[0], low) if self.rank & bit else (high, before[1])
             yield from self._swap(self.rank ^ bit, mine, totals[borders[ends[0]] : borders[ends[1]]], True)
             low, high = before
-        yield from self._answer_rest(totals, with_rest)
+        yield from self._answer_rest(totals, self.whole, with_rest)
 
-    def _join_rest(self, totals: Array) -> Generator[None, None, bool | None]:
-        """Hosts beyond the largest power of two give what they have to one of the others, and get the sum: None."""
-        partner = self.rank - self.whole
+    def _join_rest(self, totals: Array, whole: int) -> Generator[None, None, bool | None]:
+        """Hosts beyond the first `whole` give what they have to one of those, and get the sum: None."""
+        partner = self.rank - whole
         if partner >= 0:
             yield from self._send_or_receive({partner: totals}, {}, False)
             yield from self._send_or_receive({}, {partner: totals}, True)
             return None
-        has_rest = self.rank + self.whole < self.size
+        has_rest = self.rank + whole < self.size
         if has_rest:
-            yield from self._send_or_receive({}, {self.rank + self.whole: totals}, False)
+            yield from self._send_or_receive({}, {self.rank + whole: totals}, False)
         return has_rest
 
-    def _answer_rest(self, totals: Array, has_rest: bool) -> Steps:
+    def _answer_rest(self, totals: Array, whole: int, has_rest: bool) -> Steps:
         if has_rest:
-            yield from self._send_or_receive({self.rank + self.whole: totals}, {}, False)
+            yield from self._send_or_receive({self.rank + whole: totals}, {}, False)
 
     def _swap(self, peer: int, give: Array, take: Array, begin: bool) -> Steps:
         """Send a peer what it is to have, and add what it sends to ours."""

@@ -1,6 +1,7 @@
 """How hosts exchange sums, and what is counted of it; without MPI, so that `plan` knows it, too."""
 
 import bisect
+import math
 import os
 import re
 from dataclasses import dataclass
@@ -12,6 +13,8 @@ MOST_DIRECT = 16
 """Hosts up to which each may send all it has to each."""
 MOST_PIECES = 64
 """Hosts up to which each may send every other one its piece."""
+FEWEST_IN_GRID = 9
+"""Hosts from which a grid of them has fewer messages than pieces from each to each."""
 RANKS_PER_HOST = "MPILLAMA_RANKS_PER_HOST"
 """For tests: the ranks of one machine are taken for those of several hosts, so many each, or as listed (3,1,1)."""
 
@@ -64,4 +67,12 @@ def ways_between(hosts: int) -> list[str]:
         return ["alone"]
     found = ["direct"] if hosts <= MOST_DIRECT else []
     found += ["pieces"] if hosts <= MOST_PIECES else []
+    found += ["grid"] if hosts >= FEWEST_IN_GRID else []
     return found + (["doubling", "halving"] if hosts > 2 else [])  # with two they are the same as the others
+
+
+def grid_of(hosts: int) -> tuple[int, int]:
+    """Rows and columns of a grid that is nearly a square; fewer hosts than it has rows may be left over."""
+    root = math.isqrt(hosts)
+    rows = next((rows for rows in range(root, root // 2, -1) if hosts % rows == 0), root)
+    return rows, hosts // rows

@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass
 
-from mpillama.comm.ways import ways_between
+from mpillama.comm.ways import grid_of, ways_between
 from mpillama.models.candidates import Wanted, message_numbers
 from mpillama.models.config import ModelConfig
 from mpillama.quant.weight_type import LANES
@@ -77,9 +77,13 @@ def sum_sent(layout: Layout, width: int, tokens: int) -> dict[str, Sent]:
         hosts.bit_count() > 1
     )  # rounds of the hosts beyond a power of two: they join others, and are answered
     piece = 2 * (hosts - 1) / hosts * whole
+    rows, columns = grid_of(hosts)
+    waiting = 2 * (rows * columns < hosts)  # of the hosts beyond the grid, as above
+    in_row, in_column = 2 * (columns - 1), 2 * (rows - 1)
     ways = {
         "direct": Sent(1, hosts - 1, (hosts - 1) * whole),
         "pieces": Sent(2, 2 * (hosts - 1), piece),
+        "grid": Sent(4 + waiting, in_row + in_column, (in_row + in_column / rows) / columns * whole),
         "doubling": Sent(hosts.bit_length() - 1 + joining, steps, steps * whole),
         "halving": Sent(2 * steps, 2 * steps, piece),
     }
