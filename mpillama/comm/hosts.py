@@ -93,7 +93,8 @@ class Traveller:
         self.rank, self.size, self.whole = hosts.rank, hosts.size, hosts.whole
         self.packer = hosts.packer
         self.place = place
-        each = self.packer.packed_limit(hosts.capacity) + MOST_PIECES * self.packer.packed_limit(UNIT)
+        pieces = max(min(self.size, MOST_PIECES), *grid_of(self.size))
+        each = self.packer.packed_limit(hosts.capacity) + pieces * self.packer.packed_limit(UNIT)
         self._outgoing = np.empty(each, np.uint8)
         self._incoming = np.empty((self.size if self.size <= MOST_DIRECT else 2, each), np.uint8)
 
