@@ -18,6 +18,8 @@ from mpillama.cli.options import BenchOptions
 from mpillama.cli.plots import draw
 from mpillama.cli.running import running
 from mpillama.cli.values import refuse_unwritable
+from mpillama.comm.communicator import Communicator
+from mpillama.comm.hosts import count_hosts, host_mates
 from mpillama.comm.pipeline import join_stages
 from mpillama.engine.measure import Part, Stopwatch, Timing, read_bandwidth, where_time_goes
 from mpillama.engine.skew import RankTimes, skew_of
@@ -66,9 +68,14 @@ def print_report(report: Report) -> None:
 def _headline(report: Report) -> str:
     return (
         f"{report['shape']}, weights {report['weights']}, KV {report['kv_type']}, "
-        f"{in_number(report['ranks'], 'rank')} x {in_number(report['threads'], 'thread')}, {report['isa']}, "
+        f"{in_number(report['ranks'], 'rank')}{_on_hosts(report)} x {in_number(report['threads'], 'thread')}, "
+        f"{report['isa']}, "
         f"read bandwidth {report['read_bandwidth_bytes_per_second'] / 1e9:.1f} GB/s"
     )
+
+
+def _on_hosts(report: Report) -> str:
+    return f" on {report['hosts']} hosts" if report["hosts"] > 1 else ""
 
 
 def _print_prefill(report: Report) -> None:
@@ -241,6 +248,7 @@ def _measure(options: BenchOptions, world: World, target: Target, model: Decoder
         "kv_type": options.kv_type,
         "layers": {"measured": model.config.num_hidden_layers, "model": whole.num_hidden_layers},
         "ranks": world.comm.size,
+        "hosts": _hosts(world.comm),
         "threads": target.threads,
         "isa": target.isa.name,
         "weight_bytes_per_rank": world.comm.gather(model.weights.bytes),
@@ -254,6 +262,15 @@ def _measure(options: BenchOptions, world: World, target: Target, model: Decoder
         "rss_bytes_per_rank": world.comm.gather(_resident_bytes()),
         **where,
     }
+
+
+def _hosts(comm: Communicator) -> int:
+    """How many hosts all ranks are on."""
+    with comm.watch.blocking("the counting of hosts"):
+        mates = host_mates(comm.mpi)
+        found = count_hosts(comm.mpi, mates)
+        mates.Free()
+    return found
 
 
 def _where(options: BenchOptions, watch: Stopwatch, host: str) -> list[dict[str, Any]]:

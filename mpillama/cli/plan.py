@@ -206,7 +206,7 @@ def _network(text: str, software: float) -> Network:
 
 
 def _node(options: PlanOptions) -> tuple[Node, float]:
-    """As given, or as a saved `bench --json` measured it for all its ranks; and what software adds to a message."""
+    """As given, or a host's part of what a saved `bench --json` measured; and what software adds to a message."""
     read = parse_bytes("--read-bandwidth", options.read_bandwidth) if options.read_bandwidth else None
     if options.bench is None:
         compute = parse_number("--compute", options.compute, "MAC", "multiply-adds a second: write it like 2TMAC/s")
@@ -214,14 +214,15 @@ def _node(options: PlanOptions) -> tuple[Node, float]:
         return Node(bandwidth, compute, read, None, STEP_SECONDS, LAYER_SECONDS), MESSAGE_SECONDS
     try:
         found = json.loads(Path(options.bench).read_text())
-        compute = max(entry["multiply_adds_per_second"] for entry in found["prefill"])
+        hosts = int(found.get("hosts", 1))  # older ones do not tell
+        compute = max(entry["multiply_adds_per_second"] for entry in found["prefill"]) / hosts
         beside = found["decode"][0].get("overhead_seconds", {})  # older ones have none
         step, layer = beside.get("step", STEP_SECONDS), beside.get("layer", LAYER_SECONDS)
-        measured = float(found["read_bandwidth_bytes_per_second"])
+        measured = float(found["read_bandwidth_bytes_per_second"]) / hosts
         node = Node(measured, float(compute), read, _waiting(found), float(step), float(layer))
         message = beside.get("message")  # None of a single host
         return node, MESSAGE_SECONDS if message is None else float(message)
-    except (OSError, ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, IndexError, TypeError, AttributeError, ZeroDivisionError) as error:
         raise UserError(f"--bench {options.bench}: is no output of `bench --json` ({error}).") from error
 
 

@@ -203,6 +203,20 @@ def test_what_bench_measured_of_python_and_mpi_is_read(beside, seconds, tmp_path
     assert seconds < 1 / speed < seconds + 0.02
 
 
+def test_a_bench_over_several_hosts_tells_what_one_of_them_does(tmp_path, capsys):
+    """Its ranks read and compute together; one that does not say on how many hosts is of a single one."""
+    saved, speeds = tmp_path / "bench.json", []
+    words = ["plan", "--shape", "llama-3.2-1b", "--nodes", "3", "--max-seq-len", "64", "--bench", str(saved), "--json"]
+    for hosts, told in ((1, {}), (1, {"hosts": 1}), (4, {"hosts": 4})):
+        prefill = [{"multiply_adds_per_second": hosts * 1e12}]
+        beside = {"overhead_seconds": MEASURED}
+        found = {"read_bandwidth_bytes_per_second": hosts * 1e11, "prefill": prefill, "decode": [beside]}
+        saved.write_text(json.dumps(found | told))
+        assert main(words) == 0
+        speeds.append(json.loads(capsys.readouterr().out)["speed"])
+    assert speeds[0] == speeds[1] == speeds[2]
+
+
 def test_coarse_sums_send_less():
     exact, coarse = (
         plan.predict(plan.make_plan(request(sync=sync)), plan.Node(200e9, 2e12), Network(1e-4, 1e8))

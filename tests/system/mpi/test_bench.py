@@ -40,7 +40,9 @@ def test_what_a_step_takes_beside_its_weights(ranks: int, hosts: str, toy: Path)
         ranks, *PROGRAM, "bench", "--model", toy, *QUICK, "--batch", "2", "1", "--threads", "1", "--json", env=env
     )
     assert result.status == 0, result.stderr
-    first, second = json.loads(result.stdout)["decode"]
+    report = json.loads(result.stdout)
+    assert report["hosts"] == (2 if hosts else 1)
+    first, second = report["decode"]
     assert "overhead_seconds" not in second
     found = first["overhead_seconds"]
     assert found["step"] >= 0
@@ -49,12 +51,14 @@ def test_what_a_step_takes_beside_its_weights(ranks: int, hosts: str, toy: Path)
     assert not hosts or (found["latency"] > 0 and found["message"] >= 0)
 
 
-@pytest.mark.parametrize("hosts", ["2/2/1/1", "1/1/2/2"])
-def test_what_a_message_takes_where_one_stage_of_two_is_on_several_hosts(hosts: str, toy: Path) -> None:
+@pytest.mark.parametrize(("hosts", "count"), [("2/2/1/1", 3), ("1/1/2/2", 2)])
+def test_what_a_message_takes_where_one_stage_of_two_is_on_several_hosts(hosts: str, count: int, toy: Path) -> None:
     options = ("--model", toy, *QUICK, "--batch", "1", "--threads", "1", "--pipeline", "2", "--json")
     result = run(4, SCRIPTS / "hosts_of_ranks.py", hosts, "bench", *options)
     assert result.status == 0, result.stderr
-    found = json.loads(result.stdout)["decode"][0]["overhead_seconds"]
+    report = json.loads(result.stdout)
+    assert report["hosts"] == count
+    found = report["decode"][0]["overhead_seconds"]
     assert found["latency"] > 0
     assert found["message"] >= 0
 
