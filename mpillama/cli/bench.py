@@ -31,6 +31,7 @@ from mpillama.loading.placement import warn_of_shared_cores
 from mpillama.loading.plan import multiply_adds
 from mpillama.loading.progress import LoadWatch
 from mpillama.loading.synthetic import SyntheticWeights
+from mpillama.loading.traffic import refuse_coarse_sums
 from mpillama.loading.truncated import TruncatedModel
 from mpillama.models.config import ModelConfig
 from mpillama.models.decoder import Decoder, DecoderLayer
@@ -199,6 +200,7 @@ def _load(options: BenchOptions, world: World, target: Target) -> tuple[Decoder,
         return loaded.model, whole_file.config
     warn_of_shared_cores(world, target.threads)
     whole = ModelConfig.from_hf(shape_config(options.shape or ""))
+    refuse_coarse_sums(options.sync, whole, options.shape or "")
     config = whole.some_layers(options.layers or whole.num_hidden_layers)
     specs = config.tensors(types_of_shape(options.shape or "", options.weights, config))
     chunk = min(options.prefill_chunk, config.max_position_embeddings)

@@ -36,7 +36,7 @@ from mpillama.loading.plan import (
 )  # fmt: skip
 from mpillama.loading.settings import DEFAULT_DRAFTS, parse_bytes, parse_number
 from mpillama.loading.shares import Measured, by_positions, divide, read_shares
-from mpillama.loading.traffic import MESSAGE_SECONDS, Network
+from mpillama.loading.traffic import MESSAGE_SECONDS, Network, refuse_coarse_sums
 from mpillama.models.config import ModelConfig
 from mpillama.models.shapes import AS_PUBLISHED, shape_config, types_of_shape
 from mpillama.models.tensors import WeightTypes
@@ -190,8 +190,10 @@ def _with_shares(request: PlanRequest, shares: tuple[float, ...] | list[Measured
 def _model(options: PlanOptions) -> tuple[ModelConfig, WeightTypes]:
     if options.shape is not None:
         config = ModelConfig.from_hf(shape_config(options.shape))
+        refuse_coarse_sums(options.sync, config, options.shape)
         return config, types_of_shape(options.shape, options.weights, config)
     file = open_model(options.model or "", options.weights, options.tokenizer)
+    refuse_coarse_sums(options.sync, file.config, file.path)
     return file.config, file.weight_types
 
 
