@@ -242,8 +242,9 @@ def _measure(options: BenchOptions, world: World, target: Target, model: Decoder
     watch = Stopwatch(model, positions, max(options.batch), options.kv_type, options.prefill_chunk)
     bandwidths = [read_bandwidth(world.comm, target.team)]
     prefill = [_prefill(options, watch, tokens, whole) for tokens in options.prefill]
-    decode = [_decode(options, world, watch, batch, bandwidths, whole) for batch in options.batch]
-    where = {"where": _where(options, watch, world.host)} if options.where else {}
+    where = _where(options, watch, world.host) if options.where else []
+    wire_share = _wire_share(where, world.comm.rank)
+    decode = [_decode(options, world, watch, batch, bandwidths, whole, wire_share) for batch in options.batch]
     return {
         "shape": options.shape or options.model,
         "weights": weights_of_shape(options.weights) if options.shape else "as stored",
@@ -262,7 +263,7 @@ def _measure(options: BenchOptions, world: World, target: Target, model: Decoder
         "allreduce_microseconds": decode[0]["allreduce_microseconds"],
         "slowest_rank": decode[0]["slowest_rank"],
         "rss_bytes_per_rank": world.comm.gather(_resident_bytes()),
-        **where,
+        **({"where": where} if where else {}),
     }
 
 
@@ -296,6 +297,15 @@ def _where(options: BenchOptions, watch: Stopwatch, host: str) -> list[dict[str,
         several = _of_several(ranks) if len(ranks) > 1 else {}
         found.append({"step": name, "parts": [_part(part) for part in parts if part.seconds > 0], **several})
     return found
+
+
+def _wire_share(where: list[dict[str, Any]], rank: int) -> float | None:
+    """What of this rank's time in the sums of the first step is not waiting for others; None if nobody measured it."""
+    if not where or "ranks" not in where[0]:
+        return None
+    mine = where[0]["ranks"][rank]
+    wire, waiting = mine["wire_seconds"], sum(mine["waiting_seconds_per_layer"])
+    return float(wire / (wire + waiting)) if wire else 0.0
 
 
 def _of_several(ranks: list[RankTimes]) -> dict[str, Any]:
@@ -351,8 +361,9 @@ def _prefill(options: BenchOptions, watch: Stopwatch, tokens: int, whole: ModelC
 
 
 def _decode(
-    options: BenchOptions, world: World, watch: Stopwatch, batch: int, bandwidths: list[float], whole: ModelConfig
-) -> dict[str, Any]:
+    options: BenchOptions, world: World, watch: Stopwatch, batch: int, bandwidths: list[float], whole: ModelConfig,
+    wire_share: float | None,
+) -> dict[str, Any]:  # fmt: skip
     # Other machines on the same host change what memory gives from second to second: measured before and after.
     before = read_bandwidth(world.comm, watch.model.team)
     with world.comm.doing(f"measuring {options.decode} steps of {in_number(batch, 'sequence')}"):
@@ -380,7 +391,8 @@ def _decode(
     }
     if batch == options.batch[0]:
         with world.comm.doing("measuring what a step takes beside its weights"):
-            result["overhead_seconds"] = asdict(measure_overhead(watch, timing, batch, options.context, bandwidth))
+            overhead = measure_overhead(watch, timing, batch, options.context, bandwidth, wire_share)
+            result["overhead_seconds"] = asdict(overhead)
     if watch.model.config.num_hidden_layers < whole.num_hidden_layers:
         again = lambda: watch.decode(batch, options.context, options.decode)  # noqa: E731
         result["whole_model_tokens_per_second"] = batch / _extrapolate(watch, timing.median, whole, again)

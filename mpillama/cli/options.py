@@ -486,8 +486,8 @@ class PlanOptions(Options):
     )
     bench: Optional[str] = option(
         "take from a saved `bench --json` the node's bandwidth and compute (those of all its ranks, divided by its "
-        "hosts), and what Python and MPI add to a step, a layer and a message; with --where and several ranks, also "
-        "how long ranks wait for each other",
+        "hosts), and what Python and MPI add to a step, a layer and a message; with --where and several ranks, apart "
+        "from these, how long ranks wait for each other",
         metavar="FILE",
     )
     pipeline: int = option(

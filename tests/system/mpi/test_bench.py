@@ -111,6 +111,28 @@ def test_ranks_that_wait_for_a_late_one(toy: Path, tmp_path: Path) -> None:
     assert late["decode_tokens_per_second"] < usual["decode_tokens_per_second"]
 
 
+SLEEP = 0.1
+LATE_RANKS = SCRIPTS / "late_ranks.py"
+
+
+def test_waiting_counts_once_in_what_is_planned_of_a_bench(toy: Path, tmp_path: Path) -> None:
+    """Each rank is late in turn, so that all spend as long in sums: without --where that is a message's, else not."""
+    quiet = (*QUICK, "--batch", "1", "--threads", "1", "--json")
+    nodes, saved, messages = ("--nodes", "2", "--max-seq-len", "64"), tmp_path / "bench.json", []
+    env = {"MPILLAMA_RANKS_PER_HOST": "1"}
+    for where in ((), ("--where",)):
+        result = run(2, LATE_RANKS, SLEEP, "all", "all", "bench", "--model", toy, *quiet, *where, env=env)
+        assert result.status == 0, result
+        (decode,) = json.loads(result.stdout)["decode"]
+        messages.append(decode["overhead_seconds"]["message"])
+        saved.write_text(result.stdout)
+        planned = json.loads(run(None, *PROGRAM, "plan", "--model", toy, *nodes, "--bench", saved, "--json").stdout)
+        assert (planned["speed"]["waiting_share"] > 0.3) == bool(where)
+        ratio = planned["speed"]["decode_tokens_per_second"] / decode["tokens_per_second"]
+        assert 0.75 < ratio < 1.33
+    assert messages[0] > 0.1 * SLEEP > messages[1]
+
+
 def test_the_picture_of_several_ranks(toy: Path, tmp_path: Path) -> None:
     drawing = find_spec("matplotlib") is not None
     path = tmp_path / "bench.png"
