@@ -115,6 +115,32 @@ SLEEP = 0.1
 LATE_RANKS = SCRIPTS / "late_ranks.py"
 
 
+def test_the_late_rank_of_two_hosts_is_named_with_its_layer(toy: Path) -> None:
+    """The last of four ranks, two on each host, sleeps before a layer: in it all the others wait."""
+    quiet = (*QUICK, "--batch", "1", "--threads", "1", "--where", "--json")
+    env = {"MPILLAMA_RANKS_PER_HOST": "2"}
+    result = run(4, LATE_RANKS, SLEEP, "3", "1", "bench", "--model", toy, *quiet, env=env)
+    assert result.status == 0, result
+    report = json.loads(result.stdout)
+    assert (report["ranks"], report["hosts"], report["layers"]["measured"]) == (4, 2, 2)
+    step = report["where"][0]
+    assert [rank["rank"] for rank in step["ranks"]] == [0, 1, 2, 3]
+    for rank in step["ranks"]:
+        waiting = rank["waiting_seconds_per_layer"]
+        assert 0 < rank["wire_seconds"] < SLEEP
+        if rank["rank"] == 3:
+            assert rank["own_seconds"] > SLEEP
+            assert sum(waiting) < SLEEP / 2
+        else:
+            assert rank["own_seconds"] < SLEEP
+            assert 0.9 * SLEEP < waiting[1] < 2 * SLEEP
+            assert waiting[0] < SLEEP / 2
+    (late,) = step["late"]
+    assert late["rank"] == 3
+    assert late["seconds_later"] > SLEEP / 2
+    assert 0.6 * SLEEP < step["waiting_seconds"] < 2 * SLEEP
+
+
 def test_waiting_counts_once_in_what_is_planned_of_a_bench(toy: Path, tmp_path: Path) -> None:
     """Each rank is late in turn, so that all spend as long in sums: without --where that is a message's, else not."""
     quiet = (*QUICK, "--batch", "1", "--threads", "1", "--json")
