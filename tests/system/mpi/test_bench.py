@@ -125,20 +125,18 @@ def test_the_late_rank_of_two_hosts_is_named_with_its_layer(toy: Path) -> None:
     assert (report["ranks"], report["hosts"], report["layers"]["measured"]) == (4, 2, 2)
     step = report["where"][0]
     assert [rank["rank"] for rank in step["ranks"]] == [0, 1, 2, 3]
-    for rank in step["ranks"]:
-        waiting = rank["waiting_seconds_per_layer"]
-        assert 0 < rank["wire_seconds"] < SLEEP
-        if rank["rank"] == 3:
-            assert rank["own_seconds"] > SLEEP
-            assert sum(waiting) < SLEEP / 2
-        else:
-            assert rank["own_seconds"] < SLEEP
-            assert 0.9 * SLEEP < waiting[1] < 2 * SLEEP
-            assert waiting[0] < SLEEP / 2
+    assert all(0 < rank["wire_seconds"] < SLEEP for rank in step["ranks"])
+    *others, last = step["ranks"]
+    assert last["own_seconds"] > SLEEP
+    assert sum(last["waiting_seconds_per_layer"]) < SLEEP / 2
+    for rank in others:
+        before, within = rank["waiting_seconds_per_layer"]
+        assert rank["own_seconds"] < last["own_seconds"] - SLEEP / 2
+        assert before < SLEEP / 2 < within < 2 * SLEEP
     (late,) = step["late"]
     assert late["rank"] == 3
-    assert late["seconds_later"] > SLEEP / 2
-    assert 0.6 * SLEEP < step["waiting_seconds"] < 2 * SLEEP
+    assert SLEEP / 2 < late["seconds_later"] < 2 * SLEEP
+    assert SLEEP / 3 < step["waiting_seconds"] < 2 * SLEEP
 
 
 def test_waiting_counts_once_in_what_is_planned_of_a_bench(toy: Path, tmp_path: Path) -> None:
