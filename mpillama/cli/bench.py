@@ -18,6 +18,8 @@ from mpillama.cli.options import BenchOptions
 from mpillama.cli.plots import draw
 from mpillama.cli.running import running
 from mpillama.cli.values import refuse_unwritable
+from mpillama.comm.communicator import Communicator
+from mpillama.comm.hosts import count_hosts, host_mates
 from mpillama.comm.pipeline import join_stages
 from mpillama.engine.measure import Part, Stopwatch, Timing, read_bandwidth, where_time_goes
 from mpillama.engine.skew import RankTimes, skew_of
@@ -29,6 +31,7 @@ from mpillama.loading.placement import warn_of_shared_cores
 from mpillama.loading.plan import multiply_adds
 from mpillama.loading.progress import LoadWatch
 from mpillama.loading.synthetic import SyntheticWeights
+from mpillama.loading.traffic import refuse_coarse_sums
 from mpillama.loading.truncated import TruncatedModel
 from mpillama.models.config import ModelConfig
 from mpillama.models.decoder import Decoder, DecoderLayer
@@ -66,9 +69,14 @@ def print_report(report: Report) -> None:
 def _headline(report: Report) -> str:
     return (
         f"{report['shape']}, weights {report['weights']}, KV {report['kv_type']}, "
-        f"{in_number(report['ranks'], 'rank')} x {in_number(report['threads'], 'thread')}, {report['isa']}, "
+        f"{in_number(report['ranks'], 'rank')}{_on_hosts(report)} x {in_number(report['threads'], 'thread')}, "
+        f"{report['isa']}, "
         f"read bandwidth {report['read_bandwidth_bytes_per_second'] / 1e9:.1f} GB/s"
     )
+
+
+def _on_hosts(report: Report) -> str:
+    return f" on {report['hosts']} hosts" if report["hosts"] > 1 else ""
 
 
 def _print_prefill(report: Report) -> None:
@@ -192,6 +200,7 @@ def _load(options: BenchOptions, world: World, target: Target) -> tuple[Decoder,
         return loaded.model, whole_file.config
     warn_of_shared_cores(world, target.threads)
     whole = ModelConfig.from_hf(shape_config(options.shape or ""))
+    refuse_coarse_sums(options.sync, whole, options.shape or "")
     config = whole.some_layers(options.layers or whole.num_hidden_layers)
     specs = config.tensors(types_of_shape(options.shape or "", options.weights, config))
     chunk = min(options.prefill_chunk, config.max_position_embeddings)
@@ -233,14 +242,16 @@ def _measure(options: BenchOptions, world: World, target: Target, model: Decoder
     watch = Stopwatch(model, positions, max(options.batch), options.kv_type, options.prefill_chunk)
     bandwidths = [read_bandwidth(world.comm, target.team)]
     prefill = [_prefill(options, watch, tokens, whole) for tokens in options.prefill]
-    decode = [_decode(options, world, watch, batch, bandwidths, whole) for batch in options.batch]
-    where = {"where": _where(options, watch, world.host)} if options.where else {}
+    where = _where(options, watch, world.host) if options.where else []
+    wire_share = _wire_share(where, world.comm.rank)
+    decode = [_decode(options, world, watch, batch, bandwidths, whole, wire_share) for batch in options.batch]
     return {
         "shape": options.shape or options.model,
         "weights": weights_of_shape(options.weights) if options.shape else "as stored",
         "kv_type": options.kv_type,
         "layers": {"measured": model.config.num_hidden_layers, "model": whole.num_hidden_layers},
         "ranks": world.comm.size,
+        "hosts": _hosts(world.comm),
         "threads": target.threads,
         "isa": target.isa.name,
         "weight_bytes_per_rank": world.comm.gather(model.weights.bytes),
@@ -252,8 +263,17 @@ def _measure(options: BenchOptions, world: World, target: Target, model: Decoder
         "allreduce_microseconds": decode[0]["allreduce_microseconds"],
         "slowest_rank": decode[0]["slowest_rank"],
         "rss_bytes_per_rank": world.comm.gather(_resident_bytes()),
-        **where,
+        **({"where": where} if where else {}),
     }
+
+
+def _hosts(comm: Communicator) -> int:
+    """How many hosts all ranks are on."""
+    with comm.watch.blocking("the counting of hosts"):
+        mates = host_mates(comm.mpi)
+        found = count_hosts(comm.mpi, mates)
+        mates.Free()
+    return found
 
 
 def _where(options: BenchOptions, watch: Stopwatch, host: str) -> list[dict[str, Any]]:
@@ -277,6 +297,15 @@ def _where(options: BenchOptions, watch: Stopwatch, host: str) -> list[dict[str,
         several = _of_several(ranks) if len(ranks) > 1 else {}
         found.append({"step": name, "parts": [_part(part) for part in parts if part.seconds > 0], **several})
     return found
+
+
+def _wire_share(where: list[dict[str, Any]], rank: int) -> float | None:
+    """What of this rank's time in the sums of the first step is not waiting for others; None if nobody measured it."""
+    if not where or "ranks" not in where[0]:
+        return None
+    mine = where[0]["ranks"][rank]
+    wire, waiting = mine["wire_seconds"], sum(mine["waiting_seconds_per_layer"])
+    return float(wire / (wire + waiting)) if wire else 0.0
 
 
 def _of_several(ranks: list[RankTimes]) -> dict[str, Any]:
@@ -332,8 +361,9 @@ def _prefill(options: BenchOptions, watch: Stopwatch, tokens: int, whole: ModelC
 
 
 def _decode(
-    options: BenchOptions, world: World, watch: Stopwatch, batch: int, bandwidths: list[float], whole: ModelConfig
-) -> dict[str, Any]:
+    options: BenchOptions, world: World, watch: Stopwatch, batch: int, bandwidths: list[float], whole: ModelConfig,
+    wire_share: float | None,
+) -> dict[str, Any]:  # fmt: skip
     # Other machines on the same host change what memory gives from second to second: measured before and after.
     before = read_bandwidth(world.comm, watch.model.team)
     with world.comm.doing(f"measuring {options.decode} steps of {in_number(batch, 'sequence')}"):
@@ -361,7 +391,8 @@ def _decode(
     }
     if batch == options.batch[0]:
         with world.comm.doing("measuring what a step takes beside its weights"):
-            result["overhead_seconds"] = asdict(measure_overhead(watch, timing, batch, options.context, bandwidth))
+            overhead = measure_overhead(watch, timing, batch, options.context, bandwidth, wire_share)
+            result["overhead_seconds"] = asdict(overhead)
     if watch.model.config.num_hidden_layers < whole.num_hidden_layers:
         again = lambda: watch.decode(batch, options.context, options.decode)  # noqa: E731
         result["whole_model_tokens_per_second"] = batch / _extrapolate(watch, timing.median, whole, again)

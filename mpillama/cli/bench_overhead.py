@@ -6,6 +6,7 @@
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from statistics import mean
 
 from mpillama.comm.communicator import Communicator
 from mpillama.comm.hosts import one_way_seconds
@@ -20,7 +21,8 @@ from mpillama.models.decoder import Decoder, DecoderLayer
 class Overhead:
     """Seconds of a step, of each layer, and of each message between hosts beyond the `latency` of a bare one.
 
-    The last two are None on a single host.
+    The last two are None on a single host. Where it was measured what ranks wait for each other, that is in none of
+    them; otherwise they are the slowest rank's, and a message has the waiting in it.
     """
 
     step: float
@@ -42,10 +44,13 @@ def only_layers(watch: Stopwatch, kept: Sequence[DecoderLayer]) -> Iterator[None
         watch.model.layers, watch.cache.arguments, watch.step_parts = layers, caches, step_parts
 
 
-def measure_overhead(watch: Stopwatch, whole: Timing, sequences: int, context: int, bandwidth: float) -> Overhead:
-    """Compare decode steps (`whole`) and steps without layers with what reading takes; on the slowest rank.
+def measure_overhead(
+    watch: Stopwatch, whole: Timing, sequences: int, context: int, bandwidth: float, wire_share: float | None
+) -> Overhead:
+    """Compare decode steps (`whole`) and steps without layers with what reading takes.
 
-    `bandwidth`: bytes per second that all ranks read together. Every rank must call it.
+    `bandwidth`: bytes per second that all ranks read together; `wire_share`: what of this rank's time in sums is not
+    waiting for late ranks, None if that was not measured. Every rank must call it.
     """
     model, comm, steps = watch.model, watch.comm, len(whole.seconds)
     with only_layers(watch, []):
@@ -55,17 +60,19 @@ def measure_overhead(watch: Stopwatch, whole: Timing, sequences: int, context: i
     reading = (model.weights.bytes_per_step(sequences) + watch.kv_bytes(sequences, context)) / speed - head
     own, without = whole.own_seconds / steps, rest.own_seconds / steps
     beside = max(0.0, without - head), max(0.0, own - without - reading) / max(1, len(model.layers))
-    found = [waits for waits in comm.gather(_waits(model, whole, sequences)) if waits]
+    found = [waits for waits in comm.gather(_waits(model, whole, sequences, wire_share)) if waits]
     latency = max(waits.latency for waits in found) if found else None
     message = max(0.0, min((w.seconds / w.rounds - w.latency for w in found if w.seconds), default=0.0))
-    step, layer = (max(column) for column in zip(*comm.gather(beside), strict=True))
+    # For whoever works longer the others wait: with the waiting told apart the mean counts, or it would count twice.
+    of_all = max if wire_share is None else mean
+    step, layer = (of_all(column) for column in zip(*comm.gather(beside), strict=True))
     return Overhead(step, layer, message if found else None, latency)
 
 
 @dataclass(frozen=True)
 class _Waits:
-    """Of a rank that adds up with other hosts: seconds of a sum over ranks, the messages one after the other in it, and
-    those of a bare one.
+    """Of a rank that adds up with other hosts: seconds of a sum over ranks, without waiting if that is known, the
+    messages one after the other in it, and the seconds of a bare one.
     """
 
     seconds: float
@@ -73,13 +80,14 @@ class _Waits:
     latency: float
 
 
-def _waits(model: Decoder, whole: Timing, sequences: int) -> _Waits | None:
+def _waits(model: Decoder, whole: Timing, sequences: int, wire_share: float | None) -> _Waits | None:
     """None on a single host; stages of a pipeline may differ in that."""
     latency = _latency(model.comm)
     if latency is None:
         return None
     rounds = _rounds(model.comm, sequences * model.config.padded_hidden_size)
-    return _Waits(whole.all_reduce_microseconds / 1e6, rounds, latency)
+    share = 1.0 if wire_share is None else wire_share
+    return _Waits(share * whole.all_reduce_microseconds / 1e6, rounds, latency)
 
 
 def _latency(comm: Communicator) -> float | None:

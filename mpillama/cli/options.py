@@ -485,13 +485,14 @@ class PlanOptions(Options):
         metavar="MAC/s",
     )
     bench: Optional[str] = option(
-        "take from a saved `bench --json` the node's bandwidth and compute, and what Python and MPI add to a step, a "
-        "layer and a message; with --where and several ranks, also how long ranks wait for each other",
+        "take from a saved `bench --json` the node's bandwidth and compute (those of all its ranks, divided by its "
+        "hosts), and what Python and MPI add to a step, a layer and a message; with --where and several ranks, apart "
+        "from these, how long ranks wait for each other",
         metavar="FILE",
     )
-    pipeline: int = option(
-        "stages of equally many nodes that hold the layers one after the other; others are compared (default: 1)",
-        1,
+    pipeline: Optional[int] = option(
+        "stages of equally many nodes that hold the layers one after the other; others are compared (default: 1, with "
+        "--sbatch the best number)",
         metavar="STAGES",
         least=1,
     )
@@ -505,7 +506,7 @@ class PlanOptions(Options):
     read_bandwidth: Optional[str] = option(
         "read bandwidth of a node from the file system, e.g. 5GB/s", metavar="BYTES/s"
     )
-    sbatch: Optional[str] = option("write a job script for this plan", metavar="FILE")
+    sbatch: Optional[str] = option("write a job script for this plan if it fits", metavar="FILE")
     json: bool = option("print one JSON object", False)
 
     def check(self) -> None:

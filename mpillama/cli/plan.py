@@ -36,7 +36,7 @@ from mpillama.loading.plan import (
 )  # fmt: skip
 from mpillama.loading.settings import DEFAULT_DRAFTS, parse_bytes, parse_number
 from mpillama.loading.shares import Measured, by_positions, divide, read_shares
-from mpillama.loading.traffic import MESSAGE_SECONDS, Network
+from mpillama.loading.traffic import MESSAGE_SECONDS, Network, refuse_coarse_sums
 from mpillama.models.config import ModelConfig
 from mpillama.models.shapes import AS_PUBLISHED, shape_config, types_of_shape
 from mpillama.models.tensors import WeightTypes
@@ -92,7 +92,7 @@ def _command(options: PlanOptions) -> list[str]:
     if options.max_seq_len is not None:
         words += ["--max-seq-len", str(options.max_seq_len)]
     words += ["--shares", options.shares] if options.shares is not None else []
-    words += ["--pipeline", str(options.pipeline)] if options.pipeline > 1 else []
+    words += ["--pipeline", str(options.pipeline)] if options.pipeline not in (None, 1) else []
     words += ["--context-parallel"] if options.context_parallel else []
     if options.model is not None:
         model = f"MODEL=${{MODEL:-{shlex.quote(options.model)}}}"
@@ -114,15 +114,17 @@ def plan(options: PlanOptions) -> int:
     """Run the command; returns the exit status: 1 if it does not fit."""
     refuse_unwritable("--sbatch", options.sbatch)
     with stages(is_root=True, quiet=options.json)("planning"):
-        planned = make_plan(_request(options))
-    node, software = _node(options)
-    network = _network(options.network, software)
+        request = _request(options)
+        node, software = _node(options)
+        network = _network(options.network, software)
+        compared = plans_of_stages(request, node, network) if options.nodes > 1 else []
+        planned = _of_script(compared) if options.sbatch and options.pipeline is None else None
+        planned = planned or make_plan(request)
     speed, even = predict(planned, node, network), None
     if planned.request.shares is not None:
         even = predict(make_plan(replace(planned.request, shares=None)), node, network)
     drafted = predict_drafts(planned, node, network)
     cures = remedies(planned)
-    compared = plans_of_stages(planned.request, node, network) if options.nodes > 1 else []
     if options.json:
         drafts = {"drafts": asdict(drafted)} if drafted else {}
         report = {**_as_json(planned, speed, even, cures), **drafts, **_layouts_as_json(compared)}
@@ -135,8 +137,16 @@ def plan(options: PlanOptions) -> int:
         if len(compared) > 1:
             _print_layouts(compared, network)
     if options.sbatch and planned.fits:
-        _write_sbatch(options)
+        _write_sbatch(replace(options, pipeline=planned.request.stages))
+        if not options.json:
+            _print_stages_of_script(options, planned.request.stages, compared)
     return 0 if planned.fits else DOES_NOT_FIT
+
+
+def _of_script(compared: list[StagePlan]) -> Plan | None:
+    """The plan that a job script is for, if the user leaves the stages open: the best one that fits, if one does."""
+    best = best_stages(compared) if compared else None
+    return best.plan if best and best.plan.fits else None
 
 
 def _request(options: PlanOptions) -> PlanRequest:
@@ -154,7 +164,7 @@ def _request(options: PlanOptions) -> PlanRequest:
     bench_trial = options.shape is not None and options.layers is not None  # without texts
     sizes = (nodes, ranks, memory, context, options.batch, options.kv_type)
     request = PlanRequest(
-        config, types, *sizes, tokenizer=not bench_trial, sync=options.sync, stages=options.pipeline,
+        config, types, *sizes, tokenizer=not bench_trial, sync=options.sync, stages=options.pipeline or 1,
         threads=options.threads, draft=_draft(options), context_parallel=options.context_parallel,
     )  # fmt: skip
     even = divide(request.ranks, request.stages, None, config.most_stages)
@@ -190,8 +200,10 @@ def _with_shares(request: PlanRequest, shares: tuple[float, ...] | list[Measured
 def _model(options: PlanOptions) -> tuple[ModelConfig, WeightTypes]:
     if options.shape is not None:
         config = ModelConfig.from_hf(shape_config(options.shape))
+        refuse_coarse_sums(options.sync, config, options.shape)
         return config, types_of_shape(options.shape, options.weights, config)
     file = open_model(options.model or "", options.weights, options.tokenizer)
+    refuse_coarse_sums(options.sync, file.config, file.path)
     return file.config, file.weight_types
 
 
@@ -206,7 +218,7 @@ def _network(text: str, software: float) -> Network:
 
 
 def _node(options: PlanOptions) -> tuple[Node, float]:
-    """As given, or as a saved `bench --json` measured it for all its ranks; and what software adds to a message."""
+    """As given, or a host's part of what a saved `bench --json` measured; and what software adds to a message."""
     read = parse_bytes("--read-bandwidth", options.read_bandwidth) if options.read_bandwidth else None
     if options.bench is None:
         compute = parse_number("--compute", options.compute, "MAC", "multiply-adds a second: write it like 2TMAC/s")
@@ -214,14 +226,15 @@ def _node(options: PlanOptions) -> tuple[Node, float]:
         return Node(bandwidth, compute, read, None, STEP_SECONDS, LAYER_SECONDS), MESSAGE_SECONDS
     try:
         found = json.loads(Path(options.bench).read_text())
-        compute = max(entry["multiply_adds_per_second"] for entry in found["prefill"])
+        hosts = int(found.get("hosts", 1))  # older ones do not tell
+        compute = max(entry["multiply_adds_per_second"] for entry in found["prefill"]) / hosts
         beside = found["decode"][0].get("overhead_seconds", {})  # older ones have none
         step, layer = beside.get("step", STEP_SECONDS), beside.get("layer", LAYER_SECONDS)
-        measured = float(found["read_bandwidth_bytes_per_second"])
+        measured = float(found["read_bandwidth_bytes_per_second"]) / hosts
         node = Node(measured, float(compute), read, _waiting(found), float(step), float(layer))
         message = beside.get("message")  # None of a single host
         return node, MESSAGE_SECONDS if message is None else float(message)
-    except (OSError, ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, IndexError, TypeError, AttributeError, ZeroDivisionError) as error:
         raise UserError(f"--bench {options.bench}: is no output of `bench --json` ({error}).") from error
 
 
@@ -236,6 +249,7 @@ def _as_json(planned: Plan, speed: Speed, even: Speed | None, cures: list[Remedy
     return {
         **shares,
         "fits": planned.fits,
+        "pipeline": planned.request.stages,
         "headroom_bytes_per_node": planned.headroom,
         "inequality": planned.inequality,
         "bytes_per_node": planned.nodes,
@@ -352,6 +366,17 @@ def _print_layouts(compared: list[StagePlan], network: Network) -> None:
         )
     else:
         print_sentence(f"Best: --pipeline {best.stages}, the fastest that fits.")
+
+
+def _print_stages_of_script(options: PlanOptions, stages: int, compared: list[StagePlan]) -> None:
+    """Where a script has more stages than `generate` by itself, or other ones than are best."""
+    if stages not in [layout.stages for layout in compared]:
+        return
+    best = best_stages(compared).stages
+    if options.pipeline is None and stages > 1:
+        print_sentence(f"{options.sbatch} runs with --pipeline {stages}, the best, which is what is planned here.")
+    elif stages != best:
+        print_sentence(f"{options.sbatch} runs with --pipeline {stages}, as asked for; --pipeline {best} is best.")
 
 
 def _times(count: int) -> str:

@@ -38,6 +38,7 @@ from mpillama.loading.preflight import (
 from mpillama.loading.progress import PLACE, AbandonedError, LoadState, LoadWatch
 from mpillama.loading.settings import EngineSettings, ModelSettings
 from mpillama.loading.shares import by_positions, divide, gain_of, measured_division, on_these_hosts, read_shares
+from mpillama.loading.traffic import refuse_coarse_sums
 from mpillama.loading.truncated import truncated
 from mpillama.models.cache import blocks_for, held_blocks
 from mpillama.models.config import ModelConfig
@@ -134,8 +135,7 @@ def load_model(
     _check_context(settings, file)
     if check is not None:
         comm.on_root_only(lambda: comm.busy(lambda: check(file), "comparing the draft model's tokens"))
-    if settings.sync == "q80" and file.config.has_post_norms:
-        raise UserError(f"{file.path}: --sync q80 is for models without norms after the halves of a layer: use exact.")
+    refuse_coarse_sums(settings.sync, file.config, file.path)
     LOG.info("table of %s with %d tensors after %.1f s.", file.path, len(file.specs), time.perf_counter() - start)
     if settings.warns:
         warn_of_hosts(world)

@@ -533,11 +533,17 @@ class StagePlan:
 
 
 def plans_of_stages(request: PlanRequest, node: Node, network: Network) -> list[StagePlan]:
-    """All numbers of stages of whole nodes; with uneven shares only the number asked for."""
+    """All numbers of stages of whole nodes; with uneven shares only the number asked for, and with a cache divided by
+    positions those whose ranks can divide it.
+    """
     found = []
     for stages in range(1, min(request.nodes, MOST_STAGES, request.config.most_stages) + 1):
         if request.nodes % stages == 0 and (stages == request.stages or request.shares is None):
-            plan = make_plan(replace(request, stages=stages))
+            changed = replace(request, stages=stages)
+            even = replace(changed.division, context_parallel=False)
+            if request.context_parallel and not repeats_cache(request.config, even):
+                continue
+            plan = make_plan(changed)
             sums = [
                 stage.sent(network, request.batch).rounds for stage in plan.request.staged if stage.layout.hosts > 1
             ]

@@ -3,7 +3,12 @@
 import math
 from dataclasses import dataclass
 
+<<<<<<< HEAD
 from mpillama.comm.ways import grid_of, ways_between
+=======
+from mpillama.comm.ways import ways_between
+from mpillama.errors import UserError
+>>>>>>> w-plan
 from mpillama.models.candidates import Wanted, message_numbers
 from mpillama.models.config import ModelConfig
 from mpillama.quant.weight_type import LANES
@@ -62,6 +67,12 @@ class Sent:
 
     def __add__(self, other: "Sent") -> "Sent":
         return Sent(self.rounds + other.rounds, self.messages + other.messages, self.bytes + other.bytes)
+
+
+def refuse_coarse_sums(sync: str, config: ModelConfig, model: str) -> None:
+    """UserError for a model, so named, in which a norm would follow on sums that --sync q80 rounds."""
+    if sync == "q80" and config.has_post_norms:
+        raise UserError(f"{model}: --sync q80 is for models without norms after the halves of a layer: use exact.")
 
 
 def sums_of_step(config: ModelConfig) -> int:

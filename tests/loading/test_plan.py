@@ -203,6 +203,20 @@ def test_what_bench_measured_of_python_and_mpi_is_read(beside, seconds, tmp_path
     assert seconds < 1 / speed < seconds + 0.02
 
 
+def test_a_bench_over_several_hosts_tells_what_one_of_them_does(tmp_path, capsys):
+    """Its ranks read and compute together; one that does not say on how many hosts is of a single one."""
+    saved, speeds = tmp_path / "bench.json", []
+    words = ["plan", "--shape", "llama-3.2-1b", "--nodes", "3", "--max-seq-len", "64", "--bench", str(saved), "--json"]
+    for hosts, told in ((1, {}), (1, {"hosts": 1}), (4, {"hosts": 4})):
+        prefill = [{"multiply_adds_per_second": hosts * 1e12}]
+        beside = {"overhead_seconds": MEASURED}
+        found = {"read_bandwidth_bytes_per_second": hosts * 1e11, "prefill": prefill, "decode": [beside]}
+        saved.write_text(json.dumps(found | told))
+        assert main(words) == 0
+        speeds.append(json.loads(capsys.readouterr().out)["speed"])
+    assert speeds[0] == speeds[1] == speeds[2]
+
+
 def test_coarse_sums_send_less():
     exact, coarse = (
         plan.predict(plan.make_plan(request(sync=sync)), plan.Node(200e9, 2e12), Network(1e-4, 1e8))
@@ -408,6 +422,49 @@ def test_the_command_compares_stages():
     assert found["speed"]["messages_per_step"] == 1
     wrong = run(None, *PROGRAM, "plan", *options, "--pipeline", "3")
     assert (wrong.status, wrong.stderr.count("\n")) == (2, 1)
+
+
+SLOW_NODES = ("--shape", "llama-3.1-70b", "--nodes", "2", "--max-seq-len", "2048", "--network", "1ms,120MB/s")
+
+
+@pytest.mark.parametrize(
+    ("asked", "written", "told"),
+    [
+        ((), 2, "runs with --pipeline 2, the best, which is what is planned here."),
+        (("--pipeline", "1"), 1, "runs with --pipeline 1, as asked for; --pipeline 2 is best."),
+        (("--pipeline", "2"), 2, ""),
+        (("--network", "2us,12GB/s"), 1, ""),
+    ],
+)
+def test_a_job_script_has_the_best_stages_unless_others_are_asked_for(asked, written, told, tmp_path, capsys):
+    """And what is planned, shown and told in JSON is what the script runs."""
+    script = tmp_path / "job.sbatch"
+    words = ["plan", *SLOW_NODES, *asked, "--sbatch", str(script)]
+    assert main(words) == 0
+    assert ("--pipeline 2" in script.read_text()) == (written == 2)
+    shown = capsys.readouterr().out
+    assert ("job.sbatch runs with" in shown) == bool(told)
+    assert told in shown
+    assert main([*words, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["pipeline"] == written
+    (layout,) = [each for each in found["layouts"] if each["pipeline"] == written]
+    assert found["speed"]["decode_tokens_per_second"] == layout["decode_tokens_per_second"]
+
+
+def test_without_a_script_one_stage_is_planned_as_runs_have_it(capsys):
+    assert main(["plan", *SLOW_NODES, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["pipeline"], found["best_pipeline"]) == (1, 2)
+
+
+def test_stages_that_cannot_divide_positions_are_not_compared():
+    """Of the 8 KV heads 16 ranks hold each twice, but 8, 4, 2 and 1 of a stage hold none that another has."""
+    asked = request("llama-3.1-70b", nodes=16, context=2048, context_parallel=True)
+    found = plan.plans_of_stages(asked, plan.Node(200e9, 2e12), Network(1e-3, 120e6))
+    assert [layout.stages for layout in found] == [1]
+    usual = plan.plans_of_stages(replace(asked, context_parallel=False), plan.Node(200e9, 2e12), Network(1e-3, 120e6))
+    assert [layout.stages for layout in usual] == [1, 2, 4, 8, 16]
 
 
 # -- drafts ------------------------------------------------------------------------------------------------------------

@@ -40,7 +40,9 @@ def test_what_a_step_takes_beside_its_weights(ranks: int, hosts: str, toy: Path)
         ranks, *PROGRAM, "bench", "--model", toy, *QUICK, "--batch", "2", "1", "--threads", "1", "--json", env=env
     )
     assert result.status == 0, result.stderr
-    first, second = json.loads(result.stdout)["decode"]
+    report = json.loads(result.stdout)
+    assert report["hosts"] == (2 if hosts else 1)
+    first, second = report["decode"]
     assert "overhead_seconds" not in second
     found = first["overhead_seconds"]
     assert found["step"] >= 0
@@ -49,12 +51,14 @@ def test_what_a_step_takes_beside_its_weights(ranks: int, hosts: str, toy: Path)
     assert not hosts or (found["latency"] > 0 and found["message"] >= 0)
 
 
-@pytest.mark.parametrize("hosts", ["2/2/1/1", "1/1/2/2"])
-def test_what_a_message_takes_where_one_stage_of_two_is_on_several_hosts(hosts: str, toy: Path) -> None:
+@pytest.mark.parametrize(("hosts", "count"), [("2/2/1/1", 3), ("1/1/2/2", 2)])
+def test_what_a_message_takes_where_one_stage_of_two_is_on_several_hosts(hosts: str, count: int, toy: Path) -> None:
     options = ("--model", toy, *QUICK, "--batch", "1", "--threads", "1", "--pipeline", "2", "--json")
     result = run(4, SCRIPTS / "hosts_of_ranks.py", hosts, "bench", *options)
     assert result.status == 0, result.stderr
-    found = json.loads(result.stdout)["decode"][0]["overhead_seconds"]
+    report = json.loads(result.stdout)
+    assert report["hosts"] == count
+    found = report["decode"][0]["overhead_seconds"]
     assert found["latency"] > 0
     assert found["message"] >= 0
 
@@ -105,6 +109,52 @@ def test_ranks_that_wait_for_a_late_one(toy: Path, tmp_path: Path) -> None:
     late, usual = (json.loads(each.stdout)["speed"] for each in (planned, punctual))
     assert late["waiting_share"] > 0 == usual["waiting_share"]
     assert late["decode_tokens_per_second"] < usual["decode_tokens_per_second"]
+
+
+SLEEP = 0.1
+LATE_RANKS = SCRIPTS / "late_ranks.py"
+
+
+def test_the_late_rank_of_two_hosts_is_named_with_its_layer(toy: Path) -> None:
+    """The last of four ranks, two on each host, sleeps before a layer: in it all the others wait."""
+    quiet = (*QUICK, "--batch", "1", "--threads", "1", "--where", "--json")
+    env = {"MPILLAMA_RANKS_PER_HOST": "2"}
+    result = run(4, LATE_RANKS, SLEEP, "3", "1", "bench", "--model", toy, *quiet, env=env)
+    assert result.status == 0, result
+    report = json.loads(result.stdout)
+    assert (report["ranks"], report["hosts"], report["layers"]["measured"]) == (4, 2, 2)
+    step = report["where"][0]
+    assert [rank["rank"] for rank in step["ranks"]] == [0, 1, 2, 3]
+    assert all(0 < rank["wire_seconds"] < SLEEP for rank in step["ranks"])
+    *others, last = step["ranks"]
+    assert last["own_seconds"] > SLEEP
+    assert sum(last["waiting_seconds_per_layer"]) < SLEEP / 2
+    for rank in others:
+        before, within = rank["waiting_seconds_per_layer"]
+        assert rank["own_seconds"] < last["own_seconds"] - SLEEP / 2
+        assert before < SLEEP / 2 < within < 2 * SLEEP
+    (late,) = step["late"]
+    assert late["rank"] == 3
+    assert SLEEP / 2 < late["seconds_later"] < 2 * SLEEP
+    assert SLEEP / 3 < step["waiting_seconds"] < 2 * SLEEP
+
+
+def test_waiting_counts_once_in_what_is_planned_of_a_bench(toy: Path, tmp_path: Path) -> None:
+    """Each rank is late in turn, so that all spend as long in sums: without --where that is a message's, else not."""
+    quiet = (*QUICK, "--batch", "1", "--threads", "1", "--json")
+    nodes, saved, messages = ("--nodes", "2", "--max-seq-len", "64"), tmp_path / "bench.json", []
+    env = {"MPILLAMA_RANKS_PER_HOST": "1"}
+    for where in ((), ("--where",)):
+        result = run(2, LATE_RANKS, SLEEP, "all", "all", "bench", "--model", toy, *quiet, *where, env=env)
+        assert result.status == 0, result
+        (decode,) = json.loads(result.stdout)["decode"]
+        messages.append(decode["overhead_seconds"]["message"])
+        saved.write_text(result.stdout)
+        planned = json.loads(run(None, *PROGRAM, "plan", "--model", toy, *nodes, "--bench", saved, "--json").stdout)
+        assert (planned["speed"]["waiting_share"] > 0.3) == bool(where)
+        ratio = planned["speed"]["decode_tokens_per_second"] / decode["tokens_per_second"]
+        assert 0.75 < ratio < 1.33
+    assert messages[0] > 0.1 * SLEEP > messages[1]
 
 
 def test_the_picture_of_several_ranks(toy: Path, tmp_path: Path) -> None:

@@ -57,8 +57,18 @@ def test_coarse_answers_are_the_same_on_any_number_of_ranks(demo: Path) -> None:
     assert found["q80"] != found["exact"]
 
 
-def test_coarse_sums_are_refused_where_a_norm_follows() -> None:
-    options = ("--model", GOLDEN / "gemma2", "--prompt-token-ids", "5,6", "--sync", "q80")
-    result = run(None, *PROGRAM, *options)
-    assert (result.status, result.stdout) == (2, "")
-    assert "--sync q80 is for models without norms after the halves of a layer" in result.stderr
+@pytest.mark.parametrize(
+    ("ranks", "words"),
+    [
+        (2, ("generate", "--model", GOLDEN / "gemma2", "--prompt-token-ids", "5,6")),
+        (2, ("bench", "--shape", "gemma-2-9b", "--layers", "1")),
+        (None, ("plan", "--shape", "olmo-2-7b")),
+        (None, ("plan", "--model", GOLDEN / "gemma3")),
+    ],
+)
+def test_coarse_sums_are_refused_where_a_norm_follows(ranks: int | None, words: tuple[str, ...]) -> None:
+    """Before anything is loaded or made, and planned as little as run."""
+    result = run(ranks, *PROGRAM, *words, "--sync", "q80")
+    assert (result.status, result.stdout, result.words.count("\n")) == (2, "", 1)
+    sentence = f"{words[2]}: --sync q80 is for models without norms after the halves of a layer: use exact."
+    assert sentence in result.stderr
