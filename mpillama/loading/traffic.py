@@ -3,12 +3,8 @@
 import math
 from dataclasses import dataclass
 
-<<<<<<< HEAD
 from mpillama.comm.ways import grid_of, ways_between
-=======
-from mpillama.comm.ways import ways_between
 from mpillama.errors import UserError
->>>>>>> w-plan
 from mpillama.models.candidates import Wanted, message_numbers
 from mpillama.models.config import ModelConfig
 from mpillama.quant.weight_type import LANES
