@@ -34,8 +34,8 @@ LONGEST_TURN = 2.0
 POLL_SECONDS = 0.02
 DELIVERY_SECONDS = 0.2
 """Left to the launcher to pass the last words on: some drop what they have not read when a job is aborted."""
-START_SECONDS = 60.0
-"""MPI may take so long to start at least, however short --timeout is: hosts and their file servers are busy then."""
+MPI_SECONDS = 60.0
+"""MPI may take so long to start, or to end, however short --timeout is: hosts and their file servers are busy then."""
 KILL_SECONDS = 2.0
 """Open MPI ends the ranks of an aborted job by SIGTERM, and kills them a second later: none need say so."""
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
@@ -193,7 +193,7 @@ def starting_mpi(timeout: float) -> Iterator[Aborter]:
     aborter.install()
     ask_for_threads()
     quiet_mpi()
-    with no_longer_than(timeout and max(timeout, START_SECONDS)), warnings.catch_warnings():
+    with no_longer_than(timeout), warnings.catch_warnings():
         # mpi4py's word on a launcher of another MPI, once per rank: refuse_singletons and doctor say it once.
         warnings.filterwarnings("ignore", "suspicious MPI execution environment", RuntimeWarning)
         yield aborter
@@ -201,9 +201,12 @@ def starting_mpi(timeout: float) -> Iterator[Aborter]:
 
 @contextmanager
 def no_longer_than(timeout: float) -> Iterator[None]:
-    """End the process if the block takes longer than so many seconds, even if no Python runs any more; 0: for ever."""
+    """End the process if MPI's start or end takes longer than so many seconds and than MPI_SECONDS; 0: for ever.
+
+    That needs no other Python to run.
+    """
     if timeout:
-        faulthandler.dump_traceback_later(timeout, exit=True)
+        faulthandler.dump_traceback_later(max(timeout, MPI_SECONDS), exit=True)
     yield
     faulthandler.cancel_dump_traceback_later()
 

@@ -43,6 +43,14 @@ def host_mates(mpi: MPI.Intracomm) -> MPI.Intracomm:
     return cast(MPI.Intracomm, mpi.Split_type(MPI.COMM_TYPE_SHARED))
 
 
+def is_first_of_host(mpi: MPI.Intracomm) -> bool:
+    """Whether this rank is the lowest one of its host; all ranks must call this."""
+    mates = host_mates(mpi)
+    first = mates.rank == 0
+    mates.Free()
+    return bool(first)
+
+
 class HostExchange:
     """Adds up vectors of the leaders of all hosts; `table` says which way up to which number of numbers."""
 

@@ -1,6 +1,7 @@
 """What the launcher (mpirun, srun) says of this process, known before MPI is started."""
 
 import os
+import re
 from collections.abc import Mapping, MutableMapping
 
 from mpillama.comm.ways import OVERLAP, RANKS_PER_HOST, virtual_host
@@ -13,6 +14,10 @@ HOST_RANK_VARIABLES = ("MPI_LOCALRANKID", "OMPI_COMM_WORLD_LOCAL_RANK", "SLURM_L
 OPEN_MPI = "OMPI_COMM_WORLD_SIZE"
 HOST_SIZE_VARIABLES = ("MPI_LOCALNRANKS", "OMPI_COMM_WORLD_LOCAL_SIZE")
 SLURM_STEP_HOSTS = "SLURM_STEP_NUM_NODES"
+SLURM_STEP_HOST_SIZES = "SLURM_STEP_TASKS_PER_NODE"
+"""Of the step's hosts in their order; SLURM_TASKS_PER_NODE may be the job's."""
+SLURM_HOST = "SLURM_NODEID"
+"""Which of them this one is, from 0."""
 THREAD_LEVEL = "MPI4PY_RC_THREAD_LEVEL"
 """By which mpi4py asks MPI for MPI_THREAD_MULTIPLE or less."""
 DEFAULT_TIMEOUT = 600.0
@@ -44,7 +49,21 @@ def launched_here(environment: Mapping[str, str] | None = None) -> int:
     """How many processes were launched together on this host, 1 if the launcher does not say."""
     environment = os.environ if environment is None else environment
     found = [environment[name] for name in HOST_SIZE_VARIABLES if environment.get(name, "").isdigit()]
-    return int(found[0]) if found else 1
+    if found:
+        return int(found[0])
+    return slurm_tasks_of(environment.get(SLURM_STEP_HOST_SIZES, ""), environment.get(SLURM_HOST, "")) or 1
+
+
+def slurm_tasks_of(sizes: str, host: str) -> int:
+    """How many tasks a host has, by its number and Slurm's list of all hosts ("2(x3),1"); 0 if they do not say."""
+    if not host.isdigit() or not re.fullmatch(r"\d+(\(x\d+\))?(,\d+(\(x\d+\))?)*", sizes):
+        return 0
+    left = int(host)
+    for tasks, repeats in re.findall(r"(\d+)(?:\(x(\d+)\))?", sizes):
+        left -= int(repeats or 1)
+        if left < 0:
+            return int(tasks)
+    return 0
 
 
 def launched_on_several_hosts(environment: Mapping[str, str] | None = None) -> bool:

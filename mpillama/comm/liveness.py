@@ -328,8 +328,9 @@ def _why_silent(silent: Sequence[Mate], place: Place) -> str:
         return f"the hosts {', '.join(lost)} are down, or cut off from {mine}"
     if lost and mine not in lost and place.answering - {mine}:
         return f"host {lost[0]} is down, hangs or is cut off, or the rank was stopped; other hosts answer"
-    if lost and mine not in lost and len(silent) > 1:
-        return f"host {lost[0]} is down or hangs, or the network between it and {mine} is down"
+    if lost and mine not in lost:  # of one rank alone nobody can tell whether it is the rank or its host
+        rank = "" if len(silent) > 1 else "it was stopped or is busy beyond measure, or "
+        return f"{rank}host {lost[0]} is down or hangs, or the network between it and {mine} is down"
     return "it was stopped, it is busy beyond measure, or its host or the network hangs"
 
 

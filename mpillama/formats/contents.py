@@ -83,13 +83,17 @@ def _open(path: str, size: int) -> int:
     )
 
 
-def refuse_other_contents(files: Files, digests: Sequence[np.ndarray], hosts: Sequence[str]) -> None:
-    """UserError that names the first rank which sees other bytes than rank 0, given every rank's digests and host."""
-    others = [rank for rank, found in enumerate(digests) if not np.array_equal(found, digests[0])]
+def refuse_other_contents(files: Files, digests: Sequence[np.ndarray | None], hosts: Sequence[str]) -> None:
+    """UserError that names the first rank which sees other bytes than rank 0.
+
+    `digests`: those of rank 0 and of every other rank that has looked, None of the others; `hosts`: of every rank.
+    """
+    seen = {rank: found for rank, found in enumerate(digests) if found is not None}
+    others = [rank for rank, found in seen.items() if not np.array_equal(found, seen[0])]
     if not others:
         return
     rank = others[0]
-    place = samples(files)[int(np.flatnonzero(digests[rank] != digests[0])[0])]
+    place = samples(files)[int(np.flatnonzero(seen[rank] != seen[0])[0])]
     more = f" and {len(others) - 1} more" if others[1:] else ""
     raise UserError(
         f"rank {rank} of {len(digests)} on {hosts[rank]}{more}: {place.path} has other contents there than for rank 0 "

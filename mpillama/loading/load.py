@@ -12,6 +12,7 @@ from typing import cast
 import numpy as np
 
 from mpillama.comm.communicator import Communicator
+from mpillama.comm.hosts import is_first_of_host
 from mpillama.comm.pipeline import join_stages
 from mpillama.comm.shared_memory import CAPACITY, SharedReduction
 from mpillama.engine.executor import Executor
@@ -195,9 +196,14 @@ def choose_division(
 
 
 def _refuse_other_contents(file: ModelFile, world: World) -> None:
-    """UserError on all ranks if one sees other files than rank 0."""
+    """UserError on all ranks if a host sees other files than rank 0's; its first rank looks for all of them.
+
+    Thousands of ranks that each open hundreds of files at the same moment would keep a file server busy for minutes.
+    """
     comm = world.comm
-    digests = comm.gather(comm.together(lambda: sample_digests(file.files)))
+    with comm.watch.blocking("the start of loading"):
+        looks = is_first_of_host(comm.mpi)
+    digests = comm.gather(comm.together(lambda: sample_digests(file.files) if looks else None))
     refuse_other_contents(file.files, digests, comm.gather(world.host))
 
 

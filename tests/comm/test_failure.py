@@ -9,6 +9,7 @@ from mpillama.comm.launcher import (
     THREAD_LEVEL,
     ask_for_threads,
     launched_first,
+    launched_here,
     launched_on_several_hosts,
     quiet_mpi,
 )
@@ -59,6 +60,34 @@ def test_mpi_is_kept_quiet_unless_the_user_has_said_otherwise() -> None:
 )
 def test_the_first_rank_of_a_host(environment: dict[str, str], first: bool) -> None:
     assert launched_first(environment) is first
+
+
+SIZES = "SLURM_STEP_TASKS_PER_NODE"
+
+
+@pytest.mark.parametrize(
+    ("environment", "ranks"),
+    [
+        ({}, 1),
+        ({"MPI_LOCALNRANKS": "3"}, 3),
+        ({"OMPI_COMM_WORLD_LOCAL_SIZE": "2"}, 2),
+        ({SIZES: "4", "SLURM_NODEID": "0"}, 4),
+        ({SIZES: "2(x3)", "SLURM_NODEID": "2"}, 2),
+        ({SIZES: "2(x3),1", "SLURM_NODEID": "3"}, 1),
+        ({SIZES: "1,16(x255),8(x2)", "SLURM_NODEID": "255"}, 16),
+        ({SIZES: "1,16(x255),8(x2)", "SLURM_NODEID": "256"}, 8),
+        ({SIZES: "3,2", "SLURM_NODEID": "1", "SLURM_TASKS_PER_NODE": "8(x2)"}, 2),
+        # mpirun, whose own helpers are the step
+        ({SIZES: "1(x2)", "SLURM_NODEID": "1", "MPI_LOCALNRANKS": "5"}, 5),
+        # nothing that could be relied on
+        ({SIZES: "3,2", "SLURM_NODEID": "2"}, 1),
+        ({SIZES: "3,2"}, 1),
+        ({SIZES: "3(x", "SLURM_NODEID": "0"}, 1),
+        ({"SLURM_TASKS_PER_NODE": "8", "SLURM_NODEID": "0"}, 1),
+    ],
+)
+def test_the_ranks_of_a_host(environment: dict[str, str], ranks: int) -> None:
+    assert launched_here(environment) == ranks
 
 
 HYDRA = {"PMI_SIZE": "4", "PMI_RANK": "0", "MPI_LOCALRANKID": "0"}

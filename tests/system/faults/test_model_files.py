@@ -1,13 +1,15 @@
-"""A model file that one rank's host sees otherwise than rank 0's, or not at all."""
+"""A model file that one rank's host sees otherwise than rank 0's, or not at all; and who looks at it."""
 
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from mpillama.comm.ways import RANKS_PER_HOST
 from mpillama.errors import UserError
 from tests.system.faults.running import SHORT, name, sabotage, statuses, the_mistake
-from tests.system.mpi.launch import TIMEOUT
+from tests.system.mpi.launch import SCRIPTS, TIMEOUT, run
 
 pytestmark = pytest.mark.timeout(TIMEOUT + 60)
 
@@ -30,7 +32,10 @@ CASES = [
 
 
 @pytest.mark.parametrize(("ranks", "victim", "fault"), CASES)
-def test_one_rank_sees_another_file(ranks: int, victim: int, fault: str, toy: Path, tmp_path: Path) -> None:
+def test_one_host_sees_another_file(
+    ranks: int, victim: int, fault: str, toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(RANKS_PER_HOST, f"{victim},{ranks - victim}")
     phase = "load" if fault == "cut" else "any"
     sentence = the_mistake(sabotage(fault, ranks, victim, phase, toy, tmp_path, *SHORT))
     assert sentence.startswith(f"mpillama: {name(victim, ranks)}")
@@ -38,6 +43,16 @@ def test_one_rank_sees_another_file(ranks: int, victim: int, fault: str, toy: Pa
     for words in SAYS[fault]:
         assert words in sentence.lower() or words in sentence
     assert statuses(tmp_path) == dict.fromkeys(range(ranks), 2)
+
+
+def test_one_rank_of_each_host_looks_at_the_files(toy: Path, tmp_path: Path) -> None:
+    """Besides that each opens those that it reads weights from, and rank 0 the table."""
+    script = (SCRIPTS / "model_opens.py", tmp_path, "--model", toy, *SHORT, "--threads", "1")
+    result = run(4, *script, env={RANKS_PER_HOST: "2"})
+    assert result.status == 0, result.stderr
+    samples, reads = zip(*(json.loads((tmp_path / f"opens-{rank}").read_text()) for rank in range(4)), strict=True)
+    assert samples == (1, 0, 1, 0)
+    assert reads == (1, 1, 1, 1)
 
 
 @pytest.mark.parametrize("fault", ["vanished", "unreadable", "cut"])
@@ -77,7 +92,7 @@ def test_samples_show_a_difference(place: str, shards: dict[str, int]) -> None:
     with pytest.raises(UserError, match=r"rank 2 of 3 on z.*other contents") as caught:
         refuse_other_contents(shards, [before, before, after], ["x", "y", "z"])
     assert str(file) in str(caught.value)
-    refuse_other_contents(shards, [after, after, after], ["x", "y", "z"])
+    refuse_other_contents(shards, [after, None, after], ["x", "x", "z"])
 
 
 def test_files_of_other_sizes_are_refused(shards: dict[str, int]) -> None:

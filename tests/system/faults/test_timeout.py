@@ -157,6 +157,12 @@ def test_a_wait_inside_mpi_ends_too() -> None:
     assert "cannot be known" in sentence
 
 
+def test_an_end_that_takes_longer_than_a_short_time_out_is_no_failure() -> None:
+    """All ranks have done their work by then."""
+    result = run(2, SCRIPTS / "slow_end.py")
+    assert (result.status, result.stderr) == (0, "")
+
+
 @pytest.mark.parametrize("reader", ["quick", "slow"])
 def test_a_reader_that_takes_its_time_is_announced(reader: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """As a pager does: the pipe is full for a while."""
@@ -322,6 +328,7 @@ def test_news_are_passed_on_once_and_not_back() -> None:
         ("abcd", {2}, ["rank 2 of 4 on c has not", "host c is down, hangs or is cut off", "other hosts answer"]),
         ("abcd", {2, 3}, ["rank 2 of 4 on c (and 1 more)", "the hosts c, d are down, or cut off from b"]),
         ("bbaa", {2, 3}, ["rank 2 of 4 on a (and 1 more)", "the network between it and b is down"]),
+        ("abbb", {0}, ["rank 0 of 4 on a has not", "it was stopped or is busy", "or host a is down"]),
         ("bbaa", {2}, ["rank 2 of 4 on a has not", "it was stopped, it is busy"]),
         ("bbbb", {2, 3}, ["rank 2 of 4 on b (and 1 more)", "it was stopped, it is busy"]),
     ],

@@ -34,6 +34,14 @@ def test_sums_between_hosts(ranks: int, hosts: str) -> None:
     assert result.stdout.count(" passed") == ranks, result.stdout
 
 
+def test_sums_between_hosts_that_are_no_power_of_two() -> None:
+    """Of five, six and seven hosts: the ways of exchanging sums then have a rest of hosts."""
+    env, bodies = {"MPILLAMA_RANKS_PER_HOST": "1"}, Path(__file__).with_name("host_sums.py")
+    result = run(7, *PYTEST, bodies, directory=ROOT, timeout=2 * TIMEOUT, env=env)
+    assert result.status == 0, result.stdout + result.stderr
+    assert result.stdout.count(" passed") == 7, result.stdout
+
+
 def test_a_body_that_fails_on_one_rank_fails_the_run(tmp_path: Path) -> None:
     body = tmp_path / "bodies.py"
     body.write_text("from mpi4py import MPI\n\n\ndef test_rank():\n    assert MPI.COMM_WORLD.rank != 1\n")

@@ -45,7 +45,7 @@ def prompt_of(model: Path) -> list[int]:
 
 
 def case(
-    model: Path, chunk: int = 256, kv_type: str = "f16", way: int = 0, weights: str = "as-stored"
+    model: Path, chunk: int = 256, kv_type: str = "f16", way: int = 0, weights: str = "as-stored", sync: str = "exact"
 ) -> dict[str, Any]:
     """What scripts/digest.py is to do."""
     return {
@@ -56,12 +56,13 @@ def case(
         "prompt": prompt_of(model),
         "banned": EOS,
         "way": way,
+        "sync": sync,
     }
 
 
 def name_of(made: dict[str, Any]) -> str:
-    """What the digest of a case depends on: model, weight and KV type, nothing else."""
-    return f"{Path(made['model']).stem} {made['weights']}, KV {made['kv_type']}"
+    """What the digest of a case depends on: model, weight and KV type, and rounding of sums, nothing else."""
+    return f"{Path(made['model']).stem} {made['weights']}, KV {made['kv_type']}, {made['sync']}"
 
 
 @pytest.fixture(scope="module")
@@ -180,6 +181,15 @@ def test_any_hosts(
     cases = [case(path, chunk, way=way) for path in paths for way, chunk in enumerate((256, 19, 256, 7), 2)]
     found = measure(cases, ranks, threads=threads, hosts=hosts)
     assert found == {name: truth[name] for name in found}
+
+
+def test_hosts_that_are_no_power_of_two(measure: Measure, demo: Path) -> None:
+    """All ways of exchanging sums, exact and rounded ones, whose bits differ."""
+    kinds, ways = ("exact", "q80"), [*enumerate((256, 19, 256, 7), 2)]
+    cases = [case(demo, chunk, way=way, sync=sync) for sync in kinds for way, chunk in ways]
+    alone = measure([case(demo, sync=sync) for sync in kinds], 1)
+    assert len(set(alone.values())) == len(kinds)
+    assert measure(cases, 7, hosts="1") == alone
 
 
 @pytest.mark.parametrize(

@@ -66,7 +66,7 @@ def test_mpi_is_asked_for_threads_between_hosts_only(hosts: str, threads: str) -
 def test_an_unknown_wish_is_refused_on_all_ranks() -> None:
     result = run(2, *PROGRAM, "doctor", env={"MPILLAMA_OVERLAP": "sometimes"})
     assert (result.status, result.stdout) == (2, "")
-    assert result.stderr == (
+    assert result.words == (
         "mpillama: MPILLAMA_OVERLAP is 'sometimes': set it to always or never, or leave it unset to have it chosen.\n"
     )
 

@@ -2,6 +2,7 @@
 
 import json
 import subprocess
+import sys
 import urllib.error
 import urllib.request
 from pathlib import Path
@@ -48,6 +49,13 @@ def test_generate_gives_the_answer_of_one_rank(
 def _answer(output: str) -> tuple[list[int], str]:
     found = json.loads(output)
     return found["token_ids"], found["logits_sha256"]
+
+
+def test_a_rank_knows_from_srun_how_many_are_on_its_host(slurm: Cluster) -> None:
+    """Before MPI starts, which a host that is too small would not survive."""
+    told = "from mpillama.comm import launcher as l; print(l.launched_size()[1], l.launched_here(), l.launched_first())"
+    lines = slurm.call("srun", "--mpi=none", "--ntasks=3", sys.executable, "-c", told).splitlines()
+    assert sorted(lines) == ["3 3 False", "3 3 False", "3 3 True"]
 
 
 def test_generate_takes_words_after_the_script(slurm: Cluster, toy: Path, tmp_path: Path) -> None:

@@ -1,9 +1,9 @@
 """Print the digest of each case's logits, as one JSON list from rank 0.
 
 Arguments: threads, number of tokens to generate, and the cases as a JSON list of {model, weights, kv_type,
-prefill_chunk, prompt, banned, way}; tokens are chosen greedily, never the banned one. `way` replaces what is otherwise
-chosen by timing, which is left out: 0 takes MPI's reduction, 1 that in shared memory, 2 and more its ways between hosts
-in turn; one or two row groups are in flight on ranks in turn.
+prefill_chunk, prompt, banned, way, sync}; tokens are chosen greedily, never the banned one. `way` replaces what is
+otherwise chosen by timing, which is left out: 0 takes MPI's reduction, 1 that in shared memory, 2 and more its ways
+between hosts in turn; one or two row groups are in flight on ranks in turn.
 """
 
 import json
@@ -31,13 +31,14 @@ def main(threads: int, tokens: int, cases: list[dict[str, Any]]) -> None:
                 weights=case["weights"],
                 kv_type=case["kv_type"],
                 prefill_chunk=case["prefill_chunk"],
+                sync=case["sync"],
                 threads=threads,
                 max_seq_len=len(case["prompt"]) + tokens,
             )
-            if loaded is None or previous != (options.model, options.kv_type, options.weights):
+            if loaded is None or previous != kind_of(options):
                 with patch.object(Communicator, "median_seconds", return_value=0.0):
                     loaded = load_model(options, world, target, load_progress(False, True))
-                previous = options.model, options.kv_type, options.weights
+                previous = kind_of(options)
             choose(loaded, case["way"])
             executor = open_executor(options, loaded)
             if world.comm.is_root:
@@ -47,6 +48,11 @@ def main(threads: int, tokens: int, cases: list[dict[str, Any]]) -> None:
                 executor.follow()
         if world.comm.is_root:
             print(json.dumps(digests))
+
+
+def kind_of(options: RunOptions) -> tuple[str | None, ...]:
+    """What a loaded model is for."""
+    return options.model, options.kv_type, options.weights, options.sync
 
 
 def choose(loaded: LoadedModel, way: int) -> None:
