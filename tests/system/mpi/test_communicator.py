@@ -35,11 +35,11 @@ def test_sums_between_hosts(ranks: int, hosts: str) -> None:
 
 
 def test_sums_between_hosts_that_are_no_power_of_two() -> None:
-    """Of five, six and seven hosts: the ways of exchanging sums then have a rest of hosts."""
+    """Of five, six, seven and nine hosts: the ways of exchanging sums then have a rest of hosts, or a grid of them."""
     env, bodies = {"MPILLAMA_RANKS_PER_HOST": "1"}, Path(__file__).with_name("host_sums.py")
-    result = run(7, *PYTEST, bodies, directory=ROOT, timeout=2 * TIMEOUT, env=env)
+    result = run(9, *PYTEST, bodies, directory=ROOT, timeout=2 * TIMEOUT, env=env)
     assert result.status == 0, result.stdout + result.stderr
-    assert result.stdout.count(" passed") == 7, result.stdout
+    assert result.stdout.count(" passed") == 9, result.stdout
 
 
 def test_a_body_that_fails_on_one_rank_fails_the_run(tmp_path: Path) -> None:
