@@ -94,6 +94,9 @@ def _command(options: PlanOptions) -> list[str]:
     words += ["--shares", options.shares] if options.shares is not None else []
     words += ["--pipeline", str(options.pipeline)] if options.pipeline not in (None, 1) else []
     words += ["--context-parallel"] if options.context_parallel else []
+    words += ["--speculate", str(options.speculate)] if options.speculate else []
+    if options.draft_model is not None:
+        words += ["--draft-model", options.draft_model, "--draft-ranks", options.draft_ranks]
     if options.model is not None:
         model = f"MODEL=${{MODEL:-{shlex.quote(options.model)}}}"
         words += ["--weights", options.weights] if options.weights not in ("as-stored", AS_PUBLISHED) else []

@@ -60,3 +60,11 @@ def test_a_planned_script_has_what_was_planned():
     assert "--weights q4_0" in planned(PLANS[1])
     assert "#SBATCH --ntasks-per-node=2\n" in planned(PLANS[2])
     assert "llama-3.1-405b" in planned(PLANS[2])
+    assert "speculate" not in text
+    assert "draft" not in text
+
+
+def test_a_planned_script_drafts_as_planned():
+    drafts = ("--draft-model", "a b.gguf", "--draft-ranks", "first", "--speculate", "3")
+    assert "--speculate 3 --draft-model 'a b.gguf' --draft-ranks first" in planned(("--model", "m.h5", *drafts))
+    assert "--speculate 2 $" in planned(("--model", "m.h5", "--speculate", "2"))
