@@ -633,9 +633,10 @@ def dawdlers(running: Target) -> Iterator[list[float]]:
     lives, stop = [], threading.Event()
 
     def dawdle(start: bytes) -> None:
-        with running.wire(seconds=0.5) as wire:
+        with running.wire() as wire:
             if start:
                 wire.ask(head("GET", "/health"))
+            wire.wait_at_most(0.5)
             begin = time.monotonic()
             while not stop.is_set():
                 alive = wire.send(start[:1] or b"X")
