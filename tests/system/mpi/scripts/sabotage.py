@@ -1,9 +1,9 @@
 """Run the program with something wrong on one rank: sabotage.py FAULT PHASE RANK DIRECTORY [program's arguments].
 
 The phase (import, table, load, prefill or decode) is made slow on all ranks; the import of the command, the table,
-which only rank 0 reads, and for some faults loading on RANK only. Each writes a file PHASE-RANK into DIRECTORY when it has entered it. FAULT happens in the
-midst of it on RANK, which touches the file `failed`; "none" leaves the fault to the caller. Each rank that ends by
-itself leaves its status in a file.
+which only rank 0 reads, and for some faults loading on RANK only. Each writes a file PHASE-RANK into DIRECTORY when it
+has entered it. FAULT happens in the midst of it on RANK, which touches the file `failed`; "none" leaves the fault to
+the caller. Each rank that ends by itself leaves its status in a file.
 """
 
 import os
