@@ -66,7 +66,7 @@ def _run_on_ranks(name: str, options: OnRanks) -> int:
         import_module("mpi4py.MPI")
     start = import_module("mpillama.job.start")
     with start.start_mpi(threads, timeout, options.needs_one_job, options.busy_threads, aborter) as world:
-        command = world.comm.together(lambda: import_command(name))
+        command = world.comm.together(lambda: world.comm.busy(lambda: import_command(name)))
         status: int = command(options, world)
     return status
 

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from mpillama.kernels.target import Target, prepare, requested_isa
 from tests import tiny_models as models
@@ -13,6 +14,10 @@ from tests import tiny_models as models
 THREADS = 2
 SYSTEM = Path(__file__).parent / "system"
 """Where every test starts programs."""
+
+# Times of single examples say more of the machine than of the program; the rest is as Hypothesis has it here, or in CI.
+settings.register_profile("untimed", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("untimed")
 
 ModelFile = Callable[[str, str], Path]
 """(kind, weight type) -> path of a model file."""

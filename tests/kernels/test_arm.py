@@ -24,8 +24,9 @@ PACKAGES = ("g++-aarch64-linux-gnu", "qemu-user")
 EMULATED = (EMULATOR, "-L", "/usr/aarch64-linux-gnu")
 FLAGS = ("-std=c++17", "-O1", "-ffp-contract=off", "-pthread", "-Wall", "-Wextra", "-Wno-psabi", "-Werror")
 CASES = 273
+HANG_SECONDS = 1500
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
 
 
 def why_not() -> str:
@@ -40,7 +41,7 @@ def why_not() -> str:
 
 
 def run(command: Sequence[str | Path]) -> str:
-    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=280, cwd=ROOT)
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=HANG_SECONDS, cwd=ROOT)
     assert done.returncode == 0, f"{' '.join(map(str, command))}:\n{done.stdout[-3000:]}{done.stderr[-3000:]}"
     return done.stdout + done.stderr
 
@@ -111,7 +112,7 @@ def test_the_whole_program_has_the_same_bits(arm_libraries: Path, arm_python: Ar
     assert here.status == 0, here.stderr
     command = [mpirun, "-n", "2", *arm_python.command, *options, "--threads", "1"]
     environment = {**launch.environment(), **arm_python.environment(tmp_path)}
-    there = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=280)
+    there = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=HANG_SECONDS)
     assert there.returncode == 0, there.stderr
     x86, arm = json.loads(here.stdout), json.loads(there.stdout)
     assert (arm["options"]["isa"], arm["ranks"]) == ("neon", 2)

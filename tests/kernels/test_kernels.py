@@ -488,11 +488,16 @@ def test_threads_meet_and_end(threads, yields):
         team.barriers(50)
         team.close()
         team.close()
-    for _ in range(100):
-        if tasks() == before:
+        until_tasks_are(before)
+
+
+def until_tasks_are(expected: set[int]) -> None:
+    """A thread that was joined may be listed for a moment yet."""
+    for _ in range(1000):
+        if tasks() == expected:
             break
         time.sleep(0.01)
-    assert tasks() == before
+    assert tasks() == expected
 
 
 def tasks() -> set[int]:

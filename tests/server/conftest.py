@@ -12,7 +12,10 @@ import openai
 import pytest
 
 from tests.conftest import ModelFile
-from tests.system.mpi.launch import DEMO_MODEL, PROGRAM, TIMEOUT, Launch, started
+from tests.system.mpi.launch import DEMO_MODEL, PROGRAM, SCRIPTS, TIMEOUT, Launch, started
+
+PACED = (SCRIPTS / "failing_ranks.py", "0", "0", "paced")
+"""The program with steps that take 5 ms at least, so that an answer is long under way on any machine."""
 
 
 @dataclass(frozen=True)

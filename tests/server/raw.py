@@ -17,6 +17,8 @@ from tests.system.mpi.launch import ROOT
 HOST = b"Host: localhost\r\n"
 ABORTING = struct.pack("ii", 1, 0)
 """SO_LINGER that makes close() a reset."""
+MOST = 1 << 16
+"""Bytes that are received at once."""
 PLACES = "|".join(re.escape(f"{place}/") for place in (ROOT, "/usr", "/home", "/root")).encode()
 TRACES = re.compile(rb"Traceback|site-packages|File \\?\"|\.py\b|pydantic_core|" + PLACES)
 """What no client may see of the program."""
@@ -91,6 +93,10 @@ class Wire:
         self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, ABORTING)
         self._socket.close()
 
+    def wait_at_most(self, seconds: float) -> None:
+        """Bound the waits from now on."""
+        self._socket.settimeout(seconds)
+
     def end_input(self) -> None:
         """Say that nothing more comes, and listen on."""
         self._socket.shutdown(socket.SHUT_WR)
@@ -106,9 +112,14 @@ class Wire:
     def receive(self) -> bytes:
         """Some bytes, none at the end; TimeoutError if none come."""
         try:
-            return self._socket.recv(1 << 16)
+            return self._socket.recv(MOST)
         except (ConnectionResetError, BrokenPipeError):
             return b""
+
+    def catch_up(self) -> None:
+        """Receive until no more is there than what has just come."""
+        while len(self.receive()) == MOST:
+            pass
 
     def answer(self) -> Answer | None:
         """The next response, whole; None if the server closes the connection instead."""

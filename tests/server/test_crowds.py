@@ -23,7 +23,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(TIMEOUT + 120)]
 
 FILES = 256
 CROWD = 400
-BODY_SECONDS = 8
+BODY_SECONDS = 60
 
 
 @pytest.fixture(scope="module")

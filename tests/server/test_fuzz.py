@@ -56,6 +56,16 @@ class Target:
         """What its first rank has computed so far."""
         return sum(self.process.cpu_times()[:2])
 
+    def usual_seconds(self) -> float:
+        """What it computes for 300 requests that are refused at once, on this machine: some 0.3 s on a quick one."""
+        taken = []
+        for _ in range(3):
+            before = self.cpu_seconds()
+            for _ in range(300):
+                assert self.http.post("/tokenize", json={}).status_code == 400
+            taken.append(self.cpu_seconds() - before)
+        return min(taken)
+
     def check(self) -> None:
         """It lives and answers right."""
         assert self.served.launch.process.poll() is None, self.served.launch.stderr()
@@ -299,7 +309,7 @@ def test_thousands_of_wrong_bodies_are_refused_in_the_api_s_words(dawdlers: list
     assert len(requests) == BODIES
     before = target.cpu_seconds()
     in_threads(requests, lambda part: ask_all(target, part))
-    assert target.cpu_seconds() - before < 60
+    assert target.cpu_seconds() - before < max(60, 200 * target.usual_seconds())
 
 
 def in_threads(requests: Sequence[bytes], work: Callable[[Sequence[bytes]], list[str]]) -> None:
@@ -593,6 +603,7 @@ def test_clients_that_go_away_leave_no_task_behind(target: Target):
 
 def test_one_request_cannot_make_the_others_wait_for_long(target: Target):
     """Bodies with a million mistakes, and long texts: meanwhile /health answers."""
+    usual = target.usual_seconds()
     costly = [
         post("/v1/completions", b'{"prompt":[' + b"1," * 1_000_000 + b'"x"]}'),
         post("/v1/chat/completions", b'{"messages":[' + b"1," * 1_000_000 + b"1]}"),
@@ -611,7 +622,7 @@ def test_one_request_cannot_make_the_others_wait_for_long(target: Target):
                 time.sleep(0.02)
             assert (answer := wire.answer())
             assert not answer.complaint()
-            assert slowest < 2, request[:60]
+            assert slowest < max(2, 7 * usual), request[:60]
 
 
 def test_an_answer_comes_without_waiting_for_acknowledgements(target: Target):
@@ -633,9 +644,10 @@ def dawdlers(running: Target) -> Iterator[list[float]]:
     lives, stop = [], threading.Event()
 
     def dawdle(start: bytes) -> None:
-        with running.wire(seconds=0.5) as wire:
+        with running.wire() as wire:
             if start:
                 wire.ask(head("GET", "/health"))
+            wire.wait_at_most(0.5)
             begin = time.monotonic()
             while not stop.is_set():
                 alive = wire.send(start[:1] or b"X")

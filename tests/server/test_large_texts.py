@@ -122,10 +122,12 @@ def test_small_requests_go_on_while_large_ones_are_tokenized(server: Served):
     """More of them than there are threads; their clients go away, and what had not begun is not done at all."""
     request = post("/tokenize", {"content": "a" * (MOST_BYTES - 100)})
     rank = server.launch.ranks()[0]
-    begin = cpu_seconds(rank)
-    with Wire(server.url, seconds=60) as wire:
-        assert wire.ask(request)
-    alone = cpu_seconds(rank) - begin
+    alone = []
+    for _ in range(3):
+        begin = cpu_seconds(rank)
+        with Wire(server.url, seconds=60) as wire:
+            assert wire.ask(request)
+        alone.append(cpu_seconds(rank) - begin)
     wires = [Wire(server.url, seconds=60) for _ in range(12)]
     begin = cpu_seconds(rank)
     try:
@@ -140,4 +142,4 @@ def test_small_requests_go_on_while_large_ones_are_tokenized(server: Served):
         for wire in wires:
             wire.close()
     until(lambda: not is_busy(rank), "the work of those that left is over", TIMEOUT)
-    assert cpu_seconds(rank) - begin < 7 * alone
+    assert cpu_seconds(rank) - begin < 7 * max(alone)

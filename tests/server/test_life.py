@@ -15,7 +15,7 @@ import openai
 import psutil
 import pytest
 
-from tests.server.conftest import Served, serving
+from tests.server.conftest import PACED, Served, serving
 from tests.system.mpi.launch import DEMO_MODEL, PROGRAM, SCRIPTS, TIMEOUT, run, started
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(TIMEOUT + 120)]
@@ -86,7 +86,7 @@ def test_the_rendezvous_file_is_private_and_goes_with_the_server(tmp_path: Path)
 
 @pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM, signal.SIGINT])
 def test_running_answers_finish_before_the_end(tmp_path: Path, number: signal.Signals) -> None:
-    with serving(DEMO_MODEL, tmp_path, 2) as served:
+    with serving(DEMO_MODEL, tmp_path, 2, program=PACED) as served:
         readers = [Reader(served.client, seed=i) for i in range(6)]
         wait_until(lambda: all(reader.text for reader in readers), "streaming")
         for process in served.launch.ranks().values():  # as launchers do
@@ -120,7 +120,7 @@ def test_the_server_ends_in_time(tmp_path: Path) -> None:
 
 
 def test_an_answer_that_takes_too_long_is_cut_with_its_reason(tmp_path: Path, toy: Path) -> None:
-    with serving(toy, tmp_path, None, "--request-timeout", "1") as served:
+    with serving(toy, tmp_path, None, "--request-timeout", "4", program=PACED) as served:
         fields = {"model": toy.stem, "max_tokens": 8000, "stream": False}
         answer = served.client.chat.completions.create(**{**LONG, **fields})
         assert answer.choices[0].finish_reason == "length"

@@ -5,6 +5,7 @@ import gc
 import re
 import time
 from html.parser import HTMLParser
+from pathlib import Path
 
 import pytest
 
@@ -217,3 +218,11 @@ def test_the_renderer_is_a_process_that_is_ended_when_it_takes_too_long() -> Non
         assert await asyncio.gather(*(renderer.render([(str(i), False)]) for i in range(20)))
 
     asyncio.run(ask())
+
+
+def test_the_start_of_the_renderer_is_not_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From a slow file system it takes longer than a text may."""
+    (tmp_path / "sitecustomize.py").write_text("import time\ntime.sleep(4)\n")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    found = asyncio.run(Renderer(seconds=3).render([("a", False)]))
+    assert found == [[{"line": 0, "html": '<p dir="auto">a</p>'}]]

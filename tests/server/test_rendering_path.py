@@ -8,7 +8,7 @@ import psutil
 import pytest
 
 from mpillama.server.render.renderer import MOST_CHARACTERS, MOST_TEXTS
-from tests.server.conftest import serving
+from tests.server.conftest import Served, serving
 from tests.system.mpi.launch import TIMEOUT
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(TIMEOUT + 60)]
@@ -16,20 +16,18 @@ KEY = "a-key-of-the-test-0123456789"
 HTML = '<p dir="auto"><strong>a</strong></p>'
 
 
-def renderers() -> list[psutil.Process]:
-    """All that run on this machine."""
-    name = "mpillama.server.render.markdown"
-    return [process for process in psutil.process_iter(["cmdline"]) if name in (process.info["cmdline"] or ())]
+def renderers(server: Served) -> list[psutil.Process]:
+    """Those of this server: others may be tested beside it."""
+    return [one for one in server.launch.processes() if "mpillama.server.render.markdown" in one.cmdline()]
 
 
 def test_markdown_is_rendered_for_those_who_have_the_key(toy: Path, tmp_path: Path):
-    before = {process.pid for process in renderers()}
     with serving(toy, tmp_path, 1, env={"MPILLAMA_API_KEY": KEY}) as server:
         url, texts = f"{server.url}/page/render", [{"text": "**a**"}]
         for headers in ({}, {"Authorization": "Bearer wrong"}):
             assert httpx.post(url, json={"texts": texts}, headers=headers, trust_env=False).status_code == 401
         assert httpx.get(f"{server.url}/page/code.css", trust_env=False).headers["content-type"].startswith("text/css")
-        assert not {process.pid for process in renderers()} - before, "a renderer before there is anything to render"
+        assert not renderers(server), "a renderer before there is anything to render"
         with httpx.Client(headers={"Authorization": f"Bearer {KEY}"}, timeout=60, trust_env=False) as http:
             found = http.post(url, json={"texts": [*texts, {"text": "a `b", "growing": True}]})
             assert found.json()["documents"][0] == [{"line": 0, "html": HTML}]
@@ -49,7 +47,7 @@ def test_markdown_is_rendered_for_those_who_have_the_key(toy: Path, tmp_path: Pa
                 answer = http.post(url, content=body, headers=kind) if body else http.post(url, json={"texts": given})
                 assert answer.status_code == status, why
                 assert answer.json()["error"]["param"].startswith("texts"), why
-        (worker,) = [process for process in renderers() if process.pid not in before]
+        (worker,) = renderers(server)
         assert KEY not in " ".join(worker.environ().values())
     end = time.monotonic() + 20
     while worker.is_running() and worker.status() != psutil.STATUS_ZOMBIE:

@@ -20,7 +20,7 @@ import pytest
 
 from mpillama.cli.options import ServeOptions
 from mpillama.errors import UserError
-from tests.server.conftest import Served, serving
+from tests.server.conftest import PACED, Served, serving
 from tests.server.raw import Answer, Wire, active, figure, head, post, until
 from tests.system.mpi.launch import PROGRAM, SCRIPTS, TIMEOUT, run, started
 
@@ -28,15 +28,13 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(TIMEOUT + 60)]
 
 CONNECTIONS = 6
 BODY_BYTES = 1_000_000
-BODY_SECONDS = 2
+BODY_SECONDS = 5
 WRITE_SECONDS = 1
 MOST_TOKENS = 8000
 ENDLESS = {"prompt": "Once", "max_tokens": MOST_TOKENS, "ignore_eos": True, "stream": True, "temperature": 1}
 SHORT = {"prompt": "Once", "max_tokens": 2, "temperature": 0}
 LONG_NAME = "m" * 8000
 """Is in each piece of a stream, so that the system's buffers are full soon."""
-PACED = (SCRIPTS / "failing_ranks.py", "0", "0", "paced")
-"""The program with steps that take 5 ms at least, so that an answer is long under way on any machine."""
 SECRET = "xylophone-of-the-llama"
 ORIGIN = "https://page.test"
 
@@ -403,12 +401,14 @@ def assert_later(answer: Answer | None) -> None:
 def test_a_full_queue_is_told_with_retry_after(idle: Served):
     with Wire(idle.url) as running, idle.http() as http:
         running.send(post("/v1/completions", ENDLESS))
-        assert running.receive()
-        for body in (SHORT, {**SHORT, "stream": True}):
+        for path, body in (
+            ("/v1/completions", SHORT),
+            ("/v1/completions", {**SHORT, "stream": True}),
+            ("/v1/embeddings", {"input": "x"}),
+        ):
+            running.catch_up()  # or it is dropped, and there is room
             with Wire(idle.url) as wire:
-                assert_later(wire.ask(post("/v1/completions", body)))
-        with Wire(idle.url) as wire:
-            assert_later(wire.ask(post("/v1/embeddings", {"input": "x"})))
+                assert_later(wire.ask(post(path, body)))
         assert http.get("/health").status_code == 200
 
 

@@ -106,8 +106,11 @@ def keep_short(case: schemathesis.Case) -> None:
             body[name] = most
 
 
-def test_every_operation_was_asked_and_some_were_answered(server: Served):
+def test_every_operation_was_asked_and_some_were_answered(server: Served, request: pytest.FixtureRequest):
     """Else all of the above may have compared errors only."""
+    above = [item for item in request.session.items if item.function is test_answers_are_as_the_document_says]
+    if len(above) < len(OPERATIONS) * len(GenerationMode):
+        pytest.skip("only some operations were to be asked")
     document = httpx.get(f"{server.url}/openapi.json", trust_env=False).json()
     labels = {f"{method.upper()} {path}" for path, methods in document["paths"].items() for method in methods}
     assert labels == OPERATIONS == set(asked)

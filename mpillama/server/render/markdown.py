@@ -224,8 +224,14 @@ class _Renderer(RendererHTML):
 
 
 def main() -> None:
-    """Answer lists of [text, whether it grows], one a line, with lists of blocks until nobody asks any more."""
+    """Answer lists of [text, whether it grows], one a line, with lists of blocks until nobody asks any more.
+
+    An empty line comes first, once all is imported: from then on the time of an answer is that of its texts.
+    """
     os.nice(NICENESS)
+    _markdown()
+    sys.stdout.buffer.write(b"\n")
+    sys.stdout.buffer.flush()
     for line in sys.stdin.buffer:
         found = [[asdict(block) for block in render(text, growing)] for text, growing in json.loads(line)]
         sys.stdout.buffer.write(json.dumps(found).encode() + b"\n")

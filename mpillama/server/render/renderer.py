@@ -19,6 +19,8 @@ from mpillama.server.render.code import CLASSES
 
 SECONDS = 5.0
 """What a list of texts may take; the model's process and its threads are not held up meanwhile."""
+START_SECONDS = 30.0
+"""What the process may take until it is ready: on a busy machine, or from a slow file system."""
 MOST_TEXTS = 50
 MOST_CHARACTERS = 200_000
 """Of the texts of one request together; the page shows longer ones as they are written."""
@@ -48,45 +50,50 @@ class Renderer:
             return await asyncio.to_thread(self._ask, texts)
 
     def _ask(self, texts: Sequence[tuple[str, bool]]) -> list[list[dict[str, Any]]]:
-        process = self._running()
+        process, is_new = self._process, False
+        if process is None or process.poll() is not None:
+            process, is_new = self._begun(), True
+            self._process = process
         assert process.stdin is not None
         try:
+            if is_new:
+                self._line(process, START_SECONDS)
             process.stdin.write(json.dumps(texts).encode() + b"\n")
             process.stdin.flush()
-            found: list[list[dict[str, Any]]] = json.loads(self._line(process))
+            found: list[list[dict[str, Any]]] = json.loads(self._line(process, self.seconds))
         except (OSError, NotRendered) as error:
             self._process = None
             end(process)
             raise NotRendered(f"not rendered: {error}") from error
         return found
 
-    def _line(self, process: subprocess.Popen[bytes]) -> bytes:
-        """What the process answers."""
+    def _line(self, process: subprocess.Popen[bytes], seconds: float) -> bytes:
+        """What the process answers; NotRendered if that takes longer."""
         assert process.stdout is not None
-        until, parts = time.monotonic() + self.seconds, [b""]
+        until, parts = time.monotonic() + seconds, [b""]
         with selectors.DefaultSelector() as selector:
             selector.register(process.stdout, selectors.EVENT_READ)
             while not parts[-1].endswith(b"\n"):
                 if not selector.select(max(0.0, until - time.monotonic())):
-                    raise NotRendered(f"this takes longer than {self.seconds:g} s")
+                    raise NotRendered(f"this takes longer than {seconds:g} s")
                 parts.append(os.read(process.stdout.fileno(), PIECE))
                 if not parts[-1]:
                     raise NotRendered("the renderer has ended")
         return b"".join(parts)
 
-    def _running(self) -> subprocess.Popen[bytes]:
-        if self._process is None or self._process.poll() is not None:
-            words = [sys.executable, "-m", "mpillama.server.render.markdown"]
-            paths = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-            # The server's key may be among its variables, and is no business of the renderer.
-            env = {name: value for name, value in os.environ.items() if not name.startswith("MPILLAMA_")}
-            # A session of its own: Ctrl-C is for the server, whose end also ends what it reads from.
-            self._process = subprocess.Popen(
-                words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env={**env, "PYTHONPATH": paths},
-                start_new_session=True,
-            )  # fmt: skip
-            weakref.finalize(self, end, self._process)
-        return self._process
+    def _begun(self) -> subprocess.Popen[bytes]:
+        """A new process, which says with an empty line that it is ready."""
+        words = [sys.executable, "-m", "mpillama.server.render.markdown"]
+        paths = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+        # The server's key may be among its variables, and is no business of the renderer.
+        env = {name: value for name, value in os.environ.items() if not name.startswith("MPILLAMA_")}
+        # A session of its own: Ctrl-C is for the server, whose end also ends what it reads from.
+        process = subprocess.Popen(
+            words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env={**env, "PYTHONPATH": paths},
+            start_new_session=True,
+        )  # fmt: skip
+        weakref.finalize(self, end, process)
+        return process
 
 
 def end(process: subprocess.Popen[bytes]) -> None:

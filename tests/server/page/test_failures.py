@@ -29,7 +29,7 @@ def test_a_connection_that_breaks_is_told(fake: FakeServer, page: Page) -> None:
 
 
 def test_a_server_that_falls_silent_is_not_waited_for(fake: FakeServer, page: Page) -> None:
-    page.script("(await import('/page/server.js')).server.patience = 0.5")
+    page.script("(await import('/page/server.js')).server.patience = 3")
     fake.answers = [says("Half", fake.gate(alive=False))]
     page.ask("Go.")
     assert page.answers() == ["Half\nThe server has fallen silent."]
@@ -61,9 +61,9 @@ def test_a_server_that_loads_is_waited_for(fake: FakeServer, page: Page) -> None
     fake.health = "loading"
     page.driver.refresh()
     page.wait_for("still loading", "#banner")
-    fake.answers = [refuses(503, Retry_After="2"), says("Good morning.")]
+    fake.answers = [refuses(503, Retry_After="5"), says("Good morning.")]
     page.say("Anybody there?")
-    page.wait_for("The model is still loading, trying again in 2 s")
+    page.wait_for("The model is still loading, trying again in 5 s")
     fake.health = "ok"
     page.wait_for(MODEL, "#server")
     assert page.one("#banner").text == ""

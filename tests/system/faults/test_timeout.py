@@ -81,6 +81,13 @@ def test_a_rank_that_computes_for_long_is_no_failure(toy: Path, tmp_path: Path) 
     assert (result.status, result.stderr) == (0, "")
 
 
+def test_a_command_that_is_imported_for_long_is_no_failure(toy: Path, tmp_path: Path) -> None:
+    """As from a file system that all ranks ask at once."""
+    arguments = ("import", "1", tmp_path, "--model", toy, *SHORT, "--timeout", str(WAIT))
+    result = run(2, SCRIPTS / "sabotage.py", "none", *arguments)
+    assert (result.status, result.stderr) == (0, "")
+
+
 def test_a_table_that_never_comes(toy: Path, tmp_path: Path) -> None:
     """The rank itself answers, but waits for something that does not come, as a file system."""
     result = sabotage("hang", 3, 0, "table", toy, tmp_path, *SHORT, "--timeout", str(WAIT), limit=BOUND)

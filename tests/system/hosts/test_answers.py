@@ -101,7 +101,7 @@ def test_the_wire_counts_delays_and_cuts(two_hosts: Hosts) -> None:
     delayed = [two_hosts.ping(10) for _ in range(5)]  # of which one finds the cores free
     assert 0.004 <= min(delayed) < usual + 0.02
     counts = two_hosts.counts()
-    assert all(count.messages == 50 for count in counts.values())
+    assert all(50 <= count.messages < 60 for count in counts.values())  # TCP may send one again
     assert all(50 * 64 < count.bytes < 250 * 200 for count in counts.values())
     two_hosts.link("h2", up=False)
     with pytest.raises(AssertionError):

@@ -18,6 +18,7 @@ from typing import Any
 import psutil
 
 from mpillama.comm.launcher import launched_rank
+from mpillama.job.host_memory import memory_warnings
 
 ROOT = Path(__file__).resolve().parents[3]
 SCRIPTS = Path(__file__).parent / "scripts"
@@ -104,10 +105,10 @@ class Launch:
         return self.process.stdout.read().decode(errors="replace")
 
     def stderr(self) -> str:
-        """What was written to standard error so far."""
+        """What was written to standard error so far, without warnings of what is amiss with this machine's memory."""
         self.errors.seek(0)
         text = self.errors.read().decode(errors="replace")
-        return STRAY.sub("", text) if is_open_mpi() else text
+        return _without_host_warnings(STRAY.sub("", text) if is_open_mpi() else text)
 
     def processes(self) -> list[psutil.Process]:
         """The launcher and all ranks that are still there."""
@@ -138,6 +139,14 @@ class Launch:
         for stream in filter(None, (self.process.stdin, self.process.stdout, self.errors)):
             with _gone_is_fine():
                 stream.close()
+
+
+def _without_host_warnings(text: str) -> str:
+    """Those that are true here, whose numbers change."""
+    for sentence in memory_warnings(int(psutil.swap_memory().used)).values():
+        words = re.escape(sentence.partition(" GB ")[2] or sentence)
+        text = re.sub(rf"^mpillama: warning: on host .*{words}\n", "", text, flags=re.MULTILINE)
+    return text
 
 
 @contextmanager

@@ -257,7 +257,12 @@ def test_chat_with_a_file_as_input_leaves_the_terminal_alone(
 ) -> None:
     """A shell on a terminal starts it with `< file`: Ctrl-C must still be a signal."""
     (tmp_path / "lines").write_text("hello\n")
-    shell = "import subprocess, sys; sys.exit(subprocess.call(sys.argv[2:], stdin=open(sys.argv[1])))"
+    shell = (  # Ctrl-C is for the program: a parent that it interrupts too kills its child soon
+        "import signal, subprocess, sys\n"
+        "program = subprocess.Popen(sys.argv[2:], stdin=open(sys.argv[1]))\n"
+        "signal.signal(signal.SIGINT, signal.SIG_IGN)\n"
+        "sys.exit(program.wait())"
+    )
     command = python(ranks, *endless)
     assert sys.executable in command
     with on_terminal(None, "-c", shell, tmp_path / "lines", *command) as terminal:

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from tests.golden_models import FOLDER as GOLDEN
-from tests.system.mpi.launch import PROGRAM, TIMEOUT, run
+from tests.system.mpi.launch import PROGRAM, SCRIPTS, TIMEOUT, run
 from tests.system.mpi.test_shares import digest
 
 pytestmark = pytest.mark.timeout(3 * TIMEOUT)
@@ -63,9 +63,10 @@ def test_an_llm_of_stages_answers_and_embeds_as_one(toy: Path) -> None:
 
 
 def test_the_idle_time_of_stages_is_told(toy: Path) -> None:
-    """Of two stages with a step in one part, each waits while the other works."""
+    """Of two stages with a step in one part, each waits while the other works: here rank 1 takes 5 ms longer."""
     sizes = ("--prefill", "16", "--decode", "8", "--context", "8", "--repetitions", "2", "--batch", "4")
-    result = run(2, *PROGRAM, "bench", "--model", toy, "--pipeline", "2", "--threads", "1", "--where", "--json", *sizes)
+    options = ("--pipeline", "2", "--threads", "1", "--where", "--json", *sizes)
+    result = run(2, SCRIPTS / "failing_ranks.py", "1", "0", "paced", "bench", "--model", toy, *options)
     assert result.status == 0, result
     (step, _) = json.loads(result.stdout)["where"]
     assert [rank["first_layer"] for rank in step["ranks"]] == [1, 0]

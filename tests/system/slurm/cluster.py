@@ -19,7 +19,8 @@ PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "salloc", "scontrol")
 PACKAGES = ("slurm-wlm", "munge")
 START_SECONDS = 60.0
 END_SECONDS = 20.0
-JOB_SECONDS = 150.0
+JOB_SECONDS = 400.0
+"""On a busy machine."""
 ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY")
 
 CONFIGURATION = """\

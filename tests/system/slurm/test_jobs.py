@@ -14,7 +14,7 @@ from tests.golden_models import FOLDER
 from tests.system.mpi.launch import PROGRAM, ROOT, TIMEOUT, run
 from tests.system.slurm.cluster import Cluster, Job, free_port, mpi_is_mpich
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(TIMEOUT + 360)]  # the first one may have to install Slurm
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(TIMEOUT + 1300)]  # the first one may have to install Slurm
 
 JOBS = ROOT / "jobs"
 GREEDY = ("--temperature", "0", "--max-tokens", "12")

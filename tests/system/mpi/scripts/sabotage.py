@@ -1,9 +1,9 @@
 """Run the program with something wrong on one rank: sabotage.py FAULT PHASE RANK DIRECTORY [program's arguments].
 
-The phase (table, load, prefill or decode) is made slow on all ranks; the table, which only rank 0 reads, and for some
-faults loading on RANK only. Each writes a file PHASE-RANK into DIRECTORY when it has entered it. FAULT happens in the
-midst of it on RANK, which touches the file `failed`; "none" leaves the fault to the caller. Each rank that ends by
-itself leaves its status in a file.
+The phase (import, table, load, prefill or decode) is made slow on all ranks; the import of the command, the table,
+which only rank 0 reads, and for some faults loading on RANK only. Each writes a file PHASE-RANK into DIRECTORY when it
+has entered it. FAULT happens in the midst of it on RANK, which touches the file `failed`; "none" leaves the fault to
+the caller. Each rank that ends by itself leaves its status in a file.
 """
 
 import os
@@ -20,7 +20,7 @@ import numpy as np
 import psutil
 
 import mpillama
-from mpillama.__main__ import main
+from mpillama import __main__ as program
 from mpillama.comm.launcher import launched_rank, launched_size
 from mpillama.kernels import target
 
@@ -28,7 +28,7 @@ FAULT, PHASE, RANK, DIRECTORY = sys.argv[1], sys.argv[2], sys.argv[3], Path(sys.
 ARGUMENTS = sys.argv[5:]
 SLOW_READ = 1.0
 SLOW_STEP = 0.03
-SLOW_TABLE = 5.0
+SLOW_START = 5.0
 REDUCTIONS = 3
 """The fault comes at this reduction of the second step of a phase, while the other ranks wait in it."""
 
@@ -46,22 +46,30 @@ def failing(action: Callable[[], None]) -> None:
     action()
 
 
-def in_table(action: Callable[[], None] | None) -> None:
-    """Compute for longer than the time-out before the model's table is there; or do something instead."""
-    from mpillama.loading import load as loading
+def late(do: Callable[..., Any], action: Callable[[], None] | None) -> Callable[..., Any]:
+    """`do`, once RANK has computed for longer than the time-out; or something instead."""
+    is_slow = RANK in ("all", str(launched_rank()))
 
-    open_model, is_slow = loading.open_model, RANK in ("all", str(launched_rank()))
-
-    def open_slowly(*arguments: Any) -> Any:
+    def do_late(*arguments: Any) -> Any:
         entered()
         if action:
             failing(action)
-        end = time.thread_time() + SLOW_TABLE * is_slow
+        end = time.thread_time() + SLOW_START * is_slow
         while time.thread_time() < end:
             pass
-        return open_model(*arguments)
+        return do(*arguments)
 
-    loading.open_model = open_slowly
+    return do_late
+
+
+def in_import(action: Callable[[], None] | None) -> None:
+    program.import_command = late(program.import_command, action)
+
+
+def in_table(action: Callable[[], None] | None) -> None:
+    from mpillama.loading import load as loading
+
+    loading.open_model = late(loading.open_model, action)
 
 
 def in_load(action: Callable[[], None] | None) -> None:
@@ -276,9 +284,11 @@ if __name__ == "__main__":
     if is_victim and FAULT in FROM_START:
         FROM_START[FAULT]()
     action = IN_PHASE.get(FAULT) if is_victim else None
-    if PHASE != "any":
+    if PHASE == "import":
+        in_import(action)
+    elif PHASE != "any":
         patch = {"table": in_table, "load": in_load}.get(PHASE, in_step)
         after_prepare(lambda: patch(action))
-    status = main(ARGUMENTS)
+    status = program.main(ARGUMENTS)
     (DIRECTORY / f"status-{launched_rank()}").write_text(str(status))
     sys.exit(status)
