@@ -255,7 +255,7 @@ def measure_steps(given: argparse.Namespace, hosts: Hosts, tree: Tree) -> dict[s
 
 def measure_nodes(given: argparse.Namespace, hosts: Hosts, tree: Tree) -> None:
     """What a host reads and computes while all do: a saved bench of some layers on the same ranks."""
-    words = ("bench", "--shape", given.shape, "--weights", given.weights, "--layers", "2", "--json", "--decode", "8")
+    words = ("bench", "--shape", given.shape, "--weights", given.weights, "--layers", "14", "--json", "--decode", "24")
     hosts.shape()
     command = (*PROGRAM, *words, "--prefill", "64", "--context", "64")
     result = hosts.run(given.ranks_per_host, *command, tree=tree.path)
