@@ -27,6 +27,7 @@ from typing import Any, TextIO
 
 from benchmarks.batch import filled_model
 from mpillama.cli.display import in_number
+from mpillama.models.shapes import shape_config
 from tests.system.hosts.network import Hosts, running_hosts, why_not
 from tests.system.mpi.launch import PROGRAM, ROOT, environment
 
@@ -255,7 +256,19 @@ def measure_steps(given: argparse.Namespace, hosts: Hosts, tree: Tree) -> dict[s
 
 def measure_nodes(given: argparse.Namespace, hosts: Hosts, tree: Tree) -> None:
     """What a host reads and computes while all do: a saved bench of some layers on the same ranks."""
-    words = ("bench", "--shape", given.shape, "--weights", given.weights, "--layers", "14", "--json", "--decode", "24")
+    layers = max(1, shape_config(given.shape)["num_hidden_layers"] // 2)
+    words = (
+        "bench",
+        "--shape",
+        given.shape,
+        "--weights",
+        given.weights,
+        "--layers",
+        str(layers),
+        "--json",
+        "--decode",
+        "24",
+    )
     hosts.shape()
     command = (*PROGRAM, *words, "--prefill", "64", "--context", "64")
     result = hosts.run(given.ranks_per_host, *command, tree=tree.path)

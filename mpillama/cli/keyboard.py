@@ -41,6 +41,7 @@ class Keyboard:
         self.is_person = is_terminal(STANDARD_INPUT) and is_terminal(STANDARD_OUTPUT)
         """Whether somebody types and reads, perhaps by way of a launcher; a pipe needs no prompts."""
         self.lines: queue.SimpleQueue[str | None] = queue.SimpleQueue()  # a signal's handler may put while get waits
+        self._wanted, self._is_reading = threading.Semaphore(0), False
 
     @contextmanager
     def listening(self) -> Iterator["Keyboard"]:
@@ -65,6 +66,9 @@ class Keyboard:
 
     def _next(self) -> str | None:
         while True:
+            if self.lines.empty() and not self._is_reading:
+                self._is_reading = True
+                self._wanted.release()
             with suppress(queue.Empty):
                 return self.lines.get(timeout=LOOK_SECONDS)
 
@@ -84,13 +88,24 @@ class Keyboard:
         if now - self.last_interrupt < LEAVE_SECONDS and self.interrupted and not self.asking:
             os._exit(128 + signal.SIGINT)  # the main thread may be stuck; the launcher ends the other ranks
         self.interrupted, self.last_interrupt = True, now
+        if self.is_person:
+            self._forget_lines()
         if self.asking:
             self.lines.put("")
+
+    def _forget_lines(self) -> None:
+        """What was typed ahead, as a terminal forgets it at Ctrl-C."""
+        ended = False
+        with suppress(queue.Empty):
+            while True:
+                ended |= self.lines.get_nowait() is None
+        if ended:
+            self.lines.put(None)
 
     def _read(self) -> None:
         """Cut the input into lines and a launcher's Ctrl-C; runs in its own thread."""
         rest = b""
-        while data := _some():
+        while data := self._some():
             for byte in (data[i : i + 1] for i in range(len(data))):
                 if byte == CTRL_C:
                     rest = b""
@@ -104,12 +119,16 @@ class Keyboard:
             self.lines.put(rest.decode(errors="replace"))
         self.lines.put(None)
 
-
-def _some() -> bytes:
-    try:
-        return os.read(0, 65536)
-    except OSError:  # the terminal is gone
-        return b""
+    def _some(self) -> bytes:
+        """What comes next; of a terminal only if a line is wanted, since reading stops a job in the background."""
+        if sys.stdin.isatty():
+            self._wanted.acquire()
+        try:
+            return os.read(0, 65536)
+        except OSError:  # the terminal is gone
+            return b""
+        finally:
+            self._is_reading = False
 
 
 GUARDIAN = """

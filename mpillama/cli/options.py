@@ -492,7 +492,7 @@ class PlanOptions(Options):
     )
     pipeline: Optional[int] = option(
         "stages of equally many nodes that hold the layers one after the other; others are compared (default: 1, with "
-        "--sbatch the best number)",
+        "--sbatch and no --shares the best number)",
         metavar="STAGES",
         least=1,
     )

@@ -34,7 +34,7 @@ from mpillama.loading.plan import (
     remedies,
     shared_by_measure,
 )  # fmt: skip
-from mpillama.loading.settings import DEFAULT_DRAFTS, parse_bytes, parse_number
+from mpillama.loading.settings import DEFAULT_DRAFTS, parse_bytes, parse_number, refuse_staged_mtp
 from mpillama.loading.shares import Measured, by_positions, divide, read_shares
 from mpillama.loading.traffic import MESSAGE_SECONDS, Network, refuse_coarse_sums
 from mpillama.models.config import ModelConfig
@@ -181,6 +181,7 @@ def _draft(options: PlanOptions) -> DraftRequest | None:
     if options.draft_model is None:
         return DraftRequest(options.speculate, options.acceptance_rate) if options.speculate else None
     file = open_model(options.draft_model)
+    refuse_staged_mtp(options.draft_model, bool(file.config.mtp), options.pipeline or 1)
     tokens = options.speculate or DEFAULT_DRAFTS
     return DraftRequest(
         tokens, options.acceptance_rate, file.config, file.weight_types, alone=options.draft_ranks == "first"

@@ -14,7 +14,7 @@ MOST_DIRECT = 16
 MOST_PIECES = 64
 """Hosts up to which each may send every other one its piece."""
 FEWEST_IN_GRID = 9
-"""Hosts from which a grid of them has fewer messages than pieces from each to each."""
+"""Hosts from which a grid of them is tried: with fewer it saves hardly any messages for its two more rounds."""
 RANKS_PER_HOST = "MPILLAMA_RANKS_PER_HOST"
 """For tests: the ranks of one machine are taken for those of several hosts, so many each, or as listed (3,1,1)."""
 

@@ -17,7 +17,7 @@ from mpillama.loading.memory import MemoryModel
 from mpillama.loading.model_file import ModelFile, model_path, open_model, open_mtp
 from mpillama.loading.preflight import Needs, rank_needs
 from mpillama.loading.progress import LoadState
-from mpillama.loading.settings import ModelSettings, SpeculationSettings
+from mpillama.loading.settings import ModelSettings, SpeculationSettings, refuse_staged_mtp
 from mpillama.loading.texts import make_tokenizer
 from mpillama.models.cache import STATES_OF_DRAFTS
 from mpillama.models.mtp import MtpDecoder
@@ -85,8 +85,7 @@ def open_draft_file(settings: ModelSettings, world: World) -> ModelFile | None:
         return open_mtp(model_path(settings.model), settings.weights) if path is None else open_model(path)
 
     file = world.comm.on_root(lambda: world.comm.busy(opened, "reading the draft model's table"))
-    if file.config.mtp and settings.pipeline > 1:
-        raise UserError(f"{file.path}: a layer that drafts tokens needs --pipeline 1: take that, or a draft model.")
+    refuse_staged_mtp(file.path, bool(file.config.mtp), settings.pipeline)
     refuse_headless(file.path, file.config.lm_head)
     return file
 

@@ -533,11 +533,13 @@ class StagePlan:
 
 
 def plans_of_stages(request: PlanRequest, node: Node, network: Network) -> list[StagePlan]:
-    """All numbers of stages of whole nodes; with uneven shares only the number asked for, and with a cache divided by
-    positions those whose ranks can divide it.
+    """All numbers of stages of whole nodes. With uneven shares only the number asked for, with a layer that drafts
+    only one, and with a cache divided by positions those whose ranks can divide it.
     """
     found = []
-    for stages in range(1, min(request.nodes, MOST_STAGES, request.config.most_stages) + 1):
+    one_only = request.draft is not None and request.draft.config is not None and request.draft.config.mtp
+    most = 1 if one_only else min(request.nodes, MOST_STAGES, request.config.most_stages)
+    for stages in range(1, most + 1):
         if request.nodes % stages == 0 and (stages == request.stages or request.shares is None):
             changed = replace(request, stages=stages)
             even = replace(changed.division, context_parallel=False)

@@ -56,6 +56,12 @@ SNAPSHOTS_PER_SEQUENCE = 2
 """State slots for what others may begin from, if the user does not say how many: the prompt, and the text so far."""
 
 
+def refuse_staged_mtp(path: str, is_mtp: bool, stages: int) -> None:
+    """UserError if a layer that drafts tokens is to serve a model in several stages."""
+    if is_mtp and stages > 1:
+        raise UserError(f"{path}: a layer that drafts tokens needs --pipeline 1: take that, or a draft model.")
+
+
 def state_slots(sequences: int, drafts: int = 0, snapshots: int | None = None) -> int:
     """Slots for recurrent states: each sequence's own, one for each of its drafts, and snapshots for all together."""
     found = sequences * (1 + drafts) + (SNAPSHOTS_PER_SEQUENCE * sequences if snapshots is None else snapshots)

@@ -85,12 +85,12 @@ def sum_sent(layout: Layout, width: int, tokens: int) -> dict[str, Sent]:
     )  # rounds of the hosts beyond a power of two: they join others, and are answered
     piece = 2 * (hosts - 1) / hosts * whole
     rows, columns = grid_of(hosts)
-    waiting = 2 * (rows * columns < hosts)  # of the hosts beyond the grid, as above
+    left = int(rows * columns < hosts)  # hosts beyond the grid, as above
     in_row, in_column = 2 * (columns - 1), 2 * (rows - 1)
     ways = {
         "direct": Sent(1, hosts - 1, (hosts - 1) * whole),
         "pieces": Sent(2, 2 * (hosts - 1), piece),
-        "grid": Sent(4 + waiting, in_row + in_column, (in_row + in_column / rows) / columns * whole),
+        "grid": Sent(4 + 2 * left, in_row + in_column + left, ((in_row + in_column / rows) / columns + left) * whole),
         "doubling": Sent(hosts.bit_length() - 1 + joining, steps, steps * whole),
         "halving": Sent(2 * steps, 2 * steps, piece),
     }

@@ -452,6 +452,17 @@ def test_a_job_script_has_the_best_stages_unless_others_are_asked_for(asked, wri
     assert found["speed"]["decode_tokens_per_second"] == layout["decode_tokens_per_second"]
 
 
+def test_a_layer_that_drafts_has_one_stage(tmp_path, capsys):
+    words = ["plan", "--model", "data/demo.h5", "--nodes", "2", "--network", "1ms,120MB/s"]
+    words += ["--draft-model", "data/demo-mtp.h5"]
+    script = tmp_path / "job.sbatch"
+    assert main([*words, "--sbatch", str(script), "--json"]) == 0
+    assert [each["pipeline"] for each in json.loads(capsys.readouterr().out)["layouts"]] == [1]
+    assert "--pipeline" not in script.read_text()
+    assert main([*words, "--pipeline", "2"]) == 2
+    assert "a layer that drafts tokens needs --pipeline 1" in capsys.readouterr().err
+
+
 def test_without_a_script_one_stage_is_planned_as_runs_have_it(capsys):
     assert main(["plan", *SLOW_NODES, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)

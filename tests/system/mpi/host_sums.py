@@ -67,6 +67,23 @@ def test_sums_are_exact(comm: Communicator | None, way: str, kind: str) -> None:
         assert found.tobytes() == (of_hosts.sum(axis=0) * GRID).tobytes(), count
 
 
+@pytest.mark.parametrize("way", ways_between(9))
+def test_what_is_no_number_is_told_to_all(comm: Communicator | None, way: str) -> None:
+    if comm is None:
+        return
+    assert comm.shared is not None
+    comm.shared.use([(0, way)])
+    mine = np.ones((1, 640))
+    mine[0, ::7] = np.nan if comm.rank == comm.size - 1 else 1.0
+    mine[0, 1::7] = {0: np.inf, 1: -np.inf}.get(comm.rank, 1.0)
+    mine[0, 2::7] = np.inf if comm.rank == comm.size // 2 else 1.0
+    found = comm.all_reduce(mine)[0]
+    assert np.isnan(found[::7]).all()
+    assert np.isnan(found[1::7]).all()
+    assert (found[2::7] == np.inf).all()
+    assert (found[3::7] == comm.size).all()
+
+
 def test_messages_of_the_ways(comm: Communicator | None) -> None:
     """The most are those of a host that also answers for one beyond the grid, or beyond the largest power of two."""
     if comm is None:

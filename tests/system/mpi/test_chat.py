@@ -202,6 +202,20 @@ def test_ctrl_c_at_the_prompt_asks_again(ranks: int | None, endless: tuple[str |
 
 
 @ON_TERMINAL
+def test_ctrl_c_forgets_what_was_typed_ahead(ranks: int | None, endless: tuple[str | Path, ...]) -> None:
+    with on_terminal(ranks, *endless) as terminal:
+        terminal.expect("> ")
+        terminal.type("hello\nagain\nand again\n")
+        terminal.expect("zzz")
+        terminal.type(CTRL_C)
+        terminal.expect("(stopped)", timeout=END_SECONDS)
+        terminal.expect("> ", timeout=END_SECONDS)
+        terminal.type("/quit\n")
+        assert terminal.launch.gone_within(END_SECONDS)
+        assert terminal.launch.process.returncode == 0
+
+
+@ON_TERMINAL
 def test_ctrl_d_ends_the_chat(ranks: int | None, endless: tuple[str | Path, ...]) -> None:
     with on_terminal(ranks, *endless) as terminal:
         assert "/quit leaves" in terminal.expect("> "), "the help comes before the first prompt"

@@ -37,6 +37,14 @@ def test_what_is_sent_is_what_plan_says(hosts: int, per_host: int, demo: Path) -
             assert size == pytest.approx(expected.bytes, rel=0.15)
 
 
+def test_hosts_beyond_a_grid_cost_two_rounds_and_a_message() -> None:
+    whole = 4096 * Layout(9, 1).bits / 8
+    square, more = (sum_sent(Layout(hosts, 1), 4096, 1)["grid"] for hosts in (9, 11))
+    assert (square.rounds, square.messages) == (4, 8)
+    assert square.bytes == pytest.approx(2 * 8 / 9 * whole)
+    assert (more.rounds, more.messages, more.bytes) == (6, 9, pytest.approx(square.bytes + whole))
+
+
 def test_coarse_sums_take_a_third(demo: Path) -> None:
     exact, coarse = (counted(2, 1, demo, sync)["direct"][0] for sync in ("exact", "q80"))
     assert coarse[0] == exact[0]
