@@ -21,7 +21,7 @@ DESCRIBED = {
     "tokenizer": "the one beside it",
     "acceptance": "0.7",
     "plan speculate": "none, with a draft model 4",
-    "plan pipeline": "1, with --sbatch the best number",
+    "plan pipeline": "1, with --sbatch and no --shares the best number",
     "stride": "the window's size, as llama.cpp does",
     "seed": "a new one, reported",
     "cache_tokens": "what they can need, up to nine tenths of the memory",
