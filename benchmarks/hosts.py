@@ -257,20 +257,9 @@ def measure_steps(given: argparse.Namespace, hosts: Hosts, tree: Tree) -> dict[s
 def measure_nodes(given: argparse.Namespace, hosts: Hosts, tree: Tree) -> None:
     """What a host reads and computes while all do: a saved bench of some layers on the same ranks."""
     layers = max(1, shape_config(given.shape)["num_hidden_layers"] // 2)
-    words = (
-        "bench",
-        "--shape",
-        given.shape,
-        "--weights",
-        given.weights,
-        "--layers",
-        str(layers),
-        "--json",
-        "--decode",
-        "24",
-    )
+    words = ("bench", "--shape", given.shape, "--weights", given.weights, "--layers", str(layers), "--json")
     hosts.shape()
-    command = (*PROGRAM, *words, "--prefill", "64", "--context", "64")
+    command = (*PROGRAM, *words, "--decode", "24", "--prefill", "64", "--context", "64")
     result = hosts.run(given.ranks_per_host, *command, tree=tree.path)
     if result.status:
         sys.exit(result.stderr)

@@ -19,7 +19,7 @@ from mpillama.cli.plots import draw
 from mpillama.cli.running import running
 from mpillama.cli.values import refuse_unwritable
 from mpillama.comm.communicator import Communicator
-from mpillama.comm.hosts import count_hosts, host_mates
+from mpillama.comm.hosts import is_first_of_host
 from mpillama.comm.pipeline import join_stages
 from mpillama.engine.measure import Part, Stopwatch, Timing, read_bandwidth, where_time_goes
 from mpillama.engine.skew import RankTimes, skew_of
@@ -270,10 +270,8 @@ def _measure(options: BenchOptions, world: World, target: Target, model: Decoder
 def _hosts(comm: Communicator) -> int:
     """How many hosts all ranks are on."""
     with comm.watch.blocking("the counting of hosts"):
-        mates = host_mates(comm.mpi)
-        found = count_hosts(comm.mpi, mates)
-        mates.Free()
-    return found
+        first = is_first_of_host(comm.mpi)
+    return sum(comm.gather(first))
 
 
 def _where(options: BenchOptions, watch: Stopwatch, host: str) -> list[dict[str, Any]]:

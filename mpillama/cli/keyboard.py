@@ -4,8 +4,8 @@ A launcher takes Ctrl-C itself: MPICH's passes the first one on and ends the job
 under a launcher on the person's own machine, the terminal is told to send Ctrl-C as an ordinary character that ends a
 line; the launcher forwards it like any input.
 
-A thread reads, also without a launcher, and who waits for it looks up now and then: a signal that comes just before
-input(), or any wait without end, begins to wait is seen by nobody until that wait ends.
+A thread reads, also without a launcher, and the main one looks up now and then while it waits for a line: Python runs
+no signal's handler in a wait that began just after the signal came, as one of input() may.
 """
 
 import os

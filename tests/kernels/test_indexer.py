@@ -150,6 +150,17 @@ def test_of_equal_scores_the_lower_positions_are_chosen():
     assert np.array_equal(case.everywhere().chosen, np.tile(np.arange(33), (40, 1)))
 
 
+@pytest.mark.parametrize("sign", [1, -1])
+def test_a_score_that_is_no_number_is_the_least(sign):
+    """Of whichever sign: processors differ in that."""
+    case = SparseCase([(2, 900)], "f32", sparse(40))
+    place = case.everywhere().chosen[0][3]
+    case.past_keys.reshape(-1, case.past_keys.shape[2])[64 * case.tables[0, place // 64] + place % 64] = np.copysign(
+        np.nan, sign
+    )
+    assert place not in case.everywhere().chosen
+
+
 @pytest.mark.parametrize("kv_type", KV_TYPES)
 def test_what_is_not_chosen_is_not_read(kv_type):
     """Latents that are no numbers lie there."""

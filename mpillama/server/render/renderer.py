@@ -61,7 +61,7 @@ class Renderer:
             process.stdin.write(json.dumps(texts).encode() + b"\n")
             process.stdin.flush()
             found: list[list[dict[str, Any]]] = json.loads(self._line(process, self.seconds))
-        except (OSError, NotRendered) as error:
+        except (OSError, ValueError, NotRendered) as error:  # ValueError: an answer to somebody who has gone
             self._process = None
             end(process)
             raise NotRendered(f"not rendered: {error}") from error

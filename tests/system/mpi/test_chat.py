@@ -15,7 +15,7 @@ from mpillama.text.chat_template import ChatTemplate
 from mpillama.text.tokenizer import Tokenizer
 from tests import tiny_models as models
 from tests.system.mpi.launch import END_SECONDS, PROGRAM, SCRIPTS, TIMEOUT, Result, python, run
-from tests.system.mpi.terminal import CTRL_C, CTRL_D, on_terminal
+from tests.system.mpi.terminal import CTRL_C, CTRL_D, Terminal, on_terminal
 
 pytestmark = pytest.mark.timeout(TIMEOUT + 60)
 
@@ -166,6 +166,13 @@ def endless(toy: Path, tokenizer: Tokenizer, tmp_path: Path) -> tuple[str | Path
     return (*slow, "chat", "--model", toy, "--logit-bias", f"{letter}=1000", "--max-tokens", "4000")
 
 
+def quits(terminal: Terminal) -> None:
+    """At its prompt the chat ends when it is told to."""
+    terminal.type("/quit\n")
+    assert terminal.launch.gone_within(END_SECONDS)
+    assert terminal.launch.process.returncode == 0
+
+
 ON_TERMINAL = pytest.mark.parametrize("ranks", [None, 2])
 
 
@@ -179,9 +186,7 @@ def test_ctrl_c_stops_the_answer_and_not_the_program(ranks: int | None, endless:
             terminal.type(CTRL_C)
             terminal.expect("(stopped)", timeout=END_SECONDS)
         terminal.expect("> ", timeout=END_SECONDS)
-        terminal.type("/quit\n")
-        assert terminal.launch.gone_within(END_SECONDS)
-        assert terminal.launch.process.returncode == 0
+        quits(terminal)
         assert terminal.interrupt_key() == CTRL_C.encode()
 
 
@@ -196,9 +201,7 @@ def test_ctrl_c_at_the_prompt_asks_again(ranks: int | None, endless: tuple[str |
         terminal.expect("zzz", timeout=END_SECONDS)
         terminal.type(CTRL_C)
         terminal.expect("> ", timeout=END_SECONDS)
-        terminal.type("/quit\n")
-        assert terminal.launch.gone_within(END_SECONDS)
-        assert terminal.launch.process.returncode == 0
+        quits(terminal)
 
 
 @ON_TERMINAL
@@ -210,9 +213,7 @@ def test_ctrl_c_forgets_what_was_typed_ahead(ranks: int | None, endless: tuple[s
         terminal.type(CTRL_C)
         terminal.expect("(stopped)", timeout=END_SECONDS)
         terminal.expect("> ", timeout=END_SECONDS)
-        terminal.type("/quit\n")
-        assert terminal.launch.gone_within(END_SECONDS)
-        assert terminal.launch.process.returncode == 0
+        quits(terminal)
 
 
 @ON_TERMINAL
