@@ -345,6 +345,8 @@ class LLM(EngineSettings):
                 else:
                     with self._stepping():
                         engine.step()
+            with self._stepping():
+                engine.settle()
         finally:
             for sequence in left:
                 if not self._open.executor.abandoned:

@@ -1,4 +1,8 @@
-"""The way of activations through the stages of a model: each holds some layers, and gives their result to the next."""
+"""The way of activations through the stages of a model: each holds some layers, and gives their result to the next.
+
+Rank 0 may say what the next steps are before it takes part in them itself: then the stages before its own work on one
+while it works on the step before.
+"""
 
 import time
 from collections import deque
@@ -9,14 +13,22 @@ from typing import cast
 import numpy as np
 from mpi4py import MPI
 
-from mpillama.comm.communicator import Communicator
+from mpillama.comm.communicator import PLAN, Communicator, tree_children
 from mpillama.comm.hosts import give_up
 from mpillama.comm.shared_memory import Backoff
 from mpillama.comm.ways import Traffic
 
-ACTIVATIONS = 1
-"""The tag of their messages."""
+ACTIVATIONS, PLANS = 1, 2
+"""The tags of messages: activations, and what a step is."""
 WAIT = "the wait for the stage before"
+
+
+@dataclass(frozen=True)
+class Issued:
+    """A plan that rank 0 has told the others, and what is under way of it."""
+
+    plan: np.ndarray
+    requests: list[MPI.Request]
 
 
 @dataclass
@@ -26,16 +38,59 @@ class Pipeline:
     Every rank of a stage holds the residual stream in full, and sends all of it to its partner in the stage after, so
     that no stage has to put it together. `before` and `after` are the partners' ranks in `comm`, None at the ends.
     `seconds` adds up the time that was spent waiting for the stage before, and for the one after to take what it gets.
+    Plans of steps go to the `leaders` of the other stages and from each through its stage, along `plans`, on which
+    nothing else goes: a step may be told while the one before is computed.
     """
 
     comm: Communicator
     group: Communicator
+    plans: MPI.Intracomm
+    leaders: Sequence[int]
     before: int | None
     after: int | None
     seconds: float = 0.0
     sent: Traffic = field(default_factory=Traffic)
+    _issued: deque[Issued] = field(default_factory=deque)
     _expected: deque[MPI.Request] = field(default_factory=deque)
     _pending: list[MPI.Request] = field(default_factory=list)
+
+    # -- plans ---------------------------------------------------------------------------------------------------------
+
+    @property
+    def stages(self) -> int:
+        return 1 + len(self.leaders)
+
+    def issue(self, plan: np.ndarray) -> None:
+        """On rank 0 tell the others of a step, for which this rank comes later: it takes its plans in turn."""
+        sent = plan.copy()
+        requests = [self.comm.mpi.Isend(sent, leader, PLANS) for leader in self.leaders]
+        self._issued.append(Issued(sent, [*requests, self.plans.Ibcast(sent)]))
+        children = len(self.leaders) + tree_children(self.group.rank, self.group.size)
+        self.sent.add(children * sent.nbytes, children)
+
+    def take(self, plan: np.ndarray) -> None:
+        """Wait for the next plan; the wait may last for hours, so it goes to sleep."""
+        self.comm.watch.enter(PLAN)
+        if self.comm.is_root:
+            issued = self._issued.popleft()
+            plan[:] = issued.plan
+            for request in issued.requests:
+                self._poll(request)
+        else:
+            if self.group.is_root:
+                self._poll(self.comm.mpi.Irecv(plan, 0, PLANS))
+            self._poll(self.plans.Ibcast(plan))
+            children = tree_children(self.group.rank, self.group.size)
+            self.sent.add(children * plan.nbytes, children)
+        self.comm.watch.leave()
+
+    def _poll(self, request: MPI.Request) -> None:
+        backoff = Backoff(self.comm.yields)
+        while not request.Test():
+            self.comm.watch.poll()
+            backoff.pause()
+
+    # -- activations ---------------------------------------------------------------------------------------------------
 
     def expect(self, pieces: Sequence[np.ndarray]) -> None:
         """Say where the parts of a step's activations go, in the order in which they come; nothing for stage 0."""
@@ -69,6 +124,7 @@ class Pipeline:
         if self.group.shared is not None:
             self.group.shared.free()
             self.group.shared = None
+        self.plans.Free()
         self.group.mpi.Free()
 
     def _wait(self, request: MPI.Request, place: str) -> None:
@@ -92,7 +148,8 @@ def join_stages(comm: Communicator, stages: int) -> Pipeline:
     number, place = divmod(comm.rank, size)
     with comm.watch.blocking("the start"):
         mpi = cast(MPI.Intracomm, comm.mpi.Split(number, place))
+        plans = mpi.Dup()
     group = Communicator(mpi, comm.yields, comm.watch, is_of_all=False)
     before = comm.rank + size if comm.rank + size < comm.size else None
     after = comm.rank - size if comm.rank >= size else None
-    return Pipeline(comm, group, before, after)
+    return Pipeline(comm, group, plans, range(size, comm.size, size), before, after)

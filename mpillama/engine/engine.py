@@ -14,9 +14,9 @@ from mpillama.engine.answer import Answer, Mark
 from mpillama.engine.block_pool import BlockPool, StatePool
 from mpillama.engine.disk_cache import DiskCache
 from mpillama.engine.draft_model import DraftModel
-from mpillama.engine.executor import Executor
+from mpillama.engine.executor import Executor, Row
 from mpillama.engine.mtp import MtpDrafter, MtpExecutor
-from mpillama.engine.pace import Pace
+from mpillama.engine.pace import Pace, StepLoad
 from mpillama.engine.scheduler import ScheduledSequence, Scheduler, load_of
 from mpillama.engine.sequence import EngineSequence, Request, check_prompt
 from mpillama.engine.speculation import Drafter, PromptLookup
@@ -70,10 +70,6 @@ class EngineCounts:
         return self.prefill.seconds + self.decode.seconds
 
 
-Row = np.ndarray | Candidates
-"""After one position: logits float32 [vocab_size], or the likeliest tokens."""
-
-
 class Rows:
     """A step's rows, one after the other; no more than a piece of them is held, unless `take_all` fetches the rest."""
 
@@ -102,6 +98,16 @@ class Rows:
 
 
 @dataclass(frozen=True)
+class Flight:
+    """A step that the other ranks know of and this one has not run yet; `rows` of logits that each share has in it."""
+
+    shares: list[ScheduledSequence]
+    rows: list[int]
+    clock: Clock
+    load: StepLoad | None
+
+
+@dataclass(frozen=True)
 class Update:
     """A sequence that went on in a step: the tokens that were sampled and the text that became safe to print.
 
@@ -120,6 +126,10 @@ class Engine:
     The executor is used by nobody else. `speculate` is the most draft tokens of a sequence in a step, which come from
     the executor's draft model, if it has one, or else from the text. Beside answers under way a step takes as much of
     prompts as keeps it within `max_token_delay` seconds.
+
+    In a pipeline several steps are under way, one for each stage, each with other sequences: while one's logits are
+    sampled from, and on its way back to the first stage, stages work on the others. Where drafts come from a model,
+    whose steps would come in between, there is one.
     """
 
     def __init__(
@@ -133,11 +143,14 @@ class Engine:
         self.scheduler = Scheduler(self.pool, executor.slots, executor.max_tokens, executor.max_seq_len, self.drafter)
         self.disk = DiskCache(executor, executor.folder, self.pool) if executor.folder else None
         self.scheduler.disk = self.disk
-        self.pace = self.scheduler.pace = None if max_token_delay is None else Pace(max_token_delay)
+        self.scheduler.at_once = 1 if isinstance(self.drafter, DraftModel) else executor.ahead
+        bound = None if max_token_delay is None else max_token_delay / self.scheduler.at_once
+        self.pace = self.scheduler.pace = None if bound is None else Pace(bound)
         self.counts = EngineCounts()
         self.in_step = False
         """Whether a step is being computed, or was left by an exception: the other ranks then wait for its rest."""
         self._number = 0
+        self._flights: deque[Flight] = deque()
         self._rows = Rows(iter(()), Clock())
         self._inboxes: dict[int, deque[Update]] = {}
 
@@ -156,7 +169,7 @@ class Engine:
     @property
     def idle(self) -> bool:
         """Whether nothing waits or runs."""
-        return not (self.scheduler.waiting or self.scheduler.running)
+        return not (self.scheduler.waiting or self.scheduler.running or self._flights)
 
     @property
     def load(self) -> int:
@@ -187,21 +200,37 @@ class Engine:
     def run(self, sequence: EngineSequence) -> Iterator[Update]:
         """Step until a sequence has ended, and yield its updates: at least one a step, which may be empty.
 
-        Several such iterators may take turns. A sequence whose iterator is closed early is cancelled.
+        Several such iterators may take turns. A sequence whose iterator is closed early is cancelled. No step is under
+        way while the caller has the turn, who may take any time.
         """
         inbox = self._inboxes[sequence.number] = deque()
         try:
             while inbox or not sequence.finished:
                 if not inbox:
                     self.step()
+                    self.settle()
                 yield inbox.popleft() if inbox else Update(sequence)
         finally:
             del self._inboxes[sequence.number]
             self.cancel(sequence)
 
     def step(self) -> list[Update]:
-        """Run one step; returns the sequences that went on. Nothing happens if the engine is idle."""
+        """Run one step; returns the sequences that went on. Nothing happens if the engine is idle.
+
+        More steps may be under way afterwards: call it again soon, or `settle`.
+        """
         start = time.perf_counter()
+        while len(self._flights) < self.scheduler.at_once and self._issue():
+            pass
+        return self._land(start) if self._flights else []
+
+    def settle(self) -> None:
+        """Run the steps that are under way, and begin no others."""
+        while self._flights:
+            self._land(time.perf_counter())
+
+    def _issue(self) -> bool:
+        """Let the ranks begin with a step, if there is something to do that is not under way."""
         drafting = self.drafter.seconds if self.drafter else 0.0
         # Other ranks may draft with this one, or read and write files.
         self.in_step = self.drafter is not None or self.disk is not None
@@ -210,7 +239,7 @@ class Engine:
             self.disk.flush()
         self.in_step = False
         if not shares:
-            return []
+            return False
         decodes = all(share.count == 1 and share.sequence.answer.token_ids for share in shares)
         clock = self.counts.decode if decodes else self.counts.prefill
         segments = [share.sequence.segment(share.count, share.drafts, share.states) for share in shares]
@@ -218,10 +247,21 @@ class Engine:
         clock.seconds += self.drafter.seconds - drafting if self.drafter else 0.0
         load = load_of(shares, self.scheduler.followed) if self.pace else None
         self.in_step = True
+        self.executor.issue(segments)
+        self.in_step = False
+        self.scheduler.begin(shares)
+        self._flights.append(Flight(shares, [segment.logits for segment in segments], clock, load))
+        return True
+
+    def _land(self, start: float) -> list[Update]:
+        """Run the first step under way, which counts from `start` on, and sample."""
+        flight = self._flights.popleft()
+        shares, clock = flight.shares, flight.clock
+        self.in_step = True
         with timed(clock):
-            pieces = self.executor.forward_in_pieces(segments)
+            pieces = self.executor.run()
         self._rows = Rows(pieces, clock)
-        updates = list(self._take(shares, self._rows))
+        updates = list(self._take(flight, self._rows))
         self.in_step = False
         for update in updates:
             clock.tokens += max(0, len(update.token_ids) - 1)
@@ -230,10 +270,10 @@ class Engine:
         self.counts.steps += 1
         seconds = time.perf_counter() - start
         self.counts.step_seconds += seconds
-        if self.drafter is not None and decodes:
+        if self.drafter is not None and clock is self.counts.decode:
             self.drafter.lengths.note_step(seconds, sum(len(share.drafts) for share in shares), len(shares))
-        if self.pace is not None and load is not None:
-            self.pace.note(load, seconds)
+        if self.pace is not None and flight.load is not None:
+            self.pace.note(flight.load, seconds)
         return updates
 
     def save_cache(self, waits: bool = True) -> None:
@@ -246,11 +286,15 @@ class Engine:
             self.disk.save_all(waits)
             self.in_step = False
 
-    def _take(self, shares: list[ScheduledSequence], rows: "Rows") -> Iterator[Update]:
+    def _take(self, flight: Flight, rows: "Rows") -> Iterator[Update]:
         """Note what was computed and sample where a sequence's last token was among it."""
         token = 0
-        for share in shares:
+        for share, count in zip(flight.shares, flight.rows, strict=True):
             sequence, start, row = share.sequence, share.sequence.computed, token
+            if not self.scheduler.is_done(share):
+                deque(islice(rows, count), maxlen=0)
+                token += share.tokens
+                continue
             is_last = share.count == sequence.pending
             self._tell_prompt(sequence, islice(rows, sequence.untold_among(share.count)))
             sequence.computed += share.count

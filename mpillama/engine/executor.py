@@ -18,9 +18,9 @@ from mpillama.models.candidates import WHOLE, Candidates, Wanted
 from mpillama.models.decoder import Decoder
 from mpillama.text.tokenizer import check_token_ids
 
-HEADER = 5
-"""Numbers at the beginning of the message: order, tokens (or exit status, or row), segments, block ids, and in how many
-parts the step goes through the model."""
+HEADER = 6
+"""Numbers at the beginning of the message: order, tokens (or exit status, or row), segments (or how many steps ago),
+block ids, in how many parts the step goes through layers, and how many micro-batches through stages."""
 FIELDS = 8
 """Numbers of a segment: slot, first position, tokens, rows of logits, first table place, new block ids, candidates,
 temperature (the bits of a float64)."""
@@ -103,9 +103,9 @@ class StepPlan:
 
     # -- rank 0 ----------------------------------------------------------------------------------------------------
 
-    def write_order(self, order: Order, status: int = 0) -> None:
+    def write_order(self, order: Order, status: int = 0, ago: int = 0) -> None:
         """Make the message an order without a step."""
-        self.buffer[:HEADER] = order, status, 0, 0, 1
+        self.buffer[:HEADER] = order, status, ago, 0, 1, 1
 
     def fit(self, segments: Sequence[Segment]) -> tuple[list[Segment], list[Segment]]:
         """Split off blocks that do not fit one message: segments of blocks alone, each a message, and the rest.
@@ -122,7 +122,7 @@ class StepPlan:
             rest.append(s)
         return before, rest
 
-    def write(self, segments: Sequence[Segment], parts: int = 1) -> None:
+    def write(self, segments: Sequence[Segment], parts: int = 1, micro: int = 1) -> None:
         """Make the message a step; ValueError if it does not hold that many tokens, sequences or blocks, or for a place
         in a table or a state slot that there is not.
         """
@@ -133,7 +133,7 @@ class StepPlan:
         last = max((s.table_start + len(s.blocks) for s in segments), default=0)
         if last > self.tables.shape[1]:
             raise ValueError(f"a step of a sequence with {last} blocks, in tables for {self.tables.shape[1]}")
-        self.buffer[:HEADER] = Order.FORWARD, len(ids), len(segments), len(blocks), parts
+        self.buffer[:HEADER] = Order.FORWARD, len(ids), len(segments), len(blocks), parts, micro
         at = HEADER + self.fields * len(segments)
         fields = self.buffer[HEADER:at].reshape(len(segments), self.fields)
         fields[:, :FIELDS] = [
@@ -165,7 +165,7 @@ class StepPlan:
 
     def write_places(self, order: Order, places: Sequence[Place], stamp: int = 0, waits: bool = False) -> None:
         """Make the message an order to save or to load blocks and states."""
-        self.buffer[:HEADER] = order, len(places), stamp, waits, 0
+        self.buffer[:HEADER] = order, len(places), stamp, waits, 0, 0
         numbers = self.buffer[HEADER : HEADER + PLACE_FIELDS * len(places)].reshape(-1, PLACE_FIELDS)
         for to, place in zip(numbers, places, strict=True):
             to[0] = place.number if place.kind == "block" else -1 - place.number
@@ -190,9 +190,19 @@ class StepPlan:
         return int(self.buffer[1])
 
     @property
+    def ago(self) -> int:
+        """Of LOGITS, how many steps were run since."""
+        return int(self.buffer[2])
+
+    @property
     def parts(self) -> int:
-        """In how many parts the step goes."""
+        """In how many parts the step goes through layers."""
         return int(self.buffer[4])
+
+    @property
+    def micro_batches(self) -> int:
+        """In how many parts the step goes through stages."""
+        return int(self.buffer[5])
 
     def wanted(self) -> list[Wanted]:
         """What is wanted of each row of logits of the step."""
@@ -231,6 +241,8 @@ def _numbers(wanted: Wanted) -> tuple[int, int]:
     return wanted.count, int(np.float64(wanted.temperature).view(np.int64))
 
 
+Row = np.ndarray | Candidates
+"""After one position: logits float32 [vocab_size], or the likeliest tokens."""
 STAMP_STEP = 1000
 """Nanoseconds between the times at which two places are said to have been used."""
 LOGIT_BYTES = 32 << 20
@@ -244,6 +256,8 @@ class Executor:
     the blocks that it may need, and none need be given. A model with recurrent layers has `states` state slots, by
     default one more than sequences. On rank 0 call forward, memory_per_rank and end; on the other ranks call follow
     once. `draft` is the executor of a draft model on the ranks that hold it: all, or rank 0 alone.
+
+    Rank 0 may issue up to `ahead` steps before it runs the first of them, so that no stage of a pipeline is idle.
     """
 
     def __init__(
@@ -252,6 +266,8 @@ class Executor:
     ):  # fmt: skip
         self.model = model
         self.comm: Communicator = model.all_ranks
+        self.pipeline = model.pipeline
+        self.ahead = 1 if model.pipeline is None else model.pipeline.stages
         self.max_seq_len = max_seq_len
         self.max_tokens = max_tokens
         self.slots = slots
@@ -269,6 +285,12 @@ class Executor:
         self.cache = KVCache(model.config, model.part, blocks, kv_type, self.states)
         self.folder: CacheFolder | None = None
         """Where this rank keeps what leaves its memory, on all ranks or on none."""
+        self._issued: deque[list[list[Segment]]] = deque()
+        """Steps that are still to be run, of each its messages."""
+        self._ran: deque[list[Row]] = deque()
+        """The rows of steps that had to be run before anybody wanted them."""
+        self._ago = 0
+        """How many steps were run since the one whose rows were asked for last."""
 
     # -- rank 0 ----------------------------------------------------------------------------------------------------
 
@@ -280,53 +302,102 @@ class Executor:
         rows = [row for piece in self.forward_in_pieces(segments) for row in piece]
         return np.stack(cast(list[np.ndarray], rows)) if rows else self._no_logits()
 
-    def forward_in_pieces(self, segments: Sequence[Segment]) -> Iterator[list[np.ndarray | Candidates]]:
-        """Run a step and return what is wanted of its rows of logits, up to `piece` rows at a time.
+    def forward_in_pieces(self, segments: Sequence[Segment]) -> Iterator[list[Row]]:
+        """Run a step, with none issued before, and return its rows as `run` does. UserError as for forward."""
+        self.issue(segments)
+        return self.run()
 
-        Take them all, since all ranks compute them together. UserError as for forward.
-        """
+    def issue(self, segments: Sequence[Segment]) -> None:
+        """Say what the next step is; UserError as for forward. It may not depend on steps that are still to be run."""
         for segment in segments:
             check_token_ids(segment.token_ids, self.model.config.vocab_size)
         blocks_first, rest = self.plan.fit(segments)
-        for segment in blocks_first:
-            self._run([segment])
-        return self._run(rest)
+        messages = [*([segment] for segment in blocks_first), rest]
+        self._issued.append(messages)
+        if self.pipeline is not None:
+            for message in messages:
+                self._write(message)
+                self.pipeline.issue(self.plan.buffer)
+
+    def run(self) -> Iterator[list[Row]]:
+        """Run the first step that was issued; returns what is wanted of its rows of logits, up to `piece` at a time.
+
+        Take them all, since all ranks compute them together.
+        """
+        self._ago = max(0, len(self._ran) - 1)
+        return iter([self._ran.popleft()]) if self._ran else self._run_next()
+
+    def _run_next(self) -> Iterator[list[Row]]:
+        *before, last = self._issued.popleft()
+        for message in before:
+            deque(self._run(message), maxlen=0)
+        return self._run(last)
+
+    def _run_all(self) -> None:
+        """Run what was issued, since the next order comes behind it on all ranks."""
+        while self._issued:
+            self._ran.append([row for piece in self._run_next() for row in piece])
+            self._ago += 1
 
     def hidden_states(self, first: int, count: int) -> np.ndarray:
-        """The last hidden states of tokens of the last step, float32 [count, hidden_size]."""
-        return self.model.hidden_states(first, count)
+        """The last hidden states of tokens of the step that was run last, float32 [count, hidden_size]."""
+        return self.model.hidden_states(first, count, self._ago)
 
     def _no_logits(self) -> np.ndarray:
         return np.empty((0, self.model.config.vocab_size), np.float32)
 
     def whole_row(self, row: int) -> np.ndarray:
-        """All logits after a token of the last step, whose pieces were all taken: float32 [vocab_size]."""
-        self._order(Order.LOGITS, row)
-        logits: np.ndarray = self.model.logits(np.array([row]))[0]
+        """All logits after a token of the step that was run last, whose pieces were all taken: float32 [vocab_size]."""
+        self._run_all()
+        self._order(Order.LOGITS, row, self._ago)
+        logits: np.ndarray = self.model.logits(np.array([row]), self._ago)[0]
         return logits
 
-    def _run(self, segments: Sequence[Segment]) -> Iterator[list[np.ndarray | Candidates]]:
-        self.plan.write(segments, self.step_parts.choose(sum(len(s.token_ids) for s in segments)))
-        self.comm.broadcast_plan(self.plan.buffer)
+    def _write(self, segments: Sequence[Segment]) -> None:
+        tokens = sum(len(s.token_ids) for s in segments)
+        micro = max(1, self.model.micro_batches(tokens) // max(1, len(self._issued)))
+        self.plan.write(segments, self.step_parts.choose(tokens), micro)
+
+    def _run(self, segments: Sequence[Segment]) -> Iterator[list[Row]]:
+        if self.pipeline is None:
+            self._write(segments)
+            self._tell()
+        else:
+            self.pipeline.take(self.plan.buffer)
         return self._execute()
+
+    def _tell(self) -> None:
+        """Give the others the message, which all take part in now."""
+        if self.pipeline is not None:
+            self.pipeline.issue(self.plan.buffer)
+        self._hear()
+
+    def _hear(self) -> None:
+        """Take the next message."""
+        if self.pipeline is None:
+            self.comm.broadcast_plan(self.plan.buffer)
+        else:
+            self.pipeline.take(self.plan.buffer)
 
     def save(self, places: Sequence[Place], stamp: int, waits: bool = False) -> None:
         """Let every rank write blocks and states to files, those last used first: at `stamp`, in ns.
 
         Files are written later; what is too much for that is dropped, unless the ranks shall wait.
         """
+        self._run_all()
         for batch in self._batches(places):
             self.plan.write_places(Order.SAVE, batch, stamp, waits)
-            self.comm.broadcast_plan(self.plan.buffer)
+            self._tell()
             self._save()
             stamp -= STAMP_STEP * len(batch)
 
     def load(self, places: Sequence[Place]) -> int:
         """Fill blocks and states from files; returns how many of the first ones every rank has filled."""
         done = 0
+        self._run_all()
         for batch in self._batches(places):
             self.plan.write_places(Order.LOAD, batch)
-            self.comm.broadcast_plan(self.plan.buffer)
+            self._tell()
             found = self._load()
             done += found
             if found < len(batch):
@@ -352,9 +423,10 @@ class Executor:
         self._order(Order.REPORT_MEMORY)
         return self._gather_memory()
 
-    def _order(self, order: Order, status: int = 0) -> None:
-        self.plan.write_order(order, status)
-        self.comm.broadcast_plan(self.plan.buffer)
+    def _order(self, order: Order, status: int = 0, ago: int = 0) -> None:
+        self._run_all()
+        self.plan.write_order(order, status, ago)
+        self._tell()
 
     # -- all ranks -------------------------------------------------------------------------------------------------
 
@@ -363,7 +435,7 @@ class Executor:
         while True:
             if patient:
                 self.comm.watch.allow_silence()
-            self.comm.broadcast_plan(self.plan.buffer)
+            self._hear()
             if self.plan.order == Order.END:
                 self._close_folder()
                 return self.plan.status
@@ -372,7 +444,7 @@ class Executor:
             elif self.plan.order == Order.DRAFT and self.draft is not None:
                 self.draft.follow(patient)
             elif self.plan.order == Order.LOGITS:
-                self.model.logits(np.array([self.plan.status]))
+                self.model.logits(np.array([self.plan.status]), self.plan.ago)
             elif self.plan.order == Order.SAVE:
                 self._save()
             elif self.plan.order == Order.LOAD:
@@ -380,12 +452,12 @@ class Executor:
             else:
                 deque(self._execute(), maxlen=0)
 
-    def _execute(self) -> Iterator[list[np.ndarray | Candidates]]:
+    def _execute(self) -> Iterator[list[Row]]:
         """Run the step; its logits are computed as they are taken."""
         step, wanted = self.plan.step(), self.plan.wanted()
         if len(step.token_ids):
             start = time.perf_counter()
-            self.model.advance(step, self.cache, self.plan.parts)
+            self.model.advance(step, self.cache, self.plan.parts, self.plan.micro_batches)
             self.step_parts.note(len(step.token_ids), self.plan.parts, time.perf_counter() - start)
         starts = range(0, len(step.logit_rows), self.piece)
         pieces = (slice(first, first + self.piece) for first in starts)

@@ -49,6 +49,7 @@ class Scheduler:
     No sequence becomes longer than `longest` positions.
     When blocks run out the youngest running sequence gives its own back and is computed again later.
     What `disk` has of a text comes into the pool before its sequence runs, a piece between two steps of others.
+    With several steps `at_once` each has its part of the sequences that decode; a sequence is in one of them.
     """
 
     def __init__(self, pool: BlockPool, slots: int, max_tokens: int, longest: int, drafter: Drafter | None = None):
@@ -63,6 +64,8 @@ class Scheduler:
         self.preemptions = 0
         self.followed = 0.0
         """Of the latest step, as in StepLoad."""
+        self.at_once = 1
+        self._under_way: dict[int, ScheduledSequence] = {}
         self._slots = list(range(slots - 1, -1, -1))
         self._shares: dict[int, ScheduledSequence] = {}
         self._paced = False
@@ -78,6 +81,17 @@ class Scheduler:
         else:
             self.running.remove(sequence)
             self._give_back(sequence)
+
+    def begin(self, shares: Iterable[ScheduledSequence]) -> None:
+        """Note that a step is under way."""
+        self._under_way |= {share.sequence.number: share for share in shares}
+
+    def is_done(self, share: ScheduledSequence) -> bool:
+        """Note that a step was run; whether its sequence still wants what it computed: not if it left meanwhile."""
+        if self._under_way.get(share.sequence.number) is not share:
+            return False
+        del self._under_way[share.sequence.number]
+        return True
 
     def schedule(self) -> list[ScheduledSequence]:
         """Choose the next step; empty if nothing waits or runs."""
@@ -113,8 +127,10 @@ class Scheduler:
 
     def _by_urgency(self) -> Iterator[EngineSequence]:
         """Running sequences: those that decode, then those with a prompt to compute, each by age."""
-        yield from [s for s in self.running if s.pending == 1]
-        yield from [s for s in self.running if s.pending > 1]
+        free = [s for s in self.running if s.number not in self._under_way]
+        decoding = sum(s.pending == 1 for s in self.running)
+        yield from [s for s in free if s.pending == 1][: -(-decoding // self.at_once)]
+        yield from [s for s in free if s.pending > 1]
 
     def _schedule(self, sequence: EngineSequence) -> None:
         """Give the sequence its share, with the blocks that it needs; nothing if the step is full."""
@@ -175,6 +191,7 @@ class Scheduler:
 
     def _give_back(self, sequence: EngineSequence) -> None:
         assert sequence.slot is not None
+        self._under_way.pop(sequence.number, None)
         self._slots.append(sequence.slot)
         sequence.leave(self.pool)
 
@@ -184,7 +201,7 @@ class Scheduler:
         needed = blocks_for(len(sequence.tokens) + room)
         if self.disk is not None:
             sequence.fetch = sequence.fetch or self.disk.begin(digests)
-            if self.disk.go_on(sequence.fetch, digests, needed, at_once=not self._shares):
+            if self.disk.go_on(sequence.fetch, digests, needed, at_once=not (self._shares or self._under_way)):
                 return False
         found = self.pool.find(digests)
         if self.pool.states is not None:

@@ -82,12 +82,14 @@ class MemoryModel:
         logits = 8 * config.vocab_size * self.sequences
         tokenizer = TOKENIZER_BYTES * config.vocab_size if self.has_tokenizer and rank == 0 else 0
         tokens = self._tokens(context)
+        # What steps under way have left, one for each other stage.
+        earlier = 4 * tokens * config.padded_hidden_size * (self.division.stages - 1) * part.is_last
         return RankMemory(
             weights=arena_bytes(self.specs, part),
             embedding=slice_bytes([spec for spec in self.specs if spec.name in (EMBEDDING, LM_HEAD)], part),
             kv_cache=held_blocks(context, part.holders) * self.sequences * self.cache_block_bytes(part),
             states=state_bytes(config, part, self.states),
-            buffers=workspace_bytes(config, part, tokens) + self.scratch(part, context) + logits + window,
+            buffers=workspace_bytes(config, part, tokens) + self.scratch(part, context) + logits + window + earlier,
             python=PYTHON_BYTES + (ROOT_BYTES + tokenizer if rank == 0 else 0),
             tokenizer=tokenizer,
             reads=slice_bytes(self.specs, part),

@@ -1,6 +1,7 @@
 """The decoder, split over ranks: two all-reduces a layer, and what rank 0 needs of the logits."""
 
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import pairwise
@@ -129,6 +130,9 @@ class Decoder:
         self.workspace = Workspace(config, self.part)
         self.embedding, self.head = weights.embed_tokens.column_parallel(), weights.lm_head.column_parallel()
         self.residual_sum = ResidualSum(comm, team, config)
+        self._earlier: deque[Array] = deque(maxlen=pipeline.stages - 1 if pipeline and self.part.is_last else 0)
+        """The residual streams of the steps before the last one, while their logits may be asked for."""
+        self._last = 0
         self.positions = ContextParallel(comm, team) if self.division.holders > 1 else None
         self.layers = [
             DecoderLayer(config, block, of_layer, parts, self.residual_sum, self.positions)
@@ -140,28 +144,38 @@ class Decoder:
         self.advance(step, cache)
         return self.logits(step.logit_rows)
 
-    def advance(self, step: Step, cache: KVCache, parts: int = 1) -> None:
+    def advance(self, step: Step, cache: KVCache, parts: int = 1, micro: int | None = None) -> None:
         """Run the step's tokens; logits and hidden states of any of them can be had until the next step.
 
-        With several `parts`, of which `most_parts` knows, the sums of one travel while the next is computed.
+        With several `parts`, of which `most_parts` knows, the sums of one travel while the next is computed. Through
+        stages the tokens go in `micro` parts, by default as many as `micro_batches` says. In a pipeline logits of steps
+        before can be had, too: of one less than there are stages.
         """
         tokens = len(step.token_ids)
+        if self._earlier.maxlen:
+            self._earlier.append(self.workspace.residual(0, self._last).copy())
         a = self.workspace.for_tokens(tokens)
         if self.pipeline is None:
             self._embed(step.token_ids, a)
             self._run(step, range(tokens), cache, parts)
         else:
-            self._run_stage(self.pipeline, step, cache, parts)
+            self._run_stage(self.pipeline, step, cache, parts, micro or self.micro_batches(tokens))
+        self._last = tokens
         self.tokens_run += tokens
+
+    def micro_batches(self, tokens: int) -> int:
+        """In how many parts a step goes through the stages if no other step is under way."""
+        return micro_batches(tokens, self.division.stages)
 
     def most_parts(self, tokens: int) -> int:
         """In how many parts a step may go so that sums travel meanwhile: each in one exchange; 1 if they cannot.
 
         In a pipeline it is what goes through a stage at once that is cut so.
         """
+        return self._most_parts(-(-tokens // self.micro_batches(tokens)))
+
+    def _most_parts(self, tokens: int) -> int:
         width, shared = self.config.padded_hidden_size, self.comm.shared
-        if self.pipeline is not None:
-            tokens = -(-tokens // micro_batches(tokens, self.division.stages))
         if shared is None or not shared.overlaps or tokens < 2:
             return 1
         if self.positions is not None:  # what ranks attended to is exchanged in the midst of half a layer
@@ -201,15 +215,16 @@ class Decoder:
         a.argument.in_flight = self.in_flight
         a.argument.shifts = arguments.address(a.shifts) if self.coarse else None
 
-    def _run_stage(self, pipeline: Pipeline, step: Step, cache: KVCache, count: int) -> None:
+    def _run_stage(self, pipeline: Pipeline, step: Step, cache: KVCache, count: int, micro: int) -> None:
         """The step in micro-batches, so that the stage after works on one while this stage works on the next.
 
-        Each goes in up to so many parts: all that this stage's ranks can do. Other stages may have no other hosts.
+        Each goes in parts if `count` is not 1, as many as this stage's ranks can do. Other stages may have no other
+        hosts.
         """
-        tokens = len(step.token_ids)
-        ranges = split_units(tokens, micro_batches(tokens, self.division.stages))
+        ranges = split_units(len(step.token_ids), micro)
         batches = [(r, step.rows(r.start, r.stop), self.workspace.for_rows(r.start, len(r))) for r in ranges]
-        count = min(count, self.most_parts(tokens), len(ranges[-1]))
+        if count > 1:
+            count = min(self._most_parts(len(ranges[0])), len(ranges[-1]))
         pipeline.expect([a.x for _, _, a in batches])
         for rows, part, a in batches:
             if self.part.is_first:
@@ -235,14 +250,14 @@ class Decoder:
         if self.pipeline:
             self.pipeline.forget_costs()
 
-    def logits(self, rows: Array) -> Array:
-        """On rank 0 what comes after tokens of the last step, float32 [len(rows), vocab_size].
+    def logits(self, rows: Array, ago: int = 0) -> Array:
+        """On rank 0 what comes after tokens of the last step, or one `ago`, float32 [len(rows), vocab_size].
 
         All ranks ask for the same; elsewhere there are no rows.
         """
         if not self.part.is_last:
             return np.empty((0, self.config.vocab_size), np.float32)
-        return self._gather(self._logits(rows))
+        return self._gather(self._logits(rows, ago))
 
     def wanted_logits(self, rows: Array, wanted: Sequence[Wanted]) -> list[Array | Candidates]:
         """On rank 0 of each row what is wanted: as `logits`, or its candidates. All ranks ask for the same."""
@@ -258,11 +273,16 @@ class Decoder:
             found[i] = candidates
         return found
 
-    def hidden_states(self, first: int, count: int) -> Array:
-        """The last step's tokens after the last layer and norm, float32 [count, hidden_size]; no collective."""
+    def hidden_states(self, first: int, count: int, ago: int = 0) -> Array:
+        """Tokens of the last step, or one `ago`, after the last layer and norm, float32 [count, hidden_size]; no
+        collective.
+        """
         h = Activations.empty(count, self.config.padded_hidden_size)
-        self._normalise(self.workspace.residual(first, count), h, quantised=False)
+        self._normalise(self._residual(ago)[first : first + count], h, quantised=False)
         return h.x[:, : self.config.hidden_size]
+
+    def _residual(self, ago: int) -> Array:
+        return self._earlier[-ago] if ago else self.workspace.residual(0, self.workspace.capacity)
 
     def _embed(self, token_ids: Array, a: StepArrays) -> None:
         """Each token's row, which one rank has, to a.x."""
@@ -302,9 +322,9 @@ class Decoder:
             return np.empty((0, self.config.vocab_size), np.float32)
         return self.comm.gather_columns(part, self.logit_widths)[:, : self.config.vocab_size]
 
-    def _logits(self, rows: Array) -> Array:
-        """This rank's logits after tokens of the last step, float32 [len(rows), its part of the vocabulary]."""
-        x, head = self.workspace.residual(0, self.workspace.capacity)[rows], self.weights.lm_head
+    def _logits(self, rows: Array, ago: int = 0) -> Array:
+        """This rank's logits after tokens of a step, float32 [len(rows), its part of the vocabulary]."""
+        x, head = self._residual(ago)[rows], self.weights.lm_head
         if not len(x):
             return np.empty((0, self.logit_widths[self.comm.rank]), np.float32)
         h = self.workspace.normalised(len(x))

@@ -237,15 +237,15 @@ def test_a_prompt_alone_may_fill_the_context(model, tokenizer, length):
 def test_logits_that_are_no_numbers_end_their_sequence_only(model, tokenizer, monkeypatch):
     """Whatever else is in the step goes on, with its own bits."""
     engine = new_engine(model, tokenizer, slots=2)
-    forward = engine.executor.forward_in_pieces
+    run = engine.executor.run
 
-    def damaged(segments):
-        for piece in forward(segments):
+    def damaged():
+        for piece in run():
             if engine.counts.steps == 0:
                 piece[0][:] = np.nan
             yield piece
 
-    monkeypatch.setattr(engine.executor, "forward_in_pieces", damaged)
+    monkeypatch.setattr(engine.executor, "run", damaged)
     bad = engine.submit(replace(make_request(0, [7] * 60, 5), on_prompt_logits=PromptRecorder()))
     good = engine.submit(make_request(1, [9, 8], 5))
     run_to_the_end(engine)

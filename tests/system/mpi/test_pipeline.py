@@ -54,6 +54,25 @@ def test_batch_and_perplexity_through_stages(toy: Path, tmp_path: Path) -> None:
     assert losses[0] == losses[1]
 
 
+@pytest.mark.parametrize("model", ["demo", "qwen3_next"])
+def test_steps_under_way_change_no_answer(model: str, demo: Path) -> None:
+    """Requests are cancelled and sent back while they are in a step that other ranks have begun; whole rows are looked
+    up, memory is reported and the end comes while there is one.
+    """
+    path, found = demo if model == "demo" else GOLDEN / model, {}
+    for ranks, stages, error in ((1, 1, 2e-5), (2, 2, 2e-5), (4, 2, 0.9)):
+        result = run(ranks, "-m", "tests.system.mpi.scripts.steps_ahead", path, stages, error)
+        assert result.status == 0, result
+        found[ranks] = json.loads(result.stdout)
+    results = [each.pop("results") for each in found.values()]
+    assert results[0] == results[1] == results[2]
+    assert (found[1]["ahead"], found[1]["dropped"]) == (0, 0)
+    for each in (found[2], found[4]):
+        assert (each["ahead"], each["under_way_when_cancelled"], each["left_under_way"]) == (1, 2, 1)
+        assert each["dropped"] > 2  # those that were cancelled, and some that others needed the blocks of
+    assert found[2]["whole_rows"] < found[4]["whole_rows"]
+
+
 def test_an_llm_of_stages_answers_and_embeds_as_one(toy: Path) -> None:
     script = "tests.system.mpi.scripts.staged_llm"
     alone, staged = run(None, "-m", script, toy, "1"), run(2, "-m", script, toy, "2")
