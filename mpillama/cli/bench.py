@@ -369,13 +369,15 @@ def _decode(
     bandwidths += [before, read_bandwidth(world.comm, watch.model.team)]
     bandwidth = (bandwidths[-2] + bandwidths[-1]) / 2
     kv_bytes = sum(world.comm.gather(watch.kv_bytes(batch, options.context)))
-    weight_bytes = sum(world.comm.gather(watch.model.weights.bytes_per_step(batch)))
+    at_once = watch.at_once(batch)
+    weight_bytes = sum(world.comm.gather(at_once * watch.model.weights.bytes_per_step(-(-batch // at_once))))
     ranks = world.comm.gather((timing.own_seconds, world.host, timing.all_reduce_microseconds))
     sent = max(world.comm.gather((timing.sent.bytes, timing.sent.messages)))
     slowest = max(range(len(ranks)), key=lambda r: ranks[r][0])
     result = {
         "batch": batch,
         "context": options.context,
+        "steps_under_way": at_once,
         **_spread(timing, batch),
         "bytes_per_step": weight_bytes + kv_bytes,
         "bytes_per_token": (weight_bytes + kv_bytes) / batch,

@@ -8,7 +8,9 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from mpillama.comm.communicator import Communicator, sample_addends
+from mpillama.comm.pipeline import Pipeline
 from mpillama.comm.ways import Traffic
+from mpillama.engine.executor import StepPlan
 from mpillama.engine.skew import RankTimes, timed_layers
 from mpillama.engine.step_parts import TRIES, StepParts
 from mpillama.kernels.library import PARTS, Team
@@ -23,6 +25,7 @@ from mpillama.models.cache import (
     state_bytes,
 )
 from mpillama.models.decoder import Decoder
+from mpillama.models.partition import split_units
 from mpillama.text.sampler import wanted_of
 from mpillama.text.sampling_params import SamplingParams
 
@@ -64,6 +67,28 @@ class Timing:
         return 1e6 * self.reduce_seconds / self.all_reduces if self.all_reduces else 0.0
 
 
+@dataclass
+class Ahead:
+    """Rank 0 tells of steps as an engine does: of one for each stage before it runs the first of them."""
+
+    pipeline: Pipeline
+    message: np.ndarray
+    left: int = 0
+    """Steps that were not told yet."""
+
+    def begin(self, steps: int) -> None:
+        """So many are to come, and none is under way."""
+        self.left = steps
+        for _ in range(self.pipeline.stages):
+            self.tell()
+
+    def tell(self) -> None:
+        """On rank 0 tell of another step, if one is to come."""
+        if self.left and self.pipeline.comm.is_root:
+            self.left -= 1
+            self.pipeline.issue(self.message)
+
+
 class Stopwatch:
     """Measures a model with a cache of its own."""
 
@@ -76,6 +101,8 @@ class Stopwatch:
         blocks = held_blocks(positions, holders) * holders
         self.cache = KVCache(model.config, model.part, blocks * sequences, kv_type, sequences)
         self.tables = dealt_blocks(sequences, positions, holders)
+        plan = StepPlan(max(prefill_chunk, sequences), sequences, positions)
+        self.ahead = Ahead(model.pipeline, plan.buffer) if model.pipeline else None
         self.wanted = wanted_of(SamplingParams(), model.config.vocab_size)
         self.wants_parts = False
         self.parts = np.zeros(len(PARTS))
@@ -98,8 +125,18 @@ class Stopwatch:
 
         return self._time([run] * repetitions, 1, min(tokens, self.prefill_chunk))
 
+    def at_once(self, sequences: int) -> int:
+        """In how many steps under way at the same time each of so many sequences gets its token."""
+        stages = self.ahead.pipeline.stages if self.ahead and not self.wants_parts else 1
+        return min(stages, sequences)
+
     def decode(self, sequences: int, context: int, steps: int) -> Timing:
-        """Time steps of one token of each sequence, the first at position `context`."""
+        """Time steps of one token of each sequence, the first at position `context`.
+
+        In a pipeline it is as in an engine: each stage has a part of the sequences.
+        """
+        if self.ahead is not None and self.at_once(sequences) > 1:
+            return self._decode_ahead(self.ahead, sequences, context, steps)
         ids = np.arange(sequences) % self.model.config.vocab_size
 
         def step(i: int) -> Run:
@@ -108,14 +145,38 @@ class Stopwatch:
 
         return self._time([step(i) for i in range(steps)], WARM_UP_STEPS, sequences)
 
-    def _discard(self, plan: Step, parts: int) -> None:
-        self.model.advance(plan, self.cache, parts)
+    def _decode_ahead(self, ahead: Ahead, sequences: int, context: int, steps: int) -> Timing:
+        ids = np.arange(sequences) % self.model.config.vocab_size
+        groups = split_units(sequences, self.at_once(sequences))
+
+        def step(i: int) -> Run:
+            plans = [
+                decode_step(ids[g.start : g.stop], np.full(len(g), context + i), self.tables[g.start : g.stop])
+                for g in groups
+            ]
+
+            def run(parts: int) -> None:
+                for plan in plans:
+                    ahead.pipeline.take(ahead.message)
+                    self._discard(plan, parts, max(1, self.model.micro_batches(len(plan.token_ids)) // len(groups)))
+                    ahead.tell()
+
+            return run
+
+        return self._time([step(i) for i in range(steps)], WARM_UP_STEPS, len(groups[0]), len(groups))
+
+    def _discard(self, plan: Step, parts: int, micro: int | None = None) -> None:
+        self.model.advance(plan, self.cache, parts, micro)
         self.model.wanted_logits(plan.logit_rows, [self.wanted] * len(plan.logit_rows))
 
-    def _time(self, runs: list[Run], warm_up: int, tokens: int) -> Timing:
-        """Time runs of steps of `tokens` tokens, after some more, in which it is chosen in how many parts they go."""
-        parts = self._choose_parts(runs[0], tokens)
+    def _time(self, runs: list[Run], warm_up: int, tokens: int, ahead: int = 0) -> Timing:
+        """Time runs of steps of `tokens` tokens, after some more, in which it is chosen in how many parts they go.
+
+        If a run has steps that are told `ahead`, each begins before the one before has ended on all ranks.
+        """
+        parts = self._choose_parts(runs[0], tokens, ahead)
         tried = self.step_parts.tried(tokens)
+        self._begin(ahead * len(runs[:warm_up]))
         for run in runs[:warm_up]:
             run(parts)
         self.model.forget_costs()
@@ -124,9 +185,12 @@ class Stopwatch:
         if self.wants_parts:
             team.watch(True)
             self.sums = np.zeros((len(runs), len(self.model.layers)))
+        self.comm.barrier()
+        self._begin(ahead * len(runs))
         for number, run in enumerate(runs):
             with timed_layers(self.model, self.sums[number]) if self.wants_parts else nullcontext():
-                self.comm.barrier()
+                if not ahead:
+                    self.comm.barrier()
                 start = time.perf_counter()
                 run(parts)
                 seconds.append(time.perf_counter() - start)
@@ -140,13 +204,18 @@ class Stopwatch:
             slowest, communication, comm.calls, sum(seconds) - communication, sent, comm.seconds, parts, tried
         )
 
-    def _choose_parts(self, run: Run, tokens: int) -> int:
+    def _begin(self, steps: int) -> None:
+        if steps and self.ahead is not None:
+            self.ahead.begin(steps)
+
+    def _choose_parts(self, run: Run, tokens: int, ahead: int) -> int:
         """As the engine chooses, by rank 0's times; in one where each layer's time is wanted."""
         if self.wants_parts or self.comm.broadcast(self.model.most_parts(tokens)) == 1:
             return 1
         for _ in range(2 * (TRIES + 1)):
             parts = self.comm.broadcast(self.step_parts.choose(tokens))
             self.comm.barrier()
+            self._begin(ahead)
             start = time.perf_counter()
             run(parts)
             self.step_parts.note(tokens, parts, time.perf_counter() - start)

@@ -368,11 +368,12 @@ def predict(plan: Plan, node: Node, network: Network) -> Speed:
     """Predict decoding at the full context, and prefill without the attention's part."""
     request = plan.request
     positions = request.batch * request.rows
-    work, communication = _step(plan, node, network, positions, prefill=False)
+    work, communication = _decode(plan, node, network)
     waiting = node.waiting.seconds(work, request.division.group) if node.waiting else 0.0
     seconds = work + communication + waiting
-    prefill = request.prefill_chunk / sum(_step(plan, node, network, request.prefill_chunk, prefill=True))
-    streamed = _streamed_of_ranks(plan)
+    chunk = request.prefill_chunk
+    prefill = chunk / sum(_step(plan, node, network, chunk, True, micro_batches(chunk, request.stages)))
+    streamed = _streamed_of_ranks(plan, positions)
     sent = max((stage.sent(network, positions) for stage in request.staged), key=lambda each: each.bytes)
     fullest_read = max(r.reads for r in plan.ranks) * request.ranks_per_node
     hop = _hop(request, positions)
@@ -393,17 +394,39 @@ def _hop(request: PlanRequest, tokens: float) -> Sent:
     return Sent(1, 1, 4 * request.config.padded_hidden_size * tokens) if request.stages > 1 else Sent()
 
 
-def _step(plan: Plan, node: Node, network: Network, tokens: int, prefill: bool) -> tuple[float, float]:
+def _decode(plan: Plan, node: Node, network: Network) -> tuple[float, float]:
+    """Seconds of work and of communication in which each sequence gets on by a step.
+
+    Each stage has a part of the sequences. A part comes round when it has passed all stages, or when the slowest stage
+    is done with all parts: whichever takes longer.
+    """
+    request, positions = plan.request, plan.request.batch * plan.request.rows
+    at_once = min(request.stages, request.batch)
+    tokens = positions / at_once
+    parts = max(1, micro_batches(math.ceil(tokens), request.stages) // at_once)
+    works, talks, slowest = _passes(plan, node, network, tokens / parts, prefill=False)
+    round_trip = _step(plan, node, network, tokens, prefill=False, parts=parts)
+    busy = at_once * parts * works[slowest] + at_once * node.step_seconds, at_once * parts * talks[slowest]
+    return max(round_trip, busy, key=sum)
+
+
+def _passes(
+    plan: Plan, node: Node, network: Network, tokens: float, prefill: bool
+) -> tuple[list[float], list[float], int]:
+    """Seconds of work and of communication in each stage with so many tokens, and which stage is the slowest."""
+    works = _works(plan, node, tokens, prefill)
+    talks = [stage.seconds(network, tokens, prefill) for stage in plan.request.staged]
+    return works, talks, max(range(len(works)), key=lambda stage: works[stage] + talks[stage])
+
+
+def _step(plan: Plan, node: Node, network: Network, tokens: float, prefill: bool, parts: int) -> tuple[float, float]:
     """Seconds of work and of communication in a step of so many tokens, which goes through the stages in parts.
 
     The first part passes all stages, the others follow at the pace of the slowest.
     """
     request = plan.request
-    parts = micro_batches(tokens, request.stages)
     each = tokens / parts
-    works = _works(plan, node, each, prefill)
-    talks = [stage.seconds(network, each, prefill) for stage in request.staged]
-    slowest = max(range(request.stages), key=lambda stage: works[stage] + talks[stage])
+    works, talks, slowest = _passes(plan, node, network, each, prefill)
     hops = (request.stages - 1) * _hop(request, each).seconds(network)
     if request.stages > 1:
         hops += math.ceil(math.log2(request.nodes)) * network.round_seconds  # the plan
@@ -416,7 +439,7 @@ def _step(plan: Plan, node: Node, network: Network, tokens: int, prefill: bool) 
 def _works(plan: Plan, node: Node, tokens: float, prefill: bool) -> list[float]:
     """Seconds that the slowest rank of each stage works on a part of a step: it reads its weights, or multiplies."""
     request, found = plan.request, []
-    speeds, streamed = request.speeds(node), _streamed_of_ranks(plan)
+    speeds, streamed = request.speeds(node), _streamed_of_ranks(plan, tokens)
     compute = node.multiply_adds / request.ranks_per_node
     panels = request.config.blocks[-1].mlp.splits[0]
     parts = request.config.partition(request.division)
@@ -435,9 +458,9 @@ def _works(plan: Plan, node: Node, tokens: float, prefill: bool) -> list[float]:
     return found
 
 
-def _streamed_of_ranks(plan: Plan) -> list[tuple[int, int]]:
-    """Bytes of weights, and of KV cache and states, that each rank reads in a step that goes through in one part."""
-    request, idle = plan.request, _idle_share(plan.request)
+def _streamed_of_ranks(plan: Plan, tokens: float) -> list[tuple[int, int]]:
+    """Bytes that each rank reads: weights for so many tokens at once, and KV cache and states of all sequences."""
+    request, idle = plan.request, _idle_share(plan.request, tokens)
     moved = request.batch * (1 + request.rows)  # each sequence's is read, and one written behind each position
     states = [moved * rank.states // request.states for rank in plan.ranks]
     caches = [rank.cache_read + size for rank, size in zip(plan.ranks, states, strict=True)]
@@ -460,12 +483,11 @@ def _streamed(request: PlanRequest, rank: RankMemory, idle: float) -> int:
     return round((rank.weights - unread) * (1 - idle))
 
 
-def _idle_share(request: PlanRequest) -> float:
-    """The share of all weights that belongs to experts which no position chooses, if each chooses its own evenly."""
+def _idle_share(request: PlanRequest, positions: float) -> float:
+    """The share of all weights that belongs to experts which none of so many positions chooses, each its own evenly."""
     whole = request.config.partition(1)[0]
     experts = [spec for spec in request.specs if spec.experts]
-    positions = request.batch * request.rows
-    idle = sum(slice_bytes([s], whole) * (1 - s.chosen / s.experts) ** positions for s in experts)
+    idle = sum(slice_bytes([s], whole) * math.pow(1 - s.chosen / s.experts, positions) for s in experts)
     return idle / slice_bytes(request.specs, whole)
 
 

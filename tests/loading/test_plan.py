@@ -397,6 +397,21 @@ def test_prompts_keep_the_stages_busy():
     assert 0.75 < four / one < 1.1
 
 
+def test_sequences_that_take_turns_keep_the_stages_busy():
+    """Where products are all that takes time, in halves or quarters of the sequences as well."""
+    one, two, four = (layout.speed.decode_tokens_per_second for layout in staged(Network(0.0, 1e15), batch=64))
+    assert 0.85 < two / one < 1.1
+    assert 0.75 < four / one < 1.1
+
+
+def test_the_way_through_all_stages_limits_what_taking_turns_gains():
+    """With a latency of 10 ms four stages wait for it, and a fifth sequence takes no time of its own."""
+    *_, four = staged(Network(10e-3, 1e15), batch=4)
+    *_, five = staged(Network(10e-3, 1e15), batch=5)
+    seconds = [each.plan.request.batch / each.speed.decode_tokens_per_second for each in (four, five)]
+    assert seconds[1] == pytest.approx(seconds[0], rel=0.05)
+
+
 def test_stages_need_no_more_memory_than_one():
     needs = [sum(layout.plan.nodes) for layout in staged(Network(1e-3, 1e9))]
     assert max(needs) == pytest.approx(min(needs), rel=0.02)
