@@ -52,9 +52,10 @@ def measure_overhead(
     `bandwidth`: bytes per second that all ranks read together; `wire_share`: what of this rank's time in sums is not
     waiting for late ranks, None if that was not measured. Every rank must call it.
     """
-    model, comm, steps = watch.model, watch.comm, len(whole.seconds)
+    model, comm, at_once = watch.model, watch.comm, watch.at_once(sequences)
     with only_layers(watch, []):
-        rest = watch.decode(sequences, context, steps)
+        rest = watch.decode(sequences, context, len(whole.seconds))
+    steps, sequences = at_once * len(whole.seconds), -(-sequences // at_once)  # of each step under way
     speed = GOOD_EFFICIENCY * bandwidth / comm.size
     head = model.weights.lm_head.bytes / speed
     reading = (model.weights.bytes_per_step(sequences) + watch.kv_bytes(sequences, context)) / speed - head
