@@ -14,17 +14,22 @@ from mpillama.loading.model_file import ModelFile, open_model
 from mpillama.models.partition import Partition
 from mpillama.models.tensors import TensorSpec
 from mpillama.models.weights import slice_shapes
+from mpillama.quant.registry import STORED_TYPES
 from tests import golden_models as golden
 from tests import running
+from tests.formats.test_delta_nets_in_fp8 import config_of
 from tests.models.test_golden import by_expert
 from tests.quantised_checkpoints import (
+    BLOCKS,
     FLOAT8,
     SCHEMES,
     SIZES,
     Arrays,
     Written,
     bf16,
+    delta_net_in_fp8,
     float_of,
+    packed_config,
     write_values,
     written,
 )  # fmt: skip
@@ -36,6 +41,8 @@ EXPERTS: dict[str, Any] = {
     **SIZES, "model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2, "intermediate_size": 192,
     "num_hidden_layers": 1,
 }  # fmt: skip
+ANY_ORDER = {"gptq any order": "gptq with desc_act", "int4 64 any order": "compressed-tensors with actorder"}
+"""Schemes whose columns are in an order of their own, and what such matrices are called."""
 WIDE_HEADS: dict[str, Any] = {**SIZES, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 96}
 
 
@@ -84,9 +91,9 @@ def test_values_of_every_scheme(scheme, tmp_path):
     assert held == {SCHEMES[scheme].held}
     assert {spec.weight_type.name for spec in model.specs if spec.layer is None and not spec.vector} == {"bf16"}
     stored = {t.stored for name, t in model.checkpoint.tensors.items() if "_proj" in name}
-    assert stored == {"gptq with desc_act" if scheme == "gptq any order" else SCHEMES[scheme].held}
-    assert bool(model.requantised()) == (scheme == "gptq any order")
-    check_values(model, made, exact=scheme != "gptq any order")
+    assert stored == {ANY_ORDER.get(scheme, SCHEMES[scheme].held)}
+    assert bool(model.requantised()) == (scheme in ANY_ORDER)
+    check_values(model, made, exact=scheme not in ANY_ORDER)
 
 
 @pytest.mark.parametrize("scheme", ["fp8 blocks", "int4 64 zeros", "awq 128", "mxfp4", "nvfp4", "int8"])
@@ -240,6 +247,17 @@ def test_configurations_in_other_places(tmp_path):
     assert open_model(str(made.folder)).weight_types.of("model.layers.0.mlp.up_proj.weight").name == "fp8"
 
 
+def test_the_configuration_of_the_language_model_may_say_it(tmp_path):
+    """Of one that also sees, under text_config."""
+    made, config = delta_net_in_fp8(tmp_path / "m", config_of("qwen3_5_moe"))
+    made.write({**config, "text_config": {**config["text_config"], "quantization_config": BLOCKS}})
+    model = open_model(str(made.folder))
+    assert model.weight_types.default.name == "fp8"
+    made.write(config)
+    with pytest.raises(UserError, match=r"F8_E4M3.*quantization_config"):
+        open_model(str(made.folder))
+
+
 def test_scales_of_activations_are_left_aside(tmp_path):
     more = {f"model.layers.0.self_attn.k_proj.{n}": ("F32", np.ones(())) for n in ("input_scale", "k_scale")}
     made = written(
@@ -317,6 +335,8 @@ def nan_at(made: Written, ending: str, bits: int) -> tuple[str, np.ndarray]:
         ("awq 64", ".qzeros", ("F32", np.ones((4, 48), np.float32)), "F32"),
         ("gptq 128", ".g_idx", ("I32", np.zeros(255, np.int32)), "[255]"),
         ("gptq 128", ".qzeros", ("I32", np.zeros((2, 47), np.int32)), "[2, 47]"),
+        ("int4 64 any order", ".weight_g_idx", ("I32", np.zeros(255, np.int32)), "[255]"),
+        ("int4 64 any order", ".weight_g_idx", ("I64", np.zeros(256, np.int64)), "I64"),
         ("mxfp4", ".weight_scale", ("U8", np.ones((384, 9), np.uint8)), "[384, 9]"),
         ("nvfp4", ".weight_global_scale", ("F32", np.ones(3, np.float32)), "[3]"),
         ("nvfp4", ".weight_scale", ("F8_E4M3", np.ones((384, 8), np.uint8)), "[384, 8]"),
@@ -381,6 +401,18 @@ def test_scales_of_every_scheme_that_are_missing_damaged_or_of_another_shape(sch
 
 
 @pytest.mark.parametrize(
+    ("scheme", "codes"),
+    [("int4 32", ".weight_packed"), ("awq 64", ".qweight"), ("gptq 128", ".qweight"), ("mxfp4", ".weight_packed"),
+     ("mxfp4 e8m0", ".weight"), ("nvfp4", ".weight_packed")],
+)  # fmt: skip
+def test_scales_without_weights_are_named(scheme, codes, tmp_path):
+    made = written(tmp_path / "m", scheme, changes={UP + codes: GONE})
+    with pytest.raises(UserError, match=rf"{UP}\.\w+ is there without the weights") as caught:
+        open_model(str(made.folder))
+    assert str(caught.value).startswith(str(made.folder))
+
+
+@pytest.mark.parametrize(
     ("dtype", "shape", "words"),
     [
         ("", (0,), "gate_up_proj_scale_inv is missing"),
@@ -430,6 +462,8 @@ def test_an_order_of_columns_that_the_configuration_denies(tmp_path):
         ({"quant_method": "bitsandbytes", "load_in_4bit": True}, "'bitsandbytes'"),
         ({"quant_method": "hqq"}, "'hqq'"),
         ({"bits": 4}, "an unnamed method"),
+        ({"quant_method": ["awq"]}, "['awq']"),
+        ({"quant_method": "gptq", "bits": [4]}, "GPTQ in [4] bits"),
         ([1], "an unnamed method"),
         ({**SCHEMES["awq 64"].config, "version": "gemv"}, "gemv"),
         ({**SCHEMES["awq 64"].config, "group_size": 48}, "group_size=48"),
@@ -444,6 +478,25 @@ def test_configurations_that_are_not_read(config, words, tmp_path):
         open_model(str(made.folder))
     assert words in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("scheme", "config", "words"),
+    [
+        ("int4 32", {"quant_method": "compressed-tensors"}, "config_groups that do not say how"),
+        ("int4 32", {"quant_method": "compressed-tensors", "config_groups": 5}, "config_groups that do not say how"),
+        ("int4 32", {**packed_config(4, 32), "config_groups": {"a": {"weights": {"num_bits": [4]}}}}, "[4] bits"),
+        ("fp8 blocks", {**BLOCKS, "weight_block_size": [128]}, "weight_block_size=[128]"),
+        ("fp8 blocks", {**BLOCKS, "weight_block_size": "x"}, "weight_block_size='x'"),
+    ],
+)
+def test_configurations_that_do_not_say_how(scheme, config, words, tmp_path):
+    made = written(tmp_path / "m", scheme)
+    made.write({**SIZES, "quantization_config": config})
+    with pytest.raises(UserError, match=r"model\.layers\.0\.self_attn\.q_proj") as caught:
+        open_model(str(made.folder))
+    assert str(caught.value).startswith(str(made.folder))
+    assert words in str(caught.value)
 
 
 def test_sizes_in_memory_are_those_of_the_files(tmp_path):
