@@ -129,6 +129,27 @@ def test_sizes_that_divide_by_nothing(scheme, tmp_path):
     check_values(model, made)
 
 
+def test_experts_that_differ_are_held_alike_and_told(tmp_path, caplog):
+    """One of them was left in bfloat16: to it the others are rounded; where all are alike nothing is said."""
+    made = written(tmp_path / "m", "int4 32", EXPERTS)
+    open_model(str(made.folder))
+    assert not caplog.messages
+    prefix = f"{STACK}2.up_proj"
+    for name in [name for name in made.arrays if name.startswith(prefix)]:
+        del made.arrays[name]
+    bits = bf16(made.values[prefix + ".weight"])
+    made.arrays[prefix + ".weight"], made.values[prefix + ".weight"] = ("BF16", bits), float_of(bits, "BF16")
+    made.write({**EXPERTS, "quantization_config": SCHEMES["int4 32"].config})
+    model = open_model(str(made.folder))
+    (warning,) = caplog.messages
+    assert f"{3 * 192 * 256:,} weights of experts are int4/32 and become bf16" in warning
+    spec = next(s for s in model.specs if s.experts and "up_proj" in s.name)
+    arrays = read(model, spec, range(spec.units), slice_shapes(spec, model.config.partition(1)[0]))
+    for name, parts in zip(spec.source_names, by_expert(arrays, spec), strict=True):
+        expected = spec.pad(made.values[name])
+        assert np.all(np.abs(spec.weight_type.unpack(parts) - expected) <= np.abs(expected) * 2.0**-8), name
+
+
 def test_stacked_experts_of_mxfp4(tmp_path):
     """gpt-oss: rows of gate and up alternate, 32 columns in 16 bytes."""
     made = written(tmp_path / "m", "mxfp4", EXPERTS)
