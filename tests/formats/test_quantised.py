@@ -322,6 +322,25 @@ def test_tensors_of_a_gguf_in_nvfp4_are_multiplied_by_factors_of_their_own(tmp_p
     assert np.allclose(spec.weight_type.unpack(found), held.weight_type.unpack(kept), rtol=1e-6, atol=0)
 
 
+OF_GGUF = [stored.name for stored in STORED_TYPES.values() if stored.ggml is not None and stored.block > 1]
+
+
+@pytest.mark.parametrize("stored", [name for name in OF_GGUF if name not in ("mxfp4", "nvfp4")])
+def test_scales_of_a_gguf_that_are_no_numbers_are_named(stored, tmp_path):
+    """All but those that are powers of two or unsigned floats of 8 bits, of which every byte is a number to GGML."""
+    kind = STORED_TYPES[stored]
+    golden.write_of_whole_blocks(tmp_path / "folder", kind.block)
+    blocks = golden.as_random_blocks(gguf.GGMLQuantizationType[stored.upper()])
+    golden.write_gguf(tmp_path / "m.gguf", str(tmp_path / "folder"), blocks)
+    up = open_model(str(tmp_path / "m.gguf")).checkpoint.tensors[UP + ".weight"]
+    with (tmp_path / "m.gguf").open("r+b") as file:
+        file.seek(up.offset + up.bytes - kind.block_bytes)
+        file.write(b"\xff" * kind.block_bytes)
+    for weights in ("as-stored", "f32"):
+        with pytest.raises(UserError, match=rf"m\.gguf: tensor {UP}\.weight holds .*NaN"):
+            read_up(open_model(str(tmp_path / "m.gguf"), weights))
+
+
 # -- what is refused --------------------------------------------------------------------------------------------------
 
 
