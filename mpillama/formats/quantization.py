@@ -37,7 +37,10 @@ OF_ACTIVATIONS = (
     "down_proj_input_scale",
 )  # fmt: skip
 """What engines need that quantise activations or the KV cache in the same way; the weights are what they are."""
-BESIDE_CODES = ("weight_scale", "weight_shape", "weight_zero_point", "weight_g_idx", "qzeros", "g_idx", "scale")
+BESIDE_CODES = (
+    ".weight_scale", ".weight_shape", ".weight_zero_point", ".weight_g_idx", ".qzeros", ".g_idx", ".scale", "_scales",
+    "_proj_weight_scale",
+)  # fmt: skip
 """What stands beside codes, in types that weights never have alone."""
 LOW_FIRST = {4: tuple(range(8)), 8: tuple(range(4))}
 AWQ_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)
@@ -97,9 +100,10 @@ def _refuse_alone(
     files: Sequence[str], array: StoredArray, schemes: Sequence["Scheme"], table: Mapping[str, StoredArray]
 ) -> None:
     """UserError for scales and such of which the codes are missing."""
-    module, _, ending = array.name.rpartition(".")
+    ending = next((each for each in BESIDE_CODES if array.name.endswith(each)), "")
+    module = array.name.removesuffix(ending)
     codes = {module + scheme.codes for scheme in schemes} | {module + ".weight"}
-    if ending in BESIDE_CODES and array.dtype not in FLOATS and not codes & table.keys():
+    if ending and array.dtype not in FLOATS and not codes & table.keys():
         raise UserError(
             f"{files[array.file]}: tensor {array.name} is there without the weights that it belongs to: the checkpoint "
             "is incomplete or quantization_config belongs to another model."

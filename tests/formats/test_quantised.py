@@ -3,6 +3,7 @@
 import json
 import math
 from contextlib import closing
+from pathlib import Path
 from typing import Any
 
 import gguf
@@ -43,6 +44,8 @@ EXPERTS: dict[str, Any] = {
 }  # fmt: skip
 ANY_ORDER = {"gptq any order": "gptq with desc_act", "int4 64 any order": "compressed-tensors with actorder"}
 """Schemes whose columns are in an order of their own, and what such matrices are called."""
+GPT_OSS: dict[str, Any] = {**EXPERTS, "quantization_config": {"quant_method": "mxfp4"}}
+STACK = "model.layers.0.mlp.experts."
 WIDE_HEADS: dict[str, Any] = {**SIZES, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 96}
 
 
@@ -150,28 +153,29 @@ def test_experts_that_differ_are_held_alike_and_told(tmp_path, caplog):
         assert np.all(np.abs(spec.weight_type.unpack(parts) - expected) <= np.abs(expected) * 2.0**-8), name
 
 
-def test_stacked_experts_of_mxfp4(tmp_path):
-    """gpt-oss: rows of gate and up alternate, 32 columns in 16 bytes."""
-    made = written(tmp_path / "m", "mxfp4", EXPERTS)
-    prefix = "model.layers.0.mlp.experts."
-    stacked: Arrays = {}
+def of_gpt_oss(folder: Path) -> Written:
+    """Experts in MXFP4: rows of gate and up alternate, 32 columns in 16 bytes."""
+    made = written(folder, "mxfp4", EXPERTS)
+    stacks: Arrays = {}
     for target, parts in {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}.items():
         for new, old in (("_blocks", ".weight_packed"), ("_scales", ".weight_scale")):
-            found = [np.stack([made.arrays.pop(f"{prefix}{e}.{p}{old}")[1] for p in parts], axis=1) for e in range(4)]
+            found = [np.stack([made.arrays.pop(f"{STACK}{e}.{p}{old}")[1] for p in parts], axis=1) for e in range(4)]
             rows = np.stack(found).reshape(4, -1, found[0].shape[2])
-            stacked[f"{prefix}{target}{new}"] = (
+            stacks[f"{STACK}{target}{new}"] = (
                 "U8",
                 rows.reshape(*rows.shape[:2], -1, 16) if new == "_blocks" else rows,
             )
-    made.arrays = {name: array for name, array in made.arrays.items() if ".self_attn." not in name} | stacked
+    made.arrays = {name: array for name, array in made.arrays.items() if ".self_attn." not in name} | stacks
     for name in [name for name in made.values if ".self_attn." in name]:
         bits = bf16(made.values[name])
         made.arrays[name], made.values[name] = ("BF16", bits), float_of(bits, "BF16")
-    made.write({**EXPERTS, "quantization_config": {"quant_method": "mxfp4"}})
+    made.write(GPT_OSS)
+    return made
+
+
+def test_stacked_experts_of_mxfp4(tmp_path):
+    made = of_gpt_oss(tmp_path / "m")
     check_values(open_model(str(made.folder)), made)
-
-
-STACK = "model.layers.0.mlp.experts."
 
 
 def stacked(made: Written, ending: str, turn: bool = False) -> dict[str, np.ndarray]:
@@ -353,6 +357,11 @@ def read_up(model: ModelFile) -> None:
     read(model, spec, range(spec.units), slice_shapes(spec, model.config.partition(1)[0]))
 
 
+def read_all(model: ModelFile) -> None:
+    for spec in model.specs:
+        read(model, spec, range(spec.units), slice_shapes(spec, model.config.partition(1)[0]))
+
+
 def nan_at(made: Written, ending: str, bits: int) -> tuple[str, np.ndarray]:
     dtype, array = made.arrays[UP + ending]
     damaged = np.array(array)
@@ -450,6 +459,33 @@ def test_scales_without_weights_are_named(scheme, codes, tmp_path):
     with pytest.raises(UserError, match=rf"{UP}\.\w+ is there without the weights") as caught:
         open_model(str(made.folder))
     assert str(caught.value).startswith(str(made.folder))
+
+
+@pytest.mark.parametrize(
+    ("ending", "change", "words"),
+    [
+        ("_scales", None, "gate_up_proj_scales is missing"),
+        ("_blocks", None, "gate_up_proj_scales is there without the weights"),
+        ("_scales", np.s_[:, :-1], "[4, 383, 8]"),
+        ("_scales", np.s_[:3], "[3, 384, 8]"),
+        ("_blocks", np.s_[..., :15], "[4, 384, 8, 15]"),
+        ("_scales", 255, "gate_up_proj_scales holds NaN"),
+    ],
+)
+def test_stacked_experts_of_mxfp4_that_are_damaged(ending, change, words, tmp_path):
+    made, name = of_gpt_oss(tmp_path / "m"), f"{STACK}gate_up_proj{ending}"
+    dtype, array = made.arrays.pop(name)
+    if change == 255:
+        array[2, 7, 3] = 255
+        made.arrays[name] = dtype, array
+    elif change is not None:
+        made.arrays[name] = dtype, np.ascontiguousarray(array[change])
+    made.write(GPT_OSS)
+    with pytest.raises(UserError) as caught:
+        read_all(open_model(str(made.folder)))
+    assert str(caught.value).startswith(str(made.folder))
+    assert STACK + "gate_up_proj" in str(caught.value)
+    assert words in str(caught.value)
 
 
 @pytest.mark.parametrize(
