@@ -13,7 +13,7 @@ from tests.referee.make_digests import stored
 
 CASES = all_cases()
 ROOT = Path(__file__).parents[2]
-TIMEOUT = 900
+TIMEOUT = 1800
 
 
 def test_every_case_has_a_digest_and_a_name_of_its_own():
