@@ -73,14 +73,16 @@ def float8(block: tuple[int, int] | None, dtype: str = "F32", ending: str = ".we
     return make
 
 
-def packed(bits: int, group: int, dtype: str, zero_points: bool = False) -> Make:
-    """compressed-tensors' pack-quantized; `group` 0: a scale for a row."""
+def packed(bits: int, group: int, dtype: str, zero_points: bool = False, order: str = "") -> Make:
+    """compressed-tensors' pack-quantized; `group` 0: a scale for a row. `order` as for gptq, "unset" writes -1."""
 
     def make(rng: np.random.Generator, shape: tuple[int, int], size: float) -> tuple[Arrays, Array]:
         width, most = group or shape[1], 1 << bits
         numbers, counts = rng.integers(0, most, shape), (shape[0], -(-shape[1] // width))
         zeros = rng.integers(0, most, counts) if zero_points else np.full(counts, most // 2)
-        scales = some_scales(rng, counts, size / most * 3, dtype)
+        scales, index = some_scales(rng, counts, size / most * 3, dtype), np.arange(shape[1]) // width
+        if order == "any":
+            index = rng.permutation(index)
         arrays = {
             ".weight_packed": ("I32", pack_words(numbers, LOW_FIRST[bits], "columns", np.uint32)),
             ".weight_scale": (dtype, scales),
@@ -88,7 +90,12 @@ def packed(bits: int, group: int, dtype: str, zero_points: bool = False) -> Make
         }
         if zero_points:
             arrays[".weight_zero_point"] = ("I32", pack_words(zeros, LOW_FIRST[bits], "rows", np.uint32))
-        return arrays, (numbers - spread(zeros, shape, 1, width)) * spread(float_of(scales, dtype), shape, 1, width)
+        if order:
+            arrays[".weight_g_idx"] = (
+                "I32",
+                np.full_like(index, -1, np.int32) if order == "unset" else index.astype("i4"),
+            )
+        return arrays, (numbers - zeros[:, index]) * float_of(scales, dtype)[:, index]
 
     return make
 
@@ -185,7 +192,7 @@ def _ct(kind: str, **weights: Any) -> dict[str, Any]:
     return {"quant_method": "compressed-tensors", "format": kind, "config_groups": groups, "ignore": ["lm_head"]}
 
 
-def _int(bits: int, group: int) -> dict[str, Any]:
+def packed_config(bits: int, group: int) -> dict[str, Any]:
     return _ct("pack-quantized", num_bits=bits, group_size=group or None, strategy="group" if group else "channel")
 
 
@@ -196,23 +203,29 @@ SCHEMES: Mapping[str, Quantised] = {
     "fp8 blocks": Quantised(BLOCKS, float8((128, 128)), "fp8"),
     "fp8 blocks bf16": Quantised(BLOCKS, float8((128, 128), "BF16"), "fp8"),
     "fp8 small blocks": Quantised({**BLOCKS, "weight_block_size": [32, 64]}, float8((32, 64)), "fp8/64"),
+    "fp8 blocks of 16": Quantised({**BLOCKS, "weight_block_size": [16, 16]}, float8((16, 16)), "f32"),
     "fp8 tensor": Quantised(
         {"quant_method": "modelopt", "quant_algo": "FP8"}, float8(None, ending=".weight_scale"), "fp8"
     ),
     "fp8 rows": Quantised(_ct("float-quantized", num_bits=8), float8((1, 0), "BF16", ".weight_scale"), "fp8"),
-    "int4 32": Quantised(_int(4, 32), packed(4, 32, "BF16"), "int4/32"),
-    "int4 128": Quantised(_int(4, 128), packed(4, 128, "BF16"), "int4"),
-    "int4 32 f16": Quantised(_int(4, 32), packed(4, 32, "F16"), "q4_0"),
-    "int4 rows f16": Quantised(_int(4, 0), packed(4, 0, "F16"), "int4_f16"),
-    "int4 64 zeros": Quantised(_int(4, 64), packed(4, 64, "BF16", zero_points=True), "int4_bf16/64"),
-    "int4 128 f32": Quantised(_int(4, 128), packed(4, 128, "F32"), "int8"),
-    "int8 32": Quantised(_int(8, 32), packed(8, 32, "BF16"), "int8/32"),
-    "int8 rows zeros": Quantised(_int(8, 0), packed(8, 0, "F16", zero_points=True), "int8"),
+    "int4 32": Quantised(packed_config(4, 32), packed(4, 32, "BF16"), "int4/32"),
+    "int4 128": Quantised(packed_config(4, 128), packed(4, 128, "BF16"), "int4"),
+    "int4 32 f16": Quantised(packed_config(4, 32), packed(4, 32, "F16"), "q4_0"),
+    "int4 rows f16": Quantised(packed_config(4, 0), packed(4, 0, "F16"), "int4_f16"),
+    "int4 64 zeros": Quantised(packed_config(4, 64), packed(4, 64, "BF16", zero_points=True), "int4_bf16/64"),
+    "int4 16": Quantised(packed_config(4, 16), packed(4, 16, "BF16"), "f32"),
+    "int4 64 plain order": Quantised(packed_config(4, 64), packed(4, 64, "BF16", order="plain"), "int4/64"),
+    "int4 64 unset order": Quantised(packed_config(4, 64), packed(4, 64, "BF16", order="unset"), "int4/64"),
+    "int4 64 any order": Quantised(packed_config(4, 64), packed(4, 64, "BF16", zero_points=True, order="any"), "q8_0"),
+    "int4 128 f32": Quantised(packed_config(4, 128), packed(4, 128, "F32"), "int8"),
+    "int8 32": Quantised(packed_config(8, 32), packed(8, 32, "BF16"), "int8/32"),
+    "int8 rows zeros": Quantised(packed_config(8, 0), packed(8, 0, "F16", zero_points=True), "int8"),
     "int8": Quantised(_ct("int-quantized", num_bits=8), bytes_with_scales(), "int8"),
     "int8 zeros": Quantised(_ct("int-quantized", num_bits=8), bytes_with_scales(zero_points=True), "int8"),
     "awq 128": Quantised({**AWQ, "group_size": 128}, awq(128), "int4_f16"),
     "awq 64": Quantised({**AWQ, "group_size": 64}, awq(64), "int4_f16/64"),
     "awq 32": Quantised({**AWQ, "group_size": 32}, awq(32), "int4_f16/32"),
+    "awq 16": Quantised({**AWQ, "group_size": 16}, awq(16), "f32"),
     "gptq 128": Quantised({**GPTQ, "group_size": 128}, gptq(128, order="plain"), "int4_f16"),
     "gptq 64": Quantised({**GPTQ, "group_size": 64}, gptq(64), "int4_f16/64"),
     "gptq 32 bf16": Quantised({**GPTQ, "group_size": 32}, gptq(32, dtype="BF16"), "int4_bf16/32"),

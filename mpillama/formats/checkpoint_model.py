@@ -116,6 +116,7 @@ def checkpoint_model(checkpoint: Checkpoint, weights: str) -> CheckpointModel:
         return CheckpointModel(checkpoint, config.quantised_to(WEIGHT_TYPES[weights]))
     matrices = [s for s in specs if s.weight_type is CHOSEN]
     types = {s.name: _held_as(s, checkpoint) for s in matrices}
+    _tell_experts_that_differ(checkpoint, matrices, types)
     default = Counter(types.values()).most_common(1)[0][0]
     others = {name: kind for name, kind in types.items() if kind != default}
     return CheckpointModel(checkpoint, WeightTypes(default, others or None))
@@ -125,6 +126,24 @@ def _held_as(spec: TensorSpec, checkpoint: Checkpoint) -> WeightType:
     """The type of a matrix in memory: that of its experts with the most bits, if they differ."""
     types = {checkpoint.tensors[name].held_as(spec.column_chunk) for name in spec.source_names}
     return max(types, key=lambda t: (t.group_bytes(spec.panel or spec.columns), t.name))
+
+
+def _tell_experts_that_differ(
+    checkpoint: Checkpoint, matrices: Sequence[TensorSpec], types: Mapping[str, WeightType]
+) -> None:
+    """Say which experts' weights are in another type than their own, since others of their layer have more bits."""
+    counts: Counter[tuple[str, str]] = Counter()
+    for spec in matrices:
+        kept = types[spec.name]
+        for tensor in (checkpoint.tensors[name] for name in spec.source_names):
+            own = tensor.held_as(spec.column_chunk)
+            if own != kept:
+                counts[own.name, kept.name] += prod(tensor.shape)
+    for (stored, held), count in counts.items():
+        logging.getLogger(__name__).warning(
+            "%s: %s weights of experts are %s and become %s, which others of their layers are.",
+            checkpoint.path, f"{count:,}", stored, held, extra={"of_run": True},
+        )  # fmt: skip
 
 
 def _others(tensor: StoredTensor) -> list[Any]:

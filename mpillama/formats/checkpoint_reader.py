@@ -209,6 +209,8 @@ class CheckpointReader:
     def _pack(self, wanted: Slice, rows: range, found: Rows, around: range) -> Arrays:
         spec, columns = wanted.spec, wanted.columns
         values = found.decode() if len(found) and around else np.zeros((len(found), len(around)), np.float32)
+        if wanted.tensor.block > 1:
+            self._refuse_not_finite(wanted.tensor, values)
         values = _straightened(values, wanted.tensor.interleaved)
         values = values[:, columns.start - around.start : columns.stop - around.start]
         padded = _padded(values, len(rows), self._row_chunks(spec, rows), wanted.width, wanted.column_chunks)
@@ -228,6 +230,8 @@ class CheckpointReader:
         else:
             first, last = ((column - around.start) // unit for column in (wanted.columns.start, wanted.columns.stop))
             stored = found.blocks()
+            if spec.weight_type.quantised:
+                self._refuse_not_finite(wanted.tensor, *stored)
         blocks = []
         for whole in stored:
             part = whole[:, first:last]
@@ -235,6 +239,14 @@ class CheckpointReader:
             padded = _padded(straight.reshape(len(found), -1), len(rows), chunks, width * size, 1)
             blocks.append(padded.reshape(len(rows), width, *part.shape[2:]))
         return spec.weight_type.pack_blocks(tuple(blocks), spec.panel)
+
+    def _refuse_not_finite(self, tensor: StoredTensor, *numbers: np.ndarray) -> None:
+        """UserError if there is what is no number among scales, or values that were scaled."""
+        if not all(np.isfinite(each).all() for each in numbers if each.dtype.kind == "f"):
+            raise UserError(
+                f"{self.files[tensor.file].path}: tensor {tensor.name} holds scales that are NaN or infinite: the file "
+                "is damaged, download it again."
+            )
 
     def _row_chunks(self, spec: TensorSpec, rows: range) -> int:
         return len(rows) // (spec.rows // spec.row_chunks) if spec.row_chunks > 1 else 1

@@ -37,6 +37,11 @@ OF_ACTIVATIONS = (
     "down_proj_input_scale",
 )  # fmt: skip
 """What engines need that quantise activations or the KV cache in the same way; the weights are what they are."""
+BESIDE_CODES = (
+    ".weight_scale", ".weight_shape", ".weight_zero_point", ".weight_g_idx", ".qzeros", ".g_idx", ".scale", "_scales",
+    "_proj_weight_scale",
+)  # fmt: skip
+"""What stands beside codes, in types that weights never have alone."""
 LOW_FIRST = {4: tuple(range(8)), 8: tuple(range(4))}
 AWQ_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)
 TWO_IN_A_BYTE = (0, 1)
@@ -53,7 +58,7 @@ def quantization_of(path: str, config: Mapping[str, Any]) -> Mapping[str, Any] |
     if found is None:
         return None
     method = found.get("quant_method") if isinstance(found, Mapping) else None
-    if not isinstance(found, Mapping) or method not in METHODS:
+    if not isinstance(found, Mapping) or not isinstance(method, str) or method not in METHODS:
         name = repr(method) if method else "'mlx'" if "quantization" in config else "an unnamed method"
         raise UserError(
             f"{path}: the weights are quantised with {name}: give the model's original weights (F32, F16 or BF16), a "
@@ -84,7 +89,25 @@ def assemble(
                     used |= module.used
                     break
     yield from made
-    yield from (a for a in arrays if a.name not in used and a.name.rpartition(".")[2] not in OF_ACTIVATIONS)
+    for array in arrays:
+        if array.name in used or array.name.rpartition(".")[2] in OF_ACTIVATIONS:
+            continue
+        _refuse_alone(files, array, schemes, table)
+        yield array
+
+
+def _refuse_alone(
+    files: Sequence[str], array: StoredArray, schemes: Sequence["Scheme"], table: Mapping[str, StoredArray]
+) -> None:
+    """UserError for scales and such of which the codes are missing."""
+    ending = next((each for each in BESIDE_CODES if array.name.endswith(each)), "")
+    module = array.name.removesuffix(ending)
+    codes = {module + scheme.codes for scheme in schemes} | {module + ".weight"}
+    if ending and array.dtype not in FLOATS and not codes & table.keys():
+        raise UserError(
+            f"{files[array.file]}: tensor {array.name} is there without the weights that it belongs to: the checkpoint "
+            "is incomplete or quantization_config belongs to another model."
+        )
 
 
 @dataclass(frozen=True)
@@ -146,11 +169,15 @@ class Module:
     def matrix(self, codes: Integers, **rest: Any) -> ScaledTensor:
         """The tensor of these codes, called as the type that holds its numbers."""
         name, array = self.name + ".weight", codes.array
-        made = ScaledTensor(name, codes.shape, IN_ANOTHER_ORDER, array.file, array.offset, codes=codes, **rest)
+        stored = IN_ANOTHER_ORDER.get(self.config["quant_method"], "")
+        made = ScaledTensor(name, codes.shape, stored, array.file, array.offset, codes=codes, **rest)
         return replace(made, stored=made.held_as().name) if made.ordered else made
 
 
-IN_ANOTHER_ORDER = "gptq with desc_act"
+IN_ANOTHER_ORDER = {"gptq": "gptq with desc_act", "compressed-tensors": "compressed-tensors with actorder"}
+"""What matrices are called that have an order of columns of their own."""
+UNSET = 0xFFFFFFFF
+"""-1 in an array of groups."""
 FLOATS = ("F32", "BF16", "F16")
 
 
@@ -187,13 +214,13 @@ def _two(module: Module, array: StoredArray, per: int = 1) -> tuple[int, int]:
 
 def _scales_of(module: Module, array: StoredArray, shape: tuple[int, int]) -> Scales:
     rows, columns = shape
-    height, width = _block(module.config)
+    height, width = _block(module)
     blocks = -(-rows // height), -(-columns // width)
     shapes: dict[tuple[int, ...], tuple[int, int]] = {
         (): (rows, columns), (1,): (rows, columns), (1, 1): (rows, columns), (rows,): (1, columns),
         (rows, 1): (1, columns), blocks: (height, width), (blocks[0], 1, blocks[1], 1): (height, width),
     }  # fmt: skip
-    module.expect(array, *dict.fromkeys([(), (rows, 1), blocks]), *shapes, dtypes=(*FLOATS, "F8_E8M0"))
+    module.expect(array, *shapes, dtypes=(*FLOATS, "F8_E8M0"))
     return Scales(array, shape, shapes[array.shape])
 
 
@@ -202,16 +229,19 @@ def _within(scales: Scales) -> int:
     return 0 if scales.block[1] >= scales.shape[1] else scales.block[1]
 
 
-def _block(config: Mapping[str, Any]) -> tuple[int, int]:
+def _block(module: Module) -> tuple[int, int]:
     """Rows and columns of a block that has a scale."""
-    found = config.get("weight_block_size")
-    for group in _weights_of_groups(config):
+    found = module.config.get("weight_block_size")
+    for group in _weights_of_groups(module.config):
         found = found or group.get("block_structure")
     try:
         height, width = found or (128, 128)
         return max(1, int(height)), max(1, int(width))
     except (TypeError, ValueError) as error:
-        raise UserError(f"quantization_config: weight_block_size is {found!r}, expected [rows, columns].") from error
+        raise UserError(
+            f"{module.files[0]}: quantization_config has weight_block_size={found!r} for the scales of {module.name}, "
+            "expected [rows, columns]."
+        ) from error
 
 
 def _weights_of_groups(config: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
@@ -230,6 +260,8 @@ def _pack_quantized(module: Module) -> Iterator[ScaledTensor]:
     stored_zeros, index = module.find(".weight_zero_point"), module.find(".weight_g_idx")
     bits, columns, group = _packed_group(module, packed, scale, module.find(".weight_shape"))
     shape = packed.shape[0], columns
+    if index is not None and _is_plain(module, module.expect(index, (columns,), dtypes=("I32",)), group or columns):
+        index = None
     codes = Integers(packed, shape, LOW_FIRST[bits])
     scales = Scales(scale, shape, (1, group or columns))
     zeros, offset = None, 0
@@ -255,7 +287,7 @@ def _packed_group(
     expected = []
     for weights in _weights_of_groups(module.config):
         bits, size = weights.get("num_bits"), weights.get("group_size")
-        if bits not in LOW_FIRST:
+        if not isinstance(bits, int) or bits not in LOW_FIRST:
             raise module.refuse(f"{bits!r} bits")
         columns = words * len(LOW_FIRST[bits])
         if known is not None and -(-int(known[-1]) // len(LOW_FIRST[bits])) != words:
@@ -265,13 +297,14 @@ def _packed_group(
         if scale.shape == expected[-1] or (not group and scale.shape == (rows,)):
             module.expect(scale, scale.shape, dtypes=FLOATS)
             return bits, columns, group
-    module.expect(scale, *dict.fromkeys(expected), dtypes=FLOATS)
+    if expected:
+        module.expect(scale, *dict.fromkeys(expected), dtypes=FLOATS)
     raise module.refuse("config_groups that do not say how")
 
 
 def _ambiguous(config: Mapping[str, Any]) -> bool:
     """Whether there are packed integers of several widths."""
-    return len({weights.get("num_bits") for weights in _weights_of_groups(config)}) > 1
+    return len({str(weights.get("num_bits")) for weights in _weights_of_groups(config)}) > 1
 
 
 def _middle(bits: int) -> int:
@@ -315,7 +348,7 @@ def _gptq(module: Module) -> Iterator[ScaledTensor]:
     bits = module.config.get("bits")
     if index is not None and len(index.shape) == 1 and index.shape[0]:
         bits = 32 * words // index.shape[0]
-    if bits not in LOW_FIRST:
+    if not isinstance(bits, int) or bits not in LOW_FIRST:
         raise module.refuse(f"GPTQ in {bits!r} bits")
     columns = words * len(LOW_FIRST[bits])
     if index is not None:
@@ -335,8 +368,9 @@ def _gptq(module: Module) -> Iterator[ScaledTensor]:
 
 
 def _is_plain(module: Module, index: StoredArray, group: int) -> bool:
-    """Whether groups are runs of columns after all."""
-    return np.array_equal(module.numbers(index), np.arange(index.shape[0]) // group)
+    """Whether groups are runs of columns after all; compressed-tensors says so with -1, too."""
+    numbers = module.numbers(index)
+    return bool((numbers == UNSET).any()) or np.array_equal(numbers, np.arange(index.shape[0]) // group)
 
 
 def _group_size(module: Module, columns: int) -> int:
@@ -478,7 +512,7 @@ def _scales_of_expert(
 ) -> Scales:
     """One for all experts, one for each, one for gate and one for up, or one for each block."""
     first, shape = part
-    count, halves, (height, width) = stacked[0], stacked[1] // shape[0], _block(module.config)
+    count, halves, (height, width) = stacked[0], stacked[1] // shape[0], _block(module)
     blocks = (count, -(-stacked[1] // height), -(-stacked[2] // width))
     single = dict.fromkeys(((), (1,), (count,), (count, 1, 1), (count, halves, 1)))
     module.expect(scale, *single, blocks, dtypes=(*FLOATS, "F8_E8M0"))

@@ -70,7 +70,8 @@ class ScaledTensor(StoredTensor):
     def held_as(self, chunk: int = 0) -> WeightType:
         """The type that keeps the numbers, if blocks of 32 of every chunk of columns lie within a group each.
 
-        Else float32, which has room for their values; and 8 bits where every column has its own group.
+        Else float32, which has room for their values (also of groups below 32, but for types that have halves of
+        blocks); and 8 bits where every column has its own group.
         """
         if not self.ordered:
             return Q8_0
@@ -86,7 +87,7 @@ class ScaledTensor(StoredTensor):
     def _fits(self, chunk: int) -> bool:
         if self.within == 0:
             return True
-        if BLOCK % self.within == 0:
+        if BLOCK % self.within == 0 and not isinstance(self.kept, GroupedType):
             return chunk % self.within == 0
         return gcd(self.within, chunk) % BLOCK == 0
 

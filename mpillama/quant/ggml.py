@@ -51,7 +51,5 @@ TYPES = (
 )
 """Each becomes the smallest type whose root mean square error, in parts of that of the values, is small beside what the
 type itself has lost: ternary weights in q2_k 0.3 %, iq1 1.1 % (s) and 2.5 % (m), iq2 and iq3 in q6_k 0.7 to 1.6 %."""
-UNREAD = {
-    **{9: "q8_1", 15: "q8_k", 24: "i8", 25: "i16", 26: "i32", 27: "i64", 28: "f64", 40: "nvfp4", 41: "q1_0"},
-}
+UNREAD = {9: "q8_1", 15: "q8_k", 24: "i8", 25: "i16", 26: "i32", 27: "i64", 28: "f64", 41: "q1_0"}
 """Other types of GGML by number, for saying what a file holds that is not read."""

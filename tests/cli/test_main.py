@@ -1,6 +1,7 @@
 """The program's entrance: mistakes that are told before MPI starts, and commands that cannot be imported."""
 
 import shlex
+import subprocess
 import sys
 
 import pytest
@@ -28,6 +29,24 @@ def test_an_optional_package_that_is_missing_is_named_with_its_remedy() -> None:
 def test_a_module_of_the_package_that_is_missing_is_a_failure() -> None:
     with pytest.raises(ModuleNotFoundError, match=r"mpillama\.redaction"):
         import_command("client")
+
+
+BEFORE_A_MODEL = """
+import mpillama.cli.generate, psutil
+from mpi4py import MPI
+from mpillama.kernels.isa import choose_isa, host_features
+from mpillama.kernels.library import load
+load(choose_isa("", host_features()).name)
+print(psutil.Process().memory_info().rss)
+"""
+
+
+@pytest.mark.slow
+def test_a_rank_without_a_model_takes_little_memory() -> None:
+    """The program, MPI and its kernels: 74 MB with MPICH; 110 are allowed."""
+    done = subprocess.run([sys.executable, "-c", BEFORE_A_MODEL], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) <= 110e6
 
 
 MISTAKES = {

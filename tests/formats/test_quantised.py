@@ -3,6 +3,7 @@
 import json
 import math
 from contextlib import closing
+from pathlib import Path
 from typing import Any
 
 import gguf
@@ -14,17 +15,22 @@ from mpillama.loading.model_file import ModelFile, open_model
 from mpillama.models.partition import Partition
 from mpillama.models.tensors import TensorSpec
 from mpillama.models.weights import slice_shapes
+from mpillama.quant.registry import STORED_TYPES
 from tests import golden_models as golden
 from tests import running
+from tests.formats.test_delta_nets_in_fp8 import config_of
 from tests.models.test_golden import by_expert
 from tests.quantised_checkpoints import (
+    BLOCKS,
     FLOAT8,
     SCHEMES,
     SIZES,
     Arrays,
     Written,
     bf16,
+    delta_net_in_fp8,
     float_of,
+    packed_config,
     write_values,
     written,
 )  # fmt: skip
@@ -36,6 +42,10 @@ EXPERTS: dict[str, Any] = {
     **SIZES, "model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2, "intermediate_size": 192,
     "num_hidden_layers": 1,
 }  # fmt: skip
+ANY_ORDER = {"gptq any order": "gptq with desc_act", "int4 64 any order": "compressed-tensors with actorder"}
+"""Schemes whose columns are in an order of their own, and what such matrices are called."""
+GPT_OSS: dict[str, Any] = {**EXPERTS, "quantization_config": {"quant_method": "mxfp4"}}
+STACK = "model.layers.0.mlp.experts."
 WIDE_HEADS: dict[str, Any] = {**SIZES, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 96}
 
 
@@ -84,9 +94,9 @@ def test_values_of_every_scheme(scheme, tmp_path):
     assert held == {SCHEMES[scheme].held}
     assert {spec.weight_type.name for spec in model.specs if spec.layer is None and not spec.vector} == {"bf16"}
     stored = {t.stored for name, t in model.checkpoint.tensors.items() if "_proj" in name}
-    assert stored == {"gptq with desc_act" if scheme == "gptq any order" else SCHEMES[scheme].held}
-    assert bool(model.requantised()) == (scheme == "gptq any order")
-    check_values(model, made, exact=scheme != "gptq any order")
+    assert stored == {ANY_ORDER.get(scheme, SCHEMES[scheme].held)}
+    assert bool(model.requantised()) == (scheme in ANY_ORDER)
+    check_values(model, made, exact=scheme not in ANY_ORDER)
 
 
 @pytest.mark.parametrize("scheme", ["fp8 blocks", "int4 64 zeros", "awq 128", "mxfp4", "nvfp4", "int8"])
@@ -122,28 +132,50 @@ def test_sizes_that_divide_by_nothing(scheme, tmp_path):
     check_values(model, made)
 
 
-def test_stacked_experts_of_mxfp4(tmp_path):
-    """gpt-oss: rows of gate and up alternate, 32 columns in 16 bytes."""
-    made = written(tmp_path / "m", "mxfp4", EXPERTS)
-    prefix = "model.layers.0.mlp.experts."
-    stacked: Arrays = {}
+def test_experts_that_differ_are_held_alike_and_told(tmp_path, caplog):
+    """One of them was left in bfloat16: to it the others are rounded; where all are alike nothing is said."""
+    made = written(tmp_path / "m", "int4 32", EXPERTS)
+    open_model(str(made.folder))
+    assert not caplog.messages
+    prefix = f"{STACK}2.up_proj"
+    for name in [name for name in made.arrays if name.startswith(prefix)]:
+        del made.arrays[name]
+    bits = bf16(made.values[prefix + ".weight"])
+    made.arrays[prefix + ".weight"], made.values[prefix + ".weight"] = ("BF16", bits), float_of(bits, "BF16")
+    made.write({**EXPERTS, "quantization_config": SCHEMES["int4 32"].config})
+    model = open_model(str(made.folder))
+    (warning,) = caplog.messages
+    assert f"{3 * 192 * 256:,} weights of experts are int4/32 and become bf16" in warning
+    spec = next(s for s in model.specs if s.experts and "up_proj" in s.name)
+    arrays = read(model, spec, range(spec.units), slice_shapes(spec, model.config.partition(1)[0]))
+    for name, parts in zip(spec.source_names, by_expert(arrays, spec), strict=True):
+        expected = spec.pad(made.values[name])
+        assert np.all(np.abs(spec.weight_type.unpack(parts) - expected) <= np.abs(expected) * 2.0**-8), name
+
+
+def of_gpt_oss(folder: Path) -> Written:
+    """Experts in MXFP4: rows of gate and up alternate, 32 columns in 16 bytes."""
+    made = written(folder, "mxfp4", EXPERTS)
+    stacks: Arrays = {}
     for target, parts in {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}.items():
         for new, old in (("_blocks", ".weight_packed"), ("_scales", ".weight_scale")):
-            found = [np.stack([made.arrays.pop(f"{prefix}{e}.{p}{old}")[1] for p in parts], axis=1) for e in range(4)]
+            found = [np.stack([made.arrays.pop(f"{STACK}{e}.{p}{old}")[1] for p in parts], axis=1) for e in range(4)]
             rows = np.stack(found).reshape(4, -1, found[0].shape[2])
-            stacked[f"{prefix}{target}{new}"] = (
+            stacks[f"{STACK}{target}{new}"] = (
                 "U8",
                 rows.reshape(*rows.shape[:2], -1, 16) if new == "_blocks" else rows,
             )
-    made.arrays = {name: array for name, array in made.arrays.items() if ".self_attn." not in name} | stacked
+    made.arrays = {name: array for name, array in made.arrays.items() if ".self_attn." not in name} | stacks
     for name in [name for name in made.values if ".self_attn." in name]:
         bits = bf16(made.values[name])
         made.arrays[name], made.values[name] = ("BF16", bits), float_of(bits, "BF16")
-    made.write({**EXPERTS, "quantization_config": {"quant_method": "mxfp4"}})
+    made.write(GPT_OSS)
+    return made
+
+
+def test_stacked_experts_of_mxfp4(tmp_path):
+    made = of_gpt_oss(tmp_path / "m")
     check_values(open_model(str(made.folder)), made)
-
-
-STACK = "model.layers.0.mlp.experts."
 
 
 def stacked(made: Written, ending: str, turn: bool = False) -> dict[str, np.ndarray]:
@@ -240,6 +272,17 @@ def test_configurations_in_other_places(tmp_path):
     assert open_model(str(made.folder)).weight_types.of("model.layers.0.mlp.up_proj.weight").name == "fp8"
 
 
+def test_the_configuration_of_the_language_model_may_say_it(tmp_path):
+    """Of one that also sees, under text_config."""
+    made, config = delta_net_in_fp8(tmp_path / "m", config_of("qwen3_5_moe"))
+    made.write({**config, "text_config": {**config["text_config"], "quantization_config": BLOCKS}})
+    model = open_model(str(made.folder))
+    assert model.weight_types.default.name == "fp8"
+    made.write(config)
+    with pytest.raises(UserError, match=r"F8_E4M3.*quantization_config"):
+        open_model(str(made.folder))
+
+
 def test_scales_of_activations_are_left_aside(tmp_path):
     more = {f"model.layers.0.self_attn.k_proj.{n}": ("F32", np.ones(())) for n in ("input_scale", "k_scale")}
     made = written(
@@ -283,6 +326,25 @@ def test_tensors_of_a_gguf_in_nvfp4_are_multiplied_by_factors_of_their_own(tmp_p
     assert np.allclose(spec.weight_type.unpack(found), held.weight_type.unpack(kept), rtol=1e-6, atol=0)
 
 
+OF_GGUF = [stored.name for stored in STORED_TYPES.values() if stored.ggml is not None and stored.block > 1]
+
+
+@pytest.mark.parametrize("stored", [name for name in OF_GGUF if name not in ("mxfp4", "nvfp4")])
+def test_scales_of_a_gguf_that_are_no_numbers_are_named(stored, tmp_path):
+    """All but those that are powers of two or unsigned floats of 8 bits, of which every byte is a number to GGML."""
+    kind = STORED_TYPES[stored]
+    golden.write_of_whole_blocks(tmp_path / "folder", kind.block)
+    blocks = golden.as_random_blocks(gguf.GGMLQuantizationType[stored.upper()])
+    golden.write_gguf(tmp_path / "m.gguf", str(tmp_path / "folder"), blocks)
+    up = open_model(str(tmp_path / "m.gguf")).checkpoint.tensors[UP + ".weight"]
+    with (tmp_path / "m.gguf").open("r+b") as file:
+        file.seek(up.offset + up.bytes - kind.block_bytes)
+        file.write(b"\xff" * kind.block_bytes)
+    for weights in ("as-stored", "f32"):
+        with pytest.raises(UserError, match=rf"m\.gguf: tensor {UP}\.weight holds .*NaN"):
+            read_up(open_model(str(tmp_path / "m.gguf"), weights))
+
+
 # -- what is refused --------------------------------------------------------------------------------------------------
 
 
@@ -293,6 +355,11 @@ GONE = ("", np.zeros(0))
 def read_up(model: ModelFile) -> None:
     spec = next(s for s in model.specs if s.name == UP + ".weight")
     read(model, spec, range(spec.units), slice_shapes(spec, model.config.partition(1)[0]))
+
+
+def read_all(model: ModelFile) -> None:
+    for spec in model.specs:
+        read(model, spec, range(spec.units), slice_shapes(spec, model.config.partition(1)[0]))
 
 
 def nan_at(made: Written, ending: str, bits: int) -> tuple[str, np.ndarray]:
@@ -317,6 +384,8 @@ def nan_at(made: Written, ending: str, bits: int) -> tuple[str, np.ndarray]:
         ("awq 64", ".qzeros", ("F32", np.ones((4, 48), np.float32)), "F32"),
         ("gptq 128", ".g_idx", ("I32", np.zeros(255, np.int32)), "[255]"),
         ("gptq 128", ".qzeros", ("I32", np.zeros((2, 47), np.int32)), "[2, 47]"),
+        ("int4 64 any order", ".weight_g_idx", ("I32", np.zeros(255, np.int32)), "[255]"),
+        ("int4 64 any order", ".weight_g_idx", ("I64", np.zeros(256, np.int64)), "I64"),
         ("mxfp4", ".weight_scale", ("U8", np.ones((384, 9), np.uint8)), "[384, 9]"),
         ("nvfp4", ".weight_global_scale", ("F32", np.ones(3, np.float32)), "[3]"),
         ("nvfp4", ".weight_scale", ("F8_E4M3", np.ones((384, 8), np.uint8)), "[384, 8]"),
@@ -381,6 +450,45 @@ def test_scales_of_every_scheme_that_are_missing_damaged_or_of_another_shape(sch
 
 
 @pytest.mark.parametrize(
+    ("scheme", "codes"),
+    [("int4 32", ".weight_packed"), ("awq 64", ".qweight"), ("gptq 128", ".qweight"), ("mxfp4", ".weight_packed"),
+     ("mxfp4 e8m0", ".weight"), ("nvfp4", ".weight_packed")],
+)  # fmt: skip
+def test_scales_without_weights_are_named(scheme, codes, tmp_path):
+    made = written(tmp_path / "m", scheme, changes={UP + codes: GONE})
+    with pytest.raises(UserError, match=rf"{UP}\.\w+ is there without the weights") as caught:
+        open_model(str(made.folder))
+    assert str(caught.value).startswith(str(made.folder))
+
+
+@pytest.mark.parametrize(
+    ("ending", "change", "words"),
+    [
+        ("_scales", None, "gate_up_proj_scales is missing"),
+        ("_blocks", None, "gate_up_proj_scales is there without the weights"),
+        ("_scales", np.s_[:, :-1], "[4, 383, 8]"),
+        ("_scales", np.s_[:3], "[3, 384, 8]"),
+        ("_blocks", np.s_[..., :15], "[4, 384, 8, 15]"),
+        ("_scales", 255, "gate_up_proj_scales holds NaN"),
+    ],
+)
+def test_stacked_experts_of_mxfp4_that_are_damaged(ending, change, words, tmp_path):
+    made, name = of_gpt_oss(tmp_path / "m"), f"{STACK}gate_up_proj{ending}"
+    dtype, array = made.arrays.pop(name)
+    if change == 255:
+        array[2, 7, 3] = 255
+        made.arrays[name] = dtype, array
+    elif change is not None:
+        made.arrays[name] = dtype, np.ascontiguousarray(array[change])
+    made.write(GPT_OSS)
+    with pytest.raises(UserError) as caught:
+        read_all(open_model(str(made.folder)))
+    assert str(caught.value).startswith(str(made.folder))
+    assert STACK + "gate_up_proj" in str(caught.value)
+    assert words in str(caught.value)
+
+
+@pytest.mark.parametrize(
     ("dtype", "shape", "words"),
     [
         ("", (0,), "gate_up_proj_scale_inv is missing"),
@@ -430,6 +538,8 @@ def test_an_order_of_columns_that_the_configuration_denies(tmp_path):
         ({"quant_method": "bitsandbytes", "load_in_4bit": True}, "'bitsandbytes'"),
         ({"quant_method": "hqq"}, "'hqq'"),
         ({"bits": 4}, "an unnamed method"),
+        ({"quant_method": ["awq"]}, "['awq']"),
+        ({"quant_method": "gptq", "bits": [4]}, "GPTQ in [4] bits"),
         ([1], "an unnamed method"),
         ({**SCHEMES["awq 64"].config, "version": "gemv"}, "gemv"),
         ({**SCHEMES["awq 64"].config, "group_size": 48}, "group_size=48"),
@@ -444,6 +554,25 @@ def test_configurations_that_are_not_read(config, words, tmp_path):
         open_model(str(made.folder))
     assert words in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("scheme", "config", "words"),
+    [
+        ("int4 32", {"quant_method": "compressed-tensors"}, "config_groups that do not say how"),
+        ("int4 32", {"quant_method": "compressed-tensors", "config_groups": 5}, "config_groups that do not say how"),
+        ("int4 32", {**packed_config(4, 32), "config_groups": {"a": {"weights": {"num_bits": [4]}}}}, "[4] bits"),
+        ("fp8 blocks", {**BLOCKS, "weight_block_size": [128]}, "weight_block_size=[128]"),
+        ("fp8 blocks", {**BLOCKS, "weight_block_size": "x"}, "weight_block_size='x'"),
+    ],
+)
+def test_configurations_that_do_not_say_how(scheme, config, words, tmp_path):
+    made = written(tmp_path / "m", scheme)
+    made.write({**SIZES, "quantization_config": config})
+    with pytest.raises(UserError, match=r"model\.layers\.0\.self_attn\.q_proj") as caught:
+        open_model(str(made.folder))
+    assert str(caught.value).startswith(str(made.folder))
+    assert words in str(caught.value)
 
 
 def test_sizes_in_memory_are_those_of_the_files(tmp_path):
