@@ -46,9 +46,9 @@ def test_answers_are_the_same() -> None:
 
 @pytest.mark.parametrize(("ranks", "options"), [(2, ()), (4, ("--pipeline", "2"))])
 def test_both_ways_are_tried_without_being_asked(ranks: int, options: tuple[str, ...]) -> None:
-    """In steps of 8 tokens and more."""
-    words = ("bench", "--model", DEMO_MODEL, "--layers", "2", "--prefill", "16", "--batch", "8", "1", "--context", "16")
-    few = ("--decode", "1", "--repetitions", "1", "--threads", "1", "--json", *options)
+    """In steps of 8 tokens and more: two stages have two of them under way."""
+    words = ("bench", "--model", DEMO_MODEL, "--layers", "2", "--prefill", "16", "--batch", "16", "1")
+    few = ("--context", "16", "--decode", "1", "--repetitions", "1", "--threads", "1", "--json", *options)
     result = run(ranks, *PROGRAM, *words, *few, env={"MPILLAMA_RANKS_PER_HOST": "1"})
     assert result.status == 0, result.stderr
     found = json.loads(result.stdout)
