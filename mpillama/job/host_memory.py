@@ -14,8 +14,8 @@ SHARED = Path("/dev/shm")
 SHARED_BYTES = 2_100_000
 """What MPICH 5 takes of /dev/shm for a rank at the least; with less it ends by a bus error."""
 UCX_BYTES, UCX_SPARE = 6_500_000, 24_000_000
-"""What each rank takes of it at the most while UCX, below MPICH, lays files there too, and what must stay free then: UCX
-begins to with 16 MiB, and crashes if it finds less when other ranks have laid theirs.
+"""What each rank takes of it at the most where UCX, below MPICH, lays files there too, and what must stay free then:
+UCX begins to if it finds 16 MiB, and crashes if others' files leave less before it has laid all of its own.
 """
 UCX_TRANSPORTS = "UCX_TLS"
 START_BYTES = 64_000_000
@@ -61,9 +61,7 @@ def refuse_small_host(
         )
 
 
-def spare_shared_memory(
-    ranks: int, environment: MutableMapping[str, str] | None = None, shared: Path = SHARED
-) -> None:
+def spare_shared_memory(ranks: int, environment: MutableMapping[str, str] | None = None, shared: Path = SHARED) -> None:
     """Keep UCX's files out of a small /dev/shm, as it is in containers, before MPI is loaded; what the user set stays.
 
     MPICH's own messages within a host go on through it.

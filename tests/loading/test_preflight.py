@@ -85,7 +85,9 @@ def test_shared_memory_that_is_too_small_or_full(size, free, words, monkeypatch,
         refuse_small_host(3, tmp_path, tmp_path, tmp_path / "none")
 
 
-@pytest.mark.parametrize(("free", "ranks", "spared"), [(1000, 16, False), (64, 2, False), (64, 12, True), (16, 2, True)])
+@pytest.mark.parametrize(
+    ("free", "ranks", "spared"), [(1000, 16, False), (64, 2, False), (64, 12, True), (16, 2, True)]
+)
 def test_ucx_lays_no_files_into_small_shared_memory(free, ranks, spared, monkeypatch, tmp_path):
     small_file_system(monkeypatch, 1000, free)
     found: dict[str, str] = {}
