@@ -17,6 +17,7 @@ from mpillama.comm.failure import (
     report_user_error,
     starting_mpi,
     stop_printing,
+    wait_for_words,
 )
 from mpillama.comm.launcher import (
     DEFAULT_TIMEOUT,
@@ -27,7 +28,7 @@ from mpillama.comm.launcher import (
     launched_size,
 )
 from mpillama.errors import UserError
-from mpillama.job.host_memory import refuse_small_host
+from mpillama.job.host_memory import refuse_small_host, spare_shared_memory
 
 OPTIONAL_PACKAGES = ("fastapi", "uvicorn", "prometheus_client", "httpx")
 """Those without which some commands cannot even be imported."""
@@ -62,6 +63,7 @@ def _run_on_ranks(name: str, options: OnRanks) -> int:
     threads, timeout = getattr(options, "threads", None), getattr(options, "timeout", DEFAULT_TIMEOUT)
     check_start(threads, timeout)
     _refuse_small_host()
+    spare_shared_memory(launched_here())
     with starting_mpi(timeout) as aborter:
         import_module("mpi4py.MPI")
     start = import_module("mpillama.job.start")
@@ -78,6 +80,7 @@ def _refuse_small_host() -> None:
     except UserError as error:
         if launched_first():
             print_error(f"mpillama: {error}")
+        wait_for_words()
         if launched_size()[1] > launched_here():
             end_unmet()
         sys.exit(USER_ERROR_STATUS)

@@ -15,7 +15,7 @@ from mpillama.cli.bench_drafts import bench_drafts
 from mpillama.cli.bench_overhead import measure_overhead, only_layers
 from mpillama.cli.display import in_number, in_units, load_progress, print_sentence, print_table
 from mpillama.cli.options import BenchOptions
-from mpillama.cli.plots import draw
+from mpillama.cli.plots import draw, refuse_undrawable
 from mpillama.cli.running import running
 from mpillama.cli.values import refuse_unwritable
 from mpillama.comm.communicator import Communicator
@@ -127,10 +127,10 @@ def _print_where(step: Report) -> None:
     ]
     print_table((step["step"], f"of {1e6 * total:.0f} µs", "share", "weights", "speed"), rows)
     if "ranks" in step:
-        _print_waiting(step)
+        print_waiting(step)
 
 
-def _print_waiting(step: Report) -> None:
+def print_waiting(step: Report) -> None:
     """How long ranks wait, for which, and in which layers most."""
     ranks = step["ranks"]
     staged = any(r["stage_wait_seconds"] for r in ranks)
@@ -148,12 +148,22 @@ def _print_waiting(step: Report) -> None:
     ]
     stages = ("waits for other stages",) if staged else ()
     print_table(("rank", "host", "works", "waits for others", "the wire", *stages, "waits most in"), rows)
+    print_sentence(_late_ranks(step))
+
+
+def _late_ranks(step: Report) -> str:
+    """For which rank of each stage the others wait, and how long a rank waits."""
+    first_layers = {r["rank"]: r["first_layer"] for r in step["ranks"]}
+    several, parts = len(set(first_layers.values())) > 1, []
     for late in step["late"]:
-        later = max(0.0, 1e6 * late["seconds_later"])
-        print_sentence(
-            f"The others wait most for rank {late['rank']} on {late['host']}, which works {later:.0f} µs longer than "
-            f"the middle one; a rank waits {1e6 * step['waiting_seconds']:.0f} µs a step in the mean."
+        stage = f"in the stage from layer {first_layers[late['rank']]} on " if several else ""
+        parts.append(
+            f"{stage}the others wait most for rank {late['rank']} on {late['host']}, which works "
+            f"{max(0.0, 1e6 * late['seconds_later']):.0f} µs longer than the middle one"
         )
+    parts.append(f"a rank waits {1e6 * step['waiting_seconds']:.0f} µs a step in the mean.")
+    sentence = "; ".join(parts)
+    return sentence[0].upper() + sentence[1:]
 
 
 def _worst_layer(rank: Report) -> str:
@@ -177,7 +187,7 @@ def _whole_cell(row: Report) -> list[str]:
 
 
 def bench(options: BenchOptions, world: World) -> int:
-    world.comm.on_root_only(lambda: refuse_unwritable("--plot", options.plot))
+    world.comm.on_root_only(lambda: _refuse_plot(options))
     if options.draft_tokens or options.draft_model or options.mtp:
         return bench_drafts(options, world)
     with running(options, world) as job:
@@ -187,6 +197,13 @@ def bench(options: BenchOptions, world: World) -> int:
         if world.comm.is_root:
             _publish(options, report)
     return job.status
+
+
+def _refuse_plot(options: BenchOptions) -> None:
+    """UserError if --plot is given and could not be drawn or written at the end."""
+    if options.plot is not None:
+        refuse_unwritable("--plot", options.plot)
+        refuse_undrawable()
 
 
 def _load(options: BenchOptions, world: World, target: Target) -> tuple[Decoder, ModelConfig]:
@@ -436,9 +453,9 @@ def _extrapolate(watch: Stopwatch, median: float, whole: ModelConfig, again: Cal
 
 
 def _publish(options: BenchOptions, report: dict[str, Any]) -> None:
-    if options.plot:
-        draw(report, _headline(report), options.plot)
     if options.json:
         sys.stdout.write(json.dumps(report, indent=2) + "\n")
     else:
         print_report(report)
+    if options.plot:
+        draw(report, _headline(report), options.plot)

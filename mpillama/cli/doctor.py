@@ -17,7 +17,7 @@ from mpillama.job.start import World, mpi_library, mpi_threads
 from mpillama.kernels.isa import host_features, sets_of
 from mpillama.kernels.library import is_built
 from mpillama.kernels.target import Target
-from mpillama.loading.placement import Placement, measured_place, placement_advice, processor_list
+from mpillama.loading.placement import Placement, launch_advice, measured_place, placement_advice, processor_list
 from mpillama.loading.session import choose_target
 
 SLURM_VARIABLES = (
@@ -56,6 +56,7 @@ def _describe_rank(world: World, target: Target) -> dict[str, Any]:
         "rank": world.comm.rank,
         "host": os.uname().nodename,
         "cores": sorted(os.sched_getaffinity(0)),
+        "cores_of_host": os.cpu_count() or 1,
         "threads": target.threads,
         "isa": target.isa.name,
         "isas": [name for name in possible if is_built(name)],
@@ -96,9 +97,8 @@ def advice(report: dict[str, Any]) -> list[str]:
             f"{report['launched']['processes']} processes were launched, but MPI connects none of them: "
             "use `srun --mpi=pmi2`, or the mpirun of the MPI library named above."
         )
-    if any(r["oversubscribed"] for r in ranks):
-        found.append("More threads than cores on a host: start fewer ranks or give fewer --threads.")
-    if "Open MPI" in report["mpi"] and any(_fill_their_cores(host, ranks) for host in {r["host"] for r in ranks}):
+    found += _too_many_threads(ranks)
+    if "Open MPI" in report["mpi"] and _fill_their_cores(ranks):
         found.append("Open MPI starts more ranks than cores only with `mpirun --map-by :OVERSUBSCRIBE`.")
     idle = sum(max(0, len(r["cores"]) - r["threads"]) for r in ranks if not _shares_cores(r, ranks))
     if idle:
@@ -118,10 +118,29 @@ def advice(report: dict[str, Any]) -> list[str]:
     return found
 
 
-def _fill_their_cores(host: str, ranks: list[dict[str, Any]]) -> bool:
-    """Whether a host has no core for a further rank."""
-    beside = [r for r in ranks if r["host"] == host]
-    return len(beside) >= len({core for r in beside for core in r["cores"]})
+def _too_many_threads(ranks: list[dict[str, Any]]) -> Iterator[str]:
+    """Say so of the first host where threads have to share cores, and whether others are free there."""
+    rank = next((r for r in ranks if r["oversubscribed"]), None)
+    if rank is None:
+        return
+    cores = sorted({core for r in ranks if r["host"] == rank["host"] for core in r["cores"]})
+    if len(cores) < rank["cores_of_host"]:
+        yield (
+            f"More threads than cores on host {rank['host']}, where ranks may use only {processor_list(cores)} of "
+            f"{rank['cores_of_host']}: let the launcher give each rank cores of its own ({launch_advice('core')}), ask "
+            "for more, or start fewer ranks."
+        )
+    else:
+        yield "More threads than cores on a host: start fewer ranks or give fewer --threads."
+
+
+def _fill_their_cores(ranks: list[dict[str, Any]]) -> bool:
+    """Whether a host has no core for a further rank, and none has more ranks than cores already."""
+    left = []
+    for host in {r["host"] for r in ranks}:
+        beside = [r for r in ranks if r["host"] == host]
+        left.append(len({core for r in beside for core in r["cores"]}) - len(beside))
+    return min(left) == 0
 
 
 def _shares_cores(rank: dict[str, Any], ranks: list[dict[str, Any]]) -> bool:

@@ -218,15 +218,28 @@ def _network(text: str, software: float) -> Network:
     if not match or not bandwidth:
         raise UserError(f"--network {text!r} is not of the form LATENCY,BANDWIDTH, for example 2us,12GB/s.")
     seconds = float(match[1]) * {"us": 1e-6, "ms": 1e-3, "s": 1.0}[match[2]]
-    return Network(seconds, parse_bytes("--network", bandwidth), software)
+    return Network(seconds, _bandwidth("--network", bandwidth), software)
+
+
+def _bandwidth(option: str, text: str) -> int:
+    """Bytes per second, above 0."""
+    return _above_zero(option, text, parse_bytes(option, text))
+
+
+def _above_zero(option: str, text: str, speed: int) -> int:
+    """UserError for a speed by which nothing would ever be done."""
+    if not speed:
+        raise UserError(f"{option}: a speed of {text} is none: give more than 0.")
+    return speed
 
 
 def _node(options: PlanOptions) -> tuple[Node, float]:
     """As given, or a host's part of what a saved `bench --json` measured; and what software adds to a message."""
-    read = parse_bytes("--read-bandwidth", options.read_bandwidth) if options.read_bandwidth else None
+    read = _bandwidth("--read-bandwidth", options.read_bandwidth) if options.read_bandwidth else None
     if options.bench is None:
         compute = parse_number("--compute", options.compute, "MAC", "multiply-adds a second: write it like 2TMAC/s")
-        bandwidth = parse_bytes("--memory-bandwidth", options.memory_bandwidth)
+        compute = _above_zero("--compute", options.compute, compute)
+        bandwidth = _bandwidth("--memory-bandwidth", options.memory_bandwidth)
         return Node(bandwidth, compute, read, None, STEP_SECONDS, LAYER_SECONDS), MESSAGE_SECONDS
     try:
         found = json.loads(Path(options.bench).read_text())
@@ -285,10 +298,16 @@ def _print(planned: Plan, speed: Speed, even: Speed | None) -> None:
         f"{on}: the fullest needs {in_units(max(planned.nodes))} of {in_units(_memory_of_fullest(planned))}, "
         f"{in_units(RESERVE)} a rank in reserve; the fullest rank is {100 * planned.inequality:.1f} % above the mean."
     )
-    if planned.repeats_cache:
-        most = in_units(max(r.kv_cache for r in planned.ranks))
+    busy, group = request.config.most_busy_ranks, request.division.group
+    if request.shares is None and busy < group:
         print_sentence(
-            f"Several ranks hold the same part of the KV cache, {most} on a rank; "
+            f"The model is too small for {group} ranks{' in a stage' if request.stages > 1 else ''}: more than {busy} "
+            "gain nothing. Several replicas (`batch` and `serve` with --tensor-parallel) use the others."
+        )
+    most = max(r.kv_cache for r in planned.ranks)
+    if planned.repeats_cache and planned.cache_by_positions < most:
+        print_sentence(
+            f"Several ranks hold the same part of the KV cache, {in_units(most)} on a rank; "
             f"divided by positions (--context-parallel) it would be {in_units(planned.cache_by_positions)}."
         )
     loads = f", loads in {speed.load_seconds:.0f} s" if speed.load_seconds else ""

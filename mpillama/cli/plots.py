@@ -1,5 +1,6 @@
 """What `bench --plot` draws: the roofline, where the time of a step goes, and which rank the others wait for."""
 
+from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
@@ -12,12 +13,16 @@ MOST_LABELS = 24
 """Of more ranks or layers than these not each is named."""
 
 
+def refuse_undrawable() -> None:
+    """UserError if what draws is not installed: to be known before hours of measuring."""
+    if find_spec("matplotlib") is None:
+        raise UserError("--plot needs matplotlib: pip install 'mpillama[plot]'.")
+
+
 def draw(report: Report, title: str, path: str) -> None:
     """Write a PNG: decode speed under its memory roofline, where the time of a step goes, and who waits for whom."""
-    try:
-        import matplotlib as mpl
-    except ImportError as error:
-        raise UserError("--plot needs matplotlib: pip install 'mpillama[plot]'.") from error
+    import matplotlib as mpl
+
     mpl.use("Agg")
     from matplotlib import pyplot as plt
 

@@ -177,9 +177,16 @@ def end_unmet() -> NoReturn:
 
     Some launchers take an exit for the end of one rank alone, whatever its status, but a signal for a failure.
     """
-    time.sleep(DELIVERY_SECONDS if launched_first() else LONGEST_TURN)
     os.kill(os.getpid(), signal.SIGKILL)
     os._exit(FAILURE_STATUS)
+
+
+def wait_for_words() -> None:
+    """Before MPI has started: let the first rank of the host say why all end, and the launcher pass it on.
+
+    Launchers may end a job, and drop what its ranks write, as soon as one of them has ended.
+    """
+    time.sleep(DELIVERY_SECONDS if launched_first() else LONGEST_TURN)
 
 
 @contextmanager

@@ -2,7 +2,7 @@
 
 import os
 import resource
-from collections.abc import Iterator
+from collections.abc import Iterator, MutableMapping
 from pathlib import Path
 
 import psutil
@@ -13,8 +13,13 @@ CGROUPS = Path("/sys/fs/cgroup")
 SHARED = Path("/dev/shm")
 SHARED_BYTES = 2_100_000
 """What MPICH 5 takes of /dev/shm for a rank at the least; with less it ends by a bus error."""
-START_BYTES = 48_000_000
-"""What a rank takes before it can look at its limits: Python, MPI, numpy."""
+UCX_BYTES, UCX_SPARE = 6_500_000, 24_000_000
+"""What each rank takes of it at the most where UCX, below MPICH, lays files there too, and what must stay free then:
+UCX begins to if it finds 16 MiB, and crashes if others' files leave less before it has laid all of its own.
+"""
+UCX_TRANSPORTS = "UCX_TLS"
+START_BYTES = 64_000_000
+"""What a rank takes before it can look at its limits: Python, MPI, numpy, its share of the launcher."""
 MUCH = 256 << 20
 """Bytes of swap or of reserved pages that are worth a warning."""
 UNLIMITED = 1 << 60
@@ -44,22 +49,37 @@ def refuse_small_host(
             f"need {need / 1e6:.0f} MB for {ranks} rank{'s' * (ranks > 1)}: ask for more (Slurm: --mem, containers: "
             "--memory), or start fewer ranks on a host."
         )
-    size, need = _size(shared), ranks * SHARED_BYTES
-    if ranks > 1 and size < need:
+    (size, free), need = _size(shared), ranks * SHARED_BYTES
+    if ranks > 1 and free < need:
+        holds = f"holds {size / 1e6:.0f} MB"
+        if size >= need:
+            holds = f"has {free / 1e6:.0f} of {size / 1e6:.0f} MB free"
         raise UserError(
-            f"{shared} on host {host} holds {size / 1e6:.0f} MB, but {ranks} ranks that exchange messages through it "
+            f"{shared} on host {host} {holds}, but {ranks} ranks that exchange messages through it "
             f"need {need / 1e6:.0f} MB: make it larger (docker: --shm-size, root: mount -o remount,size=1G {shared}), "
-            "or start fewer ranks on a host."
+            f"{'remove what killed jobs have left in it, ' if size >= need else ''}or start fewer ranks on a host."
         )
 
 
-def _size(folder: Path) -> int:
-    """Bytes of a file system; as many as can be where that is not known."""
+def spare_shared_memory(ranks: int, environment: MutableMapping[str, str] | None = None, shared: Path = SHARED) -> None:
+    """Keep UCX's files out of a small /dev/shm, as it is in containers, before MPI is loaded; what the user set stays.
+
+    MPICH's own messages within a host go on through it.
+    """
+    environment = os.environ if environment is None else environment
+    if _size(shared)[1] < ranks * UCX_BYTES + UCX_SPARE:
+        environment.setdefault(UCX_TRANSPORTS, "^posix")
+
+
+def _size(folder: Path) -> tuple[int, int]:
+    """Bytes of a file system, and those that are free; as many as can be where that is not known or not limited."""
     try:
         found = os.statvfs(folder)
     except OSError:
-        return UNLIMITED
-    return found.f_blocks * found.f_frsize
+        return UNLIMITED, UNLIMITED
+    if found.f_blocks == 0:
+        return UNLIMITED, UNLIMITED
+    return found.f_blocks * found.f_frsize, found.f_bavail * found.f_frsize
 
 
 def cgroup_rooms(root: Path, membership: Path) -> Iterator[int]:

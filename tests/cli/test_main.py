@@ -3,10 +3,12 @@
 import shlex
 import subprocess
 import sys
+from typing import NoReturn
 
 import pytest
 
 from mpillama.__main__ import import_command, main
+from mpillama.comm.failure import DELIVERY_SECONDS, LONGEST_TURN
 from mpillama.errors import UserError
 
 
@@ -143,3 +145,25 @@ def test_a_mistake_is_one_sentence_before_anything_starts(
     (line,) = said.err.splitlines()
     assert line.startswith("mpillama: ")
     assert words in line
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_stays_until_the_first_has_said_that_the_host_is_too_small(
+    rank: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Open MPI's launcher ends all ranks with the first that leaves, whose words or not."""
+
+    def refuse(ranks: int) -> NoReturn:
+        raise UserError(f"too small for {ranks}")
+
+    said = []
+    monkeypatch.setattr("mpillama.__main__.refuse_small_host", refuse)
+    monkeypatch.setattr("time.sleep", lambda seconds: said.append((seconds, capsys.readouterr().err)))
+    monkeypatch.setenv("MPI_LOCALRANKID", str(rank))
+    for name in ("MPI_LOCALNRANKS", "OMPI_COMM_WORLD_LOCAL_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE"):
+        monkeypatch.setenv(name, "2")
+    with pytest.raises(SystemExit) as end:
+        main(["doctor"])
+    assert end.value.code == 2
+    first = [(DELIVERY_SECONDS, "mpillama: too small for 2\n")], [(LONGEST_TURN, "")]
+    assert said == first[rank]

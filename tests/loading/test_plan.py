@@ -580,3 +580,22 @@ def test_a_run_with_a_draft_model_takes_what_is_planned(kind, longest, short, mo
     memory = MemoryModel(file.config, file.specs, Division(1), "f16", 256)
     buffers = [memory.of_ranks(context)[0].buffers for context in (longest, 0)]  # at the full context, and at first
     assert planned["draft"] - buffers[0] == used["draft"] - buffers[1]
+
+
+@pytest.mark.parametrize(
+    "option", ["--network=1us,0GB/s", "--memory-bandwidth=0", "--compute=0MAC/s", "--read-bandwidth=0"]
+)
+def test_a_speed_of_nothing_is_a_mistake(option, capsys):
+    assert main(["plan", "--shape", "qwen3-0.6b", "--nodes", "2", option]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"mpillama: {option.partition('=')[0]}: a speed of 0")
+    assert said.count("\n") == 1
+
+
+@pytest.mark.parametrize(("nodes", "context", "told"), [("16", "40960", False), ("64", "64", True)])
+def test_ranks_that_gain_nothing_are_told(nodes, context, told, capsys):
+    """And no division of the cache by positions that would take more."""
+    assert main(["plan", "--shape", "qwen3-0.6b", "--nodes", nodes, "--max-seq-len", context]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert ("too small for 64 ranks: more than 16 gain nothing" in shown) is told
+    assert ("--context-parallel" in shown) is not told

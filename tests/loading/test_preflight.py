@@ -1,5 +1,6 @@
 """Limits on memory as the system writes them, and the context that fits."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,13 @@ from mpillama.cli.options import ChatOptions
 from mpillama.comm.communicator import Communicator
 from mpillama.engine.cache_folder import MOST_PENDING
 from mpillama.errors import UserError
-from mpillama.job.host_memory import available_bytes, cgroup_rooms, process_room, refuse_small_host
+from mpillama.job.host_memory import (
+    available_bytes,
+    cgroup_rooms,
+    process_room,
+    refuse_small_host,
+    spare_shared_memory,
+)
 from mpillama.job.start import join
 from mpillama.loading.model_file import open_model
 from mpillama.loading.settings import EngineSettings
@@ -48,13 +55,47 @@ def test_the_older_groups(tmp_path):
 def test_a_memory_group_too_small_for_python_is_told_at_once(ranks, refused, tmp_path):
     root, member = tmp_path / "cgroup", tmp_path / "self"
     member.write_text("0::/job/step\n")
-    write(root / "job", memory__max="100000000\n", memory__current="0\n")
+    write(root / "job", memory__max="150000000\n", memory__current="0\n")
     write(root / "job/step", memory__max="max\n", memory__current="0\n")
     if not refused:
         refuse_small_host(ranks, tmp_path, root, member)
         return
-    with pytest.raises(UserError, match=r"limited to 100 MB .* need 144 MB for 3 ranks"):
+    with pytest.raises(UserError, match=r"limited to 150 MB .* need 192 MB for 3 ranks"):
         refuse_small_host(ranks, tmp_path, root, member)
+
+
+def small_file_system(monkeypatch, size, free):
+    """All have so many MB, of which some are free."""
+    numbers = {"f_bsize": 1000, "f_frsize": 1000, "f_blocks": 1000 * size, "f_bfree": 1000 * free}
+    found = os.statvfs_result((*numbers.values(), 1000 * free, 9, 9, 9, 0, 255))
+    monkeypatch.setattr(os, "statvfs", lambda folder: found)
+
+
+@pytest.mark.parametrize(
+    ("size", "free", "words"),
+    [(64, 64, ""), (0, 0, ""), (4, 4, "holds 4 MB"), (64, 5, "has 5 of 64 MB free.*remove what killed jobs have left")],
+)
+def test_shared_memory_that_is_too_small_or_full(size, free, words, monkeypatch, tmp_path):
+    """One without a limit says that it has none at all."""
+    small_file_system(monkeypatch, size, free)
+    if not words:
+        refuse_small_host(3, tmp_path, tmp_path, tmp_path / "none")
+        return
+    with pytest.raises(UserError, match=rf"{tmp_path} on host .* {words}"):
+        refuse_small_host(3, tmp_path, tmp_path, tmp_path / "none")
+
+
+@pytest.mark.parametrize(
+    ("free", "ranks", "spared"), [(1000, 16, False), (64, 2, False), (64, 12, True), (16, 2, True)]
+)
+def test_ucx_lays_no_files_into_small_shared_memory(free, ranks, spared, monkeypatch, tmp_path):
+    small_file_system(monkeypatch, 1000, free)
+    found: dict[str, str] = {}
+    spare_shared_memory(ranks, found, tmp_path)
+    assert found == ({"UCX_TLS": "^posix"} if spared else {})
+    found = {"UCX_TLS": "tcp"}
+    spare_shared_memory(ranks, found, tmp_path)
+    assert found == {"UCX_TLS": "tcp"}
 
 
 def test_slurms_grant(tmp_path, monkeypatch):

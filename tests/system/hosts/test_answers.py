@@ -96,6 +96,17 @@ def test_too_little_shared_memory_is_a_sentence(two_hosts: Hosts, toy: Path) -> 
     assert "{" not in result.stdout
 
 
+def test_little_shared_memory_suffices(two_hosts: Hosts, toy: Path, alone: tuple[list[int], str]) -> None:
+    """UCX would begin with as much and find it too little, and end by a segmentation fault."""
+    for name in two_hosts.names:
+        two_hosts.call(name, "mount", "-o", "remount,size=16M", "/dev/shm")
+    words, usual = ("generate", "--model", toy, *OPTIONS), 'unset UCX_TLS; exec "$0" "$@"'
+    with two_hosts.started(2, *PROGRAM, *words, wrapper=usual) as launch:
+        result = launch.finish()
+    assert result.status == 0, result.stderr
+    assert answer(result.stdout) == alone
+
+
 def test_the_wire_counts_delays_and_cuts(two_hosts: Hosts) -> None:
     usual = two_hosts.ping()
     two_hosts.counts()

@@ -170,6 +170,14 @@ def test_the_picture_of_several_ranks(toy: Path, tmp_path: Path) -> None:
         assert "pip install 'mpillama[plot]'" in result.stderr
 
 
+def test_what_cannot_be_drawn_is_told_before_anything_is_measured(tmp_path: Path) -> None:
+    """Here even before the model is looked for."""
+    path = tmp_path / ("nowhere/bench.png" if find_spec("matplotlib") else "bench.png")
+    result = run(2, *PROGRAM, "bench", "--model", tmp_path / "none.h5", *QUICK, "--threads", "1", "--plot", path)
+    assert (result.status, result.stdout, result.stderr.count("\n")) == (2, "", 1)
+    assert "--plot" in result.stderr
+
+
 @pytest.mark.parametrize("kind", ["toy", "delta"])
 def test_what_drafts_gain(kind: str, model_file: ModelFile) -> None:
     """Nobody's, the text's, and a draft model's on all ranks and on rank 0 alone; the answers are the same."""
