@@ -60,8 +60,8 @@ def slowly(source: Path, target: Path, model: Path) -> tuple[Any, ...]:
     return (SCRIPTS / "failing_ranks.py", "0,1,2", "0", "slow", *arguments(source, target, model)[2:])
 
 
-def answer(ranks: int | None, source: Path, target: Path, model: Path, *more: str) -> Rows:
-    ran = run(ranks, *arguments(source, target, model), *more)
+def answer(ranks: int | None, source: Path, target: Path, model: Path, *more: str, all_cores: bool = False) -> Rows:
+    ran = run(ranks, *arguments(source, target, model), *more, all_cores=all_cores)
     assert ran.status == 0, ran.stderr
     return results(target)
 
@@ -208,8 +208,9 @@ def failing(ranks: int, culprits: str, kind: str, source: Path, target: Path, mo
 def test_groups_give_the_same_bytes(
     ranks: int, size: int, demo: Path, tmp_path: Path, alone: Callable[[int], Rows]
 ) -> None:
-    source = write_rows(tmp_path / "in.jsonl", mixed_rows(24))
-    assert answer(ranks, source, tmp_path / "out.jsonl", demo, "--tensor-parallel", str(size)) == alone(24)
+    """On all cores: what has a core to itself shares it with no other group."""
+    source, groups = write_rows(tmp_path / "in.jsonl", mixed_rows(24)), ("--tensor-parallel", str(size))
+    assert answer(ranks, source, tmp_path / "out.jsonl", demo, *groups, all_cores=True) == alone(24)
 
 
 @pytest.mark.parametrize(
