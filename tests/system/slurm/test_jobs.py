@@ -19,8 +19,8 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(TIMEOUT + 1300)]  # the firs
 JOBS = ROOT / "jobs"
 GREEDY = ("--temperature", "0", "--max-tokens", "12")
 PROMPT = "Once * upon"
-REQUESTS = 1000
-"""Some ten seconds of work, so that a signal comes in the midst of it."""
+REQUESTS = 500
+"""Some five seconds of work, so that a signal comes in the midst of it."""
 
 
 def needs(command: str) -> pytest.MarkDecorator:
