@@ -11,7 +11,7 @@ from mpillama.comm.communicator import Communicator, sample_addends
 from mpillama.comm.pipeline import Pipeline
 from mpillama.comm.ways import Traffic
 from mpillama.engine.executor import StepPlan
-from mpillama.engine.skew import RankTimes, timed_layers
+from mpillama.engine.skew import RankTimes, skew_of, timed_layers
 from mpillama.engine.step_parts import TRIES, StepParts
 from mpillama.kernels.library import PARTS, Team
 from mpillama.models.cache import (
@@ -288,12 +288,18 @@ def where_time_goes(
     parts[SUM] += reduction
     parts[LATE] += outside - reduction
     parts[REST] = max(0.0, timing.own_seconds / steps + communication - sum(parts.values()))
-    sizes = _bytes(watch.model, tokens)
-    found = [Part(name, seconds, sizes.get(name, 0)) for name, seconds in parts.items()]
     own = timing.own_seconds / steps
     layers, pipeline = watch.model.part.layers, watch.model.pipeline
     stage_wait = pipeline.seconds / steps if pipeline else 0.0
     mine = RankTimes(watch.comm.rank, host, own, parts, watch.sums, layers.start if layers else 0, stage_wait)
+    wire = skew_of(watch.comm.gather(mine)).wire[watch.comm.rank]
+    if watch.model.comm.shared_for(tokens * watch.model.config.padded_hidden_size) is None:
+        wire = max(0.0, wire - reduction)
+    wire = min(wire, parts[LATE])  # kernels that wait for a sum cannot tell late ranks from the network
+    parts[LATE] -= wire
+    parts[SUM] += wire
+    sizes = _bytes(watch.model, tokens)
+    found = [Part(name, seconds, sizes.get(name, 0)) for name, seconds in parts.items()]
     return found, watch.comm.gather(mine)
 
 

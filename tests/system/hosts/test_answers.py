@@ -119,3 +119,17 @@ def test_the_wire_counts_delays_and_cuts(two_hosts: Hosts) -> None:
     two_hosts.link("h2", up=False)
     with pytest.raises(AssertionError):
         two_hosts.call("h1", "timeout", "1", "python3", "-c", "import socket; socket.create_connection(('h2', 7))")
+
+
+def test_the_time_of_sums_on_the_wire_is_not_called_waiting(two_hosts: Hosts, toy: Path) -> None:
+    """With 20 ms from host to host both tables of `bench --where` say that ranks wait for the network."""
+    two_hosts.shape(20_000)
+    sizes = ("--prefill", "8", "--decode", "4", "--context", "8", "--repetitions", "1", "--batch", "1")
+    result = two_hosts.run(1, *PROGRAM, "bench", "--model", toy, *sizes, "--threads", "1", "--where", "--json")
+    assert result.status == 0, result.stderr
+    for step in json.loads(result.stdout)["where"]:
+        parts = {part["part"]: part["seconds"] for part in step["parts"]}
+        wire = step["ranks"][0]["wire_seconds"]
+        assert wire > 2 * TOY["num_hidden_layers"] * 0.02
+        # Beside layers there are the sum of the embedding and the way of logits to rank 0, in which nobody is told apart.
+        assert parts["residual and sum over ranks"] >= wire > 1.3 * parts.get("waiting for other ranks", 0.0)
