@@ -75,7 +75,7 @@ def test_a_stream_without_usage_ends_with_done(served):
 
 def test_the_asynchronous_client_streams_many_at_once(served):
     async def ask(number: int) -> str:
-        async with openai.AsyncOpenAI(base_url=f"{served.url}/v1", api_key="none", max_retries=0) as client:
+        async with openai.AsyncOpenAI(base_url=f"{served.url}/v1", api_key="none", max_retries=0, timeout=60) as client:
             fields = {**GREEDY, "messages": STORY, "seed": number, "temperature": 1.0, "stream": True}
             stream = await client.chat.completions.create(**fields)
             return "".join([c.choices[0].delta.content or "" async for c in stream])
