@@ -236,7 +236,7 @@ def measure_steps(given: argparse.Namespace, hosts: Hosts, tree: Tree) -> dict[s
     """Tokens/s of prompts and of several sequences, if they are asked for."""
     if not given.batch and not given.prefill:
         return {}
-    words = ["bench", "--shape", given.shape, "--weights", given.weights, "--json", "--decode", "4", "--context", "64"]
+    words = ["bench", "--shape", given.shape, "--weights", given.weights, "--json", "--decode", "12", "--context", "64"]
     words += ["--layers", str(given.layers)] if given.layers else []
     words += ["--repetitions", "2", "--prefill", *map(str, given.prefill), "--batch", *map(str, given.batch or [1])]
     command = (*PROGRAM, *words, *more_options(given))
