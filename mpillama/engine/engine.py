@@ -127,7 +127,7 @@ class Engine:
     the executor's draft model, if it has one, or else from the text. Beside answers under way a step takes as much of
     prompts as keeps it within `max_token_delay` seconds.
 
-    In a pipeline several steps are under way, one for each stage, each with other sequences: while one's logits are
+    In a pipeline up to one step for each stage is under way, each with other sequences: while one's logits are
     sampled from, and on its way back to the first stage, stages work on the others. Where drafts come from a model,
     whose steps would come in between, there is one.
     """

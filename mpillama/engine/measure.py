@@ -25,7 +25,7 @@ from mpillama.models.cache import (
     state_bytes,
 )
 from mpillama.models.decoder import Decoder
-from mpillama.models.partition import split_units
+from mpillama.models.partition import split_units, steps_at_once
 from mpillama.text.sampler import wanted_of
 from mpillama.text.sampling_params import SamplingParams
 
@@ -127,8 +127,7 @@ class Stopwatch:
 
     def at_once(self, sequences: int) -> int:
         """In how many steps under way at the same time each of so many sequences gets its token."""
-        stages = self.ahead.pipeline.stages if self.ahead and not self.wants_parts else 1
-        return min(stages, sequences)
+        return steps_at_once(sequences, self.ahead.pipeline.stages) if self.ahead and not self.wants_parts else 1
 
     def decode(self, sequences: int, context: int, steps: int) -> Timing:
         """Time steps of one token of each sequence, the first at position `context`.

@@ -13,6 +13,7 @@ from mpillama.engine.sequence import EngineSequence
 from mpillama.engine.speculation import Drafter
 from mpillama.models.attention import BLOCK_POSITIONS
 from mpillama.models.cache import blocks_for
+from mpillama.models.partition import steps_at_once
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,7 @@ class Scheduler:
     No sequence becomes longer than `longest` positions.
     When blocks run out the youngest running sequence gives its own back and is computed again later.
     What `disk` has of a text comes into the pool before its sequence runs, a piece between two steps of others.
-    With several steps `at_once` each has its part of the sequences that decode; a sequence is in one of them.
+    With up to several steps `at_once` each has its part of the sequences that decode; a sequence is in one of them.
     """
 
     def __init__(self, pool: BlockPool, slots: int, max_tokens: int, longest: int, drafter: Drafter | None = None):
@@ -129,7 +130,7 @@ class Scheduler:
         """Running sequences: those that decode, then those with a prompt to compute, each by age."""
         free = [s for s in self.running if s.number not in self._under_way]
         decoding = sum(s.pending == 1 for s in self.running)
-        yield from [s for s in free if s.pending == 1][: -(-decoding // self.at_once)]
+        yield from [s for s in free if s.pending == 1][: -(-decoding // steps_at_once(decoding, self.at_once))]
         yield from [s for s in free if s.pending > 1]
 
     def _schedule(self, sequence: EngineSequence) -> None:

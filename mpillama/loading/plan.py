@@ -24,7 +24,7 @@ from mpillama.loading.traffic import (
 )
 from mpillama.models.cache import STATES_OF_DRAFTS, held_blocks
 from mpillama.models.config import ModelConfig
-from mpillama.models.partition import Division, micro_batches
+from mpillama.models.partition import Division, micro_batches, steps_at_once
 from mpillama.models.tensors import EMBEDDING, LM_HEAD, TensorSpec, WeightTypes
 from mpillama.models.weights import slice_bytes
 from mpillama.quant.registry import SMALLEST
@@ -401,7 +401,7 @@ def _decode(plan: Plan, node: Node, network: Network) -> tuple[float, float]:
     is done with all parts: whichever takes longer.
     """
     request, positions = plan.request, plan.request.batch * plan.request.rows
-    at_once = min(request.stages, request.batch)
+    at_once = steps_at_once(request.batch, request.stages)
     tokens = positions / at_once
     parts = max(1, micro_batches(math.ceil(tokens), request.stages) // at_once)
     works, talks, slowest = _passes(plan, node, network, tokens / parts, prefill=False)

@@ -123,6 +123,16 @@ def partitions(splits: Iterable[Split], size: int, weights: Sequence[float] | No
 
 MICRO_TOKENS = 16
 """The fewest tokens of a step that go through the stages by themselves: fewer read the weights again for too little."""
+ROWS_OF_STEP = 4
+"""The fewest sequences for which a step of their own is worth it."""
+
+
+def steps_at_once(sequences: int, stages: int) -> int:
+    """In how many steps under way at the same time so many sequences go through a pipeline: up to one for each stage.
+
+    Each reads the weights again, and so few as ROWS_OF_STEP take about as long as one.
+    """
+    return max(1, min(stages, sequences // ROWS_OF_STEP))
 
 
 def micro_batches(tokens: int, stages: int) -> int:

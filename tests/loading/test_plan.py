@@ -405,11 +405,10 @@ def test_sequences_that_take_turns_keep_the_stages_busy():
 
 
 def test_the_way_through_all_stages_limits_what_taking_turns_gains():
-    """With a latency of 10 ms four stages wait for it, and a fifth sequence takes no time of its own."""
-    *_, four = staged(Network(10e-3, 1e15), batch=4)
-    *_, five = staged(Network(10e-3, 1e15), batch=5)
-    seconds = [each.plan.request.batch / each.speed.decode_tokens_per_second for each in (four, five)]
-    assert seconds[1] == pytest.approx(seconds[0], rel=0.05)
+    """With a latency of 100 ms four stages wait for it, and more sequences take hardly any time of their own."""
+    few, more = (staged(Network(0.1, 1e15), batch=batch)[-1] for batch in (16, 24))
+    seconds = [each.plan.request.batch / each.speed.decode_tokens_per_second for each in (few, more)]
+    assert seconds[1] == pytest.approx(seconds[0], rel=0.1)
 
 
 def test_stages_need_no_more_memory_than_one():

@@ -24,7 +24,7 @@ from mpillama.loading.texts import make_tokenizer
 from mpillama.text import sampler
 from mpillama.text.sampling_params import SamplingParams
 
-SLOTS, BLOCKS, LONGEST = 7, 9, 256
+SLOTS, BLOCKS, LONGEST = 12, 14, 256
 GREEDY = SamplingParams(temperature=0.0, max_tokens=90, ignore_eos=True)
 DRAWN = SamplingParams(temperature=1.2, seed=2, max_tokens=40, ignore_eos=True)
 NOTHING = SamplingParams(max_tokens=0)
@@ -65,7 +65,7 @@ def serve(engine: Engine) -> dict[str, object]:
 
     executor.whole_row = whole_row  # type: ignore[method-assign]
     engine.scheduler.is_done = is_wanted  # type: ignore[method-assign]
-    prompts = [[5 + i, 9, 20] * (1 + 7 * (i % 3)) for i in range(10)]
+    prompts = [[5 + i, 9, 20] * (1 + 7 * (i % 3)) for i in range(16)]
     sequences = [engine.submit(Request(ids, GREEDY if i % 2 else DRAWN)) for i, ids in enumerate(prompts)]
     doomed = [engine.submit(Request([40 + i, 3], GREEDY)) for i in range(2)]
     step = 0
@@ -101,7 +101,7 @@ def main(model: str, stages: int, tail_error: float) -> None:
             return
         engine = Engine(executor, make_tokenizer(loaded.file))
         found = serve(engine)
-        for i in range(4):
+        for i in range(8):
             engine.submit(Request([5, i], GREEDY))
         for _ in range(3):
             engine.step()
