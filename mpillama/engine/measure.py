@@ -88,6 +88,12 @@ class Ahead:
             self.left -= 1
             self.pipeline.issue(self.message)
 
+    def hear(self) -> None:
+        """Wait for the next step, which counts as a wait for other stages."""
+        start = time.perf_counter()
+        self.pipeline.take(self.message)
+        self.pipeline.seconds += time.perf_counter() - start
+
 
 class Stopwatch:
     """Measures a model with a cache of its own."""
@@ -156,7 +162,7 @@ class Stopwatch:
 
             def run(parts: int) -> None:
                 for plan in plans:
-                    ahead.pipeline.take(ahead.message)
+                    ahead.hear()
                     self._discard(plan, parts, max(1, self.model.micro_batches(len(plan.token_ids)) // len(groups)))
                     ahead.tell()
 

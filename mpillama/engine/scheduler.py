@@ -148,6 +148,8 @@ class Scheduler:
         if self.pace is None or sequence.pending == 1:
             return count
         load = load_of(self._shares.values(), self.followed)
+        # Answers in steps under way wait for this one, too.
+        load = replace(load, answers=load.answers + load_of(self._under_way.values()).answers)
         allowed = self.pace.prompt_tokens(load, sequence.computed, count)
         self._paced |= allowed < count
         return allowed

@@ -11,6 +11,7 @@ from mpillama.engine import block_pool
 from mpillama.engine.answer import Answer
 from mpillama.engine.block_pool import NO_TOKENS, BlockPool, StatePool, prefix_digests, salt_digest
 from mpillama.engine.executor import SegmentStates
+from mpillama.engine.pace import LEAST_TOKENS, Pace
 from mpillama.engine.scheduler import ScheduledSequence, Scheduler
 from mpillama.engine.sequence import EngineSequence, Request
 from mpillama.engine.speculation import PromptLookup, last_occurrence
@@ -26,10 +27,11 @@ TOKENIZER = Tokenizer(models.toy_tokenizer(), bos_token_id=models.BOS, eos_token
 class Simulation:
     """Requests whose answers are known beforehand, run by the scheduler without a model."""
 
-    def __init__(self, drafts: int = 0, states: int = 0, blocks: int = BLOCKS, holders: int = 1):
+    def __init__(self, drafts: int = 0, states: int = 0, blocks: int = BLOCKS, holders: int = 1, slots: int = SLOTS):
         self.pool = BlockPool(blocks, StatePool(states) if states else None, holders)
         self.states = States(states)
-        self.scheduler = Scheduler(self.pool, SLOTS, BUDGET, LONGEST, PromptLookup(drafts) if drafts else None)
+        self.slots = slots
+        self.scheduler = Scheduler(self.pool, slots, BUDGET, LONGEST, PromptLookup(drafts) if drafts else None)
         self.alive: list[EngineSequence] = []
         self.number = 0
         self.computed = 0
@@ -89,7 +91,7 @@ class Simulation:
     def check(self, shares) -> None:
         assert sum(share.tokens for share in shares) <= BUDGET
         running = self.scheduler.running
-        assert len({s.slot for s in running}) == len(running) <= SLOTS
+        assert len({s.slot for s in running}) == len(running) <= self.slots
         assert [s.number for s in running] == sorted(s.number for s in running)
         numbers = [s.number for s in (*running, *self.scheduler.waiting)]
         assert numbers == sorted(numbers), "first come, first served"
@@ -413,3 +415,64 @@ def test_a_piece_that_two_holders_computed_is_found_on_one():
     pool.publish(second[1], digests[1])
     pool.publish(second[2], digests[2])
     assert pool.find(digests) == first[:1]
+
+
+# -- steps under way ---------------------------------------------------------------------------------------------------
+
+
+def decoding(count: int, blocks: int = 2 * BLOCKS) -> Simulation:
+    """So many sequences that have computed a token, for two steps at once."""
+    simulation = Simulation(blocks=blocks, slots=2 * SLOTS)
+    simulation.scheduler.at_once = 2
+    for family in range(count):
+        simulation.submit(1, 100, family)
+    assert len(simulation.step()) == count
+    return simulation
+
+
+def numbers(shares: list[ScheduledSequence]) -> list[int]:
+    return [share.sequence.number for share in shares]
+
+
+def test_steps_under_way_have_a_part_of_the_sequences_each():
+    scheduler = decoding(8).scheduler
+    first = scheduler.schedule()
+    scheduler.begin(first)
+    second = scheduler.schedule()
+    scheduler.begin(second)
+    assert (numbers(first), numbers(second)) == ([0, 1, 2, 3], [4, 5, 6, 7])
+    assert scheduler.schedule() == []
+    assert all(map(scheduler.is_done, first))
+    assert not any(map(scheduler.is_done, first)), "each was done once"
+    assert numbers(scheduler.schedule()) == [0, 1, 2, 3]
+
+
+def test_few_sequences_are_in_one_step():
+    scheduler = decoding(7).scheduler
+    assert numbers(scheduler.schedule()) == [*range(7)]
+
+
+def test_what_a_sequence_computed_that_was_sent_back_meanwhile_is_not_wanted():
+    """The oldest sequence needs a block that the youngest has, which is in a step under way."""
+    simulation = decoding(2, blocks=2)
+    scheduler, (old, young) = simulation.scheduler, simulation.alive
+    shares = scheduler.schedule()
+    assert numbers(shares) == [0, 1]
+    scheduler.begin(shares[1:])
+    old.tokens += [5] * 64
+    old.computed = len(old.tokens) - 1
+    assert numbers(scheduler.schedule()) == [0]
+    assert (young.slot, scheduler.preemptions) == (None, 1)
+    assert not scheduler.is_done(shares[1])
+
+
+@pytest.mark.parametrize("answers", [0, 1])
+def test_answers_under_way_keep_prompts_short(answers: int):
+    """They wait for the next step, too, in which they are not themselves."""
+    simulation = decoding(answers)
+    scheduler = simulation.scheduler
+    scheduler.pace = Pace(0.1)
+    scheduler.begin(scheduler.schedule())
+    simulation.submit(BUDGET, 1, family=9)
+    (share,) = scheduler.schedule()
+    assert share.count == (LEAST_TOKENS if answers else BUDGET)
