@@ -22,6 +22,7 @@ import subprocess
 import sys
 import tempfile
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -35,6 +36,8 @@ Row = dict[str, Any]
 COLUMNS = (
     "tree", "hosts", "ranks", "delay µs", "Mbit/s", "there and back µs", "tok/s", "waiting ms", "kB", "messages", "plan"
 )  # fmt: skip
+PLANNED = ("pipeline", "sync")
+"""The --options that `plan` knows, too."""
 WIDTHS = (6, 5, 5, 8, 7, 17, 8, 10, 8, 8, 8)
 SPEEDS = re.compile(r"decode (\d+) tokens, ([0-9.]+) tok/s \| communication (\d+) %")
 """In what generate says at its end. Its JSON has a digest, for which each rank sends all its logits: 300 kB a token."""
@@ -284,7 +287,8 @@ def plan(given: argparse.Namespace, hosts: Hosts, tree: Tree, latency: float, mb
     sizes = ("--nodes", str(len(hosts.names)), "--ranks-per-node", str(given.ranks_per_host), "--max-seq-len", "64")
     network = f"{1e6 * latency:.1f}us,{mbit / 8:.1f}MB/s" if mbit else f"{1e6 * latency:.1f}us,10GB/s"
     words = ("plan", "--shape", given.shape, "--weights", given.weights, *sizes, "--bench", str(tree.bench), "--json")
-    found = printed(run_here(tree, *PROGRAM, *words, "--network", network))
+    same = [word for name, value in pairwise(given.options) if name in PLANNED for word in (f"--{name}", value)]
+    found = printed(run_here(tree, *PROGRAM, *words, *same, "--network", network))
     return float(found["speed"]["decode_tokens_per_second"])
 
 
