@@ -11,9 +11,11 @@ from mpillama.errors import UserError
 
 CGROUPS = Path("/sys/fs/cgroup")
 SHARED = Path("/dev/shm")
-SHARED_BYTES = 2_100_000
-"""What MPICH 5 takes of /dev/shm for a rank at the least; with less it ends by a bus error."""
-UCX_BYTES, UCX_SPARE = 6_500_000, 24_000_000
+MPICH_BYTES, WINDOW_BYTES = 1_100_000, 2_110_000
+"""What MPICH 5 takes of /dev/shm for a rank at the least, and what sums do, once they are large, for each rank and once
+more with several hosts. With less a rank ends by a bus error, at the start or in the midst of a prompt.
+"""
+UCX_BYTES, UCX_SPARE = 7_600_000, 24_000_000
 """What each rank takes of it at the most where UCX, below MPICH, lays files there too, and what must stay free then:
 UCX begins to if it finds 16 MiB, and crashes if others' files leave less before it has laid all of its own.
 """
@@ -49,7 +51,7 @@ def refuse_small_host(
             f"need {need / 1e6:.0f} MB for {ranks} rank{'s' * (ranks > 1)}: ask for more (Slurm: --mem, containers: "
             "--memory), or start fewer ranks on a host."
         )
-    (size, free), need = _size(shared), ranks * SHARED_BYTES
+    (size, free), need = _size(shared), ranks * MPICH_BYTES + (ranks + 1) * WINDOW_BYTES
     if ranks > 1 and free < need:
         holds = f"holds {size / 1e6:.0f} MB"
         if size >= need:

@@ -10,6 +10,7 @@ from mpillama.comm.communicator import Communicator
 from mpillama.engine.cache_folder import MOST_PENDING
 from mpillama.errors import UserError
 from mpillama.job.host_memory import (
+    WINDOW_BYTES,
     available_bytes,
     cgroup_rooms,
     process_room,
@@ -73,7 +74,13 @@ def small_file_system(monkeypatch, size, free):
 
 @pytest.mark.parametrize(
     ("size", "free", "words"),
-    [(64, 64, ""), (0, 0, ""), (4, 4, "holds 4 MB"), (64, 5, "has 5 of 64 MB free.*remove what killed jobs have left")],
+    [
+        (64, 64, ""),
+        (12, 12, ""),
+        (0, 0, ""),
+        (11, 11, "holds 11 MB, .* need 12 MB"),
+        (64, 5, "has 5 of 64 MB free.*remove what killed jobs have left"),
+    ],
 )
 def test_shared_memory_that_is_too_small_or_full(size, free, words, monkeypatch, tmp_path):
     """One without a limit says that it has none at all."""
@@ -83,6 +90,16 @@ def test_shared_memory_that_is_too_small_or_full(size, free, words, monkeypatch,
         return
     with pytest.raises(UserError, match=rf"{tmp_path} on host .* {words}"):
         refuse_small_host(3, tmp_path, tmp_path, tmp_path / "none")
+
+
+@pytest.mark.parametrize("ranks", [2, 64])
+def test_sums_have_room_in_shared_memory(ranks):
+    """What they take is not noticed before it is written to."""
+    from mpillama.comm.shared_memory import CAPACITY
+    from mpillama.kernels.shared_sum import window_bytes
+
+    needed = window_bytes(ranks, CAPACITY, several_hosts=True)
+    assert 0.98 * WINDOW_BYTES * (ranks + 1) < needed <= WINDOW_BYTES * (ranks + 1)
 
 
 @pytest.mark.parametrize(
