@@ -131,8 +131,9 @@ BINDING = {"OMP_PROC_BIND": "true", "OMP_PLACES": "cores"}
 
 
 def test_doctor_and_a_run_name_the_ranks_that_share_a_core():
-    doctor = run(2, *PROGRAM, "doctor", "--threads", "2", env=BINDING)
+    doctor = run(2, *PROGRAM, "doctor", "--threads", "2", env=BINDING, all_cores=True)
     assert "Threads of ranks 0 and 1" in doctor.stdout
-    generated = run(2, *PROGRAM, "--model", DEMO_MODEL, "--threads", "2", "--max-tokens", "2", env=BINDING)
+    words = ("--model", DEMO_MODEL, "--threads", "2", "--max-tokens", "2")
+    generated = run(2, *PROGRAM, *words, env=BINDING, all_cores=True)
     assert generated.status == 0
     assert generated.stderr.count("Threads of ranks 0 and 1") == 1

@@ -149,7 +149,7 @@ def break_down(runner, monkeypatch) -> None:
     def broken(segments):
         raise MemoryError("no more")
 
-    monkeypatch.setattr(runner.engine.executor, "forward_in_pieces", broken)
+    monkeypatch.setattr(runner.engine.executor, "issue", broken)
 
 
 def test_an_exception_ends_a_replica_that_may_fail(runner, monkeypatch):

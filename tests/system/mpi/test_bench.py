@@ -155,7 +155,7 @@ def test_waiting_counts_once_in_what_is_planned_of_a_bench(toy: Path, tmp_path: 
         assert (planned["speed"]["waiting_share"] > 0.3) == bool(where)
         ratio = planned["speed"]["decode_tokens_per_second"] / decode["tokens_per_second"]
         assert 0.75 < ratio < 1.33
-    assert messages[0] > 0.1 * SLEEP > messages[1]
+    assert messages[0] > 0.05 * SLEEP > messages[1]  # a sum is one message after the other, or two
 
 
 def test_the_picture_of_several_ranks(toy: Path, tmp_path: Path) -> None:
