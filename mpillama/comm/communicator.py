@@ -208,19 +208,20 @@ class Communicator:
         self.watch.enter(PLAN)
         request = self.mpi.Ibcast(plan)
         self._sent.add(plan.nbytes * (children := tree_children(self.rank, self.size)), children)
+        self.complete(request)
+        self.watch.leave()
+
+    def complete(self, request: MPI.Request) -> None:
+        """Wait for what is under way, within a wait that the watch knows of."""
         backoff = Backoff(self.yields)
         while not request.Test():
-            self.watch.poll()
             backoff.pause()
-        self.watch.leave()
+            self.watch.poll()
 
     def _complete(self, place: str, start: Callable[..., MPI.Request], *buffers: Any) -> None:
         """Run a collective to its end; `place` names it for whoever waits in vain."""
         self.watch.enter(place, self.is_of_all)
-        request, backoff = start(*buffers), Backoff(self.yields)
-        while not request.Test():
-            backoff.pause()
-            self.watch.poll()
+        self.complete(start(*buffers))
         self.watch.leave()
 
     @contextmanager

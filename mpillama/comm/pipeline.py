@@ -15,7 +15,6 @@ from mpi4py import MPI
 
 from mpillama.comm.communicator import PLAN, Communicator, tree_children
 from mpillama.comm.hosts import give_up
-from mpillama.comm.shared_memory import Backoff
 from mpillama.comm.ways import Traffic
 
 ACTIVATIONS, PLANS = 1, 2
@@ -75,20 +74,14 @@ class Pipeline:
             issued = self._issued.popleft()
             plan[:] = issued.plan
             for request in issued.requests:
-                self._poll(request)
+                self.comm.complete(request)
         else:
             if self.group.is_root:
-                self._poll(self.comm.mpi.Irecv(plan, 0, PLANS))
-            self._poll(self.plans.Ibcast(plan))
+                self.comm.complete(self.comm.mpi.Irecv(plan, 0, PLANS))
+            self.comm.complete(self.plans.Ibcast(plan))
             children = tree_children(self.group.rank, self.group.size)
             self.sent.add(children * plan.nbytes, children)
         self.comm.watch.leave()
-
-    def _poll(self, request: MPI.Request) -> None:
-        backoff = Backoff(self.comm.yields)
-        while not request.Test():
-            self.comm.watch.poll()
-            backoff.pause()
 
     # -- activations ---------------------------------------------------------------------------------------------------
 
@@ -128,12 +121,10 @@ class Pipeline:
         self.group.mpi.Free()
 
     def _wait(self, request: MPI.Request, place: str) -> None:
-        watch, start, backoff = self.comm.watch, time.perf_counter(), Backoff(self.comm.yields)
+        watch, start = self.comm.watch, time.perf_counter()
         watch.enter(place, of_all=False)  # stages have different numbers of waits
         try:
-            while not request.Test():
-                backoff.pause()
-                watch.poll()
+            self.comm.complete(request)
         except BaseException:
             give_up([request, *self._expected] if place == WAIT else self._expected)
             self._expected.clear()

@@ -371,8 +371,8 @@ def predict(plan: Plan, node: Node, network: Network) -> Speed:
     work, communication = _decode(plan, node, network)
     waiting = node.waiting.seconds(work, request.division.group) if node.waiting else 0.0
     seconds = work + communication + waiting
-    chunk = request.prefill_chunk
-    prefill = chunk / sum(_step(plan, node, network, chunk, True, micro_batches(chunk, request.stages)))
+    chunk, parts = request.prefill_chunk, micro_batches(request.prefill_chunk, request.stages)
+    prefill = chunk / sum(_step(plan, node, network, _passing(plan, node, network, chunk / parts, True), parts))
     streamed = _streamed_of_ranks(plan, positions)
     sent = max((stage.sent(network, positions) for stage in request.staged), key=lambda each: each.bytes)
     fullest_read = max(r.reads for r in plan.ranks) * request.ranks_per_node
@@ -404,35 +404,51 @@ def _decode(plan: Plan, node: Node, network: Network) -> tuple[float, float]:
     at_once = steps_at_once(request.batch, request.stages)
     tokens = positions / at_once
     parts = max(1, micro_batches(math.ceil(tokens), request.stages) // at_once)
-    works, talks, slowest = _passes(plan, node, network, tokens / parts, prefill=False)
-    round_trip = _step(plan, node, network, tokens, prefill=False, parts=parts)
-    busy = at_once * parts * works[slowest] + at_once * node.step_seconds, at_once * parts * talks[slowest]
+    passing = _passing(plan, node, network, tokens / parts, prefill=False)
+    round_trip = _step(plan, node, network, passing, parts)
+    busy = at_once * (node.step_seconds + parts * passing.slowest_work), at_once * parts * passing.slowest_talk
     return max(round_trip, busy, key=sum)
 
 
-def _passes(
-    plan: Plan, node: Node, network: Network, tokens: float, prefill: bool
-) -> tuple[list[float], list[float], int]:
-    """Seconds of work and of communication in each stage with so many tokens, and which stage is the slowest."""
-    works = _works(plan, node, tokens, prefill)
+@dataclass(frozen=True)
+class Passing:
+    """What so many tokens at once take in each stage: seconds of work, and of communication."""
+
+    tokens: float
+    works: list[float]
+    talks: list[float]
+
+    @property
+    def slowest(self) -> int:
+        """The stage that takes longest."""
+        return max(range(len(self.works)), key=lambda stage: self.works[stage] + self.talks[stage])
+
+    @property
+    def slowest_work(self) -> float:
+        return self.works[self.slowest]
+
+    @property
+    def slowest_talk(self) -> float:
+        return self.talks[self.slowest]
+
+
+def _passing(plan: Plan, node: Node, network: Network, tokens: float, prefill: bool) -> Passing:
     talks = [stage.seconds(network, tokens, prefill) for stage in plan.request.staged]
-    return works, talks, max(range(len(works)), key=lambda stage: works[stage] + talks[stage])
+    return Passing(tokens, _works(plan, node, tokens, prefill), talks)
 
 
-def _step(plan: Plan, node: Node, network: Network, tokens: float, prefill: bool, parts: int) -> tuple[float, float]:
-    """Seconds of work and of communication in a step of so many tokens, which goes through the stages in parts.
+def _step(plan: Plan, node: Node, network: Network, passing: Passing, parts: int) -> tuple[float, float]:
+    """Seconds of work and of communication in a step, which goes through the stages in so many parts.
 
     The first part passes all stages, the others follow at the pace of the slowest.
     """
     request = plan.request
-    each = tokens / parts
-    works, talks, slowest = _passes(plan, node, network, each, prefill)
-    hops = (request.stages - 1) * _hop(request, each).seconds(network)
-    if request.stages > 1:
-        hops += math.ceil(math.log2(request.nodes)) * network.round_seconds  # the plan
+    hops = (request.stages - 1) * _hop(request, passing.tokens).seconds(network)
+    if request.stages > 1:  # the plan: to each stage, and through it
+        hops += (1 + math.ceil(math.log2(max(1.0, request.nodes / request.stages)))) * network.round_seconds
     return (
-        node.step_seconds + sum(works) + (parts - 1) * works[slowest],
-        sum(talks) + (parts - 1) * talks[slowest] + hops,
+        node.step_seconds + sum(passing.works) + (parts - 1) * passing.slowest_work,
+        sum(passing.talks) + (parts - 1) * passing.slowest_talk + hops,
     )
 
 
